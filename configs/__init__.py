@@ -1,0 +1,1 @@
+"""YAML recipes: one a stage of the paper's training, and the CPU quick start."""

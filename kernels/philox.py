@@ -1,0 +1,98 @@
+"""Counter-based randomness: Philox 4x32-10 and what is drawn from it.
+
+Every random number of a run is a pure function of (seed, purpose, step, sample id, element), never of a generator's
+state, so any shard draws exactly its slice and any plan sees the same noise.
+
+    key     = (seed low 32 bits, seed high 32 bits)
+    counter = (element // 4, sample id, step, purpose);  word = element % 4
+
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC'11), constants and rounds of Philox 4x32-10.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+ROUNDS = 10
+
+
+class Purpose(IntEnum):
+    """The last word of the counter: two purposes never share a random number."""
+
+    NOISE = 1  # x0 of training
+    TIME = 2  # t of training
+    CAPTION = 3  # caption dropout
+    INIT = 4  # initial weights; the sample id is a hash of the parameter's name
+    SAMPLING = 5  # x0 of the sampler
+    PROBE = 6  # noise that `verify` adds to zero-initialised parameters
+
+
+def _high_low(multiplier: int, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The 64-bit product of two unsigned 32-bit numbers, as (high, low) words, in signed 64-bit arithmetic."""
+    low_half = (value & 0xFFFF) * multiplier
+    high_half = (value >> 16) * multiplier + (low_half >> 16)
+    return high_half >> 16, ((high_half & 0xFFFF) << 16) | (low_half & 0xFFFF)
+
+
+def philox_words(
+    seed: int, purpose: int, step: Tensor, sample: Tensor, block: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four words in [0, 2**32) for each counter. ``step``, ``sample``, ``block`` are int64 and broadcast together."""
+    c0, c1, c2 = torch.broadcast_tensors(block & _MASK, sample & _MASK, step & _MASK)
+    c3 = torch.full_like(c0, int(purpose))
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(ROUNDS):
+        high0, low0 = _high_low(_MULTIPLIERS[0], c0)
+        high1, low1 = _high_low(_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _unit(word: Tensor) -> Tensor:
+    """A 32-bit word as float64 in (0, 1): (word + 1/2) / 2**32, never 0 or 1."""
+    return (word.to(torch.float64) + 0.5) * 2.0**-32
+
+
+def uniform(seed: int, purpose: int, step: Tensor, sample: Tensor, element: Tensor) -> Tensor:
+    """float64 in (0, 1); arguments as in :func:`normal`."""
+    words = philox_words(seed, purpose, step, sample, element >> 2)
+    lane = element & 3
+    word = torch.where(
+        lane < 2,
+        torch.where(lane == 0, words[0], words[1]),
+        torch.where(lane == 2, words[2], words[3]),
+    )
+    return _unit(word)
+
+
+def normal(seed: int, purpose: int, step: Tensor, sample: Tensor, element: Tensor) -> Tensor:
+    """Standard normals, float64, by Box-Muller: words (0, 1) make elements 0 and 1 of a block, (2, 3) make 2 and 3.
+
+    ``step``, ``sample`` and ``element`` are int64 tensors that broadcast together. ``element`` is the C-order index
+    in the whole (unsharded) tensor.
+    """
+    words = philox_words(seed, purpose, step, sample, element >> 2)
+    second_pair = (element & 2) != 0
+    radius = torch.sqrt(-2.0 * torch.log(_unit(torch.where(second_pair, words[2], words[0]))))
+    angle = (2.0 * math.pi) * _unit(torch.where(second_pair, words[3], words[1]))
+    return radius * torch.where((element & 1) != 0, torch.sin(angle), torch.cos(angle))
+
+
+def normal_(out: Tensor, seed: int, purpose: int, step: int, sample: int, first_element: int) -> Tensor:
+    """Fill the flat tensor ``out`` with normals for elements first_element, first_element + 1, ..."""
+    flat = out.view(-1)
+    chunk = 1 << 16  # bounds the int64 temporaries to a few MiB
+    counter = {"step": torch.tensor(step), "sample": torch.tensor(sample)}
+    for start in range(0, flat.numel(), chunk):
+        stop = min(start + chunk, flat.numel())
+        element = torch.arange(first_element + start, first_element + stop)
+        flat[start:stop] = normal(seed, purpose, counter["step"], counter["sample"], element).to(out.dtype)
+    return out

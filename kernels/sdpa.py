@@ -1,0 +1,56 @@
+"""Attention on a CPU through torch's fused kernel: the reference's mathematics without the score matrix in memory.
+
+``aten::_scaled_dot_product_flash_attention_for_cpu`` (torch 2.13) returns the log-sum-exp that a hand-written backward
+needs. It allocates its outputs, which are then copied to ours; ``parallel/ops.py`` declares that workspace.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """[T, B, H, K] as a view [B, H, T, K]."""
+    return x.permute(1, 2, 0, 3)
+
+
+def _additive(mask: list[Tensor], dtype: torch.dtype) -> Tensor | None:
+    """Key mask [B, S] (True = valid) -> [B, 1, 1, S] of 0 and -inf."""
+    if not mask:
+        return None
+    bias = torch.zeros(mask[0].shape, dtype=dtype).masked_fill_(mask[0].logical_not(), -math.inf)
+    return bias[:, None, None, :]
+
+
+def attention(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    q, kv, *mask = inputs
+    k, v = _heads_first(kv[:, :, 0]), _heads_first(kv[:, :, 1])
+    o, lse = _forward(_heads_first(q), k, v, 0.0, False, attn_mask=_additive(mask, q.dtype))
+    _heads_first(outputs[0]).copy_(o)
+    outputs[1].copy_(lse)
+
+
+def attention_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    do, q, kv, o, lse, *mask = inputs
+    k, v = _heads_first(kv[:, :, 0]), _heads_first(kv[:, :, 1])
+    dq, dk, dv = _backward(
+        _heads_first(do),
+        _heads_first(q),
+        k,
+        v,
+        _heads_first(o),
+        lse.transpose(1, 2).contiguous().transpose(1, 2),
+        0.0,
+        False,
+        attn_mask=_additive(mask, q.dtype),
+    )
+    _heads_first(outputs[0]).copy_(dq)
+    _heads_first(outputs[1][:, :, 0]).copy_(dk)
+    _heads_first(outputs[1][:, :, 1]).copy_(dv)

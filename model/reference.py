@@ -1,0 +1,166 @@
+"""The Movie Gen Video transformer as plain autograd modules: the specification, and the oracle of every parity test.
+
+One device, no parallelism, nothing fused. Parameter names and shapes are those of ``config.parameters``.
+
+    S tokens   B samples   D width   H heads   K head dim   F ffn   L text tokens   P values of a patch
+
+Activations are [S, B, D]. A block (Movie Gen Fig. 8):
+    x += position;  x += gate1 * self_attention(norm1(x) modulated);  x += cross_attention(x, text);
+    x += gate2 * ffn(norm2(x) modulated)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import flow
+from .config import CAPTION_DROPOUT, MODULATION_ROWS, TIME_FEATURES, ModelConfig
+
+
+def patchify(latent: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """[B, C, T, H, W] -> [S, B, P]; tokens in (t, h, w) order, a token's values in (C, kt, kh, kw) order."""
+    b, c, t, h, w = latent.shape
+    kt, kh, kw = patch
+    tiles = latent.reshape(b, c, t // kt, kt, h // kh, kh, w // kw, kw)
+    return tiles.permute(2, 4, 6, 0, 1, 3, 5, 7).reshape(-1, b, c * kt * kh * kw)
+
+
+def unpatchify(tokens: Tensor, channels: int, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
+    """The inverse of :func:`patchify`."""
+    b, (gt, gh, gw), (kt, kh, kw) = tokens.shape[1], grid, patch
+    tiles = tokens.reshape(gt, gh, gw, b, channels, kt, kh, kw).permute(3, 4, 0, 5, 1, 6, 2, 7)
+    return tiles.reshape(b, channels, gt * kt, gh * kh, gw * kw)
+
+
+def time_features(t: Tensor) -> Tensor:
+    """Sinusoidal features of t in [0, 1], scaled by 1000 as in DiT: [B] -> [B, 256]."""
+    half = TIME_FEATURES // 2
+    frequency = torch.exp(torch.arange(half, dtype=t.dtype, device=t.device) * (-math.log(10000.0) / half))
+    angle = 1000.0 * t[:, None] * frequency
+    return torch.cat([torch.cos(angle), torch.sin(angle)], dim=1)
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * gain
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Bidirectional softmax attention. q [S, B, H, K]; k, v [N, B, H, K]; ``mask`` bool [B, N], True = valid key."""
+    scores = torch.einsum("sbhk,nbhk->bhsn", q, k) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None, :], -math.inf)
+    return torch.einsum("bhsn,nbhk->sbhk", scores.softmax(-1), v)
+
+
+class CrossAttention(nn.Module):
+    """Queries from the video tokens, keys and values from the text; no norm and no gate (Fig. 8)."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.q = nn.Parameter(torch.empty(c.width, c.heads, c.head_dim))
+        self.kv = nn.Parameter(torch.empty(c.width, 2, c.heads, c.head_dim))
+        self.o = nn.Parameter(torch.empty(c.heads, c.head_dim, c.width))
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        q = torch.einsum("sbd,dhk->sbhk", x, self.q)
+        k, v = torch.einsum("lbd,dchk->clbhk", text, self.kv)
+        return torch.einsum("sbhk,hkd->sbd", attention(q, k, v, mask), self.o)
+
+
+class Block(nn.Module):
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.eps = c.norm_eps
+        self.norm1 = nn.Parameter(torch.empty(c.width))
+        self.norm2 = nn.Parameter(torch.empty(c.width))
+        self.table = nn.Parameter(torch.empty(MODULATION_ROWS, c.width))
+        self.q = nn.Parameter(torch.empty(c.width, c.heads, c.head_dim))
+        self.kv = nn.Parameter(torch.empty(c.width, 2, c.heads, c.head_dim))
+        self.o = nn.Parameter(torch.empty(c.heads, c.head_dim, c.width))
+        self.cross = CrossAttention(c)
+        self.gate = nn.Parameter(torch.empty(c.width, c.ffn))
+        self.up = nn.Parameter(torch.empty(c.width, c.ffn))
+        self.down = nn.Parameter(torch.empty(c.ffn, c.width))
+
+    def forward(self, x: Tensor, position: Tensor, modulation: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """X [S, B, D], position [S, D], modulation [6, B, D] (shared by all layers), text [L, B, D], mask [B, L]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation + self.table[:, None, :]
+        x = x + position[:, None, :]
+        h = rms_norm(x, self.norm1, self.eps) * (1 + scale1) + shift1
+        q = torch.einsum("sbd,dhk->sbhk", h, self.q)
+        k, v = torch.einsum("sbd,dchk->csbhk", h, self.kv)
+        x = x + gate1 * torch.einsum("sbhk,hkd->sbd", attention(q, k, v), self.o)
+        x = x + self.cross(x, text, mask)
+        h = rms_norm(x, self.norm2, self.eps) * (1 + scale2) + shift2
+        return x + gate2 * ((F.silu(h @ self.gate) * (h @ self.up)) @ self.down)
+
+
+def _weights(**shapes: tuple[int, ...]) -> nn.ParameterDict:
+    """A named group of parameters, so that names read ``time.first`` and ``text.ul2.gain``."""
+    return nn.ParameterDict({name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()})
+
+
+class Reference(nn.Module):
+    """``forward`` predicts the velocity. Weights are empty: load them by name (``weights.py``)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        d = c.width
+        self.patchify = _weights(weight=(c.patch_features, d))
+        self.position = _weights(**{a: (n, d) for a, n in zip("thw", c.position_lengths, strict=True)})
+        self.time = _weights(first=(TIME_FEATURES, d), second=(d, d))
+        self.adaln = _weights(weight=(d, MODULATION_ROWS, d))
+        self.text = nn.ModuleDict({e.name: _weights(weight=(e.width, d), gain=(d,), bias=(d,)) for e in c.encoders})
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.final = _weights(norm=(d,), table=(2, d), weight=(d, c.patch_features))
+
+    def _project(self, encoder: str, embedding: Tensor) -> Tensor:
+        """One encoder's embeddings [L, B, W] -> [L, B, D]."""
+        w = self.text[encoder]
+        assert isinstance(w, nn.ParameterDict)
+        return F.layer_norm(embedding @ w["weight"], (self.config.width,), w["gain"], w["bias"], self.config.norm_eps)
+
+    def forward(self, x_t: Tensor, t: Tensor, text: dict[str, Tensor], mask: Tensor) -> Tensor:
+        """x_t [B, C, T, H, W], t [B], text {encoder: [L, B, W]}, mask bool [B, L] -> velocity [B, C, T, H, W]."""
+        c = self.config
+        gt, gh, gw = grid = c.grid((x_t.shape[2], x_t.shape[3], x_t.shape[4]))
+        position = (
+            self.position["t"][:gt, None, None]
+            + self.position["h"][None, :gh, None]
+            + self.position["w"][None, None, :gw]
+        ).reshape(-1, c.width)
+        time = F.silu(time_features(t) @ self.time["first"]) @ self.time["second"]
+        modulation = torch.einsum("orj,bj->rbo", self.adaln["weight"], F.silu(time))
+        context = torch.cat([self._project(encoder.name, text[encoder.name]) for encoder in c.encoders])
+        x = patchify(x_t, c.patch) @ self.patchify["weight"]
+        for block in self.blocks:
+            x = block(x, position, modulation, context, mask)
+        shift, scale = time + self.final["table"][:, None, :]
+        h = rms_norm(x, self.final["norm"], c.norm_eps) * (1 + scale) + shift
+        return unpatchify(h @ self.final["weight"], c.channels, grid, c.patch)
+
+
+def training_loss(
+    model: Reference,
+    latent: Tensor,
+    ids: Tensor,
+    text: dict[str, Tensor],
+    mask: Tensor,
+    seed: int,
+    step: int,
+    caption_dropout: float = CAPTION_DROPOUT,
+) -> Tensor:
+    """Velocity loss of one micro-batch: mean over a sample's elements, then over samples. Shapes as in ``forward``."""
+    counter = torch.tensor(step)
+    t = flow.draw_time(seed, counter, ids).to(latent.dtype)
+    x0 = flow.draw_noise(seed, counter, ids, tuple(latent.shape[1:])).to(latent.dtype)
+    keep = flow.draw_keep_caption(seed, counter, ids, caption_dropout)
+    dropped = {name: flow.drop_captions(value, mask, keep)[0] for name, value in text.items()}
+    x_t, velocity = flow.interpolate(latent, x0, t)
+    prediction = model(x_t, t, dropped, mask | ~keep[:, None])
+    return (prediction - velocity).pow(2).mean()

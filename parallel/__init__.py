@@ -1,0 +1,1 @@
+"""What many GPUs do together: plans, programs, passes and the runtime."""

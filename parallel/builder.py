@@ -1,0 +1,460 @@
+"""The builder: appends records to a program and refuses those that would compute something wrong (torch-free).
+
+What the builder refuses, with the op's name and the placements at hand (``PlacementError``):
+
+    - an op whose inputs break the placement rule of ``layout.infer``; an output that is not placed as it was declared
+    - a collective that does not fit: a gather of axes that are not innermost, a reduction done twice or of nothing
+    - a read of a buffer that an in-place op has overwritten, or whose collective nobody waited for
+    - a gradient read before every use of its forward buffer contributed to it, or to which one use contributed twice
+    - an output that nobody reads
+
+[Note: contributions] Every read of a buffer that depends on parameters is a *use*, (forward op, operand). Each backward
+record names the uses that it differentiates; the gradient that it writes carries them, sums carry the union, and the
+backward record of the op that produced the buffer accepts only a gradient that carries all of its uses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from .layout import Axes, Placement, PlacementError, infer, local_shape
+from .ops import OPS, signature_of
+from .plan import AXES, Plan
+from .program import Buffer, Op, Program, lane_name
+
+Use = tuple[str, int]
+_NO_USES: frozenset[Use] = frozenset()
+
+
+class Builder:
+    """Appends checked records. ``forward()`` and ``backward()`` phases decide what a read means."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.sizes = {axis: plan.size(axis) for axis in AXES}
+        self.buffers: dict[str, Buffer] = {}
+        self.ops: list[Op] = []
+        self.scope_name = ""
+        self.training = False  # count uses and demand gradients
+        self._in_backward = False
+        self._unread: set[str] = set()
+        self._consumed: set[str] = set()
+        self._renamed: set[str] = set()  # aliases at which uses and contributions end
+        self._writer: dict[str, Op] = {}
+        self._children: dict[str, list[str]] = {}
+        self._needs_grad: set[str] = set()
+        self._uses: dict[str, set[Use]] = {}
+        self._gradient_of: dict[str, frozenset[Use]] = {}
+        self._settled: set[Use] = set()
+        self._by_name: dict[str, Op] = {}
+
+    # -- scopes -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        outer, self.scope_name = self.scope_name, name
+        yield
+        self.scope_name = outer
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        self._in_backward = True
+        yield
+        self._in_backward = False
+
+    def _name(self, name: str) -> str:
+        full = f"{self.scope_name}/{name}" if self.scope_name else name
+        assert full not in self.buffers, f"two buffers named {full}"
+        return full
+
+    def _add(self, buffer: Buffer, *, renamed: bool = False) -> Buffer:
+        self.buffers[buffer.name] = buffer
+        if renamed:
+            self._renamed.add(buffer.name)
+        elif buffer.base is not None:
+            self._children.setdefault(buffer.base, []).append(buffer.name)
+        return buffer
+
+    # -- buffers ------------------------------------------------------------------------------------------------
+
+    def buffer(
+        self,
+        name: str,
+        shape: Sequence[int],
+        dtype: str,
+        placement: Placement,
+        kind: str = "temporary",
+    ) -> Buffer:
+        """Storage that ops write through views or ``into``; inputs and states are there before the step."""
+        local_shape(tuple(shape), placement, self.sizes)
+        return self._add(Buffer(self._name(name), tuple(shape), dtype, placement, kind))
+
+    def view(self, base: Buffer, name: str, shape: Sequence[int], placement: Placement, offset: int = 0) -> Buffer:
+        """A contiguous part of ``base``, from local element ``offset`` on, under another shape."""
+        view = Buffer(self._name(name), tuple(shape), base.dtype, placement, "temporary", base.name, offset)
+        if view.placement.sharded != base.placement.sharded or view.placement.partial != base.placement.partial:
+            raise PlacementError(f"view {view.name} placed {placement} of {base.name} placed {base.placement}")
+        size = math.prod(local_shape(view.shape, placement, self.sizes))
+        room = math.prod(local_shape(base.shape, base.placement, self.sizes))
+        if offset < 0 or offset + size > room:
+            raise PlacementError(
+                f"view {view.name}: elements {offset} to {offset + size} of {base.name}, which has {room}"
+            )
+        if base.name in self._needs_grad:
+            self._needs_grad.add(view.name)
+        return self._add(view)
+
+    def parameter(self, view: Buffer) -> Buffer:
+        """Mark a view of a gathered unit as a parameter: reads of it demand a gradient."""
+        if self.training:
+            self._needs_grad.add(view.name)
+        return view
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def _read(self, op: str, buffer: Buffer, operand: int) -> None:
+        name = buffer.name
+        if name in self._consumed:
+            raise PlacementError(f"{op} reads {name}, which was overwritten in place, renamed, or never waited for")
+        for related in self._related(name):
+            self._unread.discard(related)
+        if self.training and not self._in_backward and name in self._needs_grad:
+            self._uses.setdefault(name, set()).add((op, operand))
+
+    def _related(self, name: str) -> Iterator[str]:
+        """The buffer, what it is a view of, and every view of it, up to where a rename ends the relation."""
+        ancestor = name
+        while ancestor not in self._renamed and (base := self.buffers[ancestor].base) is not None:
+            ancestor = base
+            yield ancestor
+        stack = [name]
+        while stack:
+            current = stack.pop()
+            yield current
+            stack.extend(self._children.get(current, ()))
+
+    def _all_uses(self, name: str) -> set[Use]:
+        return set().union(*(self._uses.get(n, ()) for n in self._related(name))) - self._settled
+
+    def _contributions(self, name: str) -> frozenset[Use]:
+        return _NO_USES.union(*(self._gradient_of.get(n, _NO_USES) for n in self._related(name)))
+
+    def needs_grad(self, buffer: Buffer) -> bool:
+        return buffer.name in self._needs_grad
+
+    def _demand_complete(self, op: str, gradient: Buffer, forward: str) -> None:
+        """See [Note: contributions]."""
+        uses, got = self._all_uses(forward), self._contributions(gradient.name)
+        if got != uses:
+            missing = sorted(f"{o}:{i}" for o, i in uses - got)
+            extra = sorted(f"{o}:{i}" for o, i in got - uses)
+            raise PlacementError(
+                f"{op}: {gradient.name} is not the whole gradient of {forward}; "
+                f"missing uses {missing or 'none'}, foreign uses {extra or 'none'}"
+            )
+
+    # -- records ------------------------------------------------------------------------------------------------
+
+    def _record(
+        self,
+        kind: str,
+        inputs: Sequence[Buffer],
+        outputs: Sequence[Buffer],
+        attrs: dict[str, Any],
+        lane: str,
+        name: str,
+        of: str | None,
+    ) -> Op:
+        op = Op(
+            name,
+            kind,
+            tuple(b.name for b in inputs),
+            tuple(b.name for b in outputs),
+            attrs,
+            lane,
+            self.scope_name,
+            of,
+        )
+        self.ops.append(op)
+        self._by_name[name] = op
+        self._writer.update((output, op) for output in op.outputs)
+        return op
+
+    def op(
+        self,
+        kind: str,
+        inputs: Sequence[Buffer],
+        names: Sequence[str] | str,
+        *,
+        shapes: dict[int, Sequence[int]] | None = None,
+        dtypes: Sequence[str] | str | None = None,
+        into: dict[int, Buffer] | None = None,
+        add_to: Buffer | None = None,
+        place: dict[str, Axes] | None = None,
+        of: Op | None = None,
+        gradient: Buffer | None = None,
+        wrt: dict[int, int] | None = None,
+        **attrs: Any,
+    ) -> tuple[Buffer, ...]:
+        """Append one compute record and return its outputs.
+
+        ``into`` writes outputs to views made before; ``add_to`` adds output 0 into that buffer, in place. ``shapes``
+        gives outputs whose labels no input has. A backward record has ``of``, ``gradient``, ``wrt`` {output: operand}.
+        """
+        spec = OPS[kind]
+        if isinstance(names, str):
+            names = (names,)
+        signature = signature_of(kind, attrs)
+        op_name = self._unique(names[0])
+        placed = tuple((place or {}).items())
+        try:
+            placements = infer(kind, signature, tuple(b.placement for b in inputs), spec.linear, spec.whole, placed)
+        except PlacementError as error:
+            raise PlacementError(f"{op_name}: {error}") from None
+        extents: dict[str, int] = {}
+        for labels, buffer in zip(signature.inputs, inputs, strict=True):
+            for label, size in zip(labels, buffer.shape, strict=True):
+                if extents.setdefault(label, size) != size:
+                    raise PlacementError(
+                        f"{op_name}: dim {label!r} is {extents[label]} in one input, {size} in {buffer.name}"
+                    )
+        for index, shape in (shapes or {}).items():
+            extents.update(zip(signature.outputs[index], shape, strict=True))
+        for index, buffer in enumerate(inputs):
+            self._read(op_name, buffer, index)
+
+        outputs: list[Buffer] = []
+        reads = list(inputs)
+        in_place = dict(spec.in_place)
+        carried = _NO_USES if add_to is None else self._contributions(add_to.name)
+        if add_to is not None:
+            assert spec.adds, f"{kind} adds to nothing"
+            self._read(op_name, add_to, len(inputs))
+            reads.append(add_to)
+            in_place[0] = len(inputs)
+        for index, labels in enumerate(signature.outputs):
+            shape = tuple(extents[label] for label in labels)
+            dtype = self._dtype(kind, dtypes, index, inputs)
+            target = (into or {}).get(index)
+            if index in in_place:
+                old = reads[in_place[index]]
+                if old.placement != placements[index] or old.shape != shape:
+                    raise PlacementError(
+                        f"{op_name}: adds a result placed {placements[index]} of shape {shape} "
+                        f"to {old.name} placed {old.placement} of shape {old.shape}"
+                    )
+                self._consumed.add(old.name)
+                target = self._add(
+                    Buffer(
+                        self._name(names[index]),
+                        shape,
+                        old.dtype,
+                        old.placement,
+                        "temporary",
+                        old.name,
+                    )
+                )
+            elif target is not None:
+                if target.placement != placements[index] or target.shape != shape:
+                    raise PlacementError(
+                        f"{op_name}: result placed {placements[index]} of shape {shape} written to "
+                        f"{target.name} placed {target.placement} of shape {target.shape}"
+                    )
+            else:
+                local_shape(shape, placements[index], self.sizes)
+                target = self._add(Buffer(self._name(names[index]), shape, dtype, placements[index]))
+            if index not in spec.statistics:
+                self._unread.add(target.name)
+            outputs.append(target)
+        record = self._record(kind, reads, outputs, attrs, "compute", op_name, of.name if of else None)
+        self._track(record, inputs, outputs, of, gradient, wrt or {}, carried)
+        return tuple(outputs)
+
+    def _unique(self, name: str) -> str:
+        full = f"{self.scope_name}/{name}" if self.scope_name else name
+        assert full not in self._by_name, f"two ops named {full}"
+        return full
+
+    def _dtype(self, kind: str, dtypes: Sequence[str] | str | None, index: int, inputs: Sequence[Buffer]) -> str:
+        if dtypes is None:
+            return inputs[0].dtype
+        return dtypes if isinstance(dtypes, str) else dtypes[index]
+
+    def _track(
+        self,
+        record: Op,
+        inputs: Sequence[Buffer],
+        outputs: Sequence[Buffer],
+        of: Op | None,
+        gradient: Buffer | None,
+        wrt: dict[int, int],
+        carried: frozenset[Use],
+    ) -> None:
+        """Needs-gradient in forward, contributions in backward ([Note: contributions]); ``carried`` was added to."""
+        if not self.training:
+            return
+        if not self._in_backward:
+            if any(b.name in self._needs_grad for b in inputs):
+                for index, output in enumerate(outputs):
+                    if index not in OPS[record.kind].statistics:
+                        self._mark_needs_grad(output)
+            return
+        if of is None:
+            own = _NO_USES.union(*(self._contributions(b.name) for b in inputs))
+            written = dict.fromkeys(range(len(outputs)), own)
+        else:
+            if gradient is not None:
+                self._demand_complete(record.name, gradient, self.final_output(of))
+            written = {index: frozenset({(of.name, operand)}) for index, operand in wrt.items()}
+        for index, uses in written.items():
+            if index == 0 and uses & carried:
+                raise PlacementError(f"{record.name}: {sorted(uses & carried)} would be counted twice")
+            self._gradient_of[outputs[index].name] = uses
+
+    def _mark_needs_grad(self, buffer: Buffer) -> None:
+        name: str | None = buffer.name
+        while name is not None:
+            self._needs_grad.add(name)
+            name = self.buffers[name].base
+
+    def producer(self, buffer: Buffer) -> Op:
+        """The op that wrote ``buffer``; the issue record, for a collective."""
+        op = self._writer[buffer.name]
+        return self._by_name[op.attrs["issue"]] if op.kind == "wait" else op
+
+    def pass_through(self, gradient: Buffer, of: Op, names: dict[str, int]) -> tuple[Buffer, ...]:
+        """The gradient of an addend is the gradient of the sum: the same storage under one name for each operand.
+
+        ``names`` maps the new names to operands of ``of``. ``gradient`` may not be read under its old name afterwards.
+        """
+        first = self._name(next(iter(names)))
+        self._read(first, gradient, 0)
+        if self.training:
+            self._demand_complete(first, gradient, self.final_output(of))
+        aliases: list[Buffer] = []
+        for name, operand in names.items():
+            alias = replace(gradient, name=self._name(name), kind="temporary", base=gradient.name, offset=0)
+            self._add(alias, renamed=True)
+            self._gradient_of[alias.name] = frozenset({(of.name, operand)})
+            self._unread.add(alias.name)
+            aliases.append(alias)
+        self._consumed.add(gradient.name)
+        return tuple(aliases)
+
+    def cast(self, x: Buffer, dtype: str, name: str) -> Buffer:
+        """``x`` in another dtype; ``x`` itself when it already has it."""
+        if x.dtype == dtype:
+            return x
+        labels = "abcdef"[: len(x.shape)]
+        return self.op("cast", [x], name, dtypes=dtype, signature=f"{labels}->{labels}")[0]
+
+    # -- collectives --------------------------------------------------------------------------------------------
+
+    def all_gather(self, x: Buffer, axes: Axes, name: str, dim: int = 0, **kwargs: Any) -> Buffer:
+        return self.collective("all_gather", x, axes, dim, name, **kwargs)
+
+    def reduce_scatter(self, x: Buffer, axes: Axes, name: str, dim: int = 0, **kwargs: Any) -> Buffer:
+        return self.collective("reduce_scatter", x, axes, dim, name, **kwargs)
+
+    def all_reduce(self, x: Buffer, axes: Axes, name: str, **kwargs: Any) -> Buffer:
+        return self.collective("all_reduce", x, axes, 0, name, **kwargs)
+
+    def collective(
+        self,
+        kind: str,
+        x: Buffer,
+        axes: Axes,
+        dim: int,
+        name: str,
+        *,
+        into: Buffer | None = None,
+        of: Op | None = None,
+    ) -> Buffer:
+        """Issue and wait. ``of`` makes it the backward of that forward collective; ``into`` writes to a view."""
+        op_name = self._unique(name)
+        try:
+            if kind == "all_gather":
+                placement = x.placement.gathered(axes, dim)
+            elif kind == "reduce_scatter":
+                placement = x.placement.scattered(axes, dim)
+            else:
+                placement = x.placement.reduced(axes)
+        except PlacementError as error:
+            raise PlacementError(f"{op_name}: {error}") from None
+        local_shape(x.shape, placement, self.sizes)
+        if kind != "all_reduce" and math.prod(local_shape(x.shape, x.placement, self.sizes)[:dim]) > 1:
+            raise PlacementError(f"{op_name}: {kind} of dim {dim} of {x.shape}: only the outermost dim is concatenated")
+        self._read(op_name, x, 0)
+        if into is not None:
+            if into.placement != placement or into.shape != x.shape:
+                raise PlacementError(
+                    f"{op_name}: result placed {placement} of shape {x.shape} written to "
+                    f"{into.name} placed {into.placement} of shape {into.shape}"
+                )
+            issued = into
+        else:
+            base = x.name if kind == "all_reduce" else None  # an all-reduce works in place
+            issued = Buffer(self._name(f"{name}.issued"), x.shape, x.dtype, placement, "temporary", base)
+            self._add(issued, renamed=True)
+        if kind == "all_reduce":
+            self._consumed.add(x.name)
+        attrs = {"axes": axes, "dim": dim}
+        backward_of = of.name if of else None
+        issue = self._record(kind, (x,), (issued,), attrs, lane_name(axes), op_name, backward_of)
+        self._consumed.add(issued.name)
+        result = self._add(Buffer(self._name(name), x.shape, x.dtype, placement, "temporary", issued.name))
+        self._record(
+            "wait",
+            (issued, x),
+            (result,),
+            {"issue": op_name, **attrs},
+            lane_name(axes),
+            f"{op_name}.wait",
+            backward_of,
+        )
+        self._unread.add(result.name)
+        if self.training and not self._in_backward and x.name in self._needs_grad:
+            self._mark_needs_grad(result)
+        elif self.training and self._in_backward and of is not None:
+            self._demand_complete(issue.name, x, self.final_output(of))
+            self._gradient_of[result.name] = frozenset({(of.name, 0)})
+        elif self.training and self._in_backward:
+            self._gradient_of[result.name] = self._contributions(x.name)
+        return result
+
+    def final_output(self, of: Op) -> str:
+        """The buffer that readers of a forward op see: the waited one, for a collective."""
+        if of.kind in OPS:
+            return of.outputs[0]
+        return self._by_name[f"{of.name}.wait"].outputs[0]
+
+    # -- parameters and the end ---------------------------------------------------------------------------------
+
+    def demand_parameter_gradient(self, parameter: Buffer, gradient: Buffer) -> None:
+        """Refuse a parameter's gradient that some use has not reached; called when its unit is reduced."""
+        self._demand_complete(f"gradient of {parameter.name}", gradient, parameter.name)
+        self._settled.update(self._contributions(gradient.name))
+
+    def expect(self, buffer: Buffer, placement: Placement) -> Buffer:
+        if buffer.placement != placement:
+            raise PlacementError(f"{buffer.name} is placed {buffer.placement}; expected {placement}")
+        return buffer
+
+    def finish(self, outputs: dict[str, tuple[Buffer, Placement]], **facts: Any) -> Program:
+        """Check the outputs' stated placements and that everything else was read."""
+        for name, (buffer, placement) in outputs.items():
+            if buffer.placement != placement:
+                raise PlacementError(
+                    f"output {name}: {buffer.name} is placed {buffer.placement}; it was stated {placement}"
+                )
+            ancestor: str | None = buffer.name
+            while ancestor is not None:
+                self._unread.discard(ancestor)
+                ancestor = self.buffers[ancestor].base
+        if self._unread:
+            raise PlacementError(f"nobody reads {sorted(self._unread)[:5]} ({len(self._unread)} outputs)")
+        return Program(self.plan, self.buffers, self.ops, tuple(b.name for b, _ in outputs.values()), facts)

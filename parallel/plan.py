@@ -1,0 +1,182 @@
+"""Plan: everything that decides how a step is run, and its legality (torch-free).
+
+A plan is frozen, printable and round-trips through YAML. Whatever is illegal is refused with the rule and its numbers
+before any tensor exists.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, cast
+
+import yaml
+
+from ..errors import CinemeshError
+
+AXES = ("tp", "cp", "dp_shard", "dp_replicate")
+DTYPES: dict[str, tuple[str, str]] = {
+    # policy: (compute dtype, dtype of statistics, reductions of shared gradients, master weights and moments)
+    "bf16": ("bfloat16", "float32"),
+    "float32": ("float32", "float32"),
+    "float64": ("float64", "float64"),
+}
+RECOMPUTE = ("none", "selective", "full")
+
+DtypePolicy = Literal["bf16", "float32", "float64"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Degrees of the four mesh axes and how a step is run on them.
+
+    ``recompute`` is one of ``none``, ``selective``, ``full`` or an explicit tuple of the activations that are kept
+    (names inside a block, see ``rematerialize.KEPT``). ``order`` lists the axes innermost (neighbouring ranks) first.
+    ``prefetch`` bounds the gathered units that live at once: at most ``prefetch`` + 1.
+    """
+
+    tp: int = 1
+    cp: int = 1
+    dp_shard: int = 1
+    dp_replicate: int = 1
+    micro_batches: int = 1
+    recompute: str | tuple[str, ...] = "selective"
+    dtype: DtypePolicy = "bf16"
+    order: tuple[str, ...] = field(default=AXES)
+    prefetch: int = 1
+
+    def __post_init__(self) -> None:
+        for name in (*AXES, "micro_batches"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise CinemeshError(f"plan: {name} is {value!r}; it must be a whole number of at least 1")
+        if not isinstance(self.prefetch, int) or isinstance(self.prefetch, bool) or self.prefetch < 0:
+            raise CinemeshError(f"plan: prefetch is {self.prefetch!r}; it must be a whole number of at least 0")
+        if self.dtype not in DTYPES:
+            raise CinemeshError(f"plan: dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if sorted(self.order) != sorted(AXES):
+            raise CinemeshError(f"plan: order is {list(self.order)}; it must name each of {', '.join(AXES)} once")
+        if isinstance(self.recompute, str) and self.recompute not in RECOMPUTE:
+            raise CinemeshError(
+                f"plan: recompute is {self.recompute!r}; choose one of {', '.join(RECOMPUTE)}, "
+                "or list the activations to keep"
+            )
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.cp * self.dp_shard * self.dp_replicate
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that hold different samples."""
+        return self.dp_shard * self.dp_replicate
+
+    @property
+    def compute_dtype(self) -> str:
+        return DTYPES[self.dtype][0]
+
+    @property
+    def stat_dtype(self) -> str:
+        return DTYPES[self.dtype][1]
+
+    def size(self, axes: str | tuple[str, ...]) -> int:
+        """Number of ranks along one axis or a group of axes."""
+        names = (axes,) if isinstance(axes, str) else axes
+        return math.prod(cast(int, getattr(self, axis)) for axis in names)
+
+    def equation(self) -> str:
+        """The degrees with their product, for errors: ``tp(4) * cp(2) * dp_shard(96) = 768``."""
+        shown = [f"{axis}({self.size(axis)})" for axis in AXES if axis != "dp_replicate" or self.dp_replicate > 1]
+        return f"{' * '.join(shown)} = {self.world_size}"
+
+    def check_world_size(self, world_size: int) -> None:
+        if self.world_size != world_size:
+            raise CinemeshError(
+                f"{self.equation()} != world size {world_size}; change the plan's degrees or launch "
+                f"{self.world_size} processes"
+            )
+
+    def check_model(self, *, heads: int, ffn: int, tokens: int, text_widths: dict[str, int], latent: str) -> None:
+        """Refuse a model or a sample that the degrees do not divide."""
+
+        def divides(what: str, value: int, by: str, degree: int, remedy: str) -> None:
+            if value % degree:
+                raise CinemeshError(f"{what}({value}) % {by} = {value % degree}, it must be 0; {remedy}")
+
+        divides("heads", heads, f"tp({self.tp})", self.tp, "choose a tp that divides the heads")
+        divides("ffn", ffn, f"tp({self.tp})", self.tp, "choose a tp that divides the FFN width")
+        for name, width in text_widths.items():
+            divides(
+                f"width of text encoder {name}",
+                width,
+                f"tp({self.tp})",
+                self.tp,
+                "choose a tp that divides it",
+            )
+        parts = self.cp * self.tp
+        divides(
+            f"tokens of a {latent} latent",
+            tokens,
+            f"(cp({self.cp}) * tp({self.tp}) = {parts})",
+            parts,
+            "choose degrees whose product divides the tokens, or another latent",
+        )
+
+    def local_batch(self, global_batch: int) -> int:
+        """Samples of one data rank in one micro-batch."""
+        parts = self.data_ranks * self.micro_batches
+        if global_batch < 1 or global_batch % parts:
+            raise CinemeshError(
+                f"global batch({global_batch}) % (dp_shard({self.dp_shard}) * dp_replicate({self.dp_replicate}) * "
+                f"micro_batches({self.micro_batches}) = {parts}) = {global_batch % parts}, it must be 0 and the batch "
+                f"at least {parts}; use a multiple of {parts}"
+            )
+        return global_batch // parts
+
+    # -- reading and writing ------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Plan:
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise CinemeshError(f"plan: unknown key {name!r}{hint} Known keys: {', '.join(sorted(known))}")
+        listed: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return cls(**listed)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Plan:
+        try:
+            values = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        except yaml.YAMLError as error:
+            raise CinemeshError(f"plan: not valid YAML ({error}); write one 'key: value' a line") from None
+        if not isinstance(values, dict):
+            raise CinemeshError("plan: the file holds no mapping; write one 'key: value' a line")
+        return cls.from_dict(values)
+
+    @classmethod
+    def parse(cls, text: str, **defaults: Any) -> Plan:
+        """From the command line: ``tp=4,cp=2,dp_shard=96``; later keys override ``defaults``."""
+        values: dict[str, Any] = dict(defaults)
+        for item in filter(None, text.split(",")):
+            key, equals, value = item.partition("=")
+            if not equals:
+                raise CinemeshError(f"plan: {item!r} is not key=value; write for example tp=4,cp=2,dp_shard=96")
+            key, value = key.strip(), value.strip()
+            if key == "order" or (key == "recompute" and ":" in value):
+                values[key] = tuple(value.split(":"))
+            else:
+                values[key] = int(value) if value.lstrip("-").isdigit() else value
+        return cls.from_dict(values)

@@ -1,0 +1,142 @@
+"""A training step as a program: ``Op`` records over named ``Buffer``s (torch-free).
+
+[Note: collectives] A collective is two records, issue and wait. Only the wait may read what was issued; its output is
+the same storage under its final name. Inputs and outputs live until the wait.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from .layout import Axes, Placement, Signature, local_shape
+from .ops import DTYPE_BYTES, OPS, signature_of
+from .plan import AXES, Plan
+
+
+@dataclass(slots=True)
+class Buffer:
+    """Storage, or a view of it. ``offset`` counts local elements from the start of ``base``.
+
+    ``kind``: ``temporary`` lives from its first write to its last read; ``input`` is filled before a step; ``state``
+    persists from step to step.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    placement: Placement
+    kind: str = "temporary"
+    base: str | None = None
+    offset: int = 0
+
+
+@dataclass(slots=True)
+class Op:
+    """One record. ``lane`` is ``compute`` or the name of the axes whose link it uses, e.g. ``dp_shard*cp``.
+
+    ``of`` names the forward op that a backward record differentiates; ``clone`` marks recomputed forward ops.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attrs: dict[str, Any] = field(default_factory=dict)
+    lane: str = "compute"
+    region: str = ""
+    of: str | None = None
+    clone: bool = False
+
+    @property
+    def axes(self) -> Axes:
+        return self.attrs["axes"]
+
+
+@dataclass
+class Program:
+    """Records in the order of execution. Identical on all ranks: a rank enters only in data offsets."""
+
+    plan: Plan
+    buffers: dict[str, Buffer]
+    ops: list[Op]
+    outputs: tuple[str, ...]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sizes = {axis: self.plan.size(axis) for axis in AXES}
+        self._local: dict[str, tuple[int, ...]] = {}
+        self._root: dict[str, tuple[str, int]] = {}
+
+    def local_shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._local:
+            buffer = self.buffers[name]
+            self._local[name] = local_shape(buffer.shape, buffer.placement, self.sizes)
+        return self._local[name]
+
+    def local_elements(self, name: str) -> int:
+        return math.prod(self.local_shape(name))
+
+    def bytes(self, name: str) -> int:
+        """Local bytes of a buffer."""
+        return self.local_elements(name) * DTYPE_BYTES[self.buffers[name].dtype]
+
+    def root(self, name: str) -> tuple[str, int]:
+        """The buffer that owns the storage, and the offset in it, in local elements."""
+        if name not in self._root:
+            buffer = self.buffers[name]
+            if buffer.base is None:
+                self._root[name] = (name, 0)
+            else:
+                root, offset = self.root(buffer.base)
+                self._root[name] = (root, offset + buffer.offset)
+        return self._root[name]
+
+    def label_signature(self, op: Op) -> Signature:
+        return signature_of(op.kind, op.attrs)
+
+    def label_sizes(self, op: Op) -> dict[str, int]:
+        """Local size of every label of a compute op."""
+        signature = signature_of(op.kind, op.attrs)
+        sizes: dict[str, int] = {}
+        names = (*op.inputs[: len(signature.inputs)], *op.outputs[: len(signature.outputs)])
+        for labels, name in zip((*signature.inputs, *signature.outputs), names, strict=True):
+            sizes.update(zip(labels, self.local_shape(name), strict=True))
+        return sizes
+
+    def flops(self, op: Op) -> int:
+        """FLOPs of one rank. Collectives and waits have none."""
+        return OPS[op.kind].flops(self.label_sizes(op)) if op.kind in OPS else 0
+
+    def bytes_moved(self, op: Op) -> int:
+        """Bytes that a compute op reads and writes at least: every input and output once."""
+        return sum(self.bytes(name) for name in (*op.inputs, *op.outputs)) if op.kind in OPS else 0
+
+    def workspace_bytes(self, op: Op) -> int:
+        if op.kind not in OPS:
+            return 0
+        ins, outs = list(op.inputs), list(op.outputs)
+        return OPS[op.kind].workspace(
+            [self.local_shape(n) for n in ins],
+            [self.buffers[n].dtype for n in ins],
+            [self.local_shape(n) for n in outs],
+            [self.buffers[n].dtype for n in outs],
+            self.label_sizes(op),
+        )
+
+    def payload_bytes(self, op: Op) -> int:
+        """Full gathered size of a collective: the larger side."""
+        return max(self.bytes(op.inputs[0]), self.bytes(op.outputs[0]))
+
+    def wire_bytes(self, op: Op) -> float:
+        """What one rank sends: payload * (n - 1) / n, twice that for an all-reduce."""
+        ranks = self.plan.size(op.axes)
+        return self.payload_bytes(op) * (ranks - 1) / ranks * (2 if op.kind == "all_reduce" else 1)
+
+    def with_ops(self, ops: list[Op], extra: dict[str, Buffer] | None = None) -> Program:
+        return Program(self.plan, {**self.buffers, **(extra or {})}, ops, self.outputs, self.facts)
+
+
+def lane_name(axes: Axes) -> str:
+    return "*".join(axes)

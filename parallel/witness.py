@@ -1,0 +1,79 @@
+"""Watches a step from outside: which c10d ops ran, and how many bytes of storage were alive.
+
+Independent of the executor: a TorchDispatchMode sees every op that torch dispatches, its outputs and their storages.
+What a kernel allocates and frees inside one dispatched op cannot be seen from here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .ledger import Entry
+
+# How torch's dispatcher names the collectives; gloo's reduce-scatter is an all-to-all and a sum (``comm.py``).
+_KINDS = {
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "alltoall_base_": "reduce_scatter",
+    "allreduce_": "all_reduce",
+}
+
+
+class Witness(TorchDispatchMode):
+    """``seen`` lists (kind, group name, payload bytes) in order; ``peak_bytes`` the most storage alive after any op."""
+
+    def __init__(self, alive: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.seen: list[tuple[str, str, int]] = []
+        self.peak_bytes = 0
+        for tensor in alive:
+            self._note(tensor)
+        self.peak_bytes = self.live_bytes()
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._live.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+
+    def live_bytes(self) -> int:
+        """Bytes of all storages seen that still exist."""
+        self._live = {key: held for key, held in self._live.items() if not held[0].expired()}
+        return sum(nbytes for _, nbytes in self._live.values())
+
+    def settles_at(self, expected_bytes: int, patience_s: float = 1.0) -> bool:
+        """Whether exactly ``expected_bytes`` are alive, once gloo's thread has let go of a collective's tensors.
+
+        Its threads hold the tensors of a finished collective for up to some milliseconds after ``wait`` returned.
+        """
+        deadline = time.monotonic() + patience_s
+        while self.live_bytes() != expected_bytes:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(1e-4)
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.live_bytes()  # forget what died, before an address is used again
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._note(leaf)
+        if func.namespace == "c10d" and (kind := _KINDS.get(func._opname)):
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            group = next(leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.ScriptObject))
+            payload = max(t.numel() * t.element_size() for t in tensors)
+            self.seen.append((kind, torch.distributed.ProcessGroup.unbox(group).group_name, payload))
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes())
+        return result
+
+    def entries(self, lanes: dict[str, str]) -> list[Entry]:
+        """What was seen as ledger entries; ``lanes`` maps group names to lanes."""
+        return [Entry(kind, lanes[group], payload) for kind, group, payload in self.seen]

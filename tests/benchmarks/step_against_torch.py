@@ -1,0 +1,159 @@
+"""Step time and peak memory against torch's own FSDP2 + DTensor TP/SP + gathered K and V: interleaved pairs.
+
+    python tests/benchmarks/step_against_torch.py [--pairs 20] [--plans tp4 cp4 dp4 tp2cp2] [--json results.json]
+
+Four gloo processes. Both sides hold the same model, batch and dtype (float32) in the same processes and take steps in
+turn, so that the machine's noise falls on both. Prints the median of the paired time ratios with the interval that holds
+its median with 95 % confidence, and the ratio of peak live bytes. ``stock`` is the same step with gloo's own
+reduce-scatter. What the sides differ in: cinemesh also keeps an EMA; the baseline keeps every activation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.live_bytes import LiveBytes
+from benchmarks.torch_baseline import TorchBaseline
+
+from cinemesh.model.config import Encoder, ModelConfig
+from cinemesh.model.runner import StepRunner, data_slice
+from cinemesh.model.step import Batch, Optimizer, build_step, prepare
+from cinemesh.model.weights import probe_values
+from cinemesh.parallel.comm import Communicator, gather_objects
+from cinemesh.parallel.mesh import Mesh
+from cinemesh.parallel.plan import Plan
+
+PLANS = {"tp4": {"tp": 4}, "cp4": {"cp": 4}, "dp4": {"dp_shard": 4}, "tp2cp2": {"tp": 2, "cp": 2}}
+CONFIG = ModelConfig(
+    "benchmark",
+    layers=4,
+    width=256,
+    heads=8,
+    ffn=704,
+    encoders=(Encoder("text", 64, 32),),
+    position_lengths=(4, 16, 16),
+)
+LATENT = (2, 32, 32)  # 512 tokens
+SAMPLES = 4  # of the global batch
+
+
+class Ours:
+    """cinemesh's step on fixed inputs."""
+
+    def __init__(self, plan: Plan, mesh: Mesh, *, stock: bool, recompute: str) -> None:
+        batch = Batch(SAMPLES // plan.data_ranks, LATENT)
+        program = prepare(build_step(CONFIG, plan, batch), backend="nccl" if stock else "gloo")
+        self.runner = StepRunner(CONFIG, plan, batch, Optimizer(), mesh, program=program, comm=Communicator(mesh))
+        self.runner.initialise(probe_values(0))
+        generator = torch.Generator().manual_seed(0)
+
+        def mine(tensor: Tensor, dim: int = 0) -> Tensor:
+            return data_slice(tensor, plan, self.runner.coordinates, dim)
+
+        latents = torch.randn(SAMPLES, CONFIG.channels, *LATENT, generator=generator)
+        text = {e.name: mine(torch.randn(e.tokens, SAMPLES, e.width, generator=generator), 1) for e in CONFIG.encoders}
+        mask = torch.ones(SAMPLES, CONFIG.text_tokens, dtype=torch.bool)
+        mask[:, -1] = False
+        self.runner.load(0, mine(latents), mine(torch.arange(SAMPLES)), text, mine(mask))
+
+    def step(self) -> None:
+        self.runner.step(1e-4)
+
+
+def peak_bytes(step: Any) -> int:
+    """Most storage alive in a step, everything that lives between steps included."""
+    with LiveBytes() as live:
+        step()
+        live.restart()
+        step()
+    return live.peak_bytes
+
+
+def work(rank: int, world_size: int, store: str, name: str, arguments: argparse.Namespace, results: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+    sizes = PLANS[name]
+    plan = Plan(**sizes, dtype="float32", recompute=arguments.recompute, prefetch=0)
+    mesh = Mesh(plan)
+    steps = {
+        "ours": Ours(plan, mesh, stock=False, recompute=arguments.recompute).step,
+        "stock": Ours(plan, mesh, stock=True, recompute=arguments.recompute).step,
+        "torch": TorchBaseline(CONFIG, sizes, LATENT, SAMPLES).step,
+    }
+    times: dict[str, list[float]] = {side: [] for side in steps}
+    for round_ in range(arguments.pairs + 2):
+        for side, step in steps.items():
+            dist.barrier()
+            start = time.perf_counter()
+            step()
+            dist.barrier()
+            if round_ >= 2:
+                times[side].append(time.perf_counter() - start)
+    peaks = {side: gather_objects(peak_bytes(step)) for side, step in steps.items()}
+    if rank == 0:
+        Path(results).write_text(json.dumps({"times": times, "peaks": {s: max(p) for s, p in peaks.items()}}))  # type: ignore
+    dist.destroy_process_group()
+
+
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """Order statistics around the median that hold it with about 95 % confidence (normal approximation)."""
+    ordered, n = sorted(ratios), len(ratios)
+    half = 0.98 * n**0.5
+    return ordered[max(0, int(n / 2 - half))], ordered[min(n - 1, int(n / 2 + half))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--plans", nargs="+", default=list(PLANS), choices=list(PLANS))
+    parser.add_argument("--recompute", default="selective")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    print(
+        f"{'plan':8}{'torch s':>9}{'ours s':>9}{'ratio':>8}  {'95 % interval':16}{'stock RS':>9}{'peak MB':>9}{'ratio':>7}"
+    )
+    for name in arguments.plans:
+        with tempfile.TemporaryDirectory() as folder:
+            results = os.path.join(folder, "results.json")
+            mp.start_processes(
+                work, (4, os.path.join(folder, "store"), name, arguments, results), 4, start_method="fork"
+            )
+            measured = json.loads(Path(results).read_text())
+        times, peaks = measured["times"], measured["peaks"]
+        ratio = [a / b for a, b in zip(times["ours"], times["torch"], strict=True)]
+        stock = [a / b for a, b in zip(times["stock"], times["torch"], strict=True)]
+        low, high = interval(ratio)
+        row = {
+            "plan": name, "torch_s": statistics.median(times["torch"]), "ours_s": statistics.median(times["ours"]),
+            "ratio": statistics.median(ratio), "low": low, "high": high, "stock_ratio": statistics.median(stock),
+            "peak_bytes": peaks["ours"], "peak_ratio": peaks["ours"] / peaks["torch"], "pairs": len(ratio),
+        }  # fmt: skip
+        rows.append(row)
+        print(f"{name:8}{row['torch_s']:9.3f}{row['ours_s']:9.3f}{row['ratio']:8.3f}  [{low:.3f}, {high:.3f}]  "
+              f"{row['stock_ratio']:9.3f}{row['peak_bytes'] / 1e6:9.1f}{row['peak_ratio']:7.3f}", flush=True)  # fmt: skip
+    if arguments.json:
+        facts = {"date": str(date.today()), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+                 "torch": torch.__version__, "recompute": arguments.recompute, "rows": rows}  # fmt: skip
+        arguments.json.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

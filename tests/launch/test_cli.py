@@ -1,0 +1,160 @@
+"""The command line: exit codes, what a user reads, and that help loads no torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from cinemesh.errors import CinemeshError
+from cinemesh.launch import cli
+
+COMMANDS = ("train", "sample", "model", "verify", "program")
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
+    """Exit code of ``cinemesh ARGS`` in this process."""
+    monkeypatch.setattr(sys, "argv", ["cinemesh", *args])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    code = stop.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, function: str, work: Any) -> None:
+    """Let ``cinemesh.launch.MODULE`` hold only ``work``, as ``function``."""
+    fake = ModuleType(f"cinemesh.launch.{module}")
+    setattr(fake, function, work)
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=str)
+def test_help_loads_neither_torch_nor_numpy(command: tuple[str, ...]) -> None:
+    """Only this sees a module-level import creep in: help stays right, but takes seconds."""
+    program = (
+        "import sys\n"
+        "sys.modules['torch'] = sys.modules['numpy'] = None\n"
+        f"sys.argv = ['cinemesh', *{command}, '--help']\n"
+        "from cinemesh.launch.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: cinemesh" in done.stdout
+
+
+def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(monkeypatch, "--help") == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        (("trian",), "trian"),
+        (("verify",), "--plan"),
+        (("verify", "--plan", "tp=2", "--steps", "none"), "--steps"),
+        (("train", "recipe.yaml", "--nproc", "0"), "--nproc"),
+        (("program", "--model", "tiny", "--plan", "tp=2"), "--latent"),
+        (("model", "tiny", "--yaml"), "--yaml"),
+    ],
+)
+def test_wrong_usage_exits_2_and_names_the_culprit(
+    args: tuple[str, ...],
+    complaint: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_main(monkeypatch, *args) == 2
+    shown = capsys.readouterr()
+    assert complaint in shown.err
+    assert shown.out == ""
+
+
+def test_user_error_is_one_line_without_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(**_: object) -> None:
+        raise CinemeshError("tp(5) does not divide heads(48); choose 1, 2, 3, 4, 6 or 8")
+
+    stand_in(monkeypatch, "show", "model_table", work)
+    assert run_main(monkeypatch, "model", "tiny") == 2
+    shown = capsys.readouterr()
+    assert shown.err == "error: tp(5) does not divide heads(48); choose 1, 2, 3, 4, 6 or 8\n"
+    assert shown.out == ""
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug reported as a user's error would send the user to look for a mistake of theirs."""
+
+    def work(**_: object) -> None:
+        raise AssertionError("a bug")
+
+    stand_in(monkeypatch, "show", "model_table", work)
+    monkeypatch.setattr(sys, "argv", ["cinemesh", "model", "tiny"])
+    with pytest.raises(AssertionError, match="a bug"):
+        cli.main()
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_verify_passes_its_verdict_on(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verdict that is dropped would exit 0 on a wrong gradient."""
+    seen: dict[str, object] = {}
+
+    def work(**options: object) -> int:
+        seen.update(options)
+        return code
+
+    stand_in(monkeypatch, "verify", "run", work)
+    assert run_main(monkeypatch, "verify", "--plan", "tp=2,cp=2", "--json") == code
+    assert seen == {
+        "plan": "tp=2,cp=2",
+        "model": "tiny",
+        "dtype": "float64",
+        "max_procs": 8,
+        "steps": 3,
+        "as_json": True,
+    }
+
+
+def test_options_reach_train_sample_and_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values cross from the command line under the names that the called functions have."""
+    seen: dict[str, object] = {}
+
+    def work(**options: object) -> None:
+        seen.clear()
+        seen.update(options)
+
+    stand_in(monkeypatch, "train", "run", work)
+    args = ("train", "a.yaml", "--nproc", "4", "--set", "plan.tp=2", "--set", "seed=7")
+    assert run_main(monkeypatch, *args) == 0
+    assert seen == {"config": Path("a.yaml"), "nproc": 4, "overrides": ["plan.tp=2", "seed=7"]}
+
+    stand_in(monkeypatch, "sample", "run", work)
+    assert run_main(monkeypatch, "sample", "a.yaml", "--prompt", "a car", "--guidance", "1.5") == 0
+    assert seen == {
+        "config": Path("a.yaml"),
+        "prompt": "a car",
+        "checkpoint": None,
+        "out": Path("sample.mp4"),
+        "steps": 50,
+        "guidance": 1.5,
+        "seed": 0,
+        "nproc": None,
+    }
+
+    stand_in(monkeypatch, "show", "program_listing", work)
+    args = ("program", "--model", "tiny", "--plan", "tp=2", "--latent", "4x8x8", "--batch", "2")
+    assert run_main(monkeypatch, *args) == 0
+    assert seen == {
+        "model": "tiny",
+        "plan": "tp=2",
+        "latent": "4x8x8",
+        "text_tokens": 868,
+        "batch": 2,
+        "as_json": False,
+    }

@@ -1,0 +1,200 @@
+"""Mistakes that end a run: each is one clear message, exit code 2, and nothing half written."""
+
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+from training import cinemesh, failure, recipe, refusal, start, states
+
+from cinemesh.errors import CinemeshError
+from cinemesh.launch import checkpoint, processes
+from cinemesh.launch.config import check_config
+from cinemesh.launch.data import CACHE_FILE
+from cinemesh.launch.processes import Place
+from cinemesh.launch.telemetry import read_metrics
+from cinemesh.launch.train import Setting, open_cache
+from cinemesh.model.runner import StepRunner
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
+def test_a_world_size_that_does_not_match(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "tp(1) * cp(1) * dp_shard(1) = 1 != world size 2" in refusal(values, tmp_path, nproc=2)
+    assert "tp(2) * cp(1) * dp_shard(1) = 2 != world size 1" in refusal(values, tmp_path, "plan.tp=2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "!= world size 3" in refusal(values, tmp_path)
+    assert "--nproc 2 inside a job of 3 processes" in refusal(values, tmp_path, nproc=2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "nproc", "expected"),
+    [
+        (["plan.tp=4", "model.heads=6"], 4, "heads(6) % tp(4) = 2"),
+        (["plan.cp=3"], 3, "tokens of a 1x4x4 latent(4) % (cp(3) * tp(1) = 3) = 1"),
+        (["plan.dp_shard=3"], 3, "global batch(2) % (dp_shard(3) * dp_replicate(1) * micro_batches(1) = 3) = 2"),
+        (["model.position_lengths=[1,1,1]"], None, "the table of model tiny has 1"),
+        (["model.preset=tinny"], None, "did you mean 'tiny'?"),
+        (["data.encoders.tokens=3"], None, "--set 'data.encoders.tokens=3'"),
+        (["optimizer.lrr=3"], None, "did you mean 'lr'?"),
+        (["sample.scenes=[lft]"], None, "no scene 'lft'; did you mean 'left'?"),
+    ],
+)
+def test_a_plan_or_recipe_that_does_not_fit_is_refused_before_anything_is_written(
+    values: dict[str, Any], tmp_path: Path, overrides: list[str], nproc: int | None, expected: str
+) -> None:
+    assert expected in refusal(values, tmp_path, *overrides, nproc=nproc)
+
+
+def test_a_port_in_use(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values["plan"]["tp"] = 2
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        assert f"port {port} (MASTER_PORT) is in use" in refusal(values, tmp_path, nproc=2)
+    monkeypatch.setenv("MASTER_PORT", "many")
+    assert "MASTER_PORT is 'many'" in refusal(values, tmp_path, nproc=2)
+
+
+def test_ranks_that_cannot_meet_say_where(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same port, under a launcher that does not look: the store itself finds it in use."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = str(holder.getsockname()[1])
+        names = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**names, "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        values["plan"]["tp"] = 2
+        message = failure(values, tmp_path, capsys)
+    assert f"rank 0 cannot meet the others at 127.0.0.1:{port}" in message and "another MASTER_PORT" in message
+
+
+def test_one_failure_of_many_ranks_is_one_message(clips: Path, tmp_path: Path) -> None:
+    """Through the real launcher: rank 0 finds the video missing while rank 1 waits for it."""
+    values = recipe(clips, tmp_path, tp=2)
+    values["data"]["clips"] = [str(tmp_path / "absent.mp4")]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    command = cinemesh("train", tmp_path / "recipe.yaml", "--nproc", 2)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == processes.USER_ERROR
+    assert done.stderr.count("error: ") == 1 and "no mp4 file at" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_the_first_rank_to_fail_speaks_and_a_bug_shows_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(error: Exception) -> Callable[[], None]:
+        def work() -> None:
+            raise error
+
+        return work
+
+    monkeypatch.setattr(processes, "_store", HashStore())
+    assert processes.rank_main(fail(CinemeshError("the cause"))) == processes.USER_ERROR
+    assert processes.rank_main(fail(RuntimeError("connection closed by peer"))) == processes.BUG
+    assert capsys.readouterr().err == "error: the cause\n"
+    monkeypatch.setattr(processes, "_store", None)
+    assert processes.rank_main(fail(RuntimeError("a bug"))) == processes.BUG
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and "RuntimeError: a bug" in shown
+
+
+def test_a_video_that_is_missing_or_cut_short(
+    values: dict[str, Any], clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    video = tmp_path / "a.mp4"
+    values["data"]["clips"] = [str(video)]
+    assert "no mp4 file at" in failure(values, tmp_path, capsys)
+    whole = (clips / "a.mp4").read_bytes()
+    video.write_bytes(whole[: len(whole) // 2])
+    assert f"cannot decode the video {video}" in failure(values, tmp_path, capsys)
+    assert not (tmp_path / "cache" / CACHE_FILE).exists() and not (tmp_path / "run").exists()
+
+
+def test_a_cache_that_is_truncated_or_holds_a_nan(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setting = Setting.of(check_config(values, "test"))
+    open_cache(setting, Place(0, "cpu", None))
+    path = tmp_path / "cache" / CACHE_FILE
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    assert "is truncated or no cache" in failure(values, tmp_path, capsys)
+    assert not (tmp_path / "run").exists()
+
+    path.write_bytes(whole)
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    tensors = load_file(path)
+    tensors["latent.train"][2, 3, 0, 1, 1] = torch.nan
+    save_file(tensors, path, metadata=header)
+    message = failure(values, tmp_path, capsys)
+    assert "sample 2 (scene left, frame 4) holds 1 values" in message and "NaN" in message
+
+
+def test_a_checkpoint_of_another_model(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values["schedule"]["steps"] = 1
+    assert start(values, tmp_path) == 0
+    capsys.readouterr()
+    values["model"]["layers"] = 1
+    message = failure(values, tmp_path, capsys)
+    assert "is of another model: layers is 2 there and 1 here" in message and "output directory" in message
+
+
+def test_too_little_disk_for_a_checkpoint(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda path: 1000)
+    assert "1,000 free" in failure(values, tmp_path, capsys)
+    assert not list((tmp_path / "run" / checkpoint.FOLDER).iterdir())
+
+
+def blow_up(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """In these steps (from 1) the latents are finite, but their squares are not."""
+    load = StepRunner.load
+
+    def loaded(self: StepRunner, micro_batch: int, latents: Tensor, *rest: Any) -> None:
+        load(self, micro_batch, latents + 1e30 if self.steps_done + 1 in steps else latents, *rest)
+
+    monkeypatch.setattr(StepRunner, "load", loaded)
+
+
+def test_a_gradient_that_is_not_finite_skips_the_update_and_is_told(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blow_up(monkeypatch, {2, 4})
+    assert start(values, tmp_path) == 0
+    out = capsys.readouterr().out
+    assert out.count("the update was skipped; samples [") == 2 and "step 4: loss inf" in out
+    assert states(tmp_path / "run", values)[checkpoint.COUNTERS].flatten().tolist() == [6, 4]
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert len(losses) == 3 and all(loss < 10 for loss in losses)
+
+
+def test_gradients_that_stay_infinite_end_the_run(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blow_up(monkeypatch, {2, 3, 4, 5, 6})
+    message = failure(values, tmp_path, capsys)
+    assert "step 6: loss inf" in message and "update 5 in a row" in message and "samples [" in message
+    assert not (tmp_path / "run" / checkpoint.FOLDER).exists()  # nothing worth saving

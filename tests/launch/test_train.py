@@ -1,0 +1,246 @@
+"""Training as a person runs it: exact resume, validation, and what is reported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from harness import Pool
+from torch import Tensor
+from training import STATES, cinemesh, recipe, start, states
+
+from cinemesh.launch import checkpoint, showcase
+from cinemesh.launch.config import check_config
+from cinemesh.launch.data import Sample
+from cinemesh.launch.processes import Place, StopSignal
+from cinemesh.launch.telemetry import METRICS_FILE, Telemetry, read_metrics
+from cinemesh.launch.train import Setting, open_cache, train_steps
+from cinemesh.launch.validation import SEED, Validation
+from cinemesh.model import flow
+from cinemesh.model.config import parameters
+from cinemesh.model.reference import Reference
+from cinemesh.model.runner import StepRunner
+from cinemesh.model.weights import fill_shard, full, probe_values
+from cinemesh.parallel.comm import gather_objects
+from cinemesh.parallel.mesh import Mesh
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    for name in STATES:
+        assert torch.equal(a[name], b[name]), name
+
+
+def stop_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """SIGTERM arrives while step ``number`` (from 1) is running."""
+    step = StepRunner.step
+
+    def interrupted(self: StepRunner, lr: float, watch: Callable[[int], None] | None = None) -> None:
+        if self.steps_done == number - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(self, lr, watch)
+
+    monkeypatch.setattr(StepRunner, "step", interrupted)
+
+
+# -- resume -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_bits(
+    values: dict[str, Any], clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Batch, noise, learning rate, moments, EMA or counters that restart show here; so do reports given twice."""
+    assert start(values, tmp_path) == 0
+    stopped = recipe(clips, tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 3)
+        assert start(stopped, tmp_path) == 128 + signal.SIGTERM
+    assert "stopped after step 3; the same command goes on" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "stopped/run/checkpoints").iterdir()] == ["step-00000003"]
+    assert start(stopped, tmp_path) == 0
+    assert_same(states(tmp_path / "run", values), states(tmp_path / "stopped/run", values))
+    whole, resumed = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "stopped/run")
+    assert [row["step"] for row in whole] == [row["step"] for row in resumed] == [0, 2, 3, 4, 6, 6]
+    for a, b in zip(whole, resumed, strict=True):
+        assert a.get("validation_loss") == b.get("validation_loss")
+        assert a["step"] == 4 or a.get("loss") == b.get("loss")  # the mean over steps 3 and 4, or over 4 alone
+    assert list((tmp_path / "run/tensorboard").glob("events.*"))
+    assert start(values, tmp_path) == 0  # a finished run has nothing to do
+    assert read_metrics(tmp_path / "run") == whole
+
+
+def run_rank(values: dict[str, Any], stop_on: tuple[int, int] | None) -> dict[str, Any]:
+    """One rank of a run in the pool; a signal reaches rank ``stop_on[0]`` alone, in step ``stop_on[1]``."""
+    setting = Setting.of(check_config(values, "test"))
+    mesh = Mesh(setting.config.plan)
+    place, stop = Place(mesh.rank, "cpu", mesh), StopSignal()
+    step = StepRunner.step
+
+    def interrupted(self: StepRunner, lr: float, watch: Callable[[int], None] | None = None) -> None:
+        if stop_on == (mesh.rank, self.steps_done + 1):
+            stop.signum = signal.SIGTERM
+        step(self, lr, watch)
+
+    StepRunner.step = interrupted
+    try:
+        runner = train_steps(setting, place, open_cache(setting, place), stop)
+    finally:
+        StepRunner.step = step
+        mesh.close()
+    return {"steps": runner.steps_done, "states": {name: runner.buffers[name].clone() for name in STATES}}
+
+
+@pytest.mark.parametrize("plan", [{"dp_shard": 2, "cp": 2}, {"tp": 2, "micro_batches": 2}])
+def test_ranks_stop_after_the_same_step_and_resume_to_the_same_bits(
+    pool: Pool, clips: Path, tmp_path: Path, plan: dict[str, int]
+) -> None:
+    """A rank that stopped alone would leave the others waiting; resuming under shards must lose nothing either."""
+    ranks = 4 if "cp" in plan else 2
+    whole = pool.run(ranks, run_rank, recipe(clips, tmp_path / "a", **plan), None)
+    stopped = pool.run(ranks, run_rank, recipe(clips, tmp_path / "b", **plan), (1, 2))
+    assert [rank["steps"] for rank in stopped] == [2] * ranks
+    resumed = pool.run(ranks, run_rank, recipe(clips, tmp_path / "b", **plan), None)
+    for a, b in zip(whole, resumed, strict=True):
+        assert_same(a["states"], b["states"])
+
+
+@pytest.mark.slow
+def test_a_killed_job_resumes_to_the_same_bits_and_torchrun_gives_them_too(clips: Path, tmp_path: Path) -> None:
+    """SIGKILL of launcher and ranks at whatever moment; and the two ways of starting a job are one."""
+    folders = [tmp_path / name for name in ("whole", "killed", "torchrun")]
+    recipes: list[Path] = []
+    for folder in folders:
+        folder.mkdir()
+        values = recipe(clips, folder, tp=2)
+        values["schedule"]["steps"] = 60
+        values["logging"]["checkpoint_every"] = 2
+        recipes.append(folder / "recipe.yaml")
+        recipes[-1].write_text(yaml.safe_dump(values))
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    subprocess.run(cinemesh("train", recipes[0], "--nproc", 2), check=True, env=environment, timeout=300)
+
+    killed = subprocess.Popen(
+        cinemesh("train", recipes[1], "--nproc", 2), env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while checkpoint.latest(folders[1] / "run" / checkpoint.FOLDER) is None and time.monotonic() < deadline:
+        assert killed.poll() is None
+        time.sleep(0.01)
+    for process in _tree(killed.pid):
+        os.kill(process, signal.SIGKILL)
+    killed.wait()
+    newest = checkpoint.latest(folders[1] / "run" / checkpoint.FOLDER)
+    assert newest is not None and newest.name < "step-00000060"
+    subprocess.run(cinemesh("train", recipes[1], "--nproc", 2), check=True, env=environment, timeout=300)
+
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "cinemesh.launch.train", str(recipes[2])]
+    subprocess.run(command, check=True, env=environment, timeout=300)
+    values = recipe(clips, tmp_path, tp=2)
+    whole = states(folders[0] / "run", values)
+    for folder in folders[1:]:
+        assert_same(whole, states(folder / "run", values))
+
+
+def _tree(pid: int) -> list[int]:
+    """A process and all below it."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    below = [int(child) for child in children.read_text().split()] if children.exists() else []
+    return [pid, *(process for child in below for process in _tree(child))]
+
+
+# -- validation -------------------------------------------------------------------------------------------------------
+
+
+def validation_loss(values: dict[str, Any]) -> float:
+    """With weights that are nowhere zero, in the pool or alone."""
+    setting = Setting.of(check_config(values, "test"))
+    mesh = Mesh(setting.config.plan) if setting.config.plan.world_size > 1 else None
+    cache = open_cache(setting, Place(mesh.rank if mesh else 0, "cpu", mesh))
+    runner = StepRunner(setting.model, setting.config.plan, setting.batch, setting.config.optimizer, mesh)
+    fill_shard(runner.buffers["ema"], runner.units, runner.coordinates, probe_values(3))  # master stays zero
+    loss = Validation(runner, cache.validation, 3).loss()
+    if mesh:
+        gather_objects(None)  # nobody leaves early
+        mesh.close()
+    return loss
+
+
+def test_validation_loss_is_the_plain_models_on_every_plan(pool: Pool, clips: Path, tmp_path: Path) -> None:
+    """3 windows * 3 draws = 9 items in batches of 4: what fills the last batch must not count."""
+    values = recipe(clips, tmp_path, dtype="float64")
+    values["data"] |= {"global_batch": 4, "stride": 1, "validation_share": 0.5}
+    setting = Setting.of(check_config(values, "test"))
+    cache = open_cache(setting, Place(0, "cpu", None))
+    model = Reference(setting.model).double()
+    model.load_state_dict(full(parameters(setting.model), probe_values(3), torch.float64))
+    assert len(cache.validation) == 3
+    errors: list[float] = []
+    for draw in range(3):
+        for sample in [cache.validation[index] for index in range(3)]:
+            assert isinstance(sample, Sample)
+            ids, step = torch.tensor([sample.id]), torch.tensor(draw)
+            x1 = sample.latent.double()[None]
+            t = flow.draw_time(SEED, step, ids)
+            x_t, v = flow.interpolate(x1, flow.draw_noise(SEED, step, ids, tuple(x1.shape[1:])), t)
+            text = {name: value.double()[:, None] for name, value in sample.text.items()}
+            mask = torch.cat(list(sample.mask.values()))[None]
+            with torch.no_grad():
+                errors.append((model(x_t, t, text, mask) - v).square().mean().item())
+    expected = sum(errors) / len(errors)
+    assert validation_loss(values) == pytest.approx(expected, rel=1e-12)
+    for plan in ({"tp": 2, "cp": 2}, {"dp_shard": 2, "dp_replicate": 2}):
+        values["plan"] = {"dtype": "float64", **plan}
+        for loss in pool.run(4, validation_loss, values):
+            assert loss == pytest.approx(expected, rel=1e-10)
+
+
+# -- reports ----------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_of_a_killed_run_are_read_and_cut_to_where_it_resumes(tmp_path: Path) -> None:
+    telemetry = Telemetry(tmp_path, steps=9, first=0)
+    for step in (2, 4, 6):
+        telemetry.scalars(step, {"validation_loss": step / 2})
+    telemetry.close()
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write('{"step": 8, "los')  # the kill
+    assert [row["step"] for row in read_metrics(tmp_path)] == [2, 4, 6]
+    Telemetry(tmp_path, steps=9, first=4).close()
+    assert [json.loads(line)["step"] for line in (tmp_path / METRICS_FILE).read_text().splitlines()] == [2, 4]
+
+
+def test_a_finished_run_shows_a_clip_of_each_scene(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values["sample"] = {"steps": 2, "guidance": 1.5}
+    values["schedule"]["steps"] = 2
+    assert start(values, tmp_path) == 0
+    folder = tmp_path / "run/samples"
+    names = {"left.mp4", "right.mp4", showcase.CONTACT_SHEET, showcase.SCORES}
+    assert {path.name for path in folder.iterdir()} == names
+    scores = json.loads((folder / showcase.SCORES).read_text())
+    assert [score["scene"] for score in scores] == ["left", "right"]
+    assert "left: " in capsys.readouterr().out
+
+
+def test_a_sampled_clip_is_compared_with_its_own_scene(values: dict[str, Any], tmp_path: Path) -> None:
+    """A training clip itself must be found, at its frame, and not among the other scene's."""
+    setting = Setting.of(check_config(values, "test"))
+    cache = open_cache(setting, Place(0, "cpu", None))
+    window = cache.train[1]
+    assert isinstance(window, Sample)
+    clip = setting.codec.decode(window.latent)
+    own, other = showcase.show(tmp_path / "samples", {"left": clip, "right": clip}, cache.train, setting.codec)
+    assert own.psnr_db == float("inf") and own.nearest_frame == window.first_frame == 2
+    assert other.psnr_db < 40 and other.other_scenes_db == float("inf")
+    assert own.noise_db < 15

@@ -1,0 +1,405 @@
+"""The rules of the house, and the tools it trusts; each is shown to catch a planted fault."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = (
+    "kernels",
+    "parallel",
+    "model",
+    "perf_model",
+    "launch",
+)  # each imports from its left only
+ROOT_MODULES = ("__init__", "errors")  # setup.py is no part of the package
+LONGEST_FILE = 400  # lines
+LONGER_WITH_REASON: dict[str, str] = {}  # path -> why it is not two files
+
+# Planning runs where no torch is installed. A module outside this list joins it by ending the first
+# line of its docstring in "(torch-free)."; all of perf_model is in it but for NEEDS_TORCH.
+TORCH_FREE = {
+    "errors",
+    "kernels.catalogue",
+    *(
+        f"parallel.{name}"
+        for name in (
+            *("plan", "ops", "program", "layout", "tensor", "context", "sharded"),
+            *("rematerialize", "schedule", "memory", "units"),
+        )
+    ),
+    *("model.config", "model.backbone", "model.step"),
+    *("launch.cli", "launch.show"),
+}
+NEEDS_TORCH = {"perf_model.report", "perf_model.calibrate", "perf_model.validate"}
+
+COLLECTIVES = (
+    *("all_gather", "all_reduce", "all_to_all", "reduce_scatter", "broadcast", "barrier"),
+    *("gather", "scatter", "reduce", "send", "recv", "isend", "irecv", "batch_isend_irecv"),
+    *("monitored_barrier", "P2POp", "_coalescing_manager"),
+)
+COLLECTIVE_FAMILIES = (
+    *("all_gather_", "all_reduce_", "all_to_all_", "reduce_scatter_", "broadcast_"),
+    *("_all_gather", "_reduce_scatter", "scatter_object", "gather_object", "send_obj", "recv_obj"),
+)
+GROUP_METHODS = ("allreduce", "allgather", "alltoall", "_allgather_base", "_reduce_scatter_base")
+THE_ONE_DOOR = "parallel/comm.py"
+
+
+def sources(root: Path) -> Iterator[Path]:
+    """The package's files. Never walks ``root`` itself: it holds .venv."""
+    yield from (root / f"{name}.py" for name in ROOT_MODULES if (root / f"{name}.py").exists())
+    for folder in FOLDERS:
+        yield from sorted((root / folder).rglob("*.py"))
+
+
+def name_of(path: Path, root: Path) -> str:
+    """Dotted name below the package: parallel/plan.py is "parallel.plan", the root is ""."""
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def tree_of(path: Path) -> ast.Module:
+    """The parsed file."""
+    return ast.parse(path.read_text())
+
+
+def imports(path: Path, root: Path) -> Iterator[tuple[int, str, bool]]:
+    """(line, dotted target, is of this package) of each import; one target for each imported name.
+
+    Targets of this package are named as by ``name_of``. ``from X import y`` gives "X.y", since y
+    may be a module.
+    """
+    package = path.relative_to(root).parent.parts
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, False
+        elif isinstance(node, ast.ImportFrom):
+            start = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            stem = ".".join(part for part in (start, node.module) if part)
+            for alias in node.names:
+                yield node.lineno, f"{stem}.{alias.name}".lstrip("."), node.level > 0
+
+
+def place(path: Path, root: Path, line: int) -> str:
+    """``folder/file.py:line``."""
+    return f"{path.relative_to(root)}:{line}"
+
+
+def check_imports(root: Path) -> list[str]:
+    """Imports inside the package are relative and go to the left in FOLDERS."""
+    found = []
+    for path in sources(root):
+        folder = path.relative_to(root).parts[0]
+        allowed = FOLDERS[: FOLDERS.index(folder) + 1] if folder in FOLDERS else ()
+        for line, target, inside in imports(path, root):
+            top = target.split(".")[0]
+            if not inside and top in (*FOLDERS, "configs", "cinemesh", "errors", "tests"):
+                found.append(f"{place(path, root, line)}: import of {target} is not relative")
+            elif inside and top in FOLDERS and top not in allowed:
+                found.append(f"{place(path, root, line)}: {folder} may not import {top}")
+    return found
+
+
+def check_cycles(root: Path) -> list[str]:
+    """No module imports itself through others, imports inside functions counted."""
+    modules = {name_of(path, root): path for path in sources(root)}
+    graph: dict[str, set[str]] = {name: set() for name in modules}
+    for name, path in modules.items():
+        for _, target, inside in imports(path, root):
+            wanted = target if target in modules else target.rpartition(".")[0]
+            if inside and wanted in modules and wanted:
+                graph[name].add(wanted)
+    found, done = [], set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        if name in trail:
+            found.append(" -> ".join((*trail[trail.index(name) :], name)))
+        elif name not in done:
+            for target in sorted(graph[name]):
+                visit(target, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+    return found
+
+
+def check_collectives(root: Path) -> list[str]:
+    """Only parallel/comm.py names a collective of torch.distributed.
+
+    Groups (new_group, init_process_group) and torch.distributed.checkpoint are no collectives.
+    """
+    found = []
+    for path in sources(root):
+        if path == root / THE_ONE_DOOR:
+            continue
+        # What each local name stands for, so that "dist" and any other alias is seen through.
+        stands_for: dict[str, str] = {"torch": "torch"}
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Import):
+                stands_for |= {a.asname: a.name for a in node.names if a.asname}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                stands_for |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                full_names = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Attribute):
+                base, _, rest = ast.unparse(node).partition(".")
+                full_names = [f"{stands_for.get(base, base)}.{rest}"]
+            else:
+                continue
+            found += [
+                f"{place(path, root, node.lineno)}: {name} outside {THE_ONE_DOOR}"
+                for name in full_names
+                if is_collective(name)
+            ]
+    return found
+
+
+def is_collective(name: str) -> bool:
+    """Whether a dotted name is a collective of torch.distributed, a process group or c10d's ops."""
+    parent, _, last = name.rpartition(".")
+    if parent.startswith(("torch.ops._c10d_functional", "torch.ops.c10d")):
+        return True
+    if last.startswith(GROUP_METHODS):  # on any object: a group may have any name
+        return True
+    if not parent.startswith("torch.distributed") or ".checkpoint" in parent:
+        return False
+    return last in COLLECTIVES or last == "_functional_collectives" or last.startswith(COLLECTIVE_FAMILIES)
+
+
+def check_runtime_ignores_prices(root: Path) -> list[str]:
+    """The trainer, and all that it imports of this package, never imports perf_model."""
+    modules = {name_of(path, root): path for path in sources(root)}
+    start = {name for name in modules if name.split(".")[0] in ("kernels", "parallel", "model")}
+    waiting = sorted(start | ({"launch.train"} & modules.keys()))
+    seen, found = set(waiting), []
+    while waiting:
+        name = waiting.pop()
+        for line, target, inside in imports(modules[name], root):
+            wanted = target if target in modules else target.rpartition(".")[0]
+            if inside and target.split(".")[0] == "perf_model":
+                found.append(f"{place(modules[name], root, line)}: the runtime imports {target}")
+            elif inside and wanted in modules and wanted not in seen:
+                waiting.append(wanted)
+                seen.add(wanted)
+    return found
+
+
+def check_lengths(root: Path) -> list[str]:
+    """A file has one purpose; past LONGEST_FILE lines it rarely has."""
+    counts = {str(path.relative_to(root)): len(path.read_text().splitlines()) for path in sources(root)}
+    return [
+        f"{path} has {lines} lines; split it, or list it with a reason"
+        for path, lines in counts.items()
+        if lines > LONGEST_FILE and path not in LONGER_WITH_REASON
+    ]
+
+
+def check_package_files(root: Path) -> list[str]:
+    """An ``__init__.py`` is a docstring: a name has one address, and a part loads alone."""
+    return [
+        f"{path.relative_to(root)} holds more than a docstring"
+        for path in sources(root)
+        if path.name == "__init__.py" and (len(tree_of(path).body) != 1 or not ast.get_docstring(tree_of(path)))
+    ]
+
+
+def torch_free(root: Path) -> list[str]:
+    """Names of the modules that must load without torch."""
+    names = []
+    for path in sources(root):
+        name = name_of(path, root)
+        title = (ast.get_docstring(tree_of(path)) or "").partition("\n")[0]
+        planning = name.startswith("perf_model") and name not in NEEDS_TORCH
+        if name in TORCH_FREE or planning or title.rstrip(".").endswith("(torch-free)"):
+            names.append(name)
+    return names
+
+
+def check_torch_free(root: Path) -> list[str]:
+    """Each module of ``torch_free`` loads where torch, triton and numpy are refused."""
+    program = """
+import importlib, importlib.util, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "triton", "numpy"):
+            raise ImportError(f"planning must not import {name}")
+
+sys.meta_path.insert(0, Refuse())
+root, *names = sys.argv[1:]
+spec = importlib.util.spec_from_file_location(
+    "cinemesh", f"{root}/__init__.py", submodule_search_locations=[root]
+)
+sys.modules["cinemesh"] = importlib.util.module_from_spec(spec)
+for name in names:
+    try:
+        importlib.import_module(f"cinemesh.{name}")
+    except ImportError as error:
+        print(f"{name}: {error}")
+"""
+    names = [name for name in torch_free(root) if name]
+    done = subprocess.run([sys.executable, "-c", program, str(root), *names], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+CHECKS = (
+    check_imports,
+    check_cycles,
+    check_collectives,
+    check_runtime_ignores_prices,
+    check_lengths,
+    check_package_files,
+    check_torch_free,
+)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_house(check: Callable[[Path], list[str]]) -> None:
+    """The project keeps the rule."""
+    assert check(ROOT) == []
+
+
+def test_something_is_checked() -> None:
+    """A check that walks the wrong folder finds no fault either."""
+    names = {name_of(path, ROOT) for path in sources(ROOT)}
+    assert {"", "errors", *FOLDERS, "launch.cli"} <= names
+    assert {"errors", "launch.cli"} <= set(torch_free(ROOT))
+
+
+PLANTED = [
+    (check_imports, {"kernels/a.py": "from ..parallel import plan\n"}),
+    (check_imports, {"model/a.py": "def f():\n    from ..launch.train import run\n"}),
+    (check_imports, {"kernels/a.py": "from .. import model\n"}),
+    (check_imports, {"model/a.py": "import parallel\n"}),
+    (check_imports, {"model/a.py": "from parallel.plan import Plan\n"}),
+    (check_imports, {"model/a.py": "from cinemesh.parallel import plan\n"}),
+    (check_imports, {"errors.py": "from .kernels import philox\n"}),
+    (check_cycles, {"model/a.py": "from . import b\n", "model/b.py": "from .a import x\n"}),
+    (check_cycles, {"model/a.py": "def f():\n    from .a import x\n"}),
+    (check_collectives, {"parallel/a.py": "import torch\ntorch.distributed.all_reduce(x)\n"}),
+    (check_collectives, {"launch/a.py": "import torch.distributed as d\nd.barrier()\n"}),
+    (check_collectives, {"launch/a.py": "from torch import distributed\ndistributed.send(x)\n"}),
+    (check_collectives, {"model/a.py": "from torch.distributed import all_gather_into_tensor\n"}),
+    (check_collectives, {"model/a.py": "import torch.distributed as d\nf = d.all_to_all_single\n"}),
+    (
+        check_collectives,
+        {"model/a.py": "import torch.distributed._functional_collectives as f\nf.all_reduce(x)\n"},
+    ),
+    (
+        check_collectives,
+        {"model/a.py": "import torch\ntorch.ops._c10d_functional.wait_tensor(x)\n"},
+    ),
+    (check_collectives, {"parallel/mesh.py": "def f(group):\n    group.allreduce([])\n"}),
+    (check_runtime_ignores_prices, {"parallel/a.py": "from ..perf_model import network\n"}),
+    (
+        check_runtime_ignores_prices,
+        {"launch/train.py": "from . import a\n", "launch/a.py": "from ..perf_model.x import y\n"},
+    ),
+    (check_lengths, {"model/a.py": "\n" * (LONGEST_FILE + 1)}),
+    (check_package_files, {"model/__init__.py": '"""Model."""\nfrom . import a\n'}),
+    (check_package_files, {"model/__init__.py": ""}),
+    (check_torch_free, {"parallel/plan.py": "import torch\n"}),
+    (
+        check_torch_free,
+        {"parallel/plan.py": "from ..model import a\n", "model/a.py": "import torch"},
+    ),
+    (check_torch_free, {"perf_model/a.py": "import torch.fx\n"}),
+    (check_torch_free, {"kernels/a.py": '"""Rates (torch-free)."""\nimport triton\n'}),
+]
+
+
+@pytest.mark.parametrize(("check", "files"), PLANTED)
+def test_check_finds_planted_fault(check: Callable[[Path], list[str]], files: dict[str, str], tmp_path: Path) -> None:
+    """Without this, a check that matches nothing would pass for ever."""
+    plant(tmp_path, {})
+    assert check(tmp_path) == []
+    plant(tmp_path, files)
+    assert len(check(tmp_path)) == 1
+
+
+LEGAL = {
+    "parallel/comm.py": "import torch.distributed as dist\ndist.all_reduce(x)\n",
+    "parallel/mesh.py": "import torch.distributed as dist\ndist.new_group([0])\n",
+    "launch/checkpoint.py": "import torch.distributed.checkpoint as dcp\ndcp.save({})\n",
+    "kernels/a.py": "import torch\nx.scatter(0, i, y).gather(0, i)\ntorch.scatter_reduce(x)\n",
+    "perf_model/report.py": "import torch\nfrom ..parallel import plan\n",
+    "launch/plans.py": "from ..perf_model import report\n",
+    "parallel/plan.py": "from ..errors import CinemeshError\n",
+    "errors.py": "class CinemeshError(Exception): ...\n",
+}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_check_lets_the_legal_pass(check: Callable[[Path], list[str]], tmp_path: Path) -> None:
+    """A check that refuses what the house allows would soon be switched off."""
+    plant(tmp_path, LEGAL)
+    assert check(tmp_path) == []
+
+
+def plant(root: Path, files: dict[str, str]) -> None:
+    """A small package at ``root``, with ``files`` in it."""
+    packages = {f"{folder}/__init__.py": '"""Folder."""\n' for folder in FOLDERS}
+    for name, text in ({"__init__.py": '"""Root."""\n'} | packages | files).items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(text)
+
+
+TOOLS = {
+    "ruff check": ("ruff", "check", "--no-cache"),
+    "ruff format": ("ruff", "format", "--check", "--no-cache"),
+}
+TIDY = '"""One."""\n\nx = 1\n'
+
+
+def judge(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """What a tool of this environment says."""
+    return subprocess.run([sys.executable, "-m", *command], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
+def test_ruff_is_content(tool: tuple[str, ...]) -> None:
+    paths = [*FOLDERS, "configs", "tests", "setup.py", *(f"{name}.py" for name in ROOT_MODULES)]
+    done = judge(*tool, *paths, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("tool", "fault"),
+    [("ruff check", TIDY + "\n\ndef f(x):\n    return x\n"), ("ruff format", TIDY + "y = 'a'\n")],
+)
+def test_ruff_finds_planted_fault(tool: str, fault: str, tmp_path: Path) -> None:
+    """A configuration that is not read, or selects nothing, is content with everything."""
+    for text, code in ((TIDY, 0), (fault, 1)):
+        (tmp_path / "a.py").write_text(text)
+        done = judge(*TOOLS[tool], "--config", str(ROOT / "pyproject.toml"), "a.py", cwd=tmp_path)
+        assert done.returncode == code, done.stdout + done.stderr
+
+
+def test_types_hold() -> None:
+    link = ROOT / ".venv" / "typing" / "cinemesh"
+    assert link.resolve() == ROOT.resolve(), f"{link} is missing; ./run makes it"
+    done = judge("basedpyright", cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_type_checker_finds_planted_fault(tmp_path: Path) -> None:
+    """With the project's own configuration, in a folder that it names."""
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    (tmp_path / "errors.py").touch()
+    (tmp_path / "tests").mkdir()
+    plant(tmp_path, {"model/a.py": "x: int = 1\n"})
+    assert judge("basedpyright", cwd=tmp_path).returncode == 0
+    plant(tmp_path, {"model/a.py": 'x: int = "1"\n'})
+    done = judge("basedpyright", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "model/a.py:1:10" in done.stdout
