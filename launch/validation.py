@@ -8,8 +8,9 @@ import torch
 
 from ..kernels.reference import patchify
 from ..model.flow import draw_noise, draw_time, interpolate
+from ..model.forward import build_velocity
 from ..model.runner import StepRunner, as_dtype, tp_slice
-from ..model.step import build_velocity, prepare
+from ..model.step import prepare
 from ..parallel.comm import sum_over_ranks
 from ..parallel.executor import Executor
 from ..parallel.layout import TOKENS

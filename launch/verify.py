@@ -29,7 +29,7 @@ from torch.multiprocessing.spawn import start_processes
 from ..errors import CinemeshError
 from ..model.config import preset
 from ..model.runner import StepRunner
-from ..model.step import check
+from ..model.step import build_step, prepare
 from ..parallel.comm import gather_objects
 from ..parallel.memory import lifetimes
 from ..parallel.mesh import Mesh
@@ -172,7 +172,7 @@ def run(*, plan: str, model: str, dtype: str, max_procs: int, steps: int, as_jso
     Raises CinemeshError for an illegal plan.
     """
     case = small_case(Plan.parse(plan, dtype=dtype), model, max_procs=max_procs, steps=steps)
-    check(case.config, case.plan, case.batch)
+    prepare(build_step(case.config, case.plan, case.batch), backend="gloo")  # refuse it here rather than on every rank
     report = _on_local_processes(case)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))

@@ -23,8 +23,9 @@ from ..parallel.mesh import Mesh, coordinates
 from ..parallel.plan import Plan
 from ..parallel.units import nested_index
 from .config import ModelConfig
+from .forward import build_unpatchify, build_velocity
 from .runner import as_dtype, tp_slice
-from .step import Batch, build_unpatchify, build_velocity, prepare
+from .step import Batch, prepare
 
 EMULATED_STEPS = 250  # 3.4.2: 50 linear-quadratic steps stand for 250 linear ones
 GUIDANCE = 7.5  # 3.1.2, text-to-video

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from cinemesh.launch.verify import small_case
-from cinemesh.model.step import build_step, build_velocity, prepare
+from cinemesh.model.forward import build_velocity
+from cinemesh.model.step import build_step, prepare
 from cinemesh.parallel.memory import persistent
 from cinemesh.parallel.ops import COLLECTIVES, OPS
 from cinemesh.parallel.plan import Plan
