@@ -144,7 +144,8 @@ def run_rank(
     for step in range(case.steps):
         load_batch(case, runner, step)
         if watched and step == case.steps - 1:
-            witness = Witness(runner.buffers[name] for name in persistent(program))
+            alive = (runner.buffers[name] for name in persistent(program))
+            witness = Witness(alive, lives.peak_with_workspace_bytes)
             if runner.comm is not None:
                 runner.comm.record = True
 

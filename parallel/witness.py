@@ -7,7 +7,7 @@ What a kernel allocates and frees inside one dispatched op cannot be seen from h
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -28,10 +28,15 @@ _KINDS = {
 
 
 class Witness(TorchDispatchMode):
-    """``seen`` lists (kind, group name, payload bytes) in order; ``peak_bytes`` the most storage alive after any op."""
+    """``seen`` lists (kind, group name, payload bytes) in order; ``peak_bytes`` the most storage alive after any op.
 
-    def __init__(self, alive: Iterable[Tensor]) -> None:
+    A count above ``ceiling_bytes`` is believed only when it lasts: gloo's threads hold the tensors of a finished
+    collective for up to some milliseconds after ``wait`` returned.
+    """
+
+    def __init__(self, alive: Iterable[Tensor], ceiling_bytes: int | None = None) -> None:
         super().__init__()
+        self._ceiling_bytes = ceiling_bytes
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
         self.seen: list[tuple[str, str, int]] = []
         self.peak_bytes = 0
@@ -48,13 +53,13 @@ class Witness(TorchDispatchMode):
         self._live = {key: held for key, held in self._live.items() if not held[0].expired()}
         return sum(nbytes for _, nbytes in self._live.values())
 
-    def settles_at(self, expected_bytes: int, patience_s: float = 1.0) -> bool:
-        """Whether exactly ``expected_bytes`` are alive, once gloo's thread has let go of a collective's tensors.
+    def settles_at(self, expected_bytes: int) -> bool:
+        """Whether exactly ``expected_bytes`` are alive, once gloo's threads have let go."""
+        return self._wait_for(lambda live: live == expected_bytes)
 
-        Its threads hold the tensors of a finished collective for up to some milliseconds after ``wait`` returned.
-        """
+    def _wait_for(self, holds: Callable[[int], bool], patience_s: float = 1.0) -> bool:
         deadline = time.monotonic() + patience_s
-        while self.live_bytes() != expected_bytes:
+        while not holds(self.live_bytes()):
             if time.monotonic() > deadline:
                 return False
             time.sleep(1e-4)
@@ -71,6 +76,8 @@ class Witness(TorchDispatchMode):
             group = next(leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.ScriptObject))
             payload = max(t.numel() * t.element_size() for t in tensors)
             self.seen.append((kind, torch.distributed.ProcessGroup.unbox(group).group_name, payload))
+        if (ceiling := self._ceiling_bytes) is not None and self.peak_bytes <= ceiling:
+            self._wait_for(lambda live: live <= ceiling)
         self.peak_bytes = max(self.peak_bytes, self.live_bytes())
         return result
 

@@ -19,6 +19,7 @@ from cinemesh.launch.data import (
     Cache,
     DataSettings,
     Sample,
+    balanced,
     build_cache,
     collate,
     order,
@@ -287,3 +288,19 @@ def test_a_slice_of_samples_reads_as_the_same_samples(settings: DataSettings, tm
     assert cache.train[-1].id == len(cache.train) - 1
     with pytest.raises(IndexError):
         cache.train[len(cache.train)]
+
+
+def test_balance_repeats_the_samples_of_short_scenes_evenly() -> None:
+    scenes = ["a"] * 4 + ["b"] * 2 + ["c"]
+    assert balanced(scenes, 0) == list(range(7))
+    assert Counter(balanced(scenes, 1)) == {0: 1, 1: 1, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4}
+    half = Counter(scenes[index] for index in balanced(scenes, 0.5))
+    assert half == {"a": 4, "b": 3, "c": 2}  # 4 * sqrt(2/4) = 2.83, 4 * sqrt(1/4) = 2
+    for balance in (0.1, 0.7):
+        assert set(balanced(scenes, balance)) == set(range(7))  # no sample is left out
+
+
+def test_scenes_name_the_scene_of_every_sample(settings: DataSettings, tmp_path: Path) -> None:
+    train = Cache.open(build(settings, tmp_path / "cache")).train
+    assert train.scenes == [sample.scene for sample in train]
+    assert train.select([7, 0]).scenes == ["short", "up"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -51,21 +53,33 @@ def test_text_says_what_was_shrunk_and_what_came_out() -> None:
     assert done.stdout.rstrip().endswith("ok")
 
 
+def options(plan: str, **changed: Any) -> dict[str, Any]:
+    return {"plan": plan, "model": "tiny", "dtype": "float64", "max_procs": 8, "steps": 1, "as_json": False, **changed}
+
+
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("asked", "message"),
     [
-        (("--plan", "tp=0"), "plan: tp is 0"),
-        (("--plan", "tpp=2"), "unknown key 'tpp'; did you mean 'tp'?"),
-        (("--plan", "tp=4,cp=4"), "tp(4) * cp(4) = 16 > --max-procs 8"),
-        (("--plan", "tp=2", "--dtype", "fp8"), "plan: dtype is 'fp8'"),
-        (("--plan", "tp=2", "--model", "movie-gen-30"), "did you mean 'movie-gen-30b'?"),
-        (("--plan", "recompute=q:queries"), "recompute keeps ['queries'], which no block has"),
+        (options("tp=0"), "plan: tp is 0"),
+        (options("tpp=2"), "unknown key 'tpp'; did you mean 'tp'?"),
+        (options("tp=4,cp=4"), "tp(4) * cp(4) = 16 > --max-procs 8"),
+        (options("tp=2", dtype="fp8"), "plan: dtype is 'fp8'"),
+        (options("tp=2", model="movie-gen-30"), "did you mean 'movie-gen-30b'?"),
+        (options("recompute=q:queries"), "recompute keeps ['queries'], which no block has"),
     ],
 )
-def test_an_illegal_plan_is_one_line_and_exit_code_2(args: tuple[str, ...], message: str) -> None:
-    done = command(*args)
+def test_an_illegal_plan_is_refused_before_any_process_starts(
+    asked: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(verify, "_on_local_processes")
+    with pytest.raises(CinemeshError, match=re.escape(message)):
+        verify.run(**asked)
+
+
+def test_an_illegal_plan_is_one_line_and_exit_code_2() -> None:
+    done = command("--plan", "tp=4,cp=4")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
+    assert done.stderr.startswith("error: tp(4) * cp(4) = 16") and done.stderr.count("\n") == 1
     assert done.stdout == ""
 
 
@@ -83,10 +97,9 @@ def test_exit_code_1_when_a_bound_does_not_hold(
     broken = report(case, [run])
     assert not broken.ok
     monkeypatch.setattr(verify, "_on_local_processes", lambda case: broken)
-    options = {"plan": "tp=1", "model": "tiny", "dtype": "float64", "max_procs": 8, "steps": 1}
-    assert verify.run(**options, as_json=False) == 1
+    assert verify.run(**options("tp=1")) == 1
     assert capsys.readouterr().out.rstrip().endswith("NOT ok")
-    assert verify.run(**options, as_json=True) == 1
+    assert verify.run(**options("tp=1", as_json=True)) == 1
     assert json.loads(capsys.readouterr().out)["ok"] is False
 
 
