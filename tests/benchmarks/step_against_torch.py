@@ -1,6 +1,7 @@
 """Step time and peak memory against torch's own FSDP2 + DTensor TP/SP + gathered K and V: interleaved pairs.
 
-    python tests/benchmarks/step_against_torch.py [--pairs 20] [--plans tp4 cp4 dp4 tp2cp2] [--json results.json]
+    python tests/benchmarks/step_against_torch.py [--pairs 20] [--shape small]
+        [--plans tp4 cp4 dp4 tp2cp2] [--json results.json]
 
 Four gloo processes. Both sides hold the same model, batch and dtype (float32) in the same processes and take steps
 in turn, so that the machine's noise falls on both. Prints the median of the paired time ratios with the interval that
@@ -18,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -42,37 +44,47 @@ from cinemesh.parallel.mesh import Mesh
 from cinemesh.parallel.plan import Plan
 
 PLANS = {"tp4": {"tp": 4}, "cp4": {"cp": 4}, "dp4": {"dp_shard": 4}, "tp2cp2": {"tp": 2, "cp": 2}}
-CONFIG = ModelConfig(
-    "benchmark",
-    layers=4,
-    width=256,
-    heads=8,
-    ffn=704,
-    encoders=(Encoder("text", 64, 32),),
-    position_lengths=(4, 16, 16),
-)
-LATENT = (2, 32, 32)  # 512 tokens
-SAMPLES = 4  # of the global batch
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, the latent and the samples of the global batch."""
+
+    config: ModelConfig
+    latent: tuple[int, int, int]
+    samples: int
+
+
+def _shape(name: str, width: int, ffn: int, latent: tuple[int, int, int], samples: int) -> Shape:
+    config = ModelConfig(name, 4, width, 8, ffn, (Encoder("text", 64, 32),), position_lengths=(4, 16, 16))
+    return Shape(config, latent, samples)
+
+
+SHAPES = {
+    "small": _shape("small", 192, 512, (2, 16, 16), 8),  # the quick start's: 128 tokens a sample
+    "larger": _shape("larger", 256, 704, (2, 32, 32), 4),  # 512 tokens: products take most of both sides' time
+}
 
 
 class Ours:
     """cinemesh's step on fixed inputs."""
 
-    def __init__(self, plan: Plan, mesh: Mesh, *, stock: bool, recompute: str) -> None:
-        batch = Batch(SAMPLES // plan.data_ranks, LATENT)
-        program = prepare(build_step(CONFIG, plan, batch), backend="nccl" if stock else "gloo")
-        self.runner = StepRunner(CONFIG, plan, batch, Optimizer(), mesh, program=program, comm=Communicator(mesh))
+    def __init__(self, shape: Shape, plan: Plan, mesh: Mesh, *, stock: bool) -> None:
+        config, samples = shape.config, shape.samples
+        batch = Batch(samples // plan.data_ranks, shape.latent)
+        program = prepare(build_step(config, plan, batch), backend="nccl" if stock else "gloo")
+        self.runner = StepRunner(config, plan, batch, Optimizer(), mesh, program=program, comm=Communicator(mesh))
         self.runner.initialise(probe_values(0))
         generator = torch.Generator().manual_seed(0)
 
         def mine(tensor: Tensor, dim: int = 0) -> Tensor:
             return data_slice(tensor, plan, self.runner.coordinates, dim)
 
-        latents = torch.randn(SAMPLES, CONFIG.channels, *LATENT, generator=generator)
-        text = {e.name: mine(torch.randn(e.tokens, SAMPLES, e.width, generator=generator), 1) for e in CONFIG.encoders}
-        mask = torch.ones(SAMPLES, CONFIG.text_tokens, dtype=torch.bool)
+        latents = torch.randn(samples, config.channels, *shape.latent, generator=generator)
+        text = {e.name: mine(torch.randn(e.tokens, samples, e.width, generator=generator), 1) for e in config.encoders}
+        mask = torch.ones(samples, config.text_tokens, dtype=torch.bool)
         mask[:, -1] = False
-        self.runner.load(0, mine(latents), mine(torch.arange(SAMPLES)), text, mine(mask))
+        self.runner.load(0, mine(latents), mine(torch.arange(samples)), text, mine(mask))
 
     def step(self) -> None:
         self.runner.step(1e-4)
@@ -90,13 +102,15 @@ def peak_bytes(step: Any) -> int:
 def work(rank: int, world_size: int, store: str, name: str, arguments: argparse.Namespace, results: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=FileStore(store, world_size), rank=rank, world_size=world_size)
-    sizes = PLANS[name]
-    plan = Plan.from_dict({**sizes, "dtype": "float32", "recompute": arguments.recompute, "prefetch": 0})
+    sizes, shape = PLANS[name], SHAPES[arguments.shape]
+    plan = Plan.from_dict(
+        {**sizes, "dtype": "float32", "recompute": arguments.recompute, "prefetch": arguments.prefetch}
+    )
     mesh = Mesh(plan)
     steps = {
-        "ours": Ours(plan, mesh, stock=False, recompute=arguments.recompute).step,
-        "stock": Ours(plan, mesh, stock=True, recompute=arguments.recompute).step,
-        "torch": TorchBaseline(CONFIG, sizes, LATENT, SAMPLES).step,
+        "ours": Ours(shape, plan, mesh, stock=False).step,
+        "stock": Ours(shape, plan, mesh, stock=True).step,
+        "torch": TorchBaseline(shape.config, sizes, shape.latent, shape.samples).step,
     }
     times: dict[str, list[float]] = {side: [] for side in steps}
     for round_ in range(arguments.pairs + 2):
@@ -124,7 +138,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--plans", nargs="+", default=list(PLANS), choices=list(PLANS))
+    parser.add_argument("--shape", default="small", choices=list(SHAPES))
     parser.add_argument("--recompute", default="selective")
+    parser.add_argument("--prefetch", type=int, default=0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -149,8 +165,14 @@ def main() -> None:
                  f"{row['stock_ratio']:.3f}", f"{row['peak_bytes'] / 1e6:.1f}", f"{row['peak_ratio']:.3f}")  # fmt: skip
         print("".join(f"{cell:>16}" for cell in cells), flush=True)
     if arguments.json:
-        facts = {"date": str(date.today()), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-                 "torch": torch.__version__, "recompute": arguments.recompute, "rows": rows}  # fmt: skip
+        facts = {
+            "date": str(date.today()),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "torch": torch.__version__,
+            "shape": arguments.shape,
+            "recompute": arguments.recompute,
+            "rows": rows,
+        }
         arguments.json.write_text(json.dumps(facts, indent=2) + "\n")
 
 
