@@ -248,6 +248,6 @@ def preset(name: str) -> ModelConfig:
         import difflib
 
         near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise CinemeshError(f"unknown model {name!r}{hint} Known: {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -149,7 +149,7 @@ class Plan:
         for name in values:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = f"; did you mean {near[0]!r}?" if near else "."
                 raise CinemeshError(f"plan: unknown key {name!r}{hint} Known keys: {', '.join(sorted(known))}")
         listed: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
