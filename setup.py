@@ -30,7 +30,11 @@ class BuildPackage(build_py):
 setup(
     packages=["cinemesh", *(f"cinemesh.{folder}" for folder in FOLDERS)],
     package_dir={"cinemesh": ".", **{f"cinemesh.{folder}": folder for folder in FOLDERS}},
-    package_data={"cinemesh.configs": ["*.yaml"], "cinemesh.perf_model": ["clusters/*.yaml"]},
+    package_data={
+        "cinemesh.configs": ["*.yaml"],
+        "cinemesh.kernels": ["tuning/*.yaml"],
+        "cinemesh.perf_model": ["clusters/*.yaml", "clusters/*.csv", "published/*.yaml", "templates/*.html"],
+    },
     include_package_data=False,  # or every file of the root counts as data of the package
     cmdclass={"build_py": BuildPackage},
 )

@@ -18,6 +18,7 @@ EXAMPLES = """\b
 See what there is:      cinemesh model movie-gen-30b
                         cinemesh program --model movie-gen-30b --latent 32x96x96 \\
                             --plan tp=4,cp=2,dp_shard=768
+Choose a plan:          cinemesh plan --gpus 6144 --explain
 Prove a plan:           cinemesh verify --plan tp=2,cp=2,dp_shard=2
 Train on this machine:  cinemesh train configs/quickstart.yaml --nproc 2
 Train on a cluster:     torchrun ... -m cinemesh.launch.train CONFIG
@@ -140,6 +141,102 @@ def model(
 
 
 @app.command()
+def plan(
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs of the job.")],
+    model: Annotated[str, typer.Option("--model", help="A preset, for example movie-gen-30b.")] = "movie-gen-30b",
+    cluster: Annotated[
+        str, typer.Option("--cluster", help="A cluster by name, or a file that ends in .yaml.")
+    ] = "grand-teton-h100",
+    latent: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--latent",
+            metavar="TxHxW[:SHARE]",
+            help="Sample shape, and its share of the steps; may be repeated. Default: 32x96x96.",
+        ),
+    ] = None,
+    global_batch: Annotated[
+        int | None, typer.Option("--global-batch", min=1, help="Samples of a step. Default: left to the plan.")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, help="Samples of one data rank, where no global batch is given.")
+    ] = 1,
+    dtype: Annotated[str, typer.Option("--dtype", help="bf16, float32 or float64.")] = "bf16",
+    fix: Annotated[
+        str,
+        typer.Option(
+            "--fix", metavar="FIELDS", help="Plan fields given by hand, for example tp=4,cp=2,recompute=full."
+        ),
+    ] = "",
+    encoders: Annotated[
+        bool, typer.Option("--encoders", help="The frozen text encoders run in the training loop.")
+    ] = False,
+    top: Annotated[int, typer.Option("--top", min=1, help="Plans in the table.")] = 5,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Set the overlap knobs of the plans shown: slices, prefetch, deferral.")
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="What binds the best plan, what it duplicates, what would change it.")
+    ] = False,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The plans of the paper's Table 3 beside the best ones.")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="DIR", help="Write pictures, an HTML page and a trace.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the best plan as YAML.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose a sharding plan for a cluster, by predicted time and memory.
+
+    Searches the degrees, the shard group, the placement on the network, recompute and prefetch.
+    Needs no GPU and no torch. Every number is predicted, none measured.
+    """
+    from .plan import run
+
+    run(
+        model=model,
+        gpus=gpus,
+        cluster=cluster,
+        latents=latent or ["32x96x96"],
+        global_batch=global_batch,
+        samples=samples,
+        dtype=dtype,
+        fix=fix,
+        encoders=encoders,
+        top=top,
+        tune=tune,
+        explain_it=explain,
+        paper=paper,
+        report=report,
+        out=out,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def validate(
+    rows: Annotated[
+        Path | None,
+        typer.Argument(metavar="[ROWS]", help="YAML list of published measurements. Default: the project's own."),
+    ] = None,
+    show_all: Annotated[bool, typer.Option("--rows", help="Also list every row, and why rows are left out.")] = False,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Fit the constants again, leaving every source out in turn: minutes.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Hold the cost model against published runs.
+
+    Predicts each row with its own hardware, model, plan and software, and prints the errors. Needs no
+    GPU and no torch.
+    """
+    from .published import run
+
+    run(rows=rows, show_all=show_all, refit=fit, as_json=as_json)
+
+
+@app.command()
 def verify(
     plan: PlanText,
     model: Annotated[str, typer.Option("--model", help="The preset to shrink.")] = "tiny",
@@ -162,6 +259,45 @@ def verify(
     from .verify import run
 
     raise typer.Exit(run(plan=plan, model=model, dtype=dtype, max_procs=max_procs, steps=steps, as_json=as_json))
+
+
+@app.command()
+def lint(
+    plan: PlanText,
+    model: Annotated[str, typer.Option("--model", help="A preset, for example movie-gen-30b.")] = "tiny",
+    as_json: AsJson = False,
+) -> None:
+    """Prove that a step can be captured.
+
+    Shows without a GPU that a step reads nothing back to the host, allocates nothing that its program
+    does not list, writes where it may, keeps the order of collectives, and holds no value that changes
+    from step to step: what a CUDA Graph demands. The program is checked at the model's own size, the
+    step on a shrunk one with the plan's own degrees.
+
+    Exit code 1, and each finding with its op, when it cannot.
+    """
+    from .lint import run
+
+    raise typer.Exit(run(plan=plan, model=model, as_json=as_json))
+
+
+@app.command()
+def trace(
+    plan: PlanText,
+    model: Annotated[str, typer.Option("--model", help="A preset that runs here.")] = "tiny-video",
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write the trace.")] = Path("trace.json"),
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to trace.")] = 3,
+    max_procs: Annotated[int, typer.Option("--max-procs", min=1, help="Most local processes.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Show when every op and collective of a step ran.
+
+    Runs the plan on CPU processes, writes a trace that Perfetto opens, and prints for every collective
+    how much of it compute hid and how much it waited for.
+    """
+    from .trace import run
+
+    run(plan=plan, model=model, out=out, steps=steps, max_procs=max_procs, as_json=as_json)
 
 
 @app.command()
@@ -193,6 +329,73 @@ def program(
         batch=batch,
         as_json=as_json,
     )
+
+
+@app.command()
+def kernels(
+    model: Annotated[str, typer.Option("--model", help="A preset, for example movie-gen-30b.")] = "movie-gen-30b",
+    plan: Annotated[
+        str | None,
+        typer.Option("--plan", metavar="AXES", help="Degrees of the mesh axes. Default: tp=4,cp=2,dp_shard=768."),
+    ] = None,
+    latent: Annotated[
+        str | None, typer.Option("--latent", metavar="TxHxW", help="Default: what the preset is usually run at.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Samples in a micro-batch of one data rank.")] = 1,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="cpu, or a capability such as sm_90. Default: the GPU of this machine."),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--compile",
+            metavar="TARGET",
+            help="Build every Triton kernel for sm_90 (no GPU needed) and show what the binaries are; "
+            "without --plan at tp 1, 2, 4, 8 and cp 1, 2.",
+        ),
+    ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure the kernels' tiles on this GPU and rewrite its tuning table.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show which kernel runs each op of a step, and why not another.
+
+    Choices follow device, dtype, shape, what is installed and the rate classes. The variable CINEMESH_KERNELS
+    overrides them: CINEMESH_KERNELS=attention=torch,adamw=reference
+    """
+    from .kernels import run
+
+    run(
+        model=model,
+        plan=plan,
+        latent=latent,
+        batch=batch,
+        device=device,
+        target=target,
+        tune=tune,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The cluster file to write.")] = Path("local.yaml"),
+    nproc: Annotated[
+        int | None,
+        typer.Option("--nproc", min=2, help="Processes to measure with; default: 4. Leave it out under torchrun."),
+    ] = None,
+) -> None:
+    """Measure this machine and write its cluster file.
+
+    Times compute and collectives of CPU processes, all at once as in a training step, and fits the
+    prices to them; then plan with --cluster FILE. Under torchrun it measures the whole job, the
+    links between its servers included. Takes about a minute on an idle machine.
+    """
+    from .calibrate import run
+
+    raise typer.Exit(run(out=out, nproc=nproc))
 
 
 def main() -> None:

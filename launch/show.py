@@ -21,21 +21,21 @@ from ..parallel.plan import Plan
 from ..parallel.program import Op, Program
 from ..parallel.units import Parameter
 
-WIDTH = 120  # columns, where the output is no terminal
+WIDTH = 130  # columns, where the output is no terminal
 DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 NAME_WIDTH = 28  # columns; a longer name goes on below
 OUTPUTS = 3  # which column gets the space that others leave
 MOST_DIFFERENCES = 8  # records in which a block may differ from another to be shown as "as that one, but"
 
 
-def _console() -> Console:
+def new_console() -> Console:
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = WIDTH
     return console
 
 
-def _table(*columns: str, right: Iterable[str] = ()) -> Table:
+def plain_table(*columns: str, right: Iterable[str] = ()) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
@@ -105,14 +105,14 @@ def model_table(name: str, as_json: bool) -> None:
         totals = {"parameters": total, "tp_sharded": sharded, "tp_replicated": total - sharded}
         print(json.dumps({"model": name, "parts": shown, "totals": totals}, indent=1))
         return
-    console = _console()
+    console = new_console()
     console.print(
         f"{name}: {config.layers} layers, width {config.width}, {config.heads} heads of {config.head_dim}, "
         f"FFN {config.ffn}, {config.channels} latent channels, patch {'x'.join(map(str, config.patch))}; text "
         + ", ".join(f"{e.name} {e.tokens} x {e.width}" for e in config.encoders)
         + "\n"
     )
-    table = _table("part", "over tp", "parameters", "share", "tensors", right=("parameters", "share"))
+    table = plain_table("part", "over tp", "parameters", "share", "tensors", right=("parameters", "share"))
     for part in found:
         over = "sharded" if part.tp_sharded else "replicated"
         share = f"{100 * part.elements / total:.2f} %"
@@ -143,7 +143,7 @@ def program_listing(*, model: str, plan: str, latent: str, text_tokens: int, bat
         given = {"model": model, "plan": degrees.to_dict(), "latent": size, "text_tokens": text_tokens, "batch": batch}
         print(json.dumps({**given, "records": [record(program, op) for op in program.ops], "totals": totals(program)}))
         return
-    console = _console()
+    console = new_console()
     kept = degrees.recompute if isinstance(degrees.recompute, str) else f"all but {', '.join(degrees.recompute)}"
     console.print(
         f"{model}, latent {latent} = {config.tokens(size):,} tokens, {text_tokens} text tokens, "
@@ -355,7 +355,7 @@ def _print_totals(console: Console, program: Program) -> None:
     found = totals(program)
     compute, lanes = found["compute"], found["collectives"]
     assert isinstance(compute, dict) and isinstance(lanes, dict)
-    table = _table(
+    table = plain_table(
         "lane",
         "collectives",
         "payload",
