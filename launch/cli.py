@@ -20,6 +20,8 @@ See what there is:      cinemesh model movie-gen-30b
                             --plan tp=4,cp=2,dp_shard=768
 Choose a plan:          cinemesh plan --gpus 6144 --explain
 Prove a plan:           cinemesh verify --plan tp=2,cp=2,dp_shard=2
+                        cinemesh lint --plan tp=4,cp=2,dp_shard=768 --model movie-gen-30b
+See a step run:         cinemesh trace --plan tp=2 --out trace.json
 Train on this machine:  cinemesh train configs/quickstart.yaml --nproc 2
 Train on a cluster:     torchrun ... -m cinemesh.launch.train CONFIG
 Make a clip:            cinemesh sample configs/quickstart.yaml --prompt "a red car"

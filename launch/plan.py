@@ -15,12 +15,23 @@ from ..parallel.plan import Plan
 from ..perf_model import explain
 from ..perf_model.cluster import load
 from ..perf_model.explain import Whole, describe, whole
+from ..perf_model.family import Bucket, Choice, Request
 from ..perf_model.paper import STAGES
-from ..perf_model.planner import Bucket, Choice, Request, Search, search
+from ..perf_model.planner import Refusal, Search, search
 from ..perf_model.tune import tuned
 from .show import new_console, parse_latent, plain_table
 
-NUMBERS = ("batch", "step s", "samples/s", "beside compute", "peak GB", "tokens", "GPUs", "gain")  # right-aligned
+NUMBERS = (
+    "batch",
+    "step s",
+    "samples/s",
+    "MFU",
+    "beside compute",
+    "peak GB",
+    "tokens",
+    "GPUs",
+    "gain",
+)  # right-aligned
 DISAGREES = 0.01  # relative difference between the search's step time and the whole step's that is told
 
 
@@ -62,14 +73,13 @@ def run(
     found = search(request)
     if tune:
         found = tuned(request, found)
-    best = whole_of(request, found.best)
+    flops = explain.mean_model_flops(request)
     values = {
         "model": model,
         "cluster": request.cluster.name,
         "gpus": gpus,
         "predicted": True,
-        "best": _choice(found.best)
-        | {"whole_step_s": best.step_s, "mfu": explain.mfu(request.config, best, request.cluster)},
+        "best": _choice(found.best) | {"mfu": explain.mfu_of(request, found.best, flops)},
         "ranked": [_choice(choice) for choice in found.choices],
         "near_ties": [_choice(choice) for choice in found.near_ties()],
         "refused": [asdict(refusal) for refusal in found.refused],
@@ -78,14 +88,14 @@ def run(
     }
     console = new_console()
     if not as_json:
-        _print_search(console, request, found, best)
+        _print_search(console, request, found, flops)
     if paper:
         rows = paper_rows(request)
         values["paper"] = rows
         if not as_json:
             _print_paper(console, rows)
     if explain_it:
-        values["why"] = why = _why(request, found, best)
+        values["why"] = why = _why(request, found)
         if not as_json:
             _print_why(console, why)
     if out is not None:
@@ -176,9 +186,13 @@ def paper_rows(request: Request) -> list[dict[str, object]]:
     return rows
 
 
-def _why(request: Request, found: Search, best: Whole) -> dict[str, object]:
+def _why(request: Request, found: Search) -> dict[str, object]:
+    best = whole_of(request, found.best)
     runner_up = whole_of(request, found.choices[1]) if len(found.choices) > 1 else None
     return {
+        "whole_step_s": best.step_s,
+        "searched_step_s": found.best.step_s,
+        "hfu": explain.hfu(best, request.cluster),
         "binds": explain.binds(best),
         "exposed": [asdict(row) for row in explain.exposures(best) if row.exposed_s > 0],
         "duplicates": [asdict(row) for row in explain.duplicates(best)],
@@ -193,43 +207,44 @@ def _why(request: Request, found: Search, best: Whole) -> dict[str, object]:
 # -- as text ----------------------------------------------------------------------------------------------------------
 
 
-def _print_search(console: Console, request: Request, found: Search, best: Whole) -> None:
+def _print_search(console: Console, request: Request, found: Search, flops: float) -> None:
     config, cluster = request.config, request.cluster
     shapes = ", ".join(f"{'x'.join(map(str, b.latent))} ({config.tokens(b.latent):,} tokens)" for b in request.buckets)
     console.print(
         f"{config.name} on {request.gpus:,} GPUs of {cluster.name}, {shapes}, {request.dtype}. "
         "Predicted, not measured.\n"
     )
-    table = plain_table("", "plan", "batch", "step s", "samples/s", "beside compute", "peak GB", right=NUMBERS)
+    table = plain_table("", "plan", "batch", "step s", "samples/s", "MFU", "beside compute", "peak GB", right=NUMBERS)
     ties = {id(choice) for choice in found.near_ties()}
     for rank, choice in enumerate(found.choices, 1):
-        mark = "=" if id(choice) in ties else ""
         table.add_row(
-            f"{rank}{mark}",
+            f"{rank}{'=' if id(choice) in ties else ''}",
             describe(choice.plan),
             f"{choice.global_batch:,}",
             f"{choice.step_s:.3f}",
             f"{choice.samples_per_s:.1f}",
+            f"{explain.mfu_of(request, choice, flops):.1%}",
             f"{choice.exposed:.1%}",
             f"{choice.peak_bytes / 1e9:.1f}",
         )
     console.print(table)
     if ties:
         console.print(f"= near-tie: within {found.error:.1%}, which the model cannot tell apart")
-    mfu = explain.mfu(config, best, cluster)
     console.print(
-        f"\nbest: {describe(found.best.plan)}\n"
-        f"whole step played: {best.step_s:.3f} s, MFU {mfu:.1%}, HFU {explain.hfu(best, cluster):.1%}, "
-        f"peak {best.footprint.peak_bytes / 1e9:.1f} of {best.footprint.limit_bytes / 1e9:.1f} GB"
+        f"{cluster.memory.usable_bytes / 1e9:.1f} GB are usable on a GPU; "
+        f"{found.played} plans played, {found.bounded} bounded, {len(found.refused)} families refused, for example:"
     )
-    difference = best.step_s / found.best.step_s - 1.0
-    if len(request.buckets) == 1 and found.best.frozen is None and abs(difference) > DISAGREES:
-        console.print(f"the whole step differs from the search's by {difference:+.1%}: trust the whole step")
-    refused = found.refused
-    if refused:
-        console.print(f"\nnot shown: {len(refused)} families, for example")
-        for refusal in refused[:4]:
-            console.print(f"  {refusal.family}: {refusal.reason}")
+    for refusal in _telling(found.refused):
+        console.print(f"  {refusal.family}: {refusal.reason}")
+
+
+def _telling(refused: list[Refusal]) -> list[Refusal]:
+    """One refusal of each kind: of shape, of memory, of speed."""
+    kinds: dict[str, Refusal] = {}
+    for refusal in refused:
+        kind = next((word for word in ("GB", "slower") if word in refusal.reason), "shape")
+        kinds.setdefault(kind, refusal)
+    return list(kinds.values())
 
 
 def _print_paper(console: Console, rows: list[dict[str, object]]) -> None:
@@ -264,6 +279,11 @@ def _print_why(console: Console, values: dict[str, object]) -> None:
     exposed, duplicates, changes = values["exposed"], values["duplicates"], values["sensitivities"]
     assert isinstance(binds, list) and isinstance(runner_up, list)
     assert isinstance(exposed, list) and isinstance(duplicates, list) and isinstance(changes, list)
+    whole_s, searched_s = values["whole_step_s"], values["searched_step_s"]
+    assert isinstance(whole_s, float) and isinstance(searched_s, float)
+    difference = whole_s / searched_s - 1.0
+    told = "" if abs(difference) <= DISAGREES else ": trust the whole step"
+    console.print(f"\nbest plan, every record played: {whole_s:.3f} s, {difference:+.2%} from the search{told}")
     lines("what binds", binds)
     lines(
         "exposed communication",

@@ -14,10 +14,11 @@ from ..parallel.plan import AXES, Plan
 from ..parallel.program import Op, Program
 from .cluster import Cluster
 from .compute import Compute
+from .family import Choice, Request
 from .footprint import Footprint, footprint
 from .frozen import FrozenCost
 from .network import Network
-from .planner import Choice, Request, search
+from .planner import search
 from .timeline import Tape, Timeline, communicator, play, price
 
 _LAYER = re.compile(r"^mb\d+/|blocks\.\d+\.|~")
@@ -72,6 +73,18 @@ def model_flops(config: ModelConfig, latent: tuple[int, int, int]) -> int:
         counted.append(sum(program.flops(op) for op in forward if op.region.endswith(".forward")))
     one, two = counted
     return 3 * (one + (config.layers - 1) * (two - one))
+
+
+def mean_model_flops(request: Request) -> float:
+    """Model FLOPs of a sample, averaged over the buckets by their weights."""
+    total = sum(bucket.weight for bucket in request.buckets)
+    return sum(b.weight * model_flops(request.config, b.latent) for b in request.buckets) / total
+
+
+def mfu_of(request: Request, choice: Choice, flops: float) -> float:
+    """MFU of a plan of the table; ``flops``: those of a sample."""
+    peak = request.cluster.gpu.peak_flops[choice.plan.compute_dtype]
+    return flops * choice.samples_per_s / (request.gpus * peak)
 
 
 def hardware_flops(program: Program) -> int:
@@ -219,7 +232,7 @@ def sensitivities(request: Request, best: Choice) -> Iterator[Sensitivity]:
             f"one more server ({request.gpus + cluster.gpus_per_server} GPUs)",
             lambda: replace(request, gpus=request.gpus + cluster.gpus_per_server),
         ),
-        (f"twice the GPUs ({2 * request.gpus})", lambda: replace(request, gpus=2 * request.gpus)),
+        (f"half the GPUs ({request.gpus // 2})", lambda: replace(request, gpus=max(request.gpus // 2, 1))),
     ]
     for text, changed in changes:
         try:
@@ -227,7 +240,7 @@ def sensitivities(request: Request, best: Choice) -> Iterator[Sensitivity]:
         except CinemeshError as error:
             yield Sensitivity(text, None, 0.0, -1.0, str(error).partition(";")[0])
             continue
-        same = replace(found.plan, dp_shard=1, dp_replicate=1) == replace(best.plan, dp_shard=1, dp_replicate=1)
+        same = (found.plan.tp, found.plan.cp) == (best.plan.tp, best.plan.cp)
         note = "same degrees" if same else f"then {describe(found.plan)}"
         yield Sensitivity(text, found.plan, found.samples_per_s, found.samples_per_s / best.samples_per_s - 1.0, note)
 
@@ -240,12 +253,23 @@ def describe(plan: Plan) -> str:
     parts = [f"{axis}={plan.size(axis)}" for axis in AXES if plan.size(axis) > 1]
     if plan.micro_batches > 1:
         parts.append(f"micro_batches={plan.micro_batches}")
-    keep = plan.recompute if isinstance(plan.recompute, str) else f"keeps {len(plan.recompute)} activations"
-    parts += [f"recompute={keep}", f"prefetch={plan.prefetch}"]
+    keep = _keep(plan.recompute)
+    if plan.recompute_last is not None:
+        keep += f" (last {plan.last_blocks} blocks {_keep(plan.recompute_last)})"
+    parts.append(f"recompute={keep}")
+    parts += [f"{name}={getattr(plan, name)}" for name in ("kv_slices", "tp_slices") if getattr(plan, name) > 1]
+    if plan.prefetch != 1:
+        parts.append(f"prefetch={plan.prefetch}")
+    if plan.defer_weight_gradients:
+        parts.append("deferred weight gradients")
     split = [axis for axis in plan.order if plan.size(axis) > 1]
     if split != [axis for axis in AXES if plan.size(axis) > 1]:
         parts.append("order=" + ":".join(plan.order))
     return " ".join(parts)
+
+
+def _keep(recompute: str | tuple[str, ...]) -> str:
+    return recompute if isinstance(recompute, str) else f"keeps {len(recompute)} activations"
 
 
 def binds(whole: Whole) -> list[str]:

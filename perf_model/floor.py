@@ -1,23 +1,45 @@
 """Lower bounds of a family's time and memory before anything of it is built (torch-free).
 
-Two programs of a few blocks serve: one rank that holds all tokens and heads (tp = cp = 1), and tp = cp = 2. No record's
-FLOPs or bytes shrink faster than 1 / (tp * cp) when a family splits more, a gather over tp moves at least S / cp tokens,
-and one over cp at least heads / tp heads. So every family's compute, bytes and collectives are at least what these two
-programs' are, scaled. The bounds only cut the search; tests hold them against the built programs.
+One program serves (``Shallow``): under another tp and cp its records have other local sizes, so the compute of a block
+can be priced without a pass being run. Compute keeps the builder's order (``plan.defer_weight_gradients`` aside), so
+nothing hides a collective but what stands between the record that makes its input and the first that reads its output.
+Memory: no rank's share of anything is less than 1 / (tp * cp) of what one rank with all tokens and heads needs. The
+bounds only cut the search; tests hold them against built and played steps.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from ..parallel.ops import OPS
-from ..parallel.program import Op
+from ..parallel.plan import Plan
+from ..parallel.program import Program
 from .cluster import Cluster
 from .compute import Compute
 from .network import Network, ring_group
-from .skeleton import Shallow, Skeleton
+from .shallow import Shallow
+from .skeleton import Skeleton
 
 Recompute = str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """A collective over tp or cp in one block: its record, and the compute records that could hide it."""
+
+    index: int
+    axis: str
+    between: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What one more block adds under one recompute mode."""
+
+    skeleton: Skeleton
+    compute: tuple[int, ...]
+    exchanges: tuple[_Exchange, ...]
 
 
 class Floor:
@@ -25,64 +47,85 @@ class Floor:
 
     def __init__(self, shallow: Shallow, compute: Compute, network: Network, cluster: Cluster) -> None:
         self.compute, self.network, self.cluster = compute, network, cluster
-        self._one = shallow.on(shallow.plan.with_degrees(tp=1, cp=1))
-        self._four = shallow.on(shallow.plan.with_degrees(tp=2, cp=2))
+        plain = replace(shallow.plan, grad_units=1, kv_slices=1, tp_slices=1, defer_weight_gradients=False)
+        self._plain = shallow.on(plain.with_degrees(tp=2, cp=2))
+        self._one = shallow.on(plain.with_degrees(tp=1, cp=1))
         self._alone: dict[Recompute, Skeleton] = {}
-        self._split: dict[Recompute, Skeleton] = {}
-        self._totals: dict[Recompute, float] = {}
+        self._blocks: dict[Recompute, _Block | None] = {}
 
-    def _skeleton(self, made: dict[Recompute, Skeleton], shallow: Shallow, recompute: Recompute) -> Skeleton:
-        if recompute not in made:
-            plan = replace(shallow.plan, recompute=recompute)
-            made[recompute] = Skeleton(shallow, plan, self.compute, self.cluster)
-        return made[recompute]
+    # -- time -----------------------------------------------------------------------------------------------------
 
-    def _rate(self, op: Op, dtype: str, head_dim: int) -> float:
-        """FLOP/s that no record of this kind exceeds, whatever its shape."""
-        if op.kind == "matmul":
-            return self.compute.ceiling(dtype)
-        direction = "backward" if op.kind.endswith("backward") else "forward"
-        return self.compute.attention_ceiling(direction, head_dim, dtype)
-
-    def _once(self, recompute: Recompute) -> float:
-        """Compute seconds of one rank that does everything: products at the best rates, the rest at its bytes."""
-        skeleton = self._skeleton(self._alone, self._one, recompute)
-        program, head_dim = skeleton.program, self._one.config.head_dim
-        total = 0.0
-        for i, op in enumerate(program.ops):
-            if op.kind not in OPS:
-                continue
-            if OPS[op.kind].matmul:
-                seconds = program.flops(op) / self._rate(op, program.plan.compute_dtype, head_dim)
-            else:
-                seconds = self.compute.least_s(program, op)
-            total += skeleton.repeats(i) * seconds
-        return total
-
-    def compute_s(self, recompute: Recompute, parts: int, micro_batches: int) -> float:
-        """Of a step whose tokens and weights are split ``parts`` ways."""
-        if recompute not in self._totals:
-            self._totals[recompute] = self._once(recompute)
-        return self._totals[recompute] * micro_batches / parts
-
-    def peak_bytes(self, recompute: Recompute, parts: int, shards: int) -> float:
-        """Of one rank, whose share of everything is at least 1 / ``parts`` of what one rank with all tokens needs."""
-        skeleton = self._skeleton(self._alone, self._one, recompute)
-        return skeleton.peak_bytes(self._one.plan.with_degrees(dp_shard=shards)) / parts
-
-    def communication_s(self, recompute: Recompute, tp: int, cp: int, micro_batches: int) -> tuple[float, float]:
-        """Of the collectives over tp and cp, each on its best placement: what nothing hides; the busier lane's time."""
-        alone = 0.0
+    def step_s(self, recompute: Recompute, tp: int, cp: int, micro_batches: int) -> float:
+        """Of all blocks: compute, what nothing hides, and the busier lane where that is longer."""
+        if recompute not in self._blocks:
+            self._blocks[recompute] = self._block(recompute)
+        block = self._blocks[recompute]
+        if block is None:
+            return 0.0
+        built = block.skeleton.program
+        plan = block.skeleton.plan.with_degrees(tp=tp, cp=cp)
+        program = Program(plan, built.buffers, built.ops, built.outputs, built.facts)
+        seconds = {i: self.compute.op_s(program, built.ops[i]) for i in block.compute}
+        waited = {"tp": 0.0, "cp": 0.0}
         busy = {"tp": 0.0, "cp": 0.0}
-        for (collective, window), times in self._skeleton(self._split, self._four, recompute).terms.items():
-            if collective.axes not in (("tp",), ("cp",)):
+        unhidable = 0.0
+        for exchange in block.exchanges:
+            if plan.size(exchange.axis) == 1:
                 continue
-            (axis,) = collective.axes
-            ranks, other = (tp, cp) if axis == "tp" else (cp, tp)
-            if ranks > 1:
-                payload = collective.bytes * 2 // other if collective.split else collective.bytes
-                group = ring_group(self.cluster, ranks)
-                seconds = times * self.network.collective(collective.kind, payload, group).seconds
-                busy[axis] += seconds
-                alone += seconds if window < 0.0 else 0.0
-        return alone * micro_batches, max(busy.values()) * micro_batches
+            op = built.ops[exchange.index]
+            group = ring_group(self.cluster, plan.size(exchange.axis))
+            takes = self.network.collective(op.kind, program.payload_bytes(op), group).seconds
+            busy[exchange.axis] += takes
+            if exchange.between:
+                waited[exchange.axis] += max(0.0, takes - sum(seconds.get(i, 0.0) for i in exchange.between))
+            else:
+                unhidable += takes
+        added = sum(seconds.values()) + unhidable + max(waited.values())
+        return max(added, *busy.values()) * self._one.config.layers * micro_batches
+
+    def _block(self, recompute: Recompute) -> _Block | None:
+        """None: a model of so few blocks is built whole, and needs no floor."""
+        if self._plain.more == 0:
+            return None
+        skeleton = Skeleton(self._plain, replace(self._plain.plan, recompute=recompute), self.compute, self.cluster)
+        program = skeleton.program
+        forward, backward = skeleton.period[:2]  # of the first micro-batch, which the others repeat
+        within = [*range(*forward), *range(*backward)]
+        compute = tuple(i for i in within if program.ops[i].kind in OPS)
+        return _Block(skeleton, compute, tuple(self._exchanges(program, within)))
+
+    def _exchanges(self, program: Program, within: list[int]) -> Iterator[_Exchange]:
+        made: dict[str, int] = {}
+        read: dict[str, list[int]] = {}
+        for i, op in enumerate(program.ops):
+            if op.kind in OPS:
+                made.update(dict.fromkeys(op.outputs, i))
+                for name in op.inputs:
+                    read.setdefault(name, []).append(i)
+        waits = {op.attrs["issue"]: op for op in program.ops if op.kind == "wait"}
+        for i in within:
+            op = program.ops[i]
+            if op.kind in OPS or op.kind == "wait" or op.axes not in (("tp",), ("cp",)):
+                continue
+            begin = made.get(op.inputs[0], i)
+            after = [j for j in read.get(waits[op.name].outputs[0], ()) if j > i]
+            end = min(after, default=len(program.ops))
+            between = tuple(j for j in range(begin + 1, end) if program.ops[j].kind in OPS)
+            yield _Exchange(i, op.axes[0], between)
+
+    # -- memory ---------------------------------------------------------------------------------------------------
+
+    def _one_rank(self, recompute: Recompute) -> Skeleton:
+        if recompute not in self._alone:
+            plan = replace(self._one.plan, recompute=recompute)
+            self._alone[recompute] = Skeleton(self._one, plan, self.compute, self.cluster)
+        return self._alone[recompute]
+
+    def kept_bytes(self, recompute: Recompute) -> int:
+        """Of one block, on one rank that holds all tokens and heads."""
+        return self._one_rank(recompute).kept_bytes
+
+    def peak_bytes(self, recompute: Recompute, plan: Plan) -> float:
+        """Of one rank under a plan's degrees, the whole job one shard group."""
+        shards = self._one.plan.with_degrees(dp_shard=plan.data_ranks)
+        return self._one_rank(recompute).peak_bytes(shards) / (plan.tp * plan.cp)

@@ -7,15 +7,13 @@ and the placement of axes on the network change prices, not records, so one shal
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ..model.config import ModelConfig
-from ..model.step import Batch, build_step, prepare, unit_layout
+from ..model.step import prepare
 from ..parallel.layout import FSDP, REPLICATED_UNIT, WORLD, Axes
 from ..parallel.memory import lifetimes
 from ..parallel.ops import DTYPE_BYTES, OPS
@@ -26,9 +24,9 @@ from .cluster import Cluster
 from .compute import Compute
 from .footprint import FLAT, UNIT, class_of
 from .network import Cost, Group, Network, group_of
+from .shallow import Shallow, canonical
 from .timeline import COMPUTE, WAIT, Record, Tape, Timeline, communicator, play, price
 
-BLOCKS = 3  # of the shallow program, and one for each unit prefetched: lanes fill in the first, run dry in the last
 STEADY_BLOCKS = 6  # from here on two blocks in the middle must agree
 STEADY = 1e-6  # relative difference of two blocks' times that counts as none
 _BLOCK = re.compile(r"^(mb\d+)/blocks\.(\d+)\.(forward|backward)$")
@@ -68,70 +66,6 @@ def groups_of(plan: Plan, cluster: Cluster) -> Groups:
 
 class NotSteady(Exception):
     """Blocks of the shallow step differ in time: only the whole step can say."""
-
-
-def canonical(plan: Plan) -> Plan:
-    """The plan of the shallow program that serves this one: two replicas, shard groups of one or of two ranks.
-
-    A collective over one rank costs nothing, so more ranks than the plan has change no price; but a unit that is never
-    gathered has other records than one that is.
-    """
-    alone = plan.dp_shard * plan.cp == 1
-    return replace(plan, order=Plan().order).with_degrees(dp_shard=1 if alone else 2, dp_replicate=2)
-
-
-class Shallow:
-    """The program of a few blocks, built and checked once for all degrees.
-
-    Shapes are global and placements typed, so another tp or cp changes the local size of every buffer and the layout of
-    the flat units, but no record.
-    """
-
-    def __init__(self, config: ModelConfig, plan: Plan, batch: Batch, blocks: int = 0) -> None:
-        self.config, self.batch = config, batch
-        self.plan = canonical(plan)
-        self.blocks = min(config.layers, blocks or BLOCKS + plan.prefetch)
-        self.model = replace(config, layers=self.blocks)
-        self.program = build_step(self.model, self.plan, batch)
-        self.units = unit_layout(self.model, self.plan)
-        self._units: dict[int, Units] = {}
-
-    def on(self, plan: Plan) -> Shallow:
-        """The same program under other degrees of tp and cp, with the flat units laid out for them."""
-        plan = canonical(plan)
-        if plan.data_ranks != self.plan.data_ranks:
-            raise ValueError(f"a program of {self.plan.data_ranks} data ranks cannot serve {plan.data_ranks}")
-        other = copy.copy(self)
-        other.plan, other.units, other._units = plan, unit_layout(self.model, plan), {}
-        shapes: dict[tuple[int, ...], tuple[int, int]] = {
-            (self.units.ranks, self.units.flat_elements): (other.units.ranks, other.units.flat_elements)
-        }
-        for ours, theirs in zip(self.units.units, other.units.units, strict=True):
-            tp = (self.plan.tp, plan.tp) if ours.tp_sharded else (1, 1)
-            shapes[tp[0], ours.elements] = (tp[1], theirs.elements)
-        built = self.program
-        buffers = {
-            name: replace(buffer, shape=shapes[buffer.shape]) if buffer.shape in shapes else buffer
-            for name, buffer in built.buffers.items()
-        }
-        other.program = Program(plan, buffers, built.ops, built.outputs, built.facts)
-        return other
-
-    @property
-    def more(self) -> int:
-        """Blocks of the deep model that the shallow one leaves out."""
-        return self.config.layers - self.blocks
-
-    def units_of(self, plan: Plan) -> Units:
-        """The shallow model's units under another shard group."""
-        if plan.dp_shard not in self._units:
-            self._units[plan.dp_shard] = unit_layout(self.model, plan)
-        return self._units[plan.dp_shard]
-
-    def flat_elements(self, plan: Plan) -> int:
-        """Elements of a rank's flat shard of the deep model."""
-        units = self.units_of(plan)
-        return units.flat_elements + self.more * units.by_name["blocks.0"].shard_elements
 
 
 @dataclass(frozen=True)
@@ -241,10 +175,10 @@ class Skeleton:
 
     def repeats(self, i: int) -> int:
         """How often a record of the shallow step stands in the deep one."""
-        return 1 + (self.more if any(begin <= i < end for begin, end in self._period) else 0)
+        return 1 + (self.more if any(begin <= i < end for begin, end in self.period) else 0)
 
     @cached_property
-    def _period(self) -> list[tuple[int, int]]:
+    def period(self) -> list[tuple[int, int]]:
         """Records of one block, in every direction of every micro-batch, which the blocks left out repeat."""
         if not self.more:
             return []
@@ -265,7 +199,7 @@ class Skeleton:
     def _block_compute_s(self) -> float:
         """Compute seconds that one more block adds."""
         added = 0.0
-        for begin, end in self._period:
+        for begin, end in self.period:
             for i in range(begin, end):
                 record = self.base.records[i]
                 added += record.seconds if record.kind == COMPUTE else 0.0
@@ -322,8 +256,9 @@ class Skeleton:
         return min(share * tape.compute_slowdown, 1.0)
 
     def _lane(self, plan: Plan, network: Network, axes: Axes, group: Group) -> tuple[float, float, float]:
-        """Seconds that the collectives over one group of axes add at least, beside those of other lanes; that compute
-        waits for one of its communicators, not beside others; and that its busiest communicator runs.
+        """Least seconds of the collectives over one group of axes: added, waited for, and of the busiest communicator.
+
+        What is added adds up over the lanes; what is waited for in one lane may be waited for in another as well.
         """
         units, flat = self.shallow.units_of(plan), self.shallow.flat_elements(plan)
         added = 0.0

@@ -14,8 +14,10 @@ from typing import Any
 from ..errors import CinemeshError
 from ..model.step import Batch, check
 from ..parallel.plan import Plan
-from .planner import Choice, Planner, Request, Search
-from .skeleton import STEADY_BLOCKS, Shallow, Skeleton
+from .family import Choice, Prices, Request, mixed_peak_bytes, parts
+from .planner import Search
+from .shallow import Shallow
+from .skeleton import STEADY_BLOCKS, Skeleton
 
 WORTH = 1e-3  # relative gain below which a knob stays as it was: slices cost kernels and launches that no model sees
 KNOBS: dict[str, tuple[object, ...]] = {
@@ -37,50 +39,61 @@ def _trials(plan: Plan, knob: str, fixed: dict[str, object]) -> Iterator[Plan]:
             continue
 
 
-def tune(request: Request, choice: Choice, planner: Planner | None = None) -> Choice:
+def tune(request: Request, choice: Choice, prices: Prices | None = None) -> Choice:
     """The same degrees, recompute and placement with the overlap knobs that pay."""
-    planner = planner or Planner(request)
+    prices = prices or Prices(request)
     best = choice
     for knob in KNOBS:
         for plan in _trials(best.plan, knob, request.fixed):
-            tried = _price(planner, request, best, plan)
+            tried = _price(prices, request, best, plan)
             if tried is not None and tried.step_s < best.step_s * (1.0 - WORTH):
                 best = tried
     return best
 
 
-def _price(planner: Planner, request: Request, choice: Choice, plan: Plan) -> Choice | None:
+def _price(prices: Prices, request: Request, choice: Choice, plan: Plan) -> Choice | None:
     """The choice under another plan; None where the shape does not allow it or it does not fit."""
-    skeletons: list[Skeleton] = []
+    layers = request.config.layers
+    shares = parts(plan, layers)
+    steps: list[float] = []
+    computes: list[float] = []
+    peaks: list[int] = []
     for bucket in request.buckets:
         batch = Batch(choice.samples, bucket.latent)
         try:
             check(request.config, plan, batch)
         except CinemeshError:
             return None
-        skeletons.append(
-            Skeleton(
-                Shallow(request.config, plan, batch, blocks=STEADY_BLOCKS + 1), plan, planner.compute, request.cluster
-            )
+        pure = shares[0][1]
+        shallow = Shallow(request.config, pure, batch, blocks=STEADY_BLOCKS + pure.prefetch - 1)
+        skeletons = [Skeleton(shallow, part, prices.compute, request.cluster) for _, part in shares]
+        priced = [
+            s.price(part, prices.network, request.cluster) for s, (_, part) in zip(skeletons, shares, strict=True)
+        ]
+        steps.append(sum(share * p.step_s for (share, _), p in zip(shares, priced, strict=True)))
+        computes.append(sum(share * p.compute_s for (share, _), p in zip(shares, priced, strict=True)))
+        peaks.append(
+            skeletons[0].peak_bytes(pure)
+            if len(shares) == 1
+            else mixed_peak_bytes(skeletons[0], skeletons[1], pure, plan.last_blocks, layers)
         )
     held = (choice.frozen.seconds, choice.frozen.bytes) if choice.frozen else (0.0, 0)
-    peak = max(skeleton.peak_bytes(plan) for skeleton in skeletons) + held[1] + planner.outside_bytes(plan)
+    peak = max(peaks) + held[1] + prices.outside_bytes(plan)
     if peak > request.cluster.memory.usable_bytes:
         return None
-    priced = [skeleton.price(plan, planner.network, request.cluster) for skeleton in skeletons]
     spread = request.cluster.spread.factor(plan.world_size)
     return replace(
         choice,
         plan=plan,
-        step_s=(planner.mean(p.step_s for p in priced) + held[0]) * spread,
-        compute_s=planner.mean(p.compute_s for p in priced),
+        step_s=(prices.mean(iter(steps)) + held[0]) * spread,
+        compute_s=prices.mean(iter(computes)),
         peak_bytes=peak,
     )
 
 
 def tuned(request: Request, found: Search) -> Search:
     """All plans of a table, tuned and ranked anew."""
-    planner = Planner(request)
-    choices = [tune(request, choice, planner) for choice in found.choices]
+    prices = Prices(request)
+    choices = [tune(request, choice, prices) for choice in found.choices]
     choices.sort(key=lambda c: (c.step_s / c.global_batch, repr(c.plan)))
     return replace(found, choices=choices)

@@ -16,8 +16,9 @@ from cinemesh.model.config import preset
 from cinemesh.model.step import Batch
 from cinemesh.perf_model.cluster import load
 from cinemesh.perf_model.explain import model_flops, whole, why_lost
+from cinemesh.perf_model.family import Bucket, Request
 from cinemesh.perf_model.paper import STAGES
-from cinemesh.perf_model.planner import Bucket, Request, search
+from cinemesh.perf_model.planner import search
 from cinemesh.perf_model.tune import tune
 
 CLUSTER = load("grand-teton-h100")
