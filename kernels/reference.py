@@ -50,18 +50,22 @@ def _matrix(x: Tensor, split: int) -> Tensor:
     return x.view(math.prod(x.shape[:split]), -1)
 
 
-def matmul(inputs: Tensors, outputs: Tensors, *, signature: str, add: bool = False) -> None:
-    """``out (+)= einsum(signature, a, b)`` as one matrix product."""
+def product_of(signature: str, left: Tensor, right: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(a, b, target), views with ``target = a @ b`` for ``out = einsum(signature, left, right)``."""
     split_a, transposed_a, split_b, transposed_b, swap = _factor(signature)
-    out = outputs[0]
-    a, b = _matrix(inputs[0], split_a), _matrix(inputs[1], split_b)
-    if a.dtype != out.dtype:
-        a, b = a.to(out.dtype), b.to(out.dtype)  # fp32 out of bf16: the declared cast
+    a, b = _matrix(left, split_a), _matrix(right, split_b)
     a = a.t() if transposed_a else a  # [free_a, summed]
     b = b if transposed_b else b.t()  # [summed, free_b]
     if swap:
         a, b = b.t(), a.t()
-    target = out.view(a.shape[0], b.shape[1])
+    return a, b, out.view(a.shape[0], b.shape[1])
+
+
+def matmul(inputs: Tensors, outputs: Tensors, *, signature: str, add: bool = False) -> None:
+    """``out (+)= einsum(signature, a, b)`` as one matrix product."""
+    a, b, target = product_of(signature, inputs[0], inputs[1], outputs[0])
+    if a.dtype != target.dtype:
+        a, b = a.to(target.dtype), b.to(target.dtype)  # fp32 out of bf16: the declared cast
     if add:
         target.addmm_(a, b)
     else:
@@ -114,6 +118,13 @@ def modulate_norm(inputs: Tensors, outputs: Tensors, *, eps: float) -> None:
         torch.addcmul(shift, h, slope, out=h)
     else:
         h.copy_(wide * rstd[..., None] * slope + shift)
+
+
+def position_modulate_norm(inputs: Tensors, outputs: Tensors, *, eps: float) -> None:
+    """x0 = x + position, then :func:`modulate_norm` of x0 as it is stored."""
+    x, position, *vectors = inputs
+    add_position((x, position), outputs[:1])
+    modulate_norm((outputs[0], *vectors), outputs[1:], eps=eps)
 
 
 def modulate_norm_backward(inputs: Tensors, outputs: Tensors, *, eps: float | None = None, add: bool = False) -> None:
@@ -469,6 +480,7 @@ REFERENCE: dict[str, Any] = {
         attention,
         attention_backward,
         modulate_norm,
+        position_modulate_norm,
         modulate_norm_backward,
         layer_norm,
         layer_norm_backward,

@@ -1,17 +1,93 @@
-"""Op and device -> the function that runs it, as ``catalogue.py`` lists them."""
+"""Op and device -> the function that runs it, as ``catalogue.py`` lists them and ``selection.py`` chooses.
+
+What a choice depends on besides the device (dtype, head dim) is known when a kernel is first called: it is made then,
+once for each combination. Ops whose choice depends on the device alone are bound directly; on a CPU that is every op.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from importlib import import_module
+from typing import Any
 
-from .catalogue import choose
+import torch
+from torch import Tensor
+
+from .catalogue import OPS, Implementation, candidates
+from .packages import missing
 from .reference import REFERENCE, Kernel
+from .selection import override_of, overrides, select
+from .tuning import DEFAULT_DEVICE, device_key
+
+# Labels of the first inputs, as in the op table, for the ops whose implementations look at sizes.
+LABELS: Mapping[str, tuple[str, ...]] = {
+    "attention": ("tbhk", "sbchk"),
+    "cross_attention": ("tbhk", "sbchk"),
+    "attention_backward": ("tbhk", "tbhk", "sbchk"),
+    "cross_attention_backward": ("tbhk", "tbhk", "sbchk"),
+    "adamw": ("rn",),
+}
 
 
-def kernels_for(device: str) -> dict[str, Kernel]:
-    """Op name -> implementation on ``device`` (``cpu`` or ``cuda``)."""
-    chosen = dict(REFERENCE)
-    for op in REFERENCE:
-        if (entry := choose(op, device)) is not None:
-            chosen[op] = getattr(import_module(f".{entry.module}", __package__), entry.function)
-    return chosen
+def kernels_for(device: str, of_recipe: Mapping[str, str] | None = None) -> dict[str, Kernel]:
+    """Op name -> implementation on ``device`` (``cpu``, ``cuda``).
+
+    ``of_recipe``: overrides, op (or ``all``) -> package; those of the variable CINEMESH_KERNELS win. CinemeshError when
+    an override cannot be met.
+    """
+    wanted = overrides(of_recipe)
+    tuned = DEFAULT_DEVICE
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        device, tuned = f"sm_{major}{minor}", device_key(torch.cuda.get_device_name())
+    return {op: _kernel(op, device, override_of(op, wanted), tuned) for op in OPS}
+
+
+def function(entry: Implementation) -> Kernel:
+    """The callable of an implementation; its module is imported now."""
+    if entry.package == "reference":
+        return REFERENCE[entry.op]
+    return getattr(import_module(f".{entry.module}", __package__), entry.function)
+
+
+def _kernel(op: str, device: str, override: str | None, tuned: str = DEFAULT_DEVICE) -> Kernel:
+    choice = select(op, device, missing=missing(), override=override, tuned=tuned)
+    asked = candidates(op) if override is None and device != "cpu" else (choice.entry,)
+    if (device == "cpu" and override is None) or not any(entry.dtypes or entry.sizes for entry in asked):
+        return function(choice.entry)
+    return _ByCall(op, device, override, tuned)
+
+
+class _ByCall:
+    """Chooses at the first call with these dtypes and sizes."""
+
+    def __init__(self, op: str, device: str, override: str | None, tuned: str) -> None:
+        self.op, self.device, self.override, self.tuned = op, device, override, tuned
+        self._labels = LABELS.get(op, ())
+        self._chosen: dict[tuple[Any, ...], Kernel] = {}
+
+    def __call__(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], **attrs: Any) -> None:
+        shapes = [x.shape for x in inputs[: len(self._labels)]]
+        dtype = next(x.dtype for x in (*inputs, *outputs) if x.dtype.is_floating_point)
+        key = (dtype, *shapes)
+        kernel = self._chosen.get(key)
+        if kernel is None:
+            sizes = {
+                label: size
+                for labels, shape in zip(self._labels, shapes, strict=True)
+                for label, size in zip(labels, shape, strict=True)
+            }
+            kernel = self._chosen[key] = self._choose(str(dtype).removeprefix("torch."), sizes)
+        kernel(inputs, outputs, **attrs)
+
+    def _choose(self, dtype: str, sizes: dict[str, int]) -> Kernel:
+        choice = select(
+            self.op,
+            self.device,
+            dtype=dtype,
+            sizes=sizes,
+            missing=missing(),
+            override=self.override,
+            tuned=self.tuned,
+        )
+        return function(choice.entry)

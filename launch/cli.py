@@ -335,31 +335,21 @@ def program(
 
 @app.command()
 def kernels(
-    model: Annotated[str, typer.Option("--model", help="A preset, for example movie-gen-30b.")] = "movie-gen-30b",
-    plan: Annotated[
-        str | None,
-        typer.Option("--plan", metavar="AXES", help="Degrees of the mesh axes. Default: tp=4,cp=2,dp_shard=768."),
-    ] = None,
-    latent: Annotated[
-        str | None, typer.Option("--latent", metavar="TxHxW", help="Default: what the preset is usually run at.")
-    ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Samples in a micro-batch of one data rank.")] = 1,
-    device: Annotated[
-        str | None,
-        typer.Option("--device", help="cpu, or a capability such as sm_90. Default: the GPU of this machine."),
-    ] = None,
+    model: Annotated[str, typer.Option("--model", help="A preset.")] = "movie-gen-30b",
+    plan: Annotated[str | None, typer.Option("--plan", help="Default of the 30B: tp=4,cp=2,dp_shard=768.")] = None,
+    latent: Annotated[str | None, typer.Option("--latent", help="TxHxW; default: the preset's usual one.")] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Samples of a data rank.")] = 1,
+    device: Annotated[str | None, typer.Option("--device", help="cpu or sm_90; default: this machine's GPU.")] = None,
     target: Annotated[
         str | None,
         typer.Option(
             "--compile",
-            metavar="TARGET",
-            help="Build every Triton kernel for sm_90 (no GPU needed) and show what the binaries are; "
-            "without --plan at tp 1, 2, 4, 8 and cp 1, 2.",
+            metavar="sm_90",
+            help="Build every Triton kernel, without a GPU, and show registers, spills, tensor-core instructions and "
+            "bytes moved; at tp 1, 2, 4, 8 and cp 1, 2 where no --plan is given.",
         ),
     ] = None,
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Measure the kernels' tiles on this GPU and rewrite its tuning table.")
-    ] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Measure tiles on this GPU; rewrite its table.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show which kernel runs each op of a step, and why not another.
@@ -370,15 +360,8 @@ def kernels(
     from .kernels import run
 
     run(
-        model=model,
-        plan=plan,
-        latent=latent,
-        batch=batch,
-        device=device,
-        target=target,
-        tune=tune,
-        as_json=as_json,
-    )
+        model=model, plan=plan, latent=latent, batch=batch, device=device, target=target, tune=tune, as_json=as_json
+    )  # fmt: skip
 
 
 @app.command()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -138,6 +138,8 @@ class Config:
     sample: SampleSection | None = None
     seed: CountOrNone = 0
     caption_dropout: Share = CAPTION_DROPOUT
+    capture: Literal["auto", "off", "required"] = "auto"  # steps replay: frozen calls, or a CUDA Graph
+    kernels: dict[str, str] = field(default_factory=dict)  # op or "all" -> package, in place of the registry's choice
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:

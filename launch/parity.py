@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,6 +24,7 @@ from ..model.reference import Reference, training_loss
 from ..model.runner import StepRunner, data_slice
 from ..model.step import Batch, Optimizer, unit_layout
 from ..parallel import ledger
+from ..parallel.frozen import Frozen
 from ..parallel.memory import lifetimes, persistent
 from ..parallel.mesh import GROUPS, Mesh
 from ..parallel.plan import Plan
@@ -57,7 +59,7 @@ class Case:
 
     def on_one_rank(self) -> Case:
         """The same model, batch and dtype without any parallelism."""
-        plan = replace(self.plan, tp=1, cp=1, dp_shard=1, dp_replicate=1)
+        plan = self.plan.with_degrees(tp=1, cp=1, dp_shard=1, dp_replicate=1)
         return replace(self, plan=plan, samples=self.samples * self.plan.data_ranks)
 
 
@@ -120,7 +122,7 @@ def run_rank(
     planned: Program | None = None,
     watched: bool = True,
 ) -> RankRun:
-    """Run the case on this rank, watched from outside on the last step.
+    """Run the case on this rank, watched from outside on the last step, in which what is dead is overwritten.
 
     Doors for tests: a ``runner`` with a fault in it, the program that it should have run, and ``watched``.
     """
@@ -139,19 +141,31 @@ def run_rank(
         if i == optimizer_record:
             run.gradients.append(copy(executor.tensor(program.ops[i].inputs[4])))
 
+    def overwrite(names: Iterable[str]) -> None:
+        """Every bit set is a NaN: whoever reads what is dead, or not yet written, ends with one."""
+        with _disable_current_modes():
+            for name in names:
+                executor.tensor(name).view(-1).view(torch.uint8).fill_(0xFF)
+
     run.weights.append(copy(runner.buffers["master"]))
     run.ema.append(copy(runner.buffers["ema"]))
     for step in range(case.steps):
         load_batch(case, runner, step)
         if watched and step == case.steps - 1:
-            alive = (runner.buffers[name] for name in persistent(program))
-            witness = Witness(alive, lives.peak_with_workspace_bytes)
+            alive = [runner.buffers[name] for name in persistent(program)]
+            held_bytes = lives.persistent_bytes + executor.placement.total_bytes
+            if isinstance(runner.replay, Frozen):
+                alive.append(runner.replay.workspace)
+                held_bytes += runner.replay.workspace.numel()
+            witness = Witness([*alive, executor.arena], held_bytes + max(lives.workspace_bytes))
+            overwrite(executor.placement.offsets)
             if runner.comm is not None:
                 runner.comm.record = True
 
-            def watch(i: int, witness: Witness = witness) -> None:
-                run.live_bytes_equal = run.live_bytes_equal and witness.settles_at(lives.live_bytes[i])
+            def watch(i: int, witness: Witness = witness, held_bytes: int = held_bytes) -> None:
+                run.live_bytes_equal = run.live_bytes_equal and witness.settles_at(held_bytes)
                 note_gradient(i)
+                overwrite(lives.free[i])
 
             with witness:
                 runner.step(LR, watch)

@@ -25,6 +25,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from ..errors import CinemeshError
+from ..parallel.comm import set_up_nccl
 from ..parallel.mesh import Mesh
 from ..parallel.plan import Plan
 
@@ -108,6 +109,8 @@ def joined(plan: Plan) -> Iterator[Place]:
         ) from error
     plan.check_world_size(world)
     _store = store
+    if cuda:
+        set_up_nccl()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",  # host-side votes go through gloo
         store=store,

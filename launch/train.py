@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CinemeshError
+from ..kernels.registry import kernels_for
 from ..model.codec import BlockDCTCodec, LatentCodec
 from ..model.config import ModelConfig
 from ..model.runner import StepRunner
@@ -97,6 +98,7 @@ def train_steps(setting: Setting, place: Place, cache: Cache, stop: StopSignal) 
         seed=config.seed,
         caption_dropout=config.caption_dropout,
         device=place.device,
+        kernels=kernels_for(place.device, config.kernels),
     )
     checkpoints = config.logging.directory / checkpoint.FOLDER
     newest = checkpoint.latest(checkpoints)
@@ -109,6 +111,11 @@ def train_steps(setting: Setting, place: Place, cache: Cache, stop: StopSignal) 
         telemetry.say(f"{setting.model.name}: {config.plan.equation()} processes on {place.device}; {len(cache.train)} "
                       f"training and {len(cache.validation)} validation windows; "
                       + (f"resumed from {newest}" if newest else "from step 0"))  # fmt: skip
+    failure = runner.capture(config.capture)
+    if telemetry:
+        if failure is not None:
+            telemetry.say(f"steps are NOT captured, on any rank: {failure}; they run from the executor")
+        telemetry.say(runner.replay_report())
     try:
         _Loop(setting, runner, cache, checkpoints, telemetry).run(stop)
     finally:

@@ -33,7 +33,10 @@ class Validation:
         backend = "gloo" if runner.executor.device == "cpu" else "nccl"
         program = prepare(build_velocity(runner.config, runner.plan, runner.batch), backend=backend)
         shared = {"master": runner.buffers["ema"]}
-        self._forward = Executor(program, runner.coordinates, runner.comm, runner.executor.device, shared=shared)
+        train = runner.executor  # never runs while this does: the same arena serves
+        self._forward = Executor(
+            program, runner.coordinates, runner.comm, train.device, shared=shared, arena=train.arena
+        )
 
     def loss(self) -> float:
         """Of all validation samples, the same on every rank."""

@@ -93,16 +93,18 @@ class Block:
             dtypes=(x.dtype, stat),
             eps=eps,
         )
-        self.h1g = tensor.gather_tokens(b, self.h1, "h1_gathered")
-        self.q = tensor.linear(b, self.h1g, self._weight(w, "q"), "tbi,ihk->tbhk", "q")
-        self.kv = tensor.linear(b, self.h1g, self._weight(w, "kv"), "tbi,ichk->tbchk", "kv")
-        self.o, self.kvg, self.lse = context.attention(b, self.q, self.kv)
-        self.y1p = tensor.linear(b, self.o, self._weight(w, "o"), "tbhk,hko->tbo", "y1_partial")
-        self.y1 = tensor.scatter_tokens(b, self.y1p, "y1")
-        (self.x1,) = b.op("gated_residual", [self.x0, self.y1, r[GATE1]], "x1")
+        # K and V first: they are on their way over cp while q is computed.
+        self.qkv = tensor.column(b, self.h1, "h1_gathered", [(self._weight(w, "kv"), "tbi,ichk->tbchk", "kv")])
+        (self.kv,) = self.qkv.outputs
+        kv_parts = context.split_heads(b, self.kv)
+        self.q = tensor.linear(b, self.qkv.gathered, self._weight(w, "q"), "tbi,ihk->tbhk", "q")
+        self.attention = context.attention(b, self.q, kv_parts)
+        self.y1 = tensor.row(b, self.attention.o, self._weight(w, "o"), "tbhk,hko->tbo", "y1_partial", "y1")
+        (self.x1,) = b.op("gated_residual", [self.x0, self.y1.out, r[GATE1]], "x1")
 
-        self.x1g = tensor.gather_tokens(b, self.x1, "x1_gathered")
-        self.cq = tensor.linear(b, self.x1g, self._weight(w, "cross.q"), "tbi,ihk->tbhk", "cross_q")
+        products = [(self._weight(w, "cross.q"), "tbi,ihk->tbhk", "cross_q")]
+        self.cross = tensor.column(b, self.x1, "x1_gathered", products)
+        (self.cq,) = self.cross.outputs
         self.ckv = tensor.linear(b, cond.text, self._weight(w, "cross.kv"), "lbi,ichk->lbchk", "cross_kv")
         self.co, self.clse = b.op(
             "cross_attention",
@@ -110,9 +112,8 @@ class Block:
             ("cross_o", "cross_lse"),
             dtypes=(x.dtype, stat),
         )
-        self.y2p = tensor.linear(b, self.co, self._weight(w, "cross.o"), "tbhk,hko->tbo", "y2_partial")
-        self.y2 = tensor.scatter_tokens(b, self.y2p, "y2")
-        (self.x2,) = b.op("residual", [self.x1, self.y2], "x2")
+        self.y2 = tensor.row(b, self.co, self._weight(w, "cross.o"), "tbhk,hko->tbo", "y2_partial", "y2")
+        (self.x2,) = b.op("residual", [self.x1, self.y2.out], "x2")
 
         self.h2, self.rstd2 = b.op(
             "modulate_norm",
@@ -121,13 +122,15 @@ class Block:
             dtypes=(x.dtype, stat),
             eps=eps,
         )
-        self.h2g = tensor.gather_tokens(b, self.h2, "h2_gathered")
-        self.gate = tensor.linear(b, self.h2g, self._weight(w, "gate"), "tbi,if->tbf", "gate")
-        self.up = tensor.linear(b, self.h2g, self._weight(w, "up"), "tbi,if->tbf", "up")
+        products = [
+            (self._weight(w, "gate"), "tbi,if->tbf", "gate"),
+            (self._weight(w, "up"), "tbi,if->tbf", "up"),
+        ]
+        self.gate_up = tensor.column(b, self.h2, "h2_gathered", products)
+        self.gate, self.up = self.gate_up.outputs
         (self.act,) = b.op("swiglu", [self.gate, self.up], "act")
-        self.y3p = tensor.linear(b, self.act, self._weight(w, "down"), "tbf,fo->tbo", "y3_partial")
-        self.y3 = tensor.scatter_tokens(b, self.y3p, "y3")
-        (self.out,) = b.op("gated_residual", [self.x2, self.y3, r[GATE2]], "x")
+        self.y3 = tensor.row(b, self.act, self._weight(w, "down"), "tbf,fo->tbo", "y3_partial", "y3")
+        (self.out,) = b.op("gated_residual", [self.x2, self.y3.out, r[GATE2]], "x")
         return self.out
 
     def backward(self, w: Weights, dw: Weights, dout: Buffer, cond: Conditioning, shared: SharedGradients) -> Buffer:
@@ -231,10 +234,9 @@ class Block:
 
     def _ffn_backward(self, w: Weights, dw: Weights, dout: Buffer, drows: tuple[Buffer, ...]) -> Buffer:
         b, r = self.b, self.rows
-        dy3, dskip = self._gate_backward(dout, self.out, self.y3, r[GATE2], drows[GATE2], "dy3", "dx2_skip")
-        dy3g = tensor.scatter_tokens_backward(b, dy3, self.y3, "dy3_gathered")
-        dact = tensor.linear_input_backward(b, dy3g, self.y3p, self._weight(w, "down"), "dact")
-        tensor.linear_weight_backward(b, dy3g, self.y3p, self.act, self._weight(dw, "down"))
+        dy3, dskip = self._gate_backward(dout, self.out, self.y3.out, r[GATE2], drows[GATE2], "dy3", "dx2_skip")
+        weight, dweight = self._weight(w, "down"), self._weight(dw, "down")
+        dact = tensor.row_backward(b, dy3, self.y3, self.act, weight, dweight, "dy3_gathered", "dact")
         dgate, dup = b.op(
             "swiglu_backward",
             [dact, self.gate, self.up],
@@ -243,11 +245,13 @@ class Block:
             gradient=dact,
             wrt={0: 0, 1: 1},
         )
-        dh2g = tensor.linear_input_backward(b, dgate, self.gate, self._weight(w, "gate"), "dh2_of_gate")
-        dh2g = tensor.linear_input_backward(b, dup, self.up, self._weight(w, "up"), "dh2_gathered", add_to=dh2g)
-        tensor.linear_weight_backward(b, dgate, self.gate, self.h2g, self._weight(dw, "gate"))
-        tensor.linear_weight_backward(b, dup, self.up, self.h2g, self._weight(dw, "up"))
-        dh2 = tensor.gather_tokens_backward(b, dh2g, self.h2g, "dh2")
+        of_up = tensor.linear_input_backward(b, dup, self.up, self._weight(w, "up"), "dh2_of_up")
+        dh2g = tensor.column_input_backward(
+            b, self.gate_up, dgate, self._weight(w, "gate"), "dh2_gathered", others=of_up
+        )
+        tensor.linear_weight_backward(b, dup, self.up, self.gate_up.gathered, self._weight(dw, "up"))
+        tensor.linear_weight_backward(b, dgate, self.gate_up.first, self.gate_up.gathered, self._weight(dw, "gate"))
+        dh2 = tensor.gather_tokens_backward(b, dh2g, self.gate_up, "dh2")
         return self._norm_backward(
             dh2,
             self.h2,
@@ -267,9 +271,8 @@ class Block:
     ) -> Buffer:
         b = self.b
         dskip, dy2 = b.pass_through(dx2, b.producer(self.x2), {"dx1_skip": 0, "dy2": 1})
-        dy2g = tensor.scatter_tokens_backward(b, dy2, self.y2, "dy2_gathered")
-        dco = tensor.linear_input_backward(b, dy2g, self.y2p, self._weight(w, "cross.o"), "dcross_o")
-        tensor.linear_weight_backward(b, dy2g, self.y2p, self.co, self._weight(dw, "cross.o"))
+        weight, dweight = self._weight(w, "cross.o"), self._weight(dw, "cross.o")
+        dco = tensor.row_backward(b, dy2, self.y2, self.co, weight, dweight, "dy2_gathered", "dcross_o")
         dcq, dckv = b.op(
             "cross_attention_backward",
             [dco, self.cq, self.ckv, self.co, self.clse, cond.mask],
@@ -288,23 +291,23 @@ class Block:
             add_to=shared.text,
             dtype=b.plan.stat_dtype,
         )
-        dx1g = tensor.linear_input_backward(b, dcq, self.cq, self._weight(w, "cross.q"), "dx1_gathered")
-        tensor.linear_weight_backward(b, dcq, self.cq, self.x1g, self._weight(dw, "cross.q"))
-        dx1 = tensor.gather_tokens_backward(b, dx1g, self.x1g, "dx1_of_cross")
+        dx1g = tensor.column_input_backward(b, self.cross, dcq, self._weight(w, "cross.q"), "dx1_gathered", others=None)
+        tensor.linear_weight_backward(b, dcq, self.cross.first, self.cross.gathered, self._weight(dw, "cross.q"))
+        dx1 = tensor.gather_tokens_backward(b, dx1g, self.cross, "dx1_of_cross")
         return b.op("add", [dx1], "dx1", add_to=dskip)[0]
 
     def _self_attention_backward(self, w: Weights, dw: Weights, dx1: Buffer, drows: tuple[Buffer, ...]) -> Buffer:
         b, r = self.b, self.rows
-        dy1, dskip = self._gate_backward(dx1, self.x1, self.y1, r[GATE1], drows[GATE1], "dy1", "dx0_skip")
-        dy1g = tensor.scatter_tokens_backward(b, dy1, self.y1, "dy1_gathered")
-        do = tensor.linear_input_backward(b, dy1g, self.y1p, self._weight(w, "o"), "do")
-        tensor.linear_weight_backward(b, dy1g, self.y1p, self.o, self._weight(dw, "o"))
-        dq, dkv = context.attention_backward(b, do, self.q, self.kvg, self.o, self.lse)
-        dh1g = tensor.linear_input_backward(b, dq, self.q, self._weight(w, "q"), "dh1_of_q")
-        dh1g = tensor.linear_input_backward(b, dkv, self.kv, self._weight(w, "kv"), "dh1_gathered", add_to=dh1g)
-        tensor.linear_weight_backward(b, dq, self.q, self.h1g, self._weight(dw, "q"))
-        tensor.linear_weight_backward(b, dkv, self.kv, self.h1g, self._weight(dw, "kv"))
-        dh1 = tensor.gather_tokens_backward(b, dh1g, self.h1g, "dh1")
+        dy1, dskip = self._gate_backward(dx1, self.x1, self.y1.out, r[GATE1], drows[GATE1], "dy1", "dx0_skip")
+        o = self.attention.o
+        do = tensor.row_backward(b, dy1, self.y1, o, self._weight(w, "o"), self._weight(dw, "o"), "dy1_gathered", "do")
+        dq, dkv_parts = context.attention_backward(b, do, self.attention)
+        of_q = tensor.linear_input_backward(b, dq, self.q, self._weight(w, "q"), "dh1_of_q")
+        tensor.linear_weight_backward(b, dq, self.q, self.qkv.gathered, self._weight(dw, "q"))
+        dkv = context.join_heads(b, dkv_parts, self.kv, self.attention)
+        dh1g = tensor.column_input_backward(b, self.qkv, dkv, self._weight(w, "kv"), "dh1_gathered", others=of_q)
+        tensor.linear_weight_backward(b, dkv, self.qkv.first, self.qkv.gathered, self._weight(dw, "kv"))
+        dh1 = tensor.gather_tokens_backward(b, dh1g, self.qkv, "dh1")
         return self._norm_backward(
             dh1,
             self.h1,

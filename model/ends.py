@@ -111,7 +111,7 @@ class Embedding:
         )
 
         (ordered,) = b.op("sum_to", [shared.modulation], "dmodulation", signature="rbd->drb", dtypes=compute)
-        split = tensor.gather_tokens_backward(b, ordered, cond.modulation, "dmodulation_split")
+        split = b.reduce_scatter(ordered, HEADS, "dmodulation_split", of=b.producer(cond.modulation))
         adaln = b.producer(self.modulation_split)
         b.op(
             "matmul",

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..errors import CinemeshError
 from ..kernels.reference import Kernel
+from ..parallel.arena import check_fits
 from ..parallel.comm import Communicator
 from ..parallel.executor import Executor
+from ..parallel.frozen import Frozen
+from ..parallel.graph import Graph, GraphPool, Heartbeat, refuse, vote
+from ..parallel.memory import persistent
 from ..parallel.mesh import Mesh, coordinates
 from ..parallel.plan import Plan
 from ..parallel.program import Program
@@ -17,11 +24,14 @@ from .config import CAPTION_DROPOUT, ModelConfig
 from .step import Batch, Optimizer, build_step, prepare, unit_layout
 from .weights import Values, fill_shard
 
+Capture = Literal["auto", "off", "required"]
+
 
 class StepRunner:
     """Holds the flat states of this rank and runs steps on them.
 
-    ``mesh`` is None on one process. ``program`` may be given (tests alter one after it was built).
+    ``mesh`` is None on one process. ``program`` may be given (tests alter one after it was built). ``beside`` is a
+    runner of the same model and plan on other shapes: states, arena and graph pool are its own.
     """
 
     def __init__(
@@ -38,7 +48,9 @@ class StepRunner:
         program: Program | None = None,
         kernels: dict[str, Kernel] | None = None,
         comm: Communicator | None = None,
+        beside: StepRunner | None = None,
     ) -> None:
+        """Raises CinemeshError when a CUDA device has too little memory for the step."""
         self.config, self.plan, self.batch, self.mesh = config, plan, batch, mesh
         self.units = unit_layout(config, plan)
         if program is None:
@@ -46,9 +58,19 @@ class StepRunner:
             program = prepare(built, backend="gloo" if device == "cpu" else "nccl")
         self.program = program
         self.coordinates = mesh.coordinates if mesh else coordinates(plan, 0)
+        if beside is not None:
+            comm = beside.comm
         self.comm = comm or (Communicator(mesh) if mesh else None)
-        self.executor = Executor(program, self.coordinates, self.comm, device, kernels)
+        if device != "cpu" and beside is None:
+            check_fits(program, torch.cuda.mem_get_info(device)[0])
+        shared = {} if beside is None else {name: beside.buffers[name] for name in shared_names(program)}
+        arena = None if beside is None else beside.executor.arena
+        self.executor = Executor(program, self.coordinates, self.comm, device, kernels, shared, arena)
         self.buffers = self.executor.buffers
+        self.replay: Frozen | Graph | None = None
+        self.pool: GraphPool | None = None if beside is None else beside.pool
+        self._heartbeat: Heartbeat | None = None
+        self._replays = 0
 
     def initialise(self, values: Values) -> None:
         """Master weights by name, EMA equal to them, moments and counters zero."""
@@ -59,6 +81,12 @@ class StepRunner:
 
     def load(self, micro_batch: int, latents: Tensor, ids: Tensor, text: dict[str, Tensor], mask: Tensor) -> None:
         """This data rank's samples: latents [B, C, T, H, W], ids [B], text {name: [L, B, W]} whole, mask [B, L]."""
+        wanted = self.batch.latent
+        if tuple(latents.shape[2:]) != wanted:
+            raise CinemeshError(
+                f"a batch of latents {'x'.join(map(str, latents.shape[2:]))} for a step that was built for "
+                f"{'x'.join(map(str, wanted))}; name its shape among the buckets when the run starts"
+            )
         prefix = f"mb{micro_batch}/"
         self.executor.load(f"{prefix}latents", latents)
         self.executor.load(f"{prefix}ids", ids)
@@ -67,23 +95,103 @@ class StepRunner:
             self.executor.load(f"{prefix}text.{name}", tp_slice(value, self.plan, self.coordinates))
 
     def step(self, lr: float, watch: Callable[[int], None] | None = None) -> None:
-        """One optimizer update on what was loaded. Read ``loss`` and ``gradient_norm`` afterwards."""
+        """One optimizer update on what was loaded. Read ``loss`` and ``gradient_norm`` afterwards.
+
+        Replays when something was captured. ``watch`` (tests) is called after every record; a graph has none.
+        """
         self.buffers["lr"].fill_(lr)
-        self.executor.run(watch)
+        if isinstance(self.replay, Graph):
+            assert watch is None, "a graph runs as one"
+            self.replay.run()
+            self._expect_end()
+        else:
+            (self.replay or self.executor).run(watch)
 
     @property
     def loss(self) -> Tensor:
-        """Of the whole global batch, on every rank; a device scalar."""
-        return self.buffers["loss"]
+        """Of the whole global batch, on every rank; a device scalar, a copy: the next step overwrites its own."""
+        return self.buffers["loss"].clone()
 
     @property
     def gradient_norm(self) -> Tensor:
-        """Before clipping, on every rank; a device scalar."""
-        return self.buffers["gradient_norm"]
+        """Before clipping, on every rank; a device scalar, a copy."""
+        return self.buffers["gradient_norm"].clone()
+
+    # -- replay -------------------------------------------------------------------------------------------------
+
+    def capture(self, mode: Capture = "auto") -> str | None:
+        """From now on steps replay: frozen calls on a CPU, a CUDA Graph on a GPU. Collective; weights do not change.
+
+        All ranks replay or none does: the answer is why none does (the first rank's reason, with the op), else None.
+        Raises CinemeshError for that reason when ``mode`` is ``required``.
+        """
+        if mode == "off":
+            return None
+        made, failure = self._frozen() if self.executor.device == "cpu" else self._graph()
+        failure = vote(failure, self.mesh is not None)
+        if failure is None:
+            self.replay = made
+        elif mode == "required":
+            raise refuse(failure)
+        return failure
+
+    def replay_report(self) -> str:
+        """What a step replays, and the bytes that it holds beside states and inputs."""
+        arena = f"arena {self.executor.arena.numel() / 1e6:.1f} MB"
+        if isinstance(self.replay, Frozen):
+            own = self.replay.workspace.numel() + self.replay.constant_bytes
+            return f"steps replay {self.replay.call_count:,} calls; {arena}, workspace {own / 1e6:.1f} MB"
+        if isinstance(self.replay, Graph):
+            return f"steps replay a CUDA Graph; {arena}, its pool {self.replay.pool_bytes / 1e6:.1f} MB"
+        return f"steps run {len(self.program.ops):,} records; {arena}"
+
+    def _frozen(self) -> tuple[Frozen, str | None]:
+        frozen = Frozen(self.executor)
+        with self._changing_nothing():
+            frozen.record()
+        return frozen, frozen.hazards[0] if frozen.hazards else None
+
+    def _graph(self) -> tuple[Graph | None, str | None]:
+        self.pool = self.pool or GraphPool(self.executor.device)
+        if self.mesh is not None and self.close not in self.mesh.before_close:
+            self.mesh.before_close.append(self.close)
+        with self._changing_nothing():
+            self.pool.warm_up(self.executor)
+        return self.pool.capture(self.executor)
+
+    @contextmanager
+    def _changing_nothing(self) -> Iterator[None]:
+        """Steps inside are skipped updates, on every rank: their samples are NaN. The step counter is put back."""
+        counters = self.buffers["counters"].clone()
+        for micro_batch in range(self.plan.micro_batches):
+            self.buffers[f"mb{micro_batch}/latents"].fill_(torch.nan)
+        yield
+        self.buffers["counters"].copy_(counters)
+
+    def _expect_end(self) -> None:
+        self._heartbeat = self._heartbeat or Heartbeat()
+        end = torch.cuda.Event()
+        end.record()
+        self._replays += 1
+        self._heartbeat.expect(self._replays, end.query)
+
+    def close(self) -> None:
+        """Give back what was captured; the mesh calls it before its process groups end."""
+        if self._heartbeat is not None:
+            self._heartbeat.close()
+            self._heartbeat = None
+        if self.pool is not None:
+            self.pool.close()
+        self.replay = None
 
     @property
     def steps_done(self) -> int:
         return int(self.buffers["counters"][0])
+
+
+def shared_names(program: Program) -> list[str]:
+    """What runners of one model on several shapes have in common: states, and the learning rate."""
+    return [name for name in persistent(program) if program.buffers[name].kind == "state" or name == "lr"]
 
 
 def tp_slice(text: Tensor, plan: Plan, position: dict[str, int]) -> Tensor:

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..parallel.builder import Builder
+from ..parallel.fuse import fuse
 from ..parallel.layout import BATCH, NONE, REPLICATED_UNIT, TOKENS, WORLD, Placement, replicated
+from ..parallel.overlap import RATES, Price, overlap
 from ..parallel.plan import Plan
 from ..parallel.program import Buffer, Program
 from ..parallel.rematerialize import rematerialize
@@ -331,12 +333,15 @@ class _MicroBatch:
         self.units.reduce(unit, self.units.flat_of(gradients))
 
 
-def prepare(program: Program, *, backend: str) -> Program:
-    """The passes every program goes through before it runs or is priced: recompute, prefetch, degree-1 aliases.
+def prepare(program: Program, *, backend: str, price: Price | None = None) -> Program:
+    """The passes every program goes through before it runs or is priced: recompute, fusion, order, degree-1 aliases.
 
-    ``backend`` is ``nccl`` or ``gloo``; gloo's reduce-scatter needs a staging buffer, which is then listed.
+    ``backend`` is ``nccl`` or ``gloo``; gloo's reduce-scatter needs a staging buffer, which is then listed. ``price``
+    gives the seconds of a record where the plan asks for overlap; every rank must pass one that says the same. Without
+    it, the backend's ``RATES`` do.
     """
-    program = rematerialize(program)
-    program = prefetch(program)
-    program = elide(program)
+    program = fuse(rematerialize(program))
+    program = elide(prefetch(program))
+    if program.plan.overlaps:
+        program = overlap(program, price or RATES[backend].price)
     return stage_for_gloo(program) if backend == "gloo" else program

@@ -24,7 +24,7 @@ from typing import Any
 from .layout import Axes, Placement, PlacementError, infer, local_shape
 from .ops import OPS, signature_of
 from .plan import AXES, Plan
-from .program import Buffer, Op, Program, lane_name
+from .program import Buffer, Op, Program, contiguous_strides, lane_name
 
 Use = tuple[str, int]
 _NO_USES: frozenset[Use] = frozenset()
@@ -46,6 +46,7 @@ class Builder:
         self._renamed: set[str] = set()  # aliases at which uses and contributions end
         self._writer: dict[str, Op] = {}
         self._children: dict[str, list[str]] = {}
+        self._span: dict[str, tuple[int, int]] = {}  # of a view: its elements in its base, from the first to the last
         self._needs_grad: set[str] = set()
         self._uses: dict[str, set[Use]] = {}
         self._gradient_of: dict[str, frozenset[Use]] = {}
@@ -104,6 +105,30 @@ class Builder:
             raise PlacementError(
                 f"view {view.name}: elements {offset} to {offset + size} of {base.name}, which has {room}"
             )
+        if base.strides is not None:
+            raise PlacementError(f"view {view.name} of {base.name}, which is not contiguous")
+        return self._add_view(view, base, size)
+
+    def part(self, base: Buffer, name: str, dim: int, index: int, count: int) -> Buffer:
+        """Part ``index`` of ``count`` of what each rank holds along ``dim``: rows are contiguous, else it is strided.
+
+        Its global shape is that of a buffer whose ``dim`` is ``count`` times smaller.
+        """
+        shape = tuple(size // count if i == dim else size for i, size in enumerate(base.shape))
+        local = local_shape(base.shape, base.placement, self.sizes)
+        if local[dim] % count:
+            raise PlacementError(
+                f"part {name}: {count} parts of dim {dim} of {base.name}, of which a rank holds {local}"
+            )
+        strides = base.strides or contiguous_strides(local)
+        first = index * (local[dim] // count) * strides[dim]
+        kept = None if dim == 0 and base.strides is None else strides
+        view = Buffer(self._name(name), shape, base.dtype, base.placement, "temporary", base.name, first, kept)
+        own = local_shape(shape, base.placement, self.sizes)
+        return self._add_view(view, base, 1 + sum((n - 1) * step for n, step in zip(own, strides, strict=True)))
+
+    def _add_view(self, view: Buffer, base: Buffer, extent: int) -> Buffer:
+        self._span[view.name] = (view.offset, view.offset + extent)
         if base.name in self._needs_grad:
             self._needs_grad.add(view.name)
         return self._add(view)
@@ -126,12 +151,17 @@ class Builder:
             self._uses.setdefault(name, set()).add((op, operand))
 
     def _related(self, name: str) -> Iterator[str]:
-        """The buffer, what it is a view of, and every view of it, up to where a rename ends the relation."""
+        """The buffer, what it is a view of, and every view that shares elements, up to where a rename ends it."""
+        stack = [name]
         ancestor = name
         while ancestor not in self._renamed and (base := self.buffers[ancestor].base) is not None:
+            if (span := self._span.get(ancestor)) is not None:
+                for other in self._children[base]:
+                    first, last = self._span.get(other, span)
+                    if other != ancestor and first < span[1] and span[0] < last:
+                        stack.append(other)
             ancestor = base
             yield ancestor
-        stack = [name]
         while stack:
             current = stack.pop()
             yield current
@@ -146,14 +176,14 @@ class Builder:
     def needs_grad(self, buffer: Buffer) -> bool:
         return buffer.name in self._needs_grad
 
-    def _demand_complete(self, op: str, gradient: Buffer, forward: str) -> None:
-        """See [Note: contributions]."""
-        uses, got = self._all_uses(forward), self._contributions(gradient.name)
+    def _demand_complete(self, op: str, gradient: Buffer, *forward: str) -> None:
+        """See [Note: contributions]. ``forward``: one buffer, or the slices that the gradient covers."""
+        uses, got = set[Use]().union(*map(self._all_uses, forward)), self._contributions(gradient.name)
         if got != uses:
             missing = sorted(f"{o}:{i}" for o, i in uses - got)
             extra = sorted(f"{o}:{i}" for o, i in got - uses)
             raise PlacementError(
-                f"{op}: {gradient.name} is not the whole gradient of {forward}; "
+                f"{op}: {gradient.name} is not the whole gradient of {' and '.join(forward)}; "
                 f"missing uses {missing or 'none'}, foreign uses {extra or 'none'}"
             )
 
@@ -195,7 +225,7 @@ class Builder:
         into: dict[int, Buffer] | None = None,
         add_to: Buffer | None = None,
         place: dict[str, Axes] | None = None,
-        of: Op | None = None,
+        of: Op | Sequence[Op] | None = None,
         gradient: Buffer | None = None,
         wrt: dict[int, int] | None = None,
         **attrs: Any,
@@ -203,7 +233,8 @@ class Builder:
         """Append one compute record and return its outputs.
 
         ``into`` writes outputs to views made before; ``add_to`` adds output 0 into that buffer, in place. ``shapes``
-        gives outputs whose labels no input has. A backward record has ``of``, ``gradient``, ``wrt`` {output: operand}.
+        gives outputs whose labels no input has. A backward record has ``of``, ``gradient``, ``wrt`` {output: operand};
+        ``of`` are several forward records where those made slices of what ``gradient`` covers whole.
         """
         spec = OPS[kind]
         if isinstance(names, str):
@@ -256,6 +287,7 @@ class Builder:
                         old.placement,
                         "temporary",
                         old.name,
+                        strides=old.strides,
                     )
                 )
             elif target is not None:
@@ -270,8 +302,9 @@ class Builder:
             if index not in spec.statistics:
                 self._unread.add(target.name)
             outputs.append(target)
-        record = self._record(kind, reads, outputs, attrs, "compute", op_name, of.name if of else None)
-        self._track(record, inputs, outputs, of, gradient, wrt or {}, carried)
+        forward = [of] if isinstance(of, Op) else list(of or ())
+        record = self._record(kind, reads, outputs, attrs, "compute", op_name, forward[0].name if forward else None)
+        self._track(record, inputs, outputs, forward, gradient, wrt or {}, carried)
         return tuple(outputs)
 
     def _unique(self, name: str) -> str:
@@ -289,7 +322,7 @@ class Builder:
         record: Op,
         inputs: Sequence[Buffer],
         outputs: Sequence[Buffer],
-        of: Op | None,
+        of: list[Op],
         gradient: Buffer | None,
         wrt: dict[int, int],
         carried: frozenset[Use],
@@ -303,13 +336,13 @@ class Builder:
                     if index not in OPS[record.kind].statistics:
                         self._mark_needs_grad(output)
             return
-        if of is None:
+        if not of:
             own = _NO_USES.union(*(self._contributions(b.name) for b in inputs))
             written = dict.fromkeys(range(len(outputs)), own)
         else:
             if gradient is not None:
-                self._demand_complete(record.name, gradient, self.final_output(of))
-            written = {index: frozenset({(of.name, operand)}) for index, operand in wrt.items()}
+                self._demand_complete(record.name, gradient, *map(self.final_output, of))
+            written = {index: frozenset((op.name, operand) for op in of) for index, operand in wrt.items()}
         for index, uses in written.items():
             if index == 0 and uses & carried:
                 raise PlacementError(f"{record.name}: {sorted(uses & carried)} would be counted twice")
@@ -386,6 +419,8 @@ class Builder:
         except PlacementError as error:
             raise PlacementError(f"{op_name}: {error}") from None
         local_shape(x.shape, placement, self.sizes)
+        if x.strides is not None:
+            raise PlacementError(f"{op_name}: {kind} of {x.name}, which is not contiguous")
         if kind != "all_reduce" and math.prod(local_shape(x.shape, x.placement, self.sizes)[:dim]) > 1:
             raise PlacementError(f"{op_name}: {kind} of dim {dim} of {x.shape}: only the outermost dim is concatenated")
         self._read(op_name, x, 0)
@@ -395,6 +430,8 @@ class Builder:
                     f"{op_name}: result placed {placement} of shape {x.shape} written to "
                     f"{into.name} placed {into.placement} of shape {into.shape}"
                 )
+            if into.strides is not None:
+                raise PlacementError(f"{op_name}: {kind} into {into.name}, which is not contiguous")
             issued = into
         else:
             base = x.name if kind == "all_reduce" else None  # an all-reduce works in place

@@ -1,4 +1,4 @@
-"""Runs a program on tensors: allocate at the first write, call, free after the last use.
+"""Runs a program on tensors that lie in one arena.
 
 Binding resolves everything that does not change between steps: storages, views, kernels, rank offsets. A step is then a
 walk over a flat list. Shapes and dtypes are checked once, when bound: torch writes past a view in silence.
@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.reference import Kernel
 from ..kernels.registry import kernels_for
+from .arena import place
 from .comm import Communicator, Pending
-from .memory import lifetimes, persistent
+from .memory import persistent
 from .ops import OPS
 from .program import Op, Program
 from .units import communicator_order, nested_index
@@ -31,21 +33,14 @@ _DTYPES = {
 
 
 @dataclass(slots=True)
-class _View:
-    slot: int
-    storage: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
+class Record:
+    """One record bound to tensors. ``attrs``: what its kernel is called with; empty for collectives and waits."""
 
-
-@dataclass(slots=True)
-class _Call:
-    allocate: list[tuple[int, int, torch.dtype]]  # storage, elements, dtype
-    views: list[_View]
-    run: Callable[[list[Tensor]], None]
-    free: list[int]
-    drop: list[int]  # slots of the views of what is freed
+    op: Op
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    attrs: dict[str, Any]
+    run: Callable[[], None]
 
 
 class Executor:
@@ -59,95 +54,64 @@ class Executor:
         device: str = "cpu",
         kernels: dict[str, Kernel] | None = None,
         shared: dict[str, Tensor] | None = None,
+        arena: Tensor | None = None,
     ) -> None:
-        """``comm`` may be None when every axis has one rank. ``shared`` are storages of another executor, by name."""
+        """``comm`` may be None when every axis has one rank. ``shared`` are storages of another executor, by name.
+
+        ``arena``: bytes in which the temporaries lie, of another executor that never runs at the same time; where it is
+        too small, or None, the executor has its own.
+        """
         self.program = program
         self.device = device
         self.coordinates = coordinates
         self.comm = comm
         self.kernels = kernels or kernels_for(device)
+        self.placement = place(program)
+        if arena is None or arena.numel() < self.placement.total_bytes:
+            arena = torch.empty(self.placement.total_bytes, dtype=torch.uint8, device=device)
+        self.arena = arena
         self._pending: dict[str, Pending] = {}
-        self._slot: dict[str, int] = {}
-        self._storage: dict[str, int] = {}
-        self._tensors: list[Tensor] = []
-        self._storages: list[Tensor] = []
+        self._flat: dict[str, Tensor] = {}  # every storage, as one row of its elements
+        self._tensors: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
-        empty = torch.empty(0, device=device)
         for name in persistent(program):
             buffer = program.buffers[name]
             tensor = (shared or {}).get(name)
             if tensor is None:
                 tensor = torch.zeros(program.local_shape(name), dtype=_DTYPES[buffer.dtype], device=device)
             assert tensor.shape == program.local_shape(name) and tensor.dtype == _DTYPES[buffer.dtype], name
-            self._storage[name] = len(self._storages)
-            self._storages.append(tensor.view(-1))
             self.buffers[name] = tensor
-        self._calls = self._bind()
-        self._tensors = [empty] * len(self._slot)
-        self._storages.extend([empty] * (len(self._storage) - len(self._storages)))
+            self._flat[name] = tensor.view(-1)
+        for name, offset in self.placement.offsets.items():
+            part = arena[offset : offset + program.bytes(name)]
+            self._flat[name] = part.view(_DTYPES[program.buffers[name].dtype])
+        self.records = [self._bind(op) for op in program.ops]
 
     # -- binding ------------------------------------------------------------------------------------------------
 
-    def _bind(self) -> list[_Call]:
-        program, lives = self.program, lifetimes(self.program)
-        made: set[str] = set()
-        views_of: dict[str, list[int]] = {}
-        calls: list[_Call] = []
-        for i, op in enumerate(program.ops):
-            allocate: list[tuple[int, int, torch.dtype]] = []
-            for root in lives.allocate[i]:
-                self._storage[root] = len(self._storage)
-                allocate.append(
-                    (
-                        self._storage[root],
-                        program.local_elements(root),
-                        _DTYPES[program.buffers[root].dtype],
-                    )
-                )
-            views: list[_View] = []
-            for name in (*op.inputs, *op.outputs):
-                if name in made:
-                    continue
-                made.add(name)
-                root, offset = program.root(name)
-                slot = self._slot.setdefault(name, len(self._slot))
-                shape = program.local_shape(name)
-                views.append(_View(slot, self._storage[root], shape, _contiguous_strides(shape), offset))
-                views_of.setdefault(root, []).append(slot)
-            free = [self._storage[root] for root in lives.free[i]]
-            drop = [slot for root in lives.free[i] for slot in views_of.get(root, ())]
-            calls.append(_Call(allocate, views, self._prepare(op), free, drop))
-        return calls
-
-    def _prepare(self, op: Op) -> Callable[[list[Tensor]], None]:
-        inputs = [self._slot[name] for name in op.inputs]
-        outputs = [self._slot[name] for name in op.outputs]
+    def _bind(self, op: Op) -> Record:
+        inputs, outputs = [self.tensor(name) for name in op.inputs], [self.tensor(name) for name in op.outputs]
         if op.kind == "wait":
-            return partial(self._wait, op.attrs["issue"])
+            return Record(op, inputs, outputs, {}, partial(self._wait, op.attrs["issue"]))
         if op.kind not in OPS:
-            return partial(self._issue, op, inputs[0], outputs)
+            assert self.comm is not None, f"{op.name}: a collective over {op.axes} without processes"
+            return Record(op, inputs, outputs, {}, partial(self._issue, op, inputs, outputs))
         attrs = {key: value for key, value in op.attrs.items() if key not in ("rank_axes", "shard_axes")}
         for key in ("rank_axes", "shard_axes"):
             if key in op.attrs:
                 axes = op.attrs[key]
                 ordered = communicator_order(self.program.plan, axes) if key == "shard_axes" else axes
                 attrs["rank"] = nested_index(self.program.plan, ordered, self.coordinates)
-        arity = len(self.program.label_signature(op).inputs)
-        if len(op.inputs) > arity:
+        if len(op.inputs) > len(self.program.label_signature(op).inputs):
             attrs["add"] = True
-        kernel = self.kernels[op.kind]
+        return Record(op, inputs, outputs, attrs, partial(self.kernels[op.kind], inputs, outputs, **attrs))
 
-        def run(tensors: list[Tensor]) -> None:
-            kernel([tensors[i] for i in inputs], [tensors[i] for i in outputs], **attrs)
+    def _issue(self, op: Op, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        assert self.comm is not None
+        staging = outputs[1] if len(outputs) > 1 else None
+        self._pending[op.name] = self.comm.issue(op.kind, op.axes, inputs[0], outputs[0], staging)
 
-        return run
-
-    def _issue(self, op: Op, source: int, outputs: list[int], tensors: list[Tensor]) -> None:
-        assert self.comm is not None, f"{op.name}: a collective over {op.axes} without processes"
-        staging = tensors[outputs[1]] if len(outputs) > 1 else None
-        self._pending[op.name] = self.comm.issue(op.kind, op.axes, tensors[source], tensors[outputs[0]], staging)
-
-    def _wait(self, issue: str, tensors: list[Tensor]) -> None:
+    def _wait(self, issue: str) -> None:
         assert self.comm is not None
         self.comm.wait(self._pending.pop(issue))
 
@@ -155,37 +119,35 @@ class Executor:
 
     @torch.no_grad()
     def run(self, watch: Callable[[int], None] | None = None) -> None:
-        """One step on the inputs and states as they are. ``watch`` is called before every record's frees (tests)."""
-        tensors, storages = self._tensors, self._storages
-        nothing = torch.empty(0)
-        for i, call in enumerate(self._calls):
-            for storage, elements, dtype in call.allocate:
-                storages[storage] = torch.empty(elements, dtype=dtype, device=self.device)
-            for view in call.views:
-                tensors[view.slot] = storages[view.storage].as_strided(view.shape, view.strides, view.offset)
-            call.run(tensors)
-            if watch is not None:
-                watch(i)
-            for slot in call.drop:
-                tensors[slot] = nothing
-            for storage in call.free:
-                storages[storage] = nothing
+        """One step on the inputs and states as they are. ``watch`` is called after every record (tests)."""
+        if watch is None:
+            for record in self.records:
+                record.run()
+            return
+        for i, record in enumerate(self.records):
+            record.run()
+            watch(i)
+
+    def pending(self, issue: str) -> Pending:
+        """A collective in flight, by the name of its issue."""
+        return self._pending[issue]
+
+    def forget_pending(self) -> None:
+        """Collectives that were issued and whose wait will never come: the step was broken off."""
+        self._pending.clear()
 
     def tensor(self, name: str) -> Tensor:
-        """A buffer of the step that is running; for ``watch``."""
-        return self._tensors[self._slot[name]]
+        """The place of a buffer. A temporary holds its value only from its first write to its last read."""
+        if name not in self._tensors:
+            root, offset = self.program.root(name)
+            shape = self.program.local_shape(name)
+            self._tensors[name] = self._flat[root].as_strided(
+                shape, self.program.local_strides(name), self._flat[root].storage_offset() + offset
+            )
+        return self._tensors[name]
 
     def load(self, name: str, value: Tensor) -> None:
         """Copy a value into an input or state."""
         target = self.buffers[name]
         assert value.shape == target.shape, f"{name}: {tuple(value.shape)}, wanted {tuple(target.shape)}"
         target.copy_(value)
-
-
-def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides: list[int] = []
-    step = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))

@@ -1,7 +1,7 @@
 """Liveness: which bytes are live at every record (torch-free).
 
 A storage lives from the first record that writes it (or a view of it) to the last that reads or writes it. Inputs and
-states live always. The executor allocates and frees by exactly this rule.
+states live always. The placement pass (``arena.py``) packs them by exactly this rule.
 """
 
 from __future__ import annotations

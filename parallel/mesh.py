@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch.distributed as dist
 
-from .layout import FSDP, REPLICATED_UNIT, WORLD, Axes
+from .communicators import GROUPS
+from .layout import Axes
 from .plan import AXES, Plan
-
-# Every group of axes over which a program communicates. Gathers and reductions of units use communicators of their own,
-# so that neither waits behind the other.
-GROUPS: tuple[tuple[Axes, str], ...] = (
-    (("tp",), ""),
-    (("cp",), ""),
-    (FSDP, "all_gather"),
-    (FSDP, "reduce_scatter"),
-    (REPLICATED_UNIT, ""),
-    (("dp_replicate",), ""),
-    (WORLD, ""),
-)
 
 
 def coordinates(plan: Plan, rank: int) -> dict[str, int]:
@@ -53,6 +43,7 @@ class Mesh:
         self.plan = plan
         self.rank = dist.get_rank()
         self.coordinates = coordinates(plan, self.rank)
+        self.before_close: list[Callable[[], None]] = []  # what holds work of the groups: CUDA graphs
         self._groups: dict[tuple[Axes, str], dist.ProcessGroup] = {}
         for axes, purpose in GROUPS:
             if plan.size(axes) > 1:
@@ -73,6 +64,9 @@ class Mesh:
         return self.coordinates["dp_replicate"] * self.plan.dp_shard + self.coordinates["dp_shard"]
 
     def close(self) -> None:
+        for close in self.before_close:
+            close()
+        self.before_close.clear()
         for group in self._groups.values():
             dist.destroy_process_group(group)
         self._groups.clear()

@@ -37,6 +37,8 @@ class OpSpec:
     flops        of the local labels; matmul and attention count 2 per multiply-add
     matmul       the FLOPs run on tensor cores and count in MFU
     workspace    bytes that the CPU implementation may allocate besides its outputs, an upper bound
+    unfused_passes   tensors of the first input's size that the formula reads and writes when each elementary torch
+                 operation is a kernel: (in that input's dtype, in the statistics'); None: it is one such operation
     capturable   may run inside a CUDA Graph: no value is read back to the host, no shape depends on data
     """
 
@@ -49,6 +51,7 @@ class OpSpec:
     flops: Callable[[Sizes], int] = lambda sizes: 0
     matmul: bool = False
     workspace: Callable[[list[Shape], list[str], list[Shape], list[str], Sizes], int] = lambda *_: 0
+    unfused_passes: tuple[int, int] | None = None
     capturable: bool = True
 
 
@@ -130,6 +133,7 @@ def _flat_workspace(count: int) -> Callable[..., int]:
 
 
 _NORM = "tbd,d,bd,bd->tbd,tb"
+_POSITION_NORM = "tbd,td,d,bd,bd->tbd,tbd,tb"
 _NORM_BACKWARD = "tbd,tbd,tb,d,bd->tbd,d,bd,bd"
 
 OPS: dict[str, OpSpec] = {
@@ -184,6 +188,16 @@ OPS: dict[str, OpSpec] = {
         statistics=(1,),
         flops=_labels("tbd", per=6),
         workspace=_temporaries("bd", "bd", cast=("tbd", "tbd", "tbd")),
+        unfused_passes=(2, 13),
+    ),
+    # x, position, gain, scale, shift -> x0 = x + position, the modulated norm of x0, 1 / rms(x0)
+    "position_modulate_norm": OpSpec(
+        _POSITION_NORM,
+        whole="d",
+        statistics=(2,),
+        flops=_labels("tbd", per=7),
+        workspace=_temporaries("bd", "bd", cast=("tbd", "tbd", "tbd")),
+        unfused_passes=(5, 13),
     ),
     # dy, x, rstd, gain, scale -> dx (+ residual gradient), dgain, dscale, dshift
     "modulate_norm_backward": OpSpec(
@@ -193,6 +207,7 @@ OPS: dict[str, OpSpec] = {
         adds=True,
         flops=_labels("tbd", per=14),
         workspace=_temporaries("tbd", "tbd", "tb", "tb", "bd", "bd", "bd", "bd", cast=("tbd", "bd")),
+        unfused_passes=(2, 32),
     ),
     # x, gain, bias -> layer norm, mean, 1 / std
     "layer_norm": OpSpec(
@@ -215,20 +230,22 @@ OPS: dict[str, OpSpec] = {
     "add": OpSpec("tbd->tbd", linear=((0,),), adds=True, flops=_labels("tbd", per=1)),  # the added input comes last
     "residual": OpSpec("tbd,tbd->tbd", linear=((0, 1),), flops=_labels("tbd", per=1)),
     # x, y, gate -> x + gate * y
-    "gated_residual": OpSpec("tbd,tbd,bd->tbd", flops=_labels("tbd", per=2)),
+    "gated_residual": OpSpec("tbd,tbd,bd->tbd", flops=_labels("tbd", per=2), unfused_passes=(5, 0)),
     # dout, y, gate -> dy, dgate
     "gated_residual_backward": OpSpec(
         "tbd,tbd,bd->tbd,bd",
         linear=((0,),),
         flops=_labels("tbd", per=3),
         workspace=_temporaries("tbd", cast=("tbd",)),
+        unfused_passes=(6, 0),
     ),
-    "swiglu": OpSpec("tbf,tbf->tbf", flops=_labels("tbf", per=5)),  # silu(gate) * up
+    "swiglu": OpSpec("tbf,tbf->tbf", flops=_labels("tbf", per=5), unfused_passes=(5, 0)),  # silu(gate) * up
     # dy, gate, up -> dgate, dup
     "swiglu_backward": OpSpec(
         "tbf,tbf,tbf->tbf,tbf",
         linear=((0,),),
         flops=_labels("tbf", per=12),
+        unfused_passes=(9, 0),
     ),
     # -- embeddings and conditioning ----------------------------------------------------------------------------
     "patchify": OpSpec(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, cast
 
 import yaml
@@ -32,8 +32,18 @@ class Plan:
     """Degrees of the four mesh axes and how a step is run on them.
 
     ``recompute`` is one of ``none``, ``selective``, ``full`` or an explicit tuple of the activations that are kept
-    (names inside a block, see ``rematerialize.KEPT``). ``order`` lists the axes innermost (neighbouring ranks) first.
-    ``prefetch`` bounds the gathered units that live at once: at most ``prefetch`` + 1.
+    (names inside a block, see ``rematerialize.KEPT``). The last ``last_blocks`` blocks follow ``recompute_last``
+    instead. ``order`` lists the axes innermost (neighbouring ranks) first.
+
+    Overlap; what is asked for and cannot happen is refused:
+
+    prefetch                gathered units that live at once: at most ``prefetch`` + 1
+    grad_units              unit gradients that live at once: with 2, one is reduced while the next is computed
+    kv_slices               head slices in which K and V are gathered over cp, the next while attention runs on this
+                            one; in backward their gradients are reduce-scattered likewise. At most two live at once.
+                            Backward gathers again, unless ``recompute`` keeps ``kv_gathered``
+    tp_slices               token slices of every gather + matmul and matmul + reduce-scatter over tp
+    defer_weight_gradients  weight gradients, and what is made again, may move into the shadow of communication
     """
 
     tp: int = 1
@@ -45,23 +55,80 @@ class Plan:
     dtype: DtypePolicy = "bf16"
     order: tuple[str, ...] = field(default=AXES)
     prefetch: int = 1
+    grad_units: int = 1
+    kv_slices: int = 1
+    tp_slices: int = 1
+    defer_weight_gradients: bool = False
+    recompute_last: str | tuple[str, ...] | None = None
+    last_blocks: int = 0
 
     def __post_init__(self) -> None:
-        for name in (*AXES, "micro_batches"):
+        for name in (*AXES, "micro_batches", "grad_units", "kv_slices", "tp_slices"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise CinemeshError(f"plan: {name} is {value!r}; it must be a whole number of at least 1")
-        if not isinstance(self.prefetch, int) or isinstance(self.prefetch, bool) or self.prefetch < 0:
-            raise CinemeshError(f"plan: prefetch is {self.prefetch!r}; it must be a whole number of at least 0")
+        for name in ("prefetch", "last_blocks"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise CinemeshError(f"plan: {name} is {value!r}; it must be a whole number of at least 0")
+        if not isinstance(self.defer_weight_gradients, bool):
+            raise CinemeshError(
+                f"plan: defer_weight_gradients is {self.defer_weight_gradients!r}; it must be true or false"
+            )
         if self.dtype not in DTYPES:
             raise CinemeshError(f"plan: dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         if sorted(self.order) != sorted(AXES):
             raise CinemeshError(f"plan: order is {list(self.order)}; it must name each of {', '.join(AXES)} once")
-        if isinstance(self.recompute, str) and self.recompute not in RECOMPUTE:
+        for name in ("recompute", "recompute_last"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value not in RECOMPUTE:
+                raise CinemeshError(
+                    f"plan: {name} is {value!r}; choose one of {', '.join(RECOMPUTE)}, or list the activations to keep"
+                )
+        if (self.recompute_last is None) != (self.last_blocks == 0):
             raise CinemeshError(
-                f"plan: recompute is {self.recompute!r}; choose one of {', '.join(RECOMPUTE)}, "
-                "or list the activations to keep"
+                f"plan: recompute_last is {self.recompute_last!r} for last_blocks({self.last_blocks}); give both"
             )
+        self._check_overlap()
+
+    def _check_overlap(self) -> None:
+        """Refuse an overlap that cannot happen under these degrees."""
+        asked = (
+            ("grad_units", self.grad_units > 1, ("dp_shard", "cp"), "unit gradients are reduced over dp_shard * cp"),
+            ("kv_slices", self.kv_slices > 1, ("cp",), "K and V are gathered over cp"),
+            ("tp_slices", self.tp_slices > 1, ("tp",), "activations are gathered and scattered over tp"),
+            (
+                "defer_weight_gradients",
+                self.defer_weight_gradients,
+                ("tp", "cp"),
+                "a block communicates over tp and cp",
+            ),
+        )
+        for name, wanted, axes, rule in asked:
+            if wanted and self.size(axes) == 1:
+                degrees = ", ".join(f"{axis}(1)" for axis in axes)
+                value, off = getattr(self, name), "false" if isinstance(getattr(self, name), bool) else 1
+                raise CinemeshError(
+                    f"plan: {name}({str(value).lower()}) with {degrees}: {rule}, so nothing would overlap; "
+                    f"set {name} to {off} or raise {' or '.join(axes)}"
+                )
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether an overlap is asked for that needs the schedule pass."""
+        return self.grad_units > 1 or self.kv_slices > 1 or self.tp_slices > 1 or self.defer_weight_gradients
+
+    def with_degrees(self, **degrees: int) -> Plan:
+        """The same plan on other degrees, less the overlaps that cannot happen there."""
+        size = {axis: degrees.get(axis, self.size(axis)) for axis in AXES}
+        return replace(
+            self,
+            **degrees,
+            grad_units=self.grad_units if size["dp_shard"] * size["cp"] > 1 else 1,
+            kv_slices=self.kv_slices if size["cp"] > 1 else 1,
+            tp_slices=self.tp_slices if size["tp"] > 1 else 1,
+            defer_weight_gradients=self.defer_weight_gradients and size["tp"] * size["cp"] > 1,
+        )
 
     @property
     def world_size(self) -> int:
@@ -122,6 +189,20 @@ class Plan:
             parts,
             "choose degrees whose product divides the tokens, or another latent",
         )
+        divides(
+            "heads of one rank",
+            heads // self.tp,
+            f"kv_slices({self.kv_slices})",
+            self.kv_slices,
+            f"choose a kv_slices that divides heads({heads}) / tp({self.tp})",
+        )
+        divides(
+            "tokens of one rank",
+            tokens // parts,
+            f"tp_slices({self.tp_slices})",
+            self.tp_slices,
+            f"choose a tp_slices that divides tokens({tokens}) / (cp({self.cp}) * tp({self.tp}))",
+        )
 
     def local_batch(self, global_batch: int) -> int:
         """Samples of one data rank in one micro-batch."""
@@ -175,8 +256,10 @@ class Plan:
             if not equals:
                 raise CinemeshError(f"plan: {item!r} is not key=value; write for example tp=4,cp=2,dp_shard=96")
             key, value = key.strip(), value.strip()
-            if key == "order" or (key == "recompute" and ":" in value):
-                values[key] = tuple(value.split(":"))
+            if key == "order" or (key in ("recompute", "recompute_last") and ":" in value):
+                values[key] = tuple(filter(None, value.split(":")))  # "o:" is a list of one
+            elif value in ("true", "false"):
+                values[key] = value == "true"
             else:
                 values[key] = int(value) if value.lstrip("-").isdigit() else value
         return cls.from_dict(values)

@@ -19,6 +19,7 @@ from .plan import AXES, Plan
 class Buffer:
     """Storage, or a view of it. ``offset`` counts local elements from the start of ``base``.
 
+    ``strides``: local, in elements, of a view that is not contiguous (a slice of heads); None: C order.
     ``kind``: ``temporary`` lives from its first write to its last read; ``input`` is filled before a step; ``state``
     persists from step to step.
     """
@@ -30,6 +31,7 @@ class Buffer:
     kind: str = "temporary"
     base: str | None = None
     offset: int = 0
+    strides: tuple[int, ...] | None = None
 
 
 @dataclass(slots=True)
@@ -74,6 +76,18 @@ class Program:
             buffer = self.buffers[name]
             self._local[name] = local_shape(buffer.shape, buffer.placement, self.sizes)
         return self._local[name]
+
+    def local_strides(self, name: str) -> tuple[int, ...]:
+        """In elements; C order unless the buffer is a strided view."""
+        return self.buffers[name].strides or contiguous_strides(self.local_shape(name))
+
+    def span(self, name: str) -> tuple[str, int, int]:
+        """The storage, and the elements of it from the buffer's first to behind its last."""
+        root, offset = self.root(name)
+        strides = self.buffers[name].strides
+        if strides is None:
+            return root, offset, offset + self.local_elements(name)
+        return root, offset, offset + 1 + sum((n - 1) * s for n, s in zip(self.local_shape(name), strides, strict=True))
 
     def local_elements(self, name: str) -> int:
         return math.prod(self.local_shape(name))
@@ -136,6 +150,16 @@ class Program:
 
     def with_ops(self, ops: list[Op], extra: dict[str, Buffer] | None = None) -> Program:
         return Program(self.plan, {**self.buffers, **(extra or {})}, ops, self.outputs, self.facts)
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Elements between neighbours along each dim, in C order."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
 
 
 def lane_name(axes: Axes) -> str:

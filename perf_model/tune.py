@@ -21,8 +21,8 @@ from .skeleton import STEADY_BLOCKS, Skeleton
 
 WORTH = 1e-3  # relative gain below which a knob stays as it was: slices cost kernels and launches that no model sees
 KNOBS: dict[str, tuple[object, ...]] = {
-    "kv_slices": (2, 4),
-    "tp_slices": (2, 4),
+    "kv_slices": (2, 3, 4, 6, 12),
+    "tp_slices": (2, 4, 8),
     "defer_weight_gradients": (True,),
     "prefetch": (2,),
 }

@@ -193,6 +193,13 @@ def modulate_norm(t: int, b: int, d: int) -> Iterator[Example]:
     yield Example([x, gain, scale, shift], [modulated(x, gain, scale, shift), rstd], {"eps": EPS})
 
 
+def position_modulate_norm(t: int, b: int, d: int) -> Iterator[Example]:
+    x, position, gain, scale, shift = rand(t, b, d), rand(t, d), rand(d), rand(b, d), rand(b, d)
+    x0 = x + position[:, None]
+    rstd = (x0.pow(2).mean(-1) + EPS).rsqrt()
+    yield Example([x, position, gain, scale, shift], [x0, modulated(x0, gain, scale, shift), rstd], {"eps": EPS})
+
+
 def modulate_norm_backward(t: int, b: int, d: int) -> Iterator[Example]:
     dy, x, gain, scale, shift = rand(t, b, d), rand(t, b, d), rand(d), rand(b, d), rand(b, d)
     rstd = (x.pow(2).mean(-1) + EPS).rsqrt()
@@ -468,7 +475,8 @@ EXAMPLES: dict[str, Callable[[int, int, int], Iterator[Example]]] = {
     maker.__name__: maker
     for maker in (
         *(matmul, attention, attention_backward, cross_attention, cross_attention_backward),
-        *(modulate_norm, modulate_norm_backward, layer_norm, layer_norm_backward, add_position, add, residual),
+        *(modulate_norm, position_modulate_norm, modulate_norm_backward, layer_norm, layer_norm_backward),
+        *(add_position, add, residual),
         *(gated_residual, gated_residual_backward, swiglu, swiglu_backward, silu, silu_backward),
         *(patchify, unpatchify, position, position_backward, time_features, add_table, sum_to),
         *(drop_caption, drop_mask, draw_time, draw_keep_caption, draw_noise, interpolate),

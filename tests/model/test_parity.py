@@ -6,11 +6,16 @@ the collectives and the bytes of a run are those that its program predicts.
 
 from __future__ import annotations
 
-from functools import lru_cache
+import itertools
+import math
+import zlib
+from functools import lru_cache, partial
 
 import pytest
 import torch
 from harness import Pool
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cinemesh.launch.parity import (
     FLOAT64_BOUND,
@@ -27,9 +32,11 @@ from cinemesh.launch.parity import (
 from cinemesh.launch.verify import Report, compare, small_case
 from cinemesh.model.config import ModelConfig
 from cinemesh.model.runner import StepRunner
+from cinemesh.model.step import build_step, prepare
 from cinemesh.parallel.comm import gather_objects
 from cinemesh.parallel.mesh import Mesh
-from cinemesh.parallel.plan import Plan
+from cinemesh.parallel.plan import AXES, Plan
+from cinemesh.parallel.program import Op, Program
 
 # Six heads, two samples a data rank, 3 + 2 + 2 text tokens, an uneven text mask (launch/verify.py: small_case).
 KEEP = "recompute=q:kv:o:lse"
@@ -55,6 +62,19 @@ FLOAT64_PLANS = (
     f"tp=2,cp=2,dp_replicate=2,{KEEP},prefetch=2",
     "cp=2,dp_shard=2,dp_replicate=2,recompute=full,order=dp_replicate:dp_shard:cp:tp",
 )
+# Slices, deferred weight gradients, reductions behind compute: other orders of records, other sizes of collectives.
+DEFER = "defer_weight_gradients=true"
+OVERLAP_PLANS = (
+    "cp=2,kv_slices=3,recompute=full",
+    "cp=3,kv_slices=2,recompute=none,grad_units=2",
+    "cp=2,kv_slices=6,recompute=kv_gathered:q:lse,micro_batches=2",
+    "tp=2,tp_slices=3,recompute=none",
+    f"tp=3,tp_slices=2,{DEFER},recompute=full",
+    f"dp_shard=2,cp=2,{DEFER},grad_units=3,prefetch=2,micro_batches=2",
+    "tp=2,recompute=full,recompute_last=selective,last_blocks=1",
+    f"tp=2,cp=2,kv_slices=3,tp_slices=3,{DEFER},recompute=lse:q,recompute_last=o:kv_gathered:gate,last_blocks=1",
+    f"tp=2,cp=2,dp_shard=2,kv_slices=3,tp_slices=2,{DEFER},grad_units=2,micro_batches=2",
+)
 SLOW_PLANS = (
     *("dp_shard=3", "cp=5", "dp_replicate=3", "cp=7", "cp=8", "dp_shard=8"),
     *(f"tp=2,cp=2,dp_shard=2,recompute={r},prefetch={p}" for r in ("none", "selective", "full") for p in (0, 1, 2)),
@@ -68,10 +88,13 @@ def _reference(config: ModelConfig, samples: int, latent: tuple[int, int, int], 
     return run_reference(Case(Plan(micro_batches=micro_batches, dtype="float64"), config, samples, latent))
 
 
-def job(case: Case) -> tuple[Report, list[float]] | None:
-    """Runs on every rank; rank 0 answers with its report and the gradient norms."""
+def job(case: Case, prices: int | None = None) -> tuple[Report, list[float]] | None:
+    """Runs on every rank; rank 0 answers with its report and the gradient norms. ``prices``: a seed for random ones."""
     mesh = Mesh(case.plan)
-    runner = StepRunner(case.config, case.plan, case.batch, OPTIMIZER, mesh, seed=case.seed)
+    built = build_step(case.config, case.plan, case.batch, OPTIMIZER, seed=case.seed)
+    price = None if prices is None else partial(random_price, prices)
+    program = prepare(built, backend="gloo", price=price)
+    runner = StepRunner(case.config, case.plan, case.batch, OPTIMIZER, mesh, seed=case.seed, program=program)
     runs = [run for run in gather_objects(run_rank(case, mesh, runner)) if isinstance(run, RankRun)]
     mesh.close()
     if mesh.rank:
@@ -83,13 +106,18 @@ def job(case: Case) -> tuple[Report, list[float]] | None:
     return compare(case, runs, runner.program, reference), runs[0].norms
 
 
+def random_price(seed: int, program: Program, op: Op) -> float:
+    """Of five sizes, the same on every rank: schedules that no sensible price would give."""
+    return 10.0 ** (zlib.crc32(f"{seed} {op.name}".encode()) % 5)
+
+
 def case_of(text: str, dtype: str) -> Case:
     return small_case(Plan.parse(text, dtype=dtype))
 
 
-def check(pool: Pool, text: str, dtype: str) -> Report:
+def check(pool: Pool, text: str, dtype: str, prices: int | None = None) -> Report:
     case = case_of(text, dtype)
-    answer = pool.run(case.plan.world_size, job, case)[0]
+    answer = pool.run(case.plan.world_size, job, case, prices)[0]
     assert answer is not None
     report, norms = answer
     # One boolean would do; each on its own line says what broke.
@@ -109,6 +137,65 @@ def check(pool: Pool, text: str, dtype: str) -> Report:
 def test_float64(pool: Pool, text: str) -> None:
     # Measured: loss 2e-15, gradients 1e-13, weights 2e-11 (AdamW divides small gradients by their own size).
     assert max(check(pool, text, "float64").bounds.values()) == FLOAT64_BOUND
+
+
+@pytest.mark.parametrize("text", OVERLAP_PLANS)
+def test_float64_with_overlap(pool: Pool, text: str) -> None:
+    check(pool, text, "float64")
+
+
+ROLES = ("modulation", "x0", "h1", "h1_gathered", "kv", "q", "kv_gathered", "o", "lse", "y1_partial", "y1", "x1", "act")
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> str:
+    """Any plan of at most 8 ranks with any knobs that it allows, as text."""
+
+    def one_of(*values: object) -> object:
+        return draw(st.sampled_from(values))
+
+    degrees = one_of(*(d for d in itertools.product((1, 2, 3), (1, 2, 3), (1, 2), (1, 2)) if 1 < math.prod(d) <= 8))
+    assert isinstance(degrees, tuple)
+    tp, cp, dp_shard, dp_replicate = degrees
+    kept = ":".join(draw(st.lists(st.sampled_from(ROLES), min_size=2, max_size=5, unique=True)))
+    knobs: dict[str, object] = {
+        "tp": tp,
+        "cp": cp,
+        "dp_shard": dp_shard,
+        "dp_replicate": dp_replicate,
+        "micro_batches": one_of(1, 2),
+        "recompute": one_of("none", "selective", "full", kept),
+        "prefetch": one_of(0, 1, 2),
+        "order": ":".join(draw(st.permutations(AXES))),
+    }
+    if one_of(True, False):
+        knobs |= {"recompute_last": one_of("none", "full", kept), "last_blocks": one_of(1, 2)}
+    if cp > 1:
+        knobs["kv_slices"] = one_of(1, 2, 3)
+    if tp > 1:
+        knobs["tp_slices"] = one_of(1, 2, 3)
+    if cp * dp_shard > 1:
+        knobs["grad_units"] = one_of(1, 2, 3)
+    if tp * cp > 1:
+        knobs["defer_weight_gradients"] = one_of("true", "false")
+    return ",".join(f"{name}={value}" for name, value in knobs.items())
+
+
+ANY_PLAN = (plans(), st.integers(0, 999))
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, database=None)
+@given(*ANY_PLAN)
+def test_float64_with_any_plan_and_order(pool: Pool, text: str, prices: int) -> None:
+    """Plans, knobs and prices at random: what is computed, sent and alive is right in every order of records."""
+    check(pool, text, "float64", prices)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, database=None)
+@given(*ANY_PLAN)
+def test_float64_with_many_plans_and_orders(pool: Pool, text: str, prices: int) -> None:
+    check(pool, text, "float64", prices)
 
 
 @pytest.mark.slow

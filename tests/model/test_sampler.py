@@ -116,7 +116,10 @@ def test_one_process_is_euler_on_the_reference(guidance: float) -> None:
     torch.testing.assert_close(got, euler_on_reference(guidance), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("text", ["tp=2", "cp=2", "dp_shard=2", "tp=2,cp=2", "dp_replicate=2,tp=2"])
+SLICED = "tp=2,cp=2,kv_slices=3,tp_slices=3"
+
+
+@pytest.mark.parametrize("text", ["tp=2", "cp=2", "dp_shard=2", "tp=2,cp=2", "dp_replicate=2,tp=2", SLICED])
 def test_every_plan_samples_the_same(pool: Pool, text: str) -> None:
     """Noise, tokens and captions are each rank's own part; every rank of a sample ends with all of it."""
     plan = Plan.parse(text, dtype="float64")

@@ -33,6 +33,7 @@ ONE_RANK = small_case(Plan(micro_batches=2, dtype="float64"), steps=2)
 PLANS = {
     "degrees above 1": Plan(tp=2, cp=2, dp_shard=2, dp_replicate=2, micro_batches=2, dtype="float64"),
     "degree 1": ONE_RANK.plan,
+    "slices": Plan(tp=2, cp=2, dp_shard=2, kv_slices=3, tp_slices=3, dtype="float64"),
 }
 AXES: tuple[Axes, ...] = (("tp",), ("cp",), ("dp_shard",), ("dp_replicate",), FSDP, REPLICATED_UNIT, WORLD)
 
@@ -205,7 +206,7 @@ def test_a_sum_that_lost_a_term_is_refused(
     plan: Plan, mutate: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, survivors = survivors_of("op", plan, adds, mutate, monkeypatch)
-    assert calls > 30
+    assert calls > 20
     assert survivors == []
 
 
@@ -222,7 +223,7 @@ def renamed_without_a_contribution(
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_a_missing_pass_through_is_refused(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, survivors = survivors_of("pass_through", plan, anything, renamed_without_a_contribution, monkeypatch)
-    assert calls > 12
+    assert calls > 8
     assert survivors == []
 
 
@@ -349,6 +350,7 @@ def test_wrong_scales_are_seen() -> None:
     """Every float output of every kind of op, 0.1 % too large. In-place outputs are left to the doubled terms."""
     genuine = kernels_for("cpu")
     used = {op.kind: op for op in program().ops if op.kind in OPS}
+    read = {name for op in program().ops for name in op.inputs}
     unseen, tried = [], 0
     for kind, op in used.items():
         if kind in ("copy", "cast", "zero_gaps"):  # of what other kinds made: gaps hold no parameter
@@ -356,6 +358,9 @@ def test_wrong_scales_are_seen() -> None:
         for index, name in enumerate(op.outputs):
             if not program().buffers[name].dtype.startswith("float"):
                 continue
+            records = [other for other in program().ops if other.kind == kind]
+            if index in OPS[kind].statistics and not any(other.outputs[index] in read for other in records):
+                continue  # backward makes it again, by records of another kind
 
             def scaled(inputs: Any, outputs: Any, *, kind: str = kind, index: int = index, **attrs: Any) -> None:
                 genuine[kind](inputs, outputs, **attrs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,7 @@ from cinemesh.model.step import build_step
 from cinemesh.parallel.memory import lifetimes
 from cinemesh.parallel.plan import Plan
 from cinemesh.parallel.program import Op, Program
-from cinemesh.parallel.rematerialize import KEPT, rematerialize
+from cinemesh.parallel.rematerialize import KEPT, rematerialize, role_of
 
 BLOCK = "mb0/blocks.0.backward"
 
@@ -131,3 +132,53 @@ def test_backward_of_a_block_reads_nothing_of_forward_but_what_is_kept() -> None
         if op.region == BLOCK:
             for name in op.inputs:
                 assert not name.startswith("mb0/blocks.0.forward/") or name.endswith("~"), (op.name, name)
+
+
+# -- blocks that differ, and slices -----------------------------------------------------------------------------------
+
+
+def test_the_last_blocks_follow_their_own_choice() -> None:
+    """Two of four blocks: each block's clones are those of a plan that says the same for all."""
+    plan = Plan(2, 2, dtype="float32", recompute="full", recompute_last=("q", "o", "lse", "x0"), last_blocks=2)
+    case = small_case(plan)
+    config = replace(case.config, layers=4)
+
+    def made_again(plan: Plan) -> list[set[str]]:
+        program = rematerialize(build_step(config, plan, case.batch))
+        names = [op.name for op in program.ops if op.clone and op.kind != "wait" and op.region.endswith(".forward")]
+        return [{n.rpartition("/")[2] for n in names if f"blocks.{layer}." in n} for layer in range(4)]
+
+    mixed = made_again(plan)
+    first, last = (
+        made_again(replace(plan, recompute=r, recompute_last=None, last_blocks=0))
+        for r in (plan.recompute, plan.recompute_last)
+    )
+    assert mixed == [first[0], first[1], last[2], last[3]]
+    assert first[0] != last[0]
+
+
+SLICED = Plan(2, 2, kv_slices=3, tp_slices=3, dtype="float32")
+
+
+def test_slices_are_made_again_or_kept_together() -> None:
+    case = small_case(SLICED)
+    for recompute, again in (("selective", {"h1_gathered", "kv_gathered"}), (("q", "kv_gathered", "lse"), {"o", "y1"})):
+        plan = replace(SLICED, recompute=recompute)
+        found = roles(clones(rematerialize(build_step(case.config, plan, case.batch)), BLOCK))
+        for role in again:
+            letter = "h" if role in ("o", "kv_gathered") else "t"
+            assert {f"{role}.{letter}{i}" for i in range(3)} <= found, role
+        kept = KEPT[recompute] if isinstance(recompute, str) else recompute
+        assert {role_of(name) for name in found} & set(kept) <= {"lse"}, "lse comes with o"
+
+
+def test_what_reads_the_whole_reads_all_slices_made_again() -> None:
+    """The weight gradient reads the gathered input whole: the clone of the storage, of which every slice is written."""
+    case = small_case(SLICED)
+    program = rematerialize(build_step(case.config, SLICED, case.batch))
+    reader = next(op for op in program.ops if op.name == f"{BLOCK}/dkv_weight")
+    whole = reader.inputs[0]
+    assert whole == "mb0/blocks.0.forward/h1_gathered~"
+    before = program.ops[: program.ops.index(reader)]
+    waits = [op for op in before if op.kind == "wait" and program.root(op.outputs[0])[0] == whole]
+    assert sum(program.local_elements(op.outputs[0]) for op in waits) == program.local_elements(whole)

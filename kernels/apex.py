@@ -1,0 +1,115 @@
+"""Adapters of NVIDIA's apex: fused RMSNorm and LayerNorm, and its multi-tensor Adam on the flat shard.
+
+They call apex's compiled extensions, whose functions take positional arguments only. apex has no norm with a scale and
+a shift per sample, so ``modulate_norm`` modulates in a second pass, and its backward (which also owes the gradients of
+scale and shift) stays with the other packages. Source of the calls: NVIDIA/apex, csrc/layer_norm_cuda.cpp and
+csrc/multi_tensor_adam.cu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from .checks import check
+from .reference import UPDATES
+
+ADAMW_MODE = 1  # decoupled weight decay
+CHUNK = 2048 * 32  # elements of one thread block's work: apex's own default
+STREAM = (torch.bfloat16, torch.float16, torch.float32)
+STATISTICS = (torch.float32,)
+
+
+def modulate_norm(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, eps: float) -> None:
+    x, gain, scale, shift = inputs
+    h, rstd = outputs
+    check(
+        "modulate_norm",
+        {
+            "x": (x, "tbd", STREAM),
+            "gain": (gain, "d", (x.dtype,)),
+            "scale": (scale, "bd", (x.dtype,)),
+            "shift": (shift, "bd", (x.dtype,)),
+            "h": (h, "tbd", (x.dtype,)),
+            "rstd": (rstd, "tb", STATISTICS),
+        },
+    )
+    normed, inverse = import_module("fused_layer_norm_cuda").rms_forward_affine(x, [x.shape[-1]], gain, eps)
+    rstd.copy_(inverse.view(rstd.shape))
+    torch.addcmul(shift, normed, 1 + scale, out=h)
+
+
+def layer_norm(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, eps: float) -> None:
+    x, gain, bias = inputs
+    y, mean, rstd = outputs
+    check(
+        "layer_norm",
+        {
+            "x": (x, "lbd", STREAM),
+            "gain": (gain, "d", (x.dtype,)),
+            "bias": (bias, "d", (x.dtype,)),
+            "y": (y, "lbd", (x.dtype,)),
+            "mean": (mean, "lb", STATISTICS),
+            "rstd": (rstd, "lb", STATISTICS),
+        },
+    )
+    normed, center, inverse = import_module("fused_layer_norm_cuda").forward_affine(x, [x.shape[-1]], gain, bias, eps)
+    y.copy_(normed)
+    mean.copy_(center.view(mean.shape))
+    rstd.copy_(inverse.view(rstd.shape))
+
+
+def layer_norm_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    dy, x, mean, rstd, gain = inputs
+    dx, dgain, dbias = outputs
+    check(
+        "layer_norm_backward",
+        {
+            "dy": (dy, "lbd", STREAM),
+            "x": (x, "lbd", STREAM),
+            "mean": (mean, "lb", STATISTICS),
+            "rstd": (rstd, "lb", STATISTICS),
+            "gain": (gain, "d", (x.dtype,)),
+            "dx": (dx, "lbd", STREAM),
+            "dgain": (dgain, "d", STATISTICS),
+            "dbias": (dbias, "d", STATISTICS),
+        },
+    )
+    # Without its memory-efficient mode apex takes from the bias its shape and dtype alone, and eps not at all.
+    gradients = import_module("fused_layer_norm_cuda").backward_affine(
+        dy.to(x.dtype), mean.view(-1), rstd.view(-1), x, [x.shape[-1]], gain, gain, 0.0, False
+    )
+    for out, gradient in zip((dx, dgain, dbias), gradients, strict=True):
+        out.copy_(gradient)
+
+
+def adamw(
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    ema_decay: float,
+    last_offset: int,
+    last_elements: int,
+    last_decayed: int,
+    rank: int,
+) -> None:
+    """As the reference. apex writes the clipped gradient over the gradient, whose last reader this op is."""
+    master, exp_avg, exp_avg_sq, ema, gradient, clip, finite, counters, lr = inputs
+    named = {"master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema, "gradient": gradient}
+    check("adamw", {name: (x, "rn", STATISTICS) for name, x in named.items()})
+    boundary = last_offset + min(max(last_decayed - rank * last_elements, 0), last_elements)
+    skip = finite.logical_not().to(torch.int32).view(1)
+    step = counters[UPDATES].clamp(min=1).to(torch.int32).view(1)
+    kernel = import_module("amp_C").multi_tensor_adam_capturable
+    flat = [x.view(-1) for x in (gradient, master, exp_avg, exp_avg_sq)]
+    for decay, begin, end in ((weight_decay, 0, boundary), (0.0, boundary, flat[0].numel())):
+        if begin < end:
+            lists = [[x[begin:end]] for x in flat]
+            kernel(CHUNK, skip, lists, lr, *betas, eps, step, ADAMW_MODE, 1, decay, clip)
+    ema.lerp_(master, finite.to(master.dtype) * (1 - ema_decay))

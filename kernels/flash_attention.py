@@ -1,0 +1,145 @@
+"""Adapters of the FlashAttention packages: 2 (``flash-attn``), 3 (built for Hopper), CuTe (``flash-attn-4``).
+
+Their layout is [B, T, H, K], ours [T, B, H, K] and [S, B, 2, h, K]: both are read and written by strides, nothing is
+transposed in memory. Versions 2 and 3 allocate o and the log-sum-exp, which are copied into ours; backward writes in
+place everywhere. Backward is deterministic: without it, dq is summed by atomics in any order.
+
+No key mask, no dropout, never causal. Source of the calls: Dao-AILab/flash-attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import check
+
+HALF = (torch.bfloat16, torch.float16)
+STATISTICS = (torch.float32,)
+
+
+def _views(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """[T, B, H, K] as views [B, T, H, K]."""
+    return tuple(x.transpose(0, 1) for x in tensors)
+
+
+def _forward_views(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """(q, k, v, o) of an ``attention`` call, samples first; checked."""
+    (q, kv), (o, lse) = inputs, outputs
+    check(
+        "attention",
+        {
+            "q": (q, "tbhk", HALF),
+            "kv": (kv, "sbchk", (q.dtype,)),
+            "o": (o, "tbhk", (q.dtype,)),
+            "lse": (lse, "bht", STATISTICS),
+        },
+        strided=("q", "kv", "o"),
+    )
+    return _views(q, kv[:, :, 0], kv[:, :, 1], o)
+
+
+def _backward_views(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """(do, q, k, v, o, dq, dk, dv) of an ``attention_backward`` call, samples first; checked."""
+    (do, q, kv, o, lse), (dq, dkv) = inputs, outputs
+    same = (q.dtype,)
+    check(
+        "attention_backward",
+        {
+            "do": (do, "tbhk", HALF),
+            "q": (q, "tbhk", HALF),
+            "kv": (kv, "sbchk", same),
+            "o": (o, "tbhk", same),
+            "lse": (lse, "bht", STATISTICS),
+            "dq": (dq, "tbhk", same),
+            "dkv": (dkv, "sbchk", same),
+        },
+        strided=("do", "q", "kv", "o", "dq", "dkv"),
+    )
+    return _views(do, q, kv[:, :, 0], kv[:, :, 1], o, dq, dkv[:, :, 0], dkv[:, :, 1])
+
+
+def _keep(outputs: Sequence[Tensor], o: Tensor, lse: Tensor) -> None:
+    outputs[0].copy_(o.transpose(0, 1))
+    outputs[1].copy_(lse)
+
+
+# -- flash-attn: FlashAttention-2 -------------------------------------------------------------------------------------
+
+
+def _no_extras() -> dict[str, Any]:
+    """Arguments that FlashAttention-2 wants spelled out: no dropout, mask, window, cap or bias."""
+    return {
+        "dropout_p": 0.0,
+        "causal": False,
+        "window_size_left": -1,
+        "window_size_right": -1,
+        "softcap": 0.0,
+        "alibi_slopes": None,
+    }
+
+
+def attention_2(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    package = import_module("flash_attn.flash_attn_interface")
+    q, k, v, _ = _forward_views(inputs, outputs)
+    scale = q.shape[-1] ** -0.5
+    o, lse, *_ = package._flash_attn_forward(q, k, v, softmax_scale=scale, return_softmax=False, **_no_extras())
+    _keep(outputs, o, lse)
+
+
+def attention_backward_2(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    package = import_module("flash_attn.flash_attn_interface")
+    do, q, k, v, o, dq, dk, dv = _backward_views(inputs, outputs)
+    package._flash_attn_backward(
+        do,
+        q,
+        k,
+        v,
+        o,
+        inputs[4],
+        dq=dq,
+        dk=dk,
+        dv=dv,
+        softmax_scale=q.shape[-1] ** -0.5,
+        deterministic=True,
+        **_no_extras(),
+    )
+
+
+# -- flash_attn_3: FlashAttention-3 -----------------------------------------------------------------------------------
+
+
+def attention_3(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    package = import_module("flash_attn_interface")
+    q, k, v, _ = _forward_views(inputs, outputs)
+    o, lse, *_ = package._flash_attn_forward(q, k, v, softmax_scale=q.shape[-1] ** -0.5)
+    _keep(outputs, o, lse)
+
+
+def attention_backward_3(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    package = import_module("flash_attn_interface")
+    do, q, k, v, o, dq, dk, dv = _backward_views(inputs, outputs)
+    scale = q.shape[-1] ** -0.5
+    package._flash_attn_backward(
+        do, q, k, v, o, inputs[4], dq=dq, dk=dk, dv=dv, softmax_scale=scale, deterministic=True
+    )
+
+
+# -- flash-attn-4: FlashAttention in CuTe -----------------------------------------------------------------------------
+
+
+def attention_4(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    package = import_module("flash_attn.cute.interface")
+    q, k, v, o = _forward_views(inputs, outputs)
+    package._flash_attn_fwd(q, k, v, softmax_scale=q.shape[-1] ** -0.5, out=o, lse=outputs[1])
+
+
+def attention_backward_4(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    package = import_module("flash_attn.cute.interface")
+    do, q, k, v, o, dq, dk, dv = _backward_views(inputs, outputs)
+    scale = q.shape[-1] ** -0.5
+    package._flash_attn_bwd(q, k, v, o, do, inputs[4], softmax_scale=scale, deterministic=True, dq=dq, dk=dk, dv=dv)

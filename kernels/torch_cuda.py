@@ -1,0 +1,107 @@
+"""Torch's own CUDA kernels where the reference would do more than it must: products and attention.
+
+Attention without a key mask is FlashAttention-2 as torch ships it, with one the memory-efficient kernel with a bias.
+Both allocate their outputs, which are then copied into ours, and both backwards are asked to be deterministic. Operator
+signatures: torch 2.13.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .reference import product_of
+
+_LSE_ALIGNMENT = 32  # queries; rows of the memory-efficient kernel's log-sum-exp are padded to it
+_BIAS_ALIGNMENT = 8  # keys; rows of its bias must start at 16 bytes
+
+
+def matmul(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, signature: str, add: bool = False) -> None:
+    """``out (+)= einsum(signature, a, b)``; an fp32 result of bf16 factors is written by the product itself."""
+    a, b, target = product_of(signature, inputs[0], inputs[1], outputs[0])
+    if a.dtype == target.dtype:
+        target.addmm_(a, b) if add else torch.mm(a, b, out=target)
+    elif add:
+        torch.ops.aten.addmm.dtype_out(target, a, b, target.dtype, out=target)
+    else:
+        torch.ops.aten.mm.dtype_out(a, b, target.dtype, out=target)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Torch's attention backward looks at the global switch when it is launched."""
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
+def attention(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    q, k, v = _samples_first(inputs[0], inputs[1])
+    o, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, None, None, q.shape[1], k.shape[1], 0.0, False, False)
+    outputs[0].copy_(o.transpose(0, 1))
+    outputs[1].copy_(lse)
+
+
+def attention_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    do, q_rows, kv, o, lse = inputs
+    q, k, v = _samples_first(q_rows, kv)
+    state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a generator that no dropout asks
+    with _deterministic():
+        gradients = torch.ops.aten._flash_attention_backward(
+            do.transpose(0, 1), q, k, v, o.transpose(0, 1), lse, None, None, q.shape[1], k.shape[1], 0.0, False,
+            state, state[0],
+        )  # fmt: skip
+    dq, dk, dv = (x.transpose(0, 1) for x in gradients)
+    outputs[0].copy_(dq)
+    outputs[1][:, :, 0].copy_(dk)
+    outputs[1][:, :, 1].copy_(dv)
+
+
+def cross_attention(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    q, k, v = _heads_first(inputs[0], inputs[1])
+    o, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, _bias(inputs[2], q), True)
+    _rows(outputs[0]).copy_(o)
+    outputs[1].copy_(lse[:, :, : q.shape[2]])
+
+
+def cross_attention_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    do, q_rows, kv, o, lse, mask = inputs
+    q, k, v = _heads_first(q_rows, kv)
+    padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % _LSE_ALIGNMENT), value=math.inf)
+    nothing = torch.zeros((), dtype=torch.int64, device=q.device)  # seed and offset of a dropout that is not
+    with _deterministic():
+        dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+            _rows(do), q, k, v, _bias(mask, q), _rows(o), padded, nothing, nothing, 0.0, [True, True, True, False]
+        )
+    _rows(outputs[0]).copy_(dq)
+    _rows(outputs[1][:, :, 0]).copy_(dk)
+    _rows(outputs[1][:, :, 1]).copy_(dv)
+
+
+def _samples_first(q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[T, B, H, K] as views [B, T, H, K]."""
+    return q.transpose(0, 1), kv[:, :, 0].transpose(0, 1), kv[:, :, 1].transpose(0, 1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[T, B, H, K] as a view [B, H, T, K]."""
+    return x.permute(1, 2, 0, 3)
+
+
+def _heads_first(q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _rows(q), _rows(kv[:, :, 0]), _rows(kv[:, :, 1])
+
+
+def _bias(mask: Tensor, q: Tensor) -> Tensor:
+    """Key mask [B, S] (True = valid) -> [B, H, T, S] of 0 and -inf, every row the same memory, aligned."""
+    samples, keys = mask.shape
+    room = keys + -keys % _BIAS_ALIGNMENT
+    bias = torch.zeros(samples, room, dtype=q.dtype, device=q.device)[:, :keys].masked_fill_(~mask, -math.inf)
+    return bias[:, None, None, :].expand(samples, q.shape[1], q.shape[2], keys)

@@ -1,0 +1,100 @@
+"""Steps of several shapes on the same weights: one program and one captured step a bucket, one arena for all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import CinemeshError
+from ..parallel.arena import place
+from ..parallel.frozen import Frozen
+from ..parallel.mesh import Mesh
+from ..parallel.plan import Plan
+from .config import CAPTION_DROPOUT, ModelConfig
+from .runner import Capture, StepRunner
+from .step import Batch, Optimizer, build_step, prepare
+
+Latent = tuple[int, int, int]
+
+
+class BucketRunner:
+    """One :class:`StepRunner` a shape; states are shared. All shapes are known when it is made.
+
+    All micro-batches of a step are of one shape: the one that was loaded last. Raises CinemeshError when two buckets
+    have the same latent, and as StepRunner does.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        plan: Plan,
+        batches: Sequence[Batch],
+        optimizer: Optimizer,
+        mesh: Mesh | None,
+        *,
+        seed: int = 0,
+        caption_dropout: float = CAPTION_DROPOUT,
+        device: str = "cpu",
+    ) -> None:
+        if not batches or len({batch.latent for batch in batches}) != len(batches):
+            raise CinemeshError(f"buckets {[_text(b.latent) for b in batches]}; name at least one, each latent once")
+        backend = "gloo" if device == "cpu" else "nccl"
+        programs = {
+            batch: prepare(
+                build_step(config, plan, batch, optimizer, seed=seed, caption_dropout=caption_dropout), backend=backend
+            )
+            for batch in batches
+        }
+        largest_first = sorted(batches, key=lambda batch: -place(programs[batch]).total_bytes)
+        self.runners: dict[Latent, StepRunner] = {}
+        first: StepRunner | None = None
+        for batch in largest_first:
+            options: dict[str, Any] = {"device": device, "program": programs[batch], "beside": first}
+            runner = StepRunner(config, plan, batch, optimizer, mesh, **options)
+            first = first or runner
+            self.runners[batch.latent] = runner
+        assert first is not None
+        self.first = self.current = first
+        self.buffers = first.buffers
+
+    def capture(self, mode: Capture = "auto") -> str | None:
+        """As :meth:`StepRunner.capture`, for every bucket: all replay or none does."""
+        for runner in self.runners.values():
+            runner.pool = self.first.pool  # made by the first's capture
+            if (failure := runner.capture(mode)) is not None:
+                for other in self.runners.values():
+                    other.replay = None
+                return f"bucket {_text(runner.batch.latent)}, {failure}"
+        return None
+
+    def report(self) -> str:
+        """How many captured steps there are, and what they hold beside the states."""
+        captured = [runner.replay for runner in self.runners.values() if runner.replay is not None]
+        arena = self.first.executor.arena.numel()
+        own = sum(r.workspace.numel() + r.constant_bytes if isinstance(r, Frozen) else r.pool_bytes for r in captured)
+        return (
+            f"{len(self.runners)} buckets, {len(captured)} captured steps; one arena of {arena / 1e6:.1f} MB, "
+            f"workspace and constants {own / 1e6:.1f} MB"
+        )
+
+    def load(self, micro_batch: int, latents: Tensor, ids: Tensor, text: dict[str, Tensor], mask: Tensor) -> None:
+        """As :meth:`StepRunner.load`. Raises CinemeshError for latents of a shape that has no bucket."""
+        t, h, w = latents.shape[2:]
+        runner = self.runners.get((t, h, w))
+        if runner is None:
+            raise CinemeshError(
+                f"a batch of latents {_text((t, h, w))} has no bucket; buckets are "
+                f"{', '.join(map(_text, self.runners))}: steps are captured when a run starts, so name it then"
+            )
+        self.current = runner
+        runner.load(micro_batch, latents, ids, text, mask)
+
+    def step(self, lr: float) -> None:
+        """One optimizer update on what was loaded last."""
+        self.current.step(lr)
+
+
+def _text(latent: Latent) -> str:
+    return "x".join(map(str, latent))

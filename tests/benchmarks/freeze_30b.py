@@ -1,0 +1,72 @@
+"""Seconds from nothing to the bound 48-layer step of movie-gen-30b, on one core.
+
+    python tests/benchmarks/freeze_30b.py [--plan tp=4,cp=2,dp_shard=768] [--json results.json]
+
+Build, recompute, schedule, place and bind: what a rank does before its first step, but for allocating. Tensors are
+bound on torch's meta device, which has shapes, strides and offsets and no memory. The target is 5 s for the sum, and an
+arena at most 2 % above what is live at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from datetime import date
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from cinemesh.kernels.reference import REFERENCE
+from cinemesh.launch.lint import Alone
+from cinemesh.model.config import LATENTS, preset
+from cinemesh.model.step import Batch, build_step, prepare
+from cinemesh.parallel.arena import place
+from cinemesh.parallel.executor import Executor
+from cinemesh.parallel.mesh import coordinates
+from cinemesh.parallel.plan import Plan
+
+NAME = "movie-gen-30b"
+
+
+def measure(text: str) -> dict[str, float | str]:
+    """One pass over a plan, in processor seconds; binding places once more, which is not taken off."""
+    plan = Plan.parse(text)
+    times_s = [time.process_time()]
+    built = build_step(preset(NAME), plan, Batch(1, LATENTS[NAME]))
+    times_s.append(time.process_time())
+    program = prepare(built, backend="nccl")
+    times_s.append(time.process_time())
+    arena = place(program)
+    times_s.append(time.process_time())
+    Executor(program, coordinates(plan, 0), Alone(plan), "meta", dict(REFERENCE))
+    times_s.append(time.process_time())
+    build_s, passes_s, place_s, bind_s = (b - a for a, b in pairwise(times_s))
+    return {
+        "plan": text, "records": len(program.ops), "build_s": build_s, "passes_s": passes_s, "place_s": place_s,
+        "bind_s": bind_s, "sum_s": times_s[-1] - times_s[0], "arena_gb": arena.total_bytes / 1e9,
+        "above_bound": arena.total_bytes / arena.bound_bytes - 1,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--plan", nargs="+", default=["tp=4,cp=2,dp_shard=768", "tp=4,cp=2,dp_shard=768,recompute=full"]
+    )
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows = [measure(text) for text in arguments.plan]
+    for row in rows:
+        print(", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    if arguments.json:
+        machine = f"{platform.machine()}, {os.cpu_count()} cores"
+        facts = {"date": str(date.today()), "machine": machine, "torch": torch.__version__, "rows": rows}
+        arguments.json.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

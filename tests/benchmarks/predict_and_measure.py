@@ -1,0 +1,279 @@
+"""Step times predicted beside measured: every plan of four gloo processes, on loopback and in a cluster in a box.
+
+    python tests/benchmarks/predict_and_measure.py [--where loopback fast slow] [--shapes small larger]
+        [--rounds 8] [--json results.json]
+
+In every place (plain loopback; two servers of two ranks with a fast link; the same with a slow one) the machine is
+calibrated as by ``cinemesh calibrate``, on other models than those that are predicted. Then all plans are predicted,
+then measured: steps are replayed, plans take turns so that the machine's noise falls on all, and a plan's time is the
+lower quartile of its steps, from barrier to barrier. All plans of a shape do the same global batch.
+
+Prints predicted and measured times, their rank correlation (Spearman), the mean error, and the regret: how much slower
+than the best measured plan the one is that the planner would choose. Where namespaces are not allowed, the box is
+"not measured".
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.box import RANKS, Box, NotAllowed
+from benchmarks.step_against_torch import SHAPES as DEEP
+from benchmarks.step_against_torch import Shape
+
+from cinemesh.launch.calibrate import Samples, machine_of, measure
+from cinemesh.model.runner import StepRunner, data_slice
+from cinemesh.model.step import Batch, Optimizer, build_step, prepare
+from cinemesh.model.weights import probe_values
+from cinemesh.parallel.comm import Communicator
+from cinemesh.parallel.mesh import Mesh
+from cinemesh.parallel.plan import AXES, Plan
+from cinemesh.perf_model.calibrate import fit, residuals, write
+from cinemesh.perf_model.cluster import Cluster
+from cinemesh.perf_model.compute import Compute
+from cinemesh.perf_model.family import Bucket, Request
+from cinemesh.perf_model.network import Network
+from cinemesh.perf_model.planner import search
+from cinemesh.perf_model.timeline import play, price
+
+PLACES: dict[str, float | None] = {"loopback": None, "fast": 4000.0, "slow": 200.0}  # Mb/s of the link between servers
+SHAPES = {name: replace(shape, config=replace(shape.config, layers=2)) for name, shape in DEEP.items()}
+SKIPPED = 2  # first rounds
+TURNED = ("dp_replicate", "dp_shard", "cp", "tp")  # what speaks most crosses the servers
+
+
+def plans() -> list[Plan]:
+    """Every split of four ranks as the planner would run it; the other way round; recomputed; with less overlap."""
+    everywhere = Plan(tp=2, cp=2, dp_shard=2, dtype="float32", recompute="none", prefetch=1, grad_units=2)
+    degrees = [
+        dict(zip(AXES, sizes, strict=True)) for sizes in itertools.product((1, 2, 4), repeat=4) if math.prod(sizes) == 4
+    ]
+    base = [everywhere.with_degrees(**sizes) for sizes in degrees]
+    found = list(base)
+    found += [replace(plan, order=TURNED) for plan in base if max(plan.size(axis) for axis in AXES) == 2]
+    found += [replace(plan, recompute="full", prefetch=0, grad_units=1) for plan in base]
+    found += [replace(plan, recompute="selective", grad_units=1) for plan in base if plan.dp_shard * plan.cp == 4]
+    return found
+
+
+def label(plan: Plan) -> str:
+    degrees = " ".join(f"{axis}={plan.size(axis)}" for axis in AXES if plan.size(axis) > 1)
+    marks = [plan.recompute, f"prefetch={plan.prefetch}"]
+    marks += [f"grad_units={plan.grad_units}"] if plan.dp_shard * plan.cp > 1 else []
+    marks += ["turned"] if plan.order == TURNED else []
+    return f"{degrees}, {', '.join(map(str, marks))}"
+
+
+def placed(plan: Plan) -> Plan:
+    """The plan with its order reduced to what matters: the axes that have ranks."""
+    split = [axis for axis in plan.order if plan.size(axis) > 1]
+    return replace(plan, order=(*split, *(axis for axis in AXES if axis not in split)))
+
+
+# -- predicted --------------------------------------------------------------------------------------------------------
+
+
+def predict(cluster: Cluster, shape: Shape, plan: Plan) -> tuple[float, float]:
+    """Seconds of a step, and of it exposed communication: the program that runs, priced and played."""
+    batch = Batch(plan.local_batch(shape.samples), shape.latent)
+    program = prepare(build_step(shape.config, plan, batch), backend="gloo")
+    timeline = play(price(program, Compute(cluster), Network(cluster), cluster))
+    return timeline.step_s, timeline.total_exposed_s
+
+
+def planned(cluster: Cluster, shape: Shape) -> Plan:
+    """What the planner chooses."""
+    request = Request(
+        shape.config,
+        (Bucket(shape.latent),),
+        cluster,
+        RANKS,
+        global_batch=shape.samples,
+        dtype="float32",
+        fixed={"micro_batches": 1},
+    )
+    return search(request).best.plan
+
+
+# -- measured, in a rank ----------------------------------------------------------------------------------------------
+
+
+def runner_of(shape: Shape, plan: Plan, mesh: Mesh) -> StepRunner:
+    config, samples = shape.config, shape.samples
+    batch = Batch(plan.local_batch(samples), shape.latent)
+    runner = StepRunner(config, plan, batch, Optimizer(), mesh, comm=Communicator(mesh))
+    runner.initialise(probe_values(0))
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(samples, config.channels, *shape.latent, generator=generator)
+    text = {e.name: torch.randn(e.tokens, samples, e.width, generator=generator) for e in config.encoders}
+    mask = torch.ones(samples, config.text_tokens, dtype=torch.bool)
+    mask[:, -1] = False
+    runner.capture("required")
+
+    def mine(tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        return data_slice(tensor, plan, runner.coordinates, dim)
+
+    runner.load(0, mine(latents), mine(torch.arange(samples)), {n: mine(x, 1) for n, x in text.items()}, mine(mask))
+    return runner
+
+
+def step_times(shape: Shape, rounds: int, meshes: dict[tuple[object, ...], Mesh]) -> list[list[float]]:
+    """Seconds of every round's step of every plan. ``meshes``: those made so far, by degrees and order."""
+    runners: list[StepRunner] = []
+    for plan in plans():
+        key = (*(plan.size(axis) for axis in AXES), plan.order)
+        if key not in meshes:
+            meshes[key] = Mesh(plan)
+        runners.append(runner_of(shape, plan, meshes[key]))
+    times: list[list[float]] = [[] for _ in runners]
+    for round_ in range(rounds + SKIPPED):
+        for runner, seconds in zip(runners, times, strict=True):
+            dist.barrier()
+            start = time.perf_counter()
+            runner.step(1e-4)
+            dist.barrier()
+            if round_ >= SKIPPED:
+                seconds.append(time.perf_counter() - start)
+    return times
+
+
+def rank_main(arguments: argparse.Namespace) -> None:
+    """Calibrate, then step; rank 0 writes both."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    samples = measure()
+    if samples is not None:
+        assert isinstance(samples, Samples)
+        machine = machine_of(arguments.name)
+        cluster = write(fit(samples, machine), machine, arguments.folder / "cluster.yaml")
+        (arguments.folder / "residuals.json").write_text(json.dumps(residuals(samples, cluster)))
+    meshes: dict[tuple[object, ...], Mesh] = {}
+    for name in arguments.shapes:
+        times = step_times(SHAPES[name], arguments.rounds, meshes)
+        if dist.get_rank() == 0:
+            (arguments.folder / f"{name}.json").write_text(json.dumps(times))
+    dist.destroy_process_group()
+
+
+# -- the whole --------------------------------------------------------------------------------------------------------
+
+
+def run_place(arguments: argparse.Namespace, name: str, folder: Path) -> None:
+    """Raises NotAllowed."""
+    command = [__file__, "--rank", "--name", name, "--folder", str(folder), "--rounds", str(arguments.rounds)]
+    command += ["--shapes", *arguments.shapes]
+    rate = PLACES[name]
+    if rate is not None:
+        with Box(rate) as box:
+            box.run(command)
+        return
+    local = f"--standalone --nproc-per-node {RANKS}".split()
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", *local, *command], check=True, env=environment)
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    order = sorted(range(len(values)), key=values.__getitem__)
+    position = [0.0] * len(values)
+    for place, i in enumerate(order):
+        position[i] = float(place)
+    return position
+
+
+def score(predicted: Sequence[float], measured: Sequence[float], chosen: int) -> dict[str, float]:
+    """``chosen``: the planner's choice."""
+    return {
+        "spearman": statistics.correlation(ranks(predicted), ranks(measured)),
+        "mean_error": statistics.fmean(abs(p / m - 1.0) for p, m in zip(predicted, measured, strict=True)),
+        "regret": measured[chosen] / min(measured) - 1.0,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--where", nargs="+", default=list(PLACES), choices=list(PLACES))
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rank", action="store_true", help="this process is a rank")
+    parser.add_argument("--name", help="of the place, in a rank")
+    parser.add_argument("--folder", type=Path, help="for a rank's results")
+    arguments = parser.parse_args()
+    if arguments.rank:
+        rank_main(arguments)
+        return
+    from cinemesh.perf_model.cluster import load
+
+    results: list[dict[str, Any]] = []
+    for name in arguments.where:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                run_place(arguments, name, Path(folder))
+            except NotAllowed as reason:
+                print(f"{name}: not measured: {reason}")
+                continue
+            cluster = load(str(Path(folder) / "cluster.yaml"))
+            text = (Path(folder) / "cluster.yaml").read_text()
+            left = json.loads((Path(folder) / "residuals.json").read_text())
+            times = {shape: json.loads((Path(folder) / f"{shape}.json").read_text()) for shape in arguments.shapes}
+        for shape, rows in times.items():
+            measured = [statistics.quantiles(seconds, n=4)[0] for seconds in rows]
+            prices = [predict(cluster, SHAPES[shape], plan) for plan in plans()]
+            predicted = [seconds for seconds, _ in prices]
+            choice = [placed(plan) for plan in plans()].index(placed(planned(cluster, SHAPES[shape])))
+            scores = score(predicted, measured, choice)
+            print(f"\n{name}, {shape}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
+            print(f"  the planner chooses {label(plans()[choice])}")
+            by_time = sorted(zip(plans(), predicted, prices, measured, strict=True), key=lambda row: row[3])
+            table = [
+                {"plan": label(plan), "predicted_s": p, "exposed_s": exposed, "measured_s": m}
+                for plan, p, (_, exposed), m in by_time
+            ]
+            for row in table:
+                p, m = row["predicted_s"], row["measured_s"]
+                print(f"  {row['plan']:60}{p * 1e3:10.1f}{m * 1e3:10.1f} ms{p / m - 1:+8.1%}")
+            results.append(
+                {
+                    "place": name,
+                    "mbit": PLACES[name],
+                    "shape": shape,
+                    **scores,
+                    "chosen": label(plans()[choice]),
+                    "rows": table,
+                }
+            )
+        results[-1] |= {"residuals": left, "cluster": text}
+    if arguments.json:
+        facts = {
+            "date": datetime.now().isoformat(timespec="minutes"),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}",
+            "load": os.getloadavg()[0],
+            "torch": torch.__version__,
+            "rounds": arguments.rounds,
+            "results": results,
+        }
+        arguments.json.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Predicted: what overlap brings the 30B at 73,728 tokens on 6,144 GPUs, and how one sample scales over more GPUs.
+
+    python tests/benchmarks/scaling_30b.py [--json FILE]
+
+Nothing here is measured: the numbers are the cost model's, for the cluster ``grand-teton-h100``. Communication cost is
+1 - step(free network that takes no SM) / step(as it is), for the same program. Strong scaling holds one sample and lets
+tp * cp grow from 4 to 32; the plan of every point is the best of its degrees without recompute choice (``selective``),
+so that kept bytes can be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from cinemesh.model.config import preset
+from cinemesh.model.step import Batch
+from cinemesh.parallel.plan import Plan
+from cinemesh.perf_model.cluster import load
+from cinemesh.perf_model.compute import Compute
+from cinemesh.perf_model.explain import describe, exposures, mfu, whole
+from cinemesh.perf_model.family import Bucket, Choice, Prices, Request, parts
+from cinemesh.perf_model.planner import search
+from cinemesh.perf_model.shallow import Shallow
+from cinemesh.perf_model.skeleton import Skeleton
+from cinemesh.perf_model.timeline import play, price
+from cinemesh.perf_model.tune import tune
+
+MODEL, LATENT, GPUS = "movie-gen-30b", (32, 96, 96), 6144
+CLUSTER = load("grand-teton-h100")
+CONFIG = preset(MODEL)
+SCALING = ((1, 4), (2, 2), (4, 1), (2, 4), (4, 2), (2, 6), (4, 3), (2, 8), (4, 4), (4, 6), (2, 16), (4, 8), (8, 4))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One plan of the first table. Seconds; shares of the step."""
+
+    name: str
+    plan: str
+    step_s: float
+    communication_cost: float
+    exposed: float
+    mfu: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of the scaling table. ``step_scaling`` and ``kept_scaling``: against tp * cp = 4, 1 is ideal.
+
+    ``compute_s`` is what the kernels alone take: it falls behind 1 / (tp * cp) where waves of attention blocks do not
+    fill the SMs.
+    """
+
+    tp: int
+    cp: int
+    plan: str
+    step_s: float
+    step_scaling: float
+    compute_s: float
+    kept_bytes: int
+    kept_scaling: float
+    transient_bytes: int
+    exposed: float
+    limit: str
+
+
+def row(name: str, plan: Plan) -> Row:
+    played = whole(CONFIG, plan, Batch(1, LATENT), CLUSTER)
+    free = play(price(played.program, Compute(CLUSTER), None, CLUSTER)).step_s
+    step = played.timeline.step_s
+    return Row(
+        name,
+        describe(plan),
+        played.step_s,
+        1.0 - free / step,
+        played.timeline.total_exposed_s / step,
+        mfu(CONFIG, played, CLUSTER),
+    )
+
+
+def overlapped(request: Request) -> Choice:
+    return tune(request, search(request).best)
+
+
+def table() -> list[Row]:
+    """The planner's plan and the paper's TP4 CP2, with every overlap off and as the planner sets them."""
+    rows: list[Row] = []
+    for name, fixed in (("planner's", {}), ("paper's TP4 CP2", {"tp": 4, "cp": 2})):
+        request = Request(CONFIG, (Bucket(LATENT),), CLUSTER, GPUS, shown=5, fixed=fixed)
+        choices = [tune(request, choice) for choice in search(request).choices]
+        best = min(choices, key=lambda c: c.step_s / c.global_batch)
+        off = replace(best.plan, grad_units=1, kv_slices=1, tp_slices=1, defer_weight_gradients=False, prefetch=0)
+        rows += [row(f"{name}, no overlap", off), row(f"{name}, overlapped", best.plan)]
+    return rows
+
+
+def scaling() -> list[Point]:
+    points: list[Point] = []
+    base: tuple[float, int, int] | None = None
+    for tp, cp in SCALING:
+        request = Request(
+            CONFIG,
+            (Bucket(LATENT),),
+            CLUSTER.with_(**{"memory.usable_bytes": 1e12}),
+            GPUS,
+            shown=1,
+            fixed={"tp": tp, "cp": cp, "recompute": "selective"},
+        )
+        best = overlapped(request)
+        prices = Prices(request)
+        (_, pure), *_ = parts(best.plan, CONFIG.layers)
+        skeleton = Skeleton(Shallow(CONFIG, pure, Batch(1, LATENT)), pure, prices.compute, CLUSTER)
+        kept = skeleton.kept_bytes * CONFIG.layers
+        played = whole(CONFIG, best.plan, Batch(1, LATENT), CLUSTER)
+        ranks = tp * cp
+        if base is None:
+            base = (played.step_s, kept, ranks)
+        transient = sum(
+            played.footprint.by_class.get(name, 0) for name in ("transients", "gathered units", "unit gradients")
+        )
+        worst = exposures(played)[0]
+        points.append(
+            Point(
+                tp,
+                cp,
+                describe(best.plan),
+                played.step_s,
+                base[0] * base[2] / (played.step_s * ranks),
+                played.tape.compute_s,
+                kept,
+                base[1] * base[2] / (kept * ranks),
+                transient,
+                played.timeline.total_exposed_s / played.timeline.step_s,
+                f"{worst.name} {worst.exposed_s:.3f} s exposed",
+            )
+        )
+    return points
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--json", type=Path, help="write the numbers to a file")
+    given = arguments.parse_args()
+    print("Predicted, not measured.\n")
+    rows = table()
+    print(f"{'plan':<32} {'step s':>8} {'communication':>14} {'exposed':>8} {'MFU':>6}")
+    for r in rows:
+        print(f"{r.name:<32} {r.step_s:8.3f} {r.communication_cost:14.1%} {r.exposed:8.1%} {r.mfu:6.1%}  {r.plan}")
+    points = scaling()
+    heads = ("tp", "cp", "step s", "scaling", "compute s", "kept GB", "scaling", "transient GB", "exposed")
+    print("\n" + " ".join(f"{head:>12}" for head in heads))
+    for p in points:
+        cells = (
+            str(p.tp),
+            str(p.cp),
+            f"{p.step_s:.3f}",
+            f"{p.step_scaling:.1%}",
+            f"{p.compute_s:.3f}",
+            f"{p.kept_bytes / 1e9:.2f}",
+            f"{p.kept_scaling:.1%}",
+            f"{p.transient_bytes / 1e9:.2f}",
+            f"{p.exposed:.1%}",
+        )
+        print(" ".join(f"{cell:>12}" for cell in cells), f" {p.limit}")
+    if given.json:
+        values = {
+            "predicted": True,
+            "cluster": CLUSTER.name,
+            "model": MODEL,
+            "gpus": GPUS,
+            "plans": [asdict(r) for r in rows],
+            "scaling": [asdict(p) for p in points],
+        }
+        given.json.write_text(json.dumps(values, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

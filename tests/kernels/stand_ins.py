@@ -1,0 +1,179 @@
+"""Stand-ins for flash-attn, apex and their CUDA extensions: the packages' own signatures, with bodies of ours.
+
+They check layout and arguments as the originals document them, and compute with the reference, so that a transposed
+tensor or a swapped argument is a wrong number.
+"""
+
+# The originals' signatures, without their types.
+# ruff: noqa: ANN001, ANN205
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cinemesh.kernels.reference import REFERENCE
+
+# The bodies are ours. flash-attn 2.8.3.post2 (its sdist on PyPI), flash_attn/flash_attn_interface.py.
+
+
+def attention_of(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """[B, T, H, K] in and out; log-sum-exp [B, H, T]."""
+    assert q.shape[0] == k.shape[0] == v.shape[0] and q.shape[2:] == k.shape[2:] == v.shape[2:]
+    assert all(x.stride(-1) == 1 for x in (q, k, v))
+    assert scale == pytest.approx(q.shape[-1] ** -0.5)
+    o, lse = torch.empty_like(q.transpose(0, 1)), torch.empty(q.shape[0], q.shape[2], q.shape[1])
+    REFERENCE["attention"]((q.transpose(0, 1), torch.stack((k, v), 2).transpose(0, 1)), (o, lse))
+    return o.transpose(0, 1), lse
+
+
+def gradients_of(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, out: tuple[Any, Any, Any], scale: float | None
+) -> None:
+    assert scale == pytest.approx(q.shape[-1] ** -0.5)
+    rows = [x.transpose(0, 1) for x in (do, q)]
+    kv = torch.stack((k, v), 2).transpose(0, 1)
+    dq, dkv = torch.empty_like(rows[1]), torch.empty_like(kv)
+    REFERENCE["attention_backward"]((*rows, kv, o.transpose(0, 1), lse), (dq, dkv))
+    for view, gradient in zip(out, (dq, dkv[:, :, 0], dkv[:, :, 1]), strict=True):
+        view.copy_(gradient.transpose(0, 1))
+
+
+class FlashAttention2:
+    @staticmethod
+    def _flash_attn_forward(
+        q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
+        return_softmax,
+    ):  # fmt: skip
+        assert (dropout_p, causal, window_size_left, window_size_right, softcap) == (0.0, False, -1, -1, 0.0)
+        assert alibi_slopes is None and not return_softmax
+        return *attention_of(q, k, v, softmax_scale), None, None
+
+    @staticmethod
+    def _flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
+        window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+    ):  # fmt: skip
+        assert (dropout_p, causal, window_size_left, window_size_right, softcap) == (0.0, False, -1, -1, 0.0)
+        assert alibi_slopes is None and deterministic
+        gradients_of(dout, q, k, v, out, softmax_lse, (dq, dk, dv), softmax_scale)
+
+
+# flash_attn_3 3.0.0, github.com/Dao-AILab/flash-attention at 0251105a2fb1, hopper/flash_attn_interface.py: a custom op
+# that returns o, so that o may not be one of its arguments.
+
+
+class FlashAttention3:
+    @staticmethod
+    def _flash_attn_forward(
+        q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None,
+        cu_seqlens_k_new=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None, page_table=None,
+        kv_batch_idx=None, leftpad_k=None, rotary_cos=None, rotary_sin=None, seqlens_rotary=None, q_descale=None,
+        k_descale=None, v_descale=None, softmax_scale=None, causal=False, window_size_left=-1, window_size_right=-1,
+        attention_chunk=0, softcap=0.0, rotary_interleaved=True, scheduler_metadata=None, num_splits=1, pack_gqa=None,
+        sm_margin=0,
+    ):  # fmt: skip
+        assert k_new is None and v_new is None and qv is None and out_ is None and cu_seqlens_q is None
+        return *attention_of(q, k, v, softmax_scale), None, None
+
+    @staticmethod
+    def _flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0,
+    ):  # fmt: skip
+        assert cu_seqlens_q is None and not is_causal and deterministic
+        gradients_of(dout, q, k, v, out, softmax_lse, (dq, dk, dv), softmax_scale)
+
+
+# flash-attn-4 4.0.0b36 (its wheel on PyPI), flash_attn/cute/interface.py. Only what stands before the last argument
+# that the adapter gives; outputs must have 16-byte aligned rows.
+
+
+class FlashAttention4:
+    @staticmethod
+    def _flash_attn_fwd(
+        q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None,
+        max_seqlen_k=None, min_seqlen_k=None, page_table=None, softmax_scale=None, causal=False, softcap=None,
+        window_size_left=None, window_size_right=None, learnable_sink=None, tile_mn=None, mma_pv_is_rs=None,
+        intra_wg_overlap=None, num_threads=384, num_splits=1, pack_gqa=None, _arch=None, score_mod=None, mask_mod=None,
+        block_sparse_tensors=None, return_lse=False, out=None, lse=None,
+    ):  # fmt: skip
+        assert not causal and out is not None and lse is not None and lse.is_contiguous()
+        assert out.stride(-1) == 1 and all(step * out.element_size() % 16 == 0 for step in out.stride()[:-1])
+        found, logsumexp = attention_of(q, k, v, softmax_scale)
+        out.copy_(found)
+        lse.copy_(logsumexp)
+
+    @staticmethod
+    def _flash_attn_bwd(
+        q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
+        window_size_right=None, m_block_size=64, n_block_size=128, num_threads=256, pack_gqa=False, num_stages_Q=2,
+        num_stages_dO=2, SdP_swapAB=False, dKV_swapAB=False, dQ_swapAB=False, AtomLayoutMSdP=2, AtomLayoutNdKV=2,
+        AtomLayoutMdQ=2, V_in_regs=False, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, deterministic=False, dq=None, dk=None, dv=None,
+    ):  # fmt: skip
+        assert not causal and deterministic
+        gradients_of(dout, q, k, v, out, lse, (dq, dk, dv), softmax_scale)
+
+
+# NVIDIA/apex at 6424da3b4faa, csrc/layer_norm_cuda.cpp and csrc/amp_C_frontend.cpp: positional arguments only.
+
+
+class FusedLayerNorm:
+    @staticmethod
+    def rms_forward_affine(input, normalized_shape, gamma, epsilon, /):
+        assert list(normalized_shape) == list(gamma.shape) and input.dtype == gamma.dtype
+        inverse = (input.float().pow(2).mean(-1) + epsilon).rsqrt()
+        return (input * inverse[..., None] * gamma).to(input.dtype), inverse.view(-1)
+
+    @staticmethod
+    def forward_affine(input, normalized_shape, gamma, beta, epsilon, /):
+        assert list(normalized_shape) == list(gamma.shape) and input.dtype == gamma.dtype == beta.dtype
+        mean = input.float().mean(-1)
+        inverse = (input.float().var(-1, unbiased=False) + epsilon).rsqrt()
+        normed = (input - mean[..., None]) * inverse[..., None] * gamma + beta
+        return normed.to(input.dtype), mean.view(-1), inverse.view(-1)
+
+    @staticmethod
+    def backward_affine(
+        dout, mean, invvar, input_or_output, normalized_shape, gamma, beta, epsilon, memory_efficient, /
+    ):
+        assert not memory_efficient and mean.dim() == invvar.dim() == 1 and dout.dtype == input_or_output.dtype
+        assert list(normalized_shape) == list(gamma.shape)
+        rows = dout.shape[:-1]
+        found = torch.empty_like(input_or_output), torch.empty_like(gamma), torch.empty_like(beta)
+        inputs = dout, input_or_output, mean.view(rows), invvar.view(rows), gamma
+        REFERENCE["layer_norm_backward"](inputs, found)
+        return found
+
+
+class AmpC:
+    @staticmethod
+    def multi_tensor_adam_capturable(
+        chunk_size, noop_flag, tensor_lists, lr, beta1, beta2, epsilon, step, mode, bias_correction, weight_decay,
+        inv_scale, /,
+    ):  # fmt: skip
+        assert chunk_size > 0 and noop_flag.dtype == step.dtype == torch.int32 and bias_correction == 1 and mode == 1
+        assert lr.dtype == inv_scale.dtype == torch.float32
+        if int(noop_flag) == 1:
+            return
+        for g, p, m, v in zip(*tensor_lists, strict=True):
+            g.mul_(inv_scale)  # as the kernel does
+            m.mul_(beta1).add_(g, alpha=1 - beta1)
+            v.mul_(beta2).add_(g * g, alpha=1 - beta2)
+            unbiased = m / (1 - beta1 ** int(step))
+            denominator = (v / (1 - beta2 ** int(step))).sqrt() + epsilon
+            p.sub_(lr * (unbiased / denominator + weight_decay * p))
+
+
+STAND_INS: dict[str, type] = {
+    "flash_attn.flash_attn_interface": FlashAttention2,
+    "flash_attn_interface": FlashAttention3,
+    "flash_attn.cute.interface": FlashAttention4,
+    "fused_layer_norm_cuda": FusedLayerNorm,
+    "amp_C": AmpC,
+}

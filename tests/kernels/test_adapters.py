@@ -1,0 +1,199 @@
+"""Adapters of flash-attn, apex and torch's CUDA kernels: called as those packages want, in their layouts.
+
+None of them runs without a GPU. Here stand-ins take the calls (``stand_ins.py``). Where a package's Python sources are
+installed, the stand-ins' signatures are held against them; on a GPU the real packages are compared with the reference.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, distribution
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cinemesh.kernels import apex, flash_attention, packages, torch_cuda
+from cinemesh.kernels.catalogue import IMPLEMENTATIONS, Implementation
+from cinemesh.kernels.reference import REFERENCE
+from cinemesh.kernels.registry import function
+
+from .against_float64 import check, rand, relative_error
+from .stand_ins import STAND_INS
+
+T, S, B, H, K = 5, 7, 2, 3, 64  # queries, keys, samples, heads, head dim
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules of the packages' names that take the adapters' calls."""
+    for name, functions in STAND_INS.items():
+        module = ModuleType(name)
+        vars(module).update({key: value.__func__ for key, value in vars(functions).items() if key[:2] != "__"})
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", ModuleType("flash_attn.cute"))
+
+
+# -- calls ------------------------------------------------------------------------------------------------------------
+
+
+def attention_tensors(dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], list[Tensor]]:
+    q, kv = rand(T, B, H, K, dtype=dtype), rand(S, B, 2, H, K, dtype=dtype)
+    lse = torch.empty(B, H, T)
+    return [q.to(device), kv.to(device)], [torch.empty_like(q, device=device), lse.to(device)]
+
+
+def backward_tensors(dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], list[Tensor]]:
+    inputs, (o, lse) = attention_tensors(dtype, device)
+    REFERENCE["attention"](inputs, (o, lse))
+    do = rand(T, B, H, K, dtype=dtype).to(device)
+    return [do, *inputs, o, lse], [torch.empty_like(x) for x in inputs]
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_flash_attention(version: int) -> None:
+    inputs, outputs = attention_tensors(torch.bfloat16)
+    check("attention", getattr(flash_attention, f"attention_{version}"), inputs, outputs)
+    inputs, outputs = backward_tensors(torch.bfloat16)
+    check("attention_backward", getattr(flash_attention, f"attention_backward_{version}"), inputs, outputs)
+
+
+ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "ema_decay": 0.99}
+
+
+def adamw_inputs(finite: bool, elements: int = 40) -> list[Tensor]:
+    states = [rand(1, elements) for _ in range(5)]
+    states[2].abs_()  # second moments
+    scalars = [torch.tensor(0.5), torch.tensor(finite), torch.tensor([7, 3]), torch.tensor(0.01)]
+    return [*states, *scalars]
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("finite", [True, False])
+@pytest.mark.parametrize("decayed", [0, 13, 40])
+def test_apex_adamw(finite: bool, decayed: int) -> None:
+    attrs = {**ADAMW, "last_offset": 0, "last_elements": 40, "last_decayed": decayed, "rank": 0}
+    inputs = adamw_inputs(finite)
+    check("adamw", apex.adamw, inputs, [torch.empty_like(x) for x in inputs[:4]], attrs)
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_apex_norms(dtype: torch.dtype) -> None:
+    x, gain, bias = rand(5, 2, 48, dtype=dtype), rand(48, dtype=dtype), rand(48, dtype=dtype)
+    scale, shift = rand(2, 48, dtype=dtype), rand(2, 48, dtype=dtype)
+    rows = torch.empty(5, 2)
+    check("modulate_norm", apex.modulate_norm, [x, gain, scale, shift], [x, rows], {"eps": 1e-5}, rounded=(0,))
+    check("layer_norm", apex.layer_norm, [x, gain, bias], [x, rows, rows], {"eps": 1e-5})
+    dy, mean, rstd = rand(5, 2, 48, dtype=dtype), rand(5, 2), rand(5, 2).abs() + 0.5
+    vectors = [torch.empty(48), torch.empty(48)]
+    inputs = [dy, x, mean, rstd, gain]
+    check("layer_norm_backward", apex.layer_norm_backward, inputs, [x, *vectors], rounded=(1, 2))
+
+
+def test_torch_operators_take_the_calls() -> None:
+    """On the meta device torch checks names, order and types of every argument, and infers the shapes."""
+    q, kv, mask = (torch.empty(s, device="meta", dtype=d) for s, d in (
+        ((T, B, H, K), torch.bfloat16), ((S, B, 2, H, K), torch.bfloat16), ((B, S), torch.bool),
+    ))  # fmt: skip
+    lse = torch.empty(B, H, T, device="meta")
+    torch_cuda.attention([q, kv], [q, lse])
+    torch_cuda.attention_backward([q, q, kv, q, lse], [q, kv])
+    torch_cuda.cross_attention([q, kv, mask], [q, lse])
+    torch_cuda.cross_attention_backward([q, q, kv, q, lse, mask], [q, kv])
+    assert not torch.are_deterministic_algorithms_enabled()  # switched back
+    x, weight, out = (torch.empty(s, device="meta", dtype=torch.bfloat16) for s in ((4, 2, 8), (8, 16), (4, 2, 16)))
+    for target in (out, out.float()):
+        for add in (False, True):
+            torch_cuda.matmul([x, weight], [target], signature="tbi,io->tbo", add=add)
+
+
+# -- against the packages ---------------------------------------------------------------------------------------------
+
+SOURCES = {
+    "flash_attn.flash_attn_interface": ("flash-attn", "flash_attn/flash_attn_interface.py"),
+    "flash_attn_interface": ("flash_attn_3", "flash_attn_interface.py"),
+    "flash_attn.cute.interface": ("flash-attn-4", "flash_attn/cute/interface.py"),
+}
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_stand_ins_have_the_installed_packages_signatures(module: str) -> None:
+    """Read, not imported: these packages load CUDA libraries."""
+    name, path = SOURCES[module]
+    try:
+        source = distribution(name).locate_file(path)
+    except PackageNotFoundError:
+        pytest.skip(f"{name} is not installed")
+    tree = ast.parse(source.read_text())  # pyright: ignore[reportAttributeAccessIssue]
+    for function_name, stand_in in vars(STAND_INS[module]).items():
+        if function_name[:2] == "__":
+            continue
+        found = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function_name)
+        names = [argument.arg for argument in found.args.args]
+        recorded = list(inspect.signature(stand_in.__func__).parameters)
+        assert names[: len(recorded)] == recorded, f"{name}: {function_name}"
+
+
+def calls(entry: Implementation) -> Iterator[tuple[list[Tensor], list[Tensor], dict[str, Any]]]:
+    """Inputs, outputs and attributes on the GPU for an implementation of attention, norms or AdamW."""
+    make: dict[str, Callable[[torch.dtype, str], tuple[list[Tensor], list[Tensor]]]] = {
+        "attention": attention_tensors,
+        "attention_backward": backward_tensors,
+    }
+    if entry.op in make:
+        for dtype in (torch.bfloat16, torch.float16):
+            yield *make[entry.op](dtype, "cuda"), {}
+    elif entry.op in ("cross_attention", "cross_attention_backward"):
+        mask = (torch.arange(S)[None] < torch.tensor([[S], [1]])).cuda()
+        inputs, outputs = make[entry.op.removeprefix("cross_")](torch.bfloat16, "cuda")
+        yield [*inputs, mask], outputs, {}
+    elif entry.op == "adamw":
+        inputs = [x.cuda() for x in adamw_inputs(True, 4096)]
+        attrs = {**ADAMW, "last_offset": 0, "last_elements": 4096, "last_decayed": 1024, "rank": 0}
+        yield inputs, inputs[:4], attrs
+    elif entry.op == "matmul":
+        x, weight = rand(64, 2, 128, dtype=torch.bfloat16).cuda(), rand(128, 256, dtype=torch.bfloat16).cuda()
+        for dtype in (torch.bfloat16, torch.float32):
+            yield [x, weight], [torch.empty(64, 2, 256, dtype=dtype).cuda()], {"signature": "tbi,io->tbo"}
+    else:
+        x, vector = rand(64, 2, 512, dtype=torch.bfloat16).cuda(), rand(512, dtype=torch.bfloat16).cuda()
+        rows, wide = torch.rand(64, 2).cuda() + 0.5, torch.empty(512).cuda()
+        sample = rand(2, 512, dtype=torch.bfloat16).cuda()
+        yield {
+            "modulate_norm": ([x, vector, sample, sample], [x.clone(), rows], {"eps": 1e-5}),
+            "layer_norm": ([x, vector, vector], [x.clone(), rows, rows.clone()], {"eps": 1e-5}),
+            "layer_norm_backward": ([x, x, rows, rows, vector], [x.clone(), wide, wide.clone()], {}),
+        }[entry.op]
+
+
+FOREIGN = [e for e in IMPLEMENTATIONS if e.package not in ("triton", "reference") and "cuda" in e.devices]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("entry", FOREIGN, ids=lambda entry: f"{entry.op}-{entry.package}")
+def test_package_computes_what_the_reference_does(entry: Implementation) -> None:
+    if entry.package in packages.missing():
+        pytest.skip(f"{entry.package}: {packages.missing()[entry.package]}")
+    for inputs, outputs, attrs in calls(entry):
+        wide = [x.double() if x.is_floating_point() else x for x in inputs]
+        want = [torch.empty_like(x, dtype=torch.float64) for x in outputs]
+        got = [torch.full_like(x, torch.nan) for x in outputs]
+        if entry.op == "adamw":
+            wide, mine = [x.clone() for x in wide], [x.clone() for x in inputs]
+            want, got, inputs = wide[:4], mine[:4], mine
+        elif "backward" in entry.op and "attention" in entry.op:
+            o, lse = torch.empty_like(wide[3]), torch.empty_like(wide[4])
+            REFERENCE["attention"]((wide[1], wide[2], *wide[5:]), (o, lse))
+            wide[3:5], inputs[3:5] = [o, lse], [o.to(inputs[3].dtype), lse.float()]
+        REFERENCE[entry.op](wide, want, **attrs)
+        function(entry)(inputs, got, **attrs)
+        for first, truth in zip(got, want, strict=True):
+            assert relative_error(first, truth) <= 1e-2

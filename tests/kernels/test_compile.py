@@ -1,0 +1,163 @@
+"""Every Triton kernel built for sm_90, at one shape of the 30B step; and the check itself, on planted faults.
+
+A kernel that spills, lost its wide loads, or reads a tensor twice is right and slow: only the binary and the count of
+loads and stores tell. Results are cached, so that only a changed kernel is built again.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from cinemesh.errors import CinemeshError
+from cinemesh.kernels import compile as compiling
+from cinemesh.kernels.traffic import extrapolate, sample
+from cinemesh.launch.kernels import sizes_of
+from cinemesh.model.config import LATENTS, preset
+from cinemesh.model.step import Batch
+from cinemesh.parallel.plan import Plan
+
+MODEL = "movie-gen-30b"
+SIZES = sizes_of(preset(MODEL), Plan(tp=4, cp=2, dp_shard=768), Batch(1, LATENTS[MODEL]))
+REDUCTION = 1 << 20  # bytes: a second stage adds partial sums of a few programs, too small to matter
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[compiling.Report]:
+    return compiling.compile_check([SIZES], "sm_90", workers=2)
+
+
+def test_every_kernel_of_the_30b_step_is_there(reports: list[compiling.Report]) -> None:
+    """A module whose kernels nobody lists would be built by nobody."""
+    modules = {name for report in reports for name in (report.name.partition(".")[0],)}
+    assert {"attention", "cross_attention", "modulate_norm", "swiglu", "adamw"} <= modules
+    assert len({(report.name, report.shape) for report in reports}) == len(reports)
+
+
+def test_no_kernel_spills(reports: list[compiling.Report]) -> None:
+    for report in reports:
+        assert report.spilled_bytes == 0, report
+        assert 0 < report.registers <= 255 and report.shared_bytes <= 227 * 1024 and report.occupancy > 0, report
+
+
+def test_memory_bound_kernels_move_what_they_must(reports: list[compiling.Report]) -> None:
+    for report in (report for report in reports if report.memory_bound):
+        assert 0.97 <= report.bytes_over_least <= 1.05, report
+        wide = 0.5 if report.name == "noise.draw" else 0.8  # of noise, two stores; two scalars are read
+        assert report.least_bytes < REDUCTION or report.wide_accesses >= wide, report
+
+
+def test_attention_runs_on_wgmma(reports: list[compiling.Report]) -> None:
+    found = [report for report in reports if not report.memory_bound]
+    assert len(found) >= 4  # self and cross, forward and backward
+    for report in found:
+        assert report.wgmma_instructions == report.tensor_core_instructions > 0, report
+        assert report.wide_accesses >= 0.7, report  # a key mask is read byte by byte
+
+
+def in_a_worker(code: str, *, interpret: bool) -> str:
+    """What a fresh process prints: this one has imported its kernels for good."""
+    environment = os.environ | {"TRITON_INTERPRET": str(int(interpret)), "TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{code}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_second_read_is_counted() -> None:
+    """Reads of 2 N elements and a write of N / 2, masks at the edge included: 2.5 N, where 1.5 N would do."""
+    code = (
+        "import planted\nfrom cinemesh.kernels.traffic import count_bytes\nprint(count_bytes(planted.twice(600, 128)))"
+    )
+    assert int(in_a_worker(code, interpret=True)) == 4 * (2 * 600 + 300)
+
+
+def test_a_spill_is_seen() -> None:
+    code = (
+        "import planted\nfrom pathlib import Path\nfrom cinemesh.kernels import compile as c\nimport tempfile\n"
+        "with tempfile.TemporaryDirectory() as folder:\n"
+        "    for spec in (planted.spilling(), planted.twice()):\n"
+        "        r = c._build(spec, 'sm_90', Path(folder))\n"
+        "        print(r.registers, r.spilled_bytes)"
+    )
+    (registers, spilled), (few, none) = (
+        map(int, row.split()) for row in in_a_worker(code, interpret=False).split("\n")
+    )
+    assert spilled > 0 and registers >= 64
+    assert none == 0 and few < 64
+
+
+def test_arguments_are_specialised_as_a_launch_does() -> None:
+    code = (
+        "import planted\nfrom dataclasses import replace\nfrom cinemesh.kernels.compile import specialise\n"
+        "for n in (1024, 1000, 1):\n"
+        "    print(specialise(planted.twice(n)))"
+    )
+    whole, odd, one = in_a_worker(code, interpret=False).split("\n")
+    sixteen = "[['tt.divisibility', 16]]"
+    assert whole.endswith(f"{{(0,): {sixteen}, (1,): {sixteen}, (2,): {sixteen}}})")
+    assert odd.endswith(f"{{(0,): {sixteen}, (1,): {sixteen}}})")
+    assert "'n': 'constexpr'" in one and "'n': 1" in one
+
+
+SASS = """
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;        /* 0x0 */
+        /*0020*/              @!P0 LDG.E R8, desc[UR4][R2.64] ;            /* 0x0 */
+        /*0030*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0040*/                   HMMA.16816.F32.BF16 R4, R4, R8, R12 ;
+        /*0050*/             @P1   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0060*/                   STL.64 [R1], R4 ;
+        /*0070*/                   LDS.128 R4, [R1] ;
+"""
+
+
+def test_reading_a_binary() -> None:
+    found = compiling.read_binary("Function kernel:\n REG:90 STACK:24 SHARED:0 LOCAL:0 CONSTANT[0]:560", SASS)
+    assert found == {
+        "registers": 90,
+        "spilled_bytes": 24,
+        "tensor_core_instructions": 2,
+        "wgmma_instructions": 1,
+        "wide_accesses": 0.667,
+    }
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared_bytes", "warps", "wanted"),
+    [
+        (32, 0, 4, 1.0),  # 64 registers a warp row: 16 blocks of 4 warps
+        (128, 0, 16, 0.25),  # 65,536 / (128 * 32) = 16 warps
+        (255, 0, 8, 0.125),
+        (33, 0, 4, 0.75),  # 40 registers are given for 33: 51 warps, 12 whole blocks
+        (64, 227 * 1024, 8, 0.125),  # one block
+        (64, 113 * 1024, 8, 0.25),
+        (16, 0, 1, 0.5),  # 32 blocks of one warp
+    ],
+)
+def test_occupancy(registers: int, shared_bytes: int, warps: int, wanted: float) -> None:
+    assert compiling.occupancy(registers, shared_bytes, warps) == wanted
+
+
+def test_sampled_programs_reach_both_ends() -> None:
+    assert sample((132,), 5) == [(0, 0, 0), (33, 0, 0), (66, 0, 0), (98, 0, 0), (131, 0, 0)]
+    assert sample((3,), 5) == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]
+    assert sample((4, 6, 2), 1) == [(3, 5, 0)]
+    assert sample((4, 6, 2), 2)[-1] == (3, 5, 1)
+
+
+def test_a_sample_stands_for_all_programs() -> None:
+    """The last program is cut short, and stands for itself alone."""
+    assert extrapolate([100, 100, 100, 100, 7], 1000) == 999 * 100 + 7
+    assert extrapolate([100, 90, 7], 3) == 197
+    assert extrapolate([50], 10) == 500
+
+
+def test_an_unknown_target_is_an_error() -> None:
+    with pytest.raises(CinemeshError, match="compile target 'sm_9' is unknown; choose one of sm_80, sm_90, sm_100"):
+        compiling.compile_check([SIZES], "sm_9")

@@ -1,0 +1,281 @@
+"""Which implementation runs is decided by the list and said out loud; a wrong tensor or override is an error, in words.
+
+A registry that falls back in silence trains at a tenth of the speed, or on a kernel that nobody asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from cinemesh.errors import CinemeshError
+from cinemesh.kernels import packages, rates, registry, selection, tuning
+from cinemesh.kernels.catalogue import IMPLEMENTATIONS, NOT_ASSUMED, Implementation, candidates, choose
+from cinemesh.kernels.catalogue import OPS as LISTED
+from cinemesh.kernels.checks import check
+from cinemesh.kernels.reference import REFERENCE
+from cinemesh.parallel.ops import OPS
+
+EVERYTHING: dict[str, str] = {}  # nothing is missing
+BF16 = {"dtype": "bfloat16", "sizes": {"k": 128, "t": 64, "s": 64, "b": 1, "h": 2, "n": 1 << 20}}
+
+
+def test_the_list_names_the_ops_of_the_table() -> None:
+    assert set(LISTED) == set(OPS) == set(REFERENCE)
+
+
+def test_labels_are_those_of_the_op_table() -> None:
+    """The registry may not import the op table: what it repeats of it must not drift."""
+    for op, labels in registry.LABELS.items():
+        signature = OPS[op].signature
+        assert signature is not None
+        assert signature.split("->")[0].split(",")[: len(labels)] == list(labels)
+    for entry in IMPLEMENTATIONS:
+        known = set("".join(registry.LABELS.get(entry.op, ())))
+        assert {label for label, _, _ in entry.sizes} <= known, f"{entry.op}: {entry.package}"
+
+
+@pytest.mark.parametrize("entry", IMPLEMENTATIONS, ids=lambda e: f"{e.op}-{e.package}-{e.devices[0]}")
+def test_every_implementation_is_there(entry: Implementation) -> None:
+    """A module or function that was renamed would fail on the cluster only."""
+    if entry.package == "triton":
+        pytest.importorskip("triton")
+    assert callable(getattr(import_module(f"cinemesh.kernels.{entry.module}"), entry.function))
+    assert entry.rate_class in rates.RATES
+    assert entry.workspace(dict.fromkeys("tsbhkdlfpn", 8), 2) >= 0
+
+
+@pytest.mark.parametrize(
+    ("op", "device", "given", "missing", "wanted"),
+    [
+        ("attention", "sm_90", BF16, EVERYTHING, "flash-attn-3"),  # the best rate class, not the first of the list
+        ("attention", "sm_80", BF16, EVERYTHING, "triton"),
+        ("attention", "sm_100", BF16, EVERYTHING, "flash-attn-4"),
+        ("attention", "sm_90", BF16, NOT_ASSUMED, "triton"),
+        ("attention", "sm_90", {**BF16, "sizes": {"k": 96}}, NOT_ASSUMED, "torch"),  # no such head dim in Triton
+        ("attention", "sm_90", {**BF16, "dtype": "float64"}, EVERYTHING, None),
+        ("attention", "sm_75", BF16, EVERYTHING, None),
+        ("attention", "cpu", BF16, NOT_ASSUMED, "torch"),
+        ("cross_attention", "sm_90", BF16, EVERYTHING, "triton"),  # a key mask: none of the flash packages
+        ("swiglu", "sm_90", BF16, NOT_ASSUMED, "triton"),
+        ("swiglu", "sm_90", {"dtype": "float64"}, NOT_ASSUMED, None),
+        ("swiglu", "cpu", {"dtype": "float32"}, NOT_ASSUMED, None),
+        ("matmul", "sm_90", {"dtype": "bfloat16"}, NOT_ASSUMED, "torch"),
+        ("residual", "cuda", {}, NOT_ASSUMED, None),
+    ],
+)
+def test_choice(op: str, device: str, given: dict, missing: dict[str, str], wanted: str | None) -> None:
+    chosen = choose(op, device, missing=missing, **given)
+    assert (chosen and chosen.package) == wanted
+
+
+@pytest.mark.parametrize("op", LISTED)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_cuda_has_a_kernel_for_every_op(op: str, dtype: str) -> None:
+    choice = selection.select(op, "sm_90", dtype=dtype, sizes={"k": 8}, missing=NOT_ASSUMED)
+    assert choice.entry.package in ("torch", "reference", "triton")
+    told = {id(choice.entry), *(id(entry) for entry, reason in choice.others if reason)}
+    assert told == {id(entry) for entry in candidates(op)}  # each other one has its reason
+
+
+def test_cpu_ops_are_bound_without_a_detour() -> None:
+    """Nothing stands between the executor and the function: training on a CPU is as fast as without a choice."""
+    for op, kernel in registry.kernels_for("cpu").items():
+        assert not isinstance(kernel, registry._ByCall), op
+        assert kernel is REFERENCE[op] or kernel.__module__ == "cinemesh.kernels.sdpa", op
+
+
+def test_choice_follows_the_call_where_it_must() -> None:
+    """One kernel object, three dtypes: bf16 and fp32 go to Triton (its interpreter here), float64 to the reference."""
+    pytest.importorskip("triton")
+    kernel = registry._kernel("swiglu", "sm_90", None)
+    assert isinstance(kernel, registry._ByCall)
+    for dtype, module in ((torch.bfloat16, "swiglu"), (torch.float32, "swiglu"), (torch.float64, "reference")):
+        gate, up, out, want = (torch.randn(3, 2, 40).to(dtype) for _ in range(4))
+        kernel([gate, up], [out])
+        REFERENCE["swiglu"]([gate, up], [want])
+        torch.testing.assert_close(out, want)
+        assert kernel._chosen[(dtype,)].__module__ == f"cinemesh.kernels.{module}"
+
+
+def test_measured_rates_change_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a card says that torch's attention is faster than ours, the registry picks torch's."""
+    measured = tuning.Table("H100", "measured", rates={"attention.torch": {"forward": 0.6}})
+    monkeypatch.setattr(rates, "table", lambda _: measured)
+    assert choose("attention", "sm_90", **BF16).package == "torch"  # pyright: ignore[reportOptionalMemberAccess]
+    assert choose("attention_backward", "sm_90", **BF16).package == "triton"  # pyright: ignore[reportOptionalMemberAccess]
+
+
+# -- overrides --------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_of_recipe_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert registry.kernels_for("cpu", {"attention": "reference"})["attention"] is REFERENCE["attention"]
+    monkeypatch.setenv(selection.OVERRIDE_VARIABLE, "attention=torch, swiglu=reference")
+    kernels = registry.kernels_for("cpu", {"attention": "reference"})
+    assert kernels["attention"].__module__ == "cinemesh.kernels.sdpa"  # the environment wins
+    monkeypatch.setenv(selection.OVERRIDE_VARIABLE, "all=reference")
+    assert all(kernel is REFERENCE[op] for op, kernel in registry.kernels_for("cpu").items())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("attention", "'attention' is not op=package; write for example attention=triton"),
+        ("atention=triton", "unknown op 'atention'; did you mean 'attention'?"),
+        ("attention=trito", "unknown package 'trito'; did you mean 'triton'?"),
+        ("swiglu=apex", "apex has no swiglu; choose one of triton, reference"),
+        ("attention=flash-attn-3", "on cpu: runs on cuda, not on cpu. Usable there: torch, reference"),
+        ("adamw=apex", "on cpu: runs on cuda, not on cpu"),
+    ],
+)
+def test_an_override_that_cannot_be_met_is_an_error(text: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv(selection.OVERRIDE_VARIABLE, text)
+    with pytest.raises(CinemeshError) as error:
+        registry.kernels_for("cpu")
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "said"),
+    [
+        ("sm_80", BF16, "needs sm_90 or newer, got sm_80"),
+        ("sm_100", BF16, "needs a device older than sm_100, got sm_100"),
+        ("sm_90", {**BF16, "dtype": "float32"}, "takes bfloat16 or float16, got float32"),
+        ("sm_90", {**BF16, "sizes": {"k": 20}}, "wants k a multiple of 8, at most 256, got 20"),
+    ],
+)
+def test_an_override_on_the_wrong_call_is_an_error(device: str, given: dict, said: str) -> None:
+    with pytest.raises(CinemeshError) as error:
+        selection.select("attention", device, missing=EVERYTHING, override="flash-attn-3", **given)
+    assert said in str(error.value)
+    assert f"kernel override attention=flash-attn-3 on {device}" in str(error.value)
+
+
+# -- packages ---------------------------------------------------------------------------------------------------------
+
+
+def plant(folder: Path, *files: str) -> str:
+    for name in files:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return str(folder)
+
+
+NVIDIA = ("apex/__init__.py", "apex/normalization/fused_layer_norm.py", "apex/multi_tensor_apply/__init__.py")
+
+
+def test_apex_is_told_from_its_namesake(tmp_path: Path) -> None:
+    """PyPI's ``apex`` imports under the same name, and knows nothing of norms."""
+    other = plant(tmp_path / "pypi", "apex/__init__.py", "apex/models.py")
+    assert "is not NVIDIA's" in (packages.nvidia_apex(other) or "")
+    python_only = plant(tmp_path / "python", *NVIDIA)
+    assert "without its CUDA extension amp_C" in (packages.nvidia_apex(python_only) or "")
+    whole = plant(tmp_path / "whole", *NVIDIA, "amp_C.py", "fused_layer_norm_cuda.py")
+    assert packages.nvidia_apex(whole) is None
+    assert "not installed" in (packages.nvidia_apex(str(tmp_path)) or "")
+
+
+def test_nothing_is_installed_that_nobody_uses() -> None:
+    """The wrong apex must never come in as a dependency."""
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert '"apex' not in text
+
+
+# -- tuning tables ----------------------------------------------------------------------------------------------------
+
+
+def test_tiles_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    default = {"BLOCK": 64, "num_warps": 4}
+    monkeypatch.setattr(tuning, "TABLES", tmp_path)
+    tuning.table.cache_clear()
+    shape = tuning.shape_class(T=9216, D=6144)
+    assert shape == "D8192,T16384" == tuning.shape_class(D=8192, T=8193)
+    assert tuning.tile("swiglu.forward", shape, default, "h100") == default
+    found = tuning.Table("NVIDIA H100", "measured on it", {"swiglu.forward": {shape: {"BLOCK": 128}}}, {})
+    tuning.write(found, "h100", tmp_path)
+    assert tuning.table("h100") == found
+    assert tuning.tile("swiglu.forward", shape, default, "h100") == {"BLOCK": 128, "num_warps": 4}
+    assert tuning.tile("swiglu.forward", "D64", default, "h100") == default
+    with pytest.raises(CinemeshError, match="names BLOCK; this kernel has TILE"):
+        tuning.tile("swiglu.forward", shape, {"TILE": 1}, "h100")
+    (tmp_path / "h100.yaml").write_text("tiles: [")
+    tuning.table.cache_clear()
+    with pytest.raises(CinemeshError, match=r"tuning table h100\.yaml"):
+        tuning.table("h100")
+    tuning.table.cache_clear()
+
+
+def test_shipped_tables_say_where_they_come_from() -> None:
+    for path in tuning.TABLES.glob("*.yaml"):
+        found = tuning.table(path.stem)
+        assert tuning.device_key(found.device) == path.stem
+        assert found.origin == tuning.REASONED or "measured" in found.origin
+
+
+# -- what a kernel is given -------------------------------------------------------------------------------------------
+
+
+def attention_inputs(heads: int = 2, keys: int = 3, dim: int = 64) -> dict[str, torch.Tensor]:
+    return {"q": torch.zeros(4, 1, 2, dim), "kv": torch.zeros(keys, 1, 2, heads, dim)}
+
+
+MISTAKES: list[tuple[str, Callable[[], dict[str, torch.Tensor]], str]] = [
+    ("heads", lambda: attention_inputs(heads=3), "attention: kv: got 3 heads, wanted 2 as in q"),
+    (
+        "empty",
+        lambda: attention_inputs(keys=0),
+        "attention: kv: got shape (0, 1, 2, 2, 64), wanted at least one of keys",
+    ),
+    ("head dim", lambda: attention_inputs(dim=80), "attention: q: got head dim 80, wanted 64 or 128"),
+    (
+        "dtype",
+        lambda: {**attention_inputs(), "q": torch.zeros(4, 1, 2, 64, dtype=torch.float64)},
+        "attention: q: got dtype float64, wanted float32 or bfloat16",
+    ),
+    (
+        "dims",
+        lambda: {**attention_inputs(), "kv": torch.zeros(3, 2, 2, 64)},
+        "attention: kv: got shape (3, 2, 2, 64), wanted 5 dims: keys, samples, K,V pair, heads, head dim",
+    ),
+    (
+        "non-contiguous",
+        lambda: {**attention_inputs(), "q": torch.zeros(4, 1, 2, 66)[..., :64]},
+        "attention: q: got strides (132, 132, 66, 1) of shape (4, 1, 2, 64), wanted a contiguous tensor",
+    ),
+    (
+        "misaligned",
+        lambda: {**attention_inputs(), "q": torch.zeros(4 * 2 * 64 + 1)[1:].view(4, 1, 2, 64)},
+        "attention: q: got an address 4 bytes past a multiple of 16, wanted one aligned to 16 bytes",
+    ),
+    (
+        "device",
+        lambda: {**attention_inputs(), "kv": torch.zeros(3, 1, 2, 2, 64, device="meta")},
+        "attention: kv: got a tensor on meta, wanted one on cpu as the others",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "said"), [row[1:] for row in MISTAKES], ids=[row[0] for row in MISTAKES])
+def test_a_wrong_tensor_is_named(make: Callable[[], dict[str, torch.Tensor]], said: str) -> None:
+    labels, dtypes = {"q": "tbhk", "kv": "sbchk"}, (torch.float32, torch.bfloat16)
+    with pytest.raises(CinemeshError) as error:
+        check("attention", {n: (x, labels[n], dtypes) for n, x in make().items()}, offered={"k": (64, 128)})
+    assert said in str(error.value)
+
+
+def test_slices_of_larger_buffers_keep_their_alignment() -> None:
+    whole = torch.zeros(4, 2, 6, 64)
+    dtypes = (torch.float32,)
+    sizes = check("attention", {"q": (whole[:, :, 2:4], "tbhk", dtypes)}, strided=("q",))
+    assert sizes == {"t": 4, "b": 2, "h": 2, "k": 64}
+    with pytest.raises(CinemeshError, match="wanted rows at multiples of 16 bytes"):
+        check("attention", {"q": (torch.zeros(4, 2, 3, 65)[..., :64], "tbhk", dtypes)}, strided=("q",))
+    with pytest.raises(CinemeshError, match="wanted a contiguous last dim"):
+        check("attention", {"q": (torch.zeros(4, 2, 64, 3).transpose(2, 3), "tbhk", dtypes)}, strided=("q",))

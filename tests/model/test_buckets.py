@@ -1,0 +1,84 @@
+"""Several shapes on one set of weights: bucket by bucket the same steps as a runner of that shape alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from cinemesh.errors import CinemeshError
+from cinemesh.launch.parity import OPTIMIZER, Case, global_batch
+from cinemesh.launch.verify import small_case
+from cinemesh.model import weights
+from cinemesh.model.buckets import BucketRunner
+from cinemesh.model.runner import StepRunner
+from cinemesh.model.step import Batch
+from cinemesh.parallel.plan import Plan
+
+STATES = ("master", "exp_avg", "exp_avg_sq", "ema", "counters")
+
+
+def cases() -> list[Case]:
+    """The same model at two latents."""
+    case = small_case(Plan(dtype="float32"))
+    t, h, w = case.latent
+    return [case, replace(case, latent=(t, h, w // 2))]
+
+
+def load(case: Case, runner: StepRunner | BucketRunner, step: int) -> None:
+    runner.load(0, *global_batch(case, step, 0))
+
+
+def bucket_runner(shapes: list[Case]) -> BucketRunner:
+    first = shapes[0]
+    return BucketRunner(first.config, first.plan, [c.batch for c in shapes], OPTIMIZER, None, seed=first.seed)
+
+
+@pytest.mark.parametrize("mode", ["off", "required"])
+def test_buckets_in_turn_are_the_steps_of_each_shape(mode: str) -> None:
+    shapes = cases()
+    buckets = bucket_runner(shapes)
+    buckets.first.initialise(weights.probe_values(0))
+    assert buckets.capture("required" if mode == "required" else "off") is None
+    alone = [StepRunner(c.config, c.plan, c.batch, OPTIMIZER, None, seed=c.seed) for c in shapes]
+    state: dict[str, Tensor] = {name: buckets.buffers[name].clone() for name in STATES}
+    for step in range(4):
+        case, runner = shapes[step % 2], alone[step % 2]
+        for name, value in state.items():
+            runner.buffers[name].copy_(value)
+        for each in (buckets, runner):
+            load(case, each, step)
+            each.step(1e-2)
+        state = {name: runner.buffers[name].clone() for name in STATES}
+        for name in STATES:
+            assert torch.equal(buckets.buffers[name], state[name]), f"step {step}: {name}"
+    assert state["counters"].tolist() == [4, 4]
+
+
+def test_one_arena_as_large_as_the_largest_needs() -> None:
+    buckets = bucket_runner(cases()[::-1])  # the smaller is named first
+    arenas = {id(runner.executor.arena) for runner in buckets.runners.values()}
+    needs = [runner.executor.placement.total_bytes for runner in buckets.runners.values()]
+    assert len(arenas) == 1 and buckets.first.executor.arena.numel() == max(needs) > min(needs)
+
+
+def test_count_and_bytes_are_reported() -> None:
+    buckets = bucket_runner(cases())
+    assert buckets.report().startswith("2 buckets, 0 captured steps; one arena of ")
+    buckets.first.initialise(weights.probe_values(0))
+    buckets.capture("required")
+    assert buckets.report().startswith("2 buckets, 2 captured steps; one arena of ")
+
+
+def test_a_shape_without_a_bucket_is_refused() -> None:
+    shapes = cases()
+    buckets = bucket_runner(shapes)
+    stranger = replace(shapes[0], latent=(3, 4, 4))
+    with pytest.raises(CinemeshError, match=r"latents 3x4x4 has no bucket; buckets are 3x4x12, 3x4x6: .* name it then"):
+        load(stranger, buckets, 0)
+    with pytest.raises(CinemeshError, match=r"latents 3x4x4 for a step that was built for 3x4x12"):
+        load(stranger, buckets.first, 0)
+    with pytest.raises(CinemeshError, match="each latent once"):
+        BucketRunner(shapes[0].config, shapes[0].plan, [Batch(2, (3, 4, 12)), Batch(1, (3, 4, 12))], OPTIMIZER, None)
