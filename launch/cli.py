@@ -290,16 +290,19 @@ def trace(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write the trace.")] = Path("trace.json"),
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to trace.")] = 3,
     max_procs: Annotated[int, typer.Option("--max-procs", min=1, help="Most local processes.")] = 8,
+    cluster: Annotated[
+        str, typer.Option("--cluster", help="Prices to predict by: the file that cinemesh calibrate wrote.")
+    ] = "local-cpu",
     as_json: AsJson = False,
 ) -> None:
     """Show when every op and collective of a step ran.
 
     Runs the plan on CPU processes, writes a trace that Perfetto opens, and prints for every collective
-    how much of it compute hid and how much it waited for.
+    how much of it compute hid and how much it waited for, predicted beside measured.
     """
     from .trace import run
 
-    run(plan=plan, model=model, out=out, steps=steps, max_procs=max_procs, as_json=as_json)
+    run(plan=plan, model=model, out=out, steps=steps, max_procs=max_procs, cluster=cluster, as_json=as_json)
 
 
 @app.command()

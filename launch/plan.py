@@ -193,6 +193,7 @@ def _why(request: Request, found: Search) -> dict[str, object]:
         "whole_step_s": best.step_s,
         "searched_step_s": found.best.step_s,
         "hfu": explain.hfu(best, request.cluster),
+        "utilisation": explain.utilisation(best),
         "binds": explain.binds(best),
         "exposed": [asdict(row) for row in explain.exposures(best) if row.exposed_s > 0],
         "duplicates": [asdict(row) for row in explain.duplicates(best)],
@@ -285,6 +286,9 @@ def _print_why(console: Console, values: dict[str, object]) -> None:
     told = "" if abs(difference) <= DISAGREES else ": trust the whole step"
     console.print(f"\nbest plan, every record played: {whole_s:.3f} s, {difference:+.2%} from the search{told}")
     lines("what binds", binds)
+    utilisation = values["utilisation"]
+    assert isinstance(utilisation, dict)
+    lines("busy share of the step", ["  ".join(f"{lane} {share:.1%}" for lane, share in utilisation.items())])
     lines(
         "exposed communication",
         [

@@ -10,7 +10,6 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -118,30 +117,3 @@ def summary(spans: Sequence[Span]) -> list[Row]:
 def role(name: str) -> str:
     """``mb1/blocks.7.forward/kv_gathered~`` -> ``blocks.*.forward/kv_gathered~``."""
     return re.sub(r"^mb\d+/", "", re.sub(r"blocks\.\d+\.", "blocks.*.", name))
-
-
-def perfetto(spans_of_ranks: Sequence[Sequence[Span]]) -> dict[str, Any]:
-    """Trace events that Perfetto and chrome://tracing open: a process a rank, a thread a lane."""
-    first = min((span.issued_s for spans in spans_of_ranks for span in spans), default=0.0)
-    events: list[dict[str, Any]] = []
-    for rank, spans in enumerate(spans_of_ranks):
-        lanes = ["compute", *sorted({span.lane for span in spans} - {"compute"})]
-        events.append({"ph": "M", "name": "process_name", "pid": rank, "tid": 0, "args": {"name": f"rank {rank}"}})
-        events += [
-            {"ph": "M", "name": "thread_name", "pid": rank, "tid": tid, "args": {"name": lane}}
-            for tid, lane in enumerate(lanes)
-        ]
-        events += [
-            {
-                "ph": "X",
-                "name": span.name,
-                "cat": span.kind,
-                "pid": rank,
-                "tid": lanes.index(span.lane),
-                "ts": (span.start_s - first) * 1e6,
-                "dur": span.ran_s * 1e6,
-                "args": {"issued_us": (span.issued_s - first) * 1e6, "waited_us": span.waited_s * 1e6},
-            }
-            for span in spans
-        ]
-    return {"traceEvents": events, "displayTimeUnit": "ms"}

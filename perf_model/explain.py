@@ -43,7 +43,12 @@ class Whole:
 
 def whole(config: ModelConfig, plan: Plan, batch: Batch, cluster: Cluster, frozen: FrozenCost | None = None) -> Whole:
     """Build, price and play every record of a step."""
-    program = prepare(build_step(config, plan, batch), backend="nccl")
+    return played(prepare(build_step(config, plan, batch), backend="nccl"), batch, cluster, frozen)
+
+
+def played(program: Program, batch: Batch, cluster: Cluster, frozen: FrozenCost | None = None) -> Whole:
+    """Price and play a program that was prepared."""
+    plan = program.plan
     tape = price(program, Compute(cluster), Network(cluster), cluster)
     timeline = play(tape)
     communicators = len({communicator(op) for op in program.ops if "axes" in op.attrs and op.kind != "wait"}) + 1
@@ -157,6 +162,16 @@ def terms(whole: Whole) -> dict[str, float]:
     parts = {"compute": whole.tape.compute_s, "compute slowed by communication": slowed, **lanes}
     parts["stragglers and the rest"] = whole.step_s - sum(parts.values())
     return parts
+
+
+def utilisation(whole: Whole) -> dict[str, float]:
+    """Share of the step in which compute, and every communicator, is busy."""
+    busy: dict[str, float] = {"compute": whole.timeline.compute_busy_s}
+    for i, op in enumerate(whole.program.ops):
+        if "axes" in op.attrs and op.kind != "wait":
+            name = communicator(op)
+            busy[name] = busy.get(name, 0.0) + whole.timeline.end[i] - whole.timeline.start[i]
+    return {name: seconds / whole.timeline.step_s for name, seconds in busy.items()}
 
 
 # -- declared duplicates ----------------------------------------------------------------------------------------------

@@ -116,10 +116,13 @@ def _blocks(axes: list[tuple[int, int]], width: int) -> int:
             count *= stride * size // width
     else:
         return count
-    members = [0]
-    for size, stride in axes:
-        members = [first + i * stride for first in members for i in range(size)]
-    return len({rank // width for rank in members})
+    members, count = [0], 1
+    for size, stride in sorted(axes, key=lambda axis: axis[1]):
+        if stride % width == 0:  # whole blocks further: as many again, none of them met before
+            count *= size
+        else:
+            members = [first + i * stride for first in members for i in range(size)]
+    return count * len({rank // width for rank in members})
 
 
 # -- cost -------------------------------------------------------------------------------------------------------------

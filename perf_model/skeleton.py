@@ -91,6 +91,7 @@ class Skeleton:
         self.cluster = cluster
         self._flat: list[int] = []  # records over the whole flat shard: their time follows its size
         self._collectives: list[tuple[int, Collective]] = []
+        self._peaks: dict[int, int] = {}
         self._lanes: dict[object, tuple[float, float, float]] = {}
         self.base = self._base()
 
@@ -332,6 +333,11 @@ class Skeleton:
 
     def peak_bytes(self, plan: Plan) -> int:
         """Most bytes that the deep step's own buffers hold at once on one rank, workspace included."""
+        if plan.dp_shard not in self._peaks:
+            self._peaks[plan.dp_shard] = self._peak_bytes(plan)
+        return self._peaks[plan.dp_shard]
+
+    def _peak_bytes(self, plan: Plan) -> int:
         units = self.shallow.units_of(plan)
         deep = self.shallow.flat_elements(plan) - self.units.flat_elements
         kept = self.more * self.kept_bytes

@@ -1,7 +1,7 @@
 """Overlap that really happens: a step with its communication hidden and without, across a slow link.
 
     python tests/benchmarks/overlap_in_a_box.py [--axes dp_shard cp tp] [--rounds 8] [--share 0.47]
-        [--json results.json] [--trace folder]
+        [--json results.json] [--trace FOLDER]
 
 Two servers of one process each, in a cluster in a box (``box.py``), so that computing and sending do not fight for a
 core. For each axis in turn the link that lies across it gets the rate at which communication is ``--share`` of the step
@@ -42,6 +42,7 @@ from benchmarks.torch_baseline import TorchBaseline
 
 from cinemesh.launch.calibrate import machine_of, measure
 from cinemesh.launch.parity import LR, OPTIMIZER, Case, load_batch
+from cinemesh.launch.trace import beside
 from cinemesh.model.config import Encoder, ModelConfig
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step, prepare
@@ -56,8 +57,10 @@ from cinemesh.parallel.trace import Span, traced_step
 from cinemesh.perf_model.calibrate import fit, residuals, write
 from cinemesh.perf_model.cluster import Cluster, load
 from cinemesh.perf_model.compute import Compute
+from cinemesh.perf_model.explain import Whole, played
 from cinemesh.perf_model.network import Network, group_of
-from cinemesh.perf_model.timeline import play, price
+from cinemesh.perf_model.timeline import Timeline
+from cinemesh.perf_model.trace import write as write_trace
 
 SKIPPED = 2  # first rounds
 FIRST_MBIT = 1000.0  # of the link while the rate that suits is looked for
@@ -83,7 +86,7 @@ def _config(layers: int, width: int, heads: int, ffn: int) -> ModelConfig:
 
 
 RUNS = {
-    "dp_shard": Run(_config(10, 128, 4, 384), (2, 16, 16), 8, {"prefetch": 1, "grad_units": 2}, 0.8),
+    "dp_shard": Run(_config(10, 128, 4, 384), (2, 16, 16), 8, {"prefetch": 2, "grad_units": 3}, 0.8),
     "cp": Run(
         _config(4, 128, 8, 384),
         (4, 32, 32),
@@ -263,12 +266,15 @@ def total(row: Mapping[str, Any], side: str, what: str) -> float:
     return sum(row[side][what].values())
 
 
-def summarise(axis: str, rows: Sequence[Mapping[str, Any]], cluster: Cluster) -> dict[str, Any]:
+def predict(axis: str, cluster: Cluster) -> Whole:
+    """The step with overlap, as the ranks scheduled it."""
+    case = case_of(axis, replace(without(axis), **RUNS[axis].overlaps))
+    built = build_step(case.config, case.plan, case.batch, OPTIMIZER)
+    return played(prepare(built, backend="gloo", price=pricing(cluster)), case.batch, cluster)
+
+
+def summarise(axis: str, rows: Sequence[Mapping[str, Any]], timeline: Timeline) -> dict[str, Any]:
     """Medians over the rounds, beside the prediction of the step with overlap."""
-    run = RUNS[axis]
-    case = case_of(axis, replace(without(axis), **run.overlaps))
-    program = prepare(build_step(case.config, case.plan, case.batch, OPTIMIZER), backend="gloo", price=pricing(cluster))
-    timeline = play(price(program, Compute(cluster), Network(cluster), cluster))
     off_s, on_s, replayed_s, torch_s = (
         median([row[side]["step_s"] for row in rows]) for side in ("off", "on", "replayed", "torch")
     )
@@ -285,7 +291,7 @@ def summarise(axis: str, rows: Sequence[Mapping[str, Any]], cluster: Cluster) ->
         "axis": axis,
         "share": median([total(row, "off", "alone") / row["off"]["step_s"] for row in rows]),
         "hidden": median([1 - total(row, "on", "exposed") / total(row, "off", "alone") for row in rows]),
-        "wanted_hidden": run.wanted,
+        "wanted_hidden": RUNS[axis].wanted,
         "lanes": lanes,
         "off_s": off_s,
         "on_s": on_s,
@@ -329,12 +335,17 @@ def measured(axis: str, arguments: argparse.Namespace) -> dict[str, Any]:
         for _ in range(TRIES):
             rows = in_box(rate, "compare", axis, arguments.rounds, folder)
             cluster = load(str(folder / "cluster.yaml"))
-            row = summarise(axis, rows, cluster)
+            whole = predict(axis, cluster)
+            row = summarise(axis, rows, whole.timeline)
             show(row, rate)
             if SHARES[0] <= row["share"] <= SHARES[1]:
                 break
             alone_s = row["share"] * row["off_s"]
             rate = corrected(rate, alone_s, row["off_s"], arguments.share)
+        if arguments.trace:
+            arguments.trace.mkdir(parents=True, exist_ok=True)
+            spans = torch.load(folder / "spans.pt", weights_only=False)
+            write_trace(arguments.trace / f"{axis}.json", beside(spans["on"], whole))
         left = json.loads((folder / "residuals.json").read_text())
         return row | {"mbit": rate, "residuals": left, "cluster": (folder / "cluster.yaml").read_text()}
 
@@ -345,6 +356,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--share", type=float, default=0.47, help="of communication in the step without overlap")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--trace", type=Path, metavar="FOLDER", help="for a Perfetto trace of each axis")
     parser.add_argument("--rank", choices=("look", "compare"), help="this process is a rank in the box")
     parser.add_argument("--folder", type=Path, help="for a rank's results")
     arguments = parser.parse_args()

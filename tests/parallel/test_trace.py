@@ -16,7 +16,7 @@ from cinemesh.parallel.memory import persistent
 from cinemesh.parallel.mesh import Mesh
 from cinemesh.parallel.ops import OPS
 from cinemesh.parallel.plan import Plan
-from cinemesh.parallel.trace import Span, perfetto, role, summary, traced_step
+from cinemesh.parallel.trace import Span, role, summary, traced_step
 
 
 def gather(name: str, start_s: float, end_s: float, waited_s: float) -> Span:
@@ -35,14 +35,6 @@ def test_time_is_split_by_hand() -> None:
     assert (exposed.ran_s, exposed.overlapped_s, exposed.exposed_s) == (6.0, 3.0, 3.0)
     assert (hidden.role, hidden.overlapped_s, hidden.exposed_s) == ("blocks.*.backward/d", 1.0, 0.0)
     assert role("replicated.weights/flat") == "replicated.weights/flat"
-
-
-def test_perfetto_has_a_process_a_rank_and_a_thread_a_lane() -> None:
-    events = perfetto([[gather("a", 10.0, 12.0, 1.0)], [gather("a", 10.5, 12.0, 0.5)]])["traceEvents"]
-    ran = [event for event in events if event["ph"] == "X"]
-    assert [(e["pid"], e["tid"], e["ts"], e["dur"]) for e in ran] == [(0, 1, 0.0, 2e6), (1, 1, 0.5e6, 1.5e6)]
-    assert ran[0]["args"] == {"issued_us": 0.0, "waited_us": 1e6}
-    assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"rank 0", "rank 1", "compute", "tp"}
 
 
 def traced(text: str) -> tuple[list[Span], list[str]]:

@@ -218,6 +218,11 @@ def test_gloo_is_priced_as_it_is_driven() -> None:
     box = local.with_(**{"topology.gpus_per_server": 2, "topology.servers": 2, "topology.nic_bytes_per_s": 25e6})
     far = Network(box).collective("all_gather", MIB, ring_group(box, 4))
     assert far.link == "nic" and far.transfer_s == pytest.approx(0.75 * MIB / 25e6)
+    # The cores copy: all of them inside a server; behind a slow link they wait, and may compute.
+    near = network.collective("all_gather", MIB, group)
+    assert scatter.sms == near.sms == local.gpu.sms and near.memory_bytes_per_s == local.gpu.memory_bytes_per_s
+    copying = 3 * local.gloo.message_s["all_gather"] + 0.75 * MIB / local.gloo.bytes_per_s["all_gather"]
+    assert far.sms == pytest.approx(copying / far.seconds * local.gpu.sms) and far.sms < 0.2
 
 
 # -- properties -------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from cinemesh.perf_model.peer_step import Schedule, layer_s, step_s
 from cinemesh.perf_model.peers import Run
 from cinemesh.perf_model.rows import BLOCK, Unpredictable, case_of
 
-MEAN, P95, SOURCE_MEAN = 0.047, 0.12, 0.039  # reached: 0.043, 0.109, 0.034
+MEAN, P95, SOURCE_MEAN = 0.046, 0.12, 0.039  # reached: 0.043, 0.113, 0.036
 PUBLISHED = {row["id"]: row for row in rows.read(validate.ROWS)}
 
 
@@ -57,12 +57,12 @@ def test_attention_with_context_parallelism(report: validate.Report) -> None:
     """Rings, gathers and all-to-alls of keys and values: priced wrongly, these rows move and steps hardly do."""
     alone = [p for p in report.times if p.kind == "attention_layer"]
     assert len(alone) >= 20
-    assert validate.summarise(alone).mean < 0.10
+    assert validate.summarise(alone).mean < 0.055
 
 
 def test_memory_and_out_of_memory(report: validate.Report) -> None:
     """Kept activations, states and logits against allocator readings; verdicts against runs that died."""
-    assert validate.summarise(report.memory).mean < 0.06
+    assert validate.summarise(report.memory).mean < 0.055
     assert report.right_verdicts() >= 0.9
 
 
