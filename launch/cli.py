@@ -220,7 +220,7 @@ def plan(
 def validate(
     rows: Annotated[
         Path | None,
-        typer.Argument(metavar="[ROWS]", help="YAML list of published measurements. Default: the project's own."),
+        typer.Argument(metavar="ROWS", help="YAML list of published measurements. Default: the project's own."),
     ] = None,
     show_all: Annotated[bool, typer.Option("--rows", help="Also list every row, and why rows are left out.")] = False,
     fit: Annotated[

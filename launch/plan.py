@@ -17,7 +17,7 @@ from ..perf_model.cluster import load
 from ..perf_model.explain import Whole, describe, whole
 from ..perf_model.family import Bucket, Choice, Request
 from ..perf_model.paper import STAGES
-from ..perf_model.planner import Refusal, Search, search
+from ..perf_model.planner import ERROR_BAR, Refusal, Search, search
 from ..perf_model.tune import tuned
 from .show import new_console, parse_latent, plain_table
 
@@ -153,6 +153,7 @@ def _choice(choice: Choice) -> dict[str, object]:
         "step_s": choice.step_s,
         "samples_per_s": choice.samples_per_s,
         "compute_s": choice.compute_s,
+        "step_s_error": choice.step_s * ERROR_BAR,
         "bound_s": choice.bound_s,
         "peak_bytes": choice.peak_bytes,
         "sharded_encoders": list(choice.frozen.sharded) if choice.frozen else [],
@@ -222,7 +223,7 @@ def _print_search(console: Console, request: Request, found: Search, flops: floa
             f"{rank}{'=' if id(choice) in ties else ''}",
             describe(choice.plan),
             f"{choice.global_batch:,}",
-            f"{choice.step_s:.3f}",
+            f"{choice.step_s:.3f} ±{choice.step_s * ERROR_BAR:.2g}",
             f"{choice.samples_per_s:.1f}",
             f"{explain.mfu_of(request, choice, flops):.1%}",
             f"{choice.exposed:.1%}",
@@ -231,6 +232,7 @@ def _print_search(console: Console, request: Request, found: Search, flops: floa
     console.print(table)
     if ties:
         console.print(f"= near-tie: within {found.error:.1%}, which the model cannot tell apart")
+    console.print(f"step times are good to {ERROR_BAR:.1%} on published runs that no constant was fitted to")
     console.print(
         f"{cluster.memory.usable_bytes / 1e9:.1f} GB are usable on a GPU; "
         f"{found.played} plans played, {found.bounded} bounded, {len(found.refused)} families refused, for example:"

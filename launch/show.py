@@ -29,7 +29,7 @@ MOST_DIFFERENCES = 8  # records in which a block may differ from another to be s
 
 
 def new_console() -> Console:
-    console = Console(markup=False, highlight=False)
+    console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = WIDTH
     return console

@@ -274,15 +274,23 @@ def share(block: Block, blocks: int, budget_bytes: int) -> Choice | None:
 
 
 def choose(
-    plan: Plan, program: Program, price: Price, limit_bytes: int, peak_bytes: Callable[[Plan], int]
+    plan: Plan,
+    program: Program,
+    price: Price,
+    limit_bytes: int,
+    peak_bytes: Callable[[Plan], int],
+    *,
+    blocks: int | None = None,
 ) -> tuple[Plan, Choice]:
     """The plan with the fastest choice whose peak is at most ``limit_bytes``, and that choice.
 
     ``program`` is the step as it was built, ``peak_bytes`` the peak of a plan after all passes: what a choice keeps and
-    what backward needs besides depend on each other, so the budget is found by bisection. Raises CinemeshError when
-    even ``full`` does not fit.
+    what backward needs besides depend on each other, so the budget is found by bisection. ``blocks``: those of the
+    model, where the program has fewer. Raises CinemeshError when even ``full`` does not fit.
     """
-    block, blocks = block_of(program, price), program.facts["config"].layers
+    block = block_of(program, price)
+    if blocks is None:
+        blocks = int(program.facts["config"].layers)
     full = replace(plan, recompute="full", recompute_last=None, last_blocks=0)
     least = peak_bytes(full)
     if least > limit_bytes:

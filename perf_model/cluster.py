@@ -192,11 +192,13 @@ class Gloo:
     """Collectives of CPU processes: time of one message and rate of one rank, by primitive.
 
     Primitives: all_gather, all_reduce, all_to_all, send_recv. The sum after an all-to-all reads ``sum_bytes_per_s``.
+    ``core_fraction``: of that time, the part in which the cores copy; the rest is waiting.
     """
 
     message_s: SecondsTable
     bytes_per_s: BytesPerSecondTable
     sum_bytes_per_s: BytesPerSecond
+    core_fraction: Fraction
 
 
 @dataclass(frozen=True, kw_only=True)

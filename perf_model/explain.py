@@ -21,6 +21,7 @@ from .network import Network
 from .planner import search
 from .timeline import Tape, Timeline, communicator, play, price
 
+SPELT_OUT = 4  # activations kept from which on only their number is shown
 _LAYER = re.compile(r"^mb\d+/|blocks\.\d+\.|~")
 
 
@@ -284,7 +285,9 @@ def describe(plan: Plan) -> str:
 
 
 def _keep(recompute: str | tuple[str, ...]) -> str:
-    return recompute if isinstance(recompute, str) else f"keeps {len(recompute)} activations"
+    if isinstance(recompute, str):
+        return recompute
+    return f"keep {':'.join(recompute)}" if len(recompute) < SPELT_OUT else f"keep {len(recompute)} activations"
 
 
 def binds(whole: Whole) -> list[str]:

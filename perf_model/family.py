@@ -27,7 +27,13 @@ from .shallow import Shallow
 from .skeleton import Groups, Skeleton, groups_of
 
 Mode = tuple[Recompute, Recompute | None]  # how blocks recompute, and what as many of the last ones as fit do instead
-MODES: tuple[Mode, ...] = (("none", None), ("selective", "none"), ("full", "selective"))  # most kept bytes first
+ATTENTION: Recompute = ("o", "lse")  # self-attention is what costs most to run again, and its output is small
+MODES: tuple[Mode, ...] = (  # most kept bytes first
+    ("none", None),
+    ("selective", "none"),
+    (ATTENTION, "selective"),
+    ("full", ATTENTION),
+)
 SHOWN = 5  # families ranked
 
 

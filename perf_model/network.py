@@ -324,7 +324,7 @@ class Network:
             transfer += size / g.sum_bytes_per_s
             copying += size / g.sum_bytes_per_s
         link = "local" if group.servers == 1 else "nic"
-        cores = min(1.0, copying / (latency + transfer))
+        cores = g.core_fraction * min(1.0, copying / (latency + transfer))
         gpu = self.cluster.gpu
         return Cost(latency, transfer, link, cores * gpu.sms, cores * gpu.memory_bytes_per_s, primitive, "gloo")
 

@@ -38,9 +38,6 @@ CLIP: Site = (12, 2)  # a gradient: read for its norm, read and written to be sc
 # A compiler fuses the cast into what made the operand: then it is only written.
 FP8_CAST: dict[str, Pair] = {"tensor": ((2, 0), (4, 1)), "row": ((4, 1), (10, 2))}
 
-# Time of a framework's own element-wise or norm kernel over that of a fused one that moves the same bytes
-FRAMEWORK_KERNEL = 1.0
-
 
 class Blocks:
     """Emits the records of one run into one tape; ``peer_step`` calls them in the order of its schedule."""
@@ -66,13 +63,8 @@ class Blocks:
     def _stream(self, site: Site, elements: float) -> None:
         self.r.stream(site[0] * elements, site[1])
 
-    def _plain(self, name: str, site: Site, elements: float) -> None:
-        """A site whose bytes do not depend on fusing; a framework's own kernel is slower than one made for it."""
-        size, kernels = site
-        self.r.stream(size * elements * (1.0 if name in self.stack.fused else FRAMEWORK_KERNEL), kernels)
-
     def _site(self, name: str, pair: Pair, elements: float) -> None:
-        self._plain(name, pair[name not in self.stack.fused], elements)
+        self._stream(pair[name not in self.stack.fused], elements)
 
     def _cast(self, elements: float) -> None:
         if self.run.fp8:
@@ -88,11 +80,11 @@ class Blocks:
         if self.m.gated:
             self._site("norm", RMS_NORM[direction], elements)
         else:
-            self._plain("norm", LAYER_NORM[direction], elements)
+            self._stream(LAYER_NORM[direction], elements)
 
     def residual(self, direction: Direction) -> None:
         elements = self.t_local * self.width
-        self._plain("residual", RESIDUAL, elements)
+        self._stream(RESIDUAL, elements)
         if self.stack.dropout:
             self._site("residual", DROPOUT[direction], elements)
 
@@ -106,7 +98,7 @@ class Blocks:
         if self.m.gated:
             self._site("activation", GATED[direction], self.t * self.ffn)
         else:
-            self._plain("activation", PLAIN[direction], self.t * self.ffn)
+            self._stream(PLAIN[direction], self.t * self.ffn)
 
     # -- products -----------------------------------------------------------------------------------------------
 

@@ -1,8 +1,9 @@
-"""Overlap knobs of a plan, set one after the other by what they bring (torch-free).
+"""What a plan keeps, and its overlap knobs: one after the other, by what they bring (torch-free).
 
-The search ranks plans whose unit gradients are reduced behind compute and that slice nothing. Here a plan's slices,
-deferred weight gradients, prefetch depth and unit gradients are tried, each on top of what the ones before brought, and
-kept when the step becomes shorter by more than ``WORTH`` and still fits.
+The search ranks plans of a few recompute modes whose unit gradients are reduced behind compute and that slice nothing.
+Here the activations worth keeping are chosen for the memory that is left; then slices, deferred weight gradients and
+prefetch depth are tried, each on top of what the ones before brought, and kept when the step becomes shorter by more
+than ``WORTH`` and still fits.
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ from typing import Any
 
 from ..errors import CinemeshError
 from ..model.step import Batch, check
+from ..parallel.keep import choose
+from ..parallel.ops import OPS
 from ..parallel.plan import Plan
+from ..parallel.program import Op, Program
 from .family import Choice, Prices, Request, mixed_peak_bytes, parts
+from .floor import Recompute
+from .network import group_of
 from .planner import Search
 from .shallow import Shallow
 from .skeleton import STEADY_BLOCKS, Skeleton
@@ -42,13 +48,48 @@ def _trials(plan: Plan, knob: str, fixed: dict[str, object]) -> Iterator[Plan]:
 def tune(request: Request, choice: Choice, prices: Prices | None = None) -> Choice:
     """The same degrees, recompute and placement with the overlap knobs that pay."""
     prices = prices or Prices(request)
-    best = choice
+    best = choice if "recompute" in request.fixed else _keeping(prices, request, choice)
     for knob in KNOBS:
         for plan in _trials(best.plan, knob, request.fixed):
             tried = _price(prices, request, best, plan)
             if tried is not None and tried.step_s < best.step_s * (1.0 - WORTH):
                 best = tried
     return best
+
+
+def _keeping(prices: Prices, request: Request, choice: Choice) -> Choice:
+    """The choice with the activations kept that save most time in the memory that is left (``parallel/keep.py``)."""
+    layers, batch = request.config.layers, Batch(choice.samples, request.buckets[0].latent)
+    pure = parts(choice.plan, layers)[0][1]
+    shallow = Shallow(request.config, pure, batch)
+    made: dict[Recompute, Skeleton] = {}
+
+    def skeleton(plan: Plan) -> Skeleton:
+        if plan.recompute not in made:
+            made[plan.recompute] = Skeleton(shallow, plan, prices.compute, request.cluster)
+        return made[plan.recompute]
+
+    def peak_bytes(plan: Plan) -> int:
+        shares = parts(plan, layers)
+        if len(shares) == 1:
+            return skeleton(plan).peak_bytes(plan)
+        (_, first), (_, last) = shares
+        return mixed_peak_bytes(skeleton(first), skeleton(last), first, plan.last_blocks, layers)
+
+    def seconds(program: Program, op: Op) -> float:
+        if op.kind in OPS:
+            return prices.compute.op_s(program, op)
+        if op.kind == "wait":
+            return 0.0
+        group = group_of(request.cluster, pure, op.axes)
+        return prices.network.collective(op.kind, program.payload_bytes(op), group).seconds
+
+    limit = prices.limit_bytes(choice.plan) - (choice.frozen.bytes if choice.frozen else 0)
+    try:
+        plan, _ = choose(pure, shallow.program, seconds, int(limit), peak_bytes, blocks=layers)
+    except CinemeshError:
+        return choice
+    return _price(prices, request, choice, plan) or choice
 
 
 def _price(prices: Prices, request: Request, choice: Choice, plan: Plan) -> Choice | None:

@@ -38,7 +38,7 @@ TORCH_FREE = {
     *("model.config", "model.backbone", "model.step"),
     *("launch.cli", "launch.show"),
 }
-NEEDS_TORCH = {"perf_model.report", "perf_model.calibrate", "perf_model.validate"}
+NEEDS_TORCH = {"perf_model.report", "perf_model.calibrate"}
 
 COLLECTIVES = (
     *("all_gather", "all_reduce", "all_to_all", "reduce_scatter", "broadcast", "barrier"),

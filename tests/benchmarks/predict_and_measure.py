@@ -26,9 +26,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ from cinemesh.parallel.comm import Communicator
 from cinemesh.parallel.mesh import Mesh
 from cinemesh.parallel.plan import AXES, Plan
 from cinemesh.perf_model.calibrate import fit, residuals, write
-from cinemesh.perf_model.cluster import Cluster
+from cinemesh.perf_model.cluster import Cluster, load
 from cinemesh.perf_model.compute import Compute
 from cinemesh.perf_model.family import Bucket, Request
 from cinemesh.perf_model.network import Network
@@ -58,7 +60,7 @@ from cinemesh.perf_model.timeline import play, price
 
 PLACES: dict[str, float | None] = {"loopback": None, "fast": 4000.0, "slow": 200.0}  # Mb/s of the link between servers
 SHAPES = {name: replace(shape, config=replace(shape.config, layers=2)) for name, shape in DEEP.items()}
-SKIPPED = 2  # first rounds
+SKIPPED = 1  # rounds
 TURNED = ("dp_replicate", "dp_shard", "cp", "tp")  # what speaks most crosses the servers
 
 
@@ -193,11 +195,9 @@ def run_place(arguments: argparse.Namespace, name: str, folder: Path) -> None:
 
 
 def ranks(values: Sequence[float]) -> list[float]:
-    order = sorted(range(len(values)), key=values.__getitem__)
-    position = [0.0] * len(values)
-    for place, i in enumerate(order):
-        position[i] = float(place)
-    return position
+    """Equal values share the mean of their ranks."""
+    ordered = sorted(values)
+    return [(bisect_left(ordered, value) + bisect_right(ordered, value) - 1) / 2 for value in values]
 
 
 def score(predicted: Sequence[float], measured: Sequence[float], chosen: int) -> dict[str, float]:
@@ -222,9 +222,6 @@ def main() -> None:
     if arguments.rank:
         rank_main(arguments)
         return
-    from cinemesh.perf_model.cluster import load
-
-    results: list[dict[str, Any]] = []
     for name in arguments.where:
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -232,47 +229,51 @@ def main() -> None:
             except NotAllowed as reason:
                 print(f"{name}: not measured: {reason}")
                 continue
-            cluster = load(str(Path(folder) / "cluster.yaml"))
-            text = (Path(folder) / "cluster.yaml").read_text()
-            left = json.loads((Path(folder) / "residuals.json").read_text())
-            times = {shape: json.loads((Path(folder) / f"{shape}.json").read_text()) for shape in arguments.shapes}
-        for shape, rows in times.items():
-            measured = [statistics.quantiles(seconds, n=4)[0] for seconds in rows]
-            prices = [predict(cluster, SHAPES[shape], plan) for plan in plans()]
-            predicted = [seconds for seconds, _ in prices]
-            choice = [placed(plan) for plan in plans()].index(placed(planned(cluster, SHAPES[shape])))
-            scores = score(predicted, measured, choice)
-            print(f"\n{name}, {shape}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
-            print(f"  the planner chooses {label(plans()[choice])}")
-            by_time = sorted(zip(plans(), predicted, prices, measured, strict=True), key=lambda row: row[3])
-            table = [
-                {"plan": label(plan), "predicted_s": p, "exposed_s": exposed, "measured_s": m}
-                for plan, p, (_, exposed), m in by_time
-            ]
-            for row in table:
-                p, m = row["predicted_s"], row["measured_s"]
-                print(f"  {row['plan']:60}{p * 1e3:10.1f}{m * 1e3:10.1f} ms{p / m - 1:+8.1%}")
-            results.append(
-                {
-                    "place": name,
-                    "mbit": PLACES[name],
-                    "shape": shape,
-                    **scores,
-                    "chosen": label(plans()[choice]),
-                    "rows": table,
-                }
-            )
-        results[-1] |= {"residuals": left, "cluster": text}
-    if arguments.json:
-        facts = {
+            results = list(evaluate(arguments, name, Path(folder)))
+        if arguments.json:
+            keep(arguments.json, name, results)
+
+
+def evaluate(arguments: argparse.Namespace, name: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """One result a shape: predictions from the place's own calibration beside what its ranks measured."""
+    cluster = load(str(folder / "cluster.yaml"))
+    for shape in arguments.shapes:
+        times = json.loads((folder / f"{shape}.json").read_text())
+        measured = [statistics.quantiles(seconds, n=4)[0] for seconds in times]
+        prices = [predict(cluster, SHAPES[shape], plan) for plan in plans()]
+        choice = [placed(plan) for plan in plans()].index(placed(planned(cluster, SHAPES[shape])))
+        scores = score([seconds for seconds, _ in prices], measured, choice)
+        print(f"\n{name}, {shape}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+        print(f"  the planner chooses {label(plans()[choice])}")
+        rows = [
+            {"plan": label(plan), "predicted_s": predicted, "exposed_s": exposed, "measured_s": seconds}
+            for plan, (predicted, exposed), seconds in zip(plans(), prices, measured, strict=True)
+        ]
+        rows.sort(key=itemgetter("measured_s"))
+        for row in rows:
+            p, m = row["predicted_s"], row["measured_s"]
+            print(f"  {row['plan']:66}{p * 1e3:10.1f}{m * 1e3:10.1f} ms{p / m - 1:+8.1%}", flush=True)
+        yield {
+            "place": name,
+            "mbit": PLACES[name],
+            "shape": shape,
             "date": datetime.now().isoformat(timespec="minutes"),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}",
             "load": os.getloadavg()[0],
             "torch": torch.__version__,
             "rounds": arguments.rounds,
-            "results": results,
+            **scores,
+            "chosen": label(plans()[choice]),
+            "residuals": json.loads((folder / "residuals.json").read_text()),
+            "rows": rows,
         }
-        arguments.json.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def keep(path: Path, name: str, results: list[dict[str, Any]]) -> None:
+    """Write a place's results beside those of other places."""
+    before = json.loads(path.read_text()) if path.exists() else []
+    others = [result for result in before if result["place"] != name]
+    path.write_text(json.dumps(others + results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

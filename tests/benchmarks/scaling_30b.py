@@ -89,7 +89,8 @@ def overlapped(request: Request) -> Choice:
 def table() -> list[Row]:
     """The planner's plan and the paper's TP4 CP2, with every overlap off and as the planner sets them."""
     rows: list[Row] = []
-    for name, fixed in (("planner's", {}), ("paper's TP4 CP2", {"tp": 4, "cp": 2})):
+    asked: tuple[tuple[str, dict[str, object]], ...] = (("planner's", {}), ("paper's TP4 CP2", {"tp": 4, "cp": 2}))
+    for name, fixed in asked:
         request = Request(CONFIG, (Bucket(LATENT),), CLUSTER, GPUS, shown=5, fixed=fixed)
         choices = [tune(request, choice) for choice in search(request).choices]
         best = min(choices, key=lambda c: c.step_s / c.global_batch)

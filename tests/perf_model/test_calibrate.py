@@ -52,6 +52,8 @@ def times_of(cluster: Cluster) -> Samples:
         for name, keys in kinds.items():
             for key in keys:
                 samples.add(part, name, key, price(part, name, key))
+                if part == "collectives":
+                    samples.add("copying", name, key, price(part, name, key) * 0.4)
     return samples
 
 
@@ -69,6 +71,7 @@ def test_a_machine_that_follows_the_laws_is_found_again(found: Cluster) -> None:
     }
     assert max(left.values()) < 0.06, left
     assert found.topology.nic_bytes_per_s == pytest.approx(40e6, rel=0.05)
+    assert found.gloo is not None and found.gloo.core_fraction == pytest.approx(0.4)
 
 
 def test_a_shape_that_was_not_measured_is_priced_too(found: Cluster) -> None:

@@ -138,7 +138,7 @@ def test_the_runner_up_lost_by_what_its_terms_say() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"gpus": 1}, "use more GPUs"),
+        ({"gpus": 1}, "GPUs fit"),
         ({"fixed": {"tp": 4, "cp": 5}}, "no plan"),
         ({"buckets": (Bucket((64, 96, 96)),)}, "positions"),
         ({"global_batch": 7, "fixed": {"tp": 4, "cp": 2}}, "no plan"),

@@ -1,6 +1,8 @@
 """Published rows: the committed constants reproduce the stated errors, and planted faults show."""
 
+import itertools
 import json
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from cinemesh.perf_model.network import Network
 from cinemesh.perf_model.peer_memory import activation_bytes, kept
 from cinemesh.perf_model.peer_step import Schedule, layer_s, step_s
 from cinemesh.perf_model.peers import Run
+from cinemesh.perf_model.planner import NEAR
 from cinemesh.perf_model.rows import BLOCK, Unpredictable, case_of
 
 MEAN, P95, SOURCE_MEAN = 0.046, 0.12, 0.039  # reached: 0.043, 0.113, 0.036
@@ -274,3 +277,20 @@ def test_command_prints_tables() -> None:
     assert shown.exit_code == 0
     for text in ("korth22-t4-22b-baseline-no-recompute", "not predicted", "Spearman", "trust A"):
         assert text in shown.stdout
+
+
+def test_what_the_planner_calls_a_near_tie_is_what_published_plans_show() -> None:
+    """Pairs of plans of one job: further apart than ``NEAR`` by prediction, they ran in that order; closer, less so."""
+    report, groups = validate.validate(), yaml.safe_load(validate.GROUPS.read_text())
+    costs = {p.id: p.gpu_s_per_sample for p in report.times}
+    apart: list[bool] = []
+    close: list[bool] = []
+    for group in groups:
+        known = [costs[name] for name in group["rows"] if name in costs]
+        for (measured, predicted), (other_measured, other_predicted) in itertools.combinations(known, 2):
+            difference = abs(predicted / other_predicted - 1.0)
+            right = (predicted < other_predicted) == (measured < other_measured)
+            (apart if difference > NEAR else close).append(right)
+    assert len(apart) > 100
+    assert statistics.mean(apart) >= 0.95
+    assert statistics.mean(close) < statistics.mean(apart)
