@@ -16,7 +16,7 @@ from .cluster import Cluster
 from .compute import Compute
 from .family import Choice, Request
 from .footprint import Footprint, footprint
-from .frozen import FrozenCost
+from .encoders import FrozenCost
 from .network import Network
 from .planner import search
 from .timeline import Tape, Timeline, communicator, play, price

@@ -21,7 +21,7 @@ from .cluster import Cluster
 from .compute import Compute
 from .floor import Floor, Recompute
 from .footprint import outside
-from .frozen import FrozenCost, frozen_options
+from .encoders import FrozenCost, frozen_options
 from .network import Network
 from .shallow import Shallow
 from .skeleton import Groups, Skeleton, groups_of
