@@ -14,9 +14,9 @@ from ..parallel.plan import AXES, Plan
 from ..parallel.program import Op, Program
 from .cluster import Cluster
 from .compute import Compute
+from .encoders import FrozenCost
 from .family import Choice, Request
 from .footprint import Footprint, footprint
-from .encoders import FrozenCost
 from .network import Network
 from .planner import search
 from .timeline import Tape, Timeline, communicator, play, price

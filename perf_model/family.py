@@ -19,9 +19,9 @@ from ..model.step import Batch, check
 from ..parallel.plan import AXES, DtypePolicy, Plan
 from .cluster import Cluster
 from .compute import Compute
+from .encoders import FrozenCost, frozen_options
 from .floor import Floor, Recompute
 from .footprint import outside
-from .encoders import FrozenCost, frozen_options
 from .network import Network
 from .shallow import Shallow
 from .skeleton import Groups, Skeleton, groups_of

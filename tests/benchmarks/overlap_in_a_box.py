@@ -63,7 +63,7 @@ from cinemesh.perf_model.timeline import Timeline
 from cinemesh.perf_model.trace import write as write_trace
 
 SKIPPED = 2  # first rounds
-FIRST_MBIT = 1000.0  # of the link while the rate that suits is looked for
+FIRST_MBIT = 500.0  # of the link while the rate that suits is looked for
 SHARES = (0.45, 0.55)  # of communication in the step without overlap
 TRIES = 4
 WANTED_TORCH = 0.7
@@ -86,15 +86,15 @@ def _config(layers: int, width: int, heads: int, ffn: int) -> ModelConfig:
 
 
 RUNS = {
-    "dp_shard": Run(_config(10, 128, 4, 384), (2, 16, 16), 8, {"prefetch": 2, "grad_units": 3}, 0.8),
+    "dp_shard": Run(_config(10, 128, 4, 384), (2, 16, 16), 16, {"prefetch": 2, "grad_units": 3}, 0.8),
     "cp": Run(
         _config(4, 128, 8, 384),
         (4, 32, 32),
-        1,
+        2,
         {"prefetch": 1, "grad_units": 2, "kv_slices": 8, "defer_weight_gradients": True},
         0.6,
     ),
-    "tp": Run(_config(4, 256, 4, 704), (2, 16, 16), 4, {"tp_slices": 2, "defer_weight_gradients": True}, 0.4),
+    "tp": Run(_config(4, 512, 8, 1408), (2, 16, 16), 4, {"tp_slices": 2, "defer_weight_gradients": True}, 0.4),
 }
 
 
@@ -180,8 +180,8 @@ def compare(axis: str, rounds: int, results: Path) -> None:
     calibrated = results.with_name("cluster.yaml")
     samples = measure()
     if samples is not None:
-        machine = machine_of("box")
-        cluster = write(fit(samples, machine), machine, calibrated)
+        described = machine_of("box")
+        cluster = write(fit(samples, described), described, calibrated)
         results.with_name("residuals.json").write_text(json.dumps(residuals(samples, cluster)))
     dist.barrier()
     price = pricing(load(str(calibrated)))
@@ -304,6 +304,8 @@ def summarise(axis: str, rows: Sequence[Mapping[str, Any]], timeline: Timeline) 
         "predicted_step_s": timeline.step_s,
         "predicted_well": abs(error_s) <= max(0.2 * exposed_s, 0.03 * on_s),
         "rounds": len(rows),
+        "date": datetime.now().isoformat(timespec="minutes"),
+        "load": os.getloadavg()[0],
     }
 
 
@@ -327,27 +329,40 @@ def show(row: Mapping[str, Any], mbit: float) -> None:
     )
 
 
-def measured(axis: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def at_rate(rate_mbit: float, axis: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Raises NotAllowed."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        rate = rate_for(axis, arguments.share, folder)
+    rows = in_box(rate_mbit, "compare", axis, arguments.rounds, folder)
+    whole = predict(axis, load(str(folder / "cluster.yaml")))
+    row = summarise(axis, rows, whole.timeline)
+    show(row, rate_mbit)
+    if arguments.trace:
+        arguments.trace.mkdir(parents=True, exist_ok=True)
+        spans = torch.load(folder / "spans.pt", weights_only=False)
+        write_trace(arguments.trace / f"{axis}.json", beside(spans["on"], whole))
+    left = json.loads((folder / "residuals.json").read_text())
+    return row | {"mbit": rate_mbit, "residuals": left, "cluster": (folder / "cluster.yaml").read_text()}
+
+
+def measured(axis: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Again at a corrected rate where the share of communication is not as wanted. Raises NotAllowed."""
+    with tempfile.TemporaryDirectory() as folder:
+        rate = rate_for(axis, arguments.share, Path(folder))
+        row = at_rate(rate, axis, arguments, Path(folder))
         for _ in range(TRIES):
-            rows = in_box(rate, "compare", axis, arguments.rounds, folder)
-            cluster = load(str(folder / "cluster.yaml"))
-            whole = predict(axis, cluster)
-            row = summarise(axis, rows, whole.timeline)
-            show(row, rate)
             if SHARES[0] <= row["share"] <= SHARES[1]:
                 break
-            alone_s = row["share"] * row["off_s"]
-            rate = corrected(rate, alone_s, row["off_s"], arguments.share)
-        if arguments.trace:
-            arguments.trace.mkdir(parents=True, exist_ok=True)
-            spans = torch.load(folder / "spans.pt", weights_only=False)
-            write_trace(arguments.trace / f"{axis}.json", beside(spans["on"], whole))
-        left = json.loads((folder / "residuals.json").read_text())
-        return row | {"mbit": rate, "residuals": left, "cluster": (folder / "cluster.yaml").read_text()}
+            rate = corrected(rate, row["share"] * row["off_s"], row["off_s"], arguments.share)
+            row = at_rate(rate, axis, arguments, Path(folder))
+        return row
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processes": SERVERS,
+    }
 
 
 def main() -> None:
@@ -367,20 +382,10 @@ def main() -> None:
     try:
         for axis in arguments.axes:
             rows.append(measured(axis, arguments))
+            if arguments.json:
+                arguments.json.write_text(json.dumps({**machine(), "results": rows}, indent=2) + "\n")
     except NotAllowed as reason:
         print(f"not measured: {reason}")
-        return
-    if arguments.json:
-        facts = {
-            "date": datetime.now().isoformat(timespec="minutes"),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}",
-            "load": os.getloadavg()[0],
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "processes": SERVERS,
-            "results": rows,
-        }
-        arguments.json.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":

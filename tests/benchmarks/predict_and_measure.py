@@ -231,7 +231,7 @@ def main() -> None:
                 continue
             results = list(evaluate(arguments, name, Path(folder)))
         if arguments.json:
-            keep(arguments.json, name, results)
+            keep(arguments.json, results)
 
 
 def evaluate(arguments: argparse.Namespace, name: str, folder: Path) -> Iterator[dict[str, Any]]:
@@ -269,10 +269,11 @@ def evaluate(arguments: argparse.Namespace, name: str, folder: Path) -> Iterator
         }
 
 
-def keep(path: Path, name: str, results: list[dict[str, Any]]) -> None:
-    """Write a place's results beside those of other places."""
+def keep(path: Path, results: list[dict[str, Any]]) -> None:
+    """Write results beside those of other places and shapes."""
     before = json.loads(path.read_text()) if path.exists() else []
-    others = [result for result in before if result["place"] != name]
+    new = {(result["place"], result["shape"]) for result in results}
+    others = [result for result in before if (result["place"], result["shape"]) not in new]
     path.write_text(json.dumps(others + results, indent=1) + "\n")
 
 
