@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_placed_at_its_batch() -> None:
     landscape._add(found, replace(request, samples=2, shown=3, fixed={"micro_batches": 1, "tp": 1}), 1)
     misfit = next(m for m in found.misfits if m.family.startswith("tp=1 cp=1"))
     assert (misfit.model_parallel, misfit.global_batch) == (1, 32)
-    assert re.search(r"needs \d+\.\d GB .*; \d+\.\d GB are free", misfit.reason)
+    assert re.search(r"needs at least \d+\.\d GB .*; \d+\.\d GB are free", misfit.reason)
     assert all((c.plan.tp, c.plan.cp) != (1, 1) for c in found.choices)
 
 
