@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +19,6 @@ from ..perf_model.explain import Whole, describe, whole
 from ..perf_model.family import Bucket, Choice, Request
 from ..perf_model.paper import STAGES
 from ..perf_model.planner import ERROR_BAR, Refusal, Search, search
-from ..perf_model.tune import tuned
 from .show import new_console, parse_latent, plain_table
 
 NUMBERS = (
@@ -58,6 +58,7 @@ def run(
 
     Raises CinemeshError for an unknown model or cluster, an illegal latent, and where no plan fits.
     """
+    gc.disable()  # records are made once and live on: the collector would walk them all again and again
     request = Request(
         config=preset(model),
         buckets=tuple(_bucket(text) for text in latents),
@@ -72,6 +73,8 @@ def run(
     )
     found = search(request)
     if tune:
+        from ..perf_model.tune import tuned
+
         found = tuned(request, found)
     flops = explain.mean_model_flops(request)
     values = {

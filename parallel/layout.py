@@ -158,7 +158,10 @@ def local_shape(shape: tuple[int, ...], placement: Placement, sizes: dict[str, i
     """What one rank holds. A dim that its axes do not divide is refused."""
     local: list[int] = []
     for size, axes in zip(shape, placement.dims, strict=True):
-        parts = math.prod(sizes[axis] for axis in axes)
+        if not axes:
+            local.append(size)
+            continue
+        parts = math.prod([sizes[axis] for axis in axes])
         if size % parts:
             raise PlacementError(f"a dim of {size} is split over {axes} = {parts} ranks; {size} % {parts} != 0")
         local.append(size // parts)

@@ -69,6 +69,7 @@ class Program:
     def __post_init__(self) -> None:
         self.sizes = {axis: self.plan.size(axis) for axis in AXES}
         self._local: dict[str, tuple[int, ...]] = {}
+        self._elements: dict[str, int] = {}
         self._root: dict[str, tuple[str, int]] = {}
 
     def local_shape(self, name: str) -> tuple[int, ...]:
@@ -90,7 +91,10 @@ class Program:
         return root, offset, offset + 1 + sum((n - 1) * s for n, s in zip(self.local_shape(name), strides, strict=True))
 
     def local_elements(self, name: str) -> int:
-        return math.prod(self.local_shape(name))
+        found = self._elements.get(name)
+        if found is None:
+            found = self._elements[name] = math.prod(self.local_shape(name))
+        return found
 
     def bytes(self, name: str) -> int:
         """Local bytes of a buffer."""
@@ -149,7 +153,15 @@ class Program:
         return self.payload_bytes(op) * (ranks - 1) / ranks * (2 if op.kind == "all_reduce" else 1)
 
     def with_ops(self, ops: list[Op], extra: dict[str, Buffer] | None = None) -> Program:
-        return Program(self.plan, {**self.buffers, **(extra or {})}, ops, self.outputs, self.facts)
+        """The same buffers, and ``extra``, under other records; what is known of the buffers is handed on."""
+        made = Program(self.plan, {**self.buffers, **(extra or {})}, ops, self.outputs, self.facts)
+        made._local, made._elements = dict(self._local), dict(self._elements)
+        for name in extra or ():
+            made._local.pop(name, None)
+            made._elements.pop(name, None)
+        if not any(name in self.buffers for name in extra or ()):
+            made._root = dict(self._root)
+        return made
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

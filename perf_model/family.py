@@ -202,7 +202,7 @@ class Family:
             orders = [fixed] if fixed else [(*permuted, *rest) for permuted in itertools.permutations(split)]
             distinct: dict[object, tuple[tuple[str, ...], Groups]] = {}
             for order in orders:
-                groups = groups_of(replace(plan, order=order), cluster)  # type: ignore[arg-type]
+                groups = groups_of(plan, cluster, order)  # type: ignore[arg-type]
                 distinct.setdefault(tuple(groups.values()), (order, groups))  # type: ignore[arg-type]
             self._placements[key] = list(distinct.values())
         return self._placements[key]

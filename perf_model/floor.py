@@ -74,12 +74,15 @@ class Floor:
                 continue
             op = built.ops[exchange.index]
             group = ring_group(self.cluster, plan.size(exchange.axis))
-            takes = self.network.collective(op.kind, program.payload_bytes(op), group).seconds
-            busy[exchange.axis] += takes
+            cost = self.network.collective(op.kind, program.payload_bytes(op), group)
+            busy[exchange.axis] += cost.seconds
             if exchange.between:
-                waited[exchange.axis] += max(0.0, takes - sum(seconds.get(i, 0.0) for i in exchange.between))
+                taken = cost.seconds * block.skeleton.taken(cost)
+                hidden = sum(seconds.get(i, 0.0) for i in exchange.between)
+                waited[exchange.axis] += max(0.0, cost.seconds - hidden - taken)
+                unhidable += taken
             else:
-                unhidable += takes
+                unhidable += cost.seconds
         added = sum(seconds.values()) + unhidable + max(waited.values())
         return max(added, *busy.values()) * self._one.config.layers * micro_batches
 

@@ -73,8 +73,12 @@ FREE = Cost(0.0, 0.0, "local", 0, 0.0, "none", "none")
 
 def group_of(cluster: Cluster, plan: Plan, axes: Axes) -> Group:
     """The group of rank 0 along ``axes``, placed by the plan's rank order (innermost axis = neighbouring ranks)."""
-    sizes = tuple(plan.size(axis) for axis in plan.order)
-    return _group(cluster.topology, sizes, tuple(axis in axes for axis in plan.order))
+    return placed(cluster, plan.order, tuple(plan.size(axis) for axis in plan.order), axes)
+
+
+def placed(cluster: Cluster, order: Axes, sizes: tuple[int, ...], axes: Axes) -> Group:
+    """The group of rank 0 along ``axes`` where ranks are numbered by ``order``, innermost first, of these ``sizes``."""
+    return _group(cluster.topology, sizes, tuple(axis in axes for axis in order))
 
 
 def ring_group(cluster: Cluster, ranks: int, stride: int = 1) -> Group:

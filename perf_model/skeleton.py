@@ -23,9 +23,9 @@ from ..parallel.units import Units
 from .cluster import Cluster
 from .compute import Compute
 from .footprint import FLAT, UNIT, class_of
-from .network import Cost, Group, Network, group_of
+from .network import Cost, Group, Network, group_of, placed
 from .shallow import Shallow, canonical
-from .timeline import COMPUTE, WAIT, Record, Tape, Timeline, communicator, play, price
+from .timeline import COMPUTE, ISSUE, WAIT, Record, Tape, Timeline, communicator, play, price
 
 STEADY_BLOCKS = 6  # from here on two blocks in the middle must agree
 STEADY = 1e-6  # relative difference of two blocks' times that counts as none
@@ -59,9 +59,11 @@ Groups = dict[Axes, Group]
 GROUPS: tuple[Axes, ...] = (("tp",), ("cp",), FSDP, REPLICATED_UNIT, ("dp_replicate",), WORLD)
 
 
-def groups_of(plan: Plan, cluster: Cluster) -> Groups:
-    """How every group of axes lies on the network."""
-    return {axes: group_of(cluster, plan, axes) for axes in GROUPS if plan.size(axes) > 1}
+def groups_of(plan: Plan, cluster: Cluster, order: Axes = ()) -> Groups:
+    """How every group of axes lies on the network, by the plan's rank order or another."""
+    order = order or plan.order
+    sizes = tuple(plan.size(axis) for axis in order)
+    return {axes: placed(cluster, order, sizes, axes) for axes in GROUPS if plan.size(axes) > 1}
 
 
 class NotSteady(Exception):
@@ -93,11 +95,11 @@ class Skeleton:
         self._collectives: list[tuple[int, Collective]] = []
         self._peaks: dict[int, int] = {}
         self._lanes: dict[object, tuple[float, float, float]] = {}
-        self.base = self._base()
 
     # -- prices ---------------------------------------------------------------------------------------------------
 
-    def _base(self) -> Tape:
+    @cached_property
+    def base(self) -> Tape:
         """The tape without its network: every collective free."""
         program, units = self.program, self.units
         tape = price(program, self.compute, None, self.cluster)
@@ -128,15 +130,16 @@ class Skeleton:
     def tape(self, plan: Plan, network: Network, cluster: Cluster) -> Tape:
         """Prices of the deep model's step under ``plan``, on the shallow program's records."""
         units, flat = self.shallow.units_of(plan), self.shallow.flat_elements(plan)
+        base = self.base
         groups = {axes: group_of(cluster, plan, axes) for axes in {c.axes for _, c in self._collectives}}
         changed: dict[int, Record] = {}
         ratio = flat / self.units.flat_elements
         for i in self._flat:
-            changed[i] = replace(self.base.records[i], seconds=self.base.records[i].seconds * ratio)
+            changed[i] = replace(base.records[i], seconds=base.records[i].seconds * ratio)
         for i, collective in self._collectives:
             cost = network.collective(collective.kind, collective.payload(units, flat), groups[collective.axes])
-            changed[i] = replace(self.base.records[i], cost=cost)
-        return self.base.with_records(changed)
+            changed[i] = Record(ISSUE, key=base.records[i].key, cost=cost)
+        return base.with_records(changed)
 
     # -- time -----------------------------------------------------------------------------------------------------
 
@@ -250,7 +253,7 @@ class Skeleton:
             longest = max(longest, found[2])
         return max(total + waited, longest)
 
-    def _taken(self, cost: Cost) -> float:
+    def taken(self, cost: Cost) -> float:
         """The share of compute that a collective in flight takes at least, whatever runs beside it."""
         tape = self.base
         share = min(cost.sms / tape.sms, cost.memory_bytes_per_s / tape.memory_bytes_per_s)
@@ -271,7 +274,7 @@ class Skeleton:
             cost = network.collective(collective.kind, collective.payload(units, flat), group)
             name = collective.communicator
             busy[name] = busy.get(name, 0.0) + times * cost.seconds
-            taken = cost.seconds * (1.0 if window < 0.0 else self._taken(cost))
+            taken = cost.seconds * (1.0 if window < 0.0 else self.taken(cost))
             added += times * taken
             waited[name] = waited.get(name, 0.0) + times * max(0.0, cost.seconds - max(window, 0.0) - taken)
         return added, max(waited.values(), default=0.0), max(busy.values(), default=0.0)

@@ -163,14 +163,19 @@ class _Player:
     def compute_rate(self, busy: bool) -> float:
         """Progress of compute for each second, beside what is in flight."""
         tape = self.tape
-        if busy:
-            held = sum(flight.cost.sms for flight in self.flights) / tape.sms
-        else:
-            held = sum(flight.cost.memory_bytes_per_s for flight in self.flights) / tape.memory_bytes_per_s
+        held = 0.0
+        for flight in self.flights:
+            if busy:
+                held += flight.cost.sms / tape.sms
+            else:
+                held += flight.cost.memory_bytes_per_s / tape.memory_bytes_per_s
         return max(1.0 - held * tape.compute_slowdown, 0.1)
 
     def rates(self, computing: bool) -> list[float]:
         """Progress of every flight for each second: latency runs alone, bytes on one link are shared."""
+        if len(self.flights) == 1:
+            alone = self.flights[0].latency > 0.0 or not computing
+            return [1.0 if alone else 1.0 / self.tape.communication_slowdown]
         moving: dict[str, int] = {}
         for flight in self.flights:
             if flight.latency <= 0.0:

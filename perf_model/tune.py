@@ -1,9 +1,9 @@
-"""What a plan keeps, and its overlap knobs: one after the other, by what they bring (torch-free).
+"""A plan's overlap knobs, one after the other by what they bring, and what it keeps (torch-free).
 
 The search ranks plans of a few recompute modes whose unit gradients are reduced behind compute and that slice nothing.
-Here the activations worth keeping are chosen for the memory that is left; then slices, deferred weight gradients and
-prefetch depth are tried, each on top of what the ones before brought, and kept when the step becomes shorter by more
-than ``WORTH`` and still fits.
+Here slices, deferred weight gradients and prefetch depth are tried, each on top of what the ones before brought, and
+kept when the step becomes shorter by more than ``WORTH``; then the activations worth keeping are chosen for the memory
+that is left.
 """
 
 from __future__ import annotations
@@ -48,13 +48,16 @@ def _trials(plan: Plan, knob: str, fixed: dict[str, object]) -> Iterator[Plan]:
 def tune(request: Request, choice: Choice, prices: Prices | None = None) -> Choice:
     """The same degrees, recompute and placement with the overlap knobs that pay."""
     prices = prices or Prices(request)
-    best = choice if "recompute" in request.fixed else _keeping(prices, request, choice)
+    best = choice
     for knob in KNOBS:
         for plan in _trials(best.plan, knob, request.fixed):
             tried = _price(prices, request, best, plan)
             if tried is not None and tried.step_s < best.step_s * (1.0 - WORTH):
                 best = tried
-    return best
+    if "recompute" not in request.fixed:
+        best = _keeping(prices, request, best)
+    fits = best.peak_bytes <= request.cluster.memory.usable_bytes
+    return best if fits and best.step_s < choice.step_s else choice
 
 
 def _keeping(prices: Prices, request: Request, choice: Choice) -> Choice:
@@ -93,7 +96,7 @@ def _keeping(prices: Prices, request: Request, choice: Choice) -> Choice:
 
 
 def _price(prices: Prices, request: Request, choice: Choice, plan: Plan) -> Choice | None:
-    """The choice under another plan; None where the shape does not allow it or it does not fit."""
+    """The choice under another plan, whether it fits or not; None where the shape does not allow it."""
     layers = request.config.layers
     shares = parts(plan, layers)
     steps: list[float] = []
@@ -120,8 +123,6 @@ def _price(prices: Prices, request: Request, choice: Choice, plan: Plan) -> Choi
         )
     held = (choice.frozen.seconds, choice.frozen.bytes) if choice.frozen else (0.0, 0)
     peak = max(peaks) + held[1] + prices.outside_bytes(plan)
-    if peak > request.cluster.memory.usable_bytes:
-        return None
     spread = request.cluster.spread.factor(plan.world_size)
     return replace(
         choice,
