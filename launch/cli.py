@@ -164,15 +164,8 @@ def plan(
         int, typer.Option("--samples", min=1, help="Samples of one data rank, where no global batch is given.")
     ] = 1,
     dtype: Annotated[str, typer.Option("--dtype", help="bf16, float32 or float64.")] = "bf16",
-    fix: Annotated[
-        str,
-        typer.Option(
-            "--fix", metavar="FIELDS", help="Plan fields given by hand, for example tp=4,cp=2,recompute=full."
-        ),
-    ] = "",
-    encoders: Annotated[
-        bool, typer.Option("--encoders", help="The frozen text encoders run in the training loop.")
-    ] = False,
+    fix: Annotated[str, typer.Option("--fix", metavar="FIELDS", help="Plan fields by hand: tp=4,cp=2,...")] = "",
+    encoders: Annotated[bool, typer.Option("--encoders", help="The frozen text encoders run in the loop.")] = False,
     top: Annotated[int, typer.Option("--top", min=1, help="Plans in the table.")] = 5,
     tune: Annotated[
         bool, typer.Option("--tune", help="Set the overlap knobs of the plans shown: slices, prefetch, deferral.")
@@ -180,9 +173,7 @@ def plan(
     explain: Annotated[
         bool, typer.Option("--explain", help="What binds the best plan, what it duplicates, what would change it.")
     ] = False,
-    paper: Annotated[
-        bool, typer.Option("--paper", help="The plans of the paper's Table 3 beside the best ones.")
-    ] = False,
+    paper: Annotated[bool, typer.Option("--paper", help="The plans of the paper's Table 3 as well.")] = False,
     report: Annotated[
         Path | None, typer.Option("--report", metavar="DIR", help="Write pictures, an HTML page and a trace.")
     ] = None,
@@ -374,13 +365,21 @@ def calibrate(
         int | None,
         typer.Option("--nproc", min=2, help="Processes to measure with; default: 4. Leave it out under torchrun."),
     ] = None,
+    card: Annotated[
+        Path | None, typer.Option("--card", metavar="JSON", help="What kernels_gpu.py wrote of a GPU.")
+    ] = None,
+    base: Annotated[str, typer.Option("--base", help="With --card: the cluster of its links.")] = "grand-teton-h100",
 ) -> None:
-    """Measure this machine and write its cluster file.
+    """Measure this machine, or take what was measured on a GPU, and write a cluster file.
 
-    Times compute and collectives of CPU processes, all at once as in a training step, and fits the
-    prices to them; then plan with --cluster FILE. Under torchrun it measures the whole job, the
-    links between its servers included. Takes about a minute on an idle machine.
+    Times CPU processes, all at once as in a training step, and fits the prices to them; under
+    torchrun the links between servers too. About a minute when idle. Plan with --cluster FILE.
     """
+    if card is not None:
+        from ..perf_model.card import write
+
+        print(f"wrote {out}: {write(card, base, out).about}")
+        return
     from .calibrate import run
 
     raise typer.Exit(run(out=out, nproc=nproc))

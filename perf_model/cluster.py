@@ -249,10 +249,6 @@ class Cluster:
         return self.topology.gpus_per_server
 
     @property
-    def servers(self) -> int:
-        return self.topology.servers
-
-    @property
     def gpus(self) -> int:
         return self.topology.gpus_per_server * self.topology.servers
 
@@ -263,7 +259,12 @@ class Cluster:
 
     def grid(self, name: str) -> Grid | None:
         """A CSV beside the cluster file; None for no name."""
-        return read_grid(str(self.folder / name)) if name else None
+        return read_grid(self.beside(name)) if name else None
+
+    def beside(self, name: str) -> str:
+        """The path of a table: beside the cluster file, else among the shipped ones, where its base comes from."""
+        path = self.folder / name
+        return str(path if path.is_file() else FOLDER / name)
 
     def with_(self, **changes: Any) -> Cluster:
         """A changed copy.

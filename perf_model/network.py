@@ -155,7 +155,7 @@ class Network:
         self._corrections: dict[str, Grid] = {}
         if nccl is not None:
             if nccl.correction:
-                self._corrections = read_grids(str(cluster.folder / nccl.correction))
+                self._corrections = read_grids(cluster.beside(nccl.correction))
             self._ring_reach = _by_bytes(nccl.ring_reach)
             self._tree_reach = _by_bytes(nccl.tree_reach)
 

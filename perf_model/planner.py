@@ -118,7 +118,8 @@ def search(request: Request) -> Search:
     if not request.gpus <= request.cluster.gpus:
         raise CinemeshError(
             f"{request.gpus} GPUs > {request.cluster.gpus} of {request.cluster.name} "
-            f"({request.cluster.servers} servers of {request.cluster.gpus_per_server}); use fewer, or another cluster"
+            f"({request.cluster.topology.servers} servers of {request.cluster.gpus_per_server}); "
+            "use fewer, or another cluster"
         )
     prices = Prices(request)
     refused: list[Refusal] = []

@@ -44,7 +44,7 @@ def test_every_number_says_where_it_comes_from(name: str) -> None:
 def test_shipped() -> None:
     assert set(SHIPPED) <= set(names())
     paper = load("grand-teton-h100")
-    assert (paper.gpus, paper.gpus_per_server, paper.servers) == (6144, 8, 768)
+    assert (paper.gpus, paper.gpus_per_server, paper.topology.servers) == (6144, 8, 768)
     assert paper.gpu.peak_flops["bfloat16"] == 989.4e12
     assert paper.topology.nic_bytes_per_s == 50e9 and paper.gpu.memory_bytes == 80 * 2**30
     assert load("h100-hbm2e-500w").gpu.memory_bytes_per_s == 2.4e12
