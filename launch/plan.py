@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import CinemeshError
+from ..files import atomic_file
 from ..model.config import preset
 from ..model.step import Batch
 from ..parallel.plan import Plan
@@ -102,7 +103,8 @@ def run(
         if not as_json:
             _print_why(console, why)
     if out is not None:
-        _write(out, found.best.plan.to_yaml())
+        with atomic_file(out) as unfinished:
+            unfinished.write_text(found.best.plan.to_yaml())
     if report is not None:
         from ..perf_model.report import write
 
@@ -136,13 +138,6 @@ def _fixed(text: str) -> dict[str, object]:
     plan = Plan.parse(text)
     given = {item.partition("=")[0].strip() for item in text.split(",")}
     return {name: getattr(plan, name) for name in given}
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 # -- as data ----------------------------------------------------------------------------------------------------------

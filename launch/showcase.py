@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CinemeshError
+from ..files import atomic_file
 from ..kernels.philox import Purpose, normal_
 from ..model.codec import LatentCodec, psnr
-from .clips import atomic_file, read_captions, write_contact_sheet, write_mp4
+from .clips import read_captions, write_contact_sheet, write_mp4
 from .config import DataSection, SampleSection
 from .data import Samples
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .clips import atomic_file
+from ..files import atomic_file
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -7,7 +7,6 @@ the mean error over the samples falls.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Literal, cast, get_args, get_type_hints
 
 import yaml
 
+from ..files import atomic_file
 from ..parallel.program import Op, Program
 from .cluster import Cluster, Measured, load
 from .compute import ATTENTION, Compute, matmul_shape
@@ -348,7 +348,6 @@ def _find(cluster: Cluster, path: str) -> Any:
 
 def write(cluster: Cluster, machine: Machine, path: Path) -> Cluster:
     """Write the file, whole or not at all; the cluster as read back from it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(cluster_text(cluster, machine))
-    os.replace(partial, path)
+    with atomic_file(path) as unfinished:
+        unfinished.write_text(cluster_text(cluster, machine))
     return load(str(path))

@@ -8,13 +8,13 @@ of the step's longest call in each direction, scale the laws of the base cluster
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..errors import CinemeshError
+from ..files import atomic_file
 from .cluster import Cluster, load
 from .compute import Compute
 
@@ -99,7 +99,6 @@ def write(source: Path, base_name: str, out: Path) -> Cluster:
     values, base = _read(source), load(base_name)
     if base.nccl is None:
         raise CinemeshError(f"card: {base_name} is no GPU cluster; name the one whose links and memory the card has")
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(text_of(values, base, base_name, out.stem))
-    os.replace(partial, out)
+    with atomic_file(out) as unfinished:
+        unfinished.write_text(text_of(values, base, base_name, out.stem))
     return load(str(out))

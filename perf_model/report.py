@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..errors import CinemeshError
+from ..files import atomic_file
 from ..model.step import Batch
 from . import explain, trace
 from .draw_plans import draw_landscape, draw_scaling, draw_terms
@@ -31,7 +32,6 @@ from .family import Choice, Request
 from .landscape import deals, explore, scale, sizes
 from .page import Picture, Story, render
 from .planner import Search
-from .trace import partial
 
 COMPARED = 5  # plans whose step is taken apart side by side
 CHANGES = 5  # sensitivities
@@ -155,7 +155,7 @@ def write(folder: Path, request: Request, found: Search) -> None:
             pictures.append(_picture(folder, sheet, story))
         tick("writing the page")
         trace.write(folder / TRACE, {f"predicted, {describe(story.best.plan)}": story.spans}, story.best)
-        with partial(folder / PAGE) as unfinished:
+        with atomic_file(folder / PAGE) as unfinished:
             unfinished.write_text(render(story, pictures))
 
 
@@ -182,7 +182,7 @@ def _picture(folder: Path, sheet: Sheet, story: Story) -> Picture:
         figure = drawn(sheet, story)
         svg = io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None})
-        with partial(folder / f"{sheet.name}.png") as unfinished:
+        with atomic_file(folder / f"{sheet.name}.png") as unfinished:
             figure.savefig(unfinished, format="png", dpi=PNG_DPI)
     return Picture(sheet.name, sheet.title, sheet.caption, svg.getvalue())
 

@@ -7,14 +7,13 @@ the collective ends, so a span with ``waited_s`` tells where the wait lies.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..files import atomic_file
 from ..parallel.ops import OPS
 from .explain import Whole
 from .footprint import Stack, stack
@@ -231,16 +230,5 @@ def chrome(processes: Mapping[str, Sequence[Timed]], whole: Whole | None = None)
 
 def write(path: Path, processes: Mapping[str, Sequence[Timed]], whole: Whole | None = None) -> None:
     """Write a trace file. The final name appears when the file is complete."""
-    with partial(path) as unfinished:
+    with atomic_file(path) as unfinished:
         unfinished.write_text(json.dumps(chrome(processes, whole)))
-
-
-@contextmanager
-def partial(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; takes the final name when all went well, else is removed."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

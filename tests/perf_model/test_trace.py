@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
+from cinemesh.files import atomic_file
 from cinemesh.model.config import preset
 from cinemesh.model.step import Batch, build_step, prepare
 from cinemesh.parallel.ops import OPS
@@ -157,7 +158,7 @@ def test_measured_spans_stand_beside_predicted_ones() -> None:
 def test_an_unfinished_file_has_no_final_name(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text("old")
-    with pytest.raises(RuntimeError), trace.partial(path) as unfinished:
+    with pytest.raises(RuntimeError), atomic_file(path) as unfinished:
         unfinished.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old"
