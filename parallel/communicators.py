@@ -36,7 +36,7 @@ class Held:
 
 def communicator(op: Op) -> str:
     """The name of the communicator that a collective runs on."""
-    return f"{op.lane} {op.kind}" if op.lane in _DIVIDED else op.lane
+    return f"{op.lane}:{op.kind}" if op.lane in _DIVIDED else op.lane
 
 
 def communicators(plan: Plan) -> list[Held]:
@@ -45,7 +45,7 @@ def communicators(plan: Plan) -> list[Held]:
     The process group that a job is started with comes on top, once it has communicated.
     """
     return [
-        Held(" ".join(filter(None, (lane_name(axes), kind))), axes, plan.size(axes))
+        Held(":".join(filter(None, (lane_name(axes), kind))), axes, plan.size(axes))
         for axes, kind in GROUPS
         if plan.size(axes) > 1
     ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from ..errors import CinemeshError
 from ..model.config import ModelConfig
 from ..model.step import Batch, build_step, prepare
+from ..parallel.communicators import communicator, communicators
 from ..parallel.ops import OPS
 from ..parallel.plan import AXES, Plan
 from ..parallel.program import Op, Program
@@ -19,7 +20,7 @@ from .family import Choice, Request
 from .footprint import Footprint, footprint
 from .network import Network
 from .planner import search
-from .timeline import Tape, Timeline, communicator, play, price
+from .timeline import Tape, Timeline, play, price
 
 SPELT_OUT = 4  # activations kept from which on only their number is shown
 _LAYER = re.compile(r"^mb\d+/|blocks\.\d+\.|~")
@@ -52,14 +53,14 @@ def played(program: Program, batch: Batch, cluster: Cluster, frozen: FrozenCost 
     plan = program.plan
     tape = price(program, Compute(cluster), Network(cluster), cluster)
     timeline = play(tape)
-    communicators = len({communicator(op) for op in program.ops if "axes" in op.attrs and op.kind != "wait"}) + 1
+    held = len(communicators(plan)) + 1  # and the process group that the job was started with
     return Whole(
         plan,
         batch,
         program,
         tape,
         timeline,
-        footprint(program, cluster, communicators, frozen.bytes if frozen else 0),
+        footprint(program, cluster, held, frozen.bytes if frozen else 0),
         (timeline.step_s + (frozen.seconds if frozen else 0.0)) * cluster.spread.factor(plan.world_size),
     )
 

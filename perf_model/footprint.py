@@ -73,10 +73,6 @@ class Footprint:
     peak_op: str
     limit_bytes: float
 
-    @property
-    def fits(self) -> bool:
-        return self.peak_bytes <= self.limit_bytes
-
 
 def outside(cluster: Cluster, communicators: int) -> dict[str, int]:
     """Bytes that no program owns: CUDA context with its libraries, and NCCL's buffers by number of communicators."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..model.step import prepare
-from ..parallel.layout import FSDP, REPLICATED_UNIT, WORLD, Axes
+from ..parallel.communicators import GROUPS, communicator
+from ..parallel.layout import Axes
 from ..parallel.memory import lifetimes
 from ..parallel.ops import DTYPE_BYTES, OPS
 from ..parallel.plan import Plan
@@ -25,7 +26,7 @@ from .compute import Compute
 from .footprint import FLAT, UNIT, class_of
 from .network import Cost, Group, Network, group_of, placed
 from .shallow import Shallow, canonical
-from .timeline import COMPUTE, ISSUE, WAIT, Record, Tape, Timeline, communicator, play, price
+from .timeline import COMPUTE, ISSUE, WAIT, Record, Tape, Timeline, play, price
 
 STEADY_BLOCKS = 6  # from here on two blocks in the middle must agree
 STEADY = 1e-6  # relative difference of two blocks' times that counts as none
@@ -56,14 +57,14 @@ class Collective:
 
 
 Groups = dict[Axes, Group]
-GROUPS: tuple[Axes, ...] = (("tp",), ("cp",), FSDP, REPLICATED_UNIT, ("dp_replicate",), WORLD)
+_AXES = tuple(dict.fromkeys(axes for axes, _ in GROUPS))
 
 
 def groups_of(plan: Plan, cluster: Cluster, order: Axes = ()) -> Groups:
     """How every group of axes lies on the network, by the plan's rank order or another."""
     order = order or plan.order
     sizes = tuple(plan.size(axis) for axis in order)
-    return {axes: placed(cluster, order, sizes, axes) for axes in GROUPS if plan.size(axes) > 1}
+    return {axes: placed(cluster, order, sizes, axes) for axes in _AXES if plan.size(axes) > 1}
 
 
 class NotSteady(Exception):
@@ -72,12 +73,10 @@ class NotSteady(Exception):
 
 @dataclass(frozen=True)
 class Priced:
-    """A step priced from its skeleton. Times in seconds, bytes of one rank."""
+    """A step priced from its skeleton: seconds of the whole, and of its compute alone."""
 
     step_s: float
     compute_s: float
-    timeline: Timeline
-    tape: Tape
 
 
 class Skeleton:
@@ -289,7 +288,7 @@ class Skeleton:
             deep = Shallow(shallow.config, plan, shallow.batch, blocks=shallow.config.layers)
             return Skeleton(deep, plan, self.compute, cluster).price(plan, network, cluster)
         compute_s = tape.compute_s + self.more * self._block_compute_s
-        return Priced(step_s, compute_s, timeline, tape)
+        return Priced(step_s, compute_s)
 
     # -- memory ---------------------------------------------------------------------------------------------------
 

@@ -16,8 +16,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field, replace
 
+from ..parallel.communicators import communicator
 from ..parallel.ops import OPS
-from ..parallel.program import Op, Program
+from ..parallel.program import Program
 from .cluster import Cluster
 from .compute import Compute
 from .network import FREE, Cost, Network, group_of
@@ -73,11 +74,6 @@ class Timeline:
     @property
     def total_exposed_s(self) -> float:
         return sum(self.exposed_s.values())
-
-
-def communicator(op: Op) -> str:
-    """Which communicator a collective runs on: gathers and reductions of units have one each (``mesh.GROUPS``)."""
-    return f"{op.lane}:{op.kind}" if op.lane == "dp_shard*cp" else op.lane
 
 
 def price(program: Program, compute: Compute, network: Network | None, cluster: Cluster) -> Tape:

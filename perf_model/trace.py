@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..files import atomic_file
+from ..parallel.communicators import communicator
 from ..parallel.ops import OPS
 from .explain import Whole
 from .footprint import Stack, stack
-from .timeline import communicator
 
 COMPUTE = "compute"
 WAIT = "wait"

@@ -34,8 +34,8 @@ def test_communicators_of_the_paper_plan_at_6144_ranks() -> None:
     assert held == {
         "tp": 4,
         "cp": 2,
-        "dp_shard*cp all_gather": 1536,
-        "dp_shard*cp reduce_scatter": 1536,
+        "dp_shard*cp:all_gather": 1536,
+        "dp_shard*cp:reduce_scatter": 1536,
         "dp_shard*cp*tp": 6144,
         "dp_replicate*dp_shard*cp*tp": 6144,
     }

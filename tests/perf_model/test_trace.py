@@ -10,13 +10,14 @@ import pytest
 from cinemesh.files import atomic_file
 from cinemesh.model.config import preset
 from cinemesh.model.step import Batch, build_step, prepare
+from cinemesh.parallel.communicators import communicator
 from cinemesh.parallel.ops import OPS
 from cinemesh.parallel.plan import Plan
 from cinemesh.perf_model import trace
 from cinemesh.perf_model.explain import Whole
 from cinemesh.perf_model.footprint import Footprint, stack
 from cinemesh.perf_model.network import Cost
-from cinemesh.perf_model.timeline import COMPUTE, ISSUE, WAIT, Record, Tape, communicator, play
+from cinemesh.perf_model.timeline import COMPUTE, ISSUE, WAIT, Record, Tape, play
 from cinemesh.perf_model.trace import Span
 
 LATENT = (2, 4, 4)
