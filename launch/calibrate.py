@@ -67,9 +67,11 @@ def _case(
     return Case(config, Batch(samples, latent), plan)
 
 
-# Head dims 16, 32, 64 and 128; products from slim to square; flat shards of 0.1 to 10 MB.
+# Head dims 16, 32, 64 and 128, the smallest with short and long rows; products from slim to square; flat shards of
+# 0.1 to 10 MB.
 CASES = (
     _case(96, 6, 256, (1, 16, 16), 2),
+    _case(128, 8, 384, (4, 32, 32), 2, cp=2),
     _case(128, 4, 384, (2, 16, 16), 4),
     _case(160, 5, 448, (2, 16, 16), 8, tp=1),
     _case(224, 7, 640, (4, 16, 16), 8, cp=4),
