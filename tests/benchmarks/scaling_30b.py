@@ -21,7 +21,7 @@ from cinemesh.model.step import Batch
 from cinemesh.parallel.plan import Plan
 from cinemesh.perf_model.cluster import load
 from cinemesh.perf_model.compute import Compute
-from cinemesh.perf_model.explain import describe, exposures, mfu, whole
+from cinemesh.perf_model.explain import Whole, describe, mfu, terms, whole
 from cinemesh.perf_model.family import Bucket, Choice, Prices, Request, parts
 from cinemesh.perf_model.planner import search
 from cinemesh.perf_model.shallow import Shallow
@@ -51,8 +51,9 @@ class Row:
 class Point:
     """One point of the scaling table. ``step_scaling`` and ``kept_scaling``: against tp * cp = 4, 1 is ideal.
 
-    ``compute_s`` is what the kernels alone take: it falls behind 1 / (tp * cp) where waves of attention blocks do not
-    fill the SMs.
+    ``nic``: the part of the step in which the NICs carry bytes at their full rate. ``limits``: by what the step is
+    longer than that of the first point over tp * cp, in shares of the step, the largest first: kernels that fill the
+    SMs less well, compute slowed by collectives, and exposed collectives by lane.
     """
 
     tp: int
@@ -65,7 +66,23 @@ class Point:
     kept_scaling: float
     transient_bytes: int
     exposed: float
-    limit: str
+    nic: float
+    limits: dict[str, float]
+
+
+def lost(played: Whole, first: Whole) -> dict[str, float]:
+    """Shares of a step that the first point's step, split over more ranks, would not have."""
+    fewer = played.plan.tp * played.plan.cp / (first.plan.tp * first.plan.cp)
+    ideal = terms(first)
+    more = {name: seconds - ideal.get(name, 0.0) / fewer for name, seconds in terms(played).items()}
+    shares = {name: seconds / played.step_s for name, seconds in more.items()}
+    return {name: share for name, share in sorted(shares.items(), key=lambda item: -item[1]) if share > 0.002}
+
+
+def nic_share(played: Whole) -> float:
+    """Seconds that the bytes of all collectives over NICs take alone, over those of the step."""
+    costs = (record.cost for record in played.tape.records)
+    return sum(cost.transfer_s for cost in costs if cost.link == "nic") / played.step_s
 
 
 def row(name: str, plan: Plan) -> Row:
@@ -101,7 +118,7 @@ def table() -> list[Row]:
 
 def scaling() -> list[Point]:
     points: list[Point] = []
-    base: tuple[float, int, int] | None = None
+    base: tuple[Whole, int, int] | None = None
     for tp, cp in SCALING:
         request = Request(
             CONFIG,
@@ -119,24 +136,24 @@ def scaling() -> list[Point]:
         played = whole(CONFIG, best.plan, Batch(1, LATENT), CLUSTER)
         ranks = tp * cp
         if base is None:
-            base = (played.step_s, kept, ranks)
+            base = (played, kept, ranks)
         transient = sum(
             played.footprint.by_class.get(name, 0) for name in ("transients", "gathered units", "unit gradients")
         )
-        worst = exposures(played)[0]
         points.append(
             Point(
                 tp,
                 cp,
                 describe(best.plan),
                 played.step_s,
-                base[0] * base[2] / (played.step_s * ranks),
+                base[0].step_s * base[2] / (played.step_s * ranks),
                 played.tape.compute_s,
                 kept,
                 base[1] * base[2] / (kept * ranks),
                 transient,
                 played.timeline.total_exposed_s / played.timeline.step_s,
-                f"{worst.name} {worst.exposed_s:.3f} s exposed",
+                nic_share(played),
+                lost(played, base[0]),
             )
         )
     return points
@@ -152,7 +169,7 @@ def main() -> None:
     for r in rows:
         print(f"{r.name:<32} {r.step_s:8.3f} {r.communication_cost:14.1%} {r.exposed:8.1%} {r.mfu:6.1%}  {r.plan}")
     points = scaling()
-    heads = ("tp", "cp", "step s", "scaling", "compute s", "kept GB", "scaling", "transient GB", "exposed")
+    heads = ("tp", "cp", "step s", "scaling", "compute s", "kept GB", "scaling", "transient GB", "exposed", "NIC busy")
     print("\n" + " ".join(f"{head:>12}" for head in heads))
     for p in points:
         cells = (
@@ -165,8 +182,10 @@ def main() -> None:
             f"{p.kept_scaling:.1%}",
             f"{p.transient_bytes / 1e9:.2f}",
             f"{p.exposed:.1%}",
+            f"{p.nic:.0%}",
         )
-        print(" ".join(f"{cell:>12}" for cell in cells), f" {p.limit}")
+        limits = ", ".join(f"{name} {share:.1%}" for name, share in p.limits.items())
+        print(" ".join(f"{cell:>12}" for cell in cells), f" {limits}")
     if given.json:
         values = {
             "predicted": True,
