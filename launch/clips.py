@@ -122,15 +122,15 @@ def _scene(row: object, where: str) -> Scene:
     return scene
 
 
-def read_frames(path: Path, size: int) -> Tensor:
-    """All frames of a video, each scaled and centre-cropped to ``size`` pixels square.
+def read_frames(path: Path, height: int, width: int) -> Tensor:
+    """All frames of a video, each scaled and centre-cropped to ``height`` x ``width`` pixels.
 
-    Returns uint8 [T, size, size, 3]. Raises CinemeshError for a file that cannot be decoded.
+    Returns uint8 [T, height, width, 3]. Raises CinemeshError for a file that cannot be decoded.
     """
     try:
         with av.open(str(path)) as container:
             frames = [
-                np.asarray(ImageOps.fit(frame.to_image(), (size, size), Image.Resampling.BILINEAR))
+                np.asarray(ImageOps.fit(frame.to_image(), (width, height), Image.Resampling.BILINEAR))
                 for frame in container.decode(video=0)
             ]
     except (FFmpegError, OSError, IndexError) as error:  # IndexError: no video stream
@@ -142,8 +142,10 @@ def read_frames(path: Path, size: int) -> Tensor:
     return torch.from_numpy(np.stack(frames))
 
 
-def read_scenes(clips: Mapping[str, Path], scenes: Sequence[Scene], size: int) -> Iterator[tuple[Scene, Tensor]]:
-    """Each scene with its frames, uint8 [T, size, size, 3]; every file is decoded once.
+def read_scenes(
+    clips: Mapping[str, Path], scenes: Sequence[Scene], height: int, width: int
+) -> Iterator[tuple[Scene, Tensor]]:
+    """Each scene with its frames, uint8 [T, height, width, 3]; every file is decoded once.
 
     Scenes come file by file. Raises CinemeshError when a scene's file or frames do not exist.
     """
@@ -154,7 +156,7 @@ def read_scenes(clips: Mapping[str, Path], scenes: Sequence[Scene], size: int) -
                 f"scene {here[0].name} needs {file}, which is not among the clips "
                 f"({', '.join(sorted(clips))}): correct data.clips or the captions file"
             )
-        frames = read_frames(clips[file], size)
+        frames = read_frames(clips[file], height, width)
         for scene in here:
             if scene.last_frame >= len(frames):
                 raise CinemeshError(
@@ -182,14 +184,14 @@ def write_mp4(path: Path, frames: Tensor, frame_rate: int = FRAME_RATE) -> None:
 
 def write_contact_sheet(path: Path, clips: Mapping[str, Tensor], columns: int = 8) -> None:
     """Write a PNG with one labelled row for each clip: ``columns`` of its frames, evenly spaced."""
-    tile = max(max(frames.shape[1:3]) for frames in clips.values())
-    sheet = Image.new("RGB", (columns * tile, len(clips) * (tile + LABEL_PX)), "white")
+    height, width = (max(frames.shape[dim] for frames in clips.values()) for dim in (1, 2))
+    sheet = Image.new("RGB", (columns * width, len(clips) * (height + LABEL_PX)), "white")
     draw = ImageDraw.Draw(sheet)
     for row, (label, frames) in enumerate(clips.items()):
-        top = row * (tile + LABEL_PX)
+        top = row * (height + LABEL_PX)
         draw.text((2, top + 1), label, fill="black")
         count = min(columns, len(frames))
         for column, index in enumerate(np.linspace(0, len(frames) - 1, count).round().astype(int)):
-            sheet.paste(Image.fromarray(frames[index].numpy()), (column * tile, top + LABEL_PX))
+            sheet.paste(Image.fromarray(frames[index].numpy()), (column * width, top + LABEL_PX))
     with atomic_file(path) as part:
         sheet.save(part, format="PNG")

@@ -23,6 +23,7 @@ from ..model.config import Encoder, ModelConfig, preset
 from ..model.flow import CAPTION_DROPOUT
 from ..model.step import Optimizer
 from ..parallel.plan import Plan
+from .buckets import Bucket
 from .data import DataSettings
 from .text import TextEncoder
 
@@ -59,13 +60,8 @@ class DataSection(DataSettings):
     """The data's settings, the directory of their cache, and what one optimizer step takes of them."""
 
     cache: Path
-    global_batch: Count
-    balance: Annotated[float, Field(ge=0, le=1)] = 0.0  # of scenes: see data.balanced
-
-    def latent(self, codec: LatentCodec) -> tuple[int, int, int]:
-        """(T, H, W) of a window's latent."""
-        side = self.size // codec.spatial_stride
-        return math.ceil(self.frames / codec.temporal_stride), side, side
+    global_batch: Count  # samples of a step, whatever its bucket
+    balance: Annotated[float, Field(ge=0, le=1)] = 0.0  # of scenes: see order.balanced
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -116,6 +112,7 @@ class SampleSection:
     """Clips sampled when training is done: of the named scenes' captions, or of every scene's."""
 
     scenes: tuple[str, ...] | None = None
+    bucket: str | None = None  # FRAMESxHEIGHTxWIDTH, one of the data's; the first of them
     steps: Count = 50
     guidance: Annotated[float, Field(ge=0)] = 7.5  # Movie Gen 3.1.2
     seed: CountOrNone = 0
@@ -140,6 +137,15 @@ class Config:
     caption_dropout: Share = CAPTION_DROPOUT
     capture: Literal["auto", "off", "required"] = "auto"  # steps replay: frozen calls, or a CUDA Graph
     kernels: dict[str, str] = field(default_factory=dict)  # op or "all" -> package, in place of the registry's choice
+
+    @property
+    def sampled(self) -> Bucket:
+        """The bucket whose shape sampled clips have. Raises CinemeshError when ``sample.bucket`` names none."""
+        shapes = {str(bucket): bucket for bucket in self.data.shapes}
+        name = (self.sample and self.sample.bucket) or next(iter(shapes))
+        if name not in shapes:
+            raise CinemeshError(f"sample.bucket is {name!r}; the data have the buckets {', '.join(shapes)}")
+        return shapes[name]
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:

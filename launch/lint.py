@@ -30,7 +30,7 @@ from ..parallel.guard import Finding, Guard
 from ..parallel.layout import Axes
 from ..parallel.ledger import Entry, difference, expected
 from ..parallel.memory import lifetimes
-from ..parallel.ops import OPS
+from ..parallel.ops import FUSED, OPS
 from ..parallel.plan import Plan
 from ..parallel.program import Program, lane_name
 from ..parallel.tape import same
@@ -46,6 +46,10 @@ CHECKS = {
     "writes": "no op writes outside of its outputs",
     "baked in": "two frozen steps make the same calls: nothing that changes between steps is in them",
 }
+
+FUSED_NOTE = (
+    "  fused_tp: checked as its collectives and products; what torch's symmetric memory makes of them, a GPU must show"
+)
 
 
 class _Done(dist.Work):
@@ -121,7 +125,7 @@ def unpaired(program: Program) -> list[Finding]:
             found.append(Finding("order", f"{op.name} (wait)", f"{op.attrs['issue']} is not in flight here"))
         elif op.kind == "wait":
             flying.remove(op.attrs["issue"])
-        elif op.kind not in OPS:
+        elif op.kind not in OPS and op.kind not in FUSED:
             flying.add(op.name)
     return found + [Finding("order", f"{name} (issue)", "nobody waits for it") for name in sorted(flying)]
 
@@ -143,7 +147,7 @@ def _guarded(case: Case, runner: StepRunner, comm: Alone) -> list[Finding]:
         for record, workspace in zip(runner.executor.records, lifetimes(runner.program).workspace_bytes, strict=True):
             with Guard(record, workspace) as guard:
                 record.run()
-            if record.op.kind in OPS:
+            if record.op.kind in OPS or record.op.kind in FUSED:
                 found += guard.findings
     if (wrong := difference(comm.ledger, expected(runner.program))) is not None:
         found.append(Finding("order", "the step", wrong))
@@ -159,10 +163,10 @@ def _two_frozen_steps(case: Case, runner: StepRunner) -> list[Finding]:
         taken.append(Frozen(runner.executor))
         taken[-1].record()
     found: list[Finding] = []
-    for op, first, second in zip(runner.program.ops, taken[0].segments, taken[1].segments, strict=True):
+    for part, first, second in zip(taken[0].parts, taken[0].segments, taken[1].segments, strict=True):
         if first is None or second is None:
             continue
-        name = f"{op.name} ({op.kind})"
+        name = f"{part.op.name} ({part.op.kind})"
         if len(first.calls) != len(second.calls):
             found.append(
                 Finding("baked in", name, f"{len(first.calls)} calls in one step, {len(second.calls)} in the next")
@@ -199,6 +203,8 @@ def run(*, plan: str, model: str, as_json: bool) -> int:
 def _show(plan: Plan, found: Sequence[Finding]) -> None:
     console = Console(highlight=False)
     console.print(f"plan {plan.equation()}: may a step be captured?")
+    if plan.fused_tp:
+        console.print(FUSED_NOTE, soft_wrap=True)
     for check, says in CHECKS.items():
         mine = [f for f in found if f.check == check]
         console.print(f"  {'[bold red]NO[/]' if mine else '[green]ok[/]'}  {check:<13} {says}", soft_wrap=True)

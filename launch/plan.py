@@ -20,6 +20,7 @@ from ..perf_model.explain import Whole, describe, whole
 from ..perf_model.family import Bucket, Choice, Request
 from ..perf_model.paper import STAGES
 from ..perf_model.planner import ERROR_BAR, Refusal, Search, search
+from ..perf_model.startup import start_up
 from .show import new_console, parse_latent, plain_table
 
 NUMBERS = (
@@ -32,6 +33,9 @@ NUMBERS = (
     "tokens",
     "GPUs",
     "gain",
+    "ranks",
+    "MB",
+    "s",
 )  # right-aligned
 DISAGREES = 0.01  # relative difference between the search's step time and the whole step's that is told
 
@@ -89,6 +93,7 @@ def run(
         "refused": [asdict(refusal) for refusal in found.refused],
         "played": found.played,
         "bounded": found.bounded,
+        "start_up": _start_up(found.best.plan, request),
     }
     console = new_console()
     if not as_json:
@@ -102,6 +107,7 @@ def run(
         values["why"] = why = _why(request, found)
         if not as_json:
             _print_why(console, why)
+            _print_start_up(console, found.best.plan, request)
     if out is not None:
         with atomic_file(out) as unfinished:
             unfinished.write_text(found.best.plan.to_yaml())
@@ -135,7 +141,7 @@ def _fixed(text: str) -> dict[str, object]:
     """Plan fields given by hand, checked by the plan itself."""
     if not text:
         return {}
-    plan = Plan.parse(text)
+    plan = Plan.parse(text, tp=2, cp=2, dp_shard=2)  # degrees left open allow every overlap
     given = {item.partition("=")[0].strip() for item in text.split(",")}
     return {name: getattr(plan, name) for name in given}
 
@@ -183,6 +189,17 @@ def paper_rows(request: Request) -> list[dict[str, object]]:
             }
         )
     return rows
+
+
+def _start_up(plan: Plan, request: Request) -> dict[str, object]:
+    """The communicators that a rank holds under a plan, with their bytes and seconds, each and in all."""
+    rows = start_up(plan, request.cluster)
+    return {
+        "communicators": len(rows),
+        "bytes": sum(row.bytes for row in rows),
+        "seconds": sum(row.seconds for row in rows),
+        "each": [asdict(row) for row in rows],
+    }
 
 
 def _why(request: Request, found: Search) -> dict[str, object]:
@@ -306,3 +323,25 @@ def _print_why(console: Console, values: dict[str, object]) -> None:
     )
     lines("why the runner-up lost", runner_up)
     lines("what would change it", [f"{c['change']}: {c['gain']:+.1%} samples/s; {c['note']}" for c in changes])
+
+
+def _print_start_up(console: Console, plan: Plan, request: Request) -> None:
+    rows = start_up(plan, request.cluster)
+    if not rows:
+        return
+    console.print(
+        f"\ncommunicators of a rank: {len(rows)}, {sum(row.bytes for row in rows) / 1e9:.2f} GB, "
+        f"{sum(row.seconds for row in rows):.1f} s to make when the job starts "
+        "(from what is published of whole jobs)"
+    )
+    table = plain_table("communicator", "ranks", "thread blocks", "priority", "MB", "s", right=NUMBERS)
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.ranks:,}",
+            str(row.ctas) if row.ctas else "NCCL's",
+            "high" if row.high_priority else "normal",
+            f"{row.bytes / 1e6:.0f}",
+            f"{row.seconds:.1f}",
+        )
+    console.print(table)

@@ -69,7 +69,7 @@ def run(
         guidance = recipe.sample.guidance if recipe.sample else GUIDANCE
     codec, encoders = BlockDCTCodec(), build_encoders(recipe.data.encoders)
     model = recipe.model.build(codec, encoders)
-    check(model, plan, Batch(1, recipe.data.latent(codec)))
+    check(model, plan, Batch(1, recipe.sampled.latent(codec)))
     checkpoints.check_model(newest, model)
     order = Order(recipe, plan, newest, prompt, out, steps, guidance, seed)
     code = launch(nproc, sample, order) if nproc and nproc > 1 else rank_main(lambda: sample(order))
@@ -96,14 +96,14 @@ def sample(order: Order) -> None:
             codec,
             encoders,
             [order.prompt],
-            config.data.latent(codec),
+            config.sampled.latent(codec),
             order.steps,
             order.guidance,
             order.seed,
             device=place.device,
         )
         for clip in clips:
-            write_mp4(order.out, clip[: config.data.frames])
+            write_mp4(order.out, clip[: config.sampled.frames])
             print(order.out)
 
 

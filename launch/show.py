@@ -16,7 +16,7 @@ from ..errors import CinemeshError
 from ..model.config import ModelConfig, parameters, preset
 from ..model.step import Batch, build_step, prepare
 from ..parallel.memory import lifetimes
-from ..parallel.ops import OPS
+from ..parallel.ops import FUSED, OPS
 from ..parallel.plan import Plan
 from ..parallel.program import Op, Program
 from ..parallel.units import Parameter
@@ -186,16 +186,16 @@ def record(program: Program, op: Op) -> dict[str, object]:
             for name in op.outputs
         ],
     }
-    if op.kind in OPS:
+    if op.kind in OPS or op.kind in FUSED:
         values |= {"flops": program.flops(op), "bytes": program.bytes_moved(op)}
-    elif op.kind != "wait":
+    if op.kind not in OPS and op.kind != "wait":
         values |= {"payload_bytes": program.payload_bytes(op), "wire_bytes": program.wire_bytes(op)}
     return values
 
 
 def totals(program: Program) -> dict[str, object]:
     """Of one rank: collectives and compute by lane, and the peak with the record at which it is reached."""
-    compute = [op for op in program.ops if op.kind in OPS]
+    compute = [op for op in program.ops if op.kind in OPS or op.kind in FUSED]
     lanes: dict[str, dict[str, float]] = {}
     for op in program.ops:
         if op.kind not in OPS and op.kind != "wait":
@@ -276,6 +276,8 @@ def _row(program: Program, op: Op, section: Section) -> tuple[str, str, str, str
         work = quantity(flops, "FLOP") if OPS[op.kind].matmul else quantity(program.bytes_moved(op), "B")
     else:
         work = f"{quantity(program.payload_bytes(op), 'B')} > {quantity(program.wire_bytes(op), 'B')}"
+        if op.kind in FUSED:
+            work = f"{quantity(program.flops(op), 'FLOP')}\n{work}"
     return ("~" if op.clone else "") + name, op.kind, op.lane, "\n".join(outputs), work
 
 

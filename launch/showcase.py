@@ -19,6 +19,7 @@ from ..errors import CinemeshError
 from ..files import atomic_file
 from ..kernels.philox import Purpose, normal_
 from ..model.codec import LatentCodec, psnr
+from .buckets import Bucket
 from .clips import read_captions, write_contact_sheet, write_mp4
 from .config import DataSection, SampleSection
 from .data import Samples
@@ -44,10 +45,19 @@ class Score:
         )
 
 
-def captions_of(section: SampleSection, data: DataSection) -> dict[str, str]:
-    """Caption by scene, of those that shall be sampled. Raises CinemeshError for a scene that does not exist."""
-    captions = {scene.name: scene.caption for scene in read_captions(data.captions)}
+def captions_of(section: SampleSection, data: DataSection, bucket: Bucket) -> dict[str, str]:
+    """Caption by scene, of those that shall be sampled: all that ``bucket`` has windows of, or those that are named.
+
+    Raises CinemeshError for a scene that does not exist, or is too short for the bucket.
+    """
+    scenes = {scene.name: scene for scene in read_captions(data.captions)}
+    captions = {scene.name: scene.caption for scene in scenes.values() if scene.frames >= bucket.frames}
     for name in section.scenes or ():
+        if name in scenes and name not in captions:
+            raise CinemeshError(
+                f"sample.scenes: {name} has {scenes[name].frames} frames, fewer than bucket {bucket} needs: there is "
+                "nothing to compare a clip with; leave it out, or name a shorter sample.bucket"
+            )
         if name not in captions:
             near = difflib.get_close_matches(name, captions, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."

@@ -28,6 +28,7 @@ from ..model.step import build_step, check, prepare
 from ..model.weights import probe_values
 from ..parallel.comm import gather_objects
 from ..parallel.mesh import Mesh
+from ..parallel.ops import FUSED
 from ..parallel.plan import Plan
 from ..parallel.trace import Row, Span, role, summary, traced_step
 from ..perf_model.cluster import Cluster, load
@@ -98,7 +99,8 @@ def predicted_rows(whole: Whole) -> dict[str, tuple[float, float]]:
         if "axes" in op.attrs and op.kind != "wait":
             ran, exposed = rows.get(role(op.name), (0.0, 0.0))
             timeline = whole.timeline
-            ran += timeline.end[i] - timeline.start[i]
+            alone = whole.tape.records[i].cost.seconds  # of a fused record, which computes as well
+            ran += alone if op.kind in FUSED else timeline.end[i] - timeline.start[i]
             rows[role(op.name)] = ran, exposed + timeline.exposed_s.get(i, 0.0)
     return rows
 

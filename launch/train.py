@@ -4,6 +4,7 @@
 
 Every batch, random number and learning rate is a function of the step, so a run that was stopped and resumed ends with
 the weights, bit by bit, of one that was not. It is resumed from the newest complete checkpoint in its directory.
+All samples of a step are of one bucket; the steps of all buckets are captured when the run starts.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ..errors import CinemeshError
 from ..kernels.registry import kernels_for
+from ..model.buckets import BucketRunner
 from ..model.codec import BlockDCTCodec, LatentCodec
 from ..model.config import ModelConfig
 from ..model.runner import StepRunner
@@ -25,8 +29,10 @@ from ..model.step import Batch, check
 from ..model.weights import initial_values
 from ..parallel import comm
 from . import checkpoint
+from .buckets import latents_of
 from .config import Config, SampleSection, read_config
-from .data import CACHE_FILE, Cache, balanced, build_cache, collate, order
+from .data import CACHE_FILE, Cache, build_cache, collate
+from .order import Stream, balanced, turns
 from .processes import Place, Stopped, StopSignal, joined, launch, rank_main, world_size
 from .sample import sample_clips
 from .showcase import CONTACT_SHEET, captions_of, show
@@ -39,26 +45,28 @@ SKIPPED_LIMIT = 5  # updates in a row that were skipped for a gradient that is n
 
 @dataclass(frozen=True)
 class Setting:
-    """What a recipe stands for: codec, encoders, model and batch. Nothing is read but the encoders' own settings."""
+    """What a recipe stands for: codec, encoders, model, and the batch of each bucket. No video or latent is read."""
 
     config: Config
     codec: LatentCodec
     encoders: list[TextEncoder]
     model: ModelConfig
-    batch: Batch
+    batches: list[Batch]
 
     @classmethod
     def of(cls, config: Config) -> Setting:
-        """Raises CinemeshError when the plan does not divide the model or the batch."""
+        """Raises CinemeshError when the plan does not divide the model or a batch, or buckets do not fit the scenes."""
         codec = BlockDCTCodec()
         encoders = build_encoders(config.data.encoders)
         model = config.model.build(codec, encoders)
         samples = config.plan.local_batch(config.data.global_batch)
-        batch = Batch(samples, config.data.latent(codec))
-        check(model, config.plan, batch)
+        batches = [Batch(samples, latent) for latent in latents_of(config.data.shapes, codec)]
+        for batch in batches:
+            check(model, config.plan, batch)
+        config.data.scenes()
         if config.sample is not None:
-            captions_of(config.sample, config.data)
-        return cls(config, codec, encoders, model, batch)
+            captions_of(config.sample, config.data, config.sampled)
+        return cls(config, codec, encoders, model, batches)
 
 
 def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
@@ -87,12 +95,15 @@ def train(config: Config) -> None:
 
 
 def train_steps(setting: Setting, place: Place, cache: Cache, stop: StopSignal) -> StepRunner:
-    """From the newest checkpoint, if there is one, to the last step or until ``stop``; what was reached is saved."""
-    config, first = setting.config, place.rank == 0
-    runner = StepRunner(
+    """From the newest checkpoint, if there is one, to the last step or until ``stop``; what was reached is saved.
+
+    The answer holds the states.
+    """
+    config, speaks = setting.config, place.rank == 0
+    buckets = BucketRunner(
         setting.model,
         config.plan,
-        setting.batch,
+        setting.batches,
         config.optimizer,
         place.mesh,
         seed=config.seed,
@@ -100,24 +111,27 @@ def train_steps(setting: Setting, place: Place, cache: Cache, stop: StopSignal) 
         device=place.device,
         kernels=kernels_for(place.device, config.kernels),
     )
+    runner = buckets.first
     checkpoints = config.logging.directory / checkpoint.FOLDER
     newest = checkpoint.latest(checkpoints)
     if newest is None:
         runner.initialise(initial_values(config.seed))
     else:
         checkpoint.load(newest, runner)
-    telemetry = Telemetry(config.logging.directory, config.schedule.steps, runner.steps_done) if first else None
+    telemetry = Telemetry(config.logging.directory, config.schedule.steps, runner.steps_done) if speaks else None
     if telemetry:
-        telemetry.say(f"{setting.model.name}: {config.plan.equation()} processes on {place.device}; {len(cache.train)} "
-                      f"training and {len(cache.validation)} validation windows; "
+        telemetry.say(f"{setting.model.name}: {config.plan.equation()} processes on {place.device}; "
                       + (f"resumed from {newest}" if newest else "from step 0"))  # fmt: skip
-    failure = runner.capture(config.capture)
+        for windows in cache.buckets:
+            telemetry.say(f"bucket {windows.bucket}: {len(windows.train)} training and {len(windows.validation)} "
+                          "validation windows")  # fmt: skip
+    failure = buckets.capture(config.capture)
     if telemetry:
         if failure is not None:
             telemetry.say(f"steps are NOT captured, on any rank: {failure}; they run from the executor")
-        telemetry.say(runner.replay_report())
+        telemetry.say(buckets.report())
     try:
-        _Loop(setting, runner, cache, checkpoints, telemetry).run(stop)
+        _Loop(setting, buckets, cache, checkpoints, telemetry).run(stop)
     finally:
         if telemetry:
             telemetry.close()
@@ -126,8 +140,8 @@ def train_steps(setting: Setting, place: Place, cache: Cache, stop: StopSignal) 
 
 def _show_samples(setting: Setting, section: SampleSection, place: Place, cache: Cache, runner: StepRunner) -> None:
     """Sample clips with the EMA weights, write them and print how near they come to what was trained on."""
-    config, codec = setting.config, setting.codec
-    captions = captions_of(section, config.data)
+    config, codec, bucket = setting.config, setting.codec, setting.config.sampled
+    captions = captions_of(section, config.data, bucket)
     clips = sample_clips(
         setting.model,
         config.plan,
@@ -136,18 +150,19 @@ def _show_samples(setting: Setting, section: SampleSection, place: Place, cache:
         codec,
         setting.encoders,
         list(captions.values()),
-        setting.batch.latent,
+        bucket.latent(codec),
         section.steps,
         section.guidance,
         section.seed,
-        samples=setting.batch.samples,
+        samples=runner.batch.samples,
         device=place.device,
     )
     if place.rank:
         return
     folder = config.logging.directory / "samples"
-    shown = {scene: clip[: config.data.frames] for scene, clip in zip(captions, clips, strict=True)}
-    for score in show(folder, shown, cache.train, codec):
+    shown = {scene: clip[: bucket.frames] for scene, clip in zip(captions, clips, strict=True)}
+    train = next(windows.train for windows in cache.buckets if windows.bucket == str(bucket))
+    for score in show(folder, shown, train, codec):
         print(score)
     print(
         f"clips and {CONTACT_SHEET} are in {folder}; tensorboard --logdir {config.logging.directory} shows the curves"
@@ -161,23 +176,45 @@ def open_cache(setting: Setting, place: Place) -> Cache:
         build_cache(data, setting.codec, setting.encoders, data.cache)
     if place.mesh is not None:
         comm.barrier()
-    cache = Cache.open(data.cache / CACHE_FILE)
-    assert cache.latent_shape[1:] == setting.batch.latent, (cache.latent_shape, setting.batch)
-    return cache
+    return Cache.open(data.cache / CACHE_FILE)
+
+
+@dataclass(frozen=True)
+class _Done:
+    """One step that is over."""
+
+    bucket: int
+    seconds: float
+    loss: float
+    gradient_norm: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
 
 class _Loop:
     """Steps, with what is reported, validated and saved between them."""
 
     def __init__(
-        self, setting: Setting, runner: StepRunner, cache: Cache, checkpoints: Path, telemetry: Telemetry | None
+        self, setting: Setting, runners: BucketRunner, cache: Cache, checkpoints: Path, telemetry: Telemetry | None
     ) -> None:
-        self.setting, self.config, self.runner = setting, setting.config, runner
+        self.config, self.runners, self.runner = setting.config, runners, runners.first
         self.cache, self.checkpoints, self.telemetry = cache, checkpoints, telemetry
-        log = self.config.logging
-        validates = bool(log.validate_every and len(cache.validation))
-        self.epoch = balanced(cache.train.scenes, self.config.data.balance)
-        self.validation = Validation(runner, cache.validation, log.validation_draws) if validates else None
+        self.latents = [batch.latent for batch in setting.batches]
+        log, data, seed = self.config.logging, self.config.data, self.config.seed
+        self.weights = [bucket.weight for bucket in data.shapes]
+        drawn = turns(seed, self.config.schedule.steps, self.weights)
+        self.bucket, self.turn = (values.tolist() for values in drawn)  # of every step
+        self.streams = [
+            Stream(seed, bucket, balanced(windows.train.scenes, data.balance))
+            for bucket, windows in enumerate(cache.buckets)
+        ]
+        self.validations = {
+            bucket: Validation(runners.runners[self.latents[bucket]], windows.validation, log.validation_draws)
+            for bucket, windows in enumerate(cache.buckets)
+            if log.validate_every and len(windows.validation)
+        }
 
     def run(self, stop: StopSignal) -> None:
         """Up to the last step, or until ``stop``; what was reached is saved."""
@@ -185,54 +222,78 @@ class _Loop:
         step = saved = runner.steps_done
         if step == 0:
             self._validate(0)
-        losses: list[float] = []
-        norms: list[float] = []
-        skipped, since = 0, time.perf_counter()  # skipped: updates in a row
-        while step < steps and self._all_go_on(stop):
-            ids = self._load(step)
+        done: list[_Done] = []  # since the last report
+        skipped = 0  # updates in a row
+        while step < steps:
+            begun = time.perf_counter()
+            ids = self._load(step, stop)
+            if ids is None:
+                break
             lr = self.config.schedule.lr(self.config.optimizer.lr, step)
-            runner.step(lr)
+            self.runners.step(lr)
             loss, norm = runner.loss.item(), runner.gradient_norm.item()  # between steps: the step itself reads nothing
+            done.append(_Done(self.bucket[step], time.perf_counter() - begun, loss, norm))
             step += 1
-            if math.isfinite(loss) and math.isfinite(norm):
+            if done[-1].finite:
                 skipped = 0
-                losses.append(loss)
-                norms.append(norm)
             else:
                 skipped += 1
                 self._skipped(step, skipped, loss, norm, ids)
             if self.telemetry:
                 self.telemetry.advance()
             if step % log.every == 0:
-                self._report(step, losses, norms, lr, (time.perf_counter() - since) / log.every)
+                self._report(step, done, lr)
+                done = []
             if log.validate_every and (step % log.validate_every == 0 or step == steps):
                 self._validate(step)
             if log.checkpoint_every and step % log.checkpoint_every == 0:
                 self._save()
                 saved = step
-            if step % log.every == 0:
-                losses, norms, since = [], [], time.perf_counter()
         if saved != step:
             self._save()
 
-    def _all_go_on(self, stop: StopSignal) -> bool:
-        """A signal reaches the ranks at different moments; all stop after the same step."""
-        go_on = stop.signum is None
-        return go_on if self.runner.mesh is None else comm.all_agree(go_on)
+    def _load(self, step: int, stop: StopSignal) -> list[int] | None:
+        """Load this rank's share of every micro-batch: the ids of the whole global batch, or None to stop here.
 
-    def _load(self, step: int) -> list[int]:
-        """Load this rank's share of every micro-batch; the ids of the whole global batch."""
-        plan, data = self.config.plan, self.config.data
-        rank = self.runner.mesh.data_rank if self.runner.mesh else 0
+        One vote of all ranks: a signal reaches them at different moments, and a step that one of them cannot take, or
+        takes in another shape, would never end. Raises CinemeshError, on every rank, when one of them cannot load its
+        samples, and when they loaded more than one bucket.
+        """
+        failure: CinemeshError | None = None
         ids: list[int] = []
+        try:
+            ids = self._fill(step)
+        except CinemeshError as error:
+            failure = error
+        loaded = self.latents.index(self.runners.current.batch.latent)
+        if self.runner.mesh is None:
+            if failure is not None:
+                raise failure
+            return None if stop.signum is not None else ids
+        votes = torch.zeros(2 + len(self.latents), dtype=torch.int64)
+        votes[0], votes[1], votes[2 + loaded] = stop.signum is not None, failure is not None, 1
+        stopped, failed, *taken = comm.sum_over_ranks(votes).tolist()
+        if failed:
+            messages = comm.gather_objects(None if failure is None else str(failure))
+            raise failure or CinemeshError(next(str(message) for message in messages if message is not None))
+        if sum(map(bool, taken)) > 1:
+            shares = ", ".join(f"{n} of bucket {w.bucket}" for n, w in zip(taken, self.cache.buckets, strict=True) if n)
+            raise CinemeshError(
+                f"step {step + 1}: the ranks loaded batches of several buckets ({shares}), and a step has one: give "
+                "every rank the same recipe, software and latent cache"
+            )
+        return None if stopped else ids
+
+    def _fill(self, step: int) -> list[int]:
+        plan, size, bucket = self.config.plan, self.config.data.global_batch, self.bucket[step]
+        rank = self.runner.mesh.data_rank if self.runner.mesh else 0
+        train, share = self.cache.buckets[bucket].train, size // plan.micro_batches
+        indices = self.streams[bucket].take(self.turn[step] * size, size)
         for micro_batch in range(plan.micro_batches):
-            share = data.global_batch // plan.micro_batches
-            places = order(self.config.seed, step, micro_batch, plan.micro_batches, share, len(self.epoch))
-            indices = [self.epoch[place] for place in places]
-            batch = collate(self.cache.train.select(indices), rank, plan.data_ranks)
-            self.runner.load(micro_batch, batch.latents, batch.ids, batch.text, batch.mask)
-            ids += indices  # a training sample's id is its index
-        return ids
+            samples = train.select(indices[micro_batch * share : (micro_batch + 1) * share])
+            batch = collate(samples, rank, plan.data_ranks)
+            self.runners.load(micro_batch, batch.latents, batch.ids, batch.text, batch.mask)
+        return [train.first_id + index for index in indices]
 
     def _skipped(self, step: int, times: int, loss: float, norm: float, ids: list[int]) -> None:
         what = f"step {step}: loss {loss}, gradient norm {norm}; the update was skipped; samples {ids}"
@@ -244,22 +305,39 @@ class _Loop:
         if self.telemetry:
             self.telemetry.say(what)
 
-    def _report(self, step: int, losses: list[float], norms: list[float], lr: float, step_s: float) -> None:
-        """Means over the updates since the last report; those that were skipped have none."""
+    def _report(self, step: int, done: Sequence[_Done], lr: float) -> None:
+        """Means over the steps since the last report; of loss and norm, over those whose update was not skipped."""
         if self.telemetry is None:
             return
-        tokens = self.runner.config.tokens(self.setting.batch.latent) * self.config.data.global_batch
-        values = {"lr": lr, "step_s": step_s, "tokens_per_s": tokens / step_s}
-        if losses:
-            values |= {"loss": sum(losses) / len(losses), "gradient_norm": sum(norms) / len(norms)}
+        config, samples = self.runner.config, self.config.data.global_batch
+        tokens = [config.tokens(self.latents[one.bucket]) * samples for one in done]
+        values = {
+            "lr": lr,
+            "step_s": _mean(one.seconds for one in done),
+            "tokens_per_step": _mean(tokens),
+            "tokens_per_s": sum(tokens) / sum(one.seconds for one in done),
+        }
+        if finite := [one for one in done if one.finite]:
+            values["loss"] = _mean(one.loss for one in finite)
+            values["gradient_norm"] = _mean(one.gradient_norm for one in finite)
+        if len(self.latents) > 1:
+            for bucket in sorted({one.bucket for one in done}):
+                name = self.cache.buckets[bucket].bucket
+                values[f"step_s/{name}"] = _mean(one.seconds for one in done if one.bucket == bucket)
         self.telemetry.scalars(step, values)
 
     def _validate(self, step: int) -> None:
-        if self.validation is None:
+        """The mean over the buckets by weight; a bucket whose scenes are too short for held-out windows has no part."""
+        if not self.validations:
             return
-        loss = self.validation.loss()
+        losses = {bucket: validation.loss() for bucket, validation in self.validations.items()}
+        weight = sum(self.weights[bucket] for bucket in losses)
+        loss = sum(self.weights[bucket] * value for bucket, value in losses.items()) / weight
         if self.telemetry:
-            self.telemetry.scalars(step, {"validation_loss": loss})
+            values = {"validation_loss": loss}
+            if len(self.latents) > 1:
+                values |= {f"validation_loss/{self.cache.buckets[b].bucket}": value for b, value in losses.items()}
+            self.telemetry.scalars(step, values)
             self.telemetry.say(f"step {step}: validation loss {loss:.4f}")
 
     def _save(self) -> None:
@@ -268,6 +346,11 @@ class _Loop:
         )
         if self.telemetry:
             self.telemetry.say(f"saved {path}")
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
 
 
 def main() -> None:

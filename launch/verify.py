@@ -92,7 +92,8 @@ def small_case(plan: Plan, model: str = "tiny", *, max_procs: int = 8, steps: in
     text_width = math.lcm(24, shrunk.tp)
     counts = [3] + [2] * (len(full.encoders) - 1)
     encoders = tuple(replace(e, width=text_width, tokens=n) for e, n in zip(full.encoders, counts, strict=True))
-    columns = 2 * math.lcm(6, shrunk.tp * shrunk.cp * shrunk.tp_slices)  # tokens are 3 * 2 * columns / 2
+    parts = (6, shrunk.tp * shrunk.cp * shrunk.tp_slices, shrunk.cp * shrunk.kv_chunks)
+    columns = 2 * math.lcm(*parts)  # tokens are 3 * 2 * columns / 2
     config = replace(
         tiny,
         name=f"{model} (shrunk)",

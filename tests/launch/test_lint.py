@@ -32,7 +32,11 @@ ONE = Plan(dtype="float32", recompute="none")
 
 @pytest.mark.parametrize(
     "text",
-    ["tp=2,cp=2,dp_shard=2,dp_replicate=2,micro_batches=2,dtype=float32", "tp=4,cp=2,dp_shard=96"],
+    [
+        "tp=2,cp=2,dp_shard=2,dp_replicate=2,micro_batches=2,dtype=float32",
+        "tp=4,cp=2,dp_shard=96",
+        "tp=4,cp=2,dp_shard=96,fused_tp=true,recompute=full",
+    ],
 )
 def test_our_own_steps_are_clean(text: str) -> None:
     """Also degrees that this machine could never run: the other ranks are stood for."""

@@ -49,6 +49,23 @@ def test_a_world_size_that_does_not_match(
         (["data.encoders.tokens=3"], None, "--set 'data.encoders.tokens=3'"),
         (["optimizer.lrr=3"], None, "did you mean 'lr'?"),
         (["sample.scenes=[lft]"], None, "no scene 'lft'; did you mean 'left'?"),
+        (["data.buckets=[]"], None, "data.buckets is empty"),
+        (["data.buckets=[{hight: 32}]"], None, "unknown key 'data.buckets.0.hight'; did you mean 'height'?"),
+        (["data.buckets=[{width: 0}]"], None, "data.buckets: width is 0 in 8x32x0; it must be at least 1"),
+        (["data.buckets=[{}, {weight: 0}]"], None, "data.buckets: weight is 0.0 in 8x32x32; it must be a positive"),
+        (["data.buckets=[{weight: .inf}]"], None, "data.buckets.0.weight is inf"),
+        (["data.buckets=[{height: 20}]"], None, "height(20) % 8 = 4 in 8x20x32; the codec needs a multiple of 8"),
+        (["data.buckets=[{}, {frames: 7}]"], None, "8x32x32 and 7x32x32 both make latents of 1x4x4"),
+        (["data.buckets=[{}, {frames: 21}]"], None, "21x32x32 needs 21 frames, more than any scene"),
+        (
+            ["data.buckets=[{frames: 13}, {frames: 20}]"],
+            None,
+            "scene right has 12 frames, fewer than the shortest bucket",
+        ),
+        (["data.buckets=[{}, {height: 16}]", "plan.cp=4"], 4, "tokens of a 1x2x4 latent(2) % (cp(4) * tp(1) = 4) = 2"),
+        (["data.buckets=[{}, {width: 128}]"], None, "the table of model tiny has 6"),
+        (["sample.bucket=8x32x64"], None, "sample.bucket is '8x32x64'; the data have the buckets 8x32x32"),
+        (["sample.scenes=[right]", "data.buckets=[{frames: 13}, {}]"], None, "sample.scenes: right has 12 frames"),
     ],
 )
 def test_a_plan_or_recipe_that_does_not_fit_is_refused_before_anything_is_written(
@@ -144,7 +161,7 @@ def test_a_cache_that_is_truncated_or_holds_a_nan(
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
     tensors = load_file(path)
-    tensors["latent.train"][2, 3, 0, 1, 1] = torch.nan
+    tensors["latent.8x32x32.train"][2, 3, 0, 1, 1] = torch.nan
     save_file(tensors, path, metadata=header)
     message = failure(values, tmp_path, capsys)
     assert "sample 2 (scene left, frame 4) holds 1 values" in message and "NaN" in message

@@ -112,7 +112,7 @@ def test_run_writes_the_clip_of_the_ema_weights(recipe: Path, capsys: pytest.Cap
     call(recipe)
     assert capsys.readouterr().out == "out/clip.mp4\n"
     assert [path.name for path in Path("out").iterdir()] == ["clip.mp4"]
-    frames = read_frames(Path("out/clip.mp4"), 16)
+    frames = read_frames(Path("out/clip.mp4"), 16, 16)
     assert frames.shape == (FRAMES, 16, 16, 3)
 
     plan = Plan(dtype="float32")

@@ -6,20 +6,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from harness import Pool
 from torch import Tensor
-from training import STATES, cinemesh, recipe, start, states
+from training import STATES, cinemesh, in_two_buckets, recipe, start, states
 
-from cinemesh.launch import checkpoint, showcase
+from cinemesh.errors import CinemeshError
+from cinemesh.launch import checkpoint, showcase, train
+from cinemesh.launch.clips import read_frames
 from cinemesh.launch.config import check_config
-from cinemesh.launch.data import Sample
+from cinemesh.launch.data import Batch, Sample, collate
+from cinemesh.launch.order import Stream, turns
 from cinemesh.launch.processes import Place, StopSignal
 from cinemesh.launch.telemetry import METRICS_FILE, Telemetry, read_metrics
 from cinemesh.launch.train import Setting, open_cache, train_steps
@@ -28,7 +33,7 @@ from cinemesh.model import flow
 from cinemesh.model.config import parameters
 from cinemesh.model.reference import Reference
 from cinemesh.model.runner import StepRunner
-from cinemesh.model.weights import fill_shard, full, probe_values
+from cinemesh.model.weights import fill_shard, full, initial_values, probe_values
 from cinemesh.parallel.comm import gather_objects
 from cinemesh.parallel.mesh import Mesh
 
@@ -99,28 +104,48 @@ def run_rank(values: dict[str, Any], stop_on: tuple[int, int] | None) -> dict[st
     return {"steps": runner.steps_done, "states": {name: runner.buffers[name].clone() for name in STATES}}
 
 
-@pytest.mark.parametrize("plan", [{"dp_shard": 2, "cp": 2}, {"tp": 2, "micro_batches": 2}])
+def one_bucket(values: dict[str, Any]) -> dict[str, Any]:
+    return values
+
+
+@pytest.mark.parametrize(
+    ("plan", "buckets"),
+    [
+        ({"dp_shard": 2, "cp": 2}, one_bucket),
+        ({"tp": 2, "micro_batches": 2}, one_bucket),
+        ({"dp_shard": 2}, in_two_buckets),
+        ({"tp": 2, "micro_batches": 2}, in_two_buckets),
+    ],
+)
 def test_ranks_stop_after_the_same_step_and_resume_to_the_same_bits(
-    pool: Pool, clips: Path, tmp_path: Path, plan: dict[str, int]
+    pool: Pool,
+    clips: Path,
+    tmp_path: Path,
+    plan: dict[str, int],
+    buckets: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> None:
-    """A rank that stopped alone would leave the others waiting; resuming under shards must lose nothing either."""
+    """A rank that stopped alone would leave the others waiting; resuming under shards must lose nothing either.
+
+    With two buckets, the places in both streams must be found again.
+    """
     ranks = 4 if "cp" in plan else 2
-    whole = pool.run(ranks, run_rank, recipe(clips, tmp_path / "a", **plan), None)
-    stopped = pool.run(ranks, run_rank, recipe(clips, tmp_path / "b", **plan), (1, 2))
+    a, b = (buckets(recipe(clips, tmp_path / name, **plan)) for name in "ab")
+    whole = pool.run(ranks, run_rank, a, None)
+    stopped = pool.run(ranks, run_rank, b, (1, 2))
     assert [rank["steps"] for rank in stopped] == [2] * ranks
-    resumed = pool.run(ranks, run_rank, recipe(clips, tmp_path / "b", **plan), None)
+    resumed = pool.run(ranks, run_rank, b, None)
     for a, b in zip(whole, resumed, strict=True):
         assert_same(a["states"], b["states"])
 
 
 @pytest.mark.slow
 def test_a_killed_job_resumes_to_the_same_bits_and_torchrun_gives_them_too(clips: Path, tmp_path: Path) -> None:
-    """SIGKILL of launcher and ranks at whatever moment; and the two ways of starting a job are one."""
+    """SIGKILL of launcher and ranks at whatever moment, on two buckets; and the two ways of starting a job are one."""
     folders = [tmp_path / name for name in ("whole", "killed", "torchrun")]
     recipes: list[Path] = []
     for folder in folders:
         folder.mkdir()
-        values = recipe(clips, folder, tp=2)
+        values = in_two_buckets(recipe(clips, folder, tp=2))
         values["schedule"]["steps"] = 60
         values["logging"]["checkpoint_every"] = 2
         recipes.append(folder / "recipe.yaml")
@@ -158,6 +183,113 @@ def _tree(pid: int) -> list[int]:
     return [pid, *(process for child in below for process in _tree(child))]
 
 
+# -- buckets ----------------------------------------------------------------------------------------------------------
+
+
+def steps_by_hand(values: dict[str, Any]) -> dict[str, Tensor]:
+    """The states after the recipe's steps, each taken by a plain runner of its bucket's shape that knows no other."""
+    setting = Setting.of(check_config(values, "test"))
+    config, cache = setting.config, open_cache(setting, Place(0, "cpu", None))
+    buckets, turn = turns(config.seed, config.schedule.steps, [bucket.weight for bucket in config.data.shapes])
+    options: dict[str, Any] = {"seed": config.seed, "caption_dropout": config.caption_dropout}
+    runners = [StepRunner(setting.model, config.plan, b, config.optimizer, None, **options) for b in setting.batches]
+    runners[0].initialise(initial_values(config.seed))
+    state = {name: runners[0].buffers[name].clone() for name in STATES}
+    for step, (bucket, place) in enumerate(zip(buckets.tolist(), turn.tolist(), strict=True)):
+        runner = runners[bucket]
+        for name, value in state.items():
+            runner.buffers[name].copy_(value)
+        train = cache.buckets[bucket].train
+        batch = collate(train.select(Stream(config.seed, bucket, range(len(train))).take(2 * place, 2)), 0, 1)
+        runner.load(0, batch.latents, batch.ids, batch.text, batch.mask)
+        runner.step(config.schedule.lr(config.optimizer.lr, step))
+        state = {name: runner.buffers[name].clone() for name in STATES}
+    return state
+
+
+@pytest.mark.parametrize("buckets", [one_bucket, in_two_buckets])
+def test_a_run_is_the_steps_of_plain_runners(
+    values: dict[str, Any], tmp_path: Path, buckets: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    """Bit by bit: a step loaded into the wrong bucket, or a bucket with states of its own, shows here."""
+    values = buckets(values)
+    assert start(values, tmp_path) == 0
+    assert_same(states(tmp_path / "run", values), steps_by_hand(values))
+
+
+def test_every_bucket_is_captured_counted_and_validated(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps take buckets 1, 0, 0, 1, 1, 1 of 8 and 4 tokens, 2 samples each; weights are 2 and 1."""
+    values = in_two_buckets(values) | {"capture": "required", "sample": {"steps": 2, "bucket": "8x32x64"}}
+    assert start(values, tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "2 buckets, 2 captured steps; one arena of " in out
+    assert "bucket 8x32x32: 6 training and 1 validation windows" in out
+    assert "bucket 8x32x64: 6 training and 1 validation windows" in out
+    rows = read_metrics(tmp_path / "run")
+    reports = [row for row in rows if "loss" in row]
+    assert [row["tokens_per_step"] for row in reports] == [12, 12, 16]
+    for row in reports:
+        assert row["tokens_per_s"] == pytest.approx(row["tokens_per_step"] / row["step_s"], rel=1e-12)
+    assert [{name for name in row if name.startswith("step_s/")} for row in reports] == [
+        {"step_s/8x32x32", "step_s/8x32x64"},
+        {"step_s/8x32x32", "step_s/8x32x64"},
+        {"step_s/8x32x64"},
+    ]
+    validated = [row for row in rows if "validation_loss" in row]
+    assert len(validated) == 3
+    for row in validated:
+        a, b = row["validation_loss/8x32x32"], row["validation_loss/8x32x64"]
+        assert a != b and row["validation_loss"] == pytest.approx((a + 2 * b) / 3, rel=1e-12)
+    clip = read_frames(tmp_path / "run/samples/left.mp4", 32, 64)
+    assert clip.shape == (8, 32, 64, 3) and (tmp_path / "run/samples/right.mp4").exists()
+
+
+def faulty_rank(values: dict[str, Any], fault: str) -> str:
+    """The error of one rank of two, of which rank 1 alone has the fault."""
+    rank = dist.get_rank()
+    turns_as_they_are, collate_as_it_is = train.turns, train.collate
+
+    def other_buckets(seed: int, steps: int, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+        buckets, turn = turns_as_they_are(seed, steps, weights)
+        return 1 - buckets, turn
+
+    def narrow(*given: Any) -> Batch:
+        batch = collate_as_it_is(*given)
+        return replace(batch, latents=batch.latents[..., :2])
+
+    if rank == 1:
+        train.turns = other_buckets if fault == "draw" else train.turns
+        train.collate = narrow if fault == "shape" else train.collate
+    mesh = Mesh(check_config(values, "test").plan)
+    try:
+        setting, place = Setting.of(check_config(values, "test")), Place(rank, "cpu", mesh)
+        train.train_steps(setting, place, open_cache(setting, place), StopSignal())
+    except CinemeshError as error:
+        return str(error)
+    finally:
+        train.turns, train.collate = turns_as_they_are, collate_as_it_is
+        mesh.close()
+    return "nothing was found"
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("draw", "step 1: the ranks loaded batches of several buckets (1 of bucket 8x32x32, 1 of bucket 8x32x64)"),
+        ("shape", "a batch of latents 1x4x2 has no bucket; buckets are 1x4x8, 1x4x4: steps are captured"),
+    ],
+)
+def test_a_rank_that_goes_astray_is_told_on_all_ranks(
+    pool: Pool, clips: Path, tmp_path: Path, fault: str, expected: str
+) -> None:
+    """Its step would have other collectives than the others', which then wait for ever."""
+    messages = pool.run(2, faulty_rank, in_two_buckets(recipe(clips, tmp_path, dp_shard=2)), fault)
+    assert messages[0] == messages[1] and expected in messages[0]
+    assert not list(tmp_path.rglob("step-*"))
+
+
 # -- validation -------------------------------------------------------------------------------------------------------
 
 
@@ -166,9 +298,9 @@ def validation_loss(values: dict[str, Any]) -> float:
     setting = Setting.of(check_config(values, "test"))
     mesh = Mesh(setting.config.plan) if setting.config.plan.world_size > 1 else None
     cache = open_cache(setting, Place(mesh.rank if mesh else 0, "cpu", mesh))
-    runner = StepRunner(setting.model, setting.config.plan, setting.batch, setting.config.optimizer, mesh)
+    runner = StepRunner(setting.model, setting.config.plan, setting.batches[0], setting.config.optimizer, mesh)
     fill_shard(runner.buffers["ema"], runner.units, runner.coordinates, probe_values(3))  # master stays zero
-    loss = Validation(runner, cache.validation, 3).loss()
+    loss = Validation(runner, cache.buckets[0].validation, 3).loss()
     if mesh:
         gather_objects(None)  # nobody leaves early
         mesh.close()
@@ -183,10 +315,10 @@ def test_validation_loss_is_the_plain_models_on_every_plan(pool: Pool, clips: Pa
     cache = open_cache(setting, Place(0, "cpu", None))
     model = Reference(setting.model).double()
     model.load_state_dict(full(parameters(setting.model), probe_values(3), torch.float64))
-    assert len(cache.validation) == 3
+    assert len(cache.buckets[0].validation) == 3
     errors: list[float] = []
     for draw in range(3):
-        for sample in [cache.validation[index] for index in range(3)]:
+        for sample in [cache.buckets[0].validation[index] for index in range(3)]:
             assert isinstance(sample, Sample)
             ids, step = torch.tensor([sample.id]), torch.tensor(draw)
             x1 = sample.latent.double()[None]
@@ -237,10 +369,12 @@ def test_a_sampled_clip_is_compared_with_its_own_scene(values: dict[str, Any], t
     """A training clip itself must be found, at its frame, and not among the other scene's."""
     setting = Setting.of(check_config(values, "test"))
     cache = open_cache(setting, Place(0, "cpu", None))
-    window = cache.train[1]
+    window = cache.buckets[0].train[1]
     assert isinstance(window, Sample)
     clip = setting.codec.decode(window.latent)
-    own, other = showcase.show(tmp_path / "samples", {"left": clip, "right": clip}, cache.train, setting.codec)
+    own, other = showcase.show(
+        tmp_path / "samples", {"left": clip, "right": clip}, cache.buckets[0].train, setting.codec
+    )
     assert own.psnr_db == float("inf") and own.nearest_frame == window.first_frame == 2
     assert other.psnr_db < 40 and other.other_scenes_db == float("inf")
     assert own.noise_db < 15

@@ -1,0 +1,75 @@
+"""Buckets: the shapes of a run's windows. Every step takes samples of one bucket (see ``order``)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import CinemeshError
+from ..model.buckets import Latent, latent_text
+from ..model.codec import LatentCodec
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A window shape in frames and pixels. Steps take windows of it in proportion to ``weight``."""
+
+    frames: int
+    height: int
+    width: int
+    weight: float
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "height", "width"):
+            if getattr(self, name) < 1:
+                raise CinemeshError(f"data.buckets: {name} is {getattr(self, name)} in {self}; it must be at least 1")
+        if not 0 < self.weight < math.inf:
+            raise CinemeshError(f"data.buckets: weight is {self.weight} in {self}; it must be a positive number")
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+    def latent(self, codec: LatentCodec) -> Latent:
+        """(T, H, W) of a window's latent. Raises CinemeshError for pixels that the codec's stride does not divide."""
+        stride = codec.spatial_stride
+        for name, size in (("height", self.height), ("width", self.width)):
+            if size % stride:
+                raise CinemeshError(
+                    f"data.buckets: {name}({size}) % {stride} = {size % stride} in {self}; the codec needs a multiple "
+                    f"of {stride}"
+                )
+        return math.ceil(self.frames / codec.temporal_stride), self.height // stride, self.width // stride
+
+
+@dataclass(frozen=True)
+class BucketSettings:
+    """A bucket as the recipe gives it; what it leaves out is the data's own ``frames`` or ``size``."""
+
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    weight: float = 1.0
+
+    def whole(self, frames: int, size: int) -> Bucket:
+        """With what it left out. Raises CinemeshError for sizes or a weight that are not positive."""
+        return Bucket(
+            frames if self.frames is None else self.frames,
+            size if self.height is None else self.height,
+            size if self.width is None else self.width,
+            self.weight,
+        )
+
+
+def latents_of(buckets: Sequence[Bucket], codec: LatentCodec) -> list[Latent]:
+    """(T, H, W) of each bucket's latents. Raises CinemeshError for one that the codec cannot make, or makes twice."""
+    made: dict[Latent, Bucket] = {}
+    for bucket in buckets:
+        latent = bucket.latent(codec)
+        if latent in made:
+            raise CinemeshError(
+                f"data.buckets: {made[latent]} and {bucket} both make latents of {latent_text(latent)}, and a latent "
+                "has one captured step; leave one of them out and give its weight to the other"
+            )
+        made[latent] = bucket
+    return list(made)
