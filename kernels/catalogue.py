@@ -33,7 +33,8 @@ class Implementation:
     """``function`` of ``module`` runs ``op``, if device, dtype and sizes allow.
 
     ``capability``: the least compute capability; ``below``: the first one that is too new. ``sizes``: label -> (rule in
-    words, test). ``workspace``: bytes that it takes besides its outputs. ``why``: what it is, for people.
+    words, test). ``workspace``: bytes besides its outputs. ``why``: what it is, for people. ``margin``: it can leave
+    SMs alone (``sm_margin``).
     """
 
     op: str
@@ -48,6 +49,7 @@ class Implementation:
     dtypes: tuple[str, ...] = ()  # empty: every dtype
     sizes: tuple[tuple[str, str, Callable[[int], bool]], ...] = ()
     workspace: Workspace = lambda sizes, item: 0
+    margin: bool = False
 
 
 # -- workspaces ----------------------------------------------------------------------------------------------------
@@ -104,7 +106,7 @@ def _attention_entries() -> Iterable[Implementation]:
             )  # fmt: skip
             yield Implementation(
                 op, "flash-attn-3", "flash_attention", f"{plain}_3", ("cuda",), "attention.fa3",
-                "FlashAttention-3 for Hopper, built from source", (9, 0), (10, 0), HALF, flash_dims, held,
+                "FlashAttention-3 for Hopper, built from source", (9, 0), (10, 0), HALF, flash_dims, held, True,
             )  # fmt: skip
             yield Implementation(
                 op, "flash-attn-4", "flash_attention", f"{plain}_4", ("cuda",), "attention.fa4",
@@ -156,6 +158,8 @@ TRITON_OPS = {
     "gated_residual_backward": "gated_residual",
     "swiglu": "swiglu",
     "swiglu_backward": "swiglu",
+    "merge_attention": "merge",
+    "sum_parts": "merge",
     "interpolate": "velocity",
     "velocity_loss": "velocity",
     "velocity_loss_backward": "velocity",
@@ -197,10 +201,13 @@ PASSES = (
     ),
     *("swiglu", "swiglu_backward", "silu_backward", "patchify", "unpatchify", "position", "position_backward"),
     *("draw_time", "draw_keep_caption", "draw_noise", "interpolate", "velocity_loss", "velocity_loss_backward"),
-    *("sum_of_squares", "adamw"),
+    *("merge_attention", "sum_parts", "sum_of_squares", "adamw"),
 )
 ATTENTION = ("attention", "attention_backward", "cross_attention", "cross_attention_backward")
 OPS = ("matmul", *ATTENTION, *ONE_PASS, *PASSES)
+# Ops that leave ``plan.sm_margin`` SMs to communication: those whose kernels hold every SM from start to end. The
+# others run blocks that end soon and make room.
+LEAVE_SMS = ("matmul", "attention", "attention_backward")
 
 
 def _entries() -> Iterable[Implementation]:

@@ -175,7 +175,9 @@ def _build(spec: Spec, target: str, folder: Path) -> Report:
     )
 
 
-def specialise(spec: Spec) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
+def specialise(
+    spec: Spec,
+) -> tuple[dict[str, str | tuple[str, ...]], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
     """(signature, constants, attributes) as a launch with the spec's arguments makes them.
 
     Pointers are divisible by 16; so is an integer that is; an integer that is 1 becomes a constant.
@@ -187,12 +189,14 @@ def specialise(spec: Spec) -> tuple[dict[str, str], dict[str, Any], dict[tuple[i
     constants = dict(spec.constexprs)
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for position, name in enumerate(names):
-        value = spec.arguments.get(name)
+        value, kind = spec.arguments.get(name), signature[name]
         if name in spec.constexprs:
             continue
-        if isinstance(value, int) and value == 1 and signature[name].startswith("i"):
+        if isinstance(kind, tuple):
+            attributes |= {(position, i): [["tt.divisibility", 16]] for i in range(len(kind))}
+        elif isinstance(value, int) and value == 1 and kind.startswith("i"):
             signature[name], constants[name] = "constexpr", 1
-        elif signature[name].startswith("*") or (isinstance(value, int) and value % 16 == 0):
+        elif kind.startswith("*") or (isinstance(value, int) and value % 16 == 0):
             attributes[(position,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 

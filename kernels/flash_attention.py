@@ -4,6 +4,8 @@ Their layout is [B, T, H, K], ours [T, B, H, K] and [S, B, 2, h, K]: both are re
 transposed in memory. Versions 2 and 3 allocate o and the log-sum-exp, which are copied into ours; backward writes in
 place everywhere. Backward is deterministic: without it, dq is summed by atomics in any order.
 
+Version 3 keeps one block on every SM, and can leave SMs alone (``sm_margin``); the others cannot be told to.
+
 No key mask, no dropout, never causal. Source of the calls: Dao-AILab/flash-attention.
 """
 
@@ -113,19 +115,30 @@ def attention_backward_2(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) ->
 # -- flash_attn_3: FlashAttention-3 -----------------------------------------------------------------------------------
 
 
-def attention_3(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+def attention_3(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, sm_margin: int = 0) -> None:
     package = import_module("flash_attn_interface")
     q, k, v, _ = _forward_views(inputs, outputs)
-    o, lse, *_ = package._flash_attn_forward(q, k, v, softmax_scale=q.shape[-1] ** -0.5)
+    o, lse, *_ = package._flash_attn_forward(q, k, v, softmax_scale=q.shape[-1] ** -0.5, sm_margin=sm_margin)
     _keep(outputs, o, lse)
 
 
-def attention_backward_3(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+def attention_backward_3(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, sm_margin: int = 0) -> None:
     package = import_module("flash_attn_interface")
     do, q, k, v, o, dq, dk, dv = _backward_views(inputs, outputs)
     scale = q.shape[-1] ** -0.5
     package._flash_attn_backward(
-        do, q, k, v, o, inputs[4], dq=dq, dk=dk, dv=dv, softmax_scale=scale, deterministic=True
+        do,
+        q,
+        k,
+        v,
+        o,
+        inputs[4],
+        dq=dq,
+        dk=dk,
+        dv=dv,
+        softmax_scale=scale,
+        deterministic=True,
+        sm_margin=sm_margin,
     )
 
 

@@ -102,6 +102,37 @@ def attention_backward(inputs: Tensors, outputs: Tensors) -> None:
     outputs[1][:, :, 1].copy_(torch.einsum("bhts,tbhk->sbhk", probability, do))
 
 
+def merge_attention(inputs: Tensors, outputs: Tensors, *, signature: str) -> None:
+    """Attention over all keys from that over parts: o = sum_i exp(lse_i - lse) o_i, lse = log sum_i exp(lse_i).
+
+    A part without keys has lse_i = -inf and counts for nothing.
+    """
+    o, lse = outputs
+    lse.copy_(inputs[1])
+    for part_lse in inputs[3::2]:
+        torch.logaddexp(lse, part_lse, out=lse)
+    shift = lse.masked_fill(lse == -math.inf, 0.0)
+    total = o if o.dtype == lse.dtype else torch.empty(o.shape, dtype=lse.dtype, device=o.device)
+    total.zero_()
+    for part, part_lse in zip(inputs[0::2], inputs[1::2], strict=True):
+        rows = (part_lse == -math.inf, torch.exp(part_lse - shift))
+        empty, weight = (row.permute(2, 0, 1)[..., None] for row in rows)
+        total.addcmul_(part.masked_fill(empty, 0.0).to(lse.dtype), weight)
+    if total is not o:
+        o.copy_(total)
+
+
+def sum_parts(inputs: Tensors, outputs: Tensors, *, signature: str) -> None:
+    """The sum of all inputs; of bf16 in fp32."""
+    (out,) = outputs
+    total = out if out.dtype != torch.bfloat16 else torch.empty(out.shape, dtype=torch.float32, device=out.device)
+    total.copy_(inputs[0])
+    for part in inputs[1:]:
+        total += part
+    if total is not out:
+        out.copy_(total)
+
+
 # -- norms ----------------------------------------------------------------------------------------------------------
 
 
@@ -479,6 +510,8 @@ REFERENCE: dict[str, Any] = {
         matmul,
         attention,
         attention_backward,
+        merge_attention,
+        sum_parts,
         modulate_norm,
         position_modulate_norm,
         modulate_norm_backward,

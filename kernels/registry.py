@@ -7,13 +7,15 @@ once for each combination. Ops whose choice depends on the device alone are boun
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .catalogue import OPS, Implementation, candidates
+from ..errors import CinemeshError
+from .catalogue import LEAVE_SMS, OPS, Implementation, candidates
 from .packages import missing
 from .reference import REFERENCE, Kernel
 from .selection import override_of, overrides, select
@@ -30,17 +32,48 @@ LABELS: Mapping[str, tuple[str, ...]] = {
 
 
 def kernels_for(device: str, of_recipe: Mapping[str, str] | None = None) -> dict[str, Kernel]:
-    """Op name -> implementation on ``device`` (``cpu``, ``cuda``).
+    """Op name -> implementation on ``device`` (``cpu``, ``cuda``, ``cuda:0``).
 
     ``of_recipe``: overrides, op (or ``all``) -> package; those of the variable CINEMESH_KERNELS win. CinemeshError when
     an override cannot be met.
     """
     wanted = overrides(of_recipe)
     tuned = DEFAULT_DEVICE
-    if device == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        device, tuned = f"sm_{major}{minor}", device_key(torch.cuda.get_device_name())
+    if torch.device(device).type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        device, tuned = f"sm_{major}{minor}", device_key(torch.cuda.get_device_name(device))
     return {op: _kernel(op, device, override_of(op, wanted), tuned) for op in OPS}
+
+
+def leave_sms(kernels: Mapping[str, Kernel], margin: int) -> dict[str, Kernel]:
+    """The same kernels for CUDA, of which those of ``LEAVE_SMS`` leave ``margin`` SMs to communication.
+
+    Products do by a setting of the whole process, which torch hands to cuBLASLt (pull request 144974 of pytorch); plain
+    cuBLAS has learnt it only lately, so cuBLASLt is preferred. There it is a target that picks kernels, which on Hopper
+    launch no more blocks. Raises CinemeshError when an attention that was chosen cannot leave SMs alone.
+    """
+    if margin == 0:
+        if torch._C._get_sm_carveout_experimental() is not None:
+            torch._C._set_sm_carveout_experimental(None)
+        return dict(kernels)
+    left = dict(kernels)
+    for op in LEAVE_SMS:
+        kernel = left[op]
+        if op != "matmul":
+            if not isinstance(kernel, _ByCall):
+                raise _holds_all(op, getattr(kernel, "__module__", "").rpartition(".")[2], margin)
+            left[op] = kernel.leaving(margin)
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    torch._C._set_sm_carveout_experimental(margin)
+    return left
+
+
+def _holds_all(op: str, implementation: str, margin: int) -> CinemeshError:
+    able = [entry for entry in candidates(op) if entry.margin]
+    return CinemeshError(
+        f"plan: sm_margin({margin}): {op} runs on {implementation}, which takes every SM; "
+        f"use {' or '.join(entry.package for entry in able)} ({able[0].why}), or set sm_margin to 0"
+    )
 
 
 def function(entry: Implementation) -> Kernel:
@@ -61,8 +94,8 @@ def _kernel(op: str, device: str, override: str | None, tuned: str = DEFAULT_DEV
 class _ByCall:
     """Chooses at the first call with these dtypes and sizes."""
 
-    def __init__(self, op: str, device: str, override: str | None, tuned: str) -> None:
-        self.op, self.device, self.override, self.tuned = op, device, override, tuned
+    def __init__(self, op: str, device: str, override: str | None, tuned: str, margin: int = 0) -> None:
+        self.op, self.device, self.override, self.tuned, self.margin = op, device, override, tuned, margin
         self._labels = LABELS.get(op, ())
         self._chosen: dict[tuple[Any, ...], Kernel] = {}
 
@@ -80,7 +113,13 @@ class _ByCall:
             kernel = self._chosen[key] = self._choose(str(dtype).removeprefix("torch."), sizes)
         kernel(inputs, outputs, **attrs)
 
-    def _choose(self, dtype: str, sizes: dict[str, int]) -> Kernel:
+    def leaving(self, margin: int) -> _ByCall:
+        """The same with ``margin`` SMs left alone. Raises CinemeshError when what the device chooses cannot."""
+        left = _ByCall(self.op, self.device, self.override, self.tuned, margin)
+        left._choose(None, None)
+        return left
+
+    def _choose(self, dtype: str | None, sizes: dict[str, int] | None) -> Kernel:
         choice = select(
             self.op,
             self.device,
@@ -90,4 +129,7 @@ class _ByCall:
             override=self.override,
             tuned=self.tuned,
         )
-        return function(choice.entry)
+        if self.margin and not choice.entry.margin:
+            raise _holds_all(self.op, f"{choice.entry.package} ({choice.entry.why})", self.margin)
+        kernel = function(choice.entry)
+        return partial(kernel, sm_margin=self.margin) if self.margin else kernel

@@ -61,16 +61,16 @@ class Spec:
     """One kernel as it would be launched.
 
     ``signature`` names the type of every argument that is not constexpr, as Triton writes it: ``*bf16``, ``*fp32``,
-    ``*i64``, ``*i1`` for pointers, ``i32``, ``i64``, ``fp32`` for scalars.
+    ``*i64``, ``*i1`` for pointers, ``i32``, ``i64``, ``fp32`` for scalars; a tuple of them for a tuple of pointers.
     ``arguments`` holds, for each name of ``signature``, the shape of the contiguous tensor behind a pointer (a view at
-    an offset into a larger buffer: the shape from the offset on), or the value of a scalar. Triton specialises on
-    these values at launch (divisible by 16, equal to 1), and so does the compile check.
+    an offset into a larger buffer: the shape from the offset on) or behind each of a tuple, or the value of a scalar.
+    Triton specialises on these values at launch (divisible by 16, equal to 1), and so does the compile check.
     ``least_bytes``: every element that must be read once plus every element that must be written once.
     """
 
     name: str  # "modulate_norm.forward": module.kernel
     kernel: Any  # the @triton.jit function
-    signature: Mapping[str, str]
+    signature: Mapping[str, str | tuple[str, ...]]
     constexprs: Mapping[str, Any]
     num_warps: int
     num_stages: int

@@ -44,13 +44,19 @@ class Launch:
         self,
         name: str,
         kernel: Any,
-        tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+        tensors: Mapping[str, tuple[str | tuple[str, ...], tuple[int, ...]]],
         scalars: Mapping[str, tuple[str, int | float]],
         shape: Mapping[str, int],
         least_bytes: int,
     ) -> Spec:
-        """This launch for the compile check. ``tensors``: {argument: (element type, shape)}, in the kernel's order."""
-        signature = {argument: f"*{kind}" for argument, (kind, _) in tensors.items()}
+        """This launch for the compile check.
+
+        ``tensors``: {argument: (element type, shape)}, in the kernel's order; several types: a tuple of such tensors.
+        """
+        signature: dict[str, str | tuple[str, ...]] = {
+            argument: f"*{kind}" if isinstance(kind, str) else tuple(f"*{each}" for each in kind)
+            for argument, (kind, _) in tensors.items()
+        }
         signature |= {argument: kind for argument, (kind, _) in scalars.items()}
         arguments: dict[str, int | float | tuple[int, ...]] = {name: size for name, (_, size) in tensors.items()}
         arguments |= {argument: value for argument, (_, value) in scalars.items()}

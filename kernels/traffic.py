@@ -47,7 +47,9 @@ def count_bytes(spec: Spec) -> int:
     for name, kind in spec.signature.items():
         value = spec.arguments[name]
         if isinstance(value, tuple):  # zeroed lazily: a page that no program touches takes no memory
-            arguments[name] = torch.zeros(value, dtype=KINDS[kind.removeprefix("*")])
+            kinds = (kind,) if isinstance(kind, str) else kind
+            zeros = tuple(torch.zeros(value, dtype=KINDS[each.removeprefix("*")]) for each in kinds)
+            arguments[name] = zeros[0] if isinstance(kind, str) else zeros
         else:
             arguments[name] = value
     heavy = spec.least_bytes > HEAVY_BYTES * math.prod(spec.grid)

@@ -26,6 +26,9 @@ from cinemesh.parallel.plan import Plan
 MODEL = "movie-gen-30b"
 SIZES = sizes_of(preset(MODEL), Plan(tp=4, cp=2, dp_shard=768), Batch(1, LATENTS[MODEL]))
 REDUCTION = 1 << 20  # bytes: a second stage adds partial sums of a few programs, too small to matter
+# Least share of wide accesses. Noise: two stores; two scalars are read. Merge: with each 16 bytes of a part, a thread
+# reads the four of its row's log-sum-exp, out of L1 but for the first that does.
+NARROW = {"noise.draw": 0.5, "merge.attention": 0.4}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def test_no_kernel_spills(reports: list[compiling.Report]) -> None:
 def test_memory_bound_kernels_move_what_they_must(reports: list[compiling.Report]) -> None:
     for report in (report for report in reports if report.memory_bound):
         assert 0.97 <= report.bytes_over_least <= 1.05, report
-        wide = 0.5 if report.name == "noise.draw" else 0.8  # of noise, two stores; two scalars are read
+        wide = NARROW.get(report.name, 0.8)
         assert report.least_bytes < REDUCTION or report.wide_accesses >= wide, report
 
 

@@ -14,7 +14,7 @@ import torch
 
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels import packages, rates, registry, selection, tuning
-from cinemesh.kernels.catalogue import IMPLEMENTATIONS, NOT_ASSUMED, Implementation, candidates, choose
+from cinemesh.kernels.catalogue import IMPLEMENTATIONS, LEAVE_SMS, NOT_ASSUMED, Implementation, candidates, choose
 from cinemesh.kernels.catalogue import OPS as LISTED
 from cinemesh.kernels.checks import check
 from cinemesh.kernels.reference import REFERENCE
@@ -108,6 +108,70 @@ def test_measured_rates_change_the_choice(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(rates, "table", lambda _: measured)
     assert choose("attention", "sm_90", **BF16).package == "torch"  # pyright: ignore[reportOptionalMemberAccess]
     assert choose("attention_backward", "sm_90", **BF16).package == "triton"  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_a_rank_names_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launched ranks say ``cuda:1``, and a server may hold cards of two kinds."""
+    cards = {"cuda:1": ((8, 0), "NVIDIA A100-SXM4-80GB")}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: cards[device][0])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: cards[device][1])
+    kernel = registry.kernels_for("cuda:1")["attention"]
+    assert isinstance(kernel, registry._ByCall) and kernel.device == "sm_80"
+
+
+# -- SMs left to communication ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def blas(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """What is asked of torch's products, whose CUDA half is not here."""
+    asked: dict[str, object] = {"carveout": None}
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", lambda name: asked.update(library=name))
+    monkeypatch.setattr(torch._C, "_set_sm_carveout_experimental", lambda sms: asked.update(carveout=sms))
+    monkeypatch.setattr(torch._C, "_get_sm_carveout_experimental", lambda: asked["carveout"])
+    return asked
+
+
+def on_hopper(monkeypatch: pytest.MonkeyPatch, missing: dict[str, str], override: str | None = None) -> dict:
+    monkeypatch.setattr(registry, "missing", lambda: missing)
+    kernels = {op: registry._kernel(op, "sm_90", override if "attention" in op else None) for op in LEAVE_SMS}
+    return kernels | {"swiglu": REFERENCE["swiglu"]}
+
+
+def test_sms_are_left_by_products_and_self_attention(monkeypatch: pytest.MonkeyPatch, blas: dict) -> None:
+    """Only this sees that the margin arrives in the packages' calls; without a GPU nothing else would notice."""
+    called: list[tuple[str, dict]] = []
+    monkeypatch.setattr(registry, "function", lambda entry: lambda i, o, **attrs: called.append((entry.package, attrs)))
+    kernels = on_hopper(monkeypatch, EVERYTHING)
+    left = registry.leave_sms(kernels, 16)
+    assert blas == {"carveout": 16, "library": "cublaslt"}
+    assert left["matmul"] is kernels["matmul"] and left["swiglu"] is kernels["swiglu"]
+    q, kv = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((4, 1, 2, 128), (4, 1, 2, 2, 128)))
+    left["attention"]([q, kv], [])
+    left["attention_backward"]([q, q, kv], [])
+    kernels["attention"]([q, kv], [])
+    assert called == [("flash-attn-3", {"sm_margin": 16})] * 2 + [("flash-attn-3", {})]
+    assert registry.leave_sms(kernels, 0) == kernels and blas["carveout"] is None  # another plan of the process
+
+
+@pytest.mark.parametrize(
+    ("missing", "override", "said"),
+    [
+        (dict(NOT_ASSUMED), None, "attention runs on triton (our Triton forward, deterministic), which takes every SM"),
+        (EVERYTHING, "flash-attn", "attention runs on flash-attn (FlashAttention-2, package flash-attn)"),
+        (EVERYTHING, "reference", "attention runs on reference, which takes every SM"),
+    ],
+)
+def test_an_attention_that_takes_every_sm_is_an_error(
+    missing: dict, override: str | None, said: str, monkeypatch: pytest.MonkeyPatch, blas: dict
+) -> None:
+    with pytest.raises(CinemeshError) as error:
+        registry.leave_sms(on_hopper(monkeypatch, missing, override), 16)
+    assert str(error.value).startswith(f"plan: sm_margin(16): {said}")
+    assert str(error.value).endswith(
+        "use flash-attn-3 (FlashAttention-3 for Hopper, built from source), or set sm_margin to 0"
+    )
+    assert blas == {"carveout": None}, "nothing is set by what is refused"
 
 
 # -- overrides --------------------------------------------------------------------------------------------------------
