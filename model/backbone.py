@@ -96,7 +96,7 @@ class Block:
         # K and V first: they are on their way over cp while q is computed.
         self.qkv = tensor.column(b, self.h1, "h1_gathered", [(self._weight(w, "kv"), "tbi,ichk->tbchk", "kv")])
         (self.kv,) = self.qkv.outputs
-        kv_parts = context.split_heads(b, self.kv)
+        kv_parts = context.split(b, self.kv)
         self.q = tensor.linear(b, self.qkv.gathered, self._weight(w, "q"), "tbi,ihk->tbhk", "q")
         self.attention = context.attention(b, self.q, kv_parts)
         self.y1 = tensor.row(b, self.attention.o, self._weight(w, "o"), "tbhk,hko->tbo", "y1_partial", "y1")

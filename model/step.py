@@ -15,9 +15,11 @@ from typing import Any
 
 from ..parallel.builder import Builder
 from ..parallel.fuse import fuse
+from ..parallel.fused_tp import fuse_tp, stage_symmetric
 from ..parallel.layout import BATCH, NONE, REPLICATED_UNIT, TOKENS, WORLD, Placement, replicated
-from ..parallel.overlap import RATES, Price, overlap
+from ..parallel.overlap import overlap
 from ..parallel.plan import Plan
+from ..parallel.prices import RATES, Price
 from ..parallel.program import Buffer, Program
 from ..parallel.rematerialize import rematerialize
 from ..parallel.schedule import elide, prefetch, stage_for_gloo
@@ -131,7 +133,7 @@ def build_step(
     assert loss_sum is not None and once_total is not None
 
     with b.scope("optimizer"), b.backward():
-        units.reduce(ONCE, once_total)
+        units.reduce(ONCE, once_total, last=True)
         gradient = units.reduced_gradient()
         (squares,) = b.op("sum_of_squares", [gradient], "sum_of_squares")
         squares = b.all_reduce(squares, REPLICATED_UNIT, "sum_of_squares_total")
@@ -183,6 +185,7 @@ class _MicroBatch:
         recompute: dict[str, tuple[str, ...]],
     ) -> None:
         self.b, self.c, self.units, self.mb, self.recompute = b, c, units, mb, recompute
+        self.last = mb == f"mb{b.plan.micro_batches - 1}"
         self.grid = c.grid(batch.latent)
         self.latent = batch.latent
         self.draw: dict[str, Any] = {"seed": seed}
@@ -330,7 +333,7 @@ class _MicroBatch:
 
     def _reduce(self, unit: str, weights: dict[str, Buffer], gradients: dict[str, Buffer]) -> None:
         self.units.check(weights, gradients)
-        self.units.reduce(unit, self.units.flat_of(gradients))
+        self.units.reduce(unit, self.units.flat_of(gradients), last=self.last)
 
 
 def prepare(program: Program, *, backend: str, price: Price | None = None) -> Program:
@@ -342,6 +345,8 @@ def prepare(program: Program, *, backend: str, price: Price | None = None) -> Pr
     """
     program = fuse(rematerialize(program))
     program = elide(prefetch(program))
+    if program.plan.fused_tp:
+        program = fuse_tp(program)
     if program.plan.overlaps:
         program = overlap(program, price or RATES[backend].price)
-    return stage_for_gloo(program) if backend == "gloo" else program
+    return stage_for_gloo(program) if backend == "gloo" else stage_symmetric(program)

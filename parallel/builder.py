@@ -378,6 +378,33 @@ class Builder:
         self._consumed.add(gradient.name)
         return tuple(aliases)
 
+    def join(self, base: Buffer, parts: Sequence[Buffer], name: str, placement: Placement) -> Buffer:
+        """``base`` whole again, once all its parts were replaced in place: the same storage, placed as they are."""
+        spans: list[tuple[int, int]] = []
+        for part in parts:
+            if part.placement.partial != placement.partial or part.placement.sharded != placement.sharded:
+                raise PlacementError(f"join {name} placed {placement} of {part.name} placed {part.placement}")
+            self._read(name, part, 0)
+            self._consumed.add(part.name)
+            offset, inner = 0, part
+            while inner.name != base.name:
+                if inner.base is None:
+                    raise PlacementError(f"join {name}: {part.name} is no part of {base.name}")
+                offset, inner = offset + inner.offset, self.buffers[inner.base]
+            spans.append((offset, offset + math.prod(local_shape(part.shape, part.placement, self.sizes))))
+        spans.sort()
+        size = math.prod(local_shape(base.shape, base.placement, self.sizes))
+        ends = [0, *(stop for _, stop in spans)]
+        if [start for start, _ in spans] != ends[:-1] or ends[-1] != size:
+            raise PlacementError(
+                f"join {name}: {len(parts)} parts do not cover the {size} elements of {base.name} once"
+            )
+        joined = self._add(replace(base, name=self._name(name), placement=placement, base=base.name), renamed=True)
+        self._gradient_of[joined.name] = _NO_USES.union(*(self._contributions(part.name) for part in parts))
+        self._consumed.add(base.name)
+        self._unread.add(joined.name)
+        return joined
+
     def cast(self, x: Buffer, dtype: str, name: str) -> Buffer:
         """``x`` in another dtype; ``x`` itself when it already has it."""
         if x.dtype == dtype:

@@ -7,7 +7,8 @@ gloo it is an all-to-all into a staging buffer and a sum in rank order (determin
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,11 +16,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.cuda import nccl
+from torch.distributed import _symmetric_memory as symmetric
+from torch.distributed.distributed_c10d import GroupName
 
+from ..errors import CinemeshError
 from .layout import Axes
 from .ledger import Entry
-from .mesh import Mesh
+from .mesh import Mesh, group_ranks
 from .program import lane_name
+
+# What ``torch.ops.symm_mem``'s fused_all_gather_matmul and fused_matmul_reduce_scatter are made of: unlike these, it
+# writes its results where it is told to, and takes products of any form.
+PIPELINES = ("_pipelined_all_gather_and_consume", "_pipelined_produce_and_all2all")
+
+Matrices = tuple[Tensor, Tensor, Tensor]  # a, b and where a @ b goes
 
 
 @dataclass(slots=True)
@@ -29,6 +39,7 @@ class Pending:
     work: dist.Work
     output: Tensor
     staging: Tensor | None
+    axes: Axes = ()
 
 
 LAUNCH_ORDER_NCCL = (2, 26)  # the release that brought NCCL_LAUNCH_ORDER_IMPLICIT
@@ -60,6 +71,8 @@ class Communicator:
         self.record = False
         self._one_at_a_time = torch.cuda.is_available() and not orders_launches()
         self._last: dist.Work | None = None
+        self._flying: dict[Axes, dist.Work] = {}  # the latest over each group, until it is waited for
+        self._symmetric: list[Tensor] = []
 
     def issue(self, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None) -> Pending:
         """Start one collective over ``axes``; tensors are contiguous and belong to it until :meth:`wait`."""
@@ -80,7 +93,8 @@ class Communicator:
             work = dist.all_reduce(output, group=group, async_op=True)
         assert work is not None
         self._last = work if self._one_at_a_time else None
-        return Pending(work, output, staging)
+        self._flying[axes] = work
+        return Pending(work, output, staging, axes)
 
     def bind(
         self, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None
@@ -116,8 +130,109 @@ class Communicator:
 
         return issue, wait
 
+    def forget(self) -> None:
+        """A step was broken off: nothing that it issued will be waited for."""
+        self._flying.clear()
+
+    # -- fused with products, on CUDA (on a CPU the executor runs the parts) -----------------------------------------
+
+    def symmetric_memory(self, axes: Axes, size_bytes: int) -> Tensor:
+        """Bytes of this rank that the ranks of its group read over NVLink. Collective; before any capture.
+
+        Raises CinemeshError when the group is not within one server, or this torch has not what is called here.
+        """
+        for name in PIPELINES:
+            if not hasattr(symmetric, name):
+                raise CinemeshError(
+                    f"plan: fused_tp(true): torch {torch.__version__} has no {name}, a private part of "
+                    "torch 2.13; install that, or set fused_tp to false"
+                )
+        group = self.mesh.group(axes, "all_gather")
+        self.check_one_server(axes)
+        symmetric.get_symm_mem_workspace(group.group_name, size_bytes)
+        whole = symmetric._group_name_to_workspace_tensor[group.group_name]
+        assert whole is not None
+        self._symmetric.append(whole)  # torch replaces it by a larger one: a captured step still has its address
+        return whole[:size_bytes]
+
+    def check_one_server(self, axes: Axes) -> None:
+        """Refuse a group whose ranks lie on several servers. Collective over the group, on the host."""
+        ranks = group_ranks(self.mesh.plan, axes, self.mesh.rank)
+        servers: list[str] = [""] * len(ranks)
+        dist.all_gather_object(servers, platform.node(), group=self.mesh.group(axes, "all_gather"))
+        if len(set(servers)) > 1:
+            raise CinemeshError(
+                f"plan: fused_tp(true): ranks {', '.join(map(str, ranks))} of one {lane_name(axes)} group lie on "
+                f"{len(set(servers))} servers ({', '.join(dict.fromkeys(servers))}), and torch's symmetric memory "
+                "reaches over NVLink, within one; put tp first in order, lower tp, or set fused_tp to false"
+            )
+
+    def bind_gather_products(
+        self, axes: Axes, source: Tensor, gathered: Tensor, products: Sequence[Matrices]
+    ) -> Callable[[], None]:
+        """A call that gathers and multiplies, one rank's rows while the next rank's come in.
+
+        ``products`` are (all rows, weight, all rows of the result), each a matrix.
+        """
+        name, entry = self._fused(axes, "all_gather", gathered)
+        ranks = self.mesh.plan.size(axes)
+        rows = gathered.view(products[0][0].shape)
+        own = source.view(rows.shape[0] // ranks, -1)
+        chunks = [(weight, result.chunk(ranks)) for _, weight, result in products]
+
+        def multiply(shard: Tensor, rank: int) -> None:
+            for weight, results in chunks:
+                torch.mm(shard, weight, out=results[rank])
+
+        def run() -> None:
+            self._begin(axes, entry)
+            symmetric._pipelined_all_gather_and_consume(own, multiply, rows, name)
+
+        return run
+
+    def bind_product_scatter(
+        self, axes: Axes, product: Matrices, added: Tensor | None, received: Tensor, output: Tensor
+    ) -> Callable[[], None]:
+        """A call that makes other ranks' rows first, each sent while the next is made, and sums what was received.
+
+        ``added`` and ``received`` are as large as the product; the latter holds the rows of ``output`` from each rank.
+        """
+        name, entry = self._fused(axes, "reduce_scatter", received)
+        ranks = self.mesh.plan.size(axes)
+        left, weight, result = product
+        rows = left.chunk(ranks)
+        addends = None if added is None else added.view(result.shape).chunk(ranks)
+        stacked, parts, flat = received.view(result.shape), received.view(ranks, -1), output.view(-1)
+
+        def multiply(rank: int, out: Tensor) -> None:
+            if addends is None:
+                torch.mm(rows[rank], weight, out=out)
+            else:
+                torch.addmm(addends[rank], rows[rank], weight, out=out)
+
+        def run() -> None:
+            self._begin(axes, entry)
+            symmetric._pipelined_produce_and_all2all(multiply, stacked, name)
+            torch.sum(parts, 0, out=flat)
+
+        return run
+
+    def _begin(self, axes: Axes, entry: Entry) -> None:
+        """The start rule: after the previous collective over the same group."""
+        if self.record:
+            self.ledger.append(entry)
+        if (work := self._flying.get(axes)) is not None:
+            work.wait()
+
+    def _fused(self, axes: Axes, kind: str, larger: Tensor) -> tuple[GroupName, Entry]:
+        """The name of the group, and what the ledger says."""
+        entry = Entry(kind, lane_name(axes), larger.numel() * larger.element_size())
+        return self.mesh.group(axes, kind).group_name, entry
+
     def wait(self, pending: Pending) -> None:
         pending.work.wait()
+        if self._flying.get(pending.axes) is pending.work:
+            del self._flying[pending.axes]
         if pending.staging is not None:
             parts = pending.staging.view(-1, pending.output.numel())
             torch.sum(parts, 0, out=pending.output.view(-1))

@@ -1,7 +1,8 @@
 """The communicators that a rank holds, and which of them a collective runs on (torch-free).
 
 One communicator runs its collectives one after the other. Gathers and reductions of units have one each, so that
-neither waits behind the other. Each takes memory on every rank, and time to connect when a job starts.
+neither waits behind the other. Each takes memory on every rank, and time to connect when a job starts
+(``perf_model/startup.py``).
 """
 
 from __future__ import annotations
@@ -23,15 +24,18 @@ GROUPS: tuple[tuple[Axes, str], ...] = (
     (WORLD, ""),
 )
 _DIVIDED = {lane_name(axes) for axes, kind in GROUPS if kind}
+JOB = "job"  # the process group that a job is started with
 
 
 @dataclass(frozen=True)
 class Held:
-    """One communicator: its name, axes and the ranks in it."""
+    """One communicator: its name, axes and the ranks in it. ``ctas``, ``high_priority``: as ``Plan`` sets them."""
 
     name: str
     axes: Axes
     ranks: int
+    ctas: int = 0
+    high_priority: bool = True
 
 
 def communicator(op: Op) -> str:
@@ -40,17 +44,20 @@ def communicator(op: Op) -> str:
 
 
 def communicators(plan: Plan) -> list[Held]:
-    """What every rank of a plan holds for its steps; groups of one rank need none.
-
-    The process group that a job is started with comes on top, once it has communicated.
-    """
+    """What a plan's steps communicate over; groups of one rank need none."""
     return [
-        Held(":".join(filter(None, (lane_name(axes), kind))), axes, plan.size(axes))
+        Held(
+            ":".join(filter(None, (lane_name(axes), kind))),
+            axes,
+            plan.size(axes),
+            plan.ctas(axes),
+            plan.high_priority(axes),
+        )
         for axes, kind in GROUPS
         if plan.size(axes) > 1
     ]
 
 
-def communicator_bytes(plan: Plan, bytes_each: int) -> int:
-    """Device memory that a rank's communicators take besides the arena, at ``bytes_each``: a measured constant."""
-    return bytes_each * len(communicators(plan))
+def held(plan: Plan) -> list[Held]:
+    """All that a rank of a job holds: those of its steps, and the job's own group, once that has communicated."""
+    return [*communicators(plan), Held(JOB, WORLD, plan.world_size)] if plan.world_size > 1 else []

@@ -11,6 +11,12 @@ own: K and V lie slice-major, [slice][T][B][K,V][H/n][K], q, o and their gradien
 next slice is gathered while attention runs on this one (the prefetch of ring-flash-attention's
 ``llama3_flash_attn_varlen``, zhuzilin and others); backward does the same and reduces dK and dV of one slice while
 the next is computed. At most two gathered slices are alive: ``overlap.py`` gathers a third once the first was read.
+
+[Note: token chunks] With ``plan.kv_chunks`` = n > 1 K and V travel in n parts of every rank's tokens instead. All heads
+attend to one chunk of the keys after the other, so that waves of blocks stay as full as in one piece, and the parts are
+merged by their log-sum-exp (Milakov and Gimelshein 2018, arXiv 1805.02867, section 3.1; as between the steps of Ring
+Attention, arXiv 2310.01889). Backward of a part reads the merged o and log-sum-exp: softmax weights against all keys
+follow from them, so dK and dV of a chunk are whole, and dq is the sum over the chunks.
 """
 
 from __future__ import annotations
@@ -38,8 +44,15 @@ def _head_slices(b: Builder, x: Buffer, dim: int) -> list[Buffer]:
     return [b.part(x, f"{name}.h{i}", dim, i, count) for i in range(count)]
 
 
-def split_heads(b: Builder, kv: Buffer) -> list[Buffer]:
-    """K and V [T, B, 2, H, K] slice by slice, each to travel by itself."""
+def _chunks(b: Builder, x: Buffer, suffix: str = "") -> list[Buffer]:
+    count, name = b.plan.kv_chunks, x.name.rpartition("/")[2]
+    return [b.part(x, f"{name}.c{i}{suffix}", 0, i, count) for i in range(count)]
+
+
+def split(b: Builder, kv: Buffer) -> list[Buffer]:
+    """K and V [T, B, 2, H, K] in the parts that travel by themselves."""
+    if b.plan.kv_chunks > 1:
+        return _chunks(b, kv)
     if b.plan.kv_slices == 1:
         return [kv]
     return [
@@ -49,8 +62,10 @@ def split_heads(b: Builder, kv: Buffer) -> list[Buffer]:
 
 
 def attention(b: Builder, q: Buffer, kv_parts: list[Buffer]) -> Attention:
-    """``kv_parts`` as :func:`split_heads` made them."""
+    """``kv_parts`` as :func:`split` made them."""
     stat = b.plan.stat_dtype
+    if b.plan.kv_chunks > 1:
+        return _attention_by_chunks(b, q, kv_parts)
     if len(kv_parts) == 1:
         gathered = b.all_gather(kv_parts[0], TOKENS_GATHERED, "kv_gathered")
         o, lse = b.op("attention", [q, gathered], ("o", "lse"), dtypes=(q.dtype, stat))
@@ -73,8 +88,45 @@ def attention(b: Builder, q: Buffer, kv_parts: list[Buffer]) -> Attention:
     return Attention(o, lse, kv_parts, slices)
 
 
+def _attention_by_chunks(b: Builder, q: Buffer, kv_parts: list[Buffer]) -> Attention:
+    dtypes = (q.dtype, b.plan.stat_dtype)
+    slices: list[tuple[Buffer, Buffer, Buffer, Buffer]] = []
+    for i, part in enumerate(kv_parts):
+        gathered = b.all_gather(part, TOKENS_GATHERED, f"kv_gathered.c{i}")
+        o_part, lse_part = b.op("attention", [q, gathered], (f"o_of.c{i}", f"lse_of.c{i}"), dtypes=dtypes)
+        slices.append((q, gathered, o_part, lse_part))
+    parts = [buffer for _, _, o_part, lse_part in slices for buffer in (o_part, lse_part)]
+    signature = ",".join(["tbhk,bht"] * len(slices)) + "->tbhk,bht"
+    o, lse = b.op("merge_attention", parts, ("o", "lse"), dtypes=dtypes, signature=signature)
+    return Attention(o, lse, kv_parts, slices)
+
+
+def _backward_by_chunks(b: Builder, do: Buffer, layer: Attention) -> tuple[Buffer, list[Buffer]]:
+    merge, kv = b.producer(layer.o), b.buffers[layer.kv_parts[0].base or ""]
+    dkv = b.buffer("dkv", kv.shape, do.dtype, kv.placement)
+    count = len(layer.slices)
+    # The gradient of a part as backward wants it: that of the whole, since the merged log-sum-exp scales it.
+    dos = b.pass_through(do, merge, {f"do.c{i}": 2 * i for i in range(count)})
+    dqs: list[Buffer] = []
+    for i, (place, (q, gathered, o_part, _)) in enumerate(zip(_chunks(b, dkv, ".issued"), layer.slices, strict=True)):
+        dq, dgathered = b.op(
+            "attention_backward",
+            [dos[i], q, gathered, layer.o, layer.lse],
+            (f"dq_of.c{i}", f"dkv_gathered.c{i}"),
+            of=b.producer(o_part),
+            gradient=dos[i],
+            wrt={0: 0, 1: 1},
+        )
+        dqs.append(dq)
+        b.reduce_scatter(dgathered, TOKENS_GATHERED, f"dkv.c{i}", of=b.producer(gathered), into=place)
+    signature = ",".join(["tbhk"] * count) + "->tbhk"
+    return b.op("sum_parts", dqs, "dq", signature=signature)[0], [dkv]
+
+
 def attention_backward(b: Builder, do: Buffer, layer: Attention) -> tuple[Buffer, list[Buffer]]:
-    """Returns dq and, of each head slice, dK and dV of this rank's own tokens."""
+    """Returns dq and dK and dV of this rank's own tokens: of each head slice, else whole."""
+    if b.plan.kv_chunks > 1:
+        return _backward_by_chunks(b, do, layer)
     if b.plan.kv_slices == 1:
         q, gathered, o, lse = layer.slices[0]
         dq, dgathered = b.op(

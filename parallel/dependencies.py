@@ -68,7 +68,7 @@ def families(program: Program) -> Iterable[tuple[int, list[str]]]:
     bounds = {
         ("all_gather", fsdp): plan.prefetch + 1,
         ("reduce_scatter", fsdp): plan.grad_units,
-        ("all_gather", "cp"): 2,
+        ("all_gather", "cp"): max(2, plan.kv_slices, plan.kv_chunks) if plan.kv_first else 2,
         ("reduce_scatter", "cp"): 2,
     }
     members: dict[tuple[str, str], list[str]] = {key: [] for key in bounds}

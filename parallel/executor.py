@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.reference import Kernel
-from ..kernels.registry import kernels_for
+from ..kernels.reference import Kernel, product_of
+from ..kernels.registry import kernels_for, leave_sms
 from .arena import place
 from .comm import Communicator, Pending
+from .fused_tp import SYMMETRIC
+from .layout import HEADS
 from .memory import persistent
-from .ops import OPS
+from .ops import FUSED, OPS
 from .program import Op, Program
 from .units import communicator_order, nested_index
 
@@ -34,13 +36,22 @@ _DTYPES = {
 
 @dataclass(slots=True)
 class Record:
-    """One record bound to tensors. ``attrs``: what its kernel is called with; empty for collectives and waits."""
+    """One record bound to tensors. ``attrs``: what its kernel is called with; empty for collectives and waits.
+
+    ``parts``: of a fused record that runs as its parts, those; else none.
+    """
 
     op: Op
     inputs: list[Tensor]
     outputs: list[Tensor]
     attrs: dict[str, Any]
     run: Callable[[], None]
+    parts: tuple[Record, ...] = ()
+
+
+def _run_all(parts: tuple[Record, ...]) -> None:
+    for part in parts:
+        part.run()
 
 
 class Executor:
@@ -66,6 +77,8 @@ class Executor:
         self.coordinates = coordinates
         self.comm = comm
         self.kernels = kernels or kernels_for(device)
+        if torch.device(device).type == "cuda":
+            self.kernels = leave_sms(self.kernels, program.plan.sm_margin)
         self.placement = place(program)
         if arena is None or arena.numel() < self.placement.total_bytes:
             arena = torch.empty(self.placement.total_bytes, dtype=torch.uint8, device=device)
@@ -77,6 +90,9 @@ class Executor:
         for name in persistent(program):
             buffer = program.buffers[name]
             tensor = (shared or {}).get(name)
+            if name == SYMMETRIC:
+                assert comm is not None
+                tensor = comm.symmetric_memory(HEADS, program.bytes(name)).view(_DTYPES[buffer.dtype])
             if tensor is None:
                 tensor = torch.zeros(program.local_shape(name), dtype=_DTYPES[buffer.dtype], device=device)
             assert tensor.shape == program.local_shape(name) and tensor.dtype == _DTYPES[buffer.dtype], name
@@ -93,6 +109,8 @@ class Executor:
         inputs, outputs = [self.tensor(name) for name in op.inputs], [self.tensor(name) for name in op.outputs]
         if op.kind == "wait":
             return Record(op, inputs, outputs, {}, partial(self._wait, op.attrs["issue"]))
+        if op.kind in FUSED:
+            return self._bind_fused(op, inputs, outputs)
         if op.kind not in OPS:
             assert self.comm is not None, f"{op.name}: a collective over {op.axes} without processes"
             return Record(op, inputs, outputs, {}, partial(self._issue, op, inputs, outputs))
@@ -105,6 +123,24 @@ class Executor:
         if len(op.inputs) > len(self.program.label_signature(op).inputs):
             attrs["add"] = True
         return Record(op, inputs, outputs, attrs, partial(self.kernels[op.kind], inputs, outputs, **attrs))
+
+    def _bind_fused(self, op: Op, inputs: list[Tensor], outputs: list[Tensor]) -> Record:
+        """On a CPU its parts, one after the other; on CUDA one call of ``comm.py``."""
+        parts = tuple(self._bind(part) for part in op.parts)
+        if self.device == "cpu":
+            return Record(op, inputs, outputs, {}, partial(_run_all, parts), parts)
+        assert self.comm is not None
+        products = [part for part in parts if part.op.kind == "matmul"]
+        matrices = [
+            product_of(product.attrs["signature"], product.inputs[0], product.inputs[1], product.outputs[0])
+            for product in products
+        ]
+        if op.kind == "gather_matmul":
+            run = self.comm.bind_gather_products(op.axes, inputs[0], outputs[0], matrices)
+        else:
+            added = inputs[2] if len(inputs) > 2 else None
+            run = self.comm.bind_product_scatter(op.axes, matrices[0], added, outputs[-1], outputs[0])
+        return Record(op, inputs, outputs, {}, run)
 
     def _issue(self, op: Op, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         assert self.comm is not None
@@ -135,6 +171,8 @@ class Executor:
     def forget_pending(self) -> None:
         """Collectives that were issued and whose wait will never come: the step was broken off."""
         self._pending.clear()
+        if self.comm is not None:
+            self.comm.forget()
 
     def tensor(self, name: str) -> Tensor:
         """The place of a buffer. A temporary holds its value only from its first write to its last read."""

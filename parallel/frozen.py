@@ -8,6 +8,7 @@ and the CUDA Graph (``graph.py``) is the recording.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,8 @@ class Frozen:
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
         self.hazards: list[str] = []
-        self.segments: list[Segment | None] = []  # one a record; None: a collective or a wait
+        self.parts: list[Record] = []  # the executor's records, fused ones taken apart
+        self.segments: list[Segment | None] = []  # one a part; None: a collective or a wait
         self.workspace = torch.empty(0, dtype=torch.uint8)
         self.constant_bytes = 0
         self._calls: list[Callable[[], Any]] = []
@@ -35,16 +37,21 @@ class Frozen:
         """One step, run and taken down. What may not be captured is in ``hazards``; the step ends all the same."""
         executor = self.executor
         known = {storage_key(t) for t in (executor.arena, *executor.buffers.values())}
-        self.segments, self.hazards = [], []
-        for i, record in enumerate(executor.records):
-            if record.op.kind in OPS:
-                with Recorder() as recorder:
+        self.parts, self.segments, self.hazards = [], [], []
+        counts: list[int] = []  # of every record's parts
+        for i, whole in enumerate(executor.records):
+            parts = whole.parts or (whole,)
+            for record in parts:
+                if record.op.kind in OPS:
+                    with Recorder() as recorder:
+                        record.run()
+                    self.hazards += [f"{record.op.name} ({record.op.kind}): {found}" for found in recorder.hazards]
+                    self.segments.append(compile_calls(recorder.calls, known))
+                else:
                     record.run()
-                self.hazards += [f"{record.op.name} ({record.op.kind}): {found}" for found in recorder.hazards]
-                self.segments.append(compile_calls(recorder.calls, known))
-            else:
-                record.run()
-                self.segments.append(None)
+                    self.segments.append(None)
+            self.parts += parts
+            counts.append(len(parts))
             if watch is not None:
                 watch(i)
         taken = [segment for segment in self.segments if segment is not None]
@@ -52,9 +59,10 @@ class Frozen:
         needed = max((segment.workspace_bytes for segment in taken), default=0)
         if self.workspace.numel() < needed:
             self.workspace = torch.empty(needed, dtype=torch.uint8)
-        self._calls, self._ends = [], []
+        self._calls = []
+        ends = [0]  # of every part's calls
         waits: dict[str, Callable[[], Any]] = {}
-        for record, segment in zip(executor.records, self.segments, strict=True):
+        for record, segment in zip(self.parts, self.segments, strict=True):
             if segment is not None:
                 self._calls += [ready(call, self.workspace) for call in segment.calls]
             elif record.op.kind == "wait":
@@ -62,7 +70,8 @@ class Frozen:
             else:
                 issue, waits[record.op.name] = self._collective(record)
                 self._calls.append(issue)
-            self._ends.append(len(self._calls))
+            ends.append(len(self._calls))
+        self._ends = [ends[last] for last in itertools.accumulate(counts)]
 
     @torch.inference_mode()  # the cheapest dispatch; tensors made before it are written as ever
     def run(self, watch: Callable[[int], None] | None = None) -> None:

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .executor import Record
-from .ops import OPS
+from .ops import FUSED, OPS
 from .tape import hazard, tensors_in, written_tensors
 
 
@@ -39,7 +39,7 @@ class Guard(TorchDispatchMode):
         self._op = f"{record.op.name} ({record.op.kind})"
         self._computes = record.op.kind in OPS
         self._allowed = [byte_range(t) for t in record.outputs]
-        if not self._computes:  # a collective and its wait may write what either names
+        if not self._computes and record.op.kind not in FUSED:  # a collective and its wait may write what either names
             self._allowed += [byte_range(t) for t in record.inputs]
         self._workspace_bytes, self._most_bytes = workspace_bytes, 0
         self._own: dict[int, tuple[StorageWeakRef, int]] = {}

@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from ..errors import CinemeshError
-from .overlap import Price
 from .plan import Plan
+from .prices import Price
 from .program import Op, Program
 from .rematerialize import KEPT, activations, role_of
 from .schedule import elide

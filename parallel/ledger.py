@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .ops import FUSED
 from .program import Program
 
 
@@ -24,7 +25,7 @@ class Entry:
 def expected(program: Program) -> list[Entry]:
     """What one rank of the program will run. Needs neither tensors nor processes: this is the dry run's ledger."""
     return [
-        Entry(op.kind, op.lane, program.payload_bytes(op))
+        Entry(FUSED.get(op.kind, op.kind), op.lane, program.payload_bytes(op))
         for op in program.ops
         if "axes" in op.attrs and op.kind != "wait"
     ]

@@ -113,6 +113,13 @@ def _sum_workspace(ins: list[Shape], in_dtypes: list[str], outs: list[Shape], ou
     return math.prod(outs[0]) * DTYPE_BYTES[out_dtypes[0]]
 
 
+def _wide_sum_workspace(
+    ins: list[Shape], in_dtypes: list[str], outs: list[Shape], out_dtypes: list[str], _: Sizes
+) -> int:
+    """bf16 is summed in fp32: the sum, and one addend."""
+    return 8 * math.prod(outs[0]) if out_dtypes[0] == "bfloat16" else 0
+
+
 def _draw_workspace(
     ins: list[Shape], in_dtypes: list[str], outs: list[Shape], out_dtypes: list[str], sizes: Sizes
 ) -> int:
@@ -180,6 +187,11 @@ OPS: dict[str, OpSpec] = {
         flops=_labels("tsbhk", per=10),
         workspace=_attention_backward_workspace,
     ),
+    # o and log-sum-exp over parts of the keys, one pair after the other -> over all keys
+    "merge_attention": OpSpec(
+        None, statistics=(1,), workspace=_temporaries("tbhk", "tbh", "tbh", "tbh", cast=("tbhk", "tbhk"))
+    ),
+    "sum_parts": OpSpec(None, workspace=_wide_sum_workspace),  # addends of one shape -> their sum
     # -- norms --------------------------------------------------------------------------------------------------
     # x, gain, scale, shift -> x / rms(x) * gain * (1 + scale) + shift, 1 / rms(x)
     "modulate_norm": OpSpec(
@@ -310,6 +322,8 @@ OPS: dict[str, OpSpec] = {
 }
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce")
+# A collective and the products next to it as one record (``fused_tp.py``), and the collective that it holds.
+FUSED = {"gather_matmul": "all_gather", "matmul_scatter": "reduce_scatter"}
 
 
 def signature_of(kind: str, attrs: dict[str, Any]) -> Signature:

@@ -21,56 +21,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .communicators import communicator
 from .dependencies import accesses, dependencies, families
 from .layout import FSDP
-from .ops import OPS
+from .ops import FUSED
+from .prices import Price
 from .program import Op, Program, lane_name
-
-Price = Callable[[Program, Op], float]
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What ranks that must agree on an order take for prices when no cost model speaks. All of one rank, each way.
-
-    ``server_ranks`` neighbouring ranks share a server. A collective takes ``latency_s``, ``hop_s`` more for each
-    server, and its wire bytes over the slowest link on its way.
-    """
-
-    flops_per_s: float
-    memory_bytes_per_s: float
-    server_ranks: int
-    server_bytes_per_s: float
-    link_bytes_per_s: float
-    latency_s: float
-    hop_s: float
-
-    def price(self, program: Program, op: Op) -> float:
-        """Seconds of a record: FLOPs or bytes, whichever takes longer; a wait is free."""
-        if op.kind in OPS:
-            return max(program.flops(op) / self.flops_per_s, program.bytes_moved(op) / self.memory_bytes_per_s)
-        if op.kind == "wait":
-            return 0.0
-        plan = program.plan
-        outermost = max(plan.order.index(axis) for axis in op.axes)
-        extent = plan.size(plan.order[: outermost + 1])
-        if extent <= self.server_ranks:
-            return self.latency_s + program.wire_bytes(op) / self.server_bytes_per_s
-        hops = self.hop_s * extent / self.server_ranks
-        return self.latency_s + hops + program.wire_bytes(op) / self.link_bytes_per_s
-
-
-RATES = {
-    # NVIDIA's datasheets (H100 SXM: 989 TFLOP/s dense bf16, 3.35 TB/s, NVLink 450 GB/s each way; 400 Gb/s a GPU), times
-    # what large kernels and messages reach of them
-    "nccl": Rates(989e12 * 0.65, 3.35e12 * 0.8, 8, 450e9 * 0.8, 50e9 * 0.8, 20e-6, 5e-6),
-    # one core of a laptop and gloo over loopback, to an order of magnitude
-    "gloo": Rates(20e9, 4e9, 8, 400e6, 50e6, 300e-6, 0.0),
-}
 
 
 def overlap(program: Program, price: Price) -> Program:
@@ -111,7 +70,7 @@ def delay_reductions(program: Program) -> Program:
     """Wait for the reduction of a unit's gradient only when it must: see ``grad_units``.
 
     That is, before the first write of the gradient ``grad_units`` places later, or before the result is read. Adding
-    it to the sum over micro-batches moves along.
+    it to the sum over micro-batches moves along, and so does the sum over replicas.
     """
     lane, bound = lane_name(FSDP), program.plan.grad_units
     touched = accesses(program)
@@ -121,10 +80,13 @@ def delay_reductions(program: Program) -> Program:
     taken: set[int] = set()
     limit = next((i for i, op in enumerate(program.ops) if op.region == "optimizer"), len(program.ops))
     for k, i in enumerate(waits):
-        behind = [i]
-        after = program.ops[i + 1] if i + 1 < len(program.ops) else None
-        if after is not None and after.kind == "accumulate" and program.ops[i].outputs[0] in after.inputs:
-            behind.append(i + 1)
+        behind, shard = [i], program.root(program.ops[i].outputs[0])[0]
+        for j in range(i + 1, len(program.ops)):
+            op = program.ops[j]
+            if not (op.kind == "accumulate" or op.lane == "dp_replicate") or shard not in _temporaries(program, op):
+                break
+            shard = program.root(op.outputs[0])[0]
+            behind.append(j)
         target = min(firsts[k + bound] if k + bound < len(waits) else limit, limit)
         if target > behind[-1] + 1:
             moved.setdefault(target, []).extend(program.ops[j] for j in behind)
@@ -236,12 +198,14 @@ class _Window:
         self.program, self.ops, self.memory = program, ops, memory
         self.seconds = [price(program, op) for op in ops]
         self.is_wait = [op.kind == "wait" for op in ops]
-        self.is_issue = ["axes" in op.attrs and op.kind != "wait" for op in ops]
+        self.is_issue = ["axes" in op.attrs and op.kind != "wait" and op.kind not in FUSED for op in ops]
         self.before = dependencies(program, ops)
         self.in_chain: list[bool] = []
         self._chain()
         self._hold_clones()
         self._hold_back(follows)
+        if program.plan.kv_first:
+            self._units_behind_kv()
         self.after: list[list[int]] = [[] for _ in ops]
         for i, needed in enumerate(self.before):
             for k in needed:
@@ -274,9 +238,22 @@ class _Window:
         for i, op in enumerate(self.ops):
             if op.clone and op.lane in ("compute", "tp") and not self.is_wait[i] and len(passed) > 1:
                 self.before[i].add(passed[-2])
-            elif self.is_issue[i] and not op.clone and op.lane == "tp" and op.name.partition(".t")[0] != name:
+            elif op.lane == "tp" and not self.is_wait[i] and not op.clone and op.name.partition(".t")[0] != name:
                 name = op.name.partition(".t")[0]  # slices count as one
                 passed.append(i)
+
+    def _units_behind_kv(self) -> None:
+        """A unit's gather is issued behind those of K and V that do not need it: see ``kv_first``."""
+        gathers = [i for i, op in enumerate(self.ops) if self.is_issue[i] and op.kind == "all_gather"]
+        kv = [i for i in gathers if self.ops[i].lane == "cp"]
+        needed, stack = set[int](), list(kv)
+        while stack:
+            new = self.before[stack.pop()] - needed
+            needed |= new
+            stack.extend(new)
+        for i in gathers:
+            if self.ops[i].lane == lane_name(FSDP) and i not in needed:
+                self.before[i].update(kv)
 
     def _hold_back(self, follows: dict[str, str]) -> None:
         """Nothing touches a storage before the one that it follows was read for the last time."""
@@ -305,6 +282,7 @@ class _Window:
         self.emitted: set[int] = set()
         self.ready: set[int] = set()
         self.issues: set[int] = set()
+        self.reductions: list[int] = []  # waits of theirs: taken as soon as they are over, they free their gradients
         chain = sum(self.in_chain)
         for i in range(len(self.ops)):
             if not self.before[i]:
@@ -315,6 +293,7 @@ class _Window:
                 continue
             chosen = self._choose()
             begin = max(self.clock.now, self.release[chosen])
+            self._take_reductions()
             self._issue_until(begin + self.seconds[chosen])
             self._emit(chosen)
             chain -= self.in_chain[chosen]
@@ -327,6 +306,8 @@ class _Window:
     def _arrive(self, i: int) -> None:
         """All before ``i`` is done, or is a wait that will be done first. A wait is passed on: it comes last."""
         if self.is_wait[i]:
+            if self.ops[i].lane == lane_name(FSDP) and _reduces(self.program, self.ops[i]):
+                self.reductions.append(i)
             end = self.ends.get(self.ops[i].attrs["issue"], 0.0)
             for k in self.after[i]:
                 self.release[k] = max(self.release[k], end)
@@ -355,12 +336,17 @@ class _Window:
         return able[0]
 
     def _first_issue(self) -> int:
-        return min(self.issues, key=lambda i: (-self.rank[i], i))
+        return min(self.issues, key=lambda i: (max(self.release[i], self.clock.now), -self.rank[i], i))
+
+    def _take_reductions(self) -> None:
+        for i in self.reductions:
+            if i not in self.emitted and self.ends.get(self.ops[i].attrs["issue"], 0.0) <= self.clock.now:
+                self._emit_wait(i)
 
     def _issue_until(self, end: float) -> None:
-        """Issue what can start before ``end``."""
+        """Issue what can start before ``end``, and for which compute need not wait: its input may be on its way."""
         for i in sorted(self.issues, key=lambda i: (-self.rank[i], i)):
-            if self.clock.free.get(communicator(self.ops[i]), 0.0) <= end:
+            if self.release[i] <= self.clock.now and self.clock.free.get(communicator(self.ops[i]), 0.0) <= end:
                 self._issue(i)
 
     def _issue(self, i: int) -> None:
@@ -373,7 +359,9 @@ class _Window:
     def _emit(self, i: int) -> None:
         self.ready.discard(i)
         self._emit_waits_before(i)
-        self.clock.now = max(self.clock.now, self.release[i]) + self.seconds[i]
+        op, seconds = self.ops[i], self.seconds[i]
+        self.clock.now = max(self.clock.now, self.release[i])
+        self.clock.now = self.clock.issue(op.lane, seconds) if op.kind in FUSED else self.clock.now + seconds
         self._account(i)
         self._pass_on(i)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .layout import Axes, Placement, Signature, local_shape
-from .ops import DTYPE_BYTES, OPS, signature_of
+from .ops import DTYPE_BYTES, FUSED, OPS, signature_of
 from .plan import AXES, Plan
 
 
@@ -54,6 +54,17 @@ class Op:
     @property
     def axes(self) -> Axes:
         return self.attrs["axes"]
+
+    @property
+    def parts(self) -> tuple[Op, ...]:
+        """The records that a fused one stands for, in the order in which they would run; else itself."""
+        return self.attrs["parts"] if self.kind in FUSED else (self,)
+
+    @property
+    def collective(self) -> Op:
+        """The collective's issue: itself, or that within a fused record."""
+        issues = (part for part in self.parts if part.kind == FUSED.get(self.kind, self.kind))
+        return next(issues)
 
 
 @dataclass
@@ -125,13 +136,19 @@ class Program:
 
     def flops(self, op: Op) -> int:
         """FLOPs of one rank. Collectives and waits have none."""
+        if op.kind in FUSED:
+            return sum(self.flops(part) for part in op.parts)
         return OPS[op.kind].flops(self.label_sizes(op)) if op.kind in OPS else 0
 
     def bytes_moved(self, op: Op) -> int:
         """Bytes that a compute op reads and writes at least: every input and output once."""
+        if op.kind in FUSED:
+            return sum(self.bytes_moved(part) for part in op.parts)
         return sum(self.bytes(name) for name in (*op.inputs, *op.outputs)) if op.kind in OPS else 0
 
     def workspace_bytes(self, op: Op) -> int:
+        if op.kind in FUSED:
+            return max(self.workspace_bytes(part) for part in op.parts)
         if op.kind not in OPS:
             return 0
         ins, outs = list(op.inputs), list(op.outputs)
@@ -145,11 +162,12 @@ class Program:
 
     def payload_bytes(self, op: Op) -> int:
         """Full gathered size of a collective: the larger side."""
+        op = op.collective
         return max(self.bytes(op.inputs[0]), self.bytes(op.outputs[0]))
 
     def wire_bytes(self, op: Op) -> float:
         """What one rank sends: payload * (n - 1) / n, twice that for an all-reduce."""
-        ranks = self.plan.size(op.axes)
+        op, ranks = op.collective, self.plan.size(op.axes)
         return self.payload_bytes(op) * (ranks - 1) / ranks * (2 if op.kind == "all_reduce" else 1)
 
     def with_ops(self, ops: list[Op], extra: dict[str, Buffer] | None = None) -> Program:

@@ -74,7 +74,7 @@ def activations(program: Program) -> set[str]:
 def role_of(name: str) -> str:
     """``mb0/blocks.3.forward/kv_gathered.h1`` -> ``kv_gathered``; head slices of K and V count as ``kv``."""
     last = name.rpartition("/")[2].removesuffix(".issued")
-    return re.sub(r"\.[ht]\d+$", "", last).replace("kv_slice", "kv")
+    return re.sub(r"\.[htc]\d+$", "", last).replace("kv_slice", "kv")
 
 
 class _Rematerializer:

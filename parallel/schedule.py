@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .layout import FSDP
+from .ops import FUSED
 from .program import Buffer, Op, Program, lane_name
 
 
@@ -85,16 +86,22 @@ def elide(program: Program) -> Program:
 
 def stage_for_gloo(program: Program) -> Program:
     """Gloo does a reduce-scatter as all-to-all plus a sum in rank order: one staging buffer as large as the input."""
-    ops: list[Op] = []
     extra: dict[str, Buffer] = {}
     staged: dict[str, str] = {}
-    for op in program.ops:
+
+    def stage(op: Op) -> Op:
+        if op.kind in FUSED:
+            parts = tuple(stage(part) for part in op.parts)
+            names = (staged[part.name] for part in parts if part.name in staged)
+            return replace(op, outputs=(*op.outputs, *names), attrs={**op.attrs, "parts": parts})
         if op.kind == "reduce_scatter":
             name = f"{op.name}.staging"
             extra[name] = replace(program.buffers[op.inputs[0]], name=name, base=None, offset=0, kind="temporary")
             staged[op.name] = name
-            op = replace(op, outputs=(*op.outputs, name))
-        elif op.kind == "wait" and op.attrs["issue"] in staged:
-            op = replace(op, inputs=(*op.inputs, staged[op.attrs["issue"]]))
-        ops.append(op)
+            return replace(op, outputs=(*op.outputs, name))
+        if op.kind == "wait" and op.attrs["issue"] in staged:
+            return replace(op, inputs=(*op.inputs, staged[op.attrs["issue"]]))
+        return op
+
+    ops = [stage(op) for op in program.ops]
     return program.with_ops(ops, extra)

@@ -5,7 +5,9 @@
     gather              all-gather of one unit's shard -> the flat unit; parameters are views
     gradient            the flat gradient of one unit, Partial over everything that split the batch or the tokens
     reduce              reduce-scatter of the flat gradient over the unit's axes; the cp sum (and, in the replicated
-                        unit, the tp sum) comes with it; dp_replicate is summed once a step over the whole flat shard
+                        unit, the tp sum) comes with it
+    replicas        dp_replicate is summed once a step, after the last micro-batch: over the whole flat shard, or, where
+                    ``plan.grad_units`` asks for reductions behind compute, unit by unit as they are reduced
 
 Micro-batches add their reduced shards. The replicated unit is gathered once a step and reduced once, after the last.
 """
@@ -36,6 +38,7 @@ class ShardedUnits:
         self.states = {name: b.buffer(name, shape, stat, SHARDED, "state") for name in names}
         self.gradient = b.buffer("gradient", shape, stat, REPLICA_PARTIAL) if training else None
         self._reduced: dict[str, Buffer] = {}
+        self._totals: list[Buffer] = []  # of units that were summed over replicas by themselves
         self._weights: Buffer | None = None
 
     def cast_weights(self) -> None:
@@ -97,8 +100,8 @@ class ShardedUnits:
         for name, parameter in parameters.items():
             self.b.demand_parameter_gradient(parameter, gradients[name])
 
-    def reduce(self, name: str, flat: Buffer) -> None:
-        """Reduce-scatter a flat gradient into (or onto) the unit's part of the flat gradient shard."""
+    def reduce(self, name: str, flat: Buffer, *, last: bool) -> None:
+        """Reduce-scatter a flat gradient into (or onto) the unit's part of the flat shard; ``last``: of the step."""
         b, unit = self.b, self.units.by_name[name]
         assert self.gradient is not None
         if name not in self._reduced:
@@ -110,10 +113,14 @@ class ShardedUnits:
             (self._reduced[name],) = b.op(
                 "accumulate", [part], "accumulated", add_to=self._reduced[name], signature="xn->xn"
             )
+        if last and b.plan.grad_units > 1:
+            self._totals.append(b.all_reduce(self._reduced[name], ("dp_replicate",), "total"))
 
     def reduced_gradient(self) -> Buffer:
         """The whole flat gradient shard, summed over replicas. Call after the last unit was reduced."""
         assert self.gradient is not None and set(self._reduced) == set(self.units.by_name)
+        if self._totals:
+            return self.b.join(self.gradient, self._totals, "gradient_total", SHARDED)
         return self.b.all_reduce(self.gradient, ("dp_replicate",), "gradient_total")
 
 

@@ -56,7 +56,8 @@ def traced_step(executor: Executor) -> list[Span]:
     done: list[Span | None] = []
     issued: dict[str, tuple[int, float, list[float]]] = {}  # record, when, and when it ended
     free: dict[tuple[str, str], float] = {}  # when each communicator ended its last collective
-    for record in executor.records:
+    records = [part for record in executor.records for part in record.parts or (record,)]
+    for record in records:
         op, start = record.op, now()
         if op.kind in OPS:
             record.run()
@@ -72,7 +73,7 @@ def traced_step(executor: Executor) -> list[Span]:
             executor.pending(op.attrs["issue"]).work.wait()
             waited = now()
             record.run()  # what is left of it: on gloo, the sum of a reduce-scatter
-            kind = executor.records[place].op.kind
+            kind = records[place].op.kind
             end = min(ended[0], waited) if ended else waited
             channel = (op.lane, kind)
             begin = min(max(since, free.get(channel, since)), end)

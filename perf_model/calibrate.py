@@ -17,10 +17,11 @@ import yaml
 
 from ..files import atomic_file
 from ..parallel.program import Op, Program
-from .cluster import Cluster, Measured, load
+from .cluster import Cluster, load
 from .compute import ATTENTION, Compute, matmul_shape
 from .constants import LIMITS, UNITS, Fact, Rule
 from .network import Group, Network, ring_group
+from .sections import Measured
 
 Key = tuple[int, ...]
 Times = dict[str, dict[Key, list[float]]]

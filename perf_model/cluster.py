@@ -1,13 +1,13 @@
 """Clusters: every constant that the prices use, read from ``clusters/*.yaml`` and checked (torch-free).
 
-How a number is written: see ``constants.py``. A file may name ``base`` files (those beside it that begin with ``_`` are
-parts, not clusters) whose numbers it inherits and may replace. All numbers are in SI units once read.
+How a number is written: see ``constants.py``; what each one is: ``sections.py``. A file may name ``base`` files, those
+beside it that begin with ``_`` (parts, not clusters), whose numbers it inherits and may replace. All numbers are in SI
+units once read.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -16,211 +16,24 @@ from typing import Any, cast
 import yaml
 
 from ..errors import CinemeshError
-from .constants import (
-    Bytes,
-    BytesOrZero,
-    BytesPerSecond,
-    BytesPerSecondTable,
-    Count,
-    Fact,
-    FlopsTable,
-    Fraction,
-    FractionOrZero,
-    FractionTable,
-    Ratio,
-    Reader,
-    Seconds,
-    SecondsOrZero,
-    SecondsTable,
-    Watts,
-)
+from .constants import Fact, Reader
 from .grid import Grid, read_grid
+from .sections import (
+    Family,
+    Gloo,
+    Gpu,
+    Launch,
+    Matmul,
+    Measured,
+    Memory,
+    Nccl,
+    Overlap,
+    Spread,
+    Stream,
+    Topology,
+)
 
 FOLDER = Path(__file__).parent / "clusters"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """One GPU. ``sustained``: clock of a long step under its power limit over that of a short isolated kernel."""
-
-    name: str
-    sms: Count
-    power_w: Watts
-    memory_bytes: Bytes
-    memory_bytes_per_s: BytesPerSecond
-    peak_flops: FlopsTable
-    sustained: FractionTable
-
-
-@dataclass(frozen=True, kw_only=True)
-class Matmul:
-    """Law of a matmul (``compute.Compute.matmul_s``). ``efficiency``: of the peak, by dtype.
-
-    ``grid``: a CSV beside the cluster file, m, n, k, ratio: measured time over the law's.
-    """
-
-    efficiency: FractionTable
-    tile: Count
-    tail: FractionOrZero
-    prologue_s: SecondsOrZero
-    floor_s: Seconds
-    memory_fraction: Fraction
-    grid: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pass:
-    """One attention kernel (``compute.attention_s``). ``speed`` by head dim: what a full chip reaches on long rows."""
-
-    speed: FlopsTable
-    rows: Count
-    tail: FractionOrZero
-    prologue_s: SecondsOrZero
-    floor_s: Seconds
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """A family of attention kernels."""
-
-    forward: Pass
-    backward: Pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stream:
-    """Memory-bound kernels: ``floor_s`` + bytes / (``fraction`` of the memory's rate)."""
-
-    fraction: Fraction
-    floor_s: Seconds
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Ops whose own time was measured, by name: ``floor_s`` + bytes / ``bytes_per_s``. The others follow ``Stream``."""
-
-    floor_s: SecondsTable
-    bytes_per_s: BytesPerSecondTable
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """Host time of one kernel launched by torch, and the gap between two nodes of a replayed graph."""
-
-    eager_s: Seconds
-    graph_s: Seconds
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """What a process may allocate, and what the program does not own."""
-
-    usable_bytes: Bytes
-    context_bytes: BytesOrZero
-    communicator_bytes: BytesOrZero
-
-
-@dataclass(frozen=True, kw_only=True)
-class Topology:
-    """Servers, links and switches. Rates are of one direction, of one GPU (NVLink) or one NIC.
-
-    A leaf joins ``servers_per_leaf`` servers, a pod ``servers_per_pod``; between pods the NICs of a pod share
-    1 / ``pod_oversubscription`` of their rate.
-    """
-
-    gpus_per_server: Count
-    servers: Count
-    nvlink_bytes_per_s: BytesPerSecond
-    nics_per_server: Count
-    nic_bytes_per_s: BytesPerSecond
-    nic_latency_s: SecondsOrZero
-    switch_latency_s: SecondsOrZero
-    servers_per_leaf: Count
-    servers_per_pod: Count
-    pod_oversubscription: Ratio
-
-
-@dataclass(frozen=True, kw_only=True)
-class Nccl:
-    """What NCCL's tuner knows (``network.py``). Tables by protocol, or by number of servers: "1", "2", "4" (and more).
-
-    ``correction``: a CSV beside the cluster file, kind, ranks, bytes, ratio: measured time over the formula's, in one
-    server. ``ring_reach``, ``tree_reach``: rate reached over several servers, of the formula's, by bytes of one rank
-    (rings) or of the buffer (trees).
-    """
-
-    ring_base_s: SecondsTable
-    ring_hop_s: SecondsTable
-    ring_network_hop_s: SecondsTable
-    tree_base_s: SecondsTable
-    tree_hop_s: SecondsTable
-    tree_network_hop_s: SecondsTable
-    nvls_s: Seconds
-    nvls_tree_network_hop_s: Seconds
-    pat_base_s: Seconds
-    pat_rank_s: Seconds
-    pat_hop_fraction: Fraction
-    pat_efficiency: Fraction
-    post_s: Seconds
-    ring_plateau: Ratio
-    server_channels: Count
-    server_channel_bytes_per_s: BytesPerSecond
-    nic_fraction: Fraction
-    p2p_fraction: Fraction
-    ring_ll_fraction: Fraction
-    ring_ll128_fraction: Fraction
-    tree_fraction: Fraction
-    tree_pattern_fraction: Fraction
-    tree_ll_fraction: Fraction
-    ll_cap_bytes_per_s: BytesPerSecondTable
-    ring_ll128_cap_bytes_per_s: BytesPerSecondTable
-    tree_ll128_cap_bytes_per_s: BytesPerSecondTable
-    tree_cap_bytes_per_s: BytesPerSecondTable
-    nvls_channels: Count
-    nvls_channel_bytes_per_s: BytesPerSecond
-    nvls_efficiency: Fraction
-    nvls_tree_cap_bytes_per_s: BytesPerSecondTable
-    nvls_least_ranks: Count
-    ctas_per_channel: Count
-    ring_reach: FractionTable
-    tree_reach: FractionTable
-    correction: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gloo:
-    """Collectives of CPU processes: time of one message and rate of one rank, by primitive.
-
-    Primitives: all_gather, all_reduce, all_to_all, send_recv. The sum after an all-to-all reads ``sum_bytes_per_s``.
-    ``core_fraction``: of that time, the part in which the cores copy; the rest is waiting.
-    """
-
-    message_s: SecondsTable
-    bytes_per_s: BytesPerSecondTable
-    sum_bytes_per_s: BytesPerSecond
-    core_fraction: Fraction
-
-
-@dataclass(frozen=True, kw_only=True)
-class Overlap:
-    """Slowdown beyond the SMs and the bandwidth that a collective takes while compute runs, and the reverse."""
-
-    compute_slowdown: Ratio
-    communication_slowdown: Ratio
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """Spread of the step time of one rank, as a fraction of its mean: the slowest of n ranks sets the pace."""
-
-    step_fraction: FractionOrZero
-
-    def factor(self, ranks: int) -> float:
-        """Expected step time of ``ranks`` synchronous ranks over that of one: 1 + sigma sqrt(2 ln n).
-
-        The leading term of the mean of the largest of n normal draws (Cramer 1946, section 28.6).
-        """
-        return 1.0 + self.step_fraction * math.sqrt(2.0 * math.log(ranks)) if ranks > 1 else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ matmul      small tiles of the output run in waves over the SMs; each costs its 
 attention   blocks of rows of one head run in waves over the SMs and walk all keys; by family of kernels and head dim.
 others      bytes over the achieved part of the memory's rate. An op that has no kernel of its own runs as the plain
             reference, which moves its bytes several times (``REFERENCE``).
+Products and self-attention run on the SMs that ``plan.sm_margin`` leaves them: as fast a wave, more waves.
 All run at the clock that a long step sustains under the power limit: ``gpu.sustained``, fitted, apart from the laws,
 which hold for short isolated kernels (``clock="isolated"``).
 """
@@ -18,8 +19,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import CinemeshError
-from ..kernels.catalogue import choose
+from ..kernels.catalogue import LEAVE_SMS, candidates, choose
 from ..parallel.ops import DTYPE_BYTES
+from ..parallel.plan import Plan
 from ..parallel.program import Op, Program
 from .cluster import Cluster
 from .constants import Table
@@ -38,6 +40,8 @@ REFERENCE: dict[str, tuple[int, float]] = {
     "layer_norm": (11, 13.0),
     "layer_norm_backward": (16, 18.0),
     "gated_residual_backward": (4, 4.0),
+    "merge_attention": (32, 9.8),  # of four parts
+    "sum_parts": (5, 4.2),  # of four
     "swiglu": (2, 1.7),
     "swiglu_backward": (4, 2.2),
     "silu_backward": (3, 3.0),
@@ -54,6 +58,10 @@ ATTENTION = {
     "attention_backward": "backward",
     "cross_attention_backward": "backward",
 }
+
+
+# Families of attention kernels that can leave SMs alone.
+LEAVING = tuple(entry.rate_class.removeprefix("attention.") for entry in candidates("attention") if entry.margin)
 
 
 def reference_ops(device: str) -> frozenset[str]:
@@ -96,6 +104,7 @@ class Compute:
         self.unfused = reference_ops(cluster.device) if unfused is None else unfused
         self.clock = clock
         self._grid = cluster.grid(cluster.matmul.grid)
+        self._on_gpus = cluster.device == "cuda"
         self._prices: dict[tuple[object, ...], Price] = {}
 
     # -- ops ----------------------------------------------------------------------------------------------------------
@@ -116,11 +125,32 @@ class Compute:
             op.attrs.get("signature"),
             *[program.local_shape(name) for name in names],
             *[program.buffers[name].dtype for name in names],
+            margin := self.margin(program, op),
         )
         found = self._prices.get(key)
         if found is None:
-            found = self._prices[key] = self._price(program, op)
+            found = self._prices[key] = self._price(program, op, margin)
         return found
+
+    def check(self, plan: Plan) -> None:
+        """Raises CinemeshError for a plan that leaves compute no SM, or asks of attention what its kernels cannot."""
+        gpu = self.cluster.gpu
+        if not self._on_gpus:
+            return
+        plan.check_device(gpu.name, gpu.sms)
+        if plan.sm_margin and self.family not in LEAVING:
+            raise CinemeshError(
+                f"plan: sm_margin({plan.sm_margin}): attention on {self.cluster.name} is priced as {self.family}, "
+                f"which takes every SM; only {', '.join(LEAVING)} leaves some. Set sm_margin to 0"
+            )
+
+    def margin(self, program: Program, op: Op) -> int:
+        """SMs that an op leaves to communication."""
+        return self.left_sms(program.plan) if op.kind in LEAVE_SMS else 0
+
+    def left_sms(self, plan: Plan) -> int:
+        """SMs that products and self-attention leave under a plan: none where there is no NCCL to take them."""
+        return plan.sm_margin if self._on_gpus else 0
 
     def least_s(self, program: Program, op: Op) -> float:
         """A memory-bound op's time without what each kernel costs whatever its size: proportional to its bytes."""
@@ -131,19 +161,21 @@ class Compute:
         rate = self.cluster.gpu.memory_bytes_per_s * self.cluster.stream.fraction
         return program.bytes_moved(op) * passes / rate
 
-    def _price(self, program: Program, op: Op) -> Price:
+    def _price(self, program: Program, op: Op, margin: int) -> Price:
         dtype = program.buffers[op.inputs[0]].dtype
         if op.kind == "matmul":
             signature = program.label_signature(op)
             batch, m, n, k = matmul_shape(signature.inputs, signature.outputs[0], program.label_sizes(op))
             accumulate = len(op.inputs) > len(signature.inputs)
             out = program.buffers[op.outputs[0]].dtype
-            work, memory, floor = self._matmul(m, n, k, dtype, out_dtype=out, accumulate=accumulate, batch=batch)
+            work, memory, floor = self._matmul(
+                m, n, k, dtype, out_dtype=out, accumulate=accumulate, batch=batch, margin=margin
+            )
             return self._priced(work, memory, floor, 1)
         if op.kind in ATTENTION:
             z = program.label_sizes(op)
             work, memory, floor = self._attention(
-                ATTENTION[op.kind], z["b"], z["t"], z["s"], z["h"], z["k"], dtype, self.family, False, False
+                ATTENTION[op.kind], z["b"], z["t"], z["s"], z["h"], z["k"], dtype, self.family, False, False, margin
             )
             return self._priced(work, memory, floor, 1)
         measured = self.cluster.measured
@@ -173,9 +205,15 @@ class Compute:
         out_dtype: str | None = None,
         accumulate: bool = False,
         batch: int = 1,
+        margin: int = 0,
     ) -> float:
-        """[m, k] x [k, n], ``batch`` times; ``accumulate`` reads the output too. On the device, without launch."""
-        work, memory, floor = self._matmul(m, n, k, dtype, out_dtype=out_dtype, accumulate=accumulate, batch=batch)
+        """[m, k] x [k, n], ``batch`` times; ``accumulate`` reads the output too. On the device, without launch.
+
+        ``margin``: SMs left alone.
+        """
+        work, memory, floor = self._matmul(
+            m, n, k, dtype, out_dtype=out_dtype, accumulate=accumulate, batch=batch, margin=margin
+        )
         return max(work, memory) + floor
 
     def attention_s(
@@ -191,14 +229,15 @@ class Compute:
         family: str | None = None,
         causal: bool = False,
         dropout: bool = False,
+        margin: int = 0,
     ) -> float:
-        """Attention of ``heads`` query heads, on the device, without launch.
+        """Attention of ``heads`` query heads, on the device, without launch. ``margin``: SMs left alone.
 
         ``unfused`` is the one family that every cluster has: products with the scores in memory, a softmax kernel and,
         with ``dropout``, one more kernel over the scores.
         """
         work, memory, floor = self._attention(
-            direction, batch, queries, keys, heads, head_dim, dtype, family or self.family, causal, dropout
+            direction, batch, queries, keys, heads, head_dim, dtype, family or self.family, causal, dropout, margin
         )
         return max(work, memory) + floor
 
@@ -230,13 +269,22 @@ class Compute:
         return gpu.peak_flops[dtype], gpu.sustained[dtype] if self.clock == "sustained" else 1.0
 
     def _matmul(
-        self, m: int, n: int, k: int, dtype: str, *, out_dtype: str | None, accumulate: bool, batch: int
+        self,
+        m: int,
+        n: int,
+        k: int,
+        dtype: str,
+        *,
+        out_dtype: str | None,
+        accumulate: bool,
+        batch: int,
+        margin: int,
     ) -> tuple[float, float, float]:
         """(work, memory, floor) seconds."""
         gpu, law = self.cluster.gpu, self.cluster.matmul
         speed, sustained = self._speed(dtype)
         tile_s = 2.0 * law.tile * law.tile * k * gpu.sms / (speed * law.efficiency[dtype]) + law.prologue_s
-        work = _waves(batch * -(-m // law.tile) * -(-n // law.tile) / gpu.sms, law.tail) * tile_s
+        work = _waves(batch * -(-m // law.tile) * -(-n // law.tile) / (gpu.sms - margin), law.tail) * tile_s
         if self._grid is not None:
             work *= self._grid.at(m, n, k)
         moved = (m * k + k * n) * ITEM_BYTES[dtype] + m * n * ITEM_BYTES[out_dtype or dtype] * (1 + accumulate)
@@ -255,6 +303,7 @@ class Compute:
         family: str,
         causal: bool,
         dropout: bool,
+        margin: int,
     ) -> tuple[float, float, float]:
         """(work, memory, floor) seconds."""
         if family == "unfused":
@@ -273,7 +322,7 @@ class Compute:
         per_element = FORWARD_FLOPS if direction == "forward" else BACKWARD_FLOPS
         _, sustained = self._speed(dtype)
         block = per_element * law.rows * walked * padded * sms / speed / sustained + law.prologue_s
-        work = _waves(batch * heads * math.ceil(own / law.rows) / sms, law.tail) * block
+        work = _waves(batch * heads * math.ceil(own / law.rows) / (sms - margin), law.tail) * block
         tensors = 2 if direction == "forward" else 4  # q and o; with gradients of both. k and v alike
         moved = tensors * batch * heads * (queries + keys) * head_dim * ITEM_BYTES[dtype]
         memory = moved / (self.cluster.gpu.memory_bytes_per_s * self.cluster.stream.fraction)

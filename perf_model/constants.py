@@ -57,11 +57,15 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Rule:
-    """What a number must be: of a quantity, or a table of one by name; ``zero``: 0 is a sensible value."""
+    """What a number must be: of a quantity, or a table of one by name; ``zero``: 0 is a sensible value.
+
+    ``most``: instead of the quantity's upper limit, in SI.
+    """
 
     quantity: str
     table: bool = False
     zero: bool = False
+    most: float = 0.0
 
 
 Table = Mapping[str, float]
@@ -74,6 +78,7 @@ Count = Annotated[int, Rule("count")]
 Fraction = Annotated[float, Rule("fraction")]
 Ratio = Annotated[float, Rule("ratio")]
 
+Duration = Annotated[float, Rule("time", most=1e3)]  # of what happens once in a job
 SecondsOrZero = Annotated[float, Rule("time", zero=True)]
 BytesOrZero = Annotated[float, Rule("size", zero=True)]
 FractionOrZero = Annotated[float, Rule("fraction", zero=True)]
@@ -165,6 +170,7 @@ class Reader:
         if whole and value != int(value):
             raise self.wrong(path, f"is {value}", "it must be a whole number")
         low, high = LIMITS[rule.quantity]
+        high = rule.most or high
         si = value * scale
         if not (low <= si <= high or (rule.zero and si == 0)):  # also refuses nan
             span = f"from {low / scale:g} to {high / scale:g} {unit}" + (", or 0" if rule.zero else "")

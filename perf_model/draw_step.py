@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..parallel.ops import FUSED
 from . import trace
 from .explain import Whole
 from .footprint import stack
@@ -59,7 +60,7 @@ def style_of(span: Timed) -> str:
     if span.kind == WAIT:
         return "compute waits"
     if span.lane != COMPUTE:
-        return span.kind
+        return FUSED.get(span.kind, span.kind)
     family = next((name for name in ("attention", "matmul") if name in span.kind), "other compute")
     return f"{family}, again" if trace.recomputed(span) else family
 

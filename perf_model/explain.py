@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from ..errors import CinemeshError
 from ..model.config import ModelConfig
 from ..model.step import Batch, build_step, prepare
-from ..parallel.communicators import communicator, communicators
-from ..parallel.ops import OPS
+from ..parallel.communicators import communicator
+from ..parallel.ops import FUSED, OPS
 from ..parallel.plan import AXES, Plan
 from ..parallel.program import Op, Program
 from .cluster import Cluster
@@ -53,14 +53,13 @@ def played(program: Program, batch: Batch, cluster: Cluster, frozen: FrozenCost 
     plan = program.plan
     tape = price(program, Compute(cluster), Network(cluster), cluster)
     timeline = play(tape)
-    held = len(communicators(plan)) + 1  # and the process group that the job was started with
     return Whole(
         plan,
         batch,
         program,
         tape,
         timeline,
-        footprint(program, cluster, held, frozen.bytes if frozen else 0),
+        footprint(program, cluster, frozen.bytes if frozen else 0),
         (timeline.step_s + (frozen.seconds if frozen else 0.0)) * cluster.spread.factor(plan.world_size),
     )
 
@@ -96,7 +95,7 @@ def mfu_of(request: Request, choice: Choice, flops: float) -> float:
 
 def hardware_flops(program: Program) -> int:
     """FLOPs of one rank as executed: recompute, and work that several ranks do, counted."""
-    return sum(program.flops(op) for op in program.ops if op.kind in OPS and OPS[op.kind].matmul)
+    return sum(program.flops(op) for op in program.ops if op.kind in FUSED or (op.kind in OPS and OPS[op.kind].matmul))
 
 
 def mfu(config: ModelConfig, whole: Whole, cluster: Cluster) -> float:
@@ -274,11 +273,18 @@ def describe(plan: Plan) -> str:
     if plan.recompute_last is not None:
         keep += f" (last {plan.last_blocks} blocks {_keep(plan.recompute_last)})"
     parts.append(f"recompute={keep}")
-    parts += [f"{name}={getattr(plan, name)}" for name in ("kv_slices", "tp_slices") if getattr(plan, name) > 1]
+    parts += [
+        f"{name}={getattr(plan, name)}" for name in ("kv_slices", "kv_chunks", "tp_slices") if getattr(plan, name) > 1
+    ]
     if plan.prefetch != 1:
         parts.append(f"prefetch={plan.prefetch}")
+    if plan.fused_tp:
+        parts.append("fused tp")
+    if plan.kv_first:
+        parts.append("K and V first")
     if plan.defer_weight_gradients:
         parts.append("deferred weight gradients")
+    parts += plan.streams
     split = [axis for axis in plan.order if plan.size(axis) > 1]
     if split != [axis for axis in AXES if plan.size(axis) > 1]:
         parts.append("order=" + ":".join(plan.order))

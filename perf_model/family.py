@@ -16,15 +16,17 @@ from typing import Any
 
 from ..model.config import ModelConfig
 from ..model.step import Batch, check
+from ..parallel.layout import HEADS
 from ..parallel.plan import AXES, DtypePolicy, Plan
 from .cluster import Cluster
 from .compute import Compute
 from .encoders import FrozenCost, frozen_options
 from .floor import Floor, Recompute
 from .footprint import outside
-from .network import Network
+from .network import Groups, Network, groups_of
 from .shallow import Shallow
-from .skeleton import Groups, Skeleton, groups_of
+from .skeleton import Skeleton
+from .timeline import check_fused
 
 Mode = tuple[Recompute, Recompute | None]  # how blocks recompute, and what as many of the last ones as fit do instead
 ATTENTION: Recompute = ("o", "lse")  # self-attention is what costs most to run again, and its output is small
@@ -163,6 +165,8 @@ class Family:
         return self.data_ranks * self.samples * self.plan.micro_batches
 
     def check(self) -> None:
+        order: Any = self.request.fixed.get("order", self.plan.order)
+        check_fused(replace(self.plan, order=order), self.request.cluster)
         for bucket in self.request.buckets:
             check(self.request.config, self.plan, Batch(self.samples, bucket.latent))
 
@@ -203,6 +207,8 @@ class Family:
             distinct: dict[object, tuple[tuple[str, ...], Groups]] = {}
             for order in orders:
                 groups = groups_of(plan, cluster, order)  # type: ignore[arg-type]
+                if plan.fused_tp and cluster.gloo is None and groups[HEADS].servers > 1:
+                    continue
                 distinct.setdefault(tuple(groups.values()), (order, groups))  # type: ignore[arg-type]
             self._placements[key] = list(distinct.values())
         return self._placements[key]
@@ -263,7 +269,7 @@ class Family:
         A larger shard group never needs more memory, so the smallest one that fits is found by bisection.
         """
         recompute, lighter = mode
-        limit = self.prices.limit_bytes(self.plan)
+        limit = self.prices.limit_bytes
         base = replace(self.plan, recompute=recompute)
         plans = [base.with_degrees(dp_shard=n, dp_replicate=self.data_ranks // n) for n in groups]
 
@@ -274,7 +280,7 @@ class Family:
             return self.peak_bytes(plan) + held(plan)
 
         self.least_peak = need(plans[-1])
-        first = bisect_left(plans, True, key=lambda plan: need(plan) <= limit)
+        first = bisect_left(plans, True, key=lambda plan: need(plan) <= limit(plan))
         if first == len(plans):
             key = (self.plan.tp, self.samples, self.plan.micro_batches, recompute)
             self.prices.too_big[key] = max(self.plan.cp, self.prices.too_big.get(key, 0))
@@ -282,8 +288,8 @@ class Family:
         for plan in plans[first:]:
             peak = self.peak_bytes(plan)
             if lighter is not None:
-                plan, peak = self.lightened(plan, lighter, limit - held(plan))
-            variants += self._placed(plan, peak, limit)
+                plan, peak = self.lightened(plan, lighter, limit(plan) - held(plan))
+            variants += self._placed(plan, peak, limit(plan))
         return variants, groups[:first]
 
     def _placed(self, plan: Plan, peak: int, limit: float) -> Iterator[Variant]:
@@ -297,11 +303,15 @@ class Family:
 
 
 class Prices:
-    """What all families of one request share: the models, floors, shallow programs."""
+    """What all families of one request share: the models, floors, shallow programs.
+
+    Raises CinemeshError when the fixed fields share the GPU as it cannot be shared.
+    """
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.compute = Compute(request.cluster)
+        self.compute.check(everywhere(request))
         self.network = Network(request.cluster)
         self.played = 0
         self.bounded = 0
@@ -316,9 +326,7 @@ class Prices:
 
     def outside_bytes(self, plan: Plan) -> int:
         """What no program owns."""
-        axes = sum(plan.size(axis) > 1 for axis in ("tp", "cp"))
-        communicators = axes + 5  # units: gathers, reductions, the replicated one; replicas; the whole job
-        return sum(outside(self.request.cluster, communicators).values())
+        return sum(outside(self.request.cluster, plan).values())
 
     def frozen(self, plan: Plan, samples: int) -> Sequence[FrozenCost | None]:
         """Ways to hold the frozen encoders, the fastest first."""

@@ -47,7 +47,17 @@ class Floor:
 
     def __init__(self, shallow: Shallow, compute: Compute, network: Network, cluster: Cluster) -> None:
         self.compute, self.network, self.cluster = compute, network, cluster
-        plain = replace(shallow.plan, grad_units=1, kv_slices=1, tp_slices=1, defer_weight_gradients=False)
+        plain = replace(
+            shallow.plan,
+            grad_units=1,
+            kv_slices=1,
+            kv_chunks=1,
+            kv_first=False,
+            tp_slices=1,
+            fused_tp=False,
+            defer_weight_gradients=False,
+        )
+        self._fused = shallow.plan.fused_tp  # products hide what they hold: all of it, for what a floor can tell
         self._plain = shallow.on(plain.with_degrees(tp=2, cp=2))
         self._one = shallow.on(plain.with_degrees(tp=1, cp=1))
         self._alone: dict[Recompute, Skeleton] = {}
@@ -75,7 +85,11 @@ class Floor:
             op = built.ops[exchange.index]
             group = ring_group(self.cluster, plan.size(exchange.axis))
             cost = self.network.collective(op.kind, program.payload_bytes(op), group)
+            if ctas := plan.ctas(op.axes):  # as fast as without the limit: it slows groups of other places by less
+                cost = replace(cost, sms=min(cost.sms, ctas))
             busy[exchange.axis] += cost.seconds
+            if exchange.axis == "tp" and self._fused:
+                continue
             if exchange.between:
                 taken = cost.seconds * block.skeleton.taken(cost)
                 hidden = sum(seconds.get(i, 0.0) for i in exchange.between)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..parallel.communicators import held
 from ..parallel.memory import lifetimes
+from ..parallel.plan import Plan
 from ..parallel.program import Program
 from .cluster import Cluster
 
@@ -36,6 +38,8 @@ def class_of(program: Program, root: str, kept: set[str]) -> str:
     """The class of a storage, by the name under which the builders made it."""
     buffer = program.buffers[root]
     role = root.rpartition("/")[2].rstrip("~").removesuffix(".issued")
+    if buffer.kind == "workspace":
+        return "workspace"
     if buffer.kind == "state":
         return _STATES.get(role, "inputs")
     if buffer.kind == "input":
@@ -74,12 +78,12 @@ class Footprint:
     limit_bytes: float
 
 
-def outside(cluster: Cluster, communicators: int) -> dict[str, int]:
-    """Bytes that no program owns: CUDA context with its libraries, and NCCL's buffers by number of communicators."""
+def outside(cluster: Cluster, plan: Plan) -> dict[str, int]:
+    """Bytes that no program owns: CUDA context with its libraries, and NCCL's buffers of every communicator held."""
     memory = cluster.memory
     return {
         "CUDA context": int(memory.context_bytes),
-        "NCCL": int(memory.communicator_bytes * communicators),
+        "NCCL": int(memory.communicator_bytes) * len(held(plan)),
     }
 
 
@@ -103,10 +107,11 @@ def stack(program: Program) -> Stack:
             current[classes[root]] += program.bytes(root)
     series: dict[str, list[int]] = {name: [] for name in CLASSES}
     totals: list[int] = []
+    always = current["workspace"]
     for i in range(len(program.ops)):
         for root in lives.allocate[i]:
             current[classes[root]] += program.bytes(root)
-        current["workspace"] = lives.workspace_bytes[i]
+        current["workspace"] = always + lives.workspace_bytes[i]
         for name in CLASSES:
             series[name].append(current[name])
         totals.append(sum(current.values()))
@@ -115,12 +120,12 @@ def stack(program: Program) -> Stack:
     return Stack({name: values for name, values in series.items() if any(values)}, totals)
 
 
-def footprint(program: Program, cluster: Cluster, communicators: int, frozen_bytes: int = 0) -> Footprint:
+def footprint(program: Program, cluster: Cluster, frozen_bytes: int = 0) -> Footprint:
     """The whole program's peak on a cluster's device."""
     stacked = stack(program)
     at = max(range(len(stacked.total)), key=stacked.total.__getitem__)
     by_class = {name: values[at] for name, values in stacked.by_class.items() if values[at]}
-    by_class |= outside(cluster, communicators)
+    by_class |= outside(cluster, program.plan)
     if frozen_bytes:
         by_class["frozen encoders"] = frozen_bytes
     return Footprint(sum(by_class.values()), by_class, program.ops[at].name, cluster.memory.usable_bytes)

@@ -6,6 +6,11 @@ output of an all-gather, input of a reduce-scatter, buffer of an all-reduce. Two
 formula, both in the cluster file: in one server, measured time over the formula's (``correction``); over several
 servers, the part of the formula's bandwidth that is reached (``ring_reach``, ``tree_reach``).
 
+[Note: thread blocks] A channel is a thread block on an SM of its own. NCCL takes as many as reach the link's peak (four
+a search channel between Hopper servers, "to reach peak BW": src/graph/connect.cc); a limit leaves out the channels
+beyond it, and the tuner does not hear of it: the algorithm stays, its rate falls in proportion. More blocks than NCCL's
+own hold more SMs and move nothing faster. Messages between pairs do not obey the limit (NVIDIA/nccl issue 1598).
+
 [Note: NICs of a ring] A ring enters and leaves a server through the NICs of its own members, and the groups beside it
 do the same at the same time: a group with g of a server's G GPUs has g / G of the server's NICs.
 """
@@ -13,14 +18,16 @@ do the same at the same time: a group with g of a server's G GPUs has g / G of t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from ..parallel.communicators import GROUPS
 from ..parallel.layout import Axes
 from ..parallel.plan import Plan
-from .cluster import Cluster, Gloo, Nccl, Topology
+from .cluster import Cluster
 from .constants import Table
 from .grid import Grid, read_grids
+from .sections import Gloo, Nccl, Topology
 
 PROTOCOLS = ("LL", "LL128", "Simple")
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv")
@@ -86,6 +93,17 @@ def ring_group(cluster: Cluster, ranks: int, stride: int = 1) -> Group:
     return _group(cluster.topology, (stride, ranks), (False, True))
 
 
+Groups = dict[Axes, Group]
+_AXES = tuple(dict.fromkeys(axes for axes, _ in GROUPS))
+
+
+def groups_of(plan: Plan, cluster: Cluster, order: Axes = ()) -> Groups:
+    """How every group of axes lies on the network, by the plan's rank order or another."""
+    order = order or plan.order
+    sizes = tuple(plan.size(axis) for axis in order)
+    return {axes: placed(cluster, order, sizes, axes) for axes in _AXES if plan.size(axes) > 1}
+
+
 @lru_cache(maxsize=4096)
 def _group(topology: Topology, sizes: tuple[int, ...], member: tuple[bool, ...]) -> Group:
     axes: list[tuple[int, int]] = []  # (size, distance of neighbours) of the group's axes
@@ -134,7 +152,10 @@ def _blocks(axes: list[tuple[int, int]], width: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One algorithm with one protocol, as the tuner sees it: seconds, and bytes/s of the full size."""
+    """One algorithm with one protocol, as the tuner sees it: seconds, and bytes/s of the full size.
+
+    ``channels``: thread blocks.
+    """
 
     algorithm: str
     protocol: str
@@ -150,7 +171,7 @@ class Network:
         self.cluster = cluster
         self.nvls = nvls
         self.pat = pat
-        self._costs: dict[tuple[str, int, Group], Cost] = {}
+        self._costs: dict[tuple[str, int, Group, int], Cost] = {}
         nccl = cluster.nccl
         self._corrections: dict[str, Grid] = {}
         if nccl is not None:
@@ -159,18 +180,21 @@ class Network:
             self._ring_reach = _by_bytes(nccl.ring_reach)
             self._tree_reach = _by_bytes(nccl.tree_reach)
 
-    def collective(self, kind: str, payload_bytes: int, group: Group) -> Cost:
-        """Cost of ``kind`` (one of ``KINDS``) over ``group``; ``payload_bytes`` is the full size, or the message."""
+    def collective(self, kind: str, payload_bytes: int, group: Group, ctas: int = 0) -> Cost:
+        """Cost of ``kind`` (one of ``KINDS``) over ``group``; ``payload_bytes`` is the full size, or the message.
+
+        ``ctas``: thread blocks of the communicator; 0: NCCL's own choice.
+        """
         if group.ranks == 1 or payload_bytes == 0:
             return FREE
-        key = (kind, payload_bytes, group)
+        key = (kind, payload_bytes, group, ctas)
         if key not in self._costs:
             if self.cluster.gloo is not None:
                 cost = self._gloo(self.cluster.gloo, kind, payload_bytes, group)
             elif kind in ("send_recv", "all_to_all"):
                 cost = self._pairs(self._nccl, kind, payload_bytes, group)
             else:
-                cost = self._tuned(kind, payload_bytes, group)
+                cost = self._tuned(kind, payload_bytes, group, ctas)
             self._costs[key] = cost
         return self._costs[key]
 
@@ -179,8 +203,8 @@ class Network:
         assert self.cluster.nccl is not None
         return self.cluster.nccl
 
-    def _tuned(self, kind: str, size: int, group: Group) -> Cost:
-        """The fastest of the tuner's candidates, corrected."""
+    def _tuned(self, kind: str, size: int, group: Group, ctas: int) -> Cost:
+        """The fastest of the tuner's candidates, corrected, on ``ctas`` thread blocks where they are limited."""
         best: tuple[float, float, Candidate] | None = None
         for candidate in self.candidates(kind, group):
             transfer = size / (candidate.bytes_per_s * self._reach(candidate, size, group))
@@ -190,6 +214,9 @@ class Network:
         latency, transfer, chosen = best
         ratio = self._ratio(kind, size, group)
         passes = NVLS_MEMORY_PASSES if chosen.algorithm.startswith("NVLS") else MEMORY_PASSES[kind]
+        if ctas:
+            transfer *= max(1.0, chosen.channels / ctas)
+            chosen = replace(chosen, channels=float(ctas))
         return self._cost(latency * ratio, transfer * ratio, size * passes, group, chosen)
 
     def _cost(self, latency: float, transfer: float, traffic: float, group: Group, chosen: Candidate) -> Cost:

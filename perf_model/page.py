@@ -14,6 +14,7 @@ from .explain import Duplicate, Exposure, Sensitivity, Whole, describe
 from .family import Request
 from .landscape import FAMILIES, Landscape, Point
 from .planner import Search
+from .startup import StartUp, start_up
 from .trace import Span, predicted
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -70,6 +71,10 @@ class Story:
     @property
     def duplicates(self) -> list[Duplicate]:
         return explain.duplicates(self.best)[:ROWS]
+
+    @property
+    def start_up(self) -> list[StartUp]:
+        return start_up(self.best.plan, self.request.cluster)
 
     @property
     def why_lost(self) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ..model.config import ModelConfig
 from ..model.step import Batch, build_step, unit_layout
@@ -22,6 +22,32 @@ def canonical(plan: Plan) -> Plan:
     """
     alone = plan.dp_shard * plan.cp == 1
     return replace(plan, order=Plan().order).with_degrees(dp_shard=1 if alone else 2, dp_replicate=2)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a shallow step.
+
+    ``unit``: the unit whose size it has, or whose shard's size if it sums over replicas; "" the whole flat shard; None
+    neither. ``split``: the other of tp and cp splits what it moves.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    communicator: str
+    bytes: int
+    unit: str | None
+    width: int
+    split: bool
+
+    def payload(self, units: Units, flat_elements: int) -> int:
+        """Bytes under another shard group."""
+        if self.unit is None:
+            return self.bytes
+        if not self.unit:
+            return flat_elements * self.width
+        unit = units.by_name[self.unit]
+        return (unit.shard_elements if self.axes == ("dp_replicate",) else unit.elements) * self.width
 
 
 class Shallow:

@@ -7,64 +7,45 @@ and the placement of axes on the network change prices, not records, so one shal
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from ..kernels.catalogue import LEAVE_SMS
 from ..model.step import prepare
-from ..parallel.communicators import GROUPS, communicator
+from ..parallel.communicators import communicator
 from ..parallel.layout import Axes
-from ..parallel.memory import lifetimes
 from ..parallel.ops import DTYPE_BYTES, OPS
 from ..parallel.plan import Plan
 from ..parallel.program import Program
-from ..parallel.units import Units
 from .cluster import Cluster
 from .compute import Compute
-from .footprint import FLAT, UNIT, class_of
-from .network import Cost, Group, Network, group_of, placed
-from .shallow import Shallow, canonical
-from .timeline import COMPUTE, ISSUE, WAIT, Record, Tape, Timeline, play, price
+from .footprint import FLAT, class_of
+from .network import Cost, Group, Groups, Network, group_of
+from .peak import Peak
+from .shallow import Collective, Shallow, canonical
+from .timeline import (
+    COMPUTE,
+    FUSE,
+    ISSUE,
+    WAIT,
+    Record,
+    Tape,
+    Timeline,
+    compute_record,
+    cost_of,
+    fused_record,
+    late_on,
+    play,
+    price,
+)
 
 STEADY_BLOCKS = 6  # from here on two blocks in the middle must agree
 STEADY = 1e-6  # relative difference of two blocks' times that counts as none
 _BLOCK = re.compile(r"^(mb\d+)/blocks\.(\d+)\.(forward|backward)$")
-
-
-@dataclass(frozen=True)
-class Collective:
-    """One collective of the shallow step.
-
-    ``unit``: the unit whose size it has; "" the whole flat shard; None neither. ``split``: the other of tp and cp
-    splits what it moves.
-    """
-
-    kind: str
-    axes: tuple[str, ...]
-    communicator: str
-    bytes: int
-    unit: str | None
-    width: int
-    split: bool
-
-    def payload(self, units: Units, flat_elements: int) -> int:
-        """Bytes under another shard group."""
-        if self.unit is None:
-            return self.bytes
-        return (units.by_name[self.unit].elements if self.unit else flat_elements) * self.width
-
-
-Groups = dict[Axes, Group]
-_AXES = tuple(dict.fromkeys(axes for axes, _ in GROUPS))
-
-
-def groups_of(plan: Plan, cluster: Cluster, order: Axes = ()) -> Groups:
-    """How every group of axes lies on the network, by the plan's rank order or another."""
-    order = order or plan.order
-    sizes = tuple(plan.size(axis) for axis in order)
-    return {axes: placed(cluster, order, sizes, axes) for axes in _AXES if plan.size(axes) > 1}
 
 
 class NotSteady(Exception):
@@ -77,6 +58,21 @@ class Priced:
 
     step_s: float
     compute_s: float
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """Least seconds of the collectives over one group of axes.
+
+    ``exposed_s``: of those that nothing hides; they add up over the lanes. ``taken``: of each communicator, what its
+    others take from compute, and the largest share of it that one takes. ``waited_s``: for what outlasts its compute;
+    it may be waited for in another lane at the same time. ``busy_s``: of the busiest communicator.
+    """
+
+    exposed_s: float
+    taken: list[tuple[float, float]]
+    waited_s: float
+    busy_s: float
 
 
 class Skeleton:
@@ -92,8 +88,34 @@ class Skeleton:
         self.cluster = cluster
         self._flat: list[int] = []  # records over the whole flat shard: their time follows its size
         self._collectives: list[tuple[int, Collective]] = []
-        self._peaks: dict[int, int] = {}
-        self._lanes: dict[object, tuple[float, float, float]] = {}
+        self._lanes: dict[object, _Lane] = {}
+
+    def under(self, plan: Plan) -> Skeleton:
+        """The same records under other thread blocks, priorities and margin: nothing is built or scheduled again."""
+        other = copy.copy(self)
+        other.plan, other._lanes = canonical(plan), {}
+        built = self.program
+        other.program = Program(other.plan, built.buffers, built.ops, built.outputs, built.facts)
+        other.base = self._repriced(other.program)
+        if self.compute.left_sms(other.plan) != self.compute.left_sms(self.plan):
+            for name in ("_compute_s", "_flat_s", "_block_compute_s", "terms"):  # follow from the base
+                other.__dict__.pop(name, None)
+        return other
+
+    def _repriced(self, program: Program) -> Tape:
+        """The base tape under another plan's margin and priorities."""
+        changed: dict[int, Record] = {}
+        margin = self.compute.left_sms(program.plan) != self.compute.left_sms(self.plan)
+        for i, (op, record) in enumerate(zip(program.ops, self.base.records, strict=True)):
+            if record.kind == ISSUE:
+                late = late_on(self.cluster, program.plan, op.axes)
+                if late != record.late:
+                    changed[i] = replace(record, late=late)
+            elif margin and record.kind == COMPUTE and op.kind in LEAVE_SMS:
+                changed[i] = compute_record(program, op, self.compute)
+            elif margin and record.kind == FUSE:
+                changed[i] = fused_record(program, op, self.compute, record.key, record.cost)
+        return self.base.with_records(changed) if changed else self.base
 
     # -- prices ---------------------------------------------------------------------------------------------------
 
@@ -103,6 +125,7 @@ class Skeleton:
         program, units = self.program, self.units
         tape = price(program, self.compute, None, self.cluster)
         by_elements = {unit.elements: unit.name for unit in units.units}
+        by_shard = {unit.shard_elements: unit.name for unit in units.units}
         flat = units.flat_elements
         for i, op in enumerate(program.ops):
             if op.kind == "wait":
@@ -117,7 +140,7 @@ class Skeleton:
             if "dp_shard" in op.axes:
                 unit = by_elements.get(payload // width)
             elif op.axes == ("dp_replicate",):
-                unit = ""
+                unit = by_shard.get(payload // width, "")
             larger = max(op.inputs[0], op.outputs[0], key=program.bytes)
             dims = program.buffers[larger].placement.dims
             other = "cp" if op.axes == ("tp",) else "tp"
@@ -135,9 +158,14 @@ class Skeleton:
         ratio = flat / self.units.flat_elements
         for i in self._flat:
             changed[i] = replace(base.records[i], seconds=base.records[i].seconds * ratio)
+        ctas = {axes: self.plan.ctas(axes) for axes in groups}
         for i, collective in self._collectives:
-            cost = network.collective(collective.kind, collective.payload(units, flat), groups[collective.axes])
-            changed[i] = Record(ISSUE, key=base.records[i].key, cost=cost)
+            axes, was = collective.axes, base.records[i]
+            cost = cost_of(network, collective.kind, collective.payload(units, flat), groups[axes], ctas[axes])
+            if was.kind == ISSUE:  # the many
+                changed[i] = Record(ISSUE, key=was.key, cost=cost, late=was.late)
+            else:
+                changed[i] = replace(was, cost=cost)
         return base.with_records(changed)
 
     # -- time -----------------------------------------------------------------------------------------------------
@@ -205,12 +233,12 @@ class Skeleton:
         for begin, end in self.period:
             for i in range(begin, end):
                 record = self.base.records[i]
-                added += record.seconds if record.kind == COMPUTE else 0.0
+                added += record.seconds if record.computes else 0.0
         return added
 
     @cached_property
-    def terms(self) -> dict[tuple[Collective, float], int]:
-        """How often each collective stands in the deep step, by the compute seconds that can hide it.
+    def terms(self) -> dict[Axes, dict[tuple[Collective, float], int]]:
+        """How often each collective over some axes stands in the deep step, by the compute seconds that can hide it.
 
         None between issue and wait: -1. More than any collective takes where another one of its communicator is in
         flight in the same window, so that no time is counted twice.
@@ -218,154 +246,99 @@ class Skeleton:
         records = self.base.records
         waits = {record.key: i for i, record in enumerate(records) if record.kind == WAIT}
         passed = list(itertools.accumulate((r.seconds for r in records), initial=0.0))
-        counts: dict[tuple[Collective, float], int] = {}
+        counts: dict[Axes, dict[tuple[Collective, float], int]] = {}
         last: dict[str, int] = {}
         for i, collective in self._collectives:
-            wait = waits[i]
-            window = passed[wait] - passed[i]
+            fused = records[i].kind == FUSE
+            wait = i if fused else waits[i]
+            window = records[i].seconds - records[i].alone_s if fused else passed[wait] - passed[i]
             if wait == i + 1:
                 window = -1.0
             elif last.get(collective.communicator, -1) > i:
                 window = math.inf
             else:
                 last[collective.communicator] = wait
-            key = (collective, window)
-            counts[key] = counts.get(key, 0) + self.repeats(i)
+            key, of_axes = (collective, window), counts.setdefault(collective.axes, {})
+            of_axes[key] = of_axes.get(key, 0) + self.repeats(i)
         return counts
 
     def bound_s(self, plan: Plan, network: Network, groups: Groups) -> float:
         """A lower bound of the deep step, without playing it.
 
-        Compute runs one record after the other. A collective in flight takes SMs or memory bandwidth from it; what
-        runs longer than the compute between its issue and its wait is waited for.
+        Compute runs one record after the other. A collective in flight takes SMs or memory bandwidth from it, unless
+        compute stands still for another one; what runs longer than the compute between its issue and its wait is
+        waited for.
         """
         ratio = self.shallow.flat_elements(plan) / self.units.flat_elements
         total = self._compute_s + self._flat_s * ratio
-        longest = waited = 0.0
+        longest = waited = exposed = 0.0
+        beside: list[tuple[float, float]] = []
         for axes, group in groups.items():
             key = (axes, group, plan.dp_shard if "dp_shard" in axes or axes == ("dp_replicate",) else 0)
             found = self._lanes.get(key)
             if found is None:
                 found = self._lanes[key] = self._lane(plan, network, axes, group)
-            total += found[0]
-            waited = max(waited, found[1])
-            longest = max(longest, found[2])
+            exposed += found.exposed_s
+            beside += found.taken
+            waited = max(waited, found.waited_s)
+            longest = max(longest, found.busy_s)
+        total += exposed + sum(max(0.0, taken - share * exposed) for taken, share in beside)
         return max(total + waited, longest)
 
     def taken(self, cost: Cost) -> float:
         """The share of compute that a collective in flight takes at least, whatever runs beside it."""
         tape = self.base
-        share = min(cost.sms / tape.sms, cost.memory_bytes_per_s / tape.memory_bytes_per_s)
+        margin = self.compute.left_sms(self.plan)
+        sms = max(0.0, cost.sms - margin) / (tape.sms - margin)
+        share = min(sms, cost.memory_bytes_per_s / tape.memory_bytes_per_s)
         return min(share * tape.compute_slowdown, 1.0)
 
-    def _lane(self, plan: Plan, network: Network, axes: Axes, group: Group) -> tuple[float, float, float]:
-        """Least seconds of the collectives over one group of axes: added, waited for, and of the busiest communicator.
-
-        What is added adds up over the lanes; what is waited for in one lane may be waited for in another as well.
-        """
+    def _lane(self, plan: Plan, network: Network, axes: Axes, group: Group) -> _Lane:
         units, flat = self.shallow.units_of(plan), self.shallow.flat_elements(plan)
-        added = 0.0
+        exposed = 0.0
+        taken: dict[str, tuple[float, float]] = {}
         busy: dict[str, float] = {}
         waited: dict[str, float] = {}
-        for (collective, window), times in self.terms.items():
-            if collective.axes != axes:
-                continue
-            cost = network.collective(collective.kind, collective.payload(units, flat), group)
+        ctas = self.plan.ctas(axes)
+        for (collective, window), times in self.terms.get(axes, {}).items():
+            cost = cost_of(network, collective.kind, collective.payload(units, flat), group, ctas)
             name = collective.communicator
             busy[name] = busy.get(name, 0.0) + times * cost.seconds
-            taken = cost.seconds * (1.0 if window < 0.0 else self.taken(cost))
-            added += times * taken
-            waited[name] = waited.get(name, 0.0) + times * max(0.0, cost.seconds - max(window, 0.0) - taken)
-        return added, max(waited.values(), default=0.0), max(busy.values(), default=0.0)
+            if window < 0.0:
+                exposed += times * cost.seconds
+                continue
+            share = self.taken(cost)
+            before, largest = taken.get(name, (0.0, 0.0))
+            taken[name] = before + times * cost.seconds * share, max(largest, share)
+            waited[name] = waited.get(name, 0.0) + times * max(0.0, cost.seconds * (1.0 - share) - window)
+        return _Lane(exposed, list(taken.values()), max(waited.values(), default=0.0), max(busy.values(), default=0.0))
 
     def price(self, plan: Plan, network: Network, cluster: Cluster) -> Priced:
-        tape = self.tape(plan, network, cluster)
-        timeline = play(tape)
+        """From the shallow step where that is steady, else from the whole one."""
         try:
-            step_s = self.step_s(timeline)
+            return self.steady_price(plan, network, cluster)
         except NotSteady:
             shallow = self.shallow
             deep = Shallow(shallow.config, plan, shallow.batch, blocks=shallow.config.layers)
             return Skeleton(deep, plan, self.compute, cluster).price(plan, network, cluster)
-        compute_s = tape.compute_s + self.more * self._block_compute_s
-        return Priced(step_s, compute_s)
+
+    def steady_price(self, plan: Plan, network: Network, cluster: Cluster) -> Priced:
+        """Raises NotSteady where blocks do not agree."""
+        tape = self.tape(plan, network, cluster)
+        step_s = self.step_s(play(tape))
+        return Priced(step_s, tape.compute_s + self.more * self._block_compute_s)
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _memory(self) -> tuple[list[int], list[tuple[str, int, int, int]], list[tuple[int, int]], int]:
-        """What the peak of any shard group follows from.
-
-        Live bytes of every record; (unit or "" for flat, width, first, last) of the buffers that the shard group sizes;
-        record ranges in which the blocks left out hold kept bytes; kept bytes of one block.
-        """
-        program = self.program
-        lives = lifetimes(program)
-        live = [a + b for a, b in zip(lives.live_bytes, lives.workspace_bytes, strict=True)]
-        by_elements = {unit.elements: unit.name for unit in self.units.units}
-        first: dict[str, int] = {}
-        last: dict[str, int] = {}
-        for i in range(len(program.ops)):
-            first.update(dict.fromkeys(lives.allocate[i], i))
-            last.update(dict.fromkeys(lives.free[i], i))
-        end = len(program.ops) - 1
-        sized: list[tuple[str, int, int, int]] = []
-        for name, buffer in program.buffers.items():
-            class_ = class_of(program, name, set()) if buffer.base is None else ""
-            if class_ in FLAT:
-                unit = ""
-            elif class_ in UNIT:
-                unit = by_elements[program.local_elements(name)]
-            else:
-                continue
-            if buffer.kind != "temporary" or name in first:
-                sized.append((unit, DTYPE_BYTES[buffer.dtype], first.get(name, 0), last.get(name, end)))
-        ranges: list[tuple[int, int]] = []
-        kept = 0
-        for (micro_batch, direction), starts in self.marks.items():
-            if direction == "forward" and self.more:
-                kept = lives.live_bytes[starts[2]] - lives.live_bytes[starts[1]]
-                ranges.append((starts[1], self.marks[micro_batch, "backward"][-1]))
-        return live, sized, ranges, kept
+    def _peak(self) -> Peak:
+        return Peak(self.program, self.shallow, self.marks)
 
     @property
     def kept_bytes(self) -> int:
         """What one more block keeps from forward to backward."""
-        return self._memory[3]
+        return self._peak.kept_bytes
 
     def peak_bytes(self, plan: Plan) -> int:
         """Most bytes that the deep step's own buffers hold at once on one rank, workspace included."""
-        if plan.dp_shard not in self._peaks:
-            self._peaks[plan.dp_shard] = self._peak_bytes(plan)
-        return self._peaks[plan.dp_shard]
-
-    def _peak_bytes(self, plan: Plan) -> int:
-        units = self.shallow.units_of(plan)
-        deep = self.shallow.flat_elements(plan) - self.units.flat_elements
-        kept = self.more * self.kept_bytes
-        peak = 0
-        for (held, deeper), live in self._highest.items():
-            grown = kept if deeper else 0
-            for unit, width in held:
-                grown += width * (units.by_name[unit].elements - self.units.by_name[unit].elements if unit else deep)
-            peak = max(peak, live + grown)
-        return peak
-
-    @cached_property
-    def _highest(self) -> dict[tuple[tuple[tuple[str, int], ...], bool], int]:
-        """The most live bytes among records that grow alike: with what is sized by the shard group, and by depth."""
-        live, sized, ranges, _ = self._memory
-        starts: dict[int, list[tuple[str, int]]] = {}
-        stops: dict[int, list[tuple[str, int]]] = {}
-        for unit, width, first, last in sized:
-            starts.setdefault(first, []).append((unit, width))
-            stops.setdefault(last, []).append((unit, width))
-        held: list[tuple[str, int]] = []
-        highest: dict[tuple[tuple[tuple[str, int], ...], bool], int] = {}
-        for i, bytes_ in enumerate(live):
-            held += starts.get(i, ())
-            key = (tuple(sorted(held)), any(begin <= i < end for begin, end in ranges))
-            highest[key] = max(highest.get(key, 0), bytes_)
-            for gone in stops.get(i, ()):
-                held.remove(gone)
-        return highest
+        return self._peak.bytes(plan)

@@ -2,11 +2,20 @@
 
 [Note: start rule] A collective starts after all compute before its issue point, after the previous collective of its
 communicator, and after the start of every collective issued earlier. Compute runs in the program's order; a wait holds
-it until its collective has ended. That hold is exposed time.
+it until its collective has ended. That hold is exposed time. A collective whose stream has no priority (``late``) and
+whose turn comes while a record computes starts when that record ends: the record's blocks stand before its own. Where
+the record leaves as many SMs as all collectives in flight hold, this one with them, it starts at once.
 
 [Note: contention] Between two events every rate is constant. A collective first pays its latency, then moves its
 bytes; those that move over the same link at the same time share it. While collectives are in flight, compute loses the
-SMs that their channels hold (matmul, attention) or the memory bandwidth that they use (everything else).
+SMs that their channels hold (matmul, attention) or the memory bandwidth that they use (everything else). A record that
+leaves SMs (``plan.sm_margin``) runs on the others at all times, and loses only what is held beyond those that it left.
+
+[Note: fused records] A gather and its products, or a product and its reduce-scatter, as one record
+(``parallel/fused_tp.py``) run on the compute lane and hold the communicator: they start when both are free and all that
+was issued earlier has started. After the collective's latency all products but those of one rank's rows run beside its
+transfer; when both are done, those: latency + max(C (R - 1) / R, W) + C / R, which is the formula given there. What a
+rank copies or sums in its own memory comes on top. Ranks copy without SMs. On gloo nothing runs beside.
 
 A ``Tape`` is a program with its prices, flat and small: playing the 48-layer step takes tens of milliseconds.
 """
@@ -16,14 +25,18 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field, replace
 
+from ..errors import CinemeshError
 from ..parallel.communicators import communicator
-from ..parallel.ops import OPS
-from ..parallel.program import Program
+from ..parallel.layout import HEADS, Axes
+from ..parallel.ops import FUSED, OPS
+from ..parallel.plan import Plan
+from ..parallel.program import Op, Program
 from .cluster import Cluster
 from .compute import Compute
-from .network import FREE, Cost, Network, group_of
+from .network import FREE, Cost, Group, Network, group_of
 
-COMPUTE, ISSUE, WAIT = 0, 1, 2
+COMPUTE, ISSUE, WAIT, FUSE = 0, 1, 2, 3
+_FOREVER = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +44,8 @@ class Record:
     """One record of the program with its price.
 
     ``key``: of a wait, the index of its issue; of an issue, its communicator. ``busy``: compute that needs SMs (True)
-    or memory bandwidth (False).
+    or memory bandwidth (False). ``leaves``: SMs that compute leaves alone. ``late``: of an issue, without priority.
+    ``alone_s``: of a fused record's ``seconds``, those behind its transfer.
     """
 
     kind: int
@@ -39,6 +53,13 @@ class Record:
     busy: bool = True
     key: int = -1
     cost: Cost = FREE
+    leaves: int = 0
+    late: bool = False
+    alone_s: float = 0.0
+
+    @property
+    def computes(self) -> bool:
+        return self.kind in (COMPUTE, FUSE)
 
 
 @dataclass(frozen=True)
@@ -54,7 +75,7 @@ class Tape:
 
     def with_records(self, changed: dict[int, Record]) -> Tape:
         records = [changed.get(i, record) for i, record in enumerate(self.records)]
-        return replace(self, records=records, compute_s=sum(r.seconds for r in records if r.kind == COMPUTE))
+        return replace(self, records=records, compute_s=sum(r.seconds for r in records if r.computes))
 
 
 @dataclass
@@ -77,7 +98,13 @@ class Timeline:
 
 
 def price(program: Program, compute: Compute, network: Network | None, cluster: Cluster) -> Tape:
-    """Price every record of a program on a cluster. Without a network, every collective is free."""
+    """Price every record of a program on a cluster. Without a network, every collective is free.
+
+    Raises CinemeshError when the plan shares the GPU as it cannot be shared, or fuses over several servers.
+    """
+    if network is not None:
+        check_fused(program.plan, cluster)
+    compute.check(program.plan)
     records: list[Record] = []
     issue_at: dict[str, int] = {}
     communicators: dict[str, int] = {}
@@ -87,9 +114,8 @@ def price(program: Program, compute: Compute, network: Network | None, cluster: 
         if op.kind == "wait":
             records.append(Record(WAIT, key=issue_at[op.attrs["issue"]]))
         elif op.kind in OPS:
-            seconds = compute.op_s(program, op)
-            total += seconds
-            records.append(Record(COMPUTE, seconds, compute.bound(program, op) == "compute"))
+            records.append(compute_record(program, op, compute))
+            total += records[-1].seconds
         else:
             issue_at[op.name] = i
             name = communicator(op)
@@ -97,8 +123,14 @@ def price(program: Program, compute: Compute, network: Network | None, cluster: 
             if network is not None:
                 if op.axes not in groups:
                     groups[op.axes] = group_of(cluster, program.plan, op.axes)
-                cost = network.collective(op.kind, program.payload_bytes(op), groups[op.axes])
-            records.append(Record(ISSUE, key=communicators.setdefault(name, len(communicators)), cost=cost))
+                ctas = program.plan.ctas(op.axes)
+                cost = cost_of(network, op.kind, program.payload_bytes(op), groups[op.axes], ctas)
+            key, late = communicators.setdefault(name, len(communicators)), late_on(cluster, program.plan, op.axes)
+            if op.kind in FUSED:
+                records.append(fused_record(program, op, compute, key, cost))
+                total += records[-1].seconds
+            else:
+                records.append(Record(ISSUE, key=key, cost=cost, late=late))
     return Tape(
         records,
         total,
@@ -107,6 +139,53 @@ def price(program: Program, compute: Compute, network: Network | None, cluster: 
         cluster.overlap.compute_slowdown,
         cluster.overlap.communication_slowdown,
     )
+
+
+def compute_record(program: Program, op: Op, compute: Compute) -> Record:
+    """A compute op with its price."""
+    price = compute.price(program, op)
+    return Record(COMPUTE, price.seconds, price.bound == "compute", leaves=compute.margin(program, op))
+
+
+def late_on(cluster: Cluster, plan: Plan, axes: Axes) -> bool:
+    """Whether collectives over ``axes`` yield to compute. Without NCCL there are no streams to say so."""
+    return cluster.nccl is not None and not plan.high_priority(axes)
+
+
+def cost_of(network: Network, kind: str, payload_bytes: int, group: Group, ctas: int) -> Cost:
+    """Of a collective, or of that within a fused record."""
+    cost = network.collective(FUSED.get(kind, kind), payload_bytes, group, ctas if kind not in FUSED else 0)
+    if kind not in FUSED:
+        return cost
+    if network.cluster.gloo is not None:
+        return replace(cost, latency_s=cost.seconds, transfer_s=0.0)
+    return replace(cost, sms=0, algorithm="copies")
+
+
+def fused_record(program: Program, op: Op, compute: Compute, key: int, cost: Cost) -> Record:
+    """A fused record with its price; products of one rank's rows are taken to run as fast as the whole."""
+    products = [compute_record(program, part, compute) for part in op.parts if part.kind in OPS]
+    seconds = sum(record.seconds for record in products)
+    if op.kind == "gather_matmul":  # this rank's rows go to symmetric memory first
+        own = 2 * program.bytes(op.inputs[0])
+    else:  # what was received is summed
+        own = program.payload_bytes(op) + program.bytes(op.outputs[0])
+    copied = compute.stream_s(own) if compute.cluster.gloo is None else 0.0
+    alone = seconds / program.plan.size(op.axes) + copied
+    return Record(FUSE, seconds + copied, key=key, cost=cost, leaves=products[0].leaves, alone_s=alone)
+
+
+def check_fused(plan: Plan, cluster: Cluster) -> None:
+    """Raise CinemeshError where ``fused_tp`` would have to reach beyond one server of GPUs."""
+    group = group_of(cluster, plan, HEADS)
+    if plan.fused_tp and cluster.gloo is None and group.servers > 1:
+        stride = plan.size(plan.order[: plan.order.index("tp")])
+        ranks = ", ".join(str(i * stride) for i in range(plan.tp))
+        raise CinemeshError(
+            f"plan: fused_tp(true): ranks {ranks} of one tp group lie on {group.servers} servers of "
+            f"{cluster.gpus_per_server} GPUs, and torch's symmetric memory reaches over NVLink, within one; "
+            "put tp first in order, lower tp, or set fused_tp to false"
+        )
 
 
 class _Flight:
@@ -134,18 +213,54 @@ class _Player:
         self.queue: deque[int] = deque()
         self.flights: list[_Flight] = []
         self.occupied: set[int] = set()  # communicators with a collective in flight
+        self.computing: Record | None = None
 
     def issue(self, index: int) -> None:
         self.queue.append(index)
-        self._launch()
+        self.launch()
 
-    def _launch(self) -> None:
+    def compute(self, record: Record, seconds: float) -> None:
+        """Run as much of a record as takes ``seconds`` where nothing is in flight."""
+        left = seconds
+        self.computing = record
+        while left > 0.0:
+            if not self.flights:
+                self.now += left
+                break
+            rate = self.compute_rate(record)
+            passed = self.advance(left / rate, True)
+            left -= passed * rate
+            if left < 1e-15:
+                left = 0.0
+        self.computing = None
+        self.launch()
+
+    def fused(self, index: int) -> tuple[float, float]:
+        """Seconds that a fused record computes, and that it holds compute without. See [Note: fused records]."""
+        record, reached = self.tape.records[index], self.now
+        self.issue(index)
+        while index in self.queue:
+            self.advance(_FOREVER, False)
+        begun = self.now
+        while any(flight.index == index and flight.latency > 0.0 for flight in self.flights):
+            self.advance(_FOREVER, False)
+        waited, at = self.now - reached, self.now
+        self.compute(record, record.seconds - record.alone_s)
+        busy, at = self.now - at, self.now
+        while not self.ended[index]:
+            self.advance(_FOREVER, False)
+        waited, at = waited + self.now - at, self.now
+        self.compute(record, record.alone_s)
+        self.start[index], self.end[index] = begun, self.now
+        return busy + self.now - at, waited
+
+    def launch(self) -> None:
         """Start queued collectives in the order of their issue, as far as their communicators are free."""
         records = self.tape.records
         while self.queue:
             index = self.queue[0]
             record = records[index]
-            if record.key in self.occupied:
+            if record.key in self.occupied or (record.late and self._must_yield(record)):
                 return
             self.queue.popleft()
             self.start[index] = self.now
@@ -156,15 +271,23 @@ class _Player:
             self.occupied.add(record.key)
             self.flights.append(_Flight(index, record.cost))
 
-    def compute_rate(self, busy: bool) -> float:
+    def _must_yield(self, record: Record) -> bool:
+        """Whether the SMs that a collective needs are taken by blocks of compute that stand before its own."""
+        if self.computing is None:
+            return False
+        return self.computing.leaves < record.cost.sms + sum(flight.cost.sms for flight in self.flights)
+
+    def compute_rate(self, record: Record) -> float:
         """Progress of compute for each second, beside what is in flight."""
-        tape = self.tape
+        tape, busy = self.tape, record.busy
         held = 0.0
         for flight in self.flights:
             if busy:
                 held += flight.cost.sms / tape.sms
             else:
                 held += flight.cost.memory_bytes_per_s / tape.memory_bytes_per_s
+        if busy and record.leaves:
+            held = max(0.0, held * tape.sms - record.leaves) / (tape.sms - record.leaves)
         return max(1.0 - held * tape.compute_slowdown, 0.1)
 
     def rates(self, computing: bool) -> list[float]:
@@ -214,10 +337,7 @@ class _Player:
             self.ended[flight.index] = 1
             self.occupied.discard(self.tape.records[flight.index].key)
         self.flights = still
-        self._launch()
-
-
-_FOREVER = float("inf")
+        self.launch()
 
 
 def play(tape: Tape) -> Timeline:
@@ -228,20 +348,14 @@ def play(tape: Tape) -> Timeline:
     for i, record in enumerate(tape.records):
         if record.kind == COMPUTE:
             player.start[i] = player.now
-            left = record.seconds
-            while left > 0.0:
-                if not player.flights:
-                    player.now += left
-                    break
-                rate = player.compute_rate(record.busy)
-                passed = player.advance(left / rate, True)
-                left -= passed * rate
-                if left < 1e-15:
-                    left = 0.0
+            player.compute(record, record.seconds)
             player.end[i] = player.now
             busy_s += player.now - player.start[i]
         elif record.kind == ISSUE:
             player.issue(i)
+        elif record.kind == FUSE:
+            computed, exposed[i] = player.fused(i)
+            busy_s += computed
         else:
             begun = player.now
             player.start[i] = begun

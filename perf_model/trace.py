@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from ..files import atomic_file
 from ..parallel.communicators import communicator
-from ..parallel.ops import OPS
+from ..parallel.ops import FUSED, OPS
 from .explain import Whole
 from .footprint import Stack, stack
 
@@ -63,7 +63,10 @@ class Span:
 
 
 def predicted(whole: Whole) -> list[Span]:
-    """Spans of a played step, in the order of its program. Records that take no time are left out."""
+    """Spans of a played step, in the order of its program. Records that take no time are left out.
+
+    A fused record is on both its lanes; what it waits for lies within it.
+    """
     timeline = whole.timeline
     spans: list[Span] = []
     for i, (op, reached) in enumerate(zip(whole.program.ops, reached_s(whole), strict=True)):
@@ -72,6 +75,8 @@ def predicted(whole: Whole) -> list[Span]:
             continue
         if op.kind in OPS:
             spans.append(Span(op.name, op.kind, COMPUTE, start, start, end))
+        elif op.kind in FUSED:
+            spans += [Span(op.name, op.kind, lane, start, start, end) for lane in (COMPUTE, communicator(op))]
         else:
             waited = timeline.exposed_s.get(i, 0.0)
             spans.append(Span(op.name, op.kind, communicator(op), reached, start, end, waited))
@@ -83,7 +88,7 @@ def reached_s(whole: Whole) -> list[float]:
     clock = 0.0
     reached: list[float] = []
     for i, op in enumerate(whole.program.ops):
-        if op.kind in OPS or op.kind == WAIT:
+        if op.kind in OPS or op.kind in FUSED or op.kind == WAIT:
             reached.append(whole.timeline.start[i])
             clock = whole.timeline.end[i]
         else:

@@ -50,8 +50,8 @@ from cinemesh.model.weights import probe_values
 from cinemesh.parallel.comm import Communicator, gather_objects
 from cinemesh.parallel.mesh import Mesh
 from cinemesh.parallel.ops import OPS
-from cinemesh.parallel.overlap import Price
 from cinemesh.parallel.plan import Plan
+from cinemesh.parallel.prices import Price
 from cinemesh.parallel.program import Op, Program
 from cinemesh.parallel.trace import Span, traced_step
 from cinemesh.perf_model.calibrate import fit, residuals, write

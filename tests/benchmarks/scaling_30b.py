@@ -111,7 +111,9 @@ def table() -> list[Row]:
         request = Request(CONFIG, (Bucket(LATENT),), CLUSTER, GPUS, shown=5, fixed=fixed)
         choices = [tune(request, choice) for choice in search(request).choices]
         best = min(choices, key=lambda c: c.step_s / c.global_batch)
-        off = replace(best.plan, grad_units=1, kv_slices=1, tp_slices=1, defer_weight_gradients=False, prefetch=0)
+        plan = best.plan
+        off = Plan(plan.tp, plan.cp, plan.dp_shard, plan.dp_replicate, recompute=plan.recompute, prefetch=0)
+        off = replace(off, order=plan.order, recompute_last=plan.recompute_last, last_blocks=plan.last_blocks)
         rows += [row(f"{name}, no overlap", off), row(f"{name}, overlapped", best.plan)]
     return rows
 

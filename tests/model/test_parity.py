@@ -74,6 +74,16 @@ OVERLAP_PLANS = (
     "tp=2,recompute=full,recompute_last=selective,last_blocks=1",
     f"tp=2,cp=2,kv_slices=3,tp_slices=3,{DEFER},recompute=lse:q,recompute_last=o:kv_gathered:gate,last_blocks=1",
     f"tp=2,cp=2,dp_shard=2,kv_slices=3,tp_slices=2,{DEFER},grad_units=2,micro_batches=2",
+    "dp_replicate=3,grad_units=2",
+    "dp_shard=2,dp_replicate=2,grad_units=2,micro_batches=2",
+    "cp=2,kv_chunks=3,recompute=full",
+    "cp=3,kv_chunks=2,recompute=none,grad_units=2,kv_first=true",
+    "cp=2,kv_chunks=6,recompute=kv_gathered:q:lse,micro_batches=2",
+    f"tp=2,cp=2,dp_shard=2,kv_chunks=3,kv_first=true,tp_slices=3,{DEFER},grad_units=2,micro_batches=2",
+    "tp=2,fused_tp=true,recompute=full",
+    f"tp=4,fused_tp=true,recompute=none,{DEFER}",
+    f"tp=2,cp=2,fused_tp=true,kv_slices=3,{DEFER},recompute=gate:q:lse,recompute_last=full,last_blocks=1",
+    f"tp=2,cp=2,dp_shard=2,fused_tp=true,{DEFER},grad_units=2,micro_batches=2",
 )
 SLOW_PLANS = (
     *("dp_shard=3", "cp=5", "dp_replicate=3", "cp=7", "cp=8", "dp_shard=8"),
@@ -144,6 +154,18 @@ def test_float64_with_overlap(pool: Pool, text: str) -> None:
     check(pool, text, "float64")
 
 
+@pytest.mark.parametrize(
+    ("text", "prices"),
+    [
+        ("tp=2,cp=2,dp_shard=2,grad_units=2", 1),
+        ("tp=4,recompute=full", 2),
+        ("tp=2,cp=2,kv_slices=2,recompute=none", 3),
+    ],
+)
+def test_float64_with_fused_records_in_any_order(pool: Pool, text: str, prices: int) -> None:
+    check(pool, f"{text},fused_tp=true,{DEFER}", "float64", prices)
+
+
 ROLES = ("modulation", "x0", "h1", "h1_gathered", "kv", "q", "kv_gathered", "o", "lse", "y1_partial", "y1", "x1", "act")
 
 
@@ -171,10 +193,12 @@ def plans(draw: st.DrawFn) -> str:
     if one_of(True, False):
         knobs |= {"recompute_last": one_of("none", "full", kept), "last_blocks": one_of(1, 2)}
     if cp > 1:
-        knobs["kv_slices"] = one_of(1, 2, 3)
+        knobs[str(one_of("kv_slices", "kv_chunks"))] = one_of(1, 2, 3)
+        knobs["kv_first"] = one_of("true", "false")
     if tp > 1:
-        knobs["tp_slices"] = one_of(1, 2, 3)
-    if cp * dp_shard > 1:
+        fused = one_of("true", "false")
+        knobs |= {"fused_tp": fused, "tp_slices": 1 if fused == "true" else one_of(1, 2, 3)}
+    if cp * dp_shard * dp_replicate > 1:
         knobs["grad_units"] = one_of(1, 2, 3)
     if tp * cp > 1:
         knobs["defer_weight_gradients"] = one_of("true", "false")

@@ -119,7 +119,9 @@ def test_one_process_is_euler_on_the_reference(guidance: float) -> None:
 SLICED = "tp=2,cp=2,kv_slices=3,tp_slices=3"
 
 
-@pytest.mark.parametrize("text", ["tp=2", "cp=2", "dp_shard=2", "tp=2,cp=2", "dp_replicate=2,tp=2", SLICED])
+@pytest.mark.parametrize(
+    "text", ["tp=2", "cp=2", "dp_shard=2", "tp=2,cp=2", "dp_replicate=2,tp=2", SLICED, "tp=2,fused_tp=true"]
+)
 def test_every_plan_samples_the_same(pool: Pool, text: str) -> None:
     """Noise, tokens and captions are each rank's own part; every rank of a sample ends with all of it."""
     plan = Plan.parse(text, dtype="float64")

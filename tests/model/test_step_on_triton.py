@@ -61,4 +61,5 @@ def test_a_step_on_triton_is_the_step(dtype: str, bound: float) -> None:
     assert found[1] == pytest.approx(norm, rel=bound)
     assert (found[2] - moments).norm() <= bound * moments.norm()
     inner = {"attention", "attention_backward", "cross_attention", "cross_attention_backward"}
-    assert ran >= (TRITON_OPS.keys() | inner) - {"unpatchify", "position_modulate_norm"}
+    elsewhere = {"unpatchify", "position_modulate_norm", "merge_attention", "sum_parts"}  # the last two: with cp alone
+    assert ran >= (TRITON_OPS.keys() | inner) - elsewhere

@@ -171,9 +171,12 @@ PLANS = (
     "cp=3,dp_replicate=2,recompute=q:kv:o:lse",
     "dp_shard=4,dtype=bf16,micro_batches=3",
     "cp=2,kv_slices=3,recompute=kv_gathered:lse,micro_batches=2",
+    "cp=2,dp_shard=2,kv_chunks=3,kv_first=true,grad_units=2,recompute=lse:,micro_batches=2",
     "tp=2,tp_slices=3,recompute=full,recompute_last=selective,last_blocks=1",
     "tp=2,cp=2,dp_shard=2,kv_slices=3,tp_slices=2,defer_weight_gradients=true,grad_units=2,prefetch=2",
     "cp=2,dp_shard=2,grad_units=4,defer_weight_gradients=true,micro_batches=3,recompute=none",
+    "tp=2,cp=2,fused_tp=true,recompute=full,micro_batches=2",
+    "tp=4,dp_shard=2,fused_tp=true,defer_weight_gradients=true,grad_units=2",
 )
 
 

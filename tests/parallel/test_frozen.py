@@ -61,7 +61,14 @@ def test_replay_is_bitwise_the_executor(text: str) -> None:
     assert differing(text) == []
 
 
-@pytest.mark.parametrize("text", ["tp=2,cp=2,dtype=float32", "dp_shard=2,dp_replicate=2,dtype=bf16,micro_batches=2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tp=2,cp=2,dtype=float32",
+        "dp_shard=2,dp_replicate=2,dtype=bf16,micro_batches=2",
+        "tp=2,cp=2,fused_tp=true,recompute=full,dtype=float32",
+    ],
+)
 def test_so_it_is_on_processes(pool: Pool, text: str) -> None:
     assert pool.run(4, differing, text) == [[]] * 4
 

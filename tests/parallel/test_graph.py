@@ -173,7 +173,6 @@ def test_warm_up_drain_then_capture_then_teardown(pretend_cuda: list[str]) -> No
     assert pretend_cuda.index("wait") < pretend_cuda.index("synchronize") < pretend_cuda.index("capture thread_local")
     # The warm-up ran on NaN samples, and so did what stands for the capture here: no update may have come of it.
     assert all(torch.equal(runner.buffers[name], value) for name, value in before.items() if name != "counters")
-    assert "steps replay a CUDA Graph" in runner.replay_report()
     runner.close()
     assert [graph.was_reset for graph in PretendGraph.made] == [True] and runner.replay is None
 

@@ -16,8 +16,8 @@ from cinemesh.model.config import LATENTS, preset
 from cinemesh.model.step import Batch, build_step, prepare
 from cinemesh.parallel.keep import Activation, Block, Maker, block_of, choose, share
 from cinemesh.parallel.memory import lifetimes
-from cinemesh.parallel.overlap import RATES
 from cinemesh.parallel.plan import Plan
+from cinemesh.parallel.prices import RATES
 from cinemesh.parallel.program import Program
 from cinemesh.parallel.rematerialize import rematerialize
 from cinemesh.parallel.schedule import elide
@@ -34,7 +34,9 @@ def built(text: str, layers: int = 4) -> Program:
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
-@pytest.mark.parametrize("text", ["tp=1", "tp=2,cp=2", "cp=2,kv_slices=3", "tp=2,cp=2,kv_slices=3,tp_slices=3"])
+@pytest.mark.parametrize(
+    "text", ["tp=1", "tp=2,cp=2", "cp=2,kv_slices=3", "cp=2,kv_chunks=3", "tp=2,cp=2,kv_slices=3,tp_slices=3"]
+)
 def test_the_model_is_what_rematerialize_does(text: str, choice: str | tuple[str, ...]) -> None:
     """Seconds of what is made again for one block, and bytes of it that live between forward and backward."""
     program = built(text)

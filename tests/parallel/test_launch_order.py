@@ -30,14 +30,17 @@ from cinemesh.model.step import build_step, prepare
 from cinemesh.parallel.comm import Communicator, Pending
 from cinemesh.parallel.communicators import communicator
 from cinemesh.parallel.mesh import Mesh, group_ranks
+from cinemesh.parallel.ops import FUSED
 from cinemesh.parallel.plan import Plan
 from cinemesh.parallel.program import Program
 
 FAMILIES = {
     "tp": "tp=2,tp_slices=3,recompute=full,defer_weight_gradients=true",
     "cp": "cp=2,kv_slices=3,grad_units=2,defer_weight_gradients=true",
+    "cp chunks": "cp=2,dp_shard=2,kv_chunks=3,kv_first=true,grad_units=2,defer_weight_gradients=true",
     "fsdp": "dp_shard=3,prefetch=2,grad_units=2,micro_batches=2",
     "as built": "tp=2,cp=2,dp_shard=2",
+    "fused": "tp=2,cp=2,dp_shard=2,fused_tp=true,kv_slices=3,defer_weight_gradients=true,grad_units=2",
     "all": "tp=2,cp=2,dp_shard=2,kv_slices=3,tp_slices=3,defer_weight_gradients=true,grad_units=2",
 }
 
@@ -80,6 +83,8 @@ def schedule_of(program: Program) -> Schedule:
             line = communicator(op)
             collectives.append(Collective(last.get(line, -1), sum(1 << k for k in waited)))
             last[line] = number[op.name]
+            if op.kind in FUSED:  # it holds compute until it ends
+                waited.add(number[op.name])
             groups.append(members[op.axes])
     return Schedule(collectives, groups, plan.world_size)
 

@@ -33,6 +33,7 @@ ONE_RANK = small_case(Plan(micro_batches=2, dtype="float64"), steps=2)
 PLANS = {
     "degrees above 1": Plan(tp=2, cp=2, dp_shard=2, dp_replicate=2, micro_batches=2, dtype="float64"),
     "degree 1": ONE_RANK.plan,
+    "chunks": Plan(tp=2, cp=2, dp_shard=2, kv_chunks=3, micro_batches=2, dtype="float64"),
     "slices": Plan(tp=2, cp=2, dp_shard=2, kv_slices=3, tp_slices=3, dtype="float64"),
 }
 AXES: tuple[Axes, ...] = (("tp",), ("cp",), ("dp_shard",), ("dp_replicate",), FSDP, REPLICATED_UNIT, WORLD)

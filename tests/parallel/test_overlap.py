@@ -23,9 +23,9 @@ from cinemesh.parallel import ledger
 from cinemesh.parallel.communicators import communicator
 from cinemesh.parallel.dependencies import dependencies
 from cinemesh.parallel.memory import lifetimes
-from cinemesh.parallel.overlap import RATES, Price
 from cinemesh.parallel.overlap import overlap as overlap_by
 from cinemesh.parallel.plan import Plan
+from cinemesh.parallel.prices import RATES, Price
 from cinemesh.parallel.program import Op, Program
 from cinemesh.parallel.rematerialize import rematerialize
 from cinemesh.parallel.schedule import elide, prefetch
@@ -37,6 +37,8 @@ PLANS = (
     "tp=2,tp_slices=3,recompute=full,micro_batches=2",
     "cp=3,dp_shard=2,defer_weight_gradients=true,grad_units=3,micro_batches=2,recompute=none",
     "cp=2,kv_slices=2,recompute=kv_gathered:lse:o",
+    "cp=2,dp_shard=2,kv_chunks=3,kv_first=true,grad_units=2,prefetch=2",
+    "tp=2,cp=2,kv_chunks=2,tp_slices=2,defer_weight_gradients=true,recompute=full,micro_batches=2",
     ALL,
     f"{ALL},recompute=full,recompute_last=selective,last_blocks=2,prefetch=2",
 )
@@ -152,6 +154,34 @@ def test_the_next_slice_of_keys_and_values_travels_while_attention_runs_on_this_
     assert len(again) == 2 * 3, "gathered again: three issues and three waits"
 
 
+def test_the_next_chunk_of_keys_and_values_travels_while_attention_runs_on_this_one() -> None:
+    """dK and dV of a chunk are whole once all queries have seen it: they are reduced beside the next chunk."""
+    program = overlap(before("cp=2,kv_chunks=3"), even)
+    for i in (1, 2):
+        assert f"o_of.c{i - 1}" in beside(program, f"mb0/blocks.1.forward/kv_gathered.c{i}")
+        assert f"dq_of.c{i}" in beside(program, f"mb0/blocks.1.backward/dkv.c{i - 1}")
+
+
+def test_a_chunk_leaves_as_soon_as_its_tokens_are_projected() -> None:
+    """Token slices of the projection and token chunks of what it makes: the first need not wait for the last."""
+    program = overlap(before("tp=2,cp=2,kv_chunks=3,tp_slices=3"), even)
+    names = [op.name for op in program.ops]
+    first, last = names.index("mb0/blocks.1.forward/kv_gathered.c0"), names.index("mb0/blocks.1.forward/kv.t2")
+    assert first < last
+
+
+def test_units_wait_for_keys_and_values_when_asked() -> None:
+    """The gather of the next block's unit would else start before all of this block's K and V is on its way."""
+    text = "cp=2,dp_shard=2,kv_chunks=3,grad_units=2"
+    orders: list[bool] = []
+    for asked in ("false", "true"):
+        names = [op.name for op in overlap(before(f"{text},kv_first={asked}"), even).ops]
+        unit, last = names.index("mb0/blocks.3.weights/flat"), names.index("mb0/blocks.2.forward/kv_gathered.c2")
+        assert unit < names.index("mb0/blocks.3.weights/flat.wait")
+        orders.append(unit > last)
+    assert orders == [False, True]
+
+
 def test_kept_keys_and_values_are_not_gathered_again() -> None:
     program = overlap(before("cp=2,kv_slices=2,recompute=kv_gathered:lse:o"))
     assert not [op for op in program.ops if op.clone and op.lane == "cp"]
@@ -165,6 +195,17 @@ def test_token_slices_travel_beside_the_product_of_another() -> None:
         assert f"dact.t{i - 1}" in beside(program, f"{backward}/dy3_gathered.t{i}")
         assert f"y3_partial.t{i}" in beside(program, f"{forward}/y3.t{i - 1}")
         assert f"dh2_gathered.t{i}" in beside(program, f"{backward}/dh2.t{i - 1}")
+
+
+@pytest.mark.parametrize("text", ["dp_replicate=3", "cp=2,dp_shard=2,dp_replicate=2,micro_batches=2"])
+def test_units_are_summed_over_replicas_behind_compute(text: str) -> None:
+    """Unit by unit, as many bytes as in one piece; only what is reduced last has nothing left to hide behind."""
+    whole, units = (overlap(before(f"{text}{more}")) for more in ("", ",grad_units=2"))
+    sums = [op for op in units.ops if is_issue(op) and op.lane == "dp_replicate"]
+    (once,) = [op for op in whole.ops if is_issue(op) and op.lane == "dp_replicate"]
+    assert sum(units.payload_bytes(op) for op in sums) == whole.payload_bytes(once)
+    hidden = [op for op in sums if len(beside(units, op.name)) > 10]
+    assert {op.name.rpartition("/")[0][-17:] for op in hidden} >= {f"blocks.{layer}.backward" for layer in (4, 3, 2, 1)}
 
 
 def test_weight_gradients_move_into_the_shadow_only_when_asked() -> None:
@@ -250,14 +291,14 @@ def test_weight_gradients_wait_for_the_reduction_behind_attention() -> None:
 
 
 def test_records_and_flops_are_those_of_the_plan_without_overlap() -> None:
-    plain, sliced = step_30b(), step_30b(kv_slices=4, tp_slices=4)
-    flops = [sum(program.flops(op) for op in program.ops) for program in (plain, sliced)]
-    assert flops[0] == flops[1]
-    sent = [Counter[str](), Counter[str]()]
-    for program, counter in zip((plain, sliced), sent, strict=True):
+    programs = (step_30b(), step_30b(kv_slices=4, tp_slices=4), step_30b(kv_chunks=4, kv_first=True))
+    flops = [sum(program.flops(op) for op in program.ops) for program in programs]
+    assert flops[0] == flops[1] == flops[2]
+    sent = [Counter[str]() for _ in programs]
+    for program, counter in zip(programs, sent, strict=True):
         for op in filter(is_issue, program.ops):
             counter[f"{op.kind} {op.lane}"] += program.payload_bytes(op)
-    assert sent[0] == sent[1]
+    assert sent[0] == sent[1] == sent[2]
 
 
 # -- what cannot happen -----------------------------------------------------------------------------------------------
@@ -267,8 +308,12 @@ def test_records_and_flops_are_those_of_the_plan_without_overlap() -> None:
     ("text", "said"),
     [
         ("tp=2,kv_slices=4", "kv_slices(4) with cp(1): K and V are gathered over cp, so nothing would overlap; set"),
+        ("tp=2,kv_chunks=4", "kv_chunks(4) with cp(1): K and V are gathered over cp, so nothing would overlap; set"),
+        ("tp=2,kv_first=true", "kv_first(true) with cp(1)"),
+        ("cp=2,kv_first=2", "kv_first is 2; it must be true or false"),
+        ("cp=2,kv_slices=2,kv_chunks=3", "kv_slices(2) with kv_chunks(3): K and V travel by heads or by tokens; set"),
         ("cp=2,tp_slices=2", "tp_slices(2) with tp(1)"),
-        ("tp=2,grad_units=2", "grad_units(2) with dp_shard(1), cp(1)"),
+        ("tp=2,grad_units=2", "grad_units(2) with dp_shard(1), cp(1), dp_replicate(1)"),
         ("dp_shard=8,defer_weight_gradients=true", "defer_weight_gradients(true) with tp(1), cp(1)"),
         ("cp=2,kv_slices=0", "kv_slices is 0; it must be a whole number of at least 1"),
         ("tp=2,defer_weight_gradients=2", "defer_weight_gradients is 2; it must be true or false"),
@@ -285,6 +330,7 @@ def test_an_overlap_that_cannot_happen_is_refused(text: str, said: str) -> None:
     ("text", "said"),
     [
         ("tp=4,cp=2,kv_slices=5", "heads of one rank(12) % kv_slices(5) = 2, it must be 0; choose a kv_slices that"),
+        ("tp=4,cp=2,kv_chunks=5", "tokens of one cp rank(36864) % kv_chunks(5) = 4, it must be 0; choose a kv_chunks"),
         ("tp=4,cp=2,tp_slices=5", "tokens of one rank(9216) % tp_slices(5) = 1, it must be 0; choose a tp_slices that"),
     ],
 )
@@ -300,6 +346,8 @@ def test_more_last_blocks_than_blocks_are_refused() -> None:
 
 
 def test_other_degrees_drop_the_overlap_that_they_cannot_have() -> None:
+    chunked = Plan.parse("cp=2,kv_chunks=2,kv_first=true").with_degrees(cp=1)
+    assert chunked == Plan()
     plan = Plan.parse(ALL)
     assert plan.with_degrees(cp=1).kv_slices == 1 and plan.with_degrees(cp=1).tp_slices == 3
     assert plan.with_degrees(dp_shard=1).grad_units == 2, "cp still splits the units"

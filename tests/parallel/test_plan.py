@@ -103,11 +103,51 @@ def test_parse_reads_the_command_line() -> None:
             "global batch(8) % (dp_shard(2) * dp_replicate(1) * micro_batches(3) = 6) = 2",
         ),
         (lambda: Plan(dp_shard=2).local_batch(0), "global batch(0)"),
+        (lambda: Plan(tp=2, tp_ctas=-1), "plan: tp_ctas is -1; it must be a whole number of at least 0"),
+        (lambda: Plan(tp=2, tp_ctas=65), "plan: tp_ctas(65) > 64, the thread blocks that NCCL gives a collective"),
+        (lambda: Plan(tp=2, cp_ctas=4), "plan: cp_ctas(4) with cp(1): one rank has no collective there"),
+        (lambda: Plan(tp_ctas=4), "nothing would change; set tp_ctas to 0 or raise tp"),
+        (lambda: Plan(tp=2, unit_ctas=4), "unit_ctas(4) with dp_shard(1), cp(1): one rank has no collective there"),
+        (lambda: Plan(sm_margin=4), "plan: sm_margin(4) with tp(1) * cp(1) * dp_shard(1) = 1: one rank does not"),
+        (
+            lambda: Plan(tp=2, normal_priority=("unit",)),
+            "normal_priority(unit) with dp_shard(1), cp(1): one rank has no collective there, so nothing would change; "
+            "take unit out of normal_priority or raise dp_shard or cp",
+        ),
+        (lambda: Plan(tp=2, normal_priority=("dp",)), "normal_priority names 'dp'; choose from tp, cp, unit"),
+        (lambda: Plan(tp=2, normal_priority=("tp", "tp")), "list some of tp, cp, unit, each once"),
+        (lambda: Plan.from_dict({"tp": 2, "normal_priority": "tp"}), "plan: normal_priority is 'tp'; list some of"),
+        (
+            lambda: Plan(tp=2, sm_margin=132).check_device("H100", 132),
+            "plan: sm_margin(132) leaves none of the 132 SMs of H100 to compute; use 131 or fewer",
+        ),
+        (lambda: Plan(tp=2, tp_ctas=20).check_device("a small one", 20), "tp_ctas(20) leaves none of the 20 SMs"),
     ],
 )
 def test_illegal_plans_say_why(make: Any, message: str) -> None:
     with pytest.raises(CinemeshError, match=re.escape(message)):
         make()
+
+
+STREAMS_SET = Plan(
+    tp=2, cp=2, dp_shard=2, tp_ctas=8, cp_ctas=4, unit_ctas=2, sm_margin=16, normal_priority=("tp", "cp", "unit")
+)
+
+
+def test_parse_reads_what_is_set_of_the_streams() -> None:
+    text = "tp=2,cp=2,dp_shard=2,tp_ctas=8,cp_ctas=4,unit_ctas=2,sm_margin=16,normal_priority=tp:cp:unit"
+    assert Plan.parse(text) == STREAMS_SET == Plan.from_yaml(STREAMS_SET.to_yaml())
+    assert STREAMS_SET.streams == text.split(",")[3:]
+    assert Plan(tp=2).streams == [] and not Plan(tp=2).sets_streams
+
+
+@given(degrees, degrees, degrees, degrees)
+def test_other_degrees_drop_what_no_collective_has_there(tp: int, cp: int, dp_shard: int, dp_replicate: int) -> None:
+    plan = STREAMS_SET.with_degrees(tp=tp, cp=cp, dp_shard=dp_shard, dp_replicate=dp_replicate)
+    left = {"tp": tp > 1, "cp": cp > 1, "unit": dp_shard * cp > 1}
+    assert plan.normal_priority == tuple(name for name, there in left.items() if there)
+    assert (plan.tp_ctas, plan.cp_ctas, plan.unit_ctas) == (8 * left["tp"], 4 * left["cp"], 2 * left["unit"])
+    assert plan.sm_margin == (16 if plan.world_size > 1 else 0)
 
 
 @pytest.mark.parametrize(

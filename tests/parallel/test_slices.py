@@ -38,6 +38,32 @@ def test_parts_are_what_chunk_gives(dim: int, count: int) -> None:
         assert (part.strides is None) == (dim == 0), "rows are contiguous: collectives may move them"
 
 
+def joined(parts: int, of: int, *, summed: bool = True, twice: bool = False) -> str:
+    """Join ``parts`` of the ``of`` parts of a buffer that is Partial over replicas; the message, if it is refused."""
+    b = builder()
+    partial = Placement(((), ()), frozenset({"dp_replicate"}))
+    whole = b.buffer("whole", (1, 12), "float32", partial)
+    found = []
+    for i in range(parts):
+        part = b.view(whole, f"p{i}", (1, 12 // of), partial, i * (12 // of))
+        found.append(b.all_reduce(part, ("dp_replicate",), f"s{i}") if summed else part)
+    try:
+        total = b.join(whole, [*found, *found[: int(twice)]], "total", Placement(((), ())))
+    except PlacementError as error:
+        return str(error)
+    assert total.shape == whole.shape and Program(b.plan, b.buffers, [], ()).root("total") == ("whole", 0)
+    with pytest.raises(PlacementError, match="reads whole, which was overwritten"):
+        b.op("copy", [whole], "late", signature="xn->xn")
+    return ""
+
+
+def test_parts_that_were_summed_are_a_whole_again() -> None:
+    assert joined(3, 3) == ""
+    assert "2 parts do not cover the 12 elements of whole once" in joined(2, 3)
+    assert "join total placed" in joined(3, 3, summed=False)
+    assert joined(3, 3, twice=True) != ""
+
+
 def test_a_part_of_a_part() -> None:
     b = builder()
     whole = b.buffer("whole", SHAPE, "float32", PLACED)

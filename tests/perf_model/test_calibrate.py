@@ -12,8 +12,9 @@ from cinemesh.model.config import preset
 from cinemesh.model.step import Batch, build_step
 from cinemesh.parallel.plan import Plan
 from cinemesh.perf_model.calibrate import PARTS, Machine, Samples, fit, line, price_of, residuals, write
-from cinemesh.perf_model.cluster import Cluster, Measured, load
+from cinemesh.perf_model.cluster import Cluster, load
 from cinemesh.perf_model.compute import Compute
+from cinemesh.perf_model.sections import Measured
 
 MACHINE = Machine("found", "2 processes on 1 core", "2026-01-02", 2, 2, 1 << 30)
 TRUTH = load("local-cpu").with_(

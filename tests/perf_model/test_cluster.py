@@ -76,6 +76,7 @@ WRONG = {
         {"value": 5, "unit": "s"},
         "is 5 s; a time here lies from",
     ),
+    "start-up of an hour": (("nccl", "init_base_s", "value"), 3600, "init_base_s is 3600 s; a time here lies from"),
     "unit of something else": (("topology", "nic_bytes_per_s", "unit"), "GB", "has the unit 'GB'; a rate is given in"),
     "unknown unit": (("gpu", "power_w", "unit"), "kW", "has the unit 'kW'; a power is given in W"),
     "text": (("gpu", "sms", "value"), "many", "gpu.sms is 'many'; it must be a number of count"),

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean, median
@@ -35,6 +36,53 @@ def rows(name: str) -> list[list[float]]:
 @cache
 def tiny_step() -> Program:
     return build_step(preset("tiny"), Plan(tp=2, cp=2), Batch(1, (4, 8, 8)), Optimizer(), seed=0)
+
+
+# -- SMs left to communication ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("margin", [0, 1, 16, 131])
+def test_a_margin_leaves_fewer_sms_for_as_many_tiles(margin: int) -> None:
+    """Each wave takes as long as before; there are ceil(tiles / SMs) of them, ``tail`` of the idle part of the last."""
+    bare = Compute(H100.with_(**{"matmul.grid": ""}), clock="isolated")
+    law, gpu, k = H100.matmul, H100.gpu, 8192
+    m, n = 40 * law.tile, 60 * law.tile
+    full = 40 * 60 / (132 - margin)
+    waves = full + law.tail * (math.ceil(full) - full)
+    tile_s = 2 * law.tile**2 * k / (gpu.peak_flops["bfloat16"] / 132 * law.efficiency["bfloat16"]) + law.prologue_s
+    assert bare.matmul_s(m, n, k, "bfloat16", margin=margin) == pytest.approx(waves * tile_s + law.floor_s, rel=1e-12)
+    fa3 = H100.attention["fa3"].forward
+    full = 2 * 12 * math.ceil(9216 / fa3.rows) / (132 - margin)
+    waves = full + fa3.tail * (math.ceil(full) - full)
+    block_s = 4 * fa3.rows * 73728 * 128 / (fa3.speed["128"] / 132) + fa3.prologue_s
+    sizes = {"batch": 2, "queries": 9216, "keys": 73728, "heads": 12, "head_dim": 128, "dtype": "bfloat16"}
+    assert bare.attention_s("forward", **sizes, margin=margin) == pytest.approx(
+        waves * block_s + fa3.floor_s, rel=1e-12
+    )
+
+
+@given(
+    st.integers(1, 9000),
+    st.integers(1, 9000),
+    st.integers(1, 9000),
+    st.tuples(st.integers(0, 131), st.integers(0, 131)),
+)
+def test_a_wider_margin_is_never_faster(m: int, n: int, k: int, margins: tuple[int, int]) -> None:
+    narrow, wide = (STEP.matmul_s(m, n, k, "bfloat16", margin=margin) for margin in sorted(margins))
+    assert narrow <= wide * (1 + 1e-12)
+
+
+def test_what_leaves_sms_is_what_holds_them() -> None:
+    """Products and self-attention, on a GPU; everything else costs the same, and so does all of it on a CPU."""
+    program = tiny_step()
+    plan = replace(program.plan, sm_margin=66)
+    leaving = Program(plan, program.buffers, program.ops, program.outputs, program.facts)
+    local = Compute(load("local-cpu"))
+    for op in (op for op in program.ops if op.kind in OPS):
+        assert STEP.margin(leaving, op) == (66 if op.kind in ("matmul", "attention", "attention_backward") else 0)
+        assert STEP.margin(program, op) == local.margin(leaving, op) == 0
+        assert local.op_s(leaving, op) == local.op_s(program, op)
+        assert STEP.op_s(leaving, op) >= STEP.op_s(program, op)
 
 
 # -- against measurements ---------------------------------------------------------------------------------------------

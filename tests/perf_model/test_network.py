@@ -225,6 +225,58 @@ def test_gloo_is_priced_as_it_is_driven() -> None:
     assert far.sms == pytest.approx(copying / far.seconds * local.gpu.sms) and far.sms < 0.2
 
 
+# -- thread blocks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "stride", "own"),
+    [
+        ("all_gather", 4, 1, 24),  # rings on NVLink: 12 search channels, doubled
+        ("all_reduce", 8, 1, 16),  # NVLS
+        ("reduce_scatter", 64, 1, 16),  # eight NICs a server: a search channel each
+        ("all_gather", 64, 8, 4),  # one NIC: NCCL takes four blocks "to reach peak BW" (connect.cc)
+    ],
+)
+def test_fewer_thread_blocks_carry_their_share(kind: str, ranks: int, stride: int, own: int) -> None:
+    """Exactly: the rate falls with the blocks, the latency stays, and as many SMs are held as there are blocks."""
+    group, size = ring_group(H100, ranks, stride), 256 * MIB
+    free = NETWORK.collective(kind, size, group)
+    assert free.sms == own
+    half = NETWORK.collective(kind, size, group, own // 2)
+    assert (half.latency_s, half.transfer_s, half.sms) == (free.latency_s, 2.0 * free.transfer_s, own // 2)
+    one = NETWORK.collective(kind, size, group, 1)
+    assert one.transfer_s == pytest.approx(own * free.transfer_s) and one.sms == 1
+    assert one.memory_bytes_per_s == pytest.approx(free.memory_bytes_per_s / own)
+    assert (one.algorithm, one.protocol) == (free.algorithm, free.protocol)  # the tuner does not hear of it
+    more = NETWORK.collective(kind, size, group, 2 * own)
+    assert (more.seconds, more.sms) == (free.seconds, 2 * own)
+
+
+def test_gloo_has_no_thread_blocks() -> None:
+    local = load("local-cpu")
+    group = ring_group(local, 4)
+    assert Network(local).collective("all_gather", MIB, group, 1) == Network(local).collective("all_gather", MIB, group)
+
+
+@given(
+    st.sampled_from(("all_gather", "reduce_scatter", "all_reduce")),
+    st.sampled_from([2, 4, 8, 64, 512, 6144]),
+    st.sampled_from([1, 2, 8]),
+    st.integers(1, 1 << 34),
+    st.integers(1, 64),
+    st.integers(1, 64),
+)
+def test_more_thread_blocks_are_never_slower(kind: str, n: int, stride: int, size: int, a: int, b: int) -> None:
+    group = ring_group(TETON, n, stride)
+    network = Network(TETON)
+    few, many = (network.collective(kind, size, group, ctas) for ctas in sorted((a, b)))
+    assert many.seconds <= few.seconds
+    free = network.collective(kind, size, group)
+    assert few.seconds >= free.seconds and few.latency_s == free.latency_s
+    if min(a, b) >= free.sms:
+        assert few.seconds == free.seconds
+
+
 # -- properties -------------------------------------------------------------------------------------------------------
 
 ranks = st.sampled_from([2, 3, 4, 6, 8, 16, 48, 64, 512, 1024, 6144])

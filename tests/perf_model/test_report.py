@@ -154,6 +154,7 @@ def test_the_page_tells_the_search(written: tuple[Path, list[Story]]) -> None:
     assert all(row.change in page for row in story.sensitivities) and len(story.sensitivities) == report.CHANGES
     assert story.exposures and all(row.name in page for row in story.exposures)
     assert story.found.refused and story.found.refused[0].family in page
+    assert story.start_up and all(f"<td>{row.name}</td>" in page for row in story.start_up)
 
 
 @pytest.mark.parametrize("name", PICTURES)
