@@ -167,9 +167,7 @@ def plan(
     fix: Annotated[str, typer.Option("--fix", metavar="FIELDS", help="Plan fields by hand: tp=4,cp=2,...")] = "",
     encoders: Annotated[bool, typer.Option("--encoders", help="The frozen text encoders run in the loop.")] = False,
     top: Annotated[int, typer.Option("--top", min=1, help="Plans in the table.")] = 5,
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Set the overlap knobs of the plans shown: slices, prefetch, deferral.")
-    ] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Set the overlap knobs of the plans shown, too.")] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="What binds the best plan, what it duplicates, what would change it.")
     ] = False,

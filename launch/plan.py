@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -78,9 +79,12 @@ def run(
     )
     found = search(request)
     if tune:
+        from rich.progress import track
+
         from ..perf_model.tune import tuned
 
-        found = tuned(request, found)
+        console = Console(stderr=True)
+        found = tuned(request, found, partial(track, description="tuning", console=console, transient=True))
     flops = explain.mean_model_flops(request)
     values = {
         "model": model,

@@ -76,7 +76,7 @@ class Block:
     def forward(self, w: Weights, x: Buffer, cond: Conditioning) -> Buffer:
         b, stat = self.b, self.b.plan.stat_dtype
         eps = self.c.norm_eps
-        (self.x0,) = b.op("add_position", [x, cond.position], "x0")
+        (self.x0,) = tensor.token_local(b, "add_position", [x, cond.position], ["x0"], (0, 1))
         (self.modulation,) = b.op(
             "add_table",
             [cond.modulation, self._weight(w, "table")],
@@ -86,12 +86,9 @@ class Block:
         self.rows = rows(b, self.modulation, ("shift1", "scale1", "gate1", "shift2", "scale2", "gate2"))
         r = self.rows
 
-        self.h1, self.rstd1 = b.op(
-            "modulate_norm",
-            [self.x0, self._weight(w, "norm1"), r[SCALE1], r[SHIFT1]],
-            ("h1", "rstd1"),
-            dtypes=(x.dtype, stat),
-            eps=eps,
+        vectors = [self._weight(w, "norm1"), r[SCALE1], r[SHIFT1]]
+        self.h1, self.rstd1 = tensor.token_local(
+            b, "modulate_norm", [self.x0, *vectors], ["h1", "rstd1"], dtypes=(x.dtype, stat), eps=eps
         )
         # K and V first: they are on their way over cp while q is computed.
         self.qkv = tensor.column(b, self.h1, "h1_gathered", [(self._weight(w, "kv"), "tbi,ichk->tbchk", "kv")])
@@ -100,12 +97,13 @@ class Block:
         self.q = tensor.linear(b, self.qkv.gathered, self._weight(w, "q"), "tbi,ihk->tbhk", "q")
         self.attention = context.attention(b, self.q, kv_parts)
         self.y1 = tensor.row(b, self.attention.o, self._weight(w, "o"), "tbhk,hko->tbo", "y1_partial", "y1")
-        (self.x1,) = b.op("gated_residual", [self.x0, self.y1.out, r[GATE1]], "x1")
+        (self.x1,) = tensor.token_local(b, "gated_residual", [self.x0, self.y1.out, r[GATE1]], ["x1"], (0, 1))
 
+        # Needs nothing of this block: it runs while the tokens are on their way.
+        self.ckv = tensor.linear(b, cond.text, self._weight(w, "cross.kv"), "lbi,ichk->lbchk", "cross_kv")
         products = [(self._weight(w, "cross.q"), "tbi,ihk->tbhk", "cross_q")]
         self.cross = tensor.column(b, self.x1, "x1_gathered", products)
         (self.cq,) = self.cross.outputs
-        self.ckv = tensor.linear(b, cond.text, self._weight(w, "cross.kv"), "lbi,ichk->lbchk", "cross_kv")
         self.co, self.clse = b.op(
             "cross_attention",
             [self.cq, self.ckv, cond.mask],
@@ -113,14 +111,11 @@ class Block:
             dtypes=(x.dtype, stat),
         )
         self.y2 = tensor.row(b, self.co, self._weight(w, "cross.o"), "tbhk,hko->tbo", "y2_partial", "y2")
-        (self.x2,) = b.op("residual", [self.x1, self.y2.out], "x2")
+        (self.x2,) = tensor.token_local(b, "residual", [self.x1, self.y2.out], ["x2"], (0, 1))
 
-        self.h2, self.rstd2 = b.op(
-            "modulate_norm",
-            [self.x2, self._weight(w, "norm2"), r[SCALE2], r[SHIFT2]],
-            ("h2", "rstd2"),
-            dtypes=(x.dtype, stat),
-            eps=eps,
+        vectors = [self._weight(w, "norm2"), r[SCALE2], r[SHIFT2]]
+        self.h2, self.rstd2 = tensor.token_local(
+            b, "modulate_norm", [self.x2, *vectors], ["h2", "rstd2"], dtypes=(x.dtype, stat), eps=eps
         )
         products = [
             (self._weight(w, "gate"), "tbi,if->tbf", "gate"),
@@ -130,7 +125,7 @@ class Block:
         self.gate, self.up = self.gate_up.outputs
         (self.act,) = b.op("swiglu", [self.gate, self.up], "act")
         self.y3 = tensor.row(b, self.act, self._weight(w, "down"), "tbf,fo->tbo", "y3_partial", "y3")
-        (self.out,) = b.op("gated_residual", [self.x2, self.y3.out, r[GATE2]], "x")
+        (self.out,) = tensor.token_local(b, "gated_residual", [self.x2, self.y3.out, r[GATE2]], ["x"], (0, 1))
         return self.out
 
     def backward(self, w: Weights, dw: Weights, dout: Buffer, cond: Conditioning, shared: SharedGradients) -> Buffer:
@@ -144,7 +139,7 @@ class Block:
         dx1 = self._cross_attention_backward(w, dw, dx2, cond, shared)
         dx0 = self._self_attention_backward(w, dw, dx1, drows)
 
-        add_position = b.producer(self.x0)
+        add_position = b.producers(self.x0)
         (shared.position,) = b.op(
             "sum_to",
             [dx0],
@@ -158,7 +153,7 @@ class Block:
         )
         (dx,) = b.pass_through(dx0, add_position, {"dx": 0})
 
-        add_table = b.producer(self.modulation)
+        add_table = b.producers(self.modulation)
         b.op(
             "sum_to",
             [dmodulation],
@@ -190,7 +185,7 @@ class Block:
     ) -> tuple[Buffer, Buffer]:
         """Gradients of the branch and of the residual stream of ``out = x + gate * y``."""
         b = self.b
-        of = b.producer(out)
+        of = b.producers(out)
         dbranch, _ = b.op(
             "gated_residual_backward",
             [dout, y, gate],
@@ -226,7 +221,7 @@ class Block:
             dtypes=(dh.dtype, stat, stat, stat),
             into={1: dgain, 2: dscale, 3: dshift},
             add_to=dskip,
-            of=b.producer(h),
+            of=b.producers(h),
             gradient=dh,
             wrt={0: 0, 1: 1, 2: 2, 3: 3},
         )
@@ -270,7 +265,7 @@ class Block:
         self, w: Weights, dw: Weights, dx2: Buffer, cond: Conditioning, shared: SharedGradients
     ) -> Buffer:
         b = self.b
-        dskip, dy2 = b.pass_through(dx2, b.producer(self.x2), {"dx1_skip": 0, "dy2": 1})
+        dskip, dy2 = b.pass_through(dx2, b.producers(self.x2), {"dx1_skip": 0, "dy2": 1})
         weight, dweight = self._weight(w, "cross.o"), self._weight(dw, "cross.o")
         dco = tensor.row_backward(b, dy2, self.y2, self.co, weight, dweight, "dy2_gathered", "dcross_o")
         dcq, dckv = b.op(

@@ -52,6 +52,7 @@ class Builder:
         self._gradient_of: dict[str, frozenset[Use]] = {}
         self._settled: set[Use] = set()
         self._by_name: dict[str, Op] = {}
+        self.token_parts: dict[str, list[Buffer]] = {}  # of buffers that are written or read in slices of tokens
 
     # -- scopes -------------------------------------------------------------------------------------------------
 
@@ -126,6 +127,15 @@ class Builder:
         view = Buffer(self._name(name), shape, base.dtype, base.placement, "temporary", base.name, first, kept)
         own = local_shape(shape, base.placement, self.sizes)
         return self._add_view(view, base, 1 + sum((n - 1) * step for n, step in zip(own, strides, strict=True)))
+
+    def slices(self, x: Buffer) -> list[Buffer]:
+        """The rows of ``x`` in ``tp_slices`` parts, made once."""
+        if x.name not in self.token_parts:
+            scope, _, name = x.name.rpartition("/")
+            name = name if scope == self.scope_name else f"{name}.in"  # of another layer
+            count = self.plan.tp_slices
+            self.token_parts[x.name] = [self.part(x, f"{name}.t{i}", 0, i, count) for i in range(count)]
+        return self.token_parts[x.name]
 
     def _add_view(self, view: Buffer, base: Buffer, extent: int) -> Buffer:
         self._span[view.name] = (view.offset, view.offset + extent)
@@ -261,7 +271,6 @@ class Builder:
         outputs: list[Buffer] = []
         reads = list(inputs)
         in_place = dict(spec.in_place)
-        carried = _NO_USES if add_to is None else self._contributions(add_to.name)
         if add_to is not None:
             assert spec.adds, f"{kind} adds to nothing"
             self._read(op_name, add_to, len(inputs))
@@ -304,7 +313,7 @@ class Builder:
             outputs.append(target)
         forward = [of] if isinstance(of, Op) else list(of or ())
         record = self._record(kind, reads, outputs, attrs, "compute", op_name, forward[0].name if forward else None)
-        self._track(record, inputs, outputs, forward, gradient, wrt or {}, carried)
+        self._track(record, inputs, outputs, forward, gradient, wrt or {}, add_to)
         return tuple(outputs)
 
     def _unique(self, name: str) -> str:
@@ -325,9 +334,9 @@ class Builder:
         of: list[Op],
         gradient: Buffer | None,
         wrt: dict[int, int],
-        carried: frozenset[Use],
+        add_to: Buffer | None,
     ) -> None:
-        """Needs-gradient in forward, contributions in backward ([Note: contributions]); ``carried`` was added to."""
+        """Needs-gradient in forward, contributions in backward ([Note: contributions])."""
         if not self.training:
             return
         if not self._in_backward:
@@ -338,15 +347,29 @@ class Builder:
             return
         if not of:
             own = _NO_USES.union(*(self._contributions(b.name) for b in inputs))
-            written = dict.fromkeys(range(len(outputs)), own)
-        else:
-            if gradient is not None:
-                self._demand_complete(record.name, gradient, *map(self.final_output, of))
-            written = {index: frozenset((op.name, operand) for op in of) for index, operand in wrt.items()}
-        for index, uses in written.items():
-            if index == 0 and uses & carried:
-                raise PlacementError(f"{record.name}: {sorted(uses & carried)} would be counted twice")
-            self._gradient_of[outputs[index].name] = uses
+            for index, output in enumerate(outputs):
+                self._contribute(record.name, output, own, add_to if index == 0 else None)
+            return
+        if gradient is not None:
+            self._demand_complete(record.name, gradient, *map(self.final_output, of))
+        for index, operand in wrt.items():
+            self._contribute_to(record.name, outputs[index], of, operand, add_to if index == 0 else None)
+
+    def _contribute(self, op: str, output: Buffer, uses: frozenset[Use], add_to: Buffer | None) -> None:
+        """``output`` carries ``uses``, and those of what it was added to."""
+        carried = _NO_USES if add_to is None else self._contributions(add_to.name)
+        if uses & carried:
+            raise PlacementError(f"{op}: {sorted(uses & carried)} would be counted twice")
+        self._gradient_of[output.name] = uses | carried
+
+    def _contribute_to(self, op: str, output: Buffer, of: Sequence[Op], operand: int, add_to: Buffer | None) -> None:
+        """``output`` is the gradient of an operand of ``of``; where each of them read other rows, slice by slice."""
+        if len({forward.inputs[operand] for forward in of}) < len(of) or len(of) == 1:
+            self._contribute(op, output, frozenset((forward.name, operand) for forward in of), add_to)
+            return
+        targets = [None] * len(of) if add_to is None else self.slices(add_to)
+        for forward, part, target in zip(of, self.slices(output), targets, strict=True):
+            self._contribute(op, part, frozenset({(forward.name, operand)}), target)
 
     def _mark_needs_grad(self, buffer: Buffer) -> None:
         name: str | None = buffer.name
@@ -359,20 +382,26 @@ class Builder:
         op = self._writer[buffer.name]
         return self._by_name[op.attrs["issue"]] if op.kind == "wait" else op
 
-    def pass_through(self, gradient: Buffer, of: Op, names: dict[str, int]) -> tuple[Buffer, ...]:
+    def producers(self, buffer: Buffer) -> list[Op]:
+        """The op that wrote ``buffer``, or those that wrote its slices of tokens."""
+        whole = buffer.name in self._writer
+        return [self.producer(part) for part in ([buffer] if whole else self.token_parts[buffer.name])]
+
+    def pass_through(self, gradient: Buffer, of: Sequence[Op], names: dict[str, int]) -> tuple[Buffer, ...]:
         """The gradient of an addend is the gradient of the sum: the same storage under one name for each operand.
 
-        ``names`` maps the new names to operands of ``of``. ``gradient`` may not be read under its old name afterwards.
+        ``names`` maps the new names to operands of ``of``, one op or those of all slices. ``gradient`` may not be read
+        under its old name afterwards.
         """
         first = self._name(next(iter(names)))
         self._read(first, gradient, 0)
         if self.training:
-            self._demand_complete(first, gradient, self.final_output(of))
+            self._demand_complete(first, gradient, *map(self.final_output, of))
         aliases: list[Buffer] = []
         for name, operand in names.items():
             alias = replace(gradient, name=self._name(name), kind="temporary", base=gradient.name, offset=0)
             self._add(alias, renamed=True)
-            self._gradient_of[alias.name] = frozenset({(of.name, operand)})
+            self._contribute_to(first, alias, of, operand, None)
             self._unread.add(alias.name)
             aliases.append(alias)
         self._consumed.add(gradient.name)

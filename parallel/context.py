@@ -102,7 +102,7 @@ def _attention_by_chunks(b: Builder, q: Buffer, kv_parts: list[Buffer]) -> Atten
 
 
 def _backward_by_chunks(b: Builder, do: Buffer, layer: Attention) -> tuple[Buffer, list[Buffer]]:
-    merge, kv = b.producer(layer.o), b.buffers[layer.kv_parts[0].base or ""]
+    merge, kv = b.producers(layer.o), b.buffers[layer.kv_parts[0].base or ""]
     dkv = b.buffer("dkv", kv.shape, do.dtype, kv.placement)
     count = len(layer.slices)
     # The gradient of a part as backward wants it: that of the whole, since the merged log-sum-exp scales it.

@@ -28,15 +28,19 @@ def fuse(program: Program) -> Program:
 def _norm_behind(program: Program, i: int) -> int | None:
     """Where the norm stands that may take the position add ``i`` with it, if any."""
     add = program.ops[i]
-    stored = program.root(add.outputs[0])[0]
+    stored = program.span(add.outputs[0])
     read = {program.root(name)[0] for name in add.inputs}
     for j in range(i + 1, len(program.ops)):
         op = program.ops[j]
-        if stored in {program.root(name)[0] for name in (*op.inputs, *op.outputs)}:
+        if any(_meet(stored, program.span(name)) for name in (*op.inputs, *op.outputs)):
             return j if op.kind == "modulate_norm" and op.inputs[0] == add.outputs[0] else None
         if read & {program.root(name)[0] for name in op.outputs}:
             return None
     return None
+
+
+def _meet(one: tuple[str, int, int], other: tuple[str, int, int]) -> bool:
+    return one[0] == other[0] and one[1] < other[2] and other[1] < one[2]
 
 
 def unfused_bytes(program: Program, op: Op) -> int:

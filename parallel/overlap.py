@@ -189,6 +189,10 @@ class _Memory:
                     self.live -= self.bytes[root]
 
 
+TOKEN_LOCAL = ("add_position", "modulate_norm", "position_modulate_norm", "gated_residual", "residual")
+_SLICE = re.compile(r"\.t\d+$")
+
+
 class _Window:
     """One stretch of records, those left over from the one before in front, ordered as if nothing were in flight."""
 
@@ -221,6 +225,8 @@ class _Window:
         for i, op in enumerate(self.ops):
             if self.is_wait[i]:
                 line = None
+            elif op.kind in TOKEN_LOCAL and not op.clone and (slice_ := _SLICE.search(op.name)):
+                line = slice_[0]  # one slice may wait for its sum over tp while another is multiplied
             elif self.is_issue[i]:
                 line = communicator(op) if op.lane == lane_name(FSDP) else None
             else:

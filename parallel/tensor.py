@@ -12,17 +12,19 @@ The gather of forward and the reduce-scatter of backward are each other's duals,
 [Note: token slices] With ``plan.tp_slices`` = n > 1 each of these four collectives moves n times a part of this rank's
 tokens, and the product next to it is made part by part, so that one part is on its way while another is computed.
 Between gather and scatter the tokens of one cp rank then stand in the order [slice][tp rank][token]: layers in between
-work token by token, attention does not depend on the order of its keys, and every scatter undoes it.
+work token by token, attention does not depend on the order of its keys, and every scatter undoes it. What stands
+between a scatter and the next gather is made slice by slice as well (:func:`token_local`): forward flows through.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .builder import Builder
 from .layout import HEADS, Placement, infer, parse
-from .ops import OPS
+from .ops import OPS, signature_of
 from .program import Buffer
 
 Product = tuple[Buffer, str, str]  # weight, signature, name of the result
@@ -96,8 +98,7 @@ def _role(buffer: Buffer) -> str:
 
 def token_slices(b: Builder, x: Buffer) -> list[Buffer]:
     """``x`` itself, or its rows in ``tp_slices`` parts."""
-    count, name = b.plan.tp_slices, x.name.rpartition("/")[2]
-    return [x] if count == 1 else [b.part(x, f"{name}.t{i}", 0, i, count) for i in range(count)]
+    return [x] if b.plan.tp_slices == 1 else b.slices(x)
 
 
 def _indexed(name: str, count: int) -> list[str]:
@@ -110,7 +111,46 @@ def _places(b: Builder, name: str, like: Buffer, placement: Placement, suffix: s
     if count == 1:
         return None, [None]
     whole = b.buffer(name, like.shape, like.dtype, placement)
-    return whole, [b.part(whole, f"{name}.t{i}{suffix}", 0, i, count) for i in range(count)]
+    parts = [b.part(whole, f"{name}.t{i}{suffix}", 0, i, count) for i in range(count)]
+    if not suffix:
+        b.token_parts[whole.name] = parts
+    return whole, parts
+
+
+def token_local(
+    b: Builder,
+    kind: str,
+    inputs: Sequence[Buffer],
+    names: Sequence[str],
+    local: Sequence[int] = (0,),
+    *,
+    dtypes: Sequence[str] = (),
+    **attrs: Any,
+) -> tuple[Buffer, ...]:
+    """An op that works token by token, slice by slice; ``local``: the inputs that have tokens in front."""
+    dtypes = dtypes or [inputs[0].dtype] * len(names)
+    count = b.plan.tp_slices
+    if count == 1:
+        return b.op(kind, inputs, names, dtypes=dtypes, **attrs)
+    signature, spec = signature_of(kind, attrs), OPS[kind]
+    placements = infer(kind, signature, tuple(x.placement for x in inputs), spec.linear, spec.whole, ())
+    sizes: dict[str, int] = {}
+    for labels, x in zip(signature.inputs, inputs, strict=True):
+        sizes.update(zip(labels, x.shape, strict=True))
+    slices = {k: token_slices(b, inputs[k]) for k in local}
+    wholes: list[Buffer] = []
+    places: list[list[Buffer]] = []
+    for name, labels, placement, dtype in zip(names, signature.outputs, placements, dtypes, strict=True):
+        shaped = Buffer("", tuple(sizes[label] for label in labels), dtype, placement)
+        whole, parts = _places(b, name, shaped, placement)
+        assert whole is not None
+        wholes.append(whole)
+        places.append(parts)
+    for i in range(count):
+        operands = [slices[k][i] if k in slices else x for k, x in enumerate(inputs)]
+        into = {k: parts[i] for k, parts in enumerate(places)}
+        b.op(kind, operands, [f"{name}.t{i}" for name in names], dtypes=dtypes, into=into, **attrs)
+    return tuple(wholes)
 
 
 def _product_places(b: Builder, x: Buffer, product: Product) -> tuple[Buffer | None, list]:
@@ -183,6 +223,8 @@ def gather_tokens_backward(b: Builder, gradients: Sequence[Buffer], layer: Colum
         b.reduce_scatter(gradients[i], HEADS, indexed, of=b.producer(layer.parts[i]), into=into[i])
         for i, indexed in enumerate(_indexed(name, count))
     ]
+    if whole is not None:
+        b.token_parts[whole.name] = results
     return whole or results[0]
 
 
@@ -210,6 +252,8 @@ def row(b: Builder, y: Buffer, weight: Buffer, signature: str, partial_name: str
             shape = (partials[0].shape[0] * count, *partials[0].shape[1:])
             whole, into = _places(b, name, Buffer("", shape, y.dtype, placement), placement, ".issued")
         parts.append(b.reduce_scatter(partials[i], HEADS, _indexed(name, count)[i], into=into[i]))
+    if whole is not None:
+        b.token_parts[whole.name] = parts
     return Row(whole or parts[0], partials, parts)
 
 

@@ -10,8 +10,7 @@ leaves something to win.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -30,8 +29,8 @@ from .shallow import Shallow
 from .skeleton import STEADY_BLOCKS, NotSteady, Priced, Skeleton
 
 WORTH = 1e-3  # relative gain below which a knob stays as it was: slices cost kernels and launches that no model sees
-SLICES = ((2, 3, 4, 6, 12), (2, 3, 4, 6, 8), (2, 4, 8))  # of heads of K and V; of their tokens; of tokens over tp
-SMALLER = (2, 4, 8, 16)  # parts of the shard group
+SLICES = ((2, 3, 4, 6, 12), (2, 3, 4, 6, 9), (2, 3, 4, 8))  # of heads of K and V; of their tokens; of tokens over tp
+SMALLER = (2, 4, 8, 16, 32, 48)  # parts of the shard group
 SHARING: dict[str, tuple[object, ...]] = {  # NCCL's own: up to 24 thread blocks, with priority, and no margin
     "tp_ctas": (4, 8, 16),
     "cp_ctas": (4, 8, 16),
@@ -44,17 +43,14 @@ SHARING: dict[str, tuple[object, ...]] = {  # NCCL's own: up to 24 thread blocks
 Change = dict[str, Any]
 
 
-def _ladders(plan: Plan) -> Iterator[list[Change]]:
-    """Changes of one kind, each with more of it than the one before."""
+def _changes() -> Iterator[list[Change]]:
+    """What may be changed, the like together."""
     heads, tokens, over_tp = SLICES
     yield [{"kv_slices": n, "kv_chunks": 1} for n in heads]
-    yield [{"kv_slices": 1, "kv_chunks": n} for n in tokens]
+    yield [{"kv_slices": 1, "kv_chunks": n, "kv_first": first} for first in (False, True) for n in tokens]
     yield [{"tp_slices": n} for n in over_tp]
     yield [{"defer_weight_gradients": True}]
     yield [{"prefetch": 2}]
-    yield [{"kv_first": True}]
-    groups = [n for n in SMALLER if plan.dp_shard % n == 0]
-    yield [{"dp_shard": plan.dp_shard // n, "dp_replicate": plan.dp_replicate * n} for n in groups]
 
 
 def _changed(prices: Prices, plan: Plan, change: Change) -> Plan | None:
@@ -76,36 +72,72 @@ def tune(request: Request, choice: Choice, prices: Prices | None = None) -> Choi
     first = _price(prices, request, choice, choice.plan)
     if first is None:
         return choice
-    best, built = _overlapping(prices, request, *first)
+    same = _overlapping(prices, request, *first, groups=(1,))
+    finished = [first[0], _finished(prices, request, *same)]
+    if _smaller_fits(prices, request, *same):
+        before, last = same, _overlapping(prices, request, *same, groups=(1, *SMALLER))
+        while last[0] is not before[0]:
+            before, last = last, _overlapping(prices, request, *last, groups=(1, *SMALLER))
+        finished.append(_finished(prices, request, *last))
+    return min((c for c in finished if c is first[0] or _fits(request, c)), key=lambda c: c.step_s)
+
+
+def _finished(prices: Prices, request: Request, best: Choice, built: Built) -> Choice:
+    """With what is worth keeping kept, and its GPU shared as it pays."""
     if "recompute" not in request.fixed and (kept := _keeping(prices, request, best)) is not None:
         best, built = kept
-    if request.cluster.nccl is not None:
-        best = _sharing(prices, request, best, built)
-    return best if _fits(request, best) and best.step_s < first[0].step_s else first[0]
+    return best if request.cluster.nccl is None else _sharing(prices, request, best, built)
 
 
 def _fits(request: Request, choice: Choice) -> bool:
     return choice.peak_bytes <= request.cluster.memory.usable_bytes
 
 
-def _overlapping(prices: Prices, request: Request, choice: Choice, built: Built) -> tuple[Choice, Built]:
-    """The choice with what pays of every ladder, climbed until a step on it is worse than the one before."""
-    best, before = choice, None
-    while best is not before:
-        before = best
-        for ladder in _ladders(best.plan):
-            last_s = math.inf
-            for change in ladder:
-                plan = _changed(prices, best.plan, change)
-                tried = None if plan in (None, best.plan) else _price(prices, request, best, plan)
-                if tried is None:
-                    continue
-                if not _fits(request, tried[0]) or tried[0].step_s > last_s:
-                    break
-                last_s = tried[0].step_s
-                if last_s < best.step_s * (1.0 - WORTH):
-                    best, built = tried
+def _in_parts(prices: Prices, plan: Plan, n: int) -> Plan | None:
+    """The plan with its shard group in ``n`` parts; replicas of each other."""
+    if plan.dp_shard % n:
+        return None
+    return _changed(prices, plan, {"dp_shard": plan.dp_shard // n, "dp_replicate": plan.dp_replicate * n})
+
+
+def _smaller_fits(prices: Prices, request: Request, choice: Choice, built: Built) -> bool:
+    """Whether there is memory for half the shard group: else none of that need be tried."""
+    half = _in_parts(prices, choice.plan, SMALLER[0])
+    return half is not None and _fits(request, _priced(prices, request, choice, half, built, Skeleton.price))
+
+
+def _overlapping(
+    prices: Prices, request: Request, choice: Choice, built: Built, groups: tuple[int, ...]
+) -> tuple[Choice, Built]:
+    """The choice with the best change of each kind that pays, in the shard group that suits it."""
+    best = choice
+    for changes in _changes():
+        start = best.plan
+        for change in changes:
+            plan = _changed(prices, start, change)
+            tried = None if plan in (None, start) else _in_groups(prices, request, best, plan, groups)
+            if tried is not None:
+                best, built = tried
     return best, built
+
+
+def _in_groups(
+    prices: Prices, request: Request, best: Choice, plan: Plan, groups: tuple[int, ...]
+) -> tuple[Choice, Built] | None:
+    """The plan in the shard group that suits it, if that pays: one built program serves them all."""
+    built = _build(prices, request, best, plan)
+    if built is None:
+        return None
+    found = None
+    for n in groups:
+        smaller = _in_parts(prices, plan, n)
+        if smaller is None or _least_s(prices, request, best, smaller, built) >= best.step_s * (1.0 - WORTH):
+            continue
+        tried = _priced(prices, request, best, smaller, built, Skeleton.price)
+        fits = n == 1 or _fits(request, tried)  # what is kept may make room for a knob, not for a larger shard
+        if fits and tried.step_s < best.step_s * (1.0 - WORTH):
+            best, found = tried, (tried, built)
+    return found
 
 
 def _keeping(prices: Prices, request: Request, choice: Choice) -> tuple[Choice, Built] | None:
@@ -161,18 +193,24 @@ def _shared(prices: Prices, request: Request, best: Choice, plan: Plan, built: B
     """``best`` under a plan of the same records; None where it cannot be better, or only the whole step could say."""
     shares = parts(plan, request.config.layers)
     other = [[s.under(part) for s, (_, part) in zip(row, shares, strict=True)] for row in built]
-    groups = groups_of(plan, request.cluster)
-    least = prices.mean(
-        sum(share * s.bound_s(part, prices.network, groups) for s, (share, part) in zip(row, shares, strict=True))
-        for row in other
-    )
-    held = best.frozen.seconds if best.frozen else 0.0
-    if (least + held) * request.cluster.spread.factor(plan.world_size) >= best.step_s * (1.0 - WORTH):
+    if _least_s(prices, request, best, plan, other) >= best.step_s * (1.0 - WORTH):
         return None
     try:
         return _priced(prices, request, best, plan, other, Skeleton.steady_price)
     except NotSteady:
         return None
+
+
+def _least_s(prices: Prices, request: Request, best: Choice, plan: Plan, built: Built) -> float:
+    """A lower bound of the step under ``plan``, which ``built`` was built for."""
+    shares = parts(plan, request.config.layers)
+    groups = groups_of(plan, request.cluster)
+    least = prices.mean(
+        sum(share * s.bound_s(part, prices.network, groups) for s, (share, part) in zip(row, shares, strict=True))
+        for row in built
+    )
+    held = best.frozen.seconds if best.frozen else 0.0
+    return (least + held) * request.cluster.spread.factor(plan.world_size)
 
 
 Built = list[list[Skeleton]]  # for each bucket, one of each recompute mode
@@ -231,9 +269,12 @@ def _priced(prices: Prices, request: Request, choice: Choice, plan: Plan, built:
     )
 
 
-def tuned(request: Request, found: Search) -> Search:
-    """All plans of a table, tuned and ranked anew."""
+Watch = Callable[[list[Choice]], Iterable[Choice]]
+
+
+def tuned(request: Request, found: Search, watch: Watch = iter) -> Search:
+    """All plans of a table, tuned and ranked anew. ``watch`` sees them one by one: some seconds each."""
     prices = Prices(request)
-    choices = [tune(request, choice, prices) for choice in found.choices]
+    choices = [tune(request, choice, prices) for choice in watch(found.choices)]
     choices.sort(key=lambda c: (c.step_s / c.global_batch, repr(c.plan)))
     return replace(found, choices=choices)
