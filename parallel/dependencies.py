@@ -28,18 +28,16 @@ def dependencies(program: Program, ops: Sequence[Op]) -> list[set[int]]:
                 needed.add(issue)
         elif "axes" in op.attrs:
             issued[op.name] = i
-        for name in op.inputs:
-            root, first, last = program.span(name)
-            needed.update(k for a, z, k in writers.get(root, ()) if a < last and first < z)
-        for name in op.outputs:
-            root, first, last = program.span(name)
+        read = [program.span(name) for name in op.inputs]
+        written = [program.span(name) for name in op.outputs]
+        for root, first, last in read:
+            needed.update([k for a, z, k in writers.get(root, ()) if a < last and first < z])
+        for root, first, last in written:
             for table in (writers, readers):
-                needed.update(k for a, z, k in table.get(root, ()) if a < last and first < z)
-        for name in op.inputs:
-            root, first, last = program.span(name)
+                needed.update([k for a, z, k in table.get(root, ()) if a < last and first < z])
+        for root, first, last in read:
             readers.setdefault(root, []).append((first, last, i))
-        for name in op.outputs:  # what it covers whole needs to be remembered no more
-            root, first, last = program.span(name)
+        for root, first, last in written:  # what it covers whole needs to be remembered no more
             for table in (writers, readers):
                 if root in table:
                     table[root] = [s for s in table[root] if not (first <= s[0] and s[1] <= last) or s[2] == i]
@@ -51,12 +49,14 @@ def dependencies(program: Program, ops: Sequence[Op]) -> list[set[int]]:
 
 def accesses(program: Program) -> dict[str, tuple[int, int]]:
     """Storage -> the positions of the first and the last record that touches it."""
-    found: dict[str, tuple[int, int]] = {}
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
     for i, op in enumerate(program.ops):
         for name in (*op.inputs, *op.outputs):
             root = program.root(name)[0]
-            found[root] = (found[root][0] if root in found else i, i)
-    return found
+            first.setdefault(root, i)
+            last[root] = i
+    return {root: (i, last[root]) for root, i in first.items()}
 
 
 def families(program: Program) -> Iterable[tuple[int, list[str]]]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 Axes = tuple[str, ...]
 NONE: Axes = ()
@@ -86,6 +86,15 @@ class Signature:
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+
+    @cached_property
+    def places(self) -> tuple[tuple[str, int, int], ...]:
+        """(label, buffer, dim): where each label is met first, inputs before outputs."""
+        found: dict[str, tuple[str, int, int]] = {}
+        for i, labels in enumerate((*self.inputs, *self.outputs)):
+            for dim, label in enumerate(labels):
+                found.setdefault(label, (label, i, dim))
+        return tuple(found.values())
 
 
 @lru_cache(maxsize=1024)

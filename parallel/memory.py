@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .dependencies import accesses
 from .program import Op, Program
 
 
@@ -44,24 +45,17 @@ def persistent(program: Program) -> list[str]:
 
 
 def lifetimes(program: Program) -> Lifetimes:
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
-    for i, op in enumerate(program.ops):
-        for name in (*op.inputs, *op.outputs):
-            root = program.root(name)[0]
-            if program.buffers[root].kind == "temporary":
-                first.setdefault(root, i)
-                last[root] = i
     allocate: list[list[str]] = [[] for _ in program.ops]
     free: list[list[str]] = [[] for _ in program.ops]
-    for root, i in first.items():
-        allocate[i].append(root)
-        free[last[root]].append(root)
+    for root, (first, last) in accesses(program).items():
+        if program.buffers[root].kind == "temporary":
+            allocate[first].append(root)
+            free[last].append(root)
     always = sum(program.bytes(name) for name in persistent(program))
     live, current = [], always
     for i in range(len(program.ops)):
-        current += sum(program.bytes(root) for root in allocate[i])
+        current += sum(map(program.bytes, allocate[i]))
         live.append(current)
-        current -= sum(program.bytes(root) for root in free[i])
+        current -= sum(map(program.bytes, free[i]))
     work = [program.workspace_bytes(op) for op in program.ops]
     return Lifetimes(always, allocate, free, live, work)

@@ -273,7 +273,7 @@ class Plan:
     def size(self, axes: str | tuple[str, ...]) -> int:
         """Number of ranks along one axis or a group of axes."""
         names = (axes,) if isinstance(axes, str) else axes
-        return math.prod(cast(int, getattr(self, axis)) for axis in names)
+        return math.prod([cast(int, getattr(self, axis)) for axis in names])
 
     def equation(self) -> str:
         """The degrees with their product, for errors: ``tp(4) * cp(2) * dp_shard(96) = 768``."""

@@ -80,14 +80,21 @@ class Program:
     def __post_init__(self) -> None:
         self.sizes = {axis: self.plan.size(axis) for axis in AXES}
         self._local: dict[str, tuple[int, ...]] = {}
+        self._split: dict[object, tuple[int, ...]] = {}  # local shapes by global shape and axes: few are distinct
         self._elements: dict[str, int] = {}
+        self._bytes: dict[str, int] = {}
         self._root: dict[str, tuple[str, int]] = {}
 
     def local_shape(self, name: str) -> tuple[int, ...]:
-        if name not in self._local:
+        found = self._local.get(name)
+        if found is None:
             buffer = self.buffers[name]
-            self._local[name] = local_shape(buffer.shape, buffer.placement, self.sizes)
-        return self._local[name]
+            key = (buffer.shape, buffer.placement.dims)
+            found = self._split.get(key)
+            if found is None:
+                found = self._split[key] = local_shape(buffer.shape, buffer.placement, self.sizes)
+            self._local[name] = found
+        return found
 
     def local_strides(self, name: str) -> tuple[int, ...]:
         """In elements; C order unless the buffer is a strided view."""
@@ -109,18 +116,23 @@ class Program:
 
     def bytes(self, name: str) -> int:
         """Local bytes of a buffer."""
-        return self.local_elements(name) * DTYPE_BYTES[self.buffers[name].dtype]
+        found = self._bytes.get(name)
+        if found is None:
+            found = self._bytes[name] = self.local_elements(name) * DTYPE_BYTES[self.buffers[name].dtype]
+        return found
 
     def root(self, name: str) -> tuple[str, int]:
         """The buffer that owns the storage, and the offset in it, in local elements."""
-        if name not in self._root:
+        found = self._root.get(name)
+        if found is None:
             buffer = self.buffers[name]
             if buffer.base is None:
-                self._root[name] = (name, 0)
+                found = (name, 0)
             else:
                 root, offset = self.root(buffer.base)
-                self._root[name] = (root, offset + buffer.offset)
-        return self._root[name]
+                found = (root, offset + buffer.offset)
+            self._root[name] = found
+        return found
 
     def label_signature(self, op: Op) -> Signature:
         return signature_of(op.kind, op.attrs)
@@ -128,11 +140,9 @@ class Program:
     def label_sizes(self, op: Op) -> dict[str, int]:
         """Local size of every label of a compute op."""
         signature = signature_of(op.kind, op.attrs)
-        sizes: dict[str, int] = {}
-        names = (*op.inputs[: len(signature.inputs)], *op.outputs[: len(signature.outputs)])
-        for labels, name in zip((*signature.inputs, *signature.outputs), names, strict=True):
-            sizes.update(zip(labels, self.local_shape(name), strict=True))
-        return sizes
+        shapes = [self.local_shape(name) for name in op.inputs[: len(signature.inputs)]]
+        shapes += [self.local_shape(name) for name in op.outputs[: len(signature.outputs)]]
+        return {label: shapes[i][dim] for label, i, dim in signature.places}
 
     def flops(self, op: Op) -> int:
         """FLOPs of one rank. Collectives and waits have none."""
@@ -173,10 +183,11 @@ class Program:
     def with_ops(self, ops: list[Op], extra: dict[str, Buffer] | None = None) -> Program:
         """The same buffers, and ``extra``, under other records; what is known of the buffers is handed on."""
         made = Program(self.plan, {**self.buffers, **(extra or {})}, ops, self.outputs, self.facts)
-        made._local, made._elements = dict(self._local), dict(self._elements)
+        made._split = self._split
+        made._local, made._elements, made._bytes = dict(self._local), dict(self._elements), dict(self._bytes)
         for name in extra or ():
-            made._local.pop(name, None)
-            made._elements.pop(name, None)
+            for known in (made._local, made._elements, made._bytes):
+                known.pop(name, None)
         if not any(name in self.buffers for name in extra or ()):
             made._root = dict(self._root)
         return made

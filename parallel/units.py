@@ -13,7 +13,7 @@ Every parameter and every shard starts at a multiple of ALIGN elements.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -143,6 +143,10 @@ class Units:
         """Which shard of ``unit`` the rank with these mesh coordinates holds."""
         return nested_index(self.plan, communicator_order(self.plan, unit.axes), coordinates)
 
+    def over(self, plan: Plan) -> Units:
+        """The same units over the shard group of another plan of the same tp."""
+        return _split(((unit.name, unit.slots, unit.axes) for unit in self.units), plan)
+
 
 def nested_index(plan: Plan, axes: Axes, coordinates: dict[str, int]) -> int:
     """Position of a rank along ``axes``, outer to inner: which tokens or samples it holds."""
@@ -162,13 +166,8 @@ def communicator_order(plan: Plan, axes: Axes) -> Axes:
 
 def lay_out(parameters_by_unit: dict[str, Sequence[Parameter]], plan: Plan) -> Units:
     """Place every parameter. Units that hold TP-replicated parameters are split over ``replicated_unit``."""
-
-    def up(value: int, multiple: int) -> int:
-        return -(-value // multiple) * multiple
-
     ordered = sorted(parameters_by_unit.items(), key=lambda item: item[1][0].tp_dim is None)
-    units: list[Unit] = []
-    flat = 0
+    units: list[tuple[str, tuple[Slot, ...], Axes]] = []
     for name, rows in ordered:
         assert len({row.tp_dim is None for row in rows}) == 1, f"unit {name} mixes TP-sharded and TP-replicated"
         axes = REPLICATED_UNIT if rows[0].tp_dim is None else FSDP
@@ -177,9 +176,22 @@ def lay_out(parameters_by_unit: dict[str, Sequence[Parameter]], plan: Plan) -> U
         for row in sorted(rows, key=lambda row: not row.decay):
             elements = math.prod(row.local_shape(plan.tp))
             slots.append(Slot(row, offset, elements))
-            offset = up(offset + elements, ALIGN)
+            offset = _up(offset + elements, ALIGN)
+        units.append((name, tuple(slots), axes))
+    return _split(units, plan)
+
+
+def _split(units: Iterable[tuple[str, tuple[Slot, ...], Axes]], plan: Plan) -> Units:
+    """Pad every unit (name, slots, axes) so that its ranks share it, and put their shards one behind the other."""
+    made: list[Unit] = []
+    flat = 0
+    for name, slots, axes in units:
         shards = plan.size(axes)
-        unit = Unit(name, tuple(slots), up(offset, shards * ALIGN), shards, axes, flat)
-        flat += unit.shard_elements
-        units.append(unit)
-    return Units(tuple(units), plan)
+        elements = _up(slots[-1].offset + slots[-1].elements, shards * ALIGN)
+        made.append(Unit(name, slots, elements, shards, axes, flat))
+        flat += made[-1].shard_elements
+    return Units(tuple(made), plan)
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

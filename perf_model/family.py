@@ -233,7 +233,7 @@ class Family:
         each = min(f.kept_bytes(lighter) - f.kept_bytes(recompute) for f in self.prices.floors(self.samples))
         blocks = spare * self.plan.tp * self.plan.cp / each
         share = min(1.0, max(0.0, blocks / self.request.config.layers))
-        return (1.0 - share) * self._floor_s(recompute) + share * self._floor_s(lighter)
+        return sum(part * self._floor_s(of) for part, of in ((1.0 - share, recompute), (share, lighter)) if part > 0.0)
 
     def _floor_s(self, recompute: Recompute) -> float:
         plan, floors = self.plan, self.prices.floors(self.samples)
@@ -269,7 +269,6 @@ class Family:
         A larger shard group never needs more memory, so the smallest one that fits is found by bisection.
         """
         recompute, lighter = mode
-        limit = self.prices.limit_bytes
         base = replace(self.plan, recompute=recompute)
         plans = [base.with_degrees(dp_shard=n, dp_replicate=self.data_ranks // n) for n in groups]
 
@@ -280,26 +279,27 @@ class Family:
             return self.peak_bytes(plan) + held(plan)
 
         self.least_peak = need(plans[-1])
-        first = bisect_left(plans, True, key=lambda plan: need(plan) <= limit(plan))
+        first = bisect_left(plans, True, key=lambda plan: need(plan) <= self.prices.limit_bytes(plan))
         if first == len(plans):
             key = (self.plan.tp, self.samples, self.plan.micro_batches, recompute)
             self.prices.too_big[key] = max(self.plan.cp, self.prices.too_big.get(key, 0))
         variants: list[Variant] = []
         for plan in plans[first:]:
-            peak = self.peak_bytes(plan)
+            peak, limit = self.peak_bytes(plan), self.prices.limit_bytes(plan)
             if lighter is not None:
-                plan, peak = self.lightened(plan, lighter, limit(plan) - held(plan))
-            variants += self._placed(plan, peak, limit(plan))
+                plan, peak = self.lightened(plan, lighter, limit - held(plan))
+            variants += self._placed(plan, peak, limit)
         return variants, groups[:first]
 
     def _placed(self, plan: Plan, peak: int, limit: float) -> Iterator[Variant]:
         """One plan in every placement that differs on the network, with the fastest way to hold the encoders."""
+        shares = [(share, part, self.skeletons(part)) for share, part in parts(plan, self.request.config.layers)]
         for order, groups in self.placements(plan):
             placed = replace(plan, order=order)
             fits = [o for o in self.prices.frozen(placed, self.samples) if peak + (o.bytes if o else 0) <= limit]
             option = fits[0]
             seconds, bytes_ = (option.seconds, option.bytes) if option else (0.0, 0)
-            yield Variant(self.prices.bound_s(self, placed, groups) + seconds, placed, peak + bytes_, option)
+            yield Variant(self.prices.bound_s(shares, groups) + seconds, placed, peak + bytes_, option)
 
 
 class Prices:
@@ -340,11 +340,12 @@ class Prices:
             )
         return self._frozen[key]
 
-    def bound_s(self, family: Family, plan: Plan, groups: Groups) -> float:
+    def bound_s(self, shares: list[tuple[float, Plan, list[Skeleton]]], groups: Groups) -> float:
+        """A lower bound of the step of a plan's ``parts`` where its groups lie so on the network."""
         self.bounded += 1
         return sum(
-            share * self.mean(skeleton.bound_s(part, self.network, groups) for skeleton in family.skeletons(part))
-            for share, part in parts(plan, self.request.config.layers)
+            share * self.mean(skeleton.bound_s(part, self.network, groups) for skeleton in skeletons)
+            for share, part, skeletons in shares
         )
 
     def shallow(self, plan: Plan, samples: int) -> list[Shallow]:

@@ -61,6 +61,7 @@ class Floor:
         self._plain = shallow.on(plain.with_degrees(tp=2, cp=2))
         self._one = shallow.on(plain.with_degrees(tp=1, cp=1))
         self._alone: dict[Recompute, Skeleton] = {}
+        self._peaks: dict[tuple[Recompute, int], int] = {}
         self._blocks: dict[Recompute, _Block | None] = {}
 
     # -- time -----------------------------------------------------------------------------------------------------
@@ -79,12 +80,12 @@ class Floor:
         waited = {"tp": 0.0, "cp": 0.0}
         busy = {"tp": 0.0, "cp": 0.0}
         unhidable = 0.0
+        groups = {axis: ring_group(self.cluster, ranks) for axis, ranks in (("tp", tp), ("cp", cp)) if ranks > 1}
         for exchange in block.exchanges:
-            if plan.size(exchange.axis) == 1:
+            if exchange.axis not in groups:
                 continue
             op = built.ops[exchange.index]
-            group = ring_group(self.cluster, plan.size(exchange.axis))
-            cost = self.network.collective(op.kind, program.payload_bytes(op), group)
+            cost = self.network.collective(op.kind, program.payload_bytes(op), groups[exchange.axis])
             if ctas := plan.ctas(op.axes):  # as fast as without the limit: it slows groups of other places by less
                 cost = replace(cost, sms=min(cost.sms, ctas))
             busy[exchange.axis] += cost.seconds
@@ -144,5 +145,8 @@ class Floor:
 
     def peak_bytes(self, recompute: Recompute, plan: Plan) -> float:
         """Of one rank under a plan's degrees, the whole job one shard group."""
-        shards = self._one.plan.with_degrees(dp_shard=plan.data_ranks)
-        return self._one_rank(recompute).peak_bytes(shards) / (plan.tp * plan.cp)
+        key = (recompute, plan.data_ranks)
+        if key not in self._peaks:
+            shards = self._one.plan.with_degrees(dp_shard=plan.data_ranks)
+            self._peaks[key] = self._one_rank(recompute).peak_bytes(shards)
+        return self._peaks[key] / (plan.tp * plan.cp)

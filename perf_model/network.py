@@ -85,12 +85,21 @@ def group_of(cluster: Cluster, plan: Plan, axes: Axes) -> Group:
 
 def placed(cluster: Cluster, order: Axes, sizes: tuple[int, ...], axes: Axes) -> Group:
     """The group of rank 0 along ``axes`` where ranks are numbered by ``order``, innermost first, of these ``sizes``."""
-    return _group(cluster.topology, sizes, tuple(axis in axes for axis in order))
+    members: list[tuple[int, int]] = []  # (size, distance of neighbours) of the group's axes
+    stride = 1
+    for axis, size in zip(order, sizes, strict=True):
+        if size > 1 and axis in axes:
+            if members and math.prod(members[-1]) == stride:  # one goes on where the other ends
+                members[-1] = members[-1][0] * size, members[-1][1]
+            else:
+                members.append((size, stride))
+        stride *= size
+    return _group(cluster.topology, tuple(members))
 
 
 def ring_group(cluster: Cluster, ranks: int, stride: int = 1) -> Group:
     """The group of ``ranks`` ranks that lie ``stride`` apart."""
-    return _group(cluster.topology, (stride, ranks), (False, True))
+    return _group(cluster.topology, ((ranks, stride),))
 
 
 Groups = dict[Axes, Group]
@@ -105,13 +114,7 @@ def groups_of(plan: Plan, cluster: Cluster, order: Axes = ()) -> Groups:
 
 
 @lru_cache(maxsize=4096)
-def _group(topology: Topology, sizes: tuple[int, ...], member: tuple[bool, ...]) -> Group:
-    axes: list[tuple[int, int]] = []  # (size, distance of neighbours) of the group's axes
-    stride = 1
-    for size, is_member in zip(sizes, member, strict=True):
-        if is_member and size > 1:
-            axes.append((size, stride))
-        stride *= size
+def _group(topology: Topology, axes: tuple[tuple[int, int], ...]) -> Group:
     ranks = math.prod(size for size, _ in axes)
     server = topology.gpus_per_server
     servers = _blocks(axes, server)
@@ -126,25 +129,20 @@ def _group(topology: Topology, sizes: tuple[int, ...], member: tuple[bool, ...])
     )
 
 
-def _blocks(axes: list[tuple[int, int]], width: int) -> int:
-    """Blocks of ``width`` consecutive ranks that a group touches."""
-    count = 1
+def _blocks(axes: tuple[tuple[int, int], ...], width: int) -> int:
+    """Blocks of ``width`` consecutive ranks that a group touches; ``axes``: (size, stride), innermost first."""
+    reach = sum((size - 1) * stride for size, stride in axes if stride < width)  # it passes over no block
+    firsts, repeats = [0], 1
     for size, stride in axes:
-        if stride % width == 0:
-            count *= size
-        elif width % (stride * size) and not (width % stride == 0 and stride * size % width == 0):
-            break  # blocks and axes do not nest: look at every rank
-        elif stride * size > width:
-            count *= stride * size // width
-    else:
-        return count
-    members, count = [0], 1
-    for size, stride in sorted(axes, key=lambda axis: axis[1]):
         if stride % width == 0:  # whole blocks further: as many again, none of them met before
-            count *= size
-        else:
-            members = [first + i * stride for first in members for i in range(size)]
-    return count * len({rank // width for rank in members})
+            repeats *= size
+        elif stride > width:
+            firsts = [first + i * stride for i in range(size) for first in firsts]
+    touched, last = 0, -1
+    for first in firsts:  # ascending: two neighbours share one block at most
+        begin, last = max(first // width, last + 1), (first + reach) // width
+        touched += last + 1 - begin
+    return repeats * touched
 
 
 # -- cost -------------------------------------------------------------------------------------------------------------

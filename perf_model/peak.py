@@ -47,9 +47,12 @@ class Peak:
         # The most live bytes among records that grow alike: with what is sized by the shard group, and by depth.
         self._highest: dict[tuple[tuple[Sized, ...], bool], int] = {}
         held: list[Sized] = []
+        key: tuple[tuple[Sized, ...], bool] = ((), False)
+        changes = {0, *starting, *(i + 1 for i in stopping), *(i for spell in deeper for i in spell)}
         for i, live in enumerate(lives.live_bytes):
             held += starting.get(i, ())
-            key = (tuple(sorted(held)), any(begin <= i < end for begin, end in deeper))
+            if i in changes:
+                key = (tuple(sorted(held)), any(begin <= i < end for begin, end in deeper))
             self._highest[key] = max(self._highest.get(key, 0), live + lives.workspace_bytes[i])
             for gone in stopping.get(i, ()):
                 held.remove(gone)

@@ -95,7 +95,7 @@ class Shallow:
     def units_of(self, plan: Plan) -> Units:
         """The shallow model's units under another shard group."""
         if plan.dp_shard not in self._units:
-            self._units[plan.dp_shard] = unit_layout(self.model, plan)
+            self._units[plan.dp_shard] = self.units.over(plan)
         return self._units[plan.dp_shard]
 
     def flat_elements(self, plan: Plan) -> int:

@@ -87,7 +87,7 @@ class Skeleton:
         self.compute = compute
         self.cluster = cluster
         self._flat: list[int] = []  # records over the whole flat shard: their time follows its size
-        self._collectives: list[tuple[int, Collective]] = []
+        self._collectives: dict[Collective, list[int]] = {}  # records of each: many are alike
         self._lanes: dict[object, _Lane] = {}
 
     def under(self, plan: Plan) -> Skeleton:
@@ -146,26 +146,26 @@ class Skeleton:
             other = "cp" if op.axes == ("tp",) else "tp"
             split = any(other in axes for axes in dims)
             collective = Collective(op.kind, op.axes, communicator(op), payload, unit, width, split)
-            self._collectives.append((i, collective))
+            self._collectives.setdefault(collective, []).append(i)
         return tape
 
     def tape(self, plan: Plan, network: Network, cluster: Cluster) -> Tape:
         """Prices of the deep model's step under ``plan``, on the shallow program's records."""
         units, flat = self.shallow.units_of(plan), self.shallow.flat_elements(plan)
         base = self.base
-        groups = {axes: group_of(cluster, plan, axes) for axes in {c.axes for _, c in self._collectives}}
+        groups = {axes: group_of(cluster, plan, axes) for axes in {c.axes for c in self._collectives}}
         changed: dict[int, Record] = {}
         ratio = flat / self.units.flat_elements
         for i in self._flat:
             changed[i] = replace(base.records[i], seconds=base.records[i].seconds * ratio)
         ctas = {axes: self.plan.ctas(axes) for axes in groups}
-        for i, collective in self._collectives:
-            axes, was = collective.axes, base.records[i]
+        for collective, alike in self._collectives.items():
+            axes, was = collective.axes, base.records[alike[0]]
             cost = cost_of(network, collective.kind, collective.payload(units, flat), groups[axes], ctas[axes])
-            if was.kind == ISSUE:  # the many
-                changed[i] = Record(ISSUE, key=was.key, cost=cost, late=was.late)
-            else:
-                changed[i] = replace(was, cost=cost)
+            if was.kind == ISSUE:
+                changed.update(dict.fromkeys(alike, replace(was, cost=cost)))
+            else:  # a fused record has compute of its own
+                changed.update((i, replace(base.records[i], cost=cost)) for i in alike)
         return base.with_records(changed)
 
     # -- time -----------------------------------------------------------------------------------------------------
@@ -237,18 +237,21 @@ class Skeleton:
         return added
 
     @cached_property
-    def terms(self) -> dict[Axes, dict[tuple[Collective, float], int]]:
+    def terms(self) -> dict[Axes, dict[tuple[int, float], int]]:
         """How often each collective over some axes stands in the deep step, by the compute seconds that can hide it.
 
-        None between issue and wait: -1. More than any collective takes where another one of its communicator is in
-        flight in the same window, so that no time is counted twice.
+        A collective is told by its place among those that differ. None between issue and wait: -1. More than any
+        collective takes where another one of its communicator is in flight in the same window, so that no time is
+        counted twice.
         """
         records = self.base.records
         waits = {record.key: i for i, record in enumerate(records) if record.kind == WAIT}
         passed = list(itertools.accumulate((r.seconds for r in records), initial=0.0))
-        counts: dict[Axes, dict[tuple[Collective, float], int]] = {}
+        counts: dict[Axes, dict[tuple[int, float], int]] = {}
         last: dict[str, int] = {}
-        for i, collective in self._collectives:
+        distinct = list(self._collectives)
+        for i, place in sorted((i, k) for k, alike in enumerate(self._collectives.values()) for i in alike):
+            collective = distinct[place]
             fused = records[i].kind == FUSE
             wait = i if fused else waits[i]
             window = records[i].seconds - records[i].alone_s if fused else passed[wait] - passed[i]
@@ -258,7 +261,7 @@ class Skeleton:
                 window = math.inf
             else:
                 last[collective.communicator] = wait
-            key, of_axes = (collective, window), counts.setdefault(collective.axes, {})
+            key, of_axes = (place, window), counts.setdefault(collective.axes, {})
             of_axes[key] = of_axes.get(key, 0) + self.repeats(i)
         return counts
 
@@ -300,17 +303,20 @@ class Skeleton:
         busy: dict[str, float] = {}
         waited: dict[str, float] = {}
         ctas = self.plan.ctas(axes)
-        for (collective, window), times in self.terms.get(axes, {}).items():
-            cost = cost_of(network, collective.kind, collective.payload(units, flat), group, ctas)
-            name = collective.communicator
-            busy[name] = busy.get(name, 0.0) + times * cost.seconds
+        priced: dict[int, tuple[str, float, float]] = {}
+        for place, collective in enumerate(self._collectives):
+            if collective.axes == axes:
+                cost = cost_of(network, collective.kind, collective.payload(units, flat), group, ctas)
+                priced[place] = collective.communicator, cost.seconds, self.taken(cost)
+        for (place, window), times in self.terms.get(axes, {}).items():
+            name, seconds, share = priced[place]
+            busy[name] = busy.get(name, 0.0) + times * seconds
             if window < 0.0:
-                exposed += times * cost.seconds
+                exposed += times * seconds
                 continue
-            share = self.taken(cost)
             before, largest = taken.get(name, (0.0, 0.0))
-            taken[name] = before + times * cost.seconds * share, max(largest, share)
-            waited[name] = waited.get(name, 0.0) + times * max(0.0, cost.seconds * (1.0 - share) - window)
+            taken[name] = before + times * seconds * share, max(largest, share)
+            waited[name] = waited.get(name, 0.0) + times * max(0.0, seconds * (1.0 - share) - window)
         return _Lane(exposed, list(taken.values()), max(waited.values(), default=0.0), max(busy.values(), default=0.0))
 
     def price(self, plan: Plan, network: Network, cluster: Cluster) -> Priced:

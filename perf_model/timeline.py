@@ -191,13 +191,14 @@ def check_fused(plan: Plan, cluster: Cluster) -> None:
 class _Flight:
     """One collective in flight."""
 
-    __slots__ = ("cost", "index", "latency", "transfer")
+    __slots__ = ("cost", "index", "latency", "rate", "transfer")
 
     def __init__(self, index: int, cost: Cost) -> None:
         self.index = index
         self.cost = cost
         self.latency = cost.latency_s
         self.transfer = cost.transfer_s
+        self.rate = 1.0  # progress for each second
 
 
 class _Player:
@@ -290,36 +291,34 @@ class _Player:
             held = max(0.0, held * tape.sms - record.leaves) / (tape.sms - record.leaves)
         return max(1.0 - held * tape.compute_slowdown, 0.1)
 
-    def rates(self, computing: bool) -> list[float]:
-        """Progress of every flight for each second: latency runs alone, bytes on one link are shared."""
-        if len(self.flights) == 1:
-            alone = self.flights[0].latency > 0.0 or not computing
-            return [1.0 if alone else 1.0 / self.tape.communication_slowdown]
+    def pace(self, computing: bool) -> None:
+        """Set the rate of every flight: latency runs alone, bytes on one link are shared."""
+        beside = 1.0 / self.tape.communication_slowdown if computing else 1.0
         moving: dict[str, int] = {}
         for flight in self.flights:
             if flight.latency <= 0.0:
                 moving[flight.cost.link] = moving.get(flight.cost.link, 0) + 1
-        beside = 1.0 / self.tape.communication_slowdown if computing else 1.0
-        return [1.0 if flight.latency > 0.0 else beside / moving[flight.cost.link] for flight in self.flights]
+        for flight in self.flights:
+            flight.rate = 1.0 if flight.latency > 0.0 else beside / moving[flight.cost.link]
 
     def advance(self, limit: float, computing: bool) -> float:
         """Move time to the next event of a flight, or by ``limit``. Returns the time that passed."""
-        rates = self.rates(computing)
+        self.pace(computing)
         step = limit
-        for flight, rate in zip(self.flights, rates, strict=True):
-            left = (flight.latency if flight.latency > 0.0 else flight.transfer) / rate
+        for flight in self.flights:
+            left = (flight.latency if flight.latency > 0.0 else flight.transfer) / flight.rate
             if left < step:
                 step = left
         self.now += step
         finished = False
-        for flight, rate in zip(self.flights, rates, strict=True):
+        for flight in self.flights:
             if flight.latency > 0.0:
                 flight.latency -= step
                 if flight.latency <= 1e-15:
                     flight.latency = 0.0
                     finished = finished or flight.transfer <= 0.0
             else:
-                flight.transfer -= step * rate
+                flight.transfer -= step * flight.rate
                 if flight.transfer <= 1e-15:
                     flight.transfer = 0.0
                     finished = True
