@@ -157,3 +157,11 @@ def test_parameters_that_tp_replicates_share_one_unit() -> None:
     assert units.units[-1].name == REPLICATED_UNIT
     once = sum(slot.parameter.elements for slot in units.units[-1].slots)
     assert 40e6 < once < 50e6  # about 43 million by the design
+
+
+@pytest.mark.parametrize("dp_shard", [1, 3, 96])
+def test_units_over_another_shard_group_are_those_laid_out_for_it(dp_shard: int) -> None:
+    """Only here: units moved to another shard group that are not those laid out for it."""
+    config, plan = preset("tiny"), Plan(tp=2, cp=2, dp_shard=2)
+    wanted = plan.with_degrees(dp_shard=dp_shard)
+    assert unit_layout(config, plan).over(wanted) == unit_layout(config, wanted)

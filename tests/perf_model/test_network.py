@@ -1,6 +1,7 @@
 """Prices of collectives: NCCL's own table, held-out measurements, placement, and properties that must hold."""
 
 import csv
+import itertools
 from pathlib import Path
 from statistics import fmean
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from cinemesh.parallel.plan import AXES, Plan
 from cinemesh.perf_model.cluster import load
-from cinemesh.perf_model.network import FREE, KINDS, Candidate, Group, Network, group_of, ring_group
+from cinemesh.perf_model.network import FREE, KINDS, Candidate, Group, Network, group_of, groups_of, ring_group
 
 DATA = Path(__file__).parent / "data"
 H100 = load("dgx-h100-ib400")
@@ -309,3 +310,22 @@ def test_a_cost_is_whole(kind: str, n: int, stride: int, size: int) -> None:
     cost = NETWORK.collective(kind, size, ring_group(H100, n, stride))
     assert cost.latency_s > 0 and cost.transfer_s > 0
     assert 0 < cost.sms <= 32 and 0 < cost.memory_bytes_per_s <= H100.gpu.memory_bytes_per_s
+
+
+@pytest.mark.parametrize("degrees", [(2, 6, 16, 2), (3, 4, 8, 4), (6, 8, 3, 8), (12, 2, 64, 1), (1, 24, 8, 6)])
+def test_groups_touch_the_blocks_that_their_ranks_lie_in(degrees: tuple[int, int, int, int]) -> None:
+    """Only here: a count of blocks that is wrong where axes and blocks do not nest."""
+    plan = Plan(**dict(zip(AXES, degrees, strict=True)))
+    topology = TETON.topology
+    for order in itertools.permutations(AXES):
+        for axes, group in groups_of(plan, TETON, order).items():
+            ranks, stride = [0], 1
+            for axis in order:
+                if axis in axes:
+                    ranks = [rank + i * stride for rank in ranks for i in range(plan.size(axis))]
+                stride *= plan.size(axis)
+            servers = {rank // topology.gpus_per_server for rank in ranks}
+            assert group.ranks == len(ranks)
+            assert group.servers == len(servers)
+            assert group.leaves == len({server // topology.servers_per_leaf for server in servers})
+            assert group.pods == len({server // topology.servers_per_pod for server in servers})
