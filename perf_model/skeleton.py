@@ -183,7 +183,7 @@ class Skeleton:
                 marks.setdefault((micro_batch, direction), {}).setdefault(int(block), i)
         return {key: list(blocks.values()) for key, blocks in marks.items()}
 
-    def step_s(self, timeline: Timeline) -> float:
+    def step_s(self, timeline: Timeline, steady: float = STEADY) -> float:
         """The deep step's time from the shallow one's. Raises NotSteady where blocks do not agree."""
         total = timeline.step_s
         if self.more == 0:
@@ -192,7 +192,7 @@ class Skeleton:
             begun = [timeline.start[i] for i in starts]
             each = [after - before for before, after in itertools.pairwise(begun)]
             at = self._middle(direction)
-            if self.blocks >= STEADY_BLOCKS and abs(each[at] - each[at + 1]) > STEADY * each[at]:
+            if self.blocks >= STEADY_BLOCKS and abs(each[at] - each[at + 1]) > steady * each[at]:
                 raise NotSteady(f"two blocks take {each[at]:.6g} s and {each[at + 1]:.6g} s")
             total += self.more * each[at]
         return total
@@ -328,10 +328,10 @@ class Skeleton:
             deep = Shallow(shallow.config, plan, shallow.batch, blocks=shallow.config.layers)
             return Skeleton(deep, plan, self.compute, cluster).price(plan, network, cluster)
 
-    def steady_price(self, plan: Plan, network: Network, cluster: Cluster) -> Priced:
-        """Raises NotSteady where blocks do not agree."""
+    def steady_price(self, plan: Plan, network: Network, cluster: Cluster, steady: float = STEADY) -> Priced:
+        """Raises NotSteady where blocks do not agree within ``steady``."""
         tape = self.tape(plan, network, cluster)
-        step_s = self.step_s(play(tape))
+        step_s = self.step_s(play(tape), steady)
         return Priced(step_s, tape.compute_s + self.more * self._block_compute_s)
 
     # -- memory ---------------------------------------------------------------------------------------------------

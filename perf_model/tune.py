@@ -29,6 +29,7 @@ from .shallow import Shallow
 from .skeleton import STEADY_BLOCKS, NotSteady, Priced, Skeleton
 
 WORTH = 1e-3  # relative gain below which a knob stays as it was: slices cost kernels and launches that no model sees
+ROUGHLY = 0.02  # relative difference of two blocks' times up to which a shallow step tells what pays
 SLICES = ((2, 3, 4, 6, 12), (2, 3, 4, 6, 9), (2, 3, 4, 8))  # of heads of K and V; of their tokens; of tokens over tp
 SMALLER = (2, 4, 8, 16, 32, 48)  # parts of the shard group
 SHARING: dict[str, tuple[object, ...]] = {  # NCCL's own: up to 24 thread blocks, with priority, and no margin
@@ -82,8 +83,14 @@ def tune(request: Request, choice: Choice, prices: Prices | None = None) -> Choi
     return min((c for c in finished if c is first[0] or _fits(request, c)), key=lambda c: c.step_s)
 
 
+def _roughly(skeleton: Skeleton, plan: Plan, network: Network, cluster: Cluster) -> Priced:
+    """Where the shallow step is steady enough to tell what pays: the whole one takes a hundred times as long."""
+    return skeleton.steady_price(plan, network, cluster, steady=ROUGHLY)
+
+
 def _finished(prices: Prices, request: Request, best: Choice, built: Built) -> Choice:
-    """With what is worth keeping kept, and its GPU shared as it pays."""
+    """With what is worth keeping kept, and its GPU shared as it pays; priced as exactly as any plan."""
+    best = _priced(prices, request, best, best.plan, built, Skeleton.price)
     if "recompute" not in request.fixed and (kept := _keeping(prices, request, best)) is not None:
         best, built = kept
     return best if request.cluster.nccl is None else _sharing(prices, request, best, built)
@@ -133,7 +140,12 @@ def _in_groups(
         smaller = _in_parts(prices, plan, n)
         if smaller is None or _least_s(prices, request, best, smaller, built) >= best.step_s * (1.0 - WORTH):
             continue
-        tried = _priced(prices, request, best, smaller, built, Skeleton.price)
+        try:
+            tried = _priced(prices, request, best, smaller, built, _roughly)
+        except NotSteady:
+            if n > 1:
+                continue
+            tried = _priced(prices, request, best, smaller, built, Skeleton.price)
         fits = n == 1 or _fits(request, tried)  # what is kept may make room for a knob, not for a larger shard
         if fits and tried.step_s < best.step_s * (1.0 - WORTH):
             best, found = tried, (tried, built)
