@@ -163,7 +163,8 @@ def measure_collectives(sizes: tuple[int, ...] = SIZES) -> Samples:
                 key = (size, ranks, servers)
                 added = _added(compute, issue, wait)
                 samples.add("collectives", kind, key, added.seconds)
-                samples.add("copying", kind, key, added.own_s * crowd)
+                summing = 0.0 if staging is None else _least(lambda part=part, whole=staging: _sum(whole, part))
+                samples.add("copying", kind, key, (added.own_s + summing) * crowd)
                 if servers > 1 and added.seconds > LONG * added.compute_s:
                     samples.add("slowdown", kind, key, _slowdown(compute, issue, wait, added, crowd))
     return samples
@@ -186,9 +187,9 @@ def _some_compute() -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class _Added:
-    """What a collective adds to the compute before it: seconds, and of this process on the cores. Alike on all ranks.
+    """What a collective adds to the compute before it: seconds, and of gloo's threads on the cores. Alike on all ranks.
 
-    ``compute_s``: of that compute. ``times``: how often a loop runs both.
+    This thread waits awake, which is no work. ``compute_s``: of that compute. ``times``: how often a loop runs both.
     """
 
     seconds: float
@@ -201,14 +202,14 @@ def _added(compute: Callable[[], None], issue: Callable[[], None], wait: Callabl
     """Of several loops, with the collective and without, the least disturbed."""
 
     def loop(times: int, *, communicate: bool) -> tuple[float, float]:
-        start, own = time.perf_counter(), time.process_time()
+        start, others = time.perf_counter(), time.process_time() - time.thread_time()
         for _ in range(times):
             compute()
             if communicate:
                 issue()
                 wait()
         barrier()
-        return time.perf_counter() - start, time.process_time() - own
+        return time.perf_counter() - start, time.process_time() - time.thread_time() - others
 
     loop(1, communicate=True)
     times = max(1, min(LOOP, int(LOOP_S / _slowest(loop(1, communicate=True)[0]))))
@@ -218,6 +219,15 @@ def _added(compute: Callable[[], None], issue: Callable[[], None], wait: Callabl
     )
     seconds, own = (both - alone) / times, (both_own - alone_own) / times
     return _Added(_slowest(seconds), _slowest(own), _slowest(alone / times), times)
+
+
+def _sum(whole: Tensor, part: Tensor) -> None:
+    """What follows gloo's all-to-all in a reduce-scatter."""
+    torch.sum(whole.view(-1, part.numel()), 0, out=part)
+
+
+def _least(work: Callable[[], None]) -> float:
+    return _slowest(min(_timed(work) for _ in range(ROUNDS)))
 
 
 def _slowdown(
