@@ -63,9 +63,8 @@ def set_up_nccl() -> None:
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
 
 
-AWAKE_S = (
-    1e-3  # a thread that sleeps takes 0.1 to 0.5 ms to run again: as long as a small collective (2 cores, 2026-11)
-)
+# A thread that fell asleep runs again 0.1 to 0.5 ms late, as long as a small collective takes (2 cores, 2026-11).
+AWAKE_S = 1e-3
 
 
 def _wait_on_stream(work: dist.Work) -> None:
