@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..errors import CinemeshError
 from ..kernels.registry import kernels_for
 from ..model.config import Encoder, ModelConfig
 from ..model.step import Batch, build_step, prepare
-from ..parallel.comm import Communicator, barrier, gather_objects
+from ..parallel.comm import Communicator, barrier, gather_objects, sum_parts
 from ..parallel.executor import Executor
 from ..parallel.frozen import Frozen
 from ..parallel.layout import Axes
@@ -163,7 +164,7 @@ def measure_collectives(sizes: tuple[int, ...] = SIZES) -> Samples:
                 key = (size, ranks, servers)
                 added = _added(compute, issue, wait)
                 samples.add("collectives", kind, key, added.seconds)
-                summing = 0.0 if staging is None else _least(lambda part=part, whole=staging: _sum(whole, part))
+                summing = 0.0 if staging is None else _least(partial(sum_parts, staging, part))
                 samples.add("copying", kind, key, (added.own_s + summing) * crowd)
                 if servers > 1 and added.seconds > LONG * added.compute_s:
                     samples.add("slowdown", kind, key, _slowdown(compute, issue, wait, added, crowd))
@@ -219,11 +220,6 @@ def _added(compute: Callable[[], None], issue: Callable[[], None], wait: Callabl
     )
     seconds, own = (both - alone) / times, (both_own - alone_own) / times
     return _Added(_slowest(seconds), _slowest(own), _slowest(alone / times), times)
-
-
-def _sum(whole: Tensor, part: Tensor) -> None:
-    """What follows gloo's all-to-all in a reduce-scatter."""
-    torch.sum(whole.view(-1, part.numel()), 0, out=part)
 
 
 def _least(work: Callable[[], None]) -> float:

@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -111,7 +112,7 @@ def run(
         values["why"] = why = _why(request, found)
         if not as_json:
             _print_why(console, why)
-            _print_start_up(console, found.best.plan, request)
+            _print_start_up(console, values["start_up"])
     if out is not None:
         with atomic_file(out) as unfinished:
             unfinished.write_text(found.best.plan.to_yaml())
@@ -195,7 +196,7 @@ def paper_rows(request: Request) -> list[dict[str, object]]:
     return rows
 
 
-def _start_up(plan: Plan, request: Request) -> dict[str, object]:
+def _start_up(plan: Plan, request: Request) -> dict[str, Any]:
     """The communicators that a rank holds under a plan, with their bytes and seconds, each and in all."""
     rows = start_up(plan, request.cluster)
     return {
@@ -329,23 +330,21 @@ def _print_why(console: Console, values: dict[str, object]) -> None:
     lines("what would change it", [f"{c['change']}: {c['gain']:+.1%} samples/s; {c['note']}" for c in changes])
 
 
-def _print_start_up(console: Console, plan: Plan, request: Request) -> None:
-    rows = start_up(plan, request.cluster)
-    if not rows:
+def _print_start_up(console: Console, values: dict[str, Any]) -> None:
+    if not values["communicators"]:
         return
     console.print(
-        f"\ncommunicators of a rank: {len(rows)}, {sum(row.bytes for row in rows) / 1e9:.2f} GB, "
-        f"{sum(row.seconds for row in rows):.1f} s to make when the job starts "
-        "(from what is published of whole jobs)"
+        f"\ncommunicators of a rank: {values['communicators']}, {values['bytes'] / 1e9:.2f} GB, "
+        f"{values['seconds']:.1f} s to make when the job starts (from what is published of whole jobs)"
     )
     table = plain_table("communicator", "ranks", "thread blocks", "priority", "MB", "s", right=NUMBERS)
-    for row in rows:
+    for row in values["each"]:
         table.add_row(
-            row.name,
-            f"{row.ranks:,}",
-            str(row.ctas) if row.ctas else "NCCL's",
-            "high" if row.high_priority else "normal",
-            f"{row.bytes / 1e6:.0f}",
-            f"{row.seconds:.1f}",
+            row["name"],
+            f"{row['ranks']:,}",
+            str(row["ctas"]) if row["ctas"] else "NCCL's",
+            "high" if row["high_priority"] else "normal",
+            f"{row['bytes'] / 1e6:.0f}",
+            f"{row['seconds']:.1f}",
         )
     console.print(table)

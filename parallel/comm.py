@@ -80,6 +80,11 @@ def _wait_awake(work: dist.Work) -> None:
     work.wait()
 
 
+def sum_parts(staging: Tensor, output: Tensor) -> None:
+    """What follows gloo's all-to-all in a reduce-scatter: the sum of what was received, in rank order."""
+    torch.sum(staging.view(-1, output.numel()), 0, out=output.view(-1))
+
+
 class Communicator:
     """Collectives of one rank over the groups of a mesh."""
 
@@ -253,8 +258,7 @@ class Communicator:
         if self._flying.get(pending.axes) is pending.work:
             del self._flying[pending.axes]
         if pending.staging is not None:
-            parts = pending.staging.view(-1, pending.output.numel())
-            torch.sum(parts, 0, out=pending.output.view(-1))
+            sum_parts(pending.staging, pending.output)
 
 
 def all_agree(ok: bool) -> bool:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .builder import Builder
-from .layout import HEADS, Placement, infer, parse
+from .layout import HEADS, Placement, Signature, infer, parse
 from .ops import OPS, signature_of
 from .program import Buffer
 
@@ -132,17 +132,11 @@ def token_local(
     count = b.plan.tp_slices
     if count == 1:
         return b.op(kind, inputs, names, dtypes=dtypes, **attrs)
-    signature, spec = signature_of(kind, attrs), OPS[kind]
-    placements = infer(kind, signature, tuple(x.placement for x in inputs), spec.linear, spec.whole, ())
-    sizes: dict[str, int] = {}
-    for labels, x in zip(signature.inputs, inputs, strict=True):
-        sizes.update(zip(labels, x.shape, strict=True))
     slices = {k: token_slices(b, inputs[k]) for k in local}
     wholes: list[Buffer] = []
     places: list[list[Buffer]] = []
-    for name, labels, placement, dtype in zip(names, signature.outputs, placements, dtypes, strict=True):
-        shaped = Buffer("", tuple(sizes[label] for label in labels), dtype, placement)
-        whole, parts = _places(b, name, shaped, placement)
+    for name, result in zip(names, _results(kind, signature_of(kind, attrs), inputs, dtypes), strict=True):
+        whole, parts = _places(b, name, result, result.placement)
         assert whole is not None
         wholes.append(whole)
         places.append(parts)
@@ -153,15 +147,23 @@ def token_local(
     return tuple(wholes)
 
 
+def _results(kind: str, signature: Signature, inputs: Sequence[Buffer], dtypes: Sequence[str]) -> list[Buffer]:
+    """Shape and placement of an op's whole outputs, before there is anything to write them to."""
+    spec = OPS[kind]
+    placements = infer(kind, signature, tuple(x.placement for x in inputs), spec.linear, spec.whole, ())
+    sizes: dict[str, int] = {}
+    for labels, x in zip(signature.inputs, inputs, strict=True):
+        sizes.update(zip(labels, x.shape, strict=True))
+    return [
+        Buffer("", tuple(sizes[label] for label in labels), dtype, placement)
+        for labels, dtype, placement in zip(signature.outputs, dtypes, placements, strict=True)
+    ]
+
+
 def _product_places(b: Builder, x: Buffer, product: Product) -> tuple[Buffer | None, list]:
     weight, signature, name = product
-    labels = parse(signature)
-    sizes: dict[str, int] = {}
-    for letters, buffer in zip(labels.inputs, (x, weight), strict=True):
-        sizes.update(zip(letters, buffer.shape, strict=True))
-    (placement,) = infer(name, labels, (x.placement, weight.placement), OPS["matmul"].linear, "", ())
-    shaped = Buffer("", tuple(sizes[label] for label in labels.outputs[0]), x.dtype, placement)
-    return _places(b, name, shaped, placement)
+    (result,) = _results("matmul", parse(signature), (x, weight), (x.dtype,))
+    return _places(b, name, result, result.placement)
 
 
 @dataclass

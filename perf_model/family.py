@@ -26,7 +26,7 @@ from .footprint import outside
 from .network import Groups, Network, groups_of
 from .shallow import Shallow
 from .skeleton import Skeleton
-from .timeline import check_fused
+from .timeline import beyond_server, check_fused
 
 Mode = tuple[Recompute, Recompute | None]  # how blocks recompute, and what as many of the last ones as fit do instead
 ATTENTION: Recompute = ("o", "lse")  # self-attention is what costs most to run again, and its output is small
@@ -207,7 +207,7 @@ class Family:
             distinct: dict[object, tuple[tuple[str, ...], Groups]] = {}
             for order in orders:
                 groups = groups_of(plan, cluster, order)  # type: ignore[arg-type]
-                if plan.fused_tp and cluster.gloo is None and groups[HEADS].servers > 1:
+                if HEADS in groups and beyond_server(plan, cluster, groups[HEADS]):
                     continue
                 distinct.setdefault(tuple(groups.values()), (order, groups))  # type: ignore[arg-type]
             self._placements[key] = list(distinct.values())

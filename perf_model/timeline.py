@@ -175,10 +175,15 @@ def fused_record(program: Program, op: Op, compute: Compute, key: int, cost: Cos
     return Record(FUSE, seconds + copied, key=key, cost=cost, leaves=products[0].leaves, alone_s=alone)
 
 
+def beyond_server(plan: Plan, cluster: Cluster, group: Group) -> bool:
+    """Whether ``fused_tp`` would have to reach beyond one server of GPUs; ``group``: that of tp."""
+    return plan.fused_tp and cluster.gloo is None and group.servers > 1
+
+
 def check_fused(plan: Plan, cluster: Cluster) -> None:
     """Raise CinemeshError where ``fused_tp`` would have to reach beyond one server of GPUs."""
     group = group_of(cluster, plan, HEADS)
-    if plan.fused_tp and cluster.gloo is None and group.servers > 1:
+    if beyond_server(plan, cluster, group):
         stride = plan.size(plan.order[: plan.order.index("tp")])
         ranks = ", ".join(str(i * stride) for i in range(plan.tp))
         raise CinemeshError(
