@@ -9,7 +9,17 @@ import shutil
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-FOLDERS = ("kernels", "parallel", "model", "perf_model", "launch", "configs")
+FOLDERS = (
+    "kernels",
+    *("parallel", "parallel/ir", "parallel/layers", "parallel/passes", "parallel/runtime"),
+    "model",
+    "data",
+    *("perf_model", "perf_model/clusters", "perf_model/prices", "perf_model/search", "perf_model/report"),
+    *("perf_model/published", "perf_model/calibration"),
+    *("launch", "launch/training", "launch/commands", "launch/proof", "launch/cluster"),
+    "configs",
+)
+PACKAGES = {"cinemesh": ".", **{f"cinemesh.{folder.replace('/', '.')}": folder for folder in FOLDERS}}
 
 
 class BuildPackage(build_py):
@@ -28,12 +38,14 @@ class BuildPackage(build_py):
 
 
 setup(
-    packages=["cinemesh", *(f"cinemesh.{folder}" for folder in FOLDERS)],
-    package_dir={"cinemesh": ".", **{f"cinemesh.{folder}": folder for folder in FOLDERS}},
+    packages=[*PACKAGES],
+    package_dir=PACKAGES,
     package_data={
-        "cinemesh.configs": ["*.yaml"],
+        "cinemesh.configs": ["*.yaml", "*/*.yaml"],
         "cinemesh.kernels": ["tuning/*.yaml"],
-        "cinemesh.perf_model": ["clusters/*.yaml", "clusters/*.csv", "published/*.yaml", "templates/*.html"],
+        "cinemesh.perf_model.clusters": ["*.yaml", "*.csv"],
+        "cinemesh.perf_model.published": ["*.yaml"],
+        "cinemesh.perf_model.report": ["templates/*.html"],
     },
     include_package_data=False,  # or every file of the root counts as data of the package
     cmdclass={"build_py": BuildPackage},

@@ -1,8 +1,8 @@
-"""The plain-torch truth of every op, under the op's name in ``parallel/ops.py``.
+"""The plain-torch truth of every op, under the op's name in ``parallel/ir/ops.py``.
 
 Every kernel is called ``kernel(inputs, outputs, **attrs)`` with contiguous local tensors and writes its outputs.
 ``add`` says that the last input is output 0's own storage and the result is added to it. Statistics are computed in
-their outputs' dtype (fp32 under bf16). Labels of shapes: ``parallel/ops.py``.
+their outputs' dtype (fp32 under bf16). Labels of shapes: ``parallel/ir/ops.py``.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def train(
     Started again, a run goes on from its last checkpoint. On a cluster, torchrun starts the same
     command on every node: torchrun ... -m cinemesh.launch.train CONFIG
     """
-    from .train import run
+    from .training.loop import run
 
     run(config=config, nproc=nproc, overrides=overrides or [])
 
@@ -114,7 +114,7 @@ def sample(
 
     Writes an mp4 file.
     """
-    from .sample import run
+    from .training.sample import run
 
     run(
         config=config,
@@ -137,7 +137,7 @@ def model(
 
     One line a part, with shapes and totals.
     """
-    from .show import model_table
+    from .commands.show import model_table
 
     model_table(name=name, as_json=as_json)
 
@@ -183,7 +183,7 @@ def plan(
     Searches the degrees, the shard group, the placement on the network, recompute and prefetch.
     Needs no GPU and no torch. Every number is predicted, none measured.
     """
-    from .plan import run
+    from .commands.plan import run
 
     run(
         model=model,
@@ -222,7 +222,7 @@ def validate(
     Predicts each row with its own hardware, model, plan and software, and prints the errors. Needs no
     GPU and no torch.
     """
-    from .published import run
+    from .commands.validate import run
 
     run(rows=rows, show_all=show_all, refit=fit, as_json=as_json)
 
@@ -247,7 +247,7 @@ def verify(
 
     Exit code 1 when a bound does not hold.
     """
-    from .verify import run
+    from .proof.verify import run
 
     raise typer.Exit(run(plan=plan, model=model, dtype=dtype, max_procs=max_procs, steps=steps, as_json=as_json))
 
@@ -267,7 +267,7 @@ def lint(
 
     Exit code 1, and each finding with its op, when it cannot.
     """
-    from .lint import run
+    from .proof.lint import run
 
     raise typer.Exit(run(plan=plan, model=model, as_json=as_json))
 
@@ -289,7 +289,7 @@ def trace(
     Runs the plan on CPU processes, writes a trace that Perfetto opens, and prints for every collective
     how much of it compute hid and how much it waited for, predicted beside measured.
     """
-    from .trace import run
+    from .commands.trace import run
 
     run(plan=plan, model=model, out=out, steps=steps, max_procs=max_procs, cluster=cluster, as_json=as_json)
 
@@ -313,7 +313,7 @@ def program(
     Blocks that repeat are shown once; totals by lane come last. Needs no GPU, no processes and no
     torch, whatever the plan's size.
     """
-    from .show import program_listing
+    from .commands.show import program_listing
 
     program_listing(
         model=model,
@@ -349,7 +349,7 @@ def kernels(
     Choices follow device, dtype, shape, what is installed and the rate classes. The variable CINEMESH_KERNELS
     overrides them: CINEMESH_KERNELS=attention=torch,adamw=reference
     """
-    from .kernels import run
+    from .commands.kernels import run
 
     run(
         model=model, plan=plan, latent=latent, batch=batch, device=device, target=target, tune=tune, as_json=as_json
@@ -374,11 +374,11 @@ def calibrate(
     torchrun the links between servers too. About a minute when idle. Plan with --cluster FILE.
     """
     if card is not None:
-        from ..perf_model.card import write
+        from ..perf_model.calibration.card import write
 
         print(f"wrote {out}: {write(card, base, out).about}")
         return
-    from .calibrate import run
+    from .commands.calibrate import run
 
     raise typer.Exit(run(out=out, nproc=nproc))
 

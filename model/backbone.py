@@ -17,10 +17,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..parallel import context, tensor
-from ..parallel.builder import Builder
-from ..parallel.layout import TOKENS, Placement
-from ..parallel.program import Buffer
+from ..parallel.ir.builder import Builder
+from ..parallel.ir.layout import TOKENS, Placement
+from ..parallel.ir.program import Buffer
+from ..parallel.layers import context, tensor
 from .config import MODULATION_ROWS, ModelConfig
 
 Weights = dict[str, Buffer]

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..errors import CinemeshError
 from ..kernels.reference import Kernel
-from ..parallel.arena import place
-from ..parallel.frozen import Frozen
-from ..parallel.mesh import Mesh
-from ..parallel.plan import Plan
+from ..parallel.ir.plan import Plan
+from ..parallel.passes.arena import place
+from ..parallel.runtime.frozen import Frozen
+from ..parallel.runtime.mesh import Mesh
 from .config import CAPTION_DROPOUT, ModelConfig
 from .runner import Capture, StepRunner
 from .step import Batch, Optimizer, build_step, prepare

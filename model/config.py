@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Literal
 
 from ..errors import CinemeshError
-from ..parallel.units import Parameter
+from ..parallel.ir.units import Parameter
 
 MODULATION_ROWS = 6  # shift, scale, gate of self-attention; shift, scale, gate of the FFN (Fig. 8)
 SIGMA_MIN = 1e-5  # of the flow-matching path, 3.1.2

@@ -6,10 +6,10 @@ How each part is split: ``backbone.py``.
 
 from __future__ import annotations
 
-from ..parallel import tensor
-from ..parallel.builder import Builder
-from ..parallel.layout import BATCH, HEADS, NONE, TOKENS, Placement
-from ..parallel.program import Buffer
+from ..parallel.ir.builder import Builder
+from ..parallel.ir.layout import BATCH, HEADS, NONE, TOKENS, Placement
+from ..parallel.ir.program import Buffer
+from ..parallel.layers import tensor
 from .backbone import Conditioning, SharedGradients, Weights, local_row, rows
 from .config import TIME_FEATURES, ModelConfig
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..parallel.builder import Builder
-from ..parallel.layout import BATCH, NONE, TOKENS, Placement
-from ..parallel.plan import Plan
-from ..parallel.program import Program
-from ..parallel.sharded import ShardedUnits
+from ..parallel.ir.builder import Builder
+from ..parallel.ir.layout import BATCH, NONE, TOKENS, Placement
+from ..parallel.ir.plan import Plan
+from ..parallel.ir.program import Program
+from ..parallel.layers.sharded import ShardedUnits
 from .backbone import Block
 from .config import CONDITIONING_UNIT, ModelConfig, block_unit
 from .config import REPLICATED_UNIT as ONCE

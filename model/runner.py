@@ -11,15 +11,15 @@ from torch import Tensor
 
 from ..errors import CinemeshError
 from ..kernels.reference import Kernel
-from ..parallel.arena import check_fits
-from ..parallel.comm import Communicator
-from ..parallel.executor import Executor
-from ..parallel.frozen import Frozen
-from ..parallel.graph import Graph, GraphPool, Heartbeat, refuse, vote
-from ..parallel.memory import persistent
-from ..parallel.mesh import Mesh, coordinates
-from ..parallel.plan import Plan
-from ..parallel.program import Program
+from ..parallel.ir.plan import Plan
+from ..parallel.ir.program import Program
+from ..parallel.passes.arena import check_fits
+from ..parallel.passes.liveness import persistent
+from ..parallel.runtime.comm import Communicator
+from ..parallel.runtime.executor import Executor
+from ..parallel.runtime.frozen import Frozen
+from ..parallel.runtime.graph import Graph, GraphPool, Heartbeat, refuse, vote
+from ..parallel.runtime.mesh import Mesh, coordinates
 from .config import CAPTION_DROPOUT, ModelConfig
 from .step import Batch, Optimizer, build_step, prepare, unit_layout
 from .weights import Values, fill_shard

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ..kernels.philox import Purpose
-from ..parallel.comm import Communicator
-from ..parallel.executor import Executor
-from ..parallel.layout import TOKENS
-from ..parallel.mesh import Mesh, coordinates
-from ..parallel.plan import Plan
-from ..parallel.units import nested_index
+from ..parallel.ir.layout import TOKENS
+from ..parallel.ir.plan import Plan
+from ..parallel.ir.units import nested_index
+from ..parallel.runtime.comm import Communicator
+from ..parallel.runtime.executor import Executor
+from ..parallel.runtime.mesh import Mesh, coordinates
 from .config import ModelConfig
 from .forward import build_unpatchify, build_velocity
 from .runner import as_dtype, tp_slice

@@ -13,18 +13,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..parallel.builder import Builder
-from ..parallel.fuse import fuse
-from ..parallel.fused_tp import fuse_tp, stage_symmetric
-from ..parallel.layout import BATCH, NONE, REPLICATED_UNIT, TOKENS, WORLD, Placement, replicated
-from ..parallel.overlap import overlap
-from ..parallel.plan import Plan
-from ..parallel.prices import RATES, Price
-from ..parallel.program import Buffer, Program
-from ..parallel.rematerialize import rematerialize
-from ..parallel.schedule import elide, prefetch, stage_for_gloo
-from ..parallel.sharded import ShardedUnits, decay_attributes
-from ..parallel.units import Units, lay_out
+from ..parallel.ir.builder import Builder
+from ..parallel.ir.layout import BATCH, NONE, REPLICATED_UNIT, TOKENS, WORLD, Placement, replicated
+from ..parallel.ir.plan import Plan
+from ..parallel.ir.program import Buffer, Program
+from ..parallel.ir.units import Units, lay_out
+from ..parallel.layers.sharded import ShardedUnits, decay_attributes
+from ..parallel.passes.fuse import fuse
+from ..parallel.passes.fuse_tp import fuse_tp, stage_symmetric
+from ..parallel.passes.prefetch import elide, prefetch, stage_for_gloo
+from ..parallel.passes.prices import RATES, Price
+from ..parallel.passes.recompute import rematerialize
+from ..parallel.passes.schedule import overlap
 from .backbone import Block, SharedGradients
 from .config import CAPTION_DROPOUT, CONDITIONING_UNIT, SIGMA_MIN, ModelConfig, block_unit, parameters_by_unit
 from .config import REPLICATED_UNIT as ONCE

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.philox import Purpose, normal
-from ..parallel.units import Parameter, Slot, Units
+from ..parallel.ir.units import Parameter, Slot, Units
 
 _CHUNK = 1 << 16  # elements drawn at once: bounds the 64-bit temporaries
 

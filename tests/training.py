@@ -10,11 +10,13 @@ import torch
 import yaml
 from torch import Tensor
 
+from cinemesh.data.clips import write_mp4
 from cinemesh.errors import CinemeshError
-from cinemesh.launch import checkpoint, processes, train
-from cinemesh.launch.clips import write_mp4
-from cinemesh.launch.config import check_config
-from cinemesh.launch.train import Setting
+from cinemesh.launch.cluster import processes
+from cinemesh.launch.training import checkpoint
+from cinemesh.launch.training import loop as train
+from cinemesh.launch.training.loop import Setting
+from cinemesh.launch.training.recipe import check_config
 from cinemesh.model.runner import StepRunner
 
 CAPTIONS = """

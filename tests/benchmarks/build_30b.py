@@ -17,8 +17,8 @@ from pathlib import Path
 
 from cinemesh.model.config import LATENTS, preset
 from cinemesh.model.step import Batch, build_step, prepare
-from cinemesh.parallel.plan import Plan
-from cinemesh.parallel.rematerialize import rematerialize
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.passes.recompute import rematerialize
 
 NAME = "movie-gen-30b"
 OVERLAP = {"kv_slices": 4, "tp_slices": 4, "grad_units": 2, "defer_weight_gradients": True}

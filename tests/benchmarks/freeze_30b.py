@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 
 from cinemesh.kernels.reference import REFERENCE
-from cinemesh.launch.lint import Alone
+from cinemesh.launch.proof.lint import Alone
 from cinemesh.model.config import LATENTS, preset
 from cinemesh.model.step import Batch, build_step, prepare
-from cinemesh.parallel.arena import place
-from cinemesh.parallel.executor import Executor
-from cinemesh.parallel.mesh import coordinates
-from cinemesh.parallel.plan import Plan
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.passes.arena import place
+from cinemesh.parallel.runtime.executor import Executor
+from cinemesh.parallel.runtime.mesh import coordinates
 
 NAME = "movie-gen-30b"
 

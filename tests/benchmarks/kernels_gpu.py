@@ -40,10 +40,10 @@ from cinemesh.kernels.reference import REFERENCE
 from cinemesh.kernels.registry import function
 from cinemesh.kernels.selection import select
 from cinemesh.kernels.tuning import device_key
-from cinemesh.launch.calls import Call, calls_of, tensors
+from cinemesh.launch.commands.calls import Call, calls_of, tensors
 from cinemesh.model.config import LATENTS, preset
 from cinemesh.model.step import Batch, build_step, prepare
-from cinemesh.parallel.plan import Plan
+from cinemesh.parallel.ir.plan import Plan
 
 REPETITIONS = 7
 SLOW_S = 0.5  # a launch that takes longer is timed once

@@ -40,27 +40,27 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.box import SERVERS, Box, NotAllowed
 from benchmarks.torch_baseline import TorchBaseline
 
-from cinemesh.launch.calibrate import machine_of, measure
-from cinemesh.launch.parity import LR, OPTIMIZER, Case, load_batch
-from cinemesh.launch.trace import beside
+from cinemesh.launch.commands.calibrate import machine_of, measure
+from cinemesh.launch.commands.trace import beside
+from cinemesh.launch.proof.parity import LR, OPTIMIZER, Case, load_batch
 from cinemesh.model.config import Encoder, ModelConfig
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step, prepare
 from cinemesh.model.weights import probe_values
-from cinemesh.parallel.comm import Communicator, gather_objects
-from cinemesh.parallel.mesh import Mesh
-from cinemesh.parallel.ops import OPS
-from cinemesh.parallel.plan import Plan
-from cinemesh.parallel.prices import Price
-from cinemesh.parallel.program import Op, Program
-from cinemesh.parallel.trace import Span, traced_step
-from cinemesh.perf_model.calibrate import fit, residuals, write
-from cinemesh.perf_model.cluster import Cluster, load
-from cinemesh.perf_model.compute import Compute
-from cinemesh.perf_model.explain import Whole, played
-from cinemesh.perf_model.network import Network, group_of
-from cinemesh.perf_model.timeline import Timeline
-from cinemesh.perf_model.trace import write as write_trace
+from cinemesh.parallel.ir.ops import OPS
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.ir.program import Op, Program
+from cinemesh.parallel.passes.prices import Price
+from cinemesh.parallel.runtime.comm import Communicator, gather_objects
+from cinemesh.parallel.runtime.mesh import Mesh
+from cinemesh.parallel.runtime.trace import Span, traced_step
+from cinemesh.perf_model.calibration.calibrate import fit, residuals, write
+from cinemesh.perf_model.clusters.cluster import Cluster, load
+from cinemesh.perf_model.prices.compute import Compute
+from cinemesh.perf_model.prices.network import Network, group_of
+from cinemesh.perf_model.prices.timeline import Timeline
+from cinemesh.perf_model.report.explain import Whole, played
+from cinemesh.perf_model.report.trace import write as write_trace
 
 SKIPPED = 2  # first rounds
 FIRST_MBIT = 500.0  # of the link while the rate that suits is looked for

@@ -43,20 +43,20 @@ from benchmarks.box import RANKS, Box, NotAllowed
 from benchmarks.step_against_torch import SHAPES as DEEP
 from benchmarks.step_against_torch import Shape
 
-from cinemesh.launch.calibrate import Samples, machine_of, measure
+from cinemesh.launch.commands.calibrate import Samples, machine_of, measure
 from cinemesh.model.runner import StepRunner, data_slice
 from cinemesh.model.step import Batch, Optimizer, build_step, prepare
 from cinemesh.model.weights import probe_values
-from cinemesh.parallel.comm import Communicator
-from cinemesh.parallel.mesh import Mesh
-from cinemesh.parallel.plan import AXES, Plan
-from cinemesh.perf_model.calibrate import fit, residuals, write
-from cinemesh.perf_model.cluster import Cluster, load
-from cinemesh.perf_model.compute import Compute
-from cinemesh.perf_model.family import Bucket, Request
-from cinemesh.perf_model.network import Network
-from cinemesh.perf_model.planner import search
-from cinemesh.perf_model.timeline import play, price
+from cinemesh.parallel.ir.plan import AXES, Plan
+from cinemesh.parallel.runtime.comm import Communicator
+from cinemesh.parallel.runtime.mesh import Mesh
+from cinemesh.perf_model.calibration.calibrate import fit, residuals, write
+from cinemesh.perf_model.clusters.cluster import Cluster, load
+from cinemesh.perf_model.prices.compute import Compute
+from cinemesh.perf_model.prices.network import Network
+from cinemesh.perf_model.prices.timeline import play, price
+from cinemesh.perf_model.search.planner import search
+from cinemesh.perf_model.search.space import Bucket, Request
 
 PLACES: dict[str, float | None] = {"loopback": None, "fast": 4000.0, "slow": 200.0}  # Mb/s of the link between servers
 SHAPES = {name: replace(shape, config=replace(shape.config, layers=2)) for name, shape in DEEP.items()}

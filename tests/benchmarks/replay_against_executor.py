@@ -32,13 +32,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.step_against_torch import interval
 
-from cinemesh.launch.parity import OPTIMIZER, load_batch
-from cinemesh.launch.verify import small_case
+from cinemesh.launch.proof.parity import OPTIMIZER, load_batch
+from cinemesh.launch.proof.verify import small_case
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.weights import probe_values
-from cinemesh.parallel.frozen import Frozen
-from cinemesh.parallel.mesh import Mesh
-from cinemesh.parallel.plan import Plan
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.runtime.frozen import Frozen
+from cinemesh.parallel.runtime.mesh import Mesh
 
 PLANS = {"one": "tp=1", "dp2": "dp_shard=2", "tp2": "tp=2", "cp2": "cp=2"}
 

@@ -18,16 +18,16 @@ from pathlib import Path
 
 from cinemesh.model.config import preset
 from cinemesh.model.step import Batch
-from cinemesh.parallel.plan import Plan
-from cinemesh.perf_model.cluster import load
-from cinemesh.perf_model.compute import Compute
-from cinemesh.perf_model.explain import Whole, describe, mfu, terms, whole
-from cinemesh.perf_model.family import Bucket, Choice, Prices, Request, parts
-from cinemesh.perf_model.planner import search
-from cinemesh.perf_model.shallow import Shallow
-from cinemesh.perf_model.skeleton import Skeleton
-from cinemesh.perf_model.timeline import play, price
-from cinemesh.perf_model.tune import tune
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.perf_model.clusters.cluster import load
+from cinemesh.perf_model.prices.compute import Compute
+from cinemesh.perf_model.prices.timeline import play, price
+from cinemesh.perf_model.report.explain import Whole, describe, mfu, terms, whole
+from cinemesh.perf_model.search.extrapolate import Skeleton
+from cinemesh.perf_model.search.few_blocks import Shallow
+from cinemesh.perf_model.search.planner import search
+from cinemesh.perf_model.search.space import Bucket, Choice, Prices, Request, parts
+from cinemesh.perf_model.search.tune import tune
 
 MODEL, LATENT, GPUS = "movie-gen-30b", (32, 96, 96), 6144
 CLUSTER = load("grand-teton-h100")

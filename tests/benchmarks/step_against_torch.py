@@ -39,9 +39,9 @@ from cinemesh.model.config import Encoder, ModelConfig
 from cinemesh.model.runner import StepRunner, data_slice
 from cinemesh.model.step import Batch, Optimizer, build_step, prepare
 from cinemesh.model.weights import probe_values
-from cinemesh.parallel.comm import Communicator, gather_objects
-from cinemesh.parallel.mesh import Mesh
-from cinemesh.parallel.plan import Plan
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.runtime.comm import Communicator, gather_objects
+from cinemesh.parallel.runtime.mesh import Mesh
 
 PLANS = {"tp4": {"tp": 4}, "cp4": {"cp": 4}, "dp4": {"dp_shard": 4}, "tp2cp2": {"tp": 2, "cp": 2}}
 

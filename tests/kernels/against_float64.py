@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cinemesh.kernels.reference import REFERENCE, Kernel
-from cinemesh.parallel.ops import OPS
+from cinemesh.parallel.ir.ops import OPS
 
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 DTYPES = tuple(BOUND)

@@ -18,10 +18,10 @@ pytest.importorskip("triton")
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels import compile as compiling
 from cinemesh.kernels.traffic import extrapolate, sample
-from cinemesh.launch.kernels import sizes_of
+from cinemesh.launch.commands.kernels import sizes_of
 from cinemesh.model.config import LATENTS, preset
 from cinemesh.model.step import Batch
-from cinemesh.parallel.plan import Plan
+from cinemesh.parallel.ir.plan import Plan
 
 MODEL = "movie-gen-30b"
 SIZES = sizes_of(preset(MODEL), Plan(tp=4, cp=2, dp_shard=768), Batch(1, LATENTS[MODEL]))

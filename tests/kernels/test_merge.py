@@ -11,10 +11,10 @@ from torch import Tensor
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels import merge as kernels
 from cinemesh.kernels.reference import REFERENCE
-from cinemesh.launch.calls import calls_of, tensors
+from cinemesh.launch.commands.calls import calls_of, tensors
 from cinemesh.model.config import Encoder, ModelConfig
 from cinemesh.model.step import Batch, build_step, prepare
-from cinemesh.parallel.plan import Plan
+from cinemesh.parallel.ir.plan import Plan
 
 from .against_float64 import BOUND, DTYPES, check, poisoned, rand, relative_error
 

@@ -2,7 +2,7 @@
 
 The step is only as right as these: parity compares whole models on friendly shapes, this compares one op at a time on
 shapes that no kernel likes. Outputs are poisoned first, so that an element that was not written shows; and what an
-op allocates besides its outputs stays within what ``parallel/ops.py`` declares for it.
+op allocates besides its outputs stays within what ``parallel/ir/ops.py`` declares for it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor
 
 from cinemesh.kernels.reference import REFERENCE, Kernel
 from cinemesh.kernels.registry import kernels_for
-from cinemesh.launch.parity import OPTIMIZER, run_rank
-from cinemesh.launch.verify import small_case
+from cinemesh.launch.proof.parity import OPTIMIZER, run_rank
+from cinemesh.launch.proof.verify import small_case
 from cinemesh.model import flow
 from cinemesh.model import reference as model
 from cinemesh.model.runner import StepRunner
-from cinemesh.parallel.ops import OPS, signature_of
-from cinemesh.parallel.plan import Plan
-from cinemesh.parallel.witness import Witness
+from cinemesh.parallel.ir.ops import OPS, signature_of
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.runtime.witness import Witness
 
 DTYPE_NAMES = {
     torch.float64: "float64",

@@ -18,7 +18,7 @@ from cinemesh.kernels.catalogue import IMPLEMENTATIONS, LEAVE_SMS, NOT_ASSUMED, 
 from cinemesh.kernels.catalogue import OPS as LISTED
 from cinemesh.kernels.checks import check
 from cinemesh.kernels.reference import REFERENCE
-from cinemesh.parallel.ops import OPS
+from cinemesh.parallel.ir.ops import OPS
 
 EVERYTHING: dict[str, str] = {}  # nothing is missing
 BF16 = {"dtype": "bfloat16", "sizes": {"k": 128, "t": 64, "s": 64, "b": 1, "h": 2, "n": 1 << 20}}

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cinemesh.kernels.reference import REFERENCE
-from cinemesh.parallel.ops import OPS
-from cinemesh.perf_model.compute import REFERENCE as PRICES
+from cinemesh.parallel.ir.ops import OPS
+from cinemesh.perf_model.prices.compute import REFERENCE as PRICES
 
 T, B, D = 64, 1, 32
 

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 from training import cinemesh, failure, recipe, refusal, start, states
 
+from cinemesh.data.cache import CACHE_FILE
 from cinemesh.errors import CinemeshError
-from cinemesh.launch import checkpoint, processes
-from cinemesh.launch.config import check_config
-from cinemesh.launch.data import CACHE_FILE
-from cinemesh.launch.processes import Place
-from cinemesh.launch.telemetry import read_metrics
-from cinemesh.launch.train import Setting, open_cache
+from cinemesh.launch.cluster import processes
+from cinemesh.launch.cluster.processes import Place
+from cinemesh.launch.training import checkpoint
+from cinemesh.launch.training.loop import Setting, open_cache
+from cinemesh.launch.training.recipe import check_config
+from cinemesh.launch.training.telemetry import read_metrics
 from cinemesh.model.runner import StepRunner
 
 pytestmark = pytest.mark.usefixtures("one_process")

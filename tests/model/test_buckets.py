@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from cinemesh.errors import CinemeshError
-from cinemesh.launch.parity import OPTIMIZER, Case, global_batch
-from cinemesh.launch.verify import small_case
+from cinemesh.launch.proof.parity import OPTIMIZER, Case, global_batch
+from cinemesh.launch.proof.verify import small_case
 from cinemesh.model import weights
 from cinemesh.model.buckets import BucketRunner
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import Batch
-from cinemesh.parallel.plan import Plan
+from cinemesh.parallel.ir.plan import Plan
 
 STATES = ("master", "exp_avg", "exp_avg_sq", "ema", "counters")
 

@@ -17,7 +17,7 @@ from harness import Pool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cinemesh.launch.parity import (
+from cinemesh.launch.proof.parity import (
     FLOAT64_BOUND,
     OPTIMIZER,
     QUANTITIES,
@@ -29,16 +29,16 @@ from cinemesh.launch.parity import (
     whole,
     worst_of,
 )
-from cinemesh.launch.verify import Report, compare, small_case
+from cinemesh.launch.proof.verify import Report, compare, small_case
 from cinemesh.model.config import ModelConfig
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step, prepare
-from cinemesh.parallel.comm import gather_objects
-from cinemesh.parallel.mesh import Mesh
-from cinemesh.parallel.plan import AXES, Plan
-from cinemesh.parallel.program import Op, Program
+from cinemesh.parallel.ir.plan import AXES, Plan
+from cinemesh.parallel.ir.program import Op, Program
+from cinemesh.parallel.runtime.comm import gather_objects
+from cinemesh.parallel.runtime.mesh import Mesh
 
-# Six heads, two samples a data rank, 3 + 2 + 2 text tokens, an uneven text mask (launch/verify.py: small_case).
+# Six heads, two samples a data rank, 3 + 2 + 2 text tokens, an uneven text mask (launch/proof/verify.py: small_case).
 KEEP = "recompute=q:kv:o:lse"
 FLOAT64_PLANS = (
     "recompute=none",
@@ -230,7 +230,7 @@ def test_float64_more_plans(pool: Pool, text: str) -> None:
 
 @pytest.mark.parametrize("text", ["tp=3,cp=2", "tp=2,cp=2,dp_shard=2,micro_batches=2,recompute=full", "dp_replicate=2"])
 def test_float32(pool: Pool, text: str) -> None:
-    # The bounds are derived in launch/parity.py (bounds_of): about 2e-4. The faults of test_faults.py exceed 1e-3.
+    # The bounds are derived in launch/proof/parity.py (bounds_of): about 2e-4. The faults of test_faults.py exceed 1e-3.
     bounds = check(pool, text, "float32").bounds
     assert max(bounds.values()) < 5e-4
 

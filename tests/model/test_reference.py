@@ -12,15 +12,7 @@ from torch import Tensor
 from cinemesh.kernels.philox import Purpose, normal, normal_, philox_words, uniform
 from cinemesh.model import flow
 from cinemesh.model.config import LATENTS, PRESETS, ModelConfig, parameters
-from cinemesh.model.reference import (
-    Reference,
-    attention,
-    patchify,
-    rms_norm,
-    time_features,
-    training_loss,
-    unpatchify,
-)
+from cinemesh.model.reference import Reference, attention, patchify, rms_norm, time_features, training_loss, unpatchify
 
 TINY = PRESETS["tiny"]
 

@@ -15,8 +15,8 @@ from cinemesh.model.runner import data_slice
 from cinemesh.model.sampler import Sampler, linear_quadratic
 from cinemesh.model.step import Batch, unit_layout
 from cinemesh.model.weights import Values, fill_shard, from_full, full, probe_values
-from cinemesh.parallel.mesh import Mesh, coordinates
-from cinemesh.parallel.plan import Plan
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.runtime.mesh import Mesh, coordinates
 
 TINY = preset("tiny")
 LATENT = (3, 4, 12)

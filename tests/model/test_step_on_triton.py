@@ -23,7 +23,7 @@ from cinemesh.model.config import Encoder, ModelConfig
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import Batch, Optimizer
 from cinemesh.model.weights import probe_values
-from cinemesh.parallel.plan import Plan
+from cinemesh.parallel.ir.plan import Plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = ModelConfig("one-block", 1, 128, 2, 40, (Encoder("a", 24, 3), Encoder("b", 40, 5)), channels=4)

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from cinemesh.launch.verify import small_case
+from cinemesh.launch.proof.verify import small_case
 from cinemesh.model.forward import build_velocity
 from cinemesh.model.step import build_step, prepare
-from cinemesh.parallel.memory import persistent
-from cinemesh.parallel.ops import COLLECTIVES, OPS
-from cinemesh.parallel.plan import Plan
-from cinemesh.parallel.program import Op, Program, contiguous_strides
+from cinemesh.parallel.ir.ops import COLLECTIVES, OPS
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.ir.program import Op, Program, contiguous_strides
+from cinemesh.parallel.passes.liveness import persistent
 
 Runs = tuple[tuple[int, int], ...]
 

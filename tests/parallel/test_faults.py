@@ -20,16 +20,16 @@ from torch import Tensor
 from cinemesh.kernels import reference
 from cinemesh.kernels.reference import Kernel
 from cinemesh.kernels.registry import kernels_for
-from cinemesh.launch.parity import LR, OPTIMIZER, Case, load_batch
-from cinemesh.launch.verify import Report, small_case, verify_on_rank
+from cinemesh.launch.proof.parity import LR, OPTIMIZER, Case, load_batch
+from cinemesh.launch.proof.verify import Report, small_case, verify_on_rank
 from cinemesh.model import weights
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step, prepare
-from cinemesh.parallel.comm import Communicator, Pending
-from cinemesh.parallel.layout import WORLD, Axes
-from cinemesh.parallel.mesh import Mesh
-from cinemesh.parallel.plan import Plan
-from cinemesh.parallel.program import Op, Program
+from cinemesh.parallel.ir.layout import WORLD, Axes
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.ir.program import Op, Program
+from cinemesh.parallel.runtime.comm import Communicator, Pending
+from cinemesh.parallel.runtime.mesh import Mesh
 
 
 def program_of(case: Case) -> Program:

@@ -22,17 +22,17 @@ import pytest
 import torch
 from harness import Pool
 
-from cinemesh.launch.parity import LR, OPTIMIZER, load_batch
-from cinemesh.launch.verify import small_case
+from cinemesh.launch.proof.parity import LR, OPTIMIZER, load_batch
+from cinemesh.launch.proof.verify import small_case
 from cinemesh.model import weights
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step, prepare
-from cinemesh.parallel.comm import Communicator, Pending
-from cinemesh.parallel.communicators import communicator
-from cinemesh.parallel.mesh import Mesh, group_ranks
-from cinemesh.parallel.ops import FUSED
-from cinemesh.parallel.plan import Plan
-from cinemesh.parallel.program import Program
+from cinemesh.parallel.ir.communicators import communicator
+from cinemesh.parallel.ir.ops import FUSED
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.ir.program import Program
+from cinemesh.parallel.runtime.comm import Communicator, Pending
+from cinemesh.parallel.runtime.mesh import Mesh, group_ranks
 
 FAMILIES = {
     "tp": "tp=2,tp_slices=3,recompute=full,defer_weight_gradients=true",

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from cinemesh.kernels.reference import Kernel
 from cinemesh.kernels.registry import kernels_for
-from cinemesh.launch.parity import OPTIMIZER, QUANTITIES, Trajectory, run_rank, run_reference, worst_of
-from cinemesh.launch.verify import small_case
+from cinemesh.launch.proof.parity import OPTIMIZER, QUANTITIES, Trajectory, run_rank, run_reference, worst_of
+from cinemesh.launch.proof.verify import small_case
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step, prepare
-from cinemesh.parallel.builder import Builder
-from cinemesh.parallel.layout import FSDP, REPLICATED_UNIT, WORLD, Axes, PlacementError
-from cinemesh.parallel.ops import COLLECTIVES, OPS
-from cinemesh.parallel.plan import Plan
-from cinemesh.parallel.program import Buffer, Op, Program
+from cinemesh.parallel.ir.builder import Builder
+from cinemesh.parallel.ir.layout import FSDP, REPLICATED_UNIT, WORLD, Axes, PlacementError
+from cinemesh.parallel.ir.ops import COLLECTIVES, OPS
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.ir.program import Buffer, Op, Program
 
 ONE_RANK = small_case(Plan(micro_batches=2, dtype="float64"), steps=2)
 # Typing must not lean on a degree of 1, nor on one above it.

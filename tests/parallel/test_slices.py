@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cinemesh.parallel.builder import Builder
-from cinemesh.parallel.layout import HEADS, TOKENS, TOKENS_GATHERED, Placement, PlacementError
-from cinemesh.parallel.plan import Plan
-from cinemesh.parallel.program import Program
-from cinemesh.parallel.tensor import linear_input_backward
+from cinemesh.parallel.ir.builder import Builder
+from cinemesh.parallel.ir.layout import HEADS, TOKENS, TOKENS_GATHERED, Placement, PlacementError
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.ir.program import Program
+from cinemesh.parallel.layers.tensor import linear_input_backward
 
 SHAPE = (12, 2, 8, 3)  # tokens, samples, heads, head dim
 PLACED = Placement((TOKENS_GATHERED, (), HEADS, ()))

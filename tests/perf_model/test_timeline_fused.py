@@ -11,21 +11,21 @@ from hypothesis import strategies as st
 from cinemesh.errors import CinemeshError
 from cinemesh.model.config import preset
 from cinemesh.model.step import Batch, build_step, prepare
-from cinemesh.parallel.fused_tp import pipelined_s
-from cinemesh.parallel.memory import lifetimes
-from cinemesh.parallel.ops import FUSED
-from cinemesh.parallel.plan import Plan
-from cinemesh.perf_model.cluster import load
-from cinemesh.perf_model.compute import Compute
-from cinemesh.perf_model.draw_step import STYLES, style_of
-from cinemesh.perf_model.explain import describe, exposures, hardware_flops, whole
-from cinemesh.perf_model.family import Bucket, Request
-from cinemesh.perf_model.network import Cost, Network, group_of, groups_of
-from cinemesh.perf_model.planner import search
-from cinemesh.perf_model.shallow import Shallow
-from cinemesh.perf_model.skeleton import STEADY_BLOCKS, Skeleton
-from cinemesh.perf_model.timeline import COMPUTE, FUSE, ISSUE, WAIT, Record, Tape, play, price
-from cinemesh.perf_model.trace import predicted
+from cinemesh.parallel.ir.ops import FUSED
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.passes.fuse_tp import pipelined_s
+from cinemesh.parallel.passes.liveness import lifetimes
+from cinemesh.perf_model.clusters.cluster import load
+from cinemesh.perf_model.prices.compute import Compute
+from cinemesh.perf_model.prices.network import Cost, Network, group_of, groups_of
+from cinemesh.perf_model.prices.timeline import COMPUTE, FUSE, ISSUE, WAIT, Record, Tape, play, price
+from cinemesh.perf_model.report.draw_step import STYLES, style_of
+from cinemesh.perf_model.report.explain import describe, exposures, hardware_flops, whole
+from cinemesh.perf_model.report.trace import predicted
+from cinemesh.perf_model.search.extrapolate import STEADY_BLOCKS, Skeleton
+from cinemesh.perf_model.search.few_blocks import Shallow
+from cinemesh.perf_model.search.planner import search
+from cinemesh.perf_model.search.space import Bucket, Request
 
 EXACT = 1e-12
 TP, CP = 0, 1

@@ -1,0 +1,384 @@
+"""``cinemesh model`` and ``cinemesh program``: parameters and records as tables or JSON (torch-free)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ...errors import CinemeshError
+from ...model.config import ModelConfig, parameters, preset
+from ...model.step import Batch, build_step, prepare
+from ...parallel.ir.ops import FUSED, OPS
+from ...parallel.ir.plan import Plan
+from ...parallel.ir.program import Op, Program
+from ...parallel.ir.units import Parameter
+from ...parallel.passes.liveness import lifetimes
+
+WIDTH = 130  # columns, where the output is no terminal
+DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
+NAME_WIDTH = 28  # columns; a longer name goes on below
+OUTPUTS = 3  # which column gets the space that others leave
+MOST_DIFFERENCES = 8  # records in which a block may differ from another to be shown as "as that one, but"
+
+
+def new_console() -> Console:
+    console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    return console
+
+
+def plain_table(*columns: str, right: Iterable[str] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+def quantity(value: float, unit: str) -> str:
+    """Three digits and a decimal prefix: 1.39 TFLOP, 113 MB."""
+    for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= 0.9995 * scale:
+            return f"{_digits(value / scale)} {prefix}{unit}"
+    return f"{value:.0f} {unit}"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:,.0f}"
+
+
+# -- cinemesh model ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters of one part of the model that are all split over tp, or all replicated."""
+
+    name: str
+    tp_sharded: bool
+    rows: tuple[Parameter, ...]
+
+    @property
+    def elements(self) -> int:
+        return sum(row.elements for row in self.rows)
+
+    def tensors(self) -> list[str]:
+        """``blocks.*.q [6144, 48, 128]``: names with their shape, layers and encoders told once."""
+        shown: dict[str, None] = {}
+        for row in self.rows:
+            name = re.sub(r"^blocks\.\d+\.", "blocks.*.", row.name)
+            shown.setdefault(f"{name} [{', '.join(map(str, row.shape))}]")
+        return list(shown)
+
+
+def parts(config: ModelConfig) -> list[Part]:
+    """In the order of the forward pass."""
+    grouped: dict[tuple[str, bool], list[Parameter]] = {}
+    for row in parameters(config):
+        grouped.setdefault((row.part, row.tp_dim is not None), []).append(row)
+    return [Part(name, sharded, tuple(rows)) for (name, sharded), rows in grouped.items()]
+
+
+def model_table(name: str, as_json: bool) -> None:
+    """Print the parameters of a preset part by part. Raises CinemeshError when there is no such preset."""
+    config = preset(name)
+    found = parts(config)
+    total = sum(part.elements for part in found)
+    sharded = sum(part.elements for part in found if part.tp_sharded)
+    if as_json:
+        shown = [
+            {
+                "part": part.name,
+                "tp_sharded": part.tp_sharded,
+                "elements": part.elements,
+                "parameters": {row.name: list(row.shape) for row in part.rows},
+            }
+            for part in found
+        ]
+        totals = {"parameters": total, "tp_sharded": sharded, "tp_replicated": total - sharded}
+        print(json.dumps({"model": name, "parts": shown, "totals": totals}, indent=1))
+        return
+    console = new_console()
+    console.print(
+        f"{name}: {config.layers} layers, width {config.width}, {config.heads} heads of {config.head_dim}, "
+        f"FFN {config.ffn}, {config.channels} latent channels, patch {'x'.join(map(str, config.patch))}; text "
+        + ", ".join(f"{e.name} {e.tokens} x {e.width}" for e in config.encoders)
+        + "\n"
+    )
+    table = plain_table("part", "over tp", "parameters", "share", "tensors", right=("parameters", "share"))
+    for part in found:
+        over = "sharded" if part.tp_sharded else "replicated"
+        share = f"{100 * part.elements / total:.2f} %"
+        table.add_row(part.name, over, f"{part.elements:,}", share, "\n".join(part.tensors()))
+    table.add_section()
+    for label, over, value in (
+        ("total", "sharded", sharded),
+        ("total", "replicated", total - sharded),
+        ("total", "", total),
+    ):
+        table.add_row(label, over, f"{value:,}", f"{100 * value / total:.2f} %", "", style="bold")
+    console.print(table)
+
+
+# -- cinemesh program: records ----------------------------------------------------------------------------------------
+
+
+def program_listing(*, model: str, plan: str, latent: str, text_tokens: int, batch: int, as_json: bool) -> None:
+    """Print the records of a training step as it runs on NCCL, and what they add up to, on one rank.
+
+    Raises CinemeshError for an unknown model, an illegal plan, and a plan that does not divide the model or ``latent``.
+    """
+    config = preset(model).with_text_tokens(text_tokens)
+    degrees = Plan.parse(plan)
+    size = parse_latent(latent)
+    program = prepare(build_step(config, degrees, Batch(batch, size)), backend="nccl")
+    if as_json:
+        given = {"model": model, "plan": degrees.to_dict(), "latent": size, "text_tokens": text_tokens, "batch": batch}
+        print(json.dumps({**given, "records": [record(program, op) for op in program.ops], "totals": totals(program)}))
+        return
+    console = new_console()
+    kept = degrees.recompute if isinstance(degrees.recompute, str) else f"all but {', '.join(degrees.recompute)}"
+    console.print(
+        f"{model}, latent {latent} = {config.tokens(size):,} tokens, {text_tokens} text tokens, "
+        f"{batch} sample(s) a data rank and micro-batch\n"
+        f"{degrees.equation()} ranks, {degrees.micro_batches} micro-batch(es), {degrees.dtype}, recompute {kept}\n"
+        f"{len(program.ops):,} records of one rank, in the order of execution\n\n"
+        "columns   op (after ~: recomputed), kind, lane, outputs, work\n"
+        "outputs   local: [cp*tp:9216, 6144] is a rank's 9216 of a dim split by cp (outer) and tp, and a whole dim\n"
+        "work      FLOPs of products, else bytes read and written; of a collective payload > wire bytes"
+    )
+    _print_sections(console, program)
+    _print_totals(console, program)
+
+
+def parse_latent(text: str) -> tuple[int, int, int]:
+    """``32x96x96`` -> (32, 96, 96)."""
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
+    if not match:
+        raise CinemeshError(f"latent {text!r} is not TxHxW; write frames, height and width, for example 32x96x96")
+    return int(match[1]), int(match[2]), int(match[3])
+
+
+def record(program: Program, op: Op) -> dict[str, object]:
+    """One record as JSON values; FLOPs and bytes are those of one rank."""
+    values: dict[str, object] = {
+        "name": op.name,
+        "kind": op.kind,
+        "lane": op.lane,
+        "region": op.region,
+        "recomputed": op.clone,
+        "inputs": list(op.inputs),
+        "outputs": [
+            {
+                "name": name,
+                "shape": list(program.buffers[name].shape),
+                "local_shape": list(program.local_shape(name)),
+                "dtype": program.buffers[name].dtype,
+                "placement": str(program.buffers[name].placement),
+            }
+            for name in op.outputs
+        ],
+    }
+    if op.kind in OPS or op.kind in FUSED:
+        values |= {"flops": program.flops(op), "bytes": program.bytes_moved(op)}
+    if op.kind not in OPS and op.kind != "wait":
+        values |= {"payload_bytes": program.payload_bytes(op), "wire_bytes": program.wire_bytes(op)}
+    return values
+
+
+def totals(program: Program) -> dict[str, object]:
+    """Of one rank: collectives and compute by lane, and the peak with the record at which it is reached."""
+    compute = [op for op in program.ops if op.kind in OPS or op.kind in FUSED]
+    lanes: dict[str, dict[str, float]] = {}
+    for op in program.ops:
+        if op.kind not in OPS and op.kind != "wait":
+            lane = lanes.setdefault(f"{op.lane} {op.kind}", {"collectives": 0, "payload_bytes": 0, "wire_bytes": 0})
+            lane["collectives"] += 1
+            lane["payload_bytes"] += program.payload_bytes(op)
+            lane["wire_bytes"] += program.wire_bytes(op)
+    lives = lifetimes(program)
+    return {
+        "records": len(program.ops),
+        "compute": {
+            "records": len(compute),
+            "model_flops": sum(program.flops(op) for op in compute if not op.clone),
+            "recompute_flops": sum(program.flops(op) for op in compute if op.clone),
+            "bytes": sum(program.bytes_moved(op) for op in compute),
+        },
+        "collectives": dict(sorted(lanes.items())),
+        "peak_bytes": lives.peak_bytes,
+        "peak_at": lives.peak_op(program).name,
+        "persistent_bytes": lives.persistent_bytes,
+    }
+
+
+# -- cinemesh program: sections ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Section:
+    """Consecutive records of one unit and phase; gathers of weights belong to the section that they are issued in."""
+
+    title: str
+    ops: tuple[Op, ...]
+
+    @property
+    def block(self) -> int | None:
+        match = re.search(r"blocks\.(\d+)\.", self.title)
+        return int(match[1]) if match else None
+
+
+def sections(program: Program) -> list[Section]:
+    """The program cut into embedding, blocks, final layer and optimizer, forward and backward."""
+    titles: list[str] = []
+    following = ""
+    for op in reversed(program.ops):
+        unit, _, phase = op.region.rpartition(".")
+        if phase not in ("weights", "gradient"):
+            following = f"{unit}.backward" if op.clone else op.region
+        titles.append(following)
+    titles.reverse()
+    cut = groupby(zip(titles, program.ops, strict=True), key=lambda pair: pair[0])
+    return [Section(title or "start", tuple(op for _, op in pairs)) for title, pairs in cut]
+
+
+def _row(program: Program, op: Op, section: Section) -> tuple[str, str, str, str, str]:
+    """Op, kind, lane, outputs, work. Names are told relative to the section, neighbouring blocks by their distance.
+
+    So that records which do the same in the same place of another block have equal rows.
+    """
+    micro_batch, _, _ = section.title.partition("/")
+
+    def short(name: str) -> str:
+        name = name.removeprefix(f"{section.title}/").removeprefix(f"{micro_batch}/")
+        if section.block is not None:
+            name = name.removeprefix(f"blocks.{section.block}.forward/")
+            name = re.sub(r"blocks\.(\d+)\.", lambda m: _neighbour(int(m[1]) - (section.block or 0)), name)
+        return name
+
+    name = short(op.name).replace("~", "")
+    outputs: list[str] = []
+    for output in op.outputs:
+        label = re.sub(r"^.*gradient/d\.", "d.", short(output)).replace("~", "").removesuffix(".issued")
+        outputs.append(("" if label == name else f"{label} ") + _local(program, output))
+    work = ""
+    if op.kind == "wait":  # for what the issue has told already
+        name, outputs = name.removesuffix(".wait"), []
+    elif op.kind in OPS:
+        flops = program.flops(op)
+        work = quantity(flops, "FLOP") if OPS[op.kind].matmul else quantity(program.bytes_moved(op), "B")
+    else:
+        work = f"{quantity(program.payload_bytes(op), 'B')} > {quantity(program.wire_bytes(op), 'B')}"
+        if op.kind in FUSED:
+            work = f"{quantity(program.flops(op), 'FLOP')}\n{work}"
+    return ("~" if op.clone else "") + name, op.kind, op.lane, "\n".join(outputs), work
+
+
+def _neighbour(distance: int) -> str:
+    return f"block {distance:+d} " if distance else ""
+
+
+def _local(program: Program, name: str) -> str:
+    """``[cp*tp:9216, 1, 6144] bf16 Partial{tp}``; axes of one rank are left out."""
+    buffer = program.buffers[name]
+    live = {axis for axis, size in program.sizes.items() if size > 1}
+    dims: list[str] = []
+    for size, axes in zip(program.local_shape(name), buffer.placement.dims, strict=True):
+        split = "*".join(axis for axis in axes if axis in live)
+        dims.append(f"{split}:{size}" if split else str(size))
+    partial = sorted(buffer.placement.partial & live)
+    dtype = DTYPES.get(buffer.dtype, buffer.dtype)
+    return f"[{', '.join(dims)}] {dtype}" + (f" Partial{{{','.join(partial)}}}" if partial else "")
+
+
+Rows = tuple[tuple[str, str, str, str, str], ...]
+
+
+def listing(program: Program) -> Iterator[tuple[str, Rows]]:
+    """(heading, rows) to print. A section like an earlier one is told in its heading and has the rows it adds."""
+    first: dict[Rows, str] = {}  # where rows were printed in full
+    pending: list[str] = []
+    like = ""
+
+    def told() -> Iterator[tuple[str, Rows]]:
+        if pending:
+            span = pending[0] if len(pending) == 1 else f"{pending[0]} .. {pending[-1]}"
+            yield f"{span}: as {like}", ()
+            pending.clear()
+
+    for section in sections(program):
+        rows = tuple(_row(program, op, section) for op in section.ops)
+        if rows in first:
+            if pending and like != first[rows]:
+                yield from told()
+            like = first[rows]
+            pending.append(section.title)
+            continue
+        yield from told()
+        near = [(len(set(rows) ^ set(other)), title, other) for other, title in first.items()]
+        differences, title, other = min(near, default=(MOST_DIFFERENCES + 1, "", ()))
+        if differences <= MOST_DIFFERENCES and section.block is not None and 2 * differences < len(rows):
+            added = tuple(row for row in rows if row not in set(other))
+            changed = {row[0] for row in added}
+            missing = [row[0] for row in other if row not in set(rows) and row[0] not in changed]
+            without = f" without {', '.join(missing)}" if missing else ""
+            yield f"{section.title}: as {title}{without}" + (", but" if added else ""), added
+        else:
+            yield section.title, rows
+        first[rows] = section.title
+    yield from told()
+
+
+def _print_sections(console: Console, program: Program) -> None:
+    for heading, rows in listing(program):
+        console.print(Text(f"\n{heading}", style="bold"))
+        if not rows:
+            continue
+        widths = [max(len(line) for row in rows for line in row[i].split("\n")) for i in range(len(rows[0]))]
+        widths[0] = min(widths[0], NAME_WIDTH)
+        widths[OUTPUTS] = max(1, console.width - sum(widths) + widths[OUTPUTS] - 2 * len(widths))  # folds the rest
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+        for i, width in enumerate(widths):
+            table.add_column(width=width, overflow="fold", justify="right" if i == len(widths) - 1 else "left")
+        for row in rows:
+            table.add_row(*row, style="dim" if row[1] == "wait" else None)
+        console.print(table)
+    console.print()
+
+
+def _print_totals(console: Console, program: Program) -> None:
+    found = totals(program)
+    compute, lanes = found["compute"], found["collectives"]
+    assert isinstance(compute, dict) and isinstance(lanes, dict)
+    table = plain_table(
+        "lane",
+        "collectives",
+        "payload",
+        "wire, sent by one rank",
+        right=("collectives", "payload", "wire, sent by one rank"),
+    )
+    for lane, values in lanes.items():
+        payload, wire = quantity(values["payload_bytes"], "B"), quantity(values["wire_bytes"], "B")
+        table.add_row(lane, f"{values['collectives']:,}", payload, wire)
+    if lanes:
+        console.print(table)
+        console.print()
+    hardware = compute["model_flops"] + compute["recompute_flops"]
+    console.print(
+        f"compute: {compute['records']:,} records, {quantity(hardware, 'FLOP')} = model "
+        f"{quantity(compute['model_flops'], 'FLOP')} + recompute {quantity(compute['recompute_flops'], 'FLOP')}, "
+        f"{quantity(compute['bytes'], 'B')} read and written"
+    )
+    peak, persistent = found["peak_bytes"], found["persistent_bytes"]
+    assert isinstance(peak, int) and isinstance(persistent, int)
+    console.print(
+        f"memory:  peak {quantity(peak, 'B')} ({peak / 2**30:.2f} GiB) at {found['peak_at']}, "
+        f"of it {quantity(persistent, 'B')} persistent"
+    )

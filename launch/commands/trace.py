@@ -1,0 +1,169 @@
+"""``cinemesh trace``: run a small plan on gloo processes and show when every op and collective ran.
+
+Prints, for every collective, how much of it compute hid and how much it waited for, predicted beside measured, and
+writes both to one trace: a process for each rank, and one for the prediction.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch.multiprocessing.spawn import start_processes
+
+from ...errors import CinemeshError
+from ...model.config import LATENTS, preset
+from ...model.runner import StepRunner
+from ...model.step import build_step, check, prepare
+from ...model.weights import probe_values
+from ...parallel.ir.ops import FUSED
+from ...parallel.ir.plan import Plan
+from ...parallel.runtime.comm import gather_objects
+from ...parallel.runtime.mesh import Mesh
+from ...parallel.runtime.trace import Row, Span, role, summary, traced_step
+from ...perf_model.clusters.cluster import Cluster, load
+from ...perf_model.report.explain import Whole, played
+from ...perf_model.report.trace import Timed, predicted, write
+from ..proof.parity import LR, OPTIMIZER, Case, load_batch
+
+WARM_UP_STEPS = 2
+
+
+def trace(case: Case) -> list[list[Span]]:
+    """The spans of ``case.steps`` steps, by rank, after two that are not looked at. Runs local processes."""
+    ranks = case.plan.world_size
+    if ranks == 1:
+        return [_spans(case, None)]
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(_worker, (str(Path(folder) / "store"), case, folder), ranks, start_method="fork")
+        return torch.load(Path(folder) / "spans.pt", weights_only=False)
+
+
+def _worker(rank: int, store: str, case: Case, folder: str) -> None:
+    torch.set_num_threads(1)
+    ranks = case.plan.world_size
+    meeting = dist.FileStore(store, ranks)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=ranks)
+    mesh = Mesh(case.plan)
+    spans = gather_objects(_spans(case, mesh))
+    if rank == 0:
+        torch.save(spans, Path(folder) / "spans.pt")
+    mesh.close()
+    dist.destroy_process_group()
+
+
+def _spans(case: Case, mesh: Mesh | None) -> list[Span]:
+    runner = StepRunner(case.config, case.plan, case.batch, OPTIMIZER, mesh, seed=case.seed)
+    runner.initialise(probe_values(case.seed))
+    load_batch(case, runner, 0)
+    for _ in range(WARM_UP_STEPS):
+        runner.step(LR)
+    return [span for _ in range(case.steps) for span in traced_step(runner.executor)]
+
+
+def predict(case: Case, cluster: Cluster) -> Whole:
+    """The program that the ranks run, played on a cluster."""
+    built = build_step(case.config, case.plan, case.batch, OPTIMIZER, seed=case.seed)
+    return played(prepare(built, backend="gloo"), case.batch, cluster)
+
+
+def beside(by_rank: Sequence[Sequence[Span]], whole: Whole) -> dict[str, Sequence[Timed]]:
+    """One recording a rank and the prediction, from the start of the first step; waits are drawn from ``waited_s``."""
+    first = min(span.issued_s for spans in by_rank for span in spans)
+    recordings: dict[str, Sequence[Timed]] = {
+        f"rank {rank}, measured": [
+            replace(span, issued_s=span.issued_s - first, start_s=span.start_s - first, end_s=span.end_s - first)
+            for span in spans
+            if span.kind != "wait"
+        ]
+        for rank, spans in enumerate(by_rank)
+    }
+    return {**recordings, "predicted": predicted(whole)}
+
+
+def predicted_rows(whole: Whole) -> dict[str, tuple[float, float]]:
+    """By role: seconds that its collectives run in one step, and of those exposed."""
+    rows: dict[str, tuple[float, float]] = {}
+    for i, op in enumerate(whole.program.ops):
+        if "axes" in op.attrs and op.kind != "wait":
+            ran, exposed = rows.get(role(op.name), (0.0, 0.0))
+            timeline = whole.timeline
+            alone = whole.tape.records[i].cost.seconds  # of a fused record, which computes as well
+            ran += alone if op.kind in FUSED else timeline.end[i] - timeline.start[i]
+            rows[role(op.name)] = ran, exposed + timeline.exposed_s.get(i, 0.0)
+    return rows
+
+
+def run(*, plan: str, model: str, out: Path, steps: int, max_procs: int, cluster: str, as_json: bool) -> None:
+    """Trace, write ``out`` and print the table. Raises CinemeshError when the plan does not suit model or machine."""
+    chosen, priced_on = Plan.parse(plan, dtype="float32"), load(cluster)
+    if priced_on.gloo is None:
+        raise CinemeshError(
+            f"--cluster {cluster} has GPUs, and a trace runs on CPU processes; leave it out, or give the file that "
+            "cinemesh calibrate wrote"
+        )
+    if chosen.world_size > max_procs:
+        raise CinemeshError(
+            f"{chosen.equation()} processes > --max-procs {max_procs}; trace a smaller plan, or allow as many"
+        )
+    case = Case(chosen, preset(model), 1, LATENTS[model], steps)
+    check(case.config, chosen, case.batch)
+    whole = predict(case, priced_on)
+    by_rank = trace(case)
+    write(out, beside(by_rank, whole))
+    rows = summary(by_rank[0])
+    if as_json:
+        spans = [[asdict(span) for span in spans] for spans in by_rank]
+        expected = [asdict(span) for span in predicted(whole)]
+        collectives = [asdict(row) | _predicted_of(row, whole, steps) for row in rows]
+        print(json.dumps({"collectives": collectives, "spans": spans, "predicted": expected}))
+        return
+    _show(chosen, by_rank[0], whole, priced_on, steps)
+    print(f"{out}: {sum(map(len, by_rank))} spans of {len(by_rank)} ranks; open it at https://ui.perfetto.dev")
+
+
+def _predicted_of(row: Row, whole: Whole, steps: int) -> dict[str, float]:
+    """Of as many steps as the row counts."""
+    ran, exposed = predicted_rows(whole)[row.role]
+    return {"predicted_ran_s": ran * steps, "predicted_exposed_s": exposed * steps}
+
+
+def _show(plan: Plan, spans: list[Span], whole: Whole, cluster: Cluster, steps: int) -> None:
+    """Means of one step, on rank 0."""
+    console = Console(highlight=False)
+    total_s = (max(s.end_s for s in spans) - spans[0].issued_s) / steps
+    console.print(
+        f"plan {plan.equation()}, rank 0: a step took {total_s * 1e3:.1f} ms (mean of {steps}, measured); "
+        f"{whole.timeline.step_s * 1e3:.1f} ms were predicted by {cluster.name}"
+    )
+    if any(fact.origin == "placeholder" for path, fact in cluster.facts.items() if path.startswith("gloo")):
+        console.print("Its numbers are placeholders: calibrate this machine and give the file with --cluster.")
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("collective, ms a step", overflow="fold", min_width=24)
+    for head in ("lane", "a step", "ran", "predicted", "overlapped", "exposed", "predicted"):
+        table.add_column(head, overflow="fold")
+    rows, expected = summary(spans), predicted_rows(whole)
+    for row in rows:
+        ran, overlapped, exposed = (seconds / steps for seconds in (row.ran_s, row.overlapped_s, row.exposed_s))
+        would_run, would_wait = expected[row.role]
+        numbers = (f"{seconds * 1e3:.2f}" for seconds in (ran, would_run, overlapped, exposed, would_wait))
+        table.add_row(row.role, row.lane, str(row.count // steps), *numbers)
+    console.print(table)
+    ran, exposed = sum(row.ran_s for row in rows), sum(row.exposed_s for row in rows)
+    if ran:
+        console.print(
+            f"communication ran {ran / steps * 1e3:.1f} ms, of which compute hid {1 - exposed / ran:.0%}; exposed: "
+            f"{exposed / steps / total_s:.1%} of the step, predicted "
+            f"{whole.timeline.total_exposed_s / whole.timeline.step_s:.1%}"
+        )

@@ -1,0 +1,157 @@
+"""``cinemesh validate``: predictions beside published measurements, as tables or JSON (torch-free)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from ...perf_model.calibration import fit
+from ...perf_model.published import validate
+from ...perf_model.published.rows import Unpredictable, case_of, read
+from ...perf_model.published.validate import Prediction, Report, Summary, by_source, source_means, summarise
+from .show import new_console, plain_table
+
+SOURCE_WIDTH = 58
+NUMBERS = (
+    "rows",
+    "mean",
+    "median",
+    "95th",
+    "worst",
+    "bias",
+    "measured",
+    "predicted",
+    "error",
+    "plans",
+    "now",
+    "fitted",
+)
+
+
+def run(*, rows: Path | None, show_all: bool, refit: bool, as_json: bool) -> None:
+    """Predict a file of rows (the project's own by default) and print the errors.
+
+    ``refit`` searches the fitted constants again, with every source left out in turn: minutes. Raises CinemeshError for
+    a file that holds no such rows.
+    """
+    report = validate.validate(rows)
+    values = validate.to_json(report)
+    fits = _fits(rows) if refit else []
+    if refit:
+        values["fit"] = [
+            {**f.__dict__, "held_out": summarise(f.held_out).__dict__ if f.held_out else None} for f in fits
+        ]
+    if as_json:
+        print(json.dumps(values, indent=1, default=_plain))
+        return
+    console = new_console()
+    if show_all:
+        _print_rows(console, report)
+    _print_sources(console, report)
+    if report.choices:
+        _print_choices(console, report)
+    for found in fits:
+        _print_fit(console, found)
+
+
+def _plain(value: object) -> object:
+    return value.__dict__ if hasattr(value, "__dict__") else str(value)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _print_rows(console: Console, report: Report) -> None:
+    table = plain_table("row", "unit", "measured", "predicted", "error", right=NUMBERS)
+    for p in (*report.times, *report.memory):
+        table.add_row(p.id, p.unit, f"{p.measured:.4g}", f"{p.predicted:.4g}", f"{100 * p.error:+.1f} %")
+    for v in report.verdicts:
+        words = ["out of memory" if out else "fits" for out in (v.measured, v.predicted)]
+        table.add_row(v.id, "", words[0], words[1], "" if v.measured == v.predicted else "wrong")
+    console.print(table)
+    skipped = plain_table("not predicted", "why")
+    for name, why in report.skipped:
+        skipped.add_row(name, why)
+    if report.skipped:
+        console.print()
+        console.print(skipped)
+    console.print()
+
+
+def _line(summary: Summary) -> tuple[str, ...]:
+    errors = (summary.mean, summary.median, summary.p95, summary.worst)
+    return (str(summary.rows), *map(_percent, errors), f"{100 * summary.bias:+.1f} %")
+
+
+def _print_sources(console: Console, report: Report) -> None:
+    columns = ("rows", "mean", "median", "95th", "worst", "bias")
+    table = plain_table("absolute error of time, by source", *columns, right=NUMBERS)
+    for source, predictions in by_source(report.times).items():
+        table.add_row(source[:SOURCE_WIDTH], *_line(summarise(predictions)))
+    kinds: list[tuple[str, Sequence[Prediction]]] = [
+        ("steps and layers, trust A", report.headline),
+        ("attention alone", [p for p in report.times if p.kind == "attention_layer"]),
+        (
+            "steps with a gap, trust B or C",
+            [p for p in report.times if p.trust in ("B", "C") and p.unit == "s" and p.kind != "attention_layer"],
+        ),
+        ("memory", report.memory),
+    ]
+    for name, predictions in kinds:
+        if predictions:
+            table.add_row(name, *_line(summarise(predictions)))
+    console.print(table)
+    if report.headline:
+        mean, p95 = source_means(report.headline)
+        console.print(f"trust A, averaged a source first: mean {_percent(mean)}, 95th percentile {_percent(p95)}")
+    if report.verdicts:
+        console.print(f"runs out of memory that are predicted to be: {_percent(report.right_verdicts())}")
+    console.print(f"{len(report.skipped)} rows are not predicted; --rows shows which, and why")
+
+
+def _print_choices(console: Console, report: Report) -> None:
+    console.print()
+    table = plain_table("plans of one job", "plans", "Spearman", "chosen plan loses", right=(*NUMBERS, "Spearman"))
+    for choice in report.choices:
+        table.add_row(choice.name, str(choice.plans), f"{choice.spearman:.2f}", _percent(choice.regret))
+    spearman = sum(c.spearman for c in report.choices) / len(report.choices)
+    regret = sum(c.regret for c in report.choices) / len(report.choices)
+    table.add_row("mean", "", f"{spearman:.2f}", _percent(regret))
+    console.print(table)
+
+
+# -- fitting ----------------------------------------------------------------------------------------------------------
+
+
+def _fits(rows: Path | None) -> list[fit.Fit]:
+    cases = []
+    for row in read(rows or validate.ROWS):
+        if row["kind"] in ("training_step", "layer") and str(row.get("trust")) in ("A", "None"):
+            try:
+                cases.append(case_of(row))
+            except Unpredictable:
+                continue
+    return fit.refit(cases)
+
+
+def _print_fit(console: Console, found: fit.Fit) -> None:
+    console.print()
+    table = plain_table(f"{found.kind}: constant", "now", "fitted", "range", "in the cluster file", right=NUMBERS)
+    for constant in found.constants:
+        span = f"{constant.low:g} to {constant.high:g}"
+        now, value = found.before[constant.name], found.after[constant.name]
+        table.add_row(constant.name, f"{now:.4g}", f"{value:.4g}", span, ", ".join(constant.paths))
+    console.print(table)
+    console.print(
+        f"loss {found.loss_before:.4f} now, {found.loss_after:.4f} fitted; rows of a source that the fit left out:"
+    )
+    held = plain_table("source left out", "rows", "mean", "median", "95th", "worst", "bias", right=NUMBERS)
+    for source, predictions in by_source(found.held_out).items():
+        held.add_row(source[:SOURCE_WIDTH], *_line(summarise(predictions)))
+    if found.held_out:
+        held.add_row("all, each left out", *_line(summarise(found.held_out)))
+    console.print(held)

@@ -1,0 +1,1 @@
+"""Proofs of a plan: parity with autograd, and lint for capture."""

@@ -1,0 +1,212 @@
+"""``cinemesh lint``: prove without a GPU that a plan's step can be captured into a CUDA Graph and replayed.
+
+From the program: every op is capturable, no two live storages share a byte of the arena, every collective is waited for
+once. From the step, run on this process alone on a small model with the plan's own degrees, under a dispatch mode: no
+host read, no allocation above what an op declares, no write outside its outputs, no collective that the program does
+not have. From two frozen steps with other samples, learning rate and step number: call for call the same, so nothing
+that changes between steps is baked in. docs/cuda_graphs.md says which pitfall each check guards against.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor
+
+from ...kernels.reference import Kernel
+from ...model.config import LATENTS, preset
+from ...model.runner import StepRunner
+from ...model.step import Batch, build_step, prepare
+from ...model.weights import probe_values
+from ...parallel.ir.layout import Axes
+from ...parallel.ir.ops import FUSED, OPS
+from ...parallel.ir.plan import Plan
+from ...parallel.ir.program import Program, lane_name
+from ...parallel.passes.arena import Arena, place, storages
+from ...parallel.passes.liveness import lifetimes
+from ...parallel.runtime.comm import Communicator, Pending
+from ...parallel.runtime.frozen import Frozen
+from ...parallel.runtime.guard import Finding, Guard
+from ...parallel.runtime.ledger import Entry, difference, expected
+from ...parallel.runtime.tape import same
+from .parity import OPTIMIZER, Case, load_batch
+from .verify import small_case
+
+CHECKS = {
+    "capturable": "every op may run inside a capture",
+    "arena": "temporaries lie in the arena, and no two that live together overlap",
+    "order": "collectives run in the program's order, each is waited for once, and there are no others",
+    "synchronises": "nothing reads back to the host, depends on data in shape, or draws from a generator",
+    "allocates": "no op allocates more than the workspace that it declares",
+    "writes": "no op writes outside of its outputs",
+    "baked in": "two frozen steps make the same calls: nothing that changes between steps is in them",
+}
+
+FUSED_NOTE = (
+    "  fused_tp: checked as its collectives and products; what torch's symmetric memory makes of them, a GPU must show"
+)
+
+
+class _Done(dist.Work):
+    """What was issued is done."""
+
+
+class Alone(Communicator):
+    """Stands for all other ranks: shapes and order are theirs, values are this rank's own."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.ledger: list[Entry] = []
+        self.record = True
+
+    def issue(self, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None) -> Pending:
+        payload = max(source.numel(), output.numel()) * source.element_size()
+        self.ledger.append(Entry(kind, lane_name(axes), payload))
+        if kind == "all_gather":
+            output.view(self.plan.size(axes), -1).copy_(source.view(1, -1).expand(self.plan.size(axes), -1))
+        elif kind == "reduce_scatter":
+            output.view(-1).copy_(source.view(self.plan.size(axes), -1)[0])
+        return Pending(_Done(), output, None)
+
+    def wait(self, pending: Pending) -> None:
+        """Nothing is left to do."""
+
+    def bind(
+        self, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None
+    ) -> tuple[Callable[[], None], Callable[[], None]]:
+        def issue() -> None:
+            self.issue(kind, axes, source, output, staging)
+
+        return issue, lambda: None
+
+
+def lint_program(program: Program) -> list[Finding]:
+    """What the program alone shows, at any size."""
+    found = [
+        Finding("capturable", f"{op.name} ({op.kind})", "the op table says that it may not be captured")
+        for op in program.ops
+        if op.kind in OPS and not OPS[op.kind].capturable
+    ]
+    return found + overlaps(program, place(program)) + unpaired(program)
+
+
+def overlaps(program: Program, arena: Arena) -> list[Finding]:
+    """Storages that live at one record and share a byte, or lie outside the arena; found by a walk over the records."""
+    names, intervals = storages(program, lifetimes(program))
+    found: list[Finding] = []
+    alive: list[tuple[int, int, int, str]] = []  # start, stop in the arena, last record, name
+    for name, (first, last, size) in zip(names, intervals, strict=True):
+        op = program.ops[first]
+        start = arena.offsets.get(name)
+        if start is None or start < 0 or start + size > arena.total_bytes:
+            found.append(Finding("arena", f"{op.name} ({op.kind})", f"{name} lies outside of the arena"))
+            continue
+        alive = [held for held in alive if held[2] >= first]
+        found += [
+            Finding("arena", f"{op.name} ({op.kind})", f"{name} overlaps {other}, which lives until record {until}")
+            for begin, end, until, other in alive
+            if start < end and begin < start + size
+        ]
+        alive.append((start, start + size, last, name))
+    return found
+
+
+def unpaired(program: Program) -> list[Finding]:
+    """Collectives that nobody waits for, or twice, or before they were issued."""
+    found: list[Finding] = []
+    flying: set[str] = set()
+    for op in program.ops:
+        if op.kind == "wait" and op.attrs["issue"] not in flying:
+            found.append(Finding("order", f"{op.name} (wait)", f"{op.attrs['issue']} is not in flight here"))
+        elif op.kind == "wait":
+            flying.remove(op.attrs["issue"])
+        elif op.kind not in OPS and op.kind not in FUSED:
+            flying.add(op.name)
+    return found + [Finding("order", f"{name} (issue)", "nobody waits for it") for name in sorted(flying)]
+
+
+def lint_step(case: Case, kernels: dict[str, Kernel] | None = None, comm: Alone | None = None) -> list[Finding]:
+    """What a step shows when it runs. Doors for tests: ``kernels`` and ``comm`` with a fault in them."""
+    comm = comm or Alone(case.plan)
+    options = {"seed": case.seed, "kernels": kernels, "comm": comm}
+    runner = StepRunner(case.config, case.plan, case.batch, OPTIMIZER, None, **options)
+    runner.initialise(probe_values(case.seed))
+    return _guarded(case, runner, comm) + _two_frozen_steps(case, runner)
+
+
+def _guarded(case: Case, runner: StepRunner, comm: Alone) -> list[Finding]:
+    load_batch(case, runner, 0)
+    runner.buffers["lr"].fill_(1e-2)
+    found: list[Finding] = []
+    with torch.no_grad():
+        for record, workspace in zip(runner.executor.records, lifetimes(runner.program).workspace_bytes, strict=True):
+            with Guard(record, workspace) as guard:
+                record.run()
+            if record.op.kind in OPS or record.op.kind in FUSED:
+                found += guard.findings
+    if (wrong := difference(comm.ledger, expected(runner.program))) is not None:
+        found.append(Finding("order", "the step", wrong))
+    return found
+
+
+def _two_frozen_steps(case: Case, runner: StepRunner) -> list[Finding]:
+    """Other samples, learning rate and step number: the calls may not know."""
+    taken: list[Frozen] = []
+    for step in (1, 2):
+        load_batch(case, runner, step)
+        runner.buffers["lr"].fill_(1e-2 / step)
+        taken.append(Frozen(runner.executor))
+        taken[-1].record()
+    found: list[Finding] = []
+    for part, first, second in zip(taken[0].parts, taken[0].segments, taken[1].segments, strict=True):
+        if first is None or second is None:
+            continue
+        name = f"{part.op.name} ({part.op.kind})"
+        if len(first.calls) != len(second.calls):
+            found.append(
+                Finding("baked in", name, f"{len(first.calls)} calls in one step, {len(second.calls)} in the next")
+            )
+            continue
+        for a, b in zip(first.calls, second.calls, strict=True):
+            if not same(a, b):
+                found.append(Finding("baked in", name, f"{a.op} is not the same call in the next step"))
+    return found
+
+
+def lint(plan: Plan, model: str) -> list[Finding]:
+    """All checks: the program at the model's own size and latent, the step shrunk to run here.
+
+    Raises CinemeshError when the plan does not divide the model; ``tiny`` is grown until it does.
+    """
+    case = small_case(plan, model, max_procs=plan.world_size)
+    config, batch = (case.config, case.batch) if model == "tiny" else (preset(model), Batch(1, LATENTS[model]))
+    found = lint_program(prepare(build_step(config, plan, batch), backend="nccl"))
+    return found + [f for f in lint_step(case) if f not in found]
+
+
+def run(*, plan: str, model: str, as_json: bool) -> int:
+    """Print every check and its findings; the exit code: 0, or 1 when there is a finding."""
+    chosen = Plan.parse(plan)
+    found = lint(chosen, model)
+    if as_json:
+        print(json.dumps({"ok": not found, "plan": chosen.to_dict(), "findings": [asdict(f) for f in found]}, indent=2))
+    else:
+        _show(chosen, found)
+    return 1 if found else 0
+
+
+def _show(plan: Plan, found: Sequence[Finding]) -> None:
+    console = Console(highlight=False)
+    console.print(f"plan {plan.equation()}: may a step be captured?")
+    if plan.fused_tp:
+        console.print(FUSED_NOTE, soft_wrap=True)
+    for check, says in CHECKS.items():
+        mine = [f for f in found if f.check == check]
+        console.print(f"  {'[bold red]NO[/]' if mine else '[green]ok[/]'}  {check:<13} {says}", soft_wrap=True)
+        for finding in mine:
+            console.print(f"        {finding}", style="red", soft_wrap=True)

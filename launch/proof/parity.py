@@ -1,0 +1,345 @@
+"""Parity: what a plan's program computed against what the plain autograd model computes.
+
+[Note: bounds] In float64 the reference goes its own way for all steps. In float32 and bf16 it starts every step from
+the weights that the plan holds, and applies AdamW to the plan's own gradient: AdamW's first updates are the gradient's
+sign, so that one rounded element near zero would move a weight by twice the learning rate and every later number with
+it. What is left to bound is the rounding of one step (float32) and, in bf16, twice the error that one rank makes by
+itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ...model import weights as weights_by_name
+from ...model.config import ModelConfig, parameters
+from ...model.reference import Reference, training_loss
+from ...model.runner import StepRunner, data_slice
+from ...model.step import Batch, Optimizer, unit_layout
+from ...parallel.ir.plan import Plan
+from ...parallel.ir.program import Program, lane_name
+from ...parallel.passes.liveness import lifetimes, persistent
+from ...parallel.runtime import ledger
+from ...parallel.runtime.frozen import Frozen
+from ...parallel.runtime.mesh import GROUPS, Mesh
+from ...parallel.runtime.witness import Witness
+
+FLOAT64_BOUND = 1e-10  # the design's, over the whole run
+UNIT_ROUNDOFF = {"float32": 2.0**-24, "bf16": 2.0**-9}
+LR = 1e-2
+OPTIMIZER = Optimizer(clip_norm=0.5, ema_decay=0.5)  # clipping is active, and the EMA moves visibly, on these shapes
+SEED = 11
+QUANTITIES = ("loss", "gradient", "weight")
+
+Named = dict[str, Tensor]
+
+
+@dataclass
+class Case:
+    """What is verified: a small model and batch that the plan divides. ``samples``: of one data rank."""
+
+    plan: Plan
+    config: ModelConfig
+    samples: int
+    latent: tuple[int, int, int]
+    steps: int = 3
+    seed: int = SEED
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def batch(self) -> Batch:
+        return Batch(self.samples, self.latent)
+
+    def on_one_rank(self) -> Case:
+        """The same model, batch and dtype without any parallelism."""
+        plan = self.plan.with_degrees(tp=1, cp=1, dp_shard=1, dp_replicate=1)
+        return replace(self, plan=plan, samples=self.samples * self.plan.data_ranks)
+
+
+def global_batch(case: Case, step: int, micro_batch: int) -> tuple[Tensor, Tensor, Named, Tensor]:
+    """Latents, ids, text and key mask of the whole micro-batch: the same on every rank."""
+    generator = torch.Generator().manual_seed(1000 * step + micro_batch)
+    samples = case.samples * case.plan.data_ranks
+    shape = (samples, case.config.channels, *case.latent)
+    latents = torch.randn(shape, generator=generator, dtype=torch.float64)
+    text = {
+        e.name: torch.randn((e.tokens, samples, e.width), generator=generator, dtype=torch.float64)
+        for e in case.config.encoders
+    }
+    mask = torch.rand((samples, case.config.text_tokens), generator=generator) > 0.3
+    mask[:, 0] = True
+    ids = torch.arange(samples) + samples * (step * case.plan.micro_batches + micro_batch)
+    return latents, ids, text, mask
+
+
+# -- what ran ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RankRun:
+    """What one rank of the plan computed, as flat float64 shards, and what was seen of it.
+
+    ``gradients`` one a step, before clipping; ``weights`` at the start and after every step; ``ema`` likewise.
+    """
+
+    coordinates: dict[str, int]
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    ema: list[Tensor] = field(default_factory=list)
+    ledger_difference: str | None = None
+    peak_bytes: int = 0
+    live_bytes_equal: bool = True
+
+
+def load_batch(case: Case, runner: StepRunner, step: int) -> None:
+    """This rank's part of every micro-batch of a step."""
+    position = runner.coordinates
+    for micro_batch in range(case.plan.micro_batches):
+        latents, ids, text, mask = global_batch(case, step, micro_batch)
+        runner.load(
+            micro_batch,
+            data_slice(latents, case.plan, position),
+            data_slice(ids, case.plan, position),
+            {name: data_slice(value, case.plan, position, dim=1) for name, value in text.items()},
+            data_slice(mask, case.plan, position),
+        )
+
+
+def run_rank(
+    case: Case,
+    mesh: Mesh | None = None,
+    runner: StepRunner | None = None,
+    *,
+    planned: Program | None = None,
+    watched: bool = True,
+) -> RankRun:
+    """Run the case on this rank, watched from outside on the last step, in which what is dead is overwritten.
+
+    Doors for tests: a ``runner`` with a fault in it, the program that it should have run, and ``watched``.
+    """
+    runner = runner or StepRunner(case.config, case.plan, case.batch, OPTIMIZER, mesh, seed=case.seed)
+    runner.initialise(weights_by_name.probe_values(case.seed))
+    program, executor = runner.program, runner.executor
+    optimizer_record = next(i for i, op in enumerate(program.ops) if op.kind == "adamw")
+    lives = lifetimes(program)
+    run = RankRun(runner.coordinates)
+
+    def copy(tensor: Tensor) -> Tensor:
+        with _disable_current_modes():  # this copy is not the step's
+            return tensor.to(torch.float64, copy=True).view(-1)
+
+    def note_gradient(i: int) -> None:
+        if i == optimizer_record:
+            run.gradients.append(copy(executor.tensor(program.ops[i].inputs[4])))
+
+    def overwrite(names: Iterable[str]) -> None:
+        """Every bit set is a NaN: whoever reads what is dead, or not yet written, ends with one."""
+        with _disable_current_modes():
+            for name in names:
+                executor.tensor(name).view(-1).view(torch.uint8).fill_(0xFF)
+
+    run.weights.append(copy(runner.buffers["master"]))
+    run.ema.append(copy(runner.buffers["ema"]))
+    for step in range(case.steps):
+        load_batch(case, runner, step)
+        if watched and step == case.steps - 1:
+            alive = [runner.buffers[name] for name in persistent(program)]
+            held_bytes = lives.persistent_bytes + executor.placement.total_bytes
+            if isinstance(runner.replay, Frozen):
+                alive.append(runner.replay.workspace)
+                held_bytes += runner.replay.workspace.numel()
+            witness = Witness([*alive, executor.arena], held_bytes + max(lives.workspace_bytes))
+            overwrite(executor.placement.offsets)
+            if runner.comm is not None:
+                runner.comm.record = True
+
+            def watch(i: int, witness: Witness = witness, held_bytes: int = held_bytes) -> None:
+                run.live_bytes_equal = run.live_bytes_equal and witness.settles_at(held_bytes)
+                note_gradient(i)
+                overwrite(lives.free[i])
+
+            with witness:
+                runner.step(LR, watch)
+            _note_what_was_seen(case, mesh, runner, witness, planned or program, run)
+        else:
+            runner.step(LR, note_gradient)
+        run.losses.append(runner.loss.item())
+        run.norms.append(runner.gradient_norm.item())
+        run.weights.append(copy(runner.buffers["master"]))
+        run.ema.append(copy(runner.buffers["ema"]))
+    return run
+
+
+def _note_what_was_seen(
+    case: Case, mesh: Mesh | None, runner: StepRunner, witness: Witness, planned: Program, run: RankRun
+) -> None:
+    """Both ledgers against the program's: what the dispatcher saw, and what ``comm.py`` wrote."""
+    lanes: dict[str, str] = {}
+    if mesh is not None:
+        groups = [(axes, kind) for axes, kind in GROUPS if case.plan.size(axes) > 1]
+        lanes = {mesh.group(axes, kind).group_name: lane_name(axes) for axes, kind in groups}
+    wanted = ledger.expected(planned)
+    run.peak_bytes = witness.peak_bytes
+    run.ledger_difference = ledger.difference(witness.entries(lanes), wanted)
+    if run.ledger_difference is None and runner.comm is not None:
+        run.ledger_difference = ledger.difference(runner.comm.ledger, wanted)
+
+
+# -- what should have run ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trajectory:
+    """Whole tensors by name, one entry a step. ``weights``: what the step started from, EMA included."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: list[Named] = field(default_factory=list)
+    weights: list[Named] = field(default_factory=list)
+    updates: list[Named] = field(default_factory=list)
+
+
+def whole(case: Case, members: list[RankRun]) -> Trajectory:
+    """What the ranks of one replica computed together."""
+    units = unit_layout(case.config, case.plan)
+
+    def collect(what: str, step: int) -> Named:
+        return weights_by_name.collect([(run.coordinates, getattr(run, what)[step]) for run in members], units)
+
+    states = [
+        collect("weights", step) | {_ema(name): value for name, value in collect("ema", step).items()}
+        for step in range(case.steps + 1)
+    ]
+    return Trajectory(
+        members[0].losses,
+        members[0].norms,
+        [collect("gradients", step) for step in range(case.steps)],
+        states[:-1],
+        [{n: after[n] - before[n] for n in before} for before, after in itertools.pairwise(states)],
+    )
+
+
+def _ema(name: str) -> str:
+    return f"EMA of {name}"
+
+
+def run_reference(case: Case, followed: Trajectory | None = None) -> Trajectory:
+    """Autograd, ``clip_grad_norm_``, ``torch.optim.AdamW`` and EMA in float64 on one process.
+
+    With ``followed``, every step starts from its weights and AdamW gets its gradients: see [Note: bounds].
+    """
+    model = Reference(case.config).double()
+    table = parameters(case.config)
+    now = weights_by_name.full(table, weights_by_name.probe_values(case.seed), torch.float64)
+    now |= {_ema(name): value.clone() for name, value in now.items()}
+    named = dict(model.named_parameters())
+    groups = [
+        {"params": [named[r.name] for r in table if r.decay == decay], "weight_decay": rate}
+        for decay, rate in ((True, OPTIMIZER.weight_decay), (False, 0.0))
+    ]
+    adamw = torch.optim.AdamW(groups, lr=LR, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
+    run = Trajectory()
+    for step in range(case.steps):
+        before = now if followed is None else followed.weights[step]
+        model.load_state_dict({name: before[name] for name in named})
+        adamw.zero_grad()
+        total = torch.zeros((), dtype=torch.float64)
+        for micro_batch in range(case.plan.micro_batches):
+            batch = global_batch(case, step, micro_batch)
+            loss = training_loss(model, *batch, case.seed, step) / case.plan.micro_batches
+            loss.backward()
+            total += loss.detach()
+        run.losses.append(total.item())
+        run.gradients.append({n: p.grad.detach().clone() for n, p in named.items() if p.grad is not None})
+        if followed is not None:
+            for name, parameter in named.items():
+                parameter.grad = followed.gradients[step][name].clone()
+        run.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm).item())
+        adamw.step()
+        now = {name: parameter.detach().clone() for name, parameter in named.items()}
+        now |= {_ema(n): torch.lerp(before[_ema(n)], now[n], 1 - OPTIMIZER.ema_decay) for n in named}
+        run.weights.append(before)
+        run.updates.append({name: now[name] - before[name] for name in now})
+    return run
+
+
+# -- the verdict ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Worst:
+    """The largest relative errors met, and where."""
+
+    error: dict[str, float] = field(default_factory=lambda: dict.fromkeys(QUANTITIES, 0.0))
+    where: dict[str, str] = field(default_factory=lambda: dict.fromkeys(QUANTITIES, ""))
+
+    def note(self, what: str, where: str, got: Tensor | float, want: Tensor | float) -> None:
+        """max|a - b| / max|b|."""
+        got, want = torch.as_tensor(got, dtype=torch.float64), torch.as_tensor(want, dtype=torch.float64)
+        difference, scale = (got - want).abs().max().item(), want.abs().max().item()
+        error = difference / scale if scale else math.inf if difference else 0.0
+        if not error <= self.error[what]:  # a NaN is the worst
+            self.error[what], self.where[what] = error, where
+
+
+def worst_of(case: Case, runs: list[RankRun], reference: Trajectory | None = None) -> tuple[Worst, Trajectory]:
+    """The plan's run against the reference, which is computed unless given; and that reference."""
+    replicas = [
+        whole(case, [run for run in runs if run.coordinates["dp_replicate"] == replica])
+        for replica in range(case.plan.dp_replicate)
+    ]
+    reference = reference or run_reference(case, None if case.plan.dtype == "float64" else replicas[0])
+    worst = Worst()
+    for run in runs:
+        for step, (loss, norm) in enumerate(zip(run.losses, run.norms, strict=True)):
+            worst.note("loss", f"step {step}", loss, reference.losses[step])
+            worst.note("gradient", f"global norm, step {step}", norm, reference.norms[step])
+    for ran in replicas:
+        for step in range(case.steps):
+            for name, gradient in reference.gradients[step].items():
+                worst.note("gradient", f"{name}, step {step}", ran.gradients[step][name], gradient)
+            for name, update in reference.updates[step].items():
+                worst.note("weight", f"{name}, step {step}", ran.updates[step][name], update)
+    return worst, reference
+
+
+def bounds_of(case: Case, reference: Trajectory) -> dict[str, float]:
+    """What rounding alone may do: see [Note: bounds].
+
+    float32. A sum of n rounded terms errs by about u sqrt(n), u the unit roundoff, relative to its largest terms; the
+    records between a number and the loss add up in quadrature. Hence u sqrt(n depth), with the longest sum (over tokens
+    and samples, or over the FFN) and the records of one forward and backward pass, times 8 for sums that cancel. One
+    number is worse by its nature: the angle 1000 t of the time features, rounded twice, errs by up to 2000 u.
+
+    Weights (float32 and bf16: master weights are float32). AdamW rounds the weight three times, and what it subtracts,
+    lr times a number near 1, some ten times: 8 u (max|w| / max|update|), the worst of all tensors.
+
+    bf16. Twice the error that one rank makes; for the loss no less than one rounding of the velocity.
+    """
+    if case.plan.dtype == "float64":
+        return dict.fromkeys(QUANTITIES, FLOAT64_BOUND)
+    u = UNIT_ROUNDOFF["float32"]
+    longest = max(case.config.tokens(case.latent) * case.samples * case.plan.data_ranks, case.config.ffn)
+    depth = 60 * case.config.layers
+    noise = u * (8 * math.sqrt(longest * depth) + 2000)
+    magnified = max(
+        (before[name].abs().max() / update.abs().max()).item()
+        for before, updates in zip(reference.weights, reference.updates, strict=True)
+        for name, update in updates.items()
+    )
+    bounds = {"loss": noise, "gradient": noise, "weight": 8 * u * magnified}
+    if case.plan.dtype == "bf16":
+        alone = case.on_one_rank()
+        by_itself = worst_of(alone, [run_rank(alone, watched=False)])[0].error
+        bounds["gradient"] = 2 * by_itself["gradient"]
+        bounds["loss"] = max(2 * by_itself["loss"], UNIT_ROUNDOFF["bf16"])
+    return bounds

@@ -1,0 +1,234 @@
+"""``cinemesh verify``: prove on small shapes that a plan computes what the plain autograd model computes.
+
+Runs the plan's program on gloo processes for a few steps and compares loss, every parameter's gradient, the gradient
+norm and every weight update with ``model/reference.py`` in float64; the collectives that ran with the program's; the
+bytes that were alive with those predicted. Zero-initialised parameters are filled with noise first: behind zero gates
+no gradient could be wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch.multiprocessing.spawn import start_processes
+
+from ...errors import CinemeshError
+from ...model.config import preset
+from ...model.runner import StepRunner
+from ...model.step import build_step, prepare
+from ...parallel.ir.plan import Plan
+from ...parallel.ir.program import Program
+from ...parallel.passes.arena import place
+from ...parallel.passes.liveness import lifetimes
+from ...parallel.runtime.comm import gather_objects
+from ...parallel.runtime.mesh import Mesh
+from .parity import OPTIMIZER, QUANTITIES, Case, RankRun, Trajectory, bounds_of, run_rank, worst_of
+
+BLIND = 1e-6  # a reference gradient this much smaller than the largest would prove nothing
+
+
+@dataclass
+class Report:
+    """``worst``: the largest max|a - b| / max|b| of loss, gradients and weight updates; ``where``: whose it is.
+
+    ``live_bytes_equal``: after every record of the last step exactly the persistent buffers and the arena were alive.
+    ``peak_bytes_predicted`` are those; ``workspace_bytes`` the most that one record may add. ``replicas_equal``: ranks
+    that differ on dp_replicate alone hold bitwise the same weights.
+    """
+
+    ok: bool
+    worst: dict[str, float]
+    bounds: dict[str, float]
+    where: dict[str, str]
+    ledger_equal: bool
+    ledger_difference: str | None
+    peak_bytes_predicted: int
+    workspace_bytes: int
+    peak_bytes_ran: int
+    live_bytes_equal: bool
+    replicas_equal: bool
+    plan: str
+    processes: int
+    remarks: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def small_case(plan: Plan, model: str = "tiny", *, max_procs: int = 8, steps: int = 3) -> Case:
+    """The model shrunk until it runs here. tp and cp stay; dp_shard, then dp_replicate, shrink when they must.
+
+    Raises CinemeshError when tp * cp alone is more than ``max_procs``.
+    """
+    remarks: list[str] = []
+    if plan.tp * plan.cp > max_procs:
+        raise CinemeshError(
+            f"tp({plan.tp}) * cp({plan.cp}) = {plan.tp * plan.cp} > --max-procs {max_procs}, and tp and cp are never "
+            f"shrunk; allow {plan.tp * plan.cp} processes, or choose smaller degrees"
+        )
+    shrunk = plan
+    for name in ("dp_shard", "dp_replicate", "dp_replicate", "dp_shard"):
+        degree = plan.size(name)
+        if shrunk.world_size > max_procs and shrunk.size(name) > 1:
+            smaller = 2 if shrunk.size(name) > 2 else 1
+            shrunk = shrunk.with_degrees(**{name: smaller})
+            remarks.append(f"{name} {degree} -> {smaller}: more than {max_procs} processes")
+    full, tiny = preset(model), preset("tiny")
+    heads = 6 if 6 % (shrunk.tp * shrunk.kv_slices) == 0 else shrunk.tp * shrunk.kv_slices
+    text_width = math.lcm(24, shrunk.tp)
+    counts = [3] + [2] * (len(full.encoders) - 1)
+    encoders = tuple(replace(e, width=text_width, tokens=n) for e, n in zip(full.encoders, counts, strict=True))
+    parts = (6, shrunk.tp * shrunk.cp * shrunk.tp_slices, shrunk.cp * shrunk.kv_chunks)
+    columns = 2 * math.lcm(*parts)  # tokens are 3 * 2 * columns / 2
+    config = replace(
+        tiny,
+        name=f"{model} (shrunk)",
+        width=8 * heads,
+        heads=heads,
+        ffn=16 * heads,
+        encoders=encoders,
+        position_lengths=(6, 6, columns),
+    )
+    if full.name != tiny.name:
+        remarks.append(f"{model}: {full.layers} layers of {full.width} -> {config.layers} layers of {config.width}")
+    return Case(shrunk, config, samples=2, latent=(3, 4, columns), steps=steps, remarks=remarks)
+
+
+def compare(case: Case, runs: list[RankRun], program: Program, reference: Trajectory | None = None) -> Report:
+    """Errors against their bounds, and what the ranks witnessed."""
+    worst, reference = worst_of(case, runs, reference)
+    bounds = bounds_of(case, reference)
+    largest = max(g.abs().max().item() for g in reference.gradients[0].values())
+    blind = [n for n, g in reference.gradients[0].items() if g.abs().max().item() < BLIND * largest]
+    remarks = list(case.remarks)
+    if blind:
+        remarks.append(f"the check is blind: reference gradients below {BLIND} of the largest: {', '.join(blind)}")
+    lives = lifetimes(program)
+    predicted = lives.persistent_bytes + place(program, lives).total_bytes
+    workspace = max(lives.workspace_bytes)
+    ran = max(run.peak_bytes for run in runs)
+    difference = next((run.ledger_difference for run in runs if run.ledger_difference), None)
+    live_equal = all(run.live_bytes_equal for run in runs)
+    first = {_without_replica(run): run.weights[-1] for run in reversed(runs)}
+    replicas_equal = all(torch.equal(run.weights[-1], first[_without_replica(run)]) for run in runs)
+    within = all(worst.error[what] <= bounds[what] for what in QUANTITIES)  # not for a NaN
+    return Report(
+        within and difference is None and live_equal and replicas_equal and ran <= predicted + workspace and not blind,
+        worst.error,
+        bounds,
+        worst.where,
+        difference is None,
+        difference,
+        predicted,
+        workspace,
+        ran,
+        live_equal,
+        replicas_equal,
+        case.plan.equation(),
+        case.plan.world_size,
+        remarks,
+    )
+
+
+def _without_replica(run: RankRun) -> tuple[int, ...]:
+    return tuple(position for axis, position in sorted(run.coordinates.items()) if axis != "dp_replicate")
+
+
+def verify_on_rank(
+    case: Case, make_runner: Callable[[Mesh], StepRunner] | None = None, planned: Program | None = None
+) -> Report | None:
+    """Run inside an initialised process group; the report on rank 0, None elsewhere. Doors as in :func:`run_rank`."""
+    mesh = Mesh(case.plan)
+    try:
+        if make_runner is None:
+            runner = StepRunner(case.config, case.plan, case.batch, OPTIMIZER, mesh, seed=case.seed)
+        else:
+            runner = make_runner(mesh)
+        runs = gather_objects(run_rank(case, mesh, runner, planned=planned))
+        if mesh.rank:
+            return None
+        return compare(case, [run for run in runs if isinstance(run, RankRun)], planned or runner.program)
+    finally:
+        mesh.close()
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def run(*, plan: str, model: str, dtype: str, max_procs: int, steps: int, as_json: bool) -> int:
+    """Verify on local processes and print what came out; the exit code: 0, or 1 when a bound does not hold.
+
+    Raises CinemeshError for an illegal plan.
+    """
+    case = small_case(Plan.parse(plan, dtype=dtype), model, max_procs=max_procs, steps=steps)
+    prepare(build_step(case.config, case.plan, case.batch), backend="gloo")  # refuse it here rather than on every rank
+    report = _on_local_processes(case)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        _show(report)
+    return 0 if report.ok else 1
+
+
+def _on_local_processes(case: Case) -> Report:
+    """Forked workers that meet at a file: no port, and torch is loaded once."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    answers = multiprocessing.get_context("fork").SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(
+            _worker,
+            (str(Path(folder) / "store"), case, answers),
+            nprocs=case.plan.world_size,
+            start_method="fork",
+        )
+    return answers.get()
+
+
+def _worker(rank: int, store: str, case: Case, answers: Any) -> None:
+    torch.set_num_threads(1)
+    ranks = case.plan.world_size
+    meeting = dist.FileStore(store, ranks)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=ranks)
+    report = verify_on_rank(case)
+    if report is not None:
+        answers.put(report)
+    dist.destroy_process_group()
+
+
+def _show(report: Report) -> None:
+    console = Console(highlight=False)
+    console.print(f"plan {report.plan}, on {report.processes} processes")
+    for remark in report.remarks:
+        console.print(f"  {remark}")
+    table = Table("relative error of", "worst", "bound", "where", box=box.SIMPLE_HEAD)
+    for what in QUANTITIES:
+        ok = report.worst[what] <= report.bounds[what]
+        style = None if ok else "bold red"
+        worst, bound = f"{report.worst[what]:.1e}", f"{report.bounds[what]:.1e}"
+        table.add_row(what, worst, bound, report.where[what], style=style)
+    console.print(table)
+    console.print(f"collectives   {report.ledger_difference or 'equal to the program, on every rank'}")
+    equal = (
+        "persistent buffers and one arena, at every record" if report.live_bytes_equal else "NOT those of the program"
+    )
+    console.print(f"live bytes    {equal}")
+    console.print(
+        f"peak          {report.peak_bytes_ran:,} B ran; {report.peak_bytes_predicted:,} B predicted "
+        f"+ {report.workspace_bytes:,} B workspace"
+    )
+    console.print(f"replicas      {'bitwise equal' if report.replicas_equal else 'NOT bitwise equal'}")
+    console.print("[bold green]ok[/]" if report.ok else "[bold red]NOT ok[/]")

@@ -1,0 +1,1 @@
+"""A training run: recipe, loop, checkpoints, what it reports and shows."""

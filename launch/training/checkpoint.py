@@ -1,0 +1,299 @@
+"""Checkpoints: the flat states of all ranks as named global tensors, through torch.distributed.checkpoint (DCP).
+
+A checkpoint does not know the plan that wrote it. Keys are ``state/parameter`` with the parameter's global shape:
+``master/blocks.0.q``, ``exp_avg/...``, ``exp_avg_sq/...``, ``ema/...``; and ``counters``. See ``chunks.py``.
+
+    directory/step-00000100/   cinemesh.json   .metadata   __0_0.distcp  __1_0.distcp ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from ...errors import CinemeshError
+from ...model.config import ModelConfig, parameters
+from ...model.runner import StepRunner
+from ...parallel.ir.units import Units
+from ...parallel.runtime.comm import all_agree, gather_objects
+from ...parallel.runtime.mesh import Mesh
+from .chunks import OTHER_MODEL, Chunk, ChunkLoadPlanner, ChunkSavePlanner, chunks, shown
+
+STATES = ("master", "exp_avg", "exp_avg_sq", "ema")
+COUNTERS = "counters"
+FORMAT = 1  # raise it when names, or what they mean, change
+FOLDER = "checkpoints"  # where a run keeps them, below its directory
+MANIFEST = "cinemesh.json"
+METADATA = ".metadata"  # DCP writes it last
+_NAME = re.compile(r"step-(\d{8,})")
+
+T = TypeVar("T")
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that may still be written to the file system of ``path``."""
+    return shutil.disk_usage(path).free
+
+
+def save(directory: Path, runner: StepRunner, *, keep: int = 2, note: dict[str, Any] | None = None) -> Path:
+    """Write ``directory/step-NNNNNNNN``, on all ranks together, and prune to the ``keep`` newest.
+
+    ``directory`` is one that all ranks share. The final name appears only when every rank has written its part.
+    ``note`` (JSON values) is kept in the manifest. Raises CinemeshError, on all ranks, when it does not fit or cannot
+    be written.
+    """
+    assert keep >= 1
+    step = runner.steps_done
+    final = directory / f"step-{step:08d}"
+    partial = directory / f".{final.name}.partial"
+    first = runner.mesh is None or runner.mesh.rank == 0
+
+    def prepare() -> list[Chunk]:
+        if first:
+            with _reported("write", final):
+                _make_room(directory, partial, runner)
+        mine: list[Chunk] = []
+        if runner.coordinates["dp_replicate"] == 0:
+            for state in STATES:
+                mine += chunks(state, runner.buffers[state], runner.units, runner.coordinates)
+        if first:
+            counters = runner.buffers[COUNTERS]
+            mine.append(Chunk(COUNTERS, tuple(counters.shape), (0,), counters))
+        return mine
+
+    def write() -> None:
+        with _reported("write", final):
+            writer = FileSystemWriter(partial)
+            dcp_save({}, storage_writer=writer, planner=ChunkSavePlanner(mine), no_dist=runner.mesh is None)
+
+    def publish() -> None:
+        if first:
+            with _reported("write", final):
+                _write_manifest(partial, runner, step, note or {})
+                _rename(partial, final)
+                for old in _complete(directory)[:-keep]:
+                    if old != final:
+                        _remove(old)
+
+    try:
+        mine = _together(runner.mesh, prepare)
+        _together(runner.mesh, write)
+        _together(runner.mesh, publish)
+    except CinemeshError:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def _make_room(directory: Path, partial: Path, runner: StepRunner) -> None:
+    """Remove what broken saves left behind, compare free bytes with those needed, make the folder."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for broken in directory.glob(".step-*"):
+        shutil.rmtree(broken)
+    item = runner.buffers[STATES[0]].element_size()
+    elements = sum(row.elements for row in parameters(runner.config))
+    needed, free = elements * item * len(STATES), free_bytes(directory)
+    if free < needed:
+        raise CinemeshError(
+            f"a checkpoint needs {needed:,} bytes ({elements:,} parameters * {item * len(STATES)} bytes), but "
+            f"{directory} has {free:,} free; free some space or write to another file system"
+        )
+    partial.mkdir()
+
+
+def _write_manifest(folder: Path, runner: StepRunner, step: int, note: dict[str, Any]) -> None:
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "model": asdict(runner.config),
+        "plan": runner.plan.to_dict(),
+        "torch": torch.__version__,
+        "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
+        "note": note,
+    }
+    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _rename(partial: Path, final: Path) -> None:
+    if final.exists():  # the same step again, after resuming from an earlier one
+        _remove(final)
+    os.rename(partial, final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the name survives a power failure
+    finally:
+        os.close(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Give up the final name first: a checkpoint that is half removed is none."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def latest(directory: Path) -> Path | None:
+    """The complete checkpoint with the highest step, or None."""
+    complete = _complete(directory)
+    return complete[-1] if complete else None
+
+
+def _complete(directory: Path) -> list[Path]:
+    """Checkpoints under their final name, by step."""
+    named = [(int(match[1]), path) for path in directory.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(named) if (path / MANIFEST).is_file() and (path / METADATA).is_file()]
+
+
+def manifest(path: Path) -> dict[str, Any]:
+    """``step``, ``model``, ``plan``, ``torch``, ``files``, ``note`` of a checkpoint whose files are all there.
+
+    Raises CinemeshError when it is missing, incomplete, truncated or of another format.
+    """
+    try:
+        found = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CinemeshError(
+            f"{path} is no complete checkpoint: {MANIFEST} cannot be read ({error}); name a step-* folder of a run"
+        ) from error
+    if found["format"] != FORMAT:
+        raise CinemeshError(f"checkpoint {path} has format {found['format']}, this version reads {FORMAT}")
+    for name, size in found["files"].items():
+        there = (path / name).stat().st_size if (path / name).is_file() else None
+        if there != size:
+            state = "is missing" if there is None else f"has {there:,} bytes"
+            raise CinemeshError(
+                f"checkpoint {path} is damaged: {name} {state}, it was written with {size:,} bytes; {_DAMAGED}"
+            )
+    return found
+
+
+_DAMAGED = "restore the file, or remove this checkpoint to go on from an earlier one"
+
+
+def load(path: Path, runner: StepRunner) -> None:
+    """Read a checkpoint, written under any plan, into the states and counters of ``runner``, bit by bit; collective.
+
+    Raises CinemeshError, on all ranks, when the checkpoint is damaged or of another model; the states are then
+    undefined.
+    """
+
+    def check() -> None:
+        if runner.mesh is None or runner.mesh.rank == 0:
+            check_model(path, runner.config)
+
+    def read() -> None:
+        counters = runner.buffers[COUNTERS]
+        mine = [Chunk(COUNTERS, tuple(counters.shape), (0,), counters)]
+        shapes = {COUNTERS: tuple(counters.shape)}
+        for state in STATES:
+            mine += chunks(state, runner.buffers[state].zero_(), runner.units, runner.coordinates)
+            shapes |= _shapes(state, runner.units)
+        _read(ChunkLoadPlanner(path, mine, shapes, cast=False))
+
+    _together(runner.mesh, check)
+    _together(runner.mesh, read)
+
+
+def load_weights(path: Path, which: str, flat: Tensor, units: Units, coordinates: dict[str, int]) -> None:
+    """Read the ``master`` or ``ema`` weights into one rank's flat shard, cast to its dtype. Each rank for itself.
+
+    Raises CinemeshError as :func:`load` does.
+    """
+    assert which in ("master", "ema")
+    manifest(path)
+    _read(ChunkLoadPlanner(path, chunks(which, flat.zero_(), units, coordinates), _shapes(which, units), cast=True))
+
+
+def _read(planner: ChunkLoadPlanner) -> None:
+    """Each rank reads what it needs by itself: DCP's loading plans need no other rank."""
+    with _reported("read", planner.path):
+        dcp_load({}, storage_reader=FileSystemReader(planner.path), planner=planner, no_dist=True)
+
+
+def _shapes(state: str, units: Units) -> dict[str, tuple[int, ...]]:
+    return {f"{state}/{s.parameter.name}": s.parameter.shape for unit in units.units for s in unit.slots}
+
+
+def check_model(path: Path, config: ModelConfig) -> None:
+    """Raise CinemeshError when the checkpoint is damaged or its model differs, naming the first difference.
+
+    Compared is all that fixes weights and their meaning: not the preset's name, nor how many text tokens there are.
+    """
+
+    def facts(model: dict[str, Any]) -> dict[str, Any]:
+        plain = {key: value for key, value in model.items() if key not in ("name", "encoders")}
+        return plain | {f"width of text encoder {e['name']}": e["width"] for e in model["encoders"]}
+
+    a, b = facts(manifest(path)["model"]), facts(json.loads(json.dumps(asdict(config))))
+    for key in (*b, *a):
+        if a.get(key) != b.get(key):
+            raise CinemeshError(
+                f"checkpoint {path} is of another model: {key} is {shown(a.get(key))} there and "
+                f"{shown(b.get(key))} here; {OTHER_MODEL}"
+            )
+
+
+# -- together ---------------------------------------------------------------------------------------------------------
+
+
+def _together(mesh: Mesh | None, work: Callable[[], T]) -> T:
+    """``work()`` on every rank; when it fails on one, every rank raises: the others CinemeshError with its message."""
+    try:
+        result = work()
+    except Exception as error:
+        if mesh is not None:
+            all_agree(False)
+            gather_objects(str(error))
+        raise
+    if mesh is not None and not all_agree(True):
+        raise CinemeshError(next(str(message) for message in gather_objects(None) if message is not None))
+    return result
+
+
+@contextmanager
+def _reported(verb: str, path: Path) -> Iterator[None]:
+    """What the file system or DCP raises becomes one CinemeshError. DCP's own is a BaseException with every rank's."""
+    try:
+        with warnings.catch_warnings():
+            # A single process is meant to be one.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            yield
+    except CheckpointException as error:
+        causes = [(rank, cause) for rank, (cause, _) in error.failures.items()]
+        rank, cause = next(((r, c) for r, c in causes if isinstance(c, CinemeshError)), causes[0])
+        if isinstance(cause, CinemeshError):
+            raise cause from None
+        where = f"rank {rank}: " if verb == "write" else ""
+        raise CinemeshError(_failed(verb, path, f"{where}{type(cause).__name__}: {cause}")) from error
+    except OSError as error:
+        raise CinemeshError(_failed(verb, path, str(error))) from error
+
+
+def _failed(verb: str, path: Path, reason: str) -> str:
+    remedy = _DAMAGED if verb == "read" else "look to the free space and the permissions of its folder"
+    return f"cannot {verb} checkpoint {path}: {reason}; {remedy}"

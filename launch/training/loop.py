@@ -1,0 +1,350 @@
+"""``cinemesh train``: from a recipe to a trained model, resumed exactly where it stopped.
+
+Every batch, random number and learning rate is a function of the step, so a run that was stopped and resumed ends with
+the weights, bit by bit, of one that was not. It is resumed from the newest complete checkpoint in its directory.
+All samples of a step are of one bucket; the steps of all buckets are captured when the run starts.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...data.buckets import latents_of
+from ...data.cache import CACHE_FILE, Cache, build_cache, collate
+from ...data.order import Stream, balanced, turns
+from ...data.text import TextEncoder, build_encoders
+from ...errors import CinemeshError
+from ...kernels.registry import kernels_for
+from ...model.buckets import BucketRunner
+from ...model.codec import BlockDCTCodec, LatentCodec
+from ...model.config import ModelConfig
+from ...model.runner import StepRunner
+from ...model.step import Batch, check
+from ...model.weights import initial_values
+from ...parallel.runtime import comm
+from ..cluster.processes import Place, Stopped, StopSignal, joined, launch, rank_main, world_size
+from . import checkpoint
+from .recipe import Config, SampleSection, read_config
+from .sample import sample_clips
+from .showcase import CONTACT_SHEET, captions_of, show
+from .telemetry import Telemetry
+from .validation import Validation
+
+SKIPPED_LIMIT = 5  # updates in a row that were skipped for a gradient that is not finite, before a run gives up
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a recipe stands for: codec, encoders, model, and the batch of each bucket. No video or latent is read."""
+
+    config: Config
+    codec: LatentCodec
+    encoders: list[TextEncoder]
+    model: ModelConfig
+    batches: list[Batch]
+
+    @classmethod
+    def of(cls, config: Config) -> Setting:
+        """Raises CinemeshError when the plan does not divide the model or a batch, or buckets do not fit the scenes."""
+        codec = BlockDCTCodec()
+        encoders = build_encoders(config.data.encoders)
+        model = config.model.build(codec, encoders)
+        samples = config.plan.local_batch(config.data.global_batch)
+        batches = [Batch(samples, latent) for latent in latents_of(config.data.shapes, codec)]
+        for batch in batches:
+            check(model, config.plan, batch)
+        config.data.scenes()
+        if config.sample is not None:
+            captions_of(config.sample, config.data, config.sampled)
+        return cls(config, codec, encoders, model, batches)
+
+
+def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
+    """Train, on ``nproc`` processes of this machine or on those that torchrun started. Exits with the ranks' code."""
+    recipe = read_config(config, overrides)
+    recipe.plan.check_world_size(world_size(nproc))
+    Setting.of(recipe)
+    local = nproc or 1
+    code = launch(local, train, recipe) if local > 1 else rank_main(lambda: train(recipe))
+    if code:
+        sys.exit(code)
+
+
+def train(config: Config) -> None:
+    """The work of one rank. Raises Stopped when a signal asked for it and the state is saved."""
+    with joined(config.plan) as place:
+        setting, stop = Setting.of(config), StopSignal()
+        cache = open_cache(setting, place)
+        with stop:
+            runner = train_steps(setting, place, cache, stop)
+        done = runner.steps_done >= config.schedule.steps
+        if done and config.sample is not None:
+            _show_samples(setting, config.sample, place, cache, runner)
+    if not done and stop.signum is not None:
+        raise Stopped(stop.signum, f"stopped after step {runner.steps_done}; the same command goes on from there")
+
+
+def train_steps(setting: Setting, place: Place, cache: Cache, stop: StopSignal) -> StepRunner:
+    """From the newest checkpoint, if there is one, to the last step or until ``stop``; what was reached is saved.
+
+    The answer holds the states.
+    """
+    config, speaks = setting.config, place.rank == 0
+    buckets = BucketRunner(
+        setting.model,
+        config.plan,
+        setting.batches,
+        config.optimizer,
+        place.mesh,
+        seed=config.seed,
+        caption_dropout=config.caption_dropout,
+        device=place.device,
+        kernels=kernels_for(place.device, config.kernels),
+    )
+    runner = buckets.first
+    checkpoints = config.logging.directory / checkpoint.FOLDER
+    newest = checkpoint.latest(checkpoints)
+    if newest is None:
+        runner.initialise(initial_values(config.seed))
+    else:
+        checkpoint.load(newest, runner)
+    telemetry = Telemetry(config.logging.directory, config.schedule.steps, runner.steps_done) if speaks else None
+    if telemetry:
+        telemetry.say(f"{setting.model.name}: {config.plan.equation()} processes on {place.device}; "
+                      + (f"resumed from {newest}" if newest else "from step 0"))  # fmt: skip
+        for windows in cache.buckets:
+            telemetry.say(f"bucket {windows.bucket}: {len(windows.train)} training and {len(windows.validation)} "
+                          "validation windows")  # fmt: skip
+    failure = buckets.capture(config.capture)
+    if telemetry:
+        if failure is not None:
+            telemetry.say(f"steps are NOT captured, on any rank: {failure}; they run from the executor")
+        telemetry.say(buckets.report())
+    try:
+        _Loop(setting, buckets, cache, checkpoints, telemetry).run(stop)
+    finally:
+        if telemetry:
+            telemetry.close()
+    return runner
+
+
+def _show_samples(setting: Setting, section: SampleSection, place: Place, cache: Cache, runner: StepRunner) -> None:
+    """Sample clips with the EMA weights, write them and print how near they come to what was trained on."""
+    config, codec, bucket = setting.config, setting.codec, setting.config.sampled
+    captions = captions_of(section, config.data, bucket)
+    clips = sample_clips(
+        setting.model,
+        config.plan,
+        place.mesh,
+        runner.buffers["ema"],
+        codec,
+        setting.encoders,
+        list(captions.values()),
+        bucket.latent(codec),
+        section.steps,
+        section.guidance,
+        section.seed,
+        samples=runner.batch.samples,
+        device=place.device,
+    )
+    if place.rank:
+        return
+    folder = config.logging.directory / "samples"
+    shown = {scene: clip[: bucket.frames] for scene, clip in zip(captions, clips, strict=True)}
+    train = next(windows.train for windows in cache.buckets if windows.bucket == str(bucket))
+    for score in show(folder, shown, train, codec):
+        print(score)
+    print(
+        f"clips and {CONTACT_SHEET} are in {folder}; tensorboard --logdir {config.logging.directory} shows the curves"
+    )
+
+
+def open_cache(setting: Setting, place: Place) -> Cache:
+    """The latent cache: rank 0 builds it where it is missing or of other data, the others wait."""
+    data = setting.config.data
+    if place.rank == 0:
+        build_cache(data, setting.codec, setting.encoders, data.cache)
+    if place.mesh is not None:
+        comm.barrier()
+    return Cache.open(data.cache / CACHE_FILE)
+
+
+@dataclass(frozen=True)
+class _Done:
+    """One step that is over."""
+
+    bucket: int
+    seconds: float
+    loss: float
+    gradient_norm: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+
+
+class _Loop:
+    """Steps, with what is reported, validated and saved between them."""
+
+    def __init__(
+        self, setting: Setting, runners: BucketRunner, cache: Cache, checkpoints: Path, telemetry: Telemetry | None
+    ) -> None:
+        self.config, self.runners, self.runner = setting.config, runners, runners.first
+        self.cache, self.checkpoints, self.telemetry = cache, checkpoints, telemetry
+        self.latents = [batch.latent for batch in setting.batches]
+        log, data, seed = self.config.logging, self.config.data, self.config.seed
+        self.weights = [bucket.weight for bucket in data.shapes]
+        drawn = turns(seed, self.config.schedule.steps, self.weights)
+        self.bucket, self.turn = (values.tolist() for values in drawn)  # of every step
+        self.streams = [
+            Stream(seed, bucket, balanced(windows.train.scenes, data.balance))
+            for bucket, windows in enumerate(cache.buckets)
+        ]
+        self.validations = {
+            bucket: Validation(runners.runners[self.latents[bucket]], windows.validation, log.validation_draws)
+            for bucket, windows in enumerate(cache.buckets)
+            if log.validate_every and len(windows.validation)
+        }
+
+    def run(self, stop: StopSignal) -> None:
+        """Up to the last step, or until ``stop``; what was reached is saved."""
+        runner, log, steps = self.runner, self.config.logging, self.config.schedule.steps
+        step = saved = runner.steps_done
+        if step == 0:
+            self._validate(0)
+        done: list[_Done] = []  # since the last report
+        skipped = 0  # updates in a row
+        while step < steps:
+            begun = time.perf_counter()
+            ids = self._load(step, stop)
+            if ids is None:
+                break
+            lr = self.config.schedule.lr(self.config.optimizer.lr, step)
+            self.runners.step(lr)
+            loss, norm = runner.loss.item(), runner.gradient_norm.item()  # between steps: the step itself reads nothing
+            done.append(_Done(self.bucket[step], time.perf_counter() - begun, loss, norm))
+            step += 1
+            if done[-1].finite:
+                skipped = 0
+            else:
+                skipped += 1
+                self._skipped(step, skipped, loss, norm, ids)
+            if self.telemetry:
+                self.telemetry.advance()
+            if step % log.every == 0:
+                self._report(step, done, lr)
+                done = []
+            if log.validate_every and (step % log.validate_every == 0 or step == steps):
+                self._validate(step)
+            if log.checkpoint_every and step % log.checkpoint_every == 0:
+                self._save()
+                saved = step
+        if saved != step:
+            self._save()
+
+    def _load(self, step: int, stop: StopSignal) -> list[int] | None:
+        """Load this rank's share of every micro-batch: the ids of the whole global batch, or None to stop here.
+
+        One vote of all ranks: a signal reaches them at different moments, and a step that one of them cannot take, or
+        takes in another shape, would never end. Raises CinemeshError, on every rank, when one of them cannot load its
+        samples, and when they loaded more than one bucket.
+        """
+        failure: CinemeshError | None = None
+        ids: list[int] = []
+        try:
+            ids = self._fill(step)
+        except CinemeshError as error:
+            failure = error
+        loaded = self.latents.index(self.runners.current.batch.latent)
+        if self.runner.mesh is None:
+            if failure is not None:
+                raise failure
+            return None if stop.signum is not None else ids
+        votes = torch.zeros(2 + len(self.latents), dtype=torch.int64)
+        votes[0], votes[1], votes[2 + loaded] = stop.signum is not None, failure is not None, 1
+        stopped, failed, *taken = comm.sum_over_ranks(votes).tolist()
+        if failed:
+            messages = comm.gather_objects(None if failure is None else str(failure))
+            raise failure or CinemeshError(next(str(message) for message in messages if message is not None))
+        if sum(map(bool, taken)) > 1:
+            shares = ", ".join(f"{n} of bucket {w.bucket}" for n, w in zip(taken, self.cache.buckets, strict=True) if n)
+            raise CinemeshError(
+                f"step {step + 1}: the ranks loaded batches of several buckets ({shares}), and a step has one: give "
+                "every rank the same recipe, software and latent cache"
+            )
+        return None if stopped else ids
+
+    def _fill(self, step: int) -> list[int]:
+        plan, size, bucket = self.config.plan, self.config.data.global_batch, self.bucket[step]
+        rank = self.runner.mesh.data_rank if self.runner.mesh else 0
+        train, share = self.cache.buckets[bucket].train, size // plan.micro_batches
+        indices = self.streams[bucket].take(self.turn[step] * size, size)
+        for micro_batch in range(plan.micro_batches):
+            samples = train.select(indices[micro_batch * share : (micro_batch + 1) * share])
+            batch = collate(samples, rank, plan.data_ranks)
+            self.runners.load(micro_batch, batch.latents, batch.ids, batch.text, batch.mask)
+        return [train.first_id + index for index in indices]
+
+    def _skipped(self, step: int, times: int, loss: float, norm: float, ids: list[int]) -> None:
+        what = f"step {step}: loss {loss}, gradient norm {norm}; the update was skipped; samples {ids}"
+        if times >= SKIPPED_LIMIT:
+            raise CinemeshError(
+                f"{what}. That was update {times} in a row: lower optimizer.lr({self.config.optimizer.lr}), or look at "
+                "these samples; the run goes on from its last checkpoint"
+            )
+        if self.telemetry:
+            self.telemetry.say(what)
+
+    def _report(self, step: int, done: Sequence[_Done], lr: float) -> None:
+        """Means over the steps since the last report; of loss and norm, over those whose update was not skipped."""
+        if self.telemetry is None:
+            return
+        config, samples = self.runner.config, self.config.data.global_batch
+        tokens = [config.tokens(self.latents[one.bucket]) * samples for one in done]
+        values = {
+            "lr": lr,
+            "step_s": _mean(one.seconds for one in done),
+            "tokens_per_step": _mean(tokens),
+            "tokens_per_s": sum(tokens) / sum(one.seconds for one in done),
+        }
+        if finite := [one for one in done if one.finite]:
+            values["loss"] = _mean(one.loss for one in finite)
+            values["gradient_norm"] = _mean(one.gradient_norm for one in finite)
+        if len(self.latents) > 1:
+            for bucket in sorted({one.bucket for one in done}):
+                name = self.cache.buckets[bucket].bucket
+                values[f"step_s/{name}"] = _mean(one.seconds for one in done if one.bucket == bucket)
+        self.telemetry.scalars(step, values)
+
+    def _validate(self, step: int) -> None:
+        """The mean over the buckets by weight; a bucket whose scenes are too short for held-out windows has no part."""
+        if not self.validations:
+            return
+        losses = {bucket: validation.loss() for bucket, validation in self.validations.items()}
+        weight = sum(self.weights[bucket] for bucket in losses)
+        loss = sum(self.weights[bucket] * value for bucket, value in losses.items()) / weight
+        if self.telemetry:
+            values = {"validation_loss": loss}
+            if len(self.latents) > 1:
+                values |= {f"validation_loss/{self.cache.buckets[b].bucket}": value for b, value in losses.items()}
+            self.telemetry.scalars(step, values)
+            self.telemetry.say(f"step {step}: validation loss {loss:.4f}")
+
+    def _save(self) -> None:
+        path = checkpoint.save(
+            self.checkpoints, self.runner, keep=self.config.logging.keep, note={"seed": self.config.seed}
+        )
+        if self.telemetry:
+            self.telemetry.say(f"saved {path}")
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)

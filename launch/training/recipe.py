@@ -1,0 +1,240 @@
+"""The recipe of a run: a YAML file with sections, read and checked before anything else happens.
+
+Sections are dataclasses that pydantic checks: frozen, no unknown keys. Whatever is wrong becomes one ``CinemeshError``
+that names the key, the value and the rule. Relative paths are relative to the current directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from ...data.buckets import Bucket
+from ...data.cache import DataSettings
+from ...data.text import TextEncoder
+from ...errors import CinemeshError
+from ...model.codec import LatentCodec
+from ...model.config import Encoder, ModelConfig, preset
+from ...model.flow import CAPTION_DROPOUT
+from ...model.step import Optimizer
+from ...parallel.ir.plan import Plan
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+Count = Annotated[int, Field(ge=1)]
+CountOrNone = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelSection:
+    """A preset, and what is changed in it. Channels and text encoders follow from the data."""
+
+    preset: str
+    layers: Count | None = None
+    width: Count | None = None
+    heads: Count | None = None
+    ffn: Count | None = None
+    patch: tuple[Count, Count, Count] | None = None
+    position_lengths: tuple[Count, Count, Count] | None = None
+
+    def build(self, codec: LatentCodec, encoders: Sequence[TextEncoder]) -> ModelConfig:
+        """The model for these latents and texts."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "preset"}
+        changed = {name: value for name, value in changed.items() if value is not None}
+        texts = tuple(Encoder(e.name, e.width, e.tokens) for e in encoders)
+        return replace(preset(self.preset), channels=codec.channels, encoders=texts, **changed)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataSection(DataSettings):
+    """The data's settings, the directory of their cache, and what one optimizer step takes of them."""
+
+    cache: Path
+    global_batch: Count  # samples of a step, whatever its bucket
+    balance: Annotated[float, Field(ge=0, le=1)] = 0.0  # of scenes: see order.balanced
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimizerSection(Optimizer):
+    """AdamW and its peak learning rate."""
+
+    lr: Positive
+    betas: tuple[Share, Share] = Optimizer.betas
+    eps: Positive = Optimizer.eps
+    weight_decay: Annotated[float, Field(ge=0)] = Optimizer.weight_decay
+    clip_norm: Positive = Optimizer.clip_norm
+    ema_decay: Share = Optimizer.ema_decay
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ScheduleSection:
+    """``steps`` updates; the learning rate rises linearly over ``warmup_steps``, then falls or stays."""
+
+    steps: Count
+    warmup_steps: CountOrNone = 0
+    decay: Literal["cosine", "constant"] = "cosine"
+    final_share: Annotated[float, Field(ge=0, le=1)] = 0.0  # of the peak, at the end of a cosine
+
+    def lr(self, peak: float, step: int) -> float:
+        """Learning rate of update ``step``, counted from 0: a function of nothing else, so a resumed run goes on."""
+        if step < self.warmup_steps:
+            return peak * (step + 1) / self.warmup_steps
+        if self.decay == "constant":
+            return peak
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return peak * (self.final_share + (1 - self.final_share) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LoggingSection:
+    """Where a run writes, and how often, in steps. 0: never (a checkpoint is written at the end all the same)."""
+
+    directory: Path
+    every: Count = 10
+    validate_every: CountOrNone = 100
+    validation_draws: Count = 4  # fixed (t, noise) of every validation sample
+    checkpoint_every: CountOrNone = 500
+    keep: Count = 2  # newest checkpoints that stay on disk
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SampleSection:
+    """Clips sampled when training is done: of the named scenes' captions, or of every scene's."""
+
+    scenes: tuple[str, ...] | None = None
+    bucket: str | None = None  # FRAMESxHEIGHTxWIDTH, one of the data's; the first of them
+    steps: Count = 50
+    guidance: Annotated[float, Field(ge=0)] = 7.5  # Movie Gen 3.1.2
+    seed: CountOrNone = 0
+
+
+def _plan(value: object) -> object:
+    return Plan.from_dict(value) if isinstance(value, dict) else value
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Config:
+    """A whole recipe. Without ``sample``, nothing is sampled at the end."""
+
+    model: ModelSection
+    plan: Annotated[Plan, BeforeValidator(_plan)] = Plan()
+    data: DataSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection
+    logging: LoggingSection
+    sample: SampleSection | None = None
+    seed: CountOrNone = 0
+    caption_dropout: Share = CAPTION_DROPOUT
+    capture: Literal["auto", "off", "required"] = "auto"  # steps replay: frozen calls, or a CUDA Graph
+    kernels: dict[str, str] = field(default_factory=dict)  # op or "all" -> package, in place of the registry's choice
+
+    @property
+    def sampled(self) -> Bucket:
+        """The bucket whose shape sampled clips have. Raises CinemeshError when ``sample.bucket`` names none."""
+        shapes = {str(bucket): bucket for bucket in self.data.shapes}
+        name = (self.sample and self.sample.bucket) or next(iter(shapes))
+        if name not in shapes:
+            raise CinemeshError(f"sample.bucket is {name!r}; the data have the buckets {', '.join(shapes)}")
+        return shapes[name]
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The recipe at ``path`` with ``a.b=value`` overrides, checked.
+
+    Raises CinemeshError for a file that cannot be read, for keys that are unknown, missing or given twice, and for
+    values that break a rule.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.load(text, Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise CinemeshError(f"cannot read the recipe {path}: {error}; name a YAML file") from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise CinemeshError(f"the recipe {path} is not valid YAML: {reason}; correct that line") from error
+    if not isinstance(values, dict):
+        raise CinemeshError(f"the recipe {path} holds no mapping; it needs the sections {', '.join(_keys(Config))}")
+    for override in overrides:
+        _override(values, override)
+    return check_config(values, str(path))
+
+
+def check_config(values: dict[str, Any], where: str) -> Config:
+    """A recipe from plain values; ``where`` names their origin in errors."""
+    try:
+        return TypeAdapter(Config).validate_python(values)
+    except ValidationError as error:
+        raise CinemeshError(f"{where}: {_explain(error)}") from None
+
+
+class _Loader(yaml.CSafeLoader):
+    """PyYAML keeps the last of two equal keys in silence; here that is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise CinemeshError(f"--set {override!r} is not KEY=VALUE; write for example --set optimizer.lr=1e-3")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise CinemeshError(f"--set {override!r}: {text!r} is not a YAML value; quote it") from error
+    section: Any = values
+    for name in path[:-1]:
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            raise CinemeshError(f"--set {override!r}: {name} is {section!r}, no section; --set replaces one value")
+    section[path[-1]] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first complaint of pydantic: key path, value, rule and, for an unknown key, the nearest known one."""
+    complaints = error.errors(include_url=False)
+    unknown = {"unexpected_keyword_argument", "extra_forbidden"}
+    first = next((c for c in complaints if c["type"] in unknown), complaints[0])  # a typo also leaves a key missing
+    path = tuple(first["loc"])
+    key = ".".join(map(str, path))
+    if first["type"] in unknown:
+        known = _keys(_type_at(path[:-1]))
+        near = difflib.get_close_matches(str(path[-1]), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        return f"unknown key {key!r}{hint} Known here: {', '.join(known)}"
+    if first["type"] in ("missing", "missing_argument"):
+        return f"the key {key!r} is missing; add it"
+    rule = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key} is {first['input']!r}: {rule}"
+
+
+def _type_at(path: tuple[int | str, ...]) -> Any:
+    """The section's class at a key path of the recipe."""
+    at: Any = Config
+    for part in path:
+        if isinstance(part, str):
+            at = get_type_hints(at)[part]
+        candidates = [a for a in (at, *get_args(at)) if is_dataclass(a)]
+        at = candidates[0] if candidates else at
+    return at
+
+
+def _keys(section: Any) -> list[str]:
+    return [f.name for f in fields(section)]

@@ -1,0 +1,97 @@
+"""What a finished run shows: a sampled clip of each scene, beside the training clip that it comes nearest to.
+
+    directory/samples/SCENE.mp4   contact_sheet.png   samples.json
+
+Training clips are decoded from their latents, so the codec's own loss is on both sides of a PSNR.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...data.buckets import Bucket
+from ...data.cache import Samples
+from ...data.clips import read_captions, write_contact_sheet, write_mp4
+from ...errors import CinemeshError
+from ...files import atomic_file
+from ...kernels.philox import Purpose, normal_
+from ...model.codec import LatentCodec, psnr
+from .recipe import DataSection, SampleSection
+
+CONTACT_SHEET = "contact_sheet.png"
+SCORES = "samples.json"
+
+
+@dataclass(frozen=True)
+class Score:
+    """How near a sampled clip comes to the training clips of its scene; PSNR in dB."""
+
+    scene: str
+    psnr_db: float  # to the nearest training clip of the scene
+    noise_db: float  # of decoded noise, to the nearest one likewise
+    other_scenes_db: float  # to the nearest training clip of any other scene
+    nearest_frame: int  # first frame of the nearest training clip, in its video
+
+    def __str__(self) -> str:
+        return (
+            f"{self.scene}: {self.psnr_db:.1f} dB to the training clip at frame {self.nearest_frame}; decoded noise "
+            f"{self.noise_db:.1f} dB, other scenes {self.other_scenes_db:.1f} dB"
+        )
+
+
+def captions_of(section: SampleSection, data: DataSection, bucket: Bucket) -> dict[str, str]:
+    """Caption by scene, of those that shall be sampled: all that ``bucket`` has windows of, or those that are named.
+
+    Raises CinemeshError for a scene that does not exist, or is too short for the bucket.
+    """
+    scenes = {scene.name: scene for scene in read_captions(data.captions)}
+    captions = {scene.name: scene.caption for scene in scenes.values() if scene.frames >= bucket.frames}
+    for name in section.scenes or ():
+        if name in scenes and name not in captions:
+            raise CinemeshError(
+                f"sample.scenes: {name} has {scenes[name].frames} frames, fewer than bucket {bucket} needs: there is "
+                "nothing to compare a clip with; leave it out, or name a shorter sample.bucket"
+            )
+        if name not in captions:
+            near = difflib.get_close_matches(name, captions, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise CinemeshError(
+                f"sample.scenes: no scene {name!r}{hint} Scenes of {data.captions}: {', '.join(captions)}"
+            )
+    return {name: captions[name] for name in section.scenes or captions}
+
+
+def show(folder: Path, clips: dict[str, Tensor], train: Samples, codec: LatentCodec) -> list[Score]:
+    """Compare sampled ``clips`` (uint8 [T, H, W, 3], by scene) with the training windows; write them and the scores."""
+    windows = [train[index] for index in range(len(train))]
+    decoded = [codec.decode(window.latent) for window in windows]
+    noise = torch.empty(windows[0].latent.shape)
+    scores: list[Score] = []
+    rows: dict[str, Tensor] = {}
+    for number, (scene, clip) in enumerate(clips.items()):
+        own = [index for index, window in enumerate(windows) if window.scene == scene]
+        others = [index for index, window in enumerate(windows) if window.scene != scene]
+        length = len(clip)  # frames; the last block of a decoded clip may be longer
+        nearest = max(own, key=lambda index: psnr(clip, decoded[index][:length]))
+        drawn = codec.decode(normal_(noise, 0, Purpose.SAMPLING, 0, number, 0))[:length]
+        score = Score(
+            scene,
+            psnr(clip, decoded[nearest][:length]),
+            max(psnr(drawn, decoded[index][:length]) for index in own),
+            max((psnr(clip, decoded[index][:length]) for index in others), default=0.0),
+            windows[nearest].first_frame,
+        )
+        scores.append(score)
+        rows[f"{scene}: sampled, {score.psnr_db:.1f} dB"] = clip
+        rows[f"{scene}: training clip at frame {score.nearest_frame}"] = decoded[nearest][:length]
+        write_mp4(folder / f"{scene}.mp4", clip)
+    write_contact_sheet(folder / CONTACT_SHEET, rows)
+    with atomic_file(folder / SCORES) as part:
+        part.write_text(json.dumps([asdict(score) for score in scores], indent=1))
+    return scores

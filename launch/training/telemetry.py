@@ -1,0 +1,71 @@
+"""Telemetry: what a run reports, on rank 0: TensorBoard scalars, a JSON line for each report, a progress bar.
+
+Below ``logging.directory``: ``tensorboard/``, one event file for each start of the run, and ``metrics.jsonl``, whose
+lines read ``{"step": 10, "loss": 1.2, ...}``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ...files import atomic_file
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Telemetry:
+    """Reports of one run. Steps count finished updates; a resumed run drops what is later than its ``first``."""
+
+    def __init__(self, directory: Path, steps: int, first: int) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tensorboard's own imports warn
+            from torch.utils.tensorboard.writer import SummaryWriter
+        directory.mkdir(parents=True, exist_ok=True)
+        self._metrics = directory / METRICS_FILE
+        _drop_after(self._metrics, first)
+        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first + 1 if first else None)
+        self._bar = tqdm(total=steps, initial=first, desc="training", unit="step", dynamic_ncols=True, disable=None)
+
+    def advance(self) -> None:
+        """One more step is done."""
+        self._bar.update()
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Report numbers; those of training also stand beside the progress bar."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        line = json.dumps({"step": step, **values}) + "\n"
+        with self._metrics.open("ab", buffering=0) as file:
+            file.write(line.encode())  # one write: a reader never sees half a line
+        if "loss" in values:
+            self._bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.2e}")
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self._bar.close()
+        self._writer.close()
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The reports of a run, in order. A last line that a kill cut short is left out."""
+    path = directory / METRICS_FILE
+    if not path.exists():
+        return []
+    whole, _, _ = path.read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _drop_after(path: Path, step: int) -> None:
+    rows = [row for row in read_metrics(path.parent) if row["step"] <= step]
+    with atomic_file(path) as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows))

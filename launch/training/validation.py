@@ -1,0 +1,78 @@
+"""Validation loss: the velocity loss of the EMA weights on held-out windows, with the same t and noise every time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...data.cache import Sample, collate
+from ...kernels.reference import patchify
+from ...model.flow import draw_noise, draw_time, interpolate
+from ...model.forward import build_velocity
+from ...model.runner import StepRunner, as_dtype, tp_slice
+from ...model.step import prepare
+from ...parallel.ir.layout import TOKENS
+from ...parallel.ir.units import nested_index
+from ...parallel.runtime.comm import sum_over_ranks
+from ...parallel.runtime.executor import Executor
+
+SEED = 1  # of the draws: fixed, so that losses of different runs can be compared
+
+
+class Validation:
+    """Runs the forward program on the runner's own EMA shard; every rank takes part.
+
+    Each sample is seen at ``draws`` fixed (t, noise), captions never dropped. The loss is the mean over a sample's
+    elements, then over samples and draws.
+    """
+
+    def __init__(self, runner: StepRunner, samples: Sequence[Sample], draws: int) -> None:
+        self._runner, self._samples = runner, samples
+        self._items = [(index, draw) for draw in range(draws) for index in range(len(samples))]
+        backend = "gloo" if runner.executor.device == "cpu" else "nccl"
+        program = prepare(build_velocity(runner.config, runner.plan, runner.batch), backend=backend)
+        shared = {"master": runner.buffers["ema"]}
+        train = runner.executor  # never runs while this does: the same arena serves
+        self._forward = Executor(
+            program, runner.coordinates, runner.comm, train.device, shared=shared, arena=train.arena
+        )
+
+    def loss(self) -> float:
+        """Of all validation samples, the same on every rank."""
+        size = self._runner.batch.samples * self._runner.plan.data_ranks
+        total = torch.zeros(2, dtype=torch.float64)  # squared error, elements
+        for start in range(0, len(self._items), size):
+            items = self._items[start : start + size]
+            total += self._squared_error(items + items[:1] * (size - len(items)), len(items))
+        if self._runner.mesh is not None:
+            total = sum_over_ranks(total)
+        return (total[0] / total[1]).item()
+
+    def _squared_error(self, items: list[tuple[int, int]], counted: int) -> torch.Tensor:
+        """(sum, elements) of this rank's tokens of ``items``; those from ``counted`` on only fill the batch."""
+        runner, forward = self._runner, self._forward
+        plan, config, device = runner.plan, runner.config, forward.device
+        share, rank = runner.batch.samples, runner.mesh.data_rank if runner.mesh else 0
+        batch = collate([self._samples[index] for index, _ in items], rank, plan.data_ranks)
+        mine = range(rank * share, (rank + 1) * share)
+        steps = torch.tensor([items[position][1] for position in mine])
+        shape = tuple(batch.latents.shape[1:])
+        t = draw_time(SEED, steps, batch.ids)
+        x0 = draw_noise(SEED, steps[:, None], batch.ids, shape)
+        x_t, velocity = interpolate(batch.latents.double(), x0, t)
+
+        wanted = torch.empty(forward.buffers["x_t"].shape, dtype=torch.float64)
+        token_rank = nested_index(plan, TOKENS, runner.coordinates)
+        geometry = {"patch": config.patch, "latent": shape, "rank": token_rank}
+        patchify([x_t], [wanted], **geometry)
+        forward.load("x_t", wanted.to(device, as_dtype(plan.compute_dtype)))
+        forward.load("t", t)
+        forward.load("mask", batch.mask)
+        for name, text in batch.text.items():
+            forward.load(f"text.{name}", tp_slice(text, plan, runner.coordinates))
+        forward.run()
+        patchify([velocity], [wanted], **geometry)
+        count = torch.tensor([position < counted for position in mine])
+        error = (forward.buffers["velocity"].to("cpu", torch.float64) - wanted)[:, count]
+        return torch.stack([error.square().sum(), torch.tensor(float(error.numel()), dtype=torch.float64)])

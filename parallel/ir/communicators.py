@@ -1,0 +1,63 @@
+"""The communicators that a rank holds, and which of them a collective runs on (torch-free).
+
+One communicator runs its collectives one after the other. Gathers and reductions of units have one each, so that
+neither waits behind the other. Each takes memory on every rank, and time to connect when a job starts
+(``perf_model/prices/startup.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .layout import FSDP, REPLICATED_UNIT, WORLD, Axes
+from .plan import Plan
+from .program import Op, lane_name
+
+# Every group of axes over which a program communicates, and the only kind that runs there ("": any).
+GROUPS: tuple[tuple[Axes, str], ...] = (
+    (("tp",), ""),
+    (("cp",), ""),
+    (FSDP, "all_gather"),
+    (FSDP, "reduce_scatter"),
+    (REPLICATED_UNIT, ""),
+    (("dp_replicate",), ""),
+    (WORLD, ""),
+)
+_DIVIDED = {lane_name(axes) for axes, kind in GROUPS if kind}
+JOB = "job"  # the process group that a job is started with
+
+
+@dataclass(frozen=True)
+class Held:
+    """One communicator: its name, axes and the ranks in it. ``ctas``, ``high_priority``: as ``Plan`` sets them."""
+
+    name: str
+    axes: Axes
+    ranks: int
+    ctas: int = 0
+    high_priority: bool = True
+
+
+def communicator(op: Op) -> str:
+    """The name of the communicator that a collective runs on."""
+    return f"{op.lane}:{op.kind}" if op.lane in _DIVIDED else op.lane
+
+
+def communicators(plan: Plan) -> list[Held]:
+    """What a plan's steps communicate over; groups of one rank need none."""
+    return [
+        Held(
+            ":".join(filter(None, (lane_name(axes), kind))),
+            axes,
+            plan.size(axes),
+            plan.ctas(axes),
+            plan.high_priority(axes),
+        )
+        for axes, kind in GROUPS
+        if plan.size(axes) > 1
+    ]
+
+
+def held(plan: Plan) -> list[Held]:
+    """All that a rank of a job holds: those of its steps, and the job's own group, once that has communicated."""
+    return [*communicators(plan), Held(JOB, WORLD, plan.world_size)] if plan.world_size > 1 else []

@@ -1,0 +1,1 @@
+"""What is split by hand: tensor and sequence parallel, context parallel, FSDP."""

@@ -1,0 +1,59 @@
+"""Fuse: one record where a tensor is written only to be read again by the next op of the block (torch-free).
+
+``add_position`` writes the stream that ``modulate_norm`` then reads: as one record, ``position_modulate_norm``, the sum
+is normed while it is still in registers. The records are fused after the builder has checked them and rematerialize
+has cloned them, so gradients are counted on the sum and the norm apart, and a clone of the sum alone stays alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..ir.ops import DTYPE_BYTES, OPS
+from ..ir.program import Op, Program
+
+
+def fuse(program: Program) -> Program:
+    """Every position add whose first reader is a norm of the sum, nothing between them touching what both need."""
+    ops: list[Op | None] = list(program.ops)
+    for i, op in enumerate(program.ops):
+        if op.kind == "add_position" and (j := _norm_behind(program, i)) is not None:
+            norm = program.ops[j]
+            inputs = (*op.inputs, *norm.inputs[1:])
+            outputs = (*op.outputs, *norm.outputs)
+            ops[i], ops[j] = None, replace(norm, kind="position_modulate_norm", inputs=inputs, outputs=outputs)
+    return program.with_ops([op for op in ops if op is not None])
+
+
+def _norm_behind(program: Program, i: int) -> int | None:
+    """Where the norm stands that may take the position add ``i`` with it, if any."""
+    add = program.ops[i]
+    stored = program.span(add.outputs[0])
+    read = {program.root(name)[0] for name in add.inputs}
+    for j in range(i + 1, len(program.ops)):
+        op = program.ops[j]
+        if any(_meet(stored, program.span(name)) for name in (*op.inputs, *op.outputs)):
+            return j if op.kind == "modulate_norm" and op.inputs[0] == add.outputs[0] else None
+        if read & {program.root(name)[0] for name in op.outputs}:
+            return None
+    return None
+
+
+def _meet(one: tuple[str, int, int], other: tuple[str, int, int]) -> bool:
+    return one[0] == other[0] and one[1] < other[2] and other[1] < one[2]
+
+
+def unfused_bytes(program: Program, op: Op) -> int:
+    """Bytes that ``op`` moves on one rank when every elementary torch operation of its formula is a kernel.
+
+    ``Program.bytes_moved`` is what it moves as one. Equal where it is one operation; 0 for collectives.
+    """
+    passes = OPS[op.kind].unfused_passes if op.kind in OPS else None
+    if passes is None:
+        return program.bytes_moved(op)
+    item_bytes = DTYPE_BYTES[program.buffers[op.inputs[0]].dtype]
+    in_stream, in_statistics = passes
+    if len(op.inputs) > len(program.label_signature(op).inputs):
+        in_stream += 3  # the result and what it is added to are read, the sum is written
+    of_element = in_stream * item_bytes + in_statistics * DTYPE_BYTES[program.plan.stat_dtype]
+    return of_element * program.local_elements(op.inputs[0])

@@ -1,0 +1,61 @@
+"""Liveness: which bytes are live at every record (torch-free).
+
+A storage lives from the first record that writes it (or a view of it) to the last that reads or writes it. Inputs and
+states live always. The placement pass (``arena.py``) packs them by exactly this rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..ir.dependencies import accesses
+from ..ir.program import Op, Program
+
+
+@dataclass(frozen=True)
+class Lifetimes:
+    """``allocate[i]``, ``free[i]``: storages that record i allocates before it runs and frees after.
+
+    ``live_bytes[i]`` while record i runs, its workspace excluded; ``workspace_bytes[i]`` that of the record alone.
+    """
+
+    persistent_bytes: int
+    allocate: list[list[str]]
+    free: list[list[str]]
+    live_bytes: list[int]
+    workspace_bytes: list[int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes the program's own buffers hold at once."""
+        return max(self.live_bytes, default=self.persistent_bytes)
+
+    @property
+    def peak_with_workspace_bytes(self) -> int:
+        sums = (live + work for live, work in zip(self.live_bytes, self.workspace_bytes, strict=True))
+        return max(sums, default=self.persistent_bytes)
+
+    def peak_op(self, program: Program) -> Op:
+        return program.ops[self.live_bytes.index(self.peak_bytes)]
+
+
+def persistent(program: Program) -> list[str]:
+    """Inputs and states: storages that are there before and after a step."""
+    return [name for name, buffer in program.buffers.items() if buffer.kind != "temporary" and buffer.base is None]
+
+
+def lifetimes(program: Program) -> Lifetimes:
+    allocate: list[list[str]] = [[] for _ in program.ops]
+    free: list[list[str]] = [[] for _ in program.ops]
+    for root, (first, last) in accesses(program).items():
+        if program.buffers[root].kind == "temporary":
+            allocate[first].append(root)
+            free[last].append(root)
+    always = sum(program.bytes(name) for name in persistent(program))
+    live, current = [], always
+    for i in range(len(program.ops)):
+        current += sum(map(program.bytes, allocate[i]))
+        live.append(current)
+        current -= sum(map(program.bytes, free[i]))
+    work = [program.workspace_bytes(op) for op in program.ops]
+    return Lifetimes(always, allocate, free, live, work)

@@ -1,0 +1,387 @@
+"""The schedule pass: when each collective is issued and waited for, and what is computed in between (torch-free).
+
+A list scheduler on a simulated clock. It takes the records as they stand and a price for each, and gives them an order:
+
+    issue    as soon as the inputs are there, unless its communicator is busy for longer than the next record runs:
+             a collective that is issued and cannot start holds back all that are issued later
+    wait     just before the first record that needs the result
+    compute  in the order of the builder; with ``plan.defer_weight_gradients`` weight gradients and what is made again
+             leave it and run where the others would wait, as long as that takes no more memory
+
+The start rule is the runtime's: a collective starts after all compute before its issue, after the previous collective
+of its communicator, and after the start of every collective that was issued earlier. One order for all ranks: it
+follows from the program and the prices alone.
+
+[Note: windows] The order is found for one window at a time, from behind the self-attention of one block to behind that
+of the next: there is nothing to hide in front of it. Weight gradients that need not run before the cut go with the
+next window. Windows of equal records get equal orders, so that 48 blocks cost little more than two.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..ir.communicators import communicator
+from ..ir.dependencies import accesses, dependencies, families
+from ..ir.layout import FSDP
+from ..ir.ops import FUSED
+from ..ir.program import Op, Program, lane_name
+from .prices import Price
+
+
+def overlap(program: Program, price: Price) -> Program:
+    """The same records in the order in which they overlap best; ``price`` gives the seconds of one."""
+    program = delay_reductions(program)
+    follows = _follows(program, accesses(program))
+    uses = [_temporaries(program, op) for op in program.ops]
+    total = Counter(root for roots in uses for root in roots)
+    remaining = total.copy()
+    orders: dict[tuple[object, ...], list[int]] = {}
+    ops: list[Op] = []
+    start, carried = 0, list[int]()
+    for stop in _cuts(program):
+        members = [*carried, *range(start, stop)]
+        window = [program.ops[i] for i in members]
+        key = (stop == len(program.ops), len(carried), *_signature(window))
+        if key not in orders:
+            memory = _Memory(program, [uses[i] for i in members], len(carried), total, remaining)
+            scheduled = _Window(program, window, price, memory, follows)
+            orders[key] = scheduled.order(to_the_end=stop == len(program.ops))
+        order = orders[key]
+        for i in order:
+            ops.append(window[i])
+            remaining.subtract(uses[members[i]])
+        left = set(range(len(members))).difference(order)
+        carried = [members[i] for i in sorted(left)]
+        start = stop
+    return program.with_ops(ops)
+
+
+def _temporaries(program: Program, op: Op) -> list[str]:
+    """Storages that a record touches and that do not outlive the step."""
+    roots = dict.fromkeys(program.root(name)[0] for name in (*op.inputs, *op.outputs))
+    return [root for root in roots if program.buffers[root].kind == "temporary"]
+
+
+def delay_reductions(program: Program) -> Program:
+    """Wait for the reduction of a unit's gradient only when it must: see ``grad_units``.
+
+    That is, before the first write of the gradient ``grad_units`` places later, or before the result is read. Adding
+    it to the sum over micro-batches moves along, and so does the sum over replicas.
+    """
+    lane, bound = lane_name(FSDP), program.plan.grad_units
+    touched = accesses(program)
+    waits = [i for i, op in enumerate(program.ops) if op.kind == "wait" and op.lane == lane and _reduces(program, op)]
+    firsts = [touched[program.root(program.ops[i].inputs[1])[0]][0] for i in waits]
+    moved: dict[int, list[Op]] = {}
+    taken: set[int] = set()
+    limit = next((i for i, op in enumerate(program.ops) if op.region == "optimizer"), len(program.ops))
+    for k, i in enumerate(waits):
+        behind, shard = [i], program.root(program.ops[i].outputs[0])[0]
+        for j in range(i + 1, len(program.ops)):
+            op = program.ops[j]
+            if not (op.kind == "accumulate" or op.lane == "dp_replicate") or shard not in _temporaries(program, op):
+                break
+            shard = program.root(op.outputs[0])[0]
+            behind.append(j)
+        target = min(firsts[k + bound] if k + bound < len(waits) else limit, limit)
+        if target > behind[-1] + 1:
+            moved.setdefault(target, []).extend(program.ops[j] for j in behind)
+            taken.update(behind)
+    ops: list[Op] = []
+    for i, op in enumerate(program.ops):
+        ops.extend(moved.get(i, ()))
+        if i not in taken:
+            ops.append(op)
+    return program.with_ops(ops)
+
+
+def _reduces(program: Program, wait: Op) -> bool:
+    return program.buffers[wait.inputs[1]].placement.partial != program.buffers[wait.outputs[0]].placement.partial
+
+
+def _cuts(program: Program) -> list[int]:
+    """Where windows end: behind the last self-attention record of a block's forward or backward, and at the end."""
+    last: dict[tuple[str, str], int] = {}
+    for i, op in enumerate(program.ops):
+        if op.kind in ("attention", "attention_backward") and not op.clone:
+            last[op.region, op.kind] = i + 1
+    return [*sorted(last.values()), len(program.ops)]
+
+
+_PLACE = re.compile(r"(?:mb(\d+)/)?(?:blocks\.(\d+)\.)?")
+
+
+def _signature(window: Sequence[Op]) -> tuple[object, ...]:
+    """Names and kinds, blocks and micro-batches counted from those of the last record."""
+    first = next((m for op in reversed(window) if (m := _PLACE.match(op.name)) and m[2]), None)
+    if first is None:
+        return tuple((op.name, op.kind) for op in window)
+    mb, block = int(first[1] or 0), int(first[2])
+    names: list[object] = []
+    for op in window:
+        place = _PLACE.match(op.name)
+        assert place is not None  # it matches nothing too
+        layer = int(place[2]) - block if place[2] else None
+        names.append((int(place[1]) - mb if place[1] else None, layer, op.name[place.end() :], op.kind))
+    return tuple(names)
+
+
+def _follows(program: Program, touched: dict[str, tuple[int, int]]) -> dict[str, str]:
+    """Storage -> the one of its family that must have been read before this one is made."""
+    return {
+        later: earlier
+        for bound, storages in families(program)
+        for earlier, later in zip(storages, storages[bound:], strict=False)
+        if touched[earlier][1] < touched[later][0]
+    }
+
+
+@dataclass
+class _Clock:
+    """When compute and every communicator are free, and when the collective issued last has started."""
+
+    now: float = 0.0
+    free: dict[str, float] = field(default_factory=dict)
+    last_start: float = 0.0
+
+    def issue(self, name: str, seconds: float) -> float:
+        """When it ends."""
+        self.last_start = max(self.now, self.free.get(name, 0.0), self.last_start)
+        self.free[name] = self.last_start + seconds
+        return self.free[name]
+
+
+class _Memory:
+    """Live bytes of a window, counted from what is alive at its start for others than the records carried into it."""
+
+    def __init__(
+        self, program: Program, uses: list[list[str]], carried: int, total: Counter[str], remaining: Counter[str]
+    ) -> None:
+        self.uses = uses
+        here = Counter(root for roots in uses for root in roots)
+        self.bytes = {root: program.bytes(root) for root in here}
+        self.begins = {root for root in here if remaining[root] == total[root]}
+        self.left = {root: count for root, count in here.items() if remaining[root] == count}
+        inherited = {root for roots in uses[:carried] for root in roots} - self.begins
+        self.live = sum(self.bytes[root] for root in inherited if root in self.left)
+        start = (self.live, set(self.begins), dict(self.left))
+        self.most = self.live
+        for i in range(len(uses)):  # in the order of the builder
+            self.most = max(self.most, self.live + self.wanted(i))
+            self.run(i)
+        self.live, self.begins, self.left = start
+
+    def wanted(self, i: int) -> int:
+        """Bytes that record ``i`` would allocate."""
+        return sum(self.bytes[root] for root in self.uses[i] if root in self.begins)
+
+    def run(self, i: int) -> None:
+        self.live += self.wanted(i)
+        self.begins.difference_update(self.uses[i])
+        for root in self.uses[i]:
+            if root in self.left:
+                self.left[root] -= 1
+                if self.left[root] == 0:
+                    self.live -= self.bytes[root]
+
+
+TOKEN_LOCAL = ("add_position", "modulate_norm", "position_modulate_norm", "gated_residual", "residual")
+_SLICE = re.compile(r"\.t\d+$")
+
+
+class _Window:
+    """One stretch of records, those left over from the one before in front, ordered as if nothing were in flight."""
+
+    def __init__(
+        self, program: Program, ops: Sequence[Op], price: Price, memory: _Memory, follows: dict[str, str]
+    ) -> None:
+        self.program, self.ops, self.memory = program, ops, memory
+        self.seconds = [price(program, op) for op in ops]
+        self.is_wait = [op.kind == "wait" for op in ops]
+        self.is_issue = ["axes" in op.attrs and op.kind != "wait" and op.kind not in FUSED for op in ops]
+        self.before = dependencies(program, ops)
+        self.in_chain: list[bool] = []
+        self._chain()
+        self._hold_clones()
+        self._hold_back(follows)
+        if program.plan.kv_first:
+            self._units_behind_kv()
+        self.after: list[list[int]] = [[] for _ in ops]
+        for i, needed in enumerate(self.before):
+            for k in needed:
+                self.after[k].append(i)
+        self.rank = [0.0] * len(ops)
+        for i in reversed(range(len(ops))):
+            self.rank[i] = self.seconds[i] + max((self.rank[k] for k in self.after[i]), default=0.0)
+
+    def _chain(self) -> None:
+        """Compute keeps its order, but for what may be deferred; so do the collectives of units."""
+        defer = self.program.plan.defer_weight_gradients
+        last: dict[str, int] = {}
+        for i, op in enumerate(self.ops):
+            if self.is_wait[i]:
+                line = None
+            elif op.kind in TOKEN_LOCAL and not op.clone and (slice_ := _SLICE.search(op.name)):
+                line = slice_[0]  # one slice may wait for its sum over tp while another is multiplied
+            elif self.is_issue[i]:
+                line = communicator(op) if op.lane == lane_name(FSDP) else None
+            else:
+                line = None if defer and (op.clone or self._is_weight_gradient(op)) else "compute"
+            self.in_chain.append(line == "compute")
+            if line is not None:
+                if line in last:
+                    self.before[i].add(last[line])
+                last[line] = i
+
+    def _hold_clones(self) -> None:
+        """What is made again moves up by at most two collectives over tp: until it is read it takes memory."""
+        passed: list[int] = []
+        name = ""
+        for i, op in enumerate(self.ops):
+            if op.clone and op.lane in ("compute", "tp") and not self.is_wait[i] and len(passed) > 1:
+                self.before[i].add(passed[-2])
+            elif op.lane == "tp" and not self.is_wait[i] and not op.clone and op.name.partition(".t")[0] != name:
+                name = op.name.partition(".t")[0]  # slices count as one
+                passed.append(i)
+
+    def _units_behind_kv(self) -> None:
+        """A unit's gather is issued behind those of K and V that do not need it: see ``kv_first``."""
+        gathers = [i for i, op in enumerate(self.ops) if self.is_issue[i] and op.kind == "all_gather"]
+        kv = [i for i in gathers if self.ops[i].lane == "cp"]
+        needed, stack = set[int](), list(kv)
+        while stack:
+            new = self.before[stack.pop()] - needed
+            needed |= new
+            stack.extend(new)
+        for i in gathers:
+            if self.ops[i].lane == lane_name(FSDP) and i not in needed:
+                self.before[i].update(kv)
+
+    def _hold_back(self, follows: dict[str, str]) -> None:
+        """Nothing touches a storage before the one that it follows was read for the last time."""
+        users: dict[str, list[int]] = {}
+        for i, roots in enumerate(self.memory.uses):
+            for root in roots:
+                self.before[i].update(users.get(follows.get(root, ""), ()))
+                users.setdefault(root, []).append(i)
+
+    def _is_weight_gradient(self, op: Op) -> bool:
+        """A product written into a unit's flat gradient."""
+        return op.kind == "matmul" and self.program.root(op.outputs[0])[0].endswith("flat_gradient")
+
+    # -- the list scheduler -------------------------------------------------------------------------------------------
+
+    def order(self, *, to_the_end: bool) -> list[int]:
+        """Positions of the window's records, in their new order.
+
+        Unless ``to_the_end``, what may still be put off when the chain of compute is done is left to the next window.
+        """
+        self.clock = _Clock()
+        self.missing = [len(needed) for needed in self.before]
+        self.release = [0.0] * len(self.ops)  # when what it waits for has arrived
+        self.ends: dict[str, float] = {}
+        self.done: list[int] = []
+        self.emitted: set[int] = set()
+        self.ready: set[int] = set()
+        self.issues: set[int] = set()
+        self.reductions: list[int] = []  # waits of theirs: taken as soon as they are over, they free their gradients
+        chain = sum(self.in_chain)
+        for i in range(len(self.ops)):
+            if not self.before[i]:
+                self._arrive(i)
+        while self.ready or self.issues if to_the_end else chain:
+            if not self.ready:
+                self._issue(self._first_issue())
+                continue
+            chosen = self._choose()
+            begin = max(self.clock.now, self.release[chosen])
+            self._take_reductions()
+            self._issue_until(begin + self.seconds[chosen])
+            self._emit(chosen)
+            chain -= self.in_chain[chosen]
+        if to_the_end:
+            for i in range(len(self.ops)):
+                if self.is_wait[i] and i not in self.emitted:
+                    self._emit_wait(i)
+        return self.done
+
+    def _arrive(self, i: int) -> None:
+        """All before ``i`` is done, or is a wait that will be done first. A wait is passed on: it comes last."""
+        if self.is_wait[i]:
+            if self.ops[i].lane == lane_name(FSDP) and _reduces(self.program, self.ops[i]):
+                self.reductions.append(i)
+            end = self.ends.get(self.ops[i].attrs["issue"], 0.0)
+            for k in self.after[i]:
+                self.release[k] = max(self.release[k], end)
+            self._pass_on(i)
+        elif self.is_issue[i]:
+            self.issues.add(i)
+        else:
+            self.ready.add(i)
+
+    def _pass_on(self, i: int) -> None:
+        for k in self.after[i]:
+            self.missing[k] -= 1
+            if self.missing[k] == 0:
+                self._arrive(k)
+
+    def _choose(self) -> int:
+        """The record that most depends on, of those that need not wait and for which there is memory."""
+        able = [i for i in self.ready if self.release[i] <= self.clock.now]
+        if not able:
+            return min(self.ready, key=lambda i: (self.release[i], -self.rank[i], i))
+        if len(able) > 1:
+            fitting = [i for i in able if self.memory.live + self.memory.wanted(i) <= self.memory.most]
+            if fitting:
+                return min(fitting, key=lambda i: (-self.rank[i], i))
+            return min(able)
+        return able[0]
+
+    def _first_issue(self) -> int:
+        return min(self.issues, key=lambda i: (max(self.release[i], self.clock.now), -self.rank[i], i))
+
+    def _take_reductions(self) -> None:
+        for i in self.reductions:
+            if i not in self.emitted and self.ends.get(self.ops[i].attrs["issue"], 0.0) <= self.clock.now:
+                self._emit_wait(i)
+
+    def _issue_until(self, end: float) -> None:
+        """Issue what can start before ``end``, and for which compute need not wait: its input may be on its way."""
+        for i in sorted(self.issues, key=lambda i: (-self.rank[i], i)):
+            if self.release[i] <= self.clock.now and self.clock.free.get(communicator(self.ops[i]), 0.0) <= end:
+                self._issue(i)
+
+    def _issue(self, i: int) -> None:
+        self.issues.discard(i)
+        self._emit_waits_before(i)
+        self.ends[self.ops[i].name] = self.clock.issue(communicator(self.ops[i]), self.seconds[i])
+        self._account(i)
+        self._pass_on(i)
+
+    def _emit(self, i: int) -> None:
+        self.ready.discard(i)
+        self._emit_waits_before(i)
+        op, seconds = self.ops[i], self.seconds[i]
+        self.clock.now = max(self.clock.now, self.release[i])
+        self.clock.now = self.clock.issue(op.lane, seconds) if op.kind in FUSED else self.clock.now + seconds
+        self._account(i)
+        self._pass_on(i)
+
+    def _emit_waits_before(self, i: int) -> None:
+        for k in sorted(self.before[i]):
+            if self.is_wait[k] and k not in self.emitted:
+                self._emit_wait(k)
+
+    def _emit_wait(self, i: int) -> None:
+        self._emit_waits_before(i)
+        self.clock.now = max(self.clock.now, self.ends.get(self.ops[i].attrs["issue"], 0.0))
+        self._account(i)
+
+    def _account(self, i: int) -> None:
+        self.emitted.add(i)
+        self.done.append(i)
+        self.memory.run(i)

@@ -1,0 +1,1 @@
+"""A program on ranks: processes, collectives, execution, capture; and who watches it."""

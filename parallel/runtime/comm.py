@@ -1,0 +1,286 @@
+"""The one door for communication: every collective of a step is called here, and written to the ledger.
+
+Collectives are issued asynchronously and waited for later. Gloo's own reduce-scatter costs like its all-reduce, so on
+gloo it is an all-to-all into a staging buffer and a sum in rank order (deterministic).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.cuda import nccl
+from torch.distributed import _symmetric_memory as symmetric
+from torch.distributed.distributed_c10d import GroupName
+
+from ...errors import CinemeshError
+from ..ir.layout import Axes
+from ..ir.program import lane_name
+from .ledger import Entry
+from .mesh import Mesh, group_ranks
+
+# What ``torch.ops.symm_mem``'s fused_all_gather_matmul and fused_matmul_reduce_scatter are made of: unlike these, it
+# writes its results where it is told to, and takes products of any form.
+PIPELINES = ("_pipelined_all_gather_and_consume", "_pipelined_produce_and_all2all")
+
+Matrices = tuple[Tensor, Tensor, Tensor]  # a, b and where a @ b goes
+
+
+@dataclass(slots=True)
+class Pending:
+    """A collective in flight."""
+
+    work: dist.Work
+    output: Tensor
+    staging: Tensor | None
+    axes: Axes = ()
+
+
+LAUNCH_ORDER_NCCL = (2, 26)  # the release that brought NCCL_LAUNCH_ORDER_IMPLICIT
+
+
+def orders_launches() -> bool:
+    """Whether NCCL keeps the order in which the host issued collectives of several communicators.
+
+    Where it does not, kernels of two communicators may wait for each other: there is one collective at a time.
+    """
+    return tuple(nccl.version()[:2]) >= LAUNCH_ORDER_NCCL
+
+
+def set_up_nccl() -> None:
+    """What NCCL reads from the environment when its first communicator is made: call it before."""
+    if orders_launches():
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
+    allocator = os.environ.get("PYTORCH_ALLOC_CONF", "") + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    if "expandable_segments:True" in allocator:  # their memory cannot be registered by a capture below sm_100
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+
+
+# A thread that fell asleep runs again 0.1 to 0.5 ms late, as long as a small collective takes (2 cores, 2026-11).
+AWAKE_S = 1e-3
+
+
+def _wait_on_stream(work: dist.Work) -> None:
+    """The stream waits, the host goes on."""
+    work.wait()
+
+
+def _wait_awake(work: dist.Work) -> None:
+    """The host waits; for ``AWAKE_S`` it lets others run, but does not fall asleep."""
+    end = time.perf_counter() + AWAKE_S
+    while not work.is_completed() and time.perf_counter() < end:
+        os.sched_yield()
+    work.wait()
+
+
+def sum_parts(staging: Tensor, output: Tensor) -> None:
+    """What follows gloo's all-to-all in a reduce-scatter: the sum of what was received, in rank order."""
+    torch.sum(staging.view(-1, output.numel()), 0, out=output.view(-1))
+
+
+class Communicator:
+    """Collectives of one rank over the groups of a mesh."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.ledger: list[Entry] = []
+        self.record = False
+        self._one_at_a_time = torch.cuda.is_available() and not orders_launches()
+        self._last: dist.Work | None = None
+        self._flying: dict[Axes, dist.Work] = {}  # the latest over each group, until it is waited for
+        self._symmetric: list[Tensor] = []
+
+    def issue(self, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None) -> Pending:
+        """Start one collective over ``axes``; tensors are contiguous and belong to it until :meth:`wait`."""
+        group = self.mesh.group(axes, kind)
+        if self.record:
+            payload = max(source.numel(), output.numel()) * source.element_size()
+            self.ledger.append(Entry(kind, lane_name(axes), payload))
+        if self._one_at_a_time and source.is_cuda and self._last is not None:
+            self._last.wait()
+        if kind == "all_gather":
+            work = dist.all_gather_single(output.view(-1), source.view(-1), group=group, async_op=True)
+        elif kind == "reduce_scatter" and staging is not None:
+            work = dist.all_to_all_single(staging.view(-1), source.view(-1), group=group, async_op=True)
+        elif kind == "reduce_scatter":
+            work = dist.reduce_scatter_single(output.view(-1), source.view(-1), group=group, async_op=True)
+        else:
+            assert kind == "all_reduce" and source.data_ptr() == output.data_ptr()
+            work = dist.all_reduce(output, group=group, async_op=True)
+        assert work is not None
+        self._last = work if self._one_at_a_time else None
+        self._flying[axes] = work
+        return Pending(work, output, staging, axes)
+
+    def bind(
+        self, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None
+    ) -> tuple[Callable[[], None], Callable[[], None]]:
+        """:meth:`issue` and :meth:`wait` of one collective, resolved once for all steps: replay calls the pair.
+
+        Straight to the process group: torch's checks of arguments that never change cost as much as a small collective.
+        """
+        group = self.mesh.group(axes, kind)
+        entry = Entry(kind, lane_name(axes), max(source.numel(), output.numel()) * source.element_size())
+        flat_source, flat_output = source.view(-1), output.view(-1)
+        if kind == "all_gather":
+            start = partial(group._allgather_base, flat_output, flat_source)
+        elif kind == "reduce_scatter" and staging is not None:
+            start = partial(group.alltoall_base, staging.view(-1), flat_source, [], [])
+        elif kind == "reduce_scatter":
+            start = partial(group._reduce_scatter_base, flat_output, flat_source)
+        else:
+            assert kind == "all_reduce" and source.data_ptr() == output.data_ptr()
+            start = partial(group.allreduce, [flat_output])
+        parts = None if staging is None else staging.view(-1, output.numel())
+        finish = _wait_on_stream if source.is_cuda else _wait_awake
+        flying: list[dist.Work] = []
+
+        def issue() -> None:
+            if self.record:
+                self.ledger.append(entry)
+            flying.append(start())
+
+        def wait() -> None:
+            finish(flying.pop())
+            if parts is not None:
+                torch.sum(parts, 0, out=flat_output)
+
+        return issue, wait
+
+    def forget(self) -> None:
+        """A step was broken off: nothing that it issued will be waited for."""
+        self._flying.clear()
+
+    # -- fused with products, on CUDA (on a CPU the executor runs the parts) -----------------------------------------
+
+    def symmetric_memory(self, axes: Axes, size_bytes: int) -> Tensor:
+        """Bytes of this rank that the ranks of its group read over NVLink. Collective; before any capture.
+
+        Raises CinemeshError when the group is not within one server, or this torch has not what is called here.
+        """
+        for name in PIPELINES:
+            if not hasattr(symmetric, name):
+                raise CinemeshError(
+                    f"plan: fused_tp(true): torch {torch.__version__} has no {name}, a private part of "
+                    "torch 2.13; install that, or set fused_tp to false"
+                )
+        group = self.mesh.group(axes, "all_gather")
+        self.check_one_server(axes)
+        symmetric.get_symm_mem_workspace(group.group_name, size_bytes)
+        whole = symmetric._group_name_to_workspace_tensor[group.group_name]
+        assert whole is not None
+        self._symmetric.append(whole)  # torch replaces it by a larger one: a captured step still has its address
+        return whole[:size_bytes]
+
+    def check_one_server(self, axes: Axes) -> None:
+        """Refuse a group whose ranks lie on several servers. Collective over the group, on the host."""
+        ranks = group_ranks(self.mesh.plan, axes, self.mesh.rank)
+        servers: list[str] = [""] * len(ranks)
+        dist.all_gather_object(servers, platform.node(), group=self.mesh.group(axes, "all_gather"))
+        if len(set(servers)) > 1:
+            raise CinemeshError(
+                f"plan: fused_tp(true): ranks {', '.join(map(str, ranks))} of one {lane_name(axes)} group lie on "
+                f"{len(set(servers))} servers ({', '.join(dict.fromkeys(servers))}), and torch's symmetric memory "
+                "reaches over NVLink, within one; put tp first in order, lower tp, or set fused_tp to false"
+            )
+
+    def bind_gather_products(
+        self, axes: Axes, source: Tensor, gathered: Tensor, products: Sequence[Matrices]
+    ) -> Callable[[], None]:
+        """A call that gathers and multiplies, one rank's rows while the next rank's come in.
+
+        ``products`` are (all rows, weight, all rows of the result), each a matrix.
+        """
+        name, entry = self._fused(axes, "all_gather", gathered)
+        ranks = self.mesh.plan.size(axes)
+        rows = gathered.view(products[0][0].shape)
+        own = source.view(rows.shape[0] // ranks, -1)
+        chunks = [(weight, result.chunk(ranks)) for _, weight, result in products]
+
+        def multiply(shard: Tensor, rank: int) -> None:
+            for weight, results in chunks:
+                torch.mm(shard, weight, out=results[rank])
+
+        def run() -> None:
+            self._begin(axes, entry)
+            symmetric._pipelined_all_gather_and_consume(own, multiply, rows, name)
+
+        return run
+
+    def bind_product_scatter(
+        self, axes: Axes, product: Matrices, added: Tensor | None, received: Tensor, output: Tensor
+    ) -> Callable[[], None]:
+        """A call that makes other ranks' rows first, each sent while the next is made, and sums what was received.
+
+        ``added`` and ``received`` are as large as the product; the latter holds the rows of ``output`` from each rank.
+        """
+        name, entry = self._fused(axes, "reduce_scatter", received)
+        ranks = self.mesh.plan.size(axes)
+        left, weight, result = product
+        rows = left.chunk(ranks)
+        addends = None if added is None else added.view(result.shape).chunk(ranks)
+        stacked, parts, flat = received.view(result.shape), received.view(ranks, -1), output.view(-1)
+
+        def multiply(rank: int, out: Tensor) -> None:
+            if addends is None:
+                torch.mm(rows[rank], weight, out=out)
+            else:
+                torch.addmm(addends[rank], rows[rank], weight, out=out)
+
+        def run() -> None:
+            self._begin(axes, entry)
+            symmetric._pipelined_produce_and_all2all(multiply, stacked, name)
+            torch.sum(parts, 0, out=flat)
+
+        return run
+
+    def _begin(self, axes: Axes, entry: Entry) -> None:
+        """The start rule: after the previous collective over the same group."""
+        if self.record:
+            self.ledger.append(entry)
+        if (work := self._flying.get(axes)) is not None:
+            work.wait()
+
+    def _fused(self, axes: Axes, kind: str, larger: Tensor) -> tuple[GroupName, Entry]:
+        """The name of the group, and what the ledger says."""
+        entry = Entry(kind, lane_name(axes), larger.numel() * larger.element_size())
+        return self.mesh.group(axes, kind).group_name, entry
+
+    def wait(self, pending: Pending) -> None:
+        (_wait_on_stream if pending.output.is_cuda else _wait_awake)(pending.work)
+        if self._flying.get(pending.axes) is pending.work:
+            del self._flying[pending.axes]
+        if pending.staging is not None:
+            sum_parts(pending.staging, pending.output)
+
+
+def all_agree(ok: bool) -> bool:
+    """Whether every rank of the job says yes. A host-side vote: never part of a step."""
+    vote = torch.tensor([int(ok)])
+    dist.all_reduce(vote, op=dist.ReduceOp.MIN)
+    return bool(vote.item())
+
+
+def gather_objects(value: object) -> list[object]:
+    """One object from every rank, on every rank. Host-side: for reports, never part of a step."""
+    values: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    dist.barrier()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of every rank's CPU tensor, on every rank. Host-side: for reports, never part of a step."""
+    total = values.clone()
+    dist.all_reduce(total)
+    return total

@@ -1,0 +1,191 @@
+"""Runs a program on tensors that lie in one arena.
+
+Binding resolves everything that does not change between steps: storages, views, kernels, rank offsets. A step is then a
+walk over a flat list. Shapes and dtypes are checked once, when bound: torch writes past a view in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.reference import Kernel, product_of
+from ...kernels.registry import kernels_for, leave_sms
+from ..ir.layout import HEADS
+from ..ir.ops import FUSED, OPS
+from ..ir.program import Op, Program
+from ..ir.units import communicator_order, nested_index
+from ..passes.arena import place
+from ..passes.fuse_tp import SYMMETRIC
+from ..passes.liveness import persistent
+from .comm import Communicator, Pending
+
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+    "bool": torch.bool,
+}
+
+
+@dataclass(slots=True)
+class Record:
+    """One record bound to tensors. ``attrs``: what its kernel is called with; empty for collectives and waits.
+
+    ``parts``: of a fused record that runs as its parts, those; else none.
+    """
+
+    op: Op
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    attrs: dict[str, Any]
+    run: Callable[[], None]
+    parts: tuple[Record, ...] = ()
+
+
+def _run_all(parts: tuple[Record, ...]) -> None:
+    for part in parts:
+        part.run()
+
+
+class Executor:
+    """One program bound to one rank. ``inputs`` and ``states`` are tensors that live as long as the executor."""
+
+    def __init__(
+        self,
+        program: Program,
+        coordinates: dict[str, int],
+        comm: Communicator | None,
+        device: str = "cpu",
+        kernels: dict[str, Kernel] | None = None,
+        shared: dict[str, Tensor] | None = None,
+        arena: Tensor | None = None,
+    ) -> None:
+        """``comm`` may be None when every axis has one rank. ``shared`` are storages of another executor, by name.
+
+        ``arena``: bytes in which the temporaries lie, of another executor that never runs at the same time; where it is
+        too small, or None, the executor has its own.
+        """
+        self.program = program
+        self.device = device
+        self.coordinates = coordinates
+        self.comm = comm
+        self.kernels = kernels or kernels_for(device)
+        if torch.device(device).type == "cuda":
+            self.kernels = leave_sms(self.kernels, program.plan.sm_margin)
+        self.placement = place(program)
+        if arena is None or arena.numel() < self.placement.total_bytes:
+            arena = torch.empty(self.placement.total_bytes, dtype=torch.uint8, device=device)
+        self.arena = arena
+        self._pending: dict[str, Pending] = {}
+        self._flat: dict[str, Tensor] = {}  # every storage, as one row of its elements
+        self._tensors: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
+        for name in persistent(program):
+            buffer = program.buffers[name]
+            tensor = (shared or {}).get(name)
+            if name == SYMMETRIC:
+                assert comm is not None
+                tensor = comm.symmetric_memory(HEADS, program.bytes(name)).view(_DTYPES[buffer.dtype])
+            if tensor is None:
+                tensor = torch.zeros(program.local_shape(name), dtype=_DTYPES[buffer.dtype], device=device)
+            assert tensor.shape == program.local_shape(name) and tensor.dtype == _DTYPES[buffer.dtype], name
+            self.buffers[name] = tensor
+            self._flat[name] = tensor.view(-1)
+        for name, offset in self.placement.offsets.items():
+            part = arena[offset : offset + program.bytes(name)]
+            self._flat[name] = part.view(_DTYPES[program.buffers[name].dtype])
+        self.records = [self._bind(op) for op in program.ops]
+
+    # -- binding ------------------------------------------------------------------------------------------------
+
+    def _bind(self, op: Op) -> Record:
+        inputs, outputs = [self.tensor(name) for name in op.inputs], [self.tensor(name) for name in op.outputs]
+        if op.kind == "wait":
+            return Record(op, inputs, outputs, {}, partial(self._wait, op.attrs["issue"]))
+        if op.kind in FUSED:
+            return self._bind_fused(op, inputs, outputs)
+        if op.kind not in OPS:
+            assert self.comm is not None, f"{op.name}: a collective over {op.axes} without processes"
+            return Record(op, inputs, outputs, {}, partial(self._issue, op, inputs, outputs))
+        attrs = {key: value for key, value in op.attrs.items() if key not in ("rank_axes", "shard_axes")}
+        for key in ("rank_axes", "shard_axes"):
+            if key in op.attrs:
+                axes = op.attrs[key]
+                ordered = communicator_order(self.program.plan, axes) if key == "shard_axes" else axes
+                attrs["rank"] = nested_index(self.program.plan, ordered, self.coordinates)
+        if len(op.inputs) > len(self.program.label_signature(op).inputs):
+            attrs["add"] = True
+        return Record(op, inputs, outputs, attrs, partial(self.kernels[op.kind], inputs, outputs, **attrs))
+
+    def _bind_fused(self, op: Op, inputs: list[Tensor], outputs: list[Tensor]) -> Record:
+        """On a CPU its parts, one after the other; on CUDA one call of ``comm.py``."""
+        parts = tuple(self._bind(part) for part in op.parts)
+        if self.device == "cpu":
+            return Record(op, inputs, outputs, {}, partial(_run_all, parts), parts)
+        assert self.comm is not None
+        products = [part for part in parts if part.op.kind == "matmul"]
+        matrices = [
+            product_of(product.attrs["signature"], product.inputs[0], product.inputs[1], product.outputs[0])
+            for product in products
+        ]
+        if op.kind == "gather_matmul":
+            run = self.comm.bind_gather_products(op.axes, inputs[0], outputs[0], matrices)
+        else:
+            added = inputs[2] if len(inputs) > 2 else None
+            run = self.comm.bind_product_scatter(op.axes, matrices[0], added, outputs[-1], outputs[0])
+        return Record(op, inputs, outputs, {}, run)
+
+    def _issue(self, op: Op, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        assert self.comm is not None
+        staging = outputs[1] if len(outputs) > 1 else None
+        self._pending[op.name] = self.comm.issue(op.kind, op.axes, inputs[0], outputs[0], staging)
+
+    def _wait(self, issue: str) -> None:
+        assert self.comm is not None
+        self.comm.wait(self._pending.pop(issue))
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def run(self, watch: Callable[[int], None] | None = None) -> None:
+        """One step on the inputs and states as they are. ``watch`` is called after every record (tests)."""
+        if watch is None:
+            for record in self.records:
+                record.run()
+            return
+        for i, record in enumerate(self.records):
+            record.run()
+            watch(i)
+
+    def pending(self, issue: str) -> Pending:
+        """A collective in flight, by the name of its issue."""
+        return self._pending[issue]
+
+    def forget_pending(self) -> None:
+        """Collectives that were issued and whose wait will never come: the step was broken off."""
+        self._pending.clear()
+        if self.comm is not None:
+            self.comm.forget()
+
+    def tensor(self, name: str) -> Tensor:
+        """The place of a buffer. A temporary holds its value only from its first write to its last read."""
+        if name not in self._tensors:
+            root, offset = self.program.root(name)
+            shape = self.program.local_shape(name)
+            self._tensors[name] = self._flat[root].as_strided(
+                shape, self.program.local_strides(name), self._flat[root].storage_offset() + offset
+            )
+        return self._tensors[name]
+
+    def load(self, name: str, value: Tensor) -> None:
+        """Copy a value into an input or state."""
+        target = self.buffers[name]
+        assert value.shape == target.shape, f"{name}: {tuple(value.shape)}, wanted {tuple(target.shape)}"
+        target.copy_(value)

@@ -1,0 +1,101 @@
+"""The mesh: this rank's coordinates and its process groups, from a plan.
+
+On NCCL every group gets its stream's priority and, where the plan says so, its thread blocks. Without a priority a
+collective waits until the blocks of the compute that was launched before have found their SMs, so all have it unless
+the plan says otherwise. Gloo has neither: rank 0 says what is without effect there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..ir.communicators import GROUPS
+from ..ir.layout import Axes
+from ..ir.plan import AXES, Plan
+
+
+def coordinates(plan: Plan, rank: int) -> dict[str, int]:
+    """Position of a rank on every axis; ``plan.order`` lists the axes innermost first."""
+    position: dict[str, int] = {}
+    for axis in plan.order:
+        rank, position[axis] = divmod(rank, plan.size(axis))
+    return position
+
+
+def rank_at(plan: Plan, position: dict[str, int]) -> int:
+    rank = 0
+    for axis in reversed(plan.order):
+        rank = rank * plan.size(axis) + position[axis]
+    return rank
+
+
+def group_ranks(plan: Plan, axes: Axes, rank: int) -> list[int]:
+    """The ranks that differ from ``rank`` only on ``axes``, ascending: a communicator's order."""
+    here = coordinates(plan, rank)
+    free = [range(plan.size(axis)) if axis in axes else (here[axis],) for axis in AXES]
+    return sorted(rank_at(plan, dict(zip(AXES, position, strict=True))) for position in itertools.product(*free))
+
+
+def options(plan: Plan, axes: Axes, timeout: timedelta, make: Callable[[], Any]) -> Any:
+    """What an NCCL group over ``axes`` is made with. ``make`` gives NCCL's defaults: ``dist.ProcessGroupNCCL.Options``.
+
+    NCCL takes the least and the most thread blocks (``min_ctas``, ``max_ctas``); one value for both is exact.
+    """
+    made = make()
+    made.is_high_priority_stream = plan.high_priority(axes)
+    made._timeout = timeout  # torch warns where it differs from the group's
+    if ctas := plan.ctas(axes):
+        made.config.min_ctas = made.config.max_ctas = ctas
+    return made
+
+
+class Mesh:
+    """Raises CinemeshError when the job's world size is not the plan's, or its GPUs have too few SMs for it."""
+
+    def __init__(self, plan: Plan, timeout_s: float = 1800.0) -> None:
+        plan.check_world_size(dist.get_world_size())
+        self.plan = plan
+        self.rank = dist.get_rank()
+        self.coordinates = coordinates(plan, self.rank)
+        self.before_close: list[Callable[[], None]] = []  # what holds work of the groups: CUDA graphs
+        self._groups: dict[tuple[Axes, str], dist.ProcessGroup] = {}
+        timeout, nccl = timedelta(seconds=timeout_s), "nccl" in dist.get_backend_config()
+        if nccl:
+            device = torch.cuda.get_device_properties(torch.cuda.current_device())
+            plan.check_device(device.name, device.multi_processor_count)
+        elif self.rank == 0 and plan.streams:
+            said = ", ".join(plan.streams)
+            print(f"plan: {said}: without effect on gloo, which has no thread blocks, SMs or streams", file=sys.stderr)
+        for axes, purpose in GROUPS:
+            if plan.size(axes) > 1:
+                group = dist.new_group(
+                    group_ranks(plan, axes, self.rank),
+                    timeout=timeout,
+                    pg_options=options(plan, axes, timeout, dist.ProcessGroupNCCL.Options) if nccl else None,
+                    use_local_synchronization=True,
+                )
+                assert isinstance(group, dist.ProcessGroup)
+                self._groups[axes, purpose] = group
+
+    def group(self, axes: Axes, kind: str) -> dist.ProcessGroup:
+        return self._groups.get((axes, kind)) or self._groups[axes, ""]
+
+    @property
+    def data_rank(self) -> int:
+        """Which slice of the batch this rank holds: dp_replicate outer, dp_shard inner."""
+        return self.coordinates["dp_replicate"] * self.plan.dp_shard + self.coordinates["dp_shard"]
+
+    def close(self) -> None:
+        for close in self.before_close:
+            close()
+        self.before_close.clear()
+        for group in self._groups.values():
+            dist.destroy_process_group(group)
+        self._groups.clear()

@@ -1,0 +1,140 @@
+"""Fitting of the few constants that isolated kernels cannot give: clocks under power, overlap, spread (torch-free).
+
+One set for all rows of a hardware kind: no constant a row, a source or a model. Each is physical, has a range, and
+stands in the kind's cluster file. The search is a pattern search: one constant at a time, up and down, the step halved
+when nothing improves. ``refit`` also leaves every source out in turn and predicts its rows with what the others give.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..clusters.cluster import Cluster
+from ..published.rows import Case
+from ..published.validate import Prediction, Predictor, timed
+
+FIRST_STEP, LEAST_STEP = 0.08, 0.008  # of a constant's range
+HELD_OUT_STEP = 0.04
+
+
+@dataclass(frozen=True)
+class Constant:
+    """``paths``: dotted names in the cluster file that take the value."""
+
+    name: str
+    paths: tuple[str, ...]
+    low: float
+    high: float
+
+
+BF16 = Constant("sustained clock, bf16", ("gpu.sustained.bfloat16", "gpu.sustained.float16"), 0.55, 1.0)
+FP8 = Constant("sustained clock, fp8", ("gpu.sustained.float8",), 0.50, 1.0)
+STREAM = Constant("memory fraction", ("stream.fraction",), 0.70, 0.92)
+SLOWDOWN = Constant("compute beside collectives", ("overlap.compute_slowdown",), 0.5, 1.6)
+COMMUNICATION = Constant("collectives beside compute", ("overlap.communication_slowdown",), 1.0, 1.6)
+SPREAD = Constant("spread of ranks", ("spread.step_fraction",), 0.0, 0.02)
+TRITON = (
+    Constant("Triton attention, forward", ("attention.triton.forward.speed.128",), 1.0e14, 2.4e14),
+    Constant("Triton attention, backward", ("attention.triton.backward.speed.128",), 0.7e14, 2.0e14),
+)
+
+KINDS: Mapping[str, tuple[Constant, ...]] = {
+    "A100": (BF16, STREAM, SLOWDOWN, COMMUNICATION, *TRITON),
+    "H100 700 W": (BF16, FP8, SLOWDOWN, COMMUNICATION, SPREAD, *TRITON),
+    "H100 500 W": (BF16, FP8),
+}
+
+
+@dataclass
+class Fit:
+    """Of one hardware kind. ``held_out``: rows of each source, predicted with constants fitted to the others."""
+
+    kind: str
+    constants: tuple[Constant, ...]
+    before: dict[str, float]
+    after: dict[str, float]
+    loss_before: float
+    loss_after: float
+    held_out: list[Prediction] = field(default_factory=list)
+
+
+def kind_of(cluster: Cluster) -> str:
+    """The hardware kind whose constants a cluster shares."""
+    if cluster.gpu.name.startswith("A100"):
+        return "A100"
+    return "H100 700 W" if cluster.gpu.power_w > 600 else "H100 500 W"
+
+
+def standing(cluster: Cluster, constants: Sequence[Constant]) -> dict[str, float]:
+    """The values that a cluster has now."""
+    values: dict[str, float] = {}
+    for constant in constants:
+        owner: object = cluster
+        for part in constant.paths[0].split("."):
+            owner = owner[part] if isinstance(owner, Mapping) else getattr(owner, part)
+        assert isinstance(owner, int | float)
+        values[constant.name] = float(owner)
+    return values
+
+
+def changed(cluster: Cluster, constants: Sequence[Constant], values: Mapping[str, float]) -> Cluster:
+    return cluster.with_(**{path: values[c.name] for c in constants for path in c.paths})
+
+
+def predictions(cases: Sequence[Case], constants: Sequence[Constant], values: Mapping[str, float]) -> list[Prediction]:
+    predictor = Predictor(lambda cluster: changed(cluster, constants, values))
+    return [timed(case, predictor.seconds(case)) for case in cases]
+
+
+def loss(cases: Sequence[Case], constants: Sequence[Constant], values: Mapping[str, float]) -> float:
+    """Half the mean absolute error over rows, half that averaged by source, and a tenth of the 95th percentile."""
+    found = predictions(cases, constants, values)
+    errors = sorted(abs(p.error) for p in found)
+    by_source: dict[str, list[float]] = {}
+    for prediction in found:
+        by_source.setdefault(prediction.source, []).append(abs(prediction.error))
+    tail = errors[min(len(errors) - 1, int(0.95 * len(errors)))]
+    return 0.5 * statistics.mean(errors) + 0.5 * statistics.mean(map(statistics.mean, by_source.values())) + 0.1 * tail
+
+
+def fit(
+    cases: Sequence[Case], constants: Sequence[Constant], values: Mapping[str, float], step: float = FIRST_STEP
+) -> tuple[dict[str, float], float]:
+    """The constants with the least loss over ``cases``, searched from ``values`` on."""
+    best = {c.name: min(max(values[c.name], c.low), c.high) for c in constants}
+    least = loss(cases, constants, best)
+    while step >= LEAST_STEP:
+        improved = False
+        for constant in constants:
+            for sign in (1.0, -1.0):
+                moved = best[constant.name] + sign * step * (constant.high - constant.low)
+                trial = {**best, constant.name: min(max(moved, constant.low), constant.high)}
+                if trial != best and (score := loss(cases, constants, trial)) < least - 1e-6:
+                    best, least, improved = trial, score, True
+                    break
+        if not improved:
+            step /= 2
+    return best, least
+
+
+def refit(cases: Sequence[Case]) -> list[Fit]:
+    """Every hardware kind fitted to its rows, then with each source left out. Minutes for the project's rows."""
+    kinds: dict[str, list[Case]] = {}
+    for case in cases:
+        kinds.setdefault(kind_of(case.cluster), []).append(case)
+    found: list[Fit] = []
+    for kind, of_kind in kinds.items():
+        constants = KINDS[kind]
+        before = standing(of_kind[0].cluster, constants)
+        after, least = fit(of_kind, constants, before)
+        result = Fit(kind, constants, before, after, loss(of_kind, constants, before), least)
+        for source in dict.fromkeys(case.source for case in of_kind):
+            others = [case for case in of_kind if case.source != source]
+            if others:
+                values, _ = fit(others, constants, after, HELD_OUT_STEP)
+                left = [case for case in of_kind if case.source == source]
+                result.held_out += predictions(left, constants, values)
+        found.append(result)
+    return found

@@ -1,0 +1,1 @@
+"""Cluster files, and how they are read: every constant that a price uses."""

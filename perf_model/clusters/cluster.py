@@ -1,0 +1,199 @@
+"""Clusters: every constant that the prices use, read from ``clusters/*.yaml`` and checked (torch-free).
+
+How a number is written: see ``constants.py``; what each one is: ``schema.py``. A file may name ``base`` files, those
+beside it that begin with ``_`` (parts, not clusters), whose numbers it inherits and may replace. All numbers are in SI
+units once read.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from ...errors import CinemeshError
+from .constants import Fact, Reader
+from .grid import Grid, read_grid
+from .schema import Family, Gloo, Gpu, Launch, Matmul, Measured, Memory, Nccl, Overlap, Spread, Stream, Topology
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Everything that prices need. ``facts`` gives the origin of every number by its dotted name."""
+
+    name: str
+    about: str
+    gpu: Gpu
+    matmul: Matmul
+    attention: Mapping[str, Family]
+    stream: Stream
+    launch: Launch
+    memory: Memory
+    topology: Topology
+    overlap: Overlap
+    spread: Spread
+    nccl: Nccl | None = None
+    gloo: Gloo | None = None
+    measured: Measured | None = None
+    facts: Mapping[str, Fact] = field(default_factory=dict, compare=False, repr=False)
+    folder: Path = field(default=FOLDER, compare=False, repr=False)
+
+    @property
+    def gpus_per_server(self) -> int:
+        return self.topology.gpus_per_server
+
+    @property
+    def gpus(self) -> int:
+        return self.topology.gpus_per_server * self.topology.servers
+
+    @property
+    def device(self) -> str:
+        """The device class of ``kernels/catalogue.py``."""
+        return "cuda" if self.nccl is not None else "cpu"
+
+    def grid(self, name: str) -> Grid | None:
+        """A CSV beside the cluster file; None for no name."""
+        return read_grid(self.beside(name)) if name else None
+
+    def beside(self, name: str) -> str:
+        """The path of a table: beside the cluster file, else among the shipped ones, where its base comes from."""
+        path = self.folder / name
+        return str(path if path.is_file() else FOLDER / name)
+
+    def with_(self, **changes: Any) -> Cluster:
+        """A changed copy.
+
+        ``nic_scale``, ``nvlink_scale``, ``memory_scale`` multiply rates; ``memory_bytes`` sets the memory of a GPU; any
+        other number goes by its dotted name: ``with_(**{"gpu.sms": 144})``.
+        """
+        cluster, topology = self, self.topology
+        for name, value in changes.items():
+            if name == "nic_scale":
+                changed = {"topology.nic_bytes_per_s": topology.nic_bytes_per_s * value}
+            elif name == "nvlink_scale":
+                changed = {"topology.nvlink_bytes_per_s": topology.nvlink_bytes_per_s * value}
+                if self.nccl is not None:
+                    changed["nccl.server_channel_bytes_per_s"] = self.nccl.server_channel_bytes_per_s * value
+                    changed["nccl.nvls_channel_bytes_per_s"] = self.nccl.nvls_channel_bytes_per_s * value
+            elif name == "memory_scale":
+                changed = {"gpu.memory_bytes_per_s": self.gpu.memory_bytes_per_s * value}
+            elif name == "memory_bytes":
+                usable = self.memory.usable_bytes * value / self.gpu.memory_bytes
+                changed = {"gpu.memory_bytes": value, "memory.usable_bytes": usable}
+            else:
+                changed = {name: value}
+            for path, new in changed.items():
+                cluster = _changed(cluster, path.split("."), new, path)
+        return cluster
+
+
+def _changed(owner: Any, path: list[str], value: Any, shown: str) -> Any:
+    head, *rest = path
+    if isinstance(owner, Mapping):
+        known: Sequence[str] = list(owner)
+    else:
+        known = [f.name for f in fields(owner)]
+    if head not in known:
+        raise CinemeshError(f"cluster: nothing is named {shown!r}; {head!r} is none of {', '.join(known)}")
+    inner = owner[head] if isinstance(owner, Mapping) else getattr(owner, head)
+    new = _changed(inner, rest, value, shown) if rest else value
+    return {**owner, head: new} if isinstance(owner, Mapping) else replace(owner, **{head: new})
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def names() -> list[str]:
+    """Clusters that ship with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("_"))
+
+
+def load(name_or_path: str) -> Cluster:
+    """A cluster by name, or from a file (anything that ends in .yaml). ``CinemeshError`` for what cannot be."""
+    if name_or_path.endswith((".yaml", ".yml")):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise CinemeshError(f"cluster: there is no file {name_or_path}; known clusters: {', '.join(names())}")
+    else:
+        path = FOLDER / f"{name_or_path}.yaml"
+        if name_or_path.startswith("_") or not path.is_file():
+            near = difflib.get_close_matches(name_or_path, names(), n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise CinemeshError(
+                f"cluster: {name_or_path!r} is unknown; {hint}Known: {', '.join(names())}. Or give a .yaml file"
+            )
+    return from_dict(_read(path), path.stem, path.parent)
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file over its bases. A part is looked for beside the file, then among those of the package."""
+    if path in seen:
+        raise CinemeshError(f"cluster {path.stem}: its base leads back to itself; remove one of the base entries")
+    try:
+        values = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise CinemeshError(
+            f"cluster {path.stem}: cannot be read as YAML ({error}); compare a file that ships"
+        ) from None
+    if not isinstance(values, dict):
+        raise CinemeshError(f"cluster {path.stem}: the file holds no mapping; compare a file that ships")
+    merged: dict[str, Any] = {}
+    bases = values.pop("base", [])
+    for base in [bases] if isinstance(bases, str) else bases:
+        found = next((p for f in (path.parent, FOLDER) if (p := f / f"{base}.yaml").is_file()), None)
+        if found is None:
+            raise CinemeshError(f"cluster {path.stem}: base {base!r} is no file beside it or among the shipped ones")
+        merged = _merge(merged, _read(found, (*seen, path)))
+    return _merge(merged, values)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``above`` over ``below``; a number is replaced whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _merge(cast(dict, old), value) if both and "value" not in value else value
+    return merged
+
+
+_SECTIONS: dict[str, Any] = {
+    "gpu": Gpu,
+    "matmul": Matmul,
+    "stream": Stream,
+    "launch": Launch,
+    "memory": Memory,
+    "topology": Topology,
+    "overlap": Overlap,
+    "spread": Spread,
+}
+_LIBRARIES: dict[str, Any] = {"nccl": Nccl, "gloo": Gloo}
+
+
+def from_dict(values: dict[str, Any], name: str, folder: Path = FOLDER) -> Cluster:
+    """A cluster from the mapping that a file holds, its bases merged in."""
+    known = {"name", "about", "sources", "attention", "measured", *_SECTIONS, *_LIBRARIES}
+    reader = Reader(name, values.get("sources"))
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise reader.wrong(str(key), "is unknown", f"did you mean {near[0]!r}?" if near else "remove it")
+    read = {key: reader.section(kind, values.get(key), key) for key, kind in _SECTIONS.items()}
+    libraries = [key for key in _LIBRARIES if key in values]
+    if len(libraries) != 1:
+        raise reader.wrong("nccl, gloo", f"has {len(libraries)} of the two", "give the constants of exactly one")
+    read[libraries[0]] = reader.section(_LIBRARIES[libraries[0]], values[libraries[0]], libraries[0])
+    if "measured" in values:
+        read["measured"] = reader.section(Measured, values["measured"], "measured")
+    families = values.get("attention")
+    if not isinstance(families, dict) or not families:
+        raise reader.wrong("attention", "is missing", "give at least one family of kernels")
+    read["attention"] = {key: reader.section(Family, value, f"attention.{key}") for key, value in families.items()}
+    title, about = values.get("name", name), values.get("about", "")
+    return Cluster(name=str(title), about=str(about), **read, facts=reader.facts, folder=folder)

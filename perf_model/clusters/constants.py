@@ -1,0 +1,183 @@
+"""Numbers in files: each with its unit, origin, source and date, checked and turned into SI (torch-free).
+
+A number is one mapping, ``{value: 3.35, unit: TB/s, origin: datasheet, source: h100}``: its origin is ``datasheet``,
+``measured``, ``fitted`` or ``placeholder``, its source is an entry of the file's ``sources`` with a title and a date.
+A section is a dataclass whose fields have the types below (``Seconds``, ``SecondsTable``, ...); ``Reader`` fills it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import lru_cache
+from typing import Annotated, Any, cast, get_args, get_type_hints
+
+from ...errors import CinemeshError
+
+ORIGINS = ("datasheet", "measured", "fitted", "placeholder")
+
+# unit: (quantity, in SI)
+UNITS: dict[str, tuple[str, float]] = {
+    "s": ("time", 1.0),
+    "ms": ("time", 1e-3),
+    "us": ("time", 1e-6),
+    "ns": ("time", 1e-9),
+    "B": ("size", 1.0),
+    "KiB": ("size", 2.0**10),
+    "MiB": ("size", 2.0**20),
+    "GiB": ("size", 2.0**30),
+    "GB": ("size", 1e9),
+    "B/s": ("rate", 1.0),
+    "MB/s": ("rate", 1e6),
+    "GB/s": ("rate", 1e9),
+    "TB/s": ("rate", 1e12),
+    "Mb/s": ("rate", 1.25e5),
+    "Gb/s": ("rate", 1.25e8),
+    "FLOP/s": ("speed", 1.0),
+    "GFLOP/s": ("speed", 1e9),
+    "TFLOP/s": ("speed", 1e12),
+    "W": ("power", 1.0),
+    "count": ("count", 1.0),
+    "fraction": ("fraction", 1.0),
+    "ratio": ("ratio", 1.0),
+}
+# What a number of each quantity may be, in SI; a latency above 0.1 s or a rate below 1 kB/s is a slip of the unit.
+LIMITS: dict[str, tuple[float, float]] = {
+    "time": (1e-10, 0.1),
+    "size": (1.0, 1e13),
+    "rate": (1e3, 1e14),
+    "speed": (1e8, 1e17),
+    "power": (1.0, 1e5),
+    "count": (1.0, 1e7),
+    "fraction": (1e-6, 1.0),
+    "ratio": (1e-3, 1e3),
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a number must be: of a quantity, or a table of one by name; ``zero``: 0 is a sensible value.
+
+    ``most``: instead of the quantity's upper limit, in SI.
+    """
+
+    quantity: str
+    table: bool = False
+    zero: bool = False
+    most: float = 0.0
+
+
+Table = Mapping[str, float]
+Seconds = Annotated[float, Rule("time")]
+Bytes = Annotated[float, Rule("size")]
+BytesPerSecond = Annotated[float, Rule("rate")]
+Flops = Annotated[float, Rule("speed")]
+Watts = Annotated[float, Rule("power")]
+Count = Annotated[int, Rule("count")]
+Fraction = Annotated[float, Rule("fraction")]
+Ratio = Annotated[float, Rule("ratio")]
+
+Duration = Annotated[float, Rule("time", most=1e3)]  # of what happens once in a job
+SecondsOrZero = Annotated[float, Rule("time", zero=True)]
+BytesOrZero = Annotated[float, Rule("size", zero=True)]
+FractionOrZero = Annotated[float, Rule("fraction", zero=True)]
+SecondsTable = Annotated[Table, Rule("time", table=True)]
+BytesPerSecondTable = Annotated[Table, Rule("rate", table=True)]
+FlopsTable = Annotated[Table, Rule("speed", table=True)]
+FractionTable = Annotated[Table, Rule("fraction", table=True)]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Where a number comes from."""
+
+    value: Any
+    unit: str
+    origin: str
+    source: str
+    date: str
+
+
+class Reader:
+    """Turns plain mappings into sections, one message for the first number that cannot be."""
+
+    def __init__(self, cluster: str, sources: Any) -> None:
+        self.cluster = cluster
+        self.sources = sources if isinstance(sources, dict) else {}
+        self.facts: dict[str, Fact] = {}
+
+    def wrong(self, path: str, what: str, remedy: str) -> CinemeshError:
+        return CinemeshError(f"cluster {self.cluster}: {path} {what}; {remedy}")
+
+    def section(self, kind: Any, values: Any, path: str) -> Any:
+        if not isinstance(values, dict):
+            raise self.wrong(path, "is missing or no mapping", "write its numbers under it")
+        hints = _hints(kind)
+        for key in values:
+            if key not in hints:
+                near = difflib.get_close_matches(str(key), hints, n=1)
+                remedy = f"did you mean {near[0]!r}?" if near else "remove it"
+                raise self.wrong(f"{path}.{key}", "is unknown", remedy)
+        read: dict[str, Any] = {}
+        for f in fields(kind):
+            where = f"{path}.{f.name}"
+            if f.name not in values:
+                if f.default is MISSING:
+                    example = "{value: ..., unit: ..., origin: measured, source: ...}"
+                    raise self.wrong(where, "is missing", f"add {f.name}: {example}")
+                continue
+            hint = hints[f.name]
+            annotated = get_args(hint)
+            if annotated and isinstance(annotated[-1], Rule):
+                read[f.name] = self.number(values[f.name], where, annotated[-1], whole=annotated[0] is int)
+            elif is_dataclass(hint):
+                read[f.name] = self.section(hint, values[f.name], where)
+            elif isinstance(values[f.name], str):
+                read[f.name] = values[f.name]
+            else:
+                raise self.wrong(where, f"is {values[f.name]!r}", "it must be a text")
+        return kind(**read)
+
+    def number(self, given: Any, path: str, rule: Rule, *, whole: bool) -> Any:
+        if not isinstance(given, dict) or "value" not in given:
+            raise self.wrong(path, f"is {given!r}", "write {value: ..., unit: ..., origin: ..., source: ...}")
+        unit, origin, source = given.get("unit"), given.get("origin"), given.get("source")
+        quantity, scale = UNITS.get(cast(str, unit), ("", 1.0))
+        if quantity != rule.quantity:
+            fit = ", ".join(name for name, (q, _) in UNITS.items() if q == rule.quantity)
+            raise self.wrong(path, f"has the unit {unit!r}", f"a {rule.quantity} is given in {fit}")
+        if origin not in ORIGINS:
+            raise self.wrong(path, f"has the origin {origin!r}", f"say one of {', '.join(ORIGINS)}")
+        entry = self.sources.get(source)
+        if not isinstance(entry, dict) or not entry.get("title") or not entry.get("date"):
+            raise self.wrong(path, f"has the source {source!r}", "add it under sources with its title and date")
+        value = given["value"]
+        if rule.table:
+            if not isinstance(value, dict) or not value:
+                raise self.wrong(path, f"is {value!r}", "it must be a table, {name: number, ...}")
+            read: Any = {
+                str(k): self.checked(v, f"{path}[{k}]", rule, cast(str, unit), scale, False) for k, v in value.items()
+            }
+        else:
+            read = self.checked(value, path, rule, cast(str, unit), scale, whole)
+        self.facts[path] = Fact(value, cast(str, unit), origin, entry["title"], str(entry["date"]))
+        return read
+
+    def checked(self, value: Any, path: str, rule: Rule, unit: str, scale: float, whole: bool) -> float | int:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.wrong(path, f"is {value!r}", f"it must be a number of {unit}")
+        if whole and value != int(value):
+            raise self.wrong(path, f"is {value}", "it must be a whole number")
+        low, high = LIMITS[rule.quantity]
+        high = rule.most or high
+        si = value * scale
+        if not (low <= si <= high or (rule.zero and si == 0)):  # also refuses nan
+            span = f"from {low / scale:g} to {high / scale:g} {unit}" + (", or 0" if rule.zero else "")
+            raise self.wrong(path, f"is {value} {unit}", f"a {rule.quantity} here lies {span}")
+        return int(value) if whole else si
+
+
+@lru_cache(maxsize=64)
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)

@@ -1,0 +1,1 @@
+"""What one record, one step and one rank's memory cost."""

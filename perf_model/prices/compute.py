@@ -1,0 +1,378 @@
+"""Compute: what each op of a program costs on one GPU, from its local shape (torch-free).
+
+matmul      small tiles of the output run in waves over the SMs; each costs its FLOPs and a prologue. The library picks
+            among larger tiles and may split k, which shortens the last wave: only ``tail`` of what it leaves idle is
+            paid. Never faster than its bytes from memory. Residual of the law by shape: a small measured grid.
+attention   blocks of rows of one head run in waves over the SMs and walk all keys; by family of kernels and head dim.
+others      bytes over the achieved part of the memory's rate. An op that has no kernel of its own runs as the plain
+            reference, which moves its bytes several times (``REFERENCE``).
+Products and self-attention run on the SMs that ``plan.sm_margin`` leaves them: as fast a wave, more waves.
+All run at the clock that a long step sustains under the power limit: ``gpu.sustained``, fitted, apart from the laws,
+which hold for short isolated kernels (``clock="isolated"``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from ...errors import CinemeshError
+from ...kernels.catalogue import LEAVE_SMS, candidates, choose
+from ...parallel.ir.ops import DTYPE_BYTES
+from ...parallel.ir.plan import Plan
+from ...parallel.ir.program import Op, Program
+from ..clusters.cluster import Cluster
+from ..clusters.constants import Table
+
+Bound = Literal["compute", "memory", "launch"]
+
+ITEM_BYTES = {**DTYPE_BYTES, "float16": 2, "float8": 1}
+FORWARD_FLOPS = 4  # of attention, for each query, key and head element: scores and values
+BACKWARD_FLOPS = 10  # five products
+# Ops whose plain reference is more than one kernel: (kernels, bytes moved over those of one fused kernel), counted from
+# kernels/reference.py in bf16 with fp32 statistics: casts, products and sums each read and write whole activations.
+REFERENCE: dict[str, tuple[int, float]] = {
+    "modulate_norm": (9, 10.0),
+    "position_modulate_norm": (10, 8.0),
+    "modulate_norm_backward": (18, 11.0),
+    "layer_norm": (11, 13.0),
+    "layer_norm_backward": (16, 18.0),
+    "gated_residual_backward": (4, 4.0),
+    "merge_attention": (32, 9.8),  # of four parts
+    "sum_parts": (5, 4.2),  # of four
+    "swiglu": (2, 1.7),
+    "swiglu_backward": (4, 2.2),
+    "silu_backward": (3, 3.0),
+    "adamw": (14, 3.0),
+    "sum_of_squares": (2, 1.0),
+    "draw_noise": (40, 20.0),
+    "interpolate": (5, 2.5),
+    "velocity_loss": (4, 3.0),
+    "velocity_loss_backward": (2, 1.5),
+}
+ATTENTION = {
+    "attention": "forward",
+    "cross_attention": "forward",
+    "attention_backward": "backward",
+    "cross_attention_backward": "backward",
+}
+
+
+# Families of attention kernels that can leave SMs alone.
+LEAVING = tuple(entry.rate_class.removeprefix("attention.") for entry in candidates("attention") if entry.margin)
+
+
+def reference_ops(device: str) -> frozenset[str]:
+    """Ops that run as their plain reference on ``device`` in a plain install (kernels/catalogue.py)."""
+    return frozenset(kind for kind in REFERENCE if choose(kind, device) is None)
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """``kernel_s`` on the device, ``host_s`` to launch it, and what sets the pace."""
+
+    kernel_s: float
+    host_s: float
+    bound: Bound
+
+    @property
+    def seconds(self) -> float:
+        return max(self.kernel_s, self.host_s)
+
+
+class Compute:
+    """Prices the ops of one cluster's GPU.
+
+    ``attention``: family of kernels, the cluster file's first if None. ``unfused``: ops that run as their plain
+    reference; None: as the catalogue tells for the cluster's device.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        *,
+        mode: Literal["eager", "graph"] = "graph",
+        attention: str | None = None,
+        unfused: Collection[str] | None = None,
+        clock: Literal["sustained", "isolated"] = "sustained",
+    ) -> None:
+        self.cluster = cluster
+        self.family = attention or next(iter(cluster.attention))
+        self.launch_s = cluster.launch.eager_s if mode == "eager" else cluster.launch.graph_s
+        self.unfused = reference_ops(cluster.device) if unfused is None else unfused
+        self.clock = clock
+        self._grid = cluster.grid(cluster.matmul.grid)
+        self._on_gpus = cluster.device == "cuda"
+        self._prices: dict[tuple[object, ...], Price] = {}
+
+    # -- ops ----------------------------------------------------------------------------------------------------------
+
+    def op_s(self, program: Program, op: Op) -> float:
+        """Seconds of one compute op on one rank: its kernels, or the host where launching them takes longer."""
+        return self.price(program, op).seconds
+
+    def bound(self, program: Program, op: Op) -> Bound:
+        """What sets the op's pace."""
+        return self.price(program, op).bound
+
+    def price(self, program: Program, op: Op) -> Price:
+        """Price of a compute op, kept by kind, local shapes and dtypes."""
+        names = (*op.inputs, *op.outputs)
+        key = (
+            op.kind,
+            op.attrs.get("signature"),
+            *[program.local_shape(name) for name in names],
+            *[program.buffers[name].dtype for name in names],
+            margin := self.margin(program, op),
+        )
+        found = self._prices.get(key)
+        if found is None:
+            found = self._prices[key] = self._price(program, op, margin)
+        return found
+
+    def check(self, plan: Plan) -> None:
+        """Raises CinemeshError for a plan that leaves compute no SM, or asks of attention what its kernels cannot."""
+        gpu = self.cluster.gpu
+        if not self._on_gpus:
+            return
+        plan.check_device(gpu.name, gpu.sms)
+        if plan.sm_margin and self.family not in LEAVING:
+            raise CinemeshError(
+                f"plan: sm_margin({plan.sm_margin}): attention on {self.cluster.name} is priced as {self.family}, "
+                f"which takes every SM; only {', '.join(LEAVING)} leaves some. Set sm_margin to 0"
+            )
+
+    def margin(self, program: Program, op: Op) -> int:
+        """SMs that an op leaves to communication."""
+        return self.left_sms(program.plan) if op.kind in LEAVE_SMS else 0
+
+    def left_sms(self, plan: Plan) -> int:
+        """SMs that products and self-attention leave under a plan: none where there is no NCCL to take them."""
+        return plan.sm_margin if self._on_gpus else 0
+
+    def least_s(self, program: Program, op: Op) -> float:
+        """A memory-bound op's time without what each kernel costs whatever its size: proportional to its bytes."""
+        measured = self.cluster.measured
+        if measured is not None and op.kind in measured.bytes_per_s:
+            return program.bytes_moved(op) / measured.bytes_per_s[op.kind]
+        passes = REFERENCE.get(op.kind, (1, 1.0))[1] if op.kind in self.unfused else 1.0
+        rate = self.cluster.gpu.memory_bytes_per_s * self.cluster.stream.fraction
+        return program.bytes_moved(op) * passes / rate
+
+    def _price(self, program: Program, op: Op, margin: int) -> Price:
+        dtype = program.buffers[op.inputs[0]].dtype
+        if op.kind == "matmul":
+            signature = program.label_signature(op)
+            batch, m, n, k = matmul_shape(signature.inputs, signature.outputs[0], program.label_sizes(op))
+            accumulate = len(op.inputs) > len(signature.inputs)
+            out = program.buffers[op.outputs[0]].dtype
+            work, memory, floor = self._matmul(
+                m, n, k, dtype, out_dtype=out, accumulate=accumulate, batch=batch, margin=margin
+            )
+            return self._priced(work, memory, floor, 1)
+        if op.kind in ATTENTION:
+            z = program.label_sizes(op)
+            work, memory, floor = self._attention(
+                ATTENTION[op.kind], z["b"], z["t"], z["s"], z["h"], z["k"], dtype, self.family, False, False, margin
+            )
+            return self._priced(work, memory, floor, 1)
+        measured = self.cluster.measured
+        if measured is not None and op.kind in measured.bytes_per_s:
+            memory = program.bytes_moved(op) / measured.bytes_per_s[op.kind]
+            return self._priced(0.0, memory, measured.floor_s[op.kind], 0)
+        kernels, passes = REFERENCE.get(op.kind, (1, 1.0)) if op.kind in self.unfused else (1, 1.0)
+        stream = self.cluster.stream
+        memory = program.bytes_moved(op) * passes / (self.cluster.gpu.memory_bytes_per_s * stream.fraction)
+        return self._priced(0.0, memory, kernels * stream.floor_s, kernels)
+
+    def _priced(self, work: float, memory: float, floor: float, kernels: int) -> Price:
+        kernel, host = max(work, memory) + floor, kernels * self.launch_s
+        if max(work, memory) < max(floor, host):
+            return Price(kernel, host, "launch")
+        return Price(kernel, host, "compute" if work >= memory else "memory")
+
+    # -- laws ---------------------------------------------------------------------------------------------------------
+
+    def matmul_s(
+        self,
+        m: int,
+        n: int,
+        k: int,
+        dtype: str,
+        *,
+        out_dtype: str | None = None,
+        accumulate: bool = False,
+        batch: int = 1,
+        margin: int = 0,
+    ) -> float:
+        """[m, k] x [k, n], ``batch`` times; ``accumulate`` reads the output too. On the device, without launch.
+
+        ``margin``: SMs left alone.
+        """
+        work, memory, floor = self._matmul(
+            m, n, k, dtype, out_dtype=out_dtype, accumulate=accumulate, batch=batch, margin=margin
+        )
+        return max(work, memory) + floor
+
+    def attention_s(
+        self,
+        direction: Literal["forward", "backward"],
+        *,
+        batch: int,
+        queries: int,
+        keys: int,
+        heads: int,
+        head_dim: int,
+        dtype: str,
+        family: str | None = None,
+        causal: bool = False,
+        dropout: bool = False,
+        margin: int = 0,
+    ) -> float:
+        """Attention of ``heads`` query heads, on the device, without launch. ``margin``: SMs left alone.
+
+        ``unfused`` is the one family that every cluster has: products with the scores in memory, a softmax kernel and,
+        with ``dropout``, one more kernel over the scores.
+        """
+        work, memory, floor = self._attention(
+            direction, batch, queries, keys, heads, head_dim, dtype, family or self.family, causal, dropout, margin
+        )
+        return max(work, memory) + floor
+
+    def stream_s(self, bytes_moved: float) -> float:
+        """A memory-bound kernel that reads and writes ``bytes_moved`` in all."""
+        stream = self.cluster.stream
+        return bytes_moved / (self.cluster.gpu.memory_bytes_per_s * stream.fraction) + stream.floor_s
+
+    def ceiling(self, dtype: str) -> float:
+        """FLOP/s that no matmul of any shape exceeds: the law's asymptote, at the grid's most favourable shape."""
+        speed, sustained = self._speed(dtype)
+        favour = min((1.0, *(self._grid.values.values() if self._grid is not None else ())))
+        return speed * self.cluster.matmul.efficiency[dtype] * sustained / favour
+
+    def attention_ceiling(self, direction: Literal["forward", "backward"], head_dim: int, dtype: str) -> float:
+        """FLOP/s that no attention of any length exceeds."""
+        kernels = self.cluster.attention[self.family]
+        padded, speed = _head((kernels.forward if direction == "forward" else kernels.backward).speed, head_dim)
+        return speed * head_dim / padded * self._speed(dtype)[1]
+
+    def _speed(self, dtype: str) -> tuple[float, float]:
+        """Peak FLOP/s of a dtype and the part of the clock that is sustained."""
+        gpu = self.cluster.gpu
+        if any(dtype not in t for t in (gpu.peak_flops, gpu.sustained, self.cluster.matmul.efficiency)):
+            known = ", ".join(gpu.peak_flops)
+            raise CinemeshError(
+                f"cluster {self.cluster.name}: {gpu.name} has no {dtype} rate; use one of {known} or add it to the file"
+            )
+        return gpu.peak_flops[dtype], gpu.sustained[dtype] if self.clock == "sustained" else 1.0
+
+    def _matmul(
+        self,
+        m: int,
+        n: int,
+        k: int,
+        dtype: str,
+        *,
+        out_dtype: str | None,
+        accumulate: bool,
+        batch: int,
+        margin: int,
+    ) -> tuple[float, float, float]:
+        """(work, memory, floor) seconds."""
+        gpu, law = self.cluster.gpu, self.cluster.matmul
+        speed, sustained = self._speed(dtype)
+        tile_s = 2.0 * law.tile * law.tile * k * gpu.sms / (speed * law.efficiency[dtype]) + law.prologue_s
+        work = _waves(batch * -(-m // law.tile) * -(-n // law.tile) / (gpu.sms - margin), law.tail) * tile_s
+        if self._grid is not None:
+            work *= self._grid.at(m, n, k)
+        moved = (m * k + k * n) * ITEM_BYTES[dtype] + m * n * ITEM_BYTES[out_dtype or dtype] * (1 + accumulate)
+        memory = batch * moved / (gpu.memory_bytes_per_s * law.memory_fraction)
+        return work / sustained, memory, law.floor_s
+
+    def _attention(
+        self,
+        direction: str,
+        batch: int,
+        queries: int,
+        keys: int,
+        heads: int,
+        head_dim: int,
+        dtype: str,
+        family: str,
+        causal: bool,
+        dropout: bool,
+        margin: int,
+    ) -> tuple[float, float, float]:
+        """(work, memory, floor) seconds."""
+        if family == "unfused":
+            return self._unfused(direction, batch * heads, queries, keys, head_dim, dtype, dropout)
+        if family not in self.cluster.attention:
+            known = ", ".join((*self.cluster.attention, "unfused"))
+            raise CinemeshError(f"cluster {self.cluster.name}: no attention kernels {family!r}; choose one of {known}")
+        kernels = self.cluster.attention[family]
+        law = kernels.forward if direction == "forward" else kernels.backward
+        sms = self.cluster.gpu.sms
+        padded, speed = _head(law.speed, head_dim)
+        # Forward blocks are rows of queries that walk the keys, backward blocks rows of keys that walk the queries.
+        own, walked = (queries, keys) if direction == "forward" else (keys, queries)
+        if causal:
+            walked = min(walked, (walked + law.rows) / 2)
+        per_element = FORWARD_FLOPS if direction == "forward" else BACKWARD_FLOPS
+        _, sustained = self._speed(dtype)
+        block = per_element * law.rows * walked * padded * sms / speed / sustained + law.prologue_s
+        work = _waves(batch * heads * math.ceil(own / law.rows) / (sms - margin), law.tail) * block
+        tensors = 2 if direction == "forward" else 4  # q and o; with gradients of both. k and v alike
+        moved = tensors * batch * heads * (queries + keys) * head_dim * ITEM_BYTES[dtype]
+        memory = moved / (self.cluster.gpu.memory_bytes_per_s * self.cluster.stream.fraction)
+        return work, memory, law.floor_s
+
+    def _unfused(
+        self, direction: str, batch: int, queries: int, keys: int, head_dim: int, dtype: str, dropout: bool
+    ) -> tuple[float, float, float]:
+        """Scores in memory: products as batched matmuls, softmax and dropout as passes over the scores."""
+        scores = batch * queries * keys * ITEM_BYTES[dtype]
+        if direction == "forward":
+            products = [(queries, keys, head_dim), (queries, head_dim, keys)]
+            passes, kernels = (
+                2 + 2.5 * dropout,
+                1 + dropout,
+            )  # read and write; dropout also writes its mask, a byte each
+        else:
+            products = [
+                (keys, head_dim, queries),
+                (queries, keys, head_dim),
+                (queries, head_dim, keys),
+                (keys, head_dim, queries),
+            ]
+            passes, kernels = 3 + 2.5 * dropout, 1 + dropout  # read the probabilities and their gradient, write
+        matmuls = sum(self.matmul_s(m, n, k, dtype, batch=batch) for m, n, k in products)
+        softmax = self.stream_s(passes * scores) + (kernels - 1) * self.cluster.stream.floor_s
+        return 0.0, matmuls + softmax, 0.0
+
+
+def _waves(full: float, tail: float) -> float:
+    """Time in blocks: at least one; ``tail`` of the idle part of the last wave is paid."""
+    return max(1.0, full + tail * (math.ceil(full) - full))
+
+
+def _head(speed: Table, head_dim: int) -> tuple[int, float]:
+    """The smallest head dim with a kernel that holds ``head_dim``, and its speed; beyond the largest, its speed."""
+    dims = sorted((int(name), value) for name, value in speed.items())
+    for dim, value in dims:
+        if head_dim <= dim:
+            return dim, value
+    return head_dim, dims[-1][1]
+
+
+def matmul_shape(inputs: tuple[str, ...], output: str, sizes: dict[str, int]) -> tuple[int, int, int, int]:
+    """(batch, m, n, k) of an einsum: labels of both factors that stay, of the first, of the second, summed ones."""
+    a, b = inputs[0], inputs[1]
+
+    def extent(keep: bool, labels: str, other: str) -> int:
+        return math.prod(sizes[x] for x in labels if (x in other) == keep and x in output)
+
+    batch = extent(True, a, b)
+    summed = math.prod(sizes[x] for x in a if x not in output)
+    return batch, extent(False, a, b), extent(False, b, a), summed

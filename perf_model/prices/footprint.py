@@ -1,0 +1,131 @@
+"""Where a rank's memory goes: every byte of the program by class, and what the program does not own (torch-free).
+
+The program's own bytes are exact: the same liveness rule by which the executor allocates. The rest (CUDA context,
+NCCL's buffers, graph, allocator) is measured or sourced, and stands in the cluster file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...parallel.ir.communicators import held
+from ...parallel.ir.plan import Plan
+from ...parallel.ir.program import Program
+from ...parallel.passes.liveness import lifetimes
+from ..clusters.cluster import Cluster
+
+CLASSES = (
+    "optimizer",
+    "EMA",
+    "gradients",
+    "weights",
+    "gathered units",
+    "unit gradients",
+    "kept activations",
+    "transients",
+    "workspace",
+    "inputs",
+    "frozen encoders",
+    "NCCL",
+    "CUDA context",
+)
+FLAT = ("optimizer", "EMA", "gradients", "weights")  # one flat shard of everything each
+UNIT = ("gathered units", "unit gradients")  # one unit each
+_STATES = {"master": "optimizer", "exp_avg": "optimizer", "exp_avg_sq": "optimizer", "ema": "EMA"}
+
+
+def class_of(program: Program, root: str, kept: set[str]) -> str:
+    """The class of a storage, by the name under which the builders made it."""
+    buffer = program.buffers[root]
+    role = root.rpartition("/")[2].rstrip("~").removesuffix(".issued")
+    if buffer.kind == "workspace":
+        return "workspace"
+    if buffer.kind == "state":
+        return _STATES.get(role, "inputs")
+    if buffer.kind == "input":
+        return "inputs"
+    if role == "gradient":
+        return "gradients"
+    if role == "weights":
+        return "weights"
+    if role == "flat":
+        return "gathered units"
+    if role == "flat_gradient":
+        return "unit gradients"
+    return "kept activations" if root in kept else "transients"
+
+
+def _kept(program: Program) -> set[str]:
+    """Storages written in a forward region and read in a backward one: what lives from forward to backward."""
+    written: set[str] = set()
+    kept: set[str] = set()
+    for op in program.ops:
+        backward = op.region.endswith((".backward", ".gradient"))
+        if backward or op.clone:
+            kept.update(root for name in op.inputs if (root := program.root(name)[0]) in written)
+        elif op.region.endswith(".forward"):
+            written.update(program.root(name)[0] for name in op.outputs)
+    return kept
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Peak bytes of one rank by class, at the record where the program's own bytes peak, its workspace included."""
+
+    peak_bytes: int
+    by_class: dict[str, int]
+    peak_op: str
+    limit_bytes: float
+
+
+def outside(cluster: Cluster, plan: Plan) -> dict[str, int]:
+    """Bytes that no program owns: CUDA context with its libraries, and NCCL's buffers of every communicator held."""
+    memory = cluster.memory
+    return {
+        "CUDA context": int(memory.context_bytes),
+        "NCCL": int(memory.communicator_bytes) * len(held(plan)),
+    }
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Live bytes by class while every record runs: what the memory picture shows."""
+
+    by_class: dict[str, list[int]]
+    total: list[int]
+
+
+def stack(program: Program) -> Stack:
+    """Live bytes by class, record by record (the program's own bytes; workspace as a class of its own)."""
+    lives = lifetimes(program)
+    kept = _kept(program)
+    roots = {program.root(name)[0] for name in program.buffers}
+    classes = {root: class_of(program, root, kept) for root in roots}
+    current: dict[str, int] = dict.fromkeys(CLASSES, 0)
+    for root, buffer in program.buffers.items():
+        if buffer.base is None and buffer.kind != "temporary":
+            current[classes[root]] += program.bytes(root)
+    series: dict[str, list[int]] = {name: [] for name in CLASSES}
+    totals: list[int] = []
+    always = current["workspace"]
+    for i in range(len(program.ops)):
+        for root in lives.allocate[i]:
+            current[classes[root]] += program.bytes(root)
+        current["workspace"] = always + lives.workspace_bytes[i]
+        for name in CLASSES:
+            series[name].append(current[name])
+        totals.append(sum(current.values()))
+        for root in lives.free[i]:
+            current[classes[root]] -= program.bytes(root)
+    return Stack({name: values for name, values in series.items() if any(values)}, totals)
+
+
+def footprint(program: Program, cluster: Cluster, frozen_bytes: int = 0) -> Footprint:
+    """The whole program's peak on a cluster's device."""
+    stacked = stack(program)
+    at = max(range(len(stacked.total)), key=stacked.total.__getitem__)
+    by_class = {name: values[at] for name, values in stacked.by_class.items() if values[at]}
+    by_class |= outside(cluster, program.plan)
+    if frozen_bytes:
+        by_class["frozen encoders"] = frozen_bytes
+    return Footprint(sum(by_class.values()), by_class, program.ops[at].name, cluster.memory.usable_bytes)

@@ -1,0 +1,374 @@
+"""The timeline: lanes played side by side, under the start rule that the runtime keeps (torch-free).
+
+[Note: start rule] A collective starts after all compute before its issue point, after the previous collective of its
+communicator, and after the start of every collective issued earlier. Compute runs in the program's order; a wait holds
+it until its collective has ended. That hold is exposed time. A collective whose stream has no priority (``late``) and
+whose turn comes while a record computes starts when that record ends: the record's blocks stand before its own. Where
+the record leaves as many SMs as all collectives in flight hold, this one with them, it starts at once.
+
+[Note: contention] Between two events every rate is constant. A collective first pays its latency, then moves its
+bytes; those that move over the same link at the same time share it. While collectives are in flight, compute loses the
+SMs that their channels hold (matmul, attention) or the memory bandwidth that they use (everything else). A record that
+leaves SMs (``plan.sm_margin``) runs on the others at all times, and loses only what is held beyond those that it left.
+
+[Note: fused records] A gather and its products, or a product and its reduce-scatter, as one record
+(``parallel/passes/fuse_tp.py``) run on the compute lane and hold the communicator: they start when both are free and all that
+was issued earlier has started. After the collective's latency all products but those of one rank's rows run beside its
+transfer; when both are done, those: latency + max(C (R - 1) / R, W) + C / R, which is the formula given there. What a
+rank copies or sums in its own memory comes on top. Ranks copy without SMs. On gloo nothing runs beside.
+
+A ``Tape`` is a program with its prices, flat and small: playing the 48-layer step takes tens of milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+
+from ...errors import CinemeshError
+from ...parallel.ir.communicators import communicator
+from ...parallel.ir.layout import HEADS, Axes
+from ...parallel.ir.ops import FUSED, OPS
+from ...parallel.ir.plan import Plan
+from ...parallel.ir.program import Op, Program
+from ..clusters.cluster import Cluster
+from .compute import Compute
+from .network import FREE, Cost, Group, Network, group_of
+
+COMPUTE, ISSUE, WAIT, FUSE = 0, 1, 2, 3
+_FOREVER = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of the program with its price.
+
+    ``key``: of a wait, the index of its issue; of an issue, its communicator. ``busy``: compute that needs SMs (True)
+    or memory bandwidth (False). ``leaves``: SMs that compute leaves alone. ``late``: of an issue, without priority.
+    ``alone_s``: of a fused record's ``seconds``, those behind its transfer.
+    """
+
+    kind: int
+    seconds: float = 0.0
+    busy: bool = True
+    key: int = -1
+    cost: Cost = FREE
+    leaves: int = 0
+    late: bool = False
+    alone_s: float = 0.0
+
+    @property
+    def computes(self) -> bool:
+        return self.kind in (COMPUTE, FUSE)
+
+
+@dataclass(frozen=True)
+class Tape:
+    """Records in the program's order, and what contention needs to know of the cluster."""
+
+    records: list[Record]
+    compute_s: float
+    sms: int
+    memory_bytes_per_s: float
+    compute_slowdown: float
+    communication_slowdown: float
+
+    def with_records(self, changed: dict[int, Record]) -> Tape:
+        records = [changed.get(i, record) for i, record in enumerate(self.records)]
+        return replace(self, records=records, compute_s=sum(r.seconds for r in records if r.computes))
+
+
+@dataclass
+class Timeline:
+    """When every record ran. Times in seconds from the start of the step; ``start``, ``end`` by record index.
+
+    Of an issue, ``start`` and ``end`` are those of its collective; ``exposed_s`` maps an issue's index to the time that
+    compute waited for it.
+    """
+
+    step_s: float
+    start: list[float]
+    end: list[float]
+    exposed_s: dict[int, float] = field(default_factory=dict)
+    compute_busy_s: float = 0.0
+
+    @property
+    def total_exposed_s(self) -> float:
+        return sum(self.exposed_s.values())
+
+
+def price(program: Program, compute: Compute, network: Network | None, cluster: Cluster) -> Tape:
+    """Price every record of a program on a cluster. Without a network, every collective is free.
+
+    Raises CinemeshError when the plan shares the GPU as it cannot be shared, or fuses over several servers.
+    """
+    if network is not None:
+        check_fused(program.plan, cluster)
+    compute.check(program.plan)
+    records: list[Record] = []
+    issue_at: dict[str, int] = {}
+    communicators: dict[str, int] = {}
+    groups = {}
+    total = 0.0
+    for i, op in enumerate(program.ops):
+        if op.kind == "wait":
+            records.append(Record(WAIT, key=issue_at[op.attrs["issue"]]))
+        elif op.kind in OPS:
+            records.append(compute_record(program, op, compute))
+            total += records[-1].seconds
+        else:
+            issue_at[op.name] = i
+            name = communicator(op)
+            cost = FREE
+            if network is not None:
+                if op.axes not in groups:
+                    groups[op.axes] = group_of(cluster, program.plan, op.axes)
+                ctas = program.plan.ctas(op.axes)
+                cost = cost_of(network, op.kind, program.payload_bytes(op), groups[op.axes], ctas)
+            key, late = communicators.setdefault(name, len(communicators)), late_on(cluster, program.plan, op.axes)
+            if op.kind in FUSED:
+                records.append(fused_record(program, op, compute, key, cost))
+                total += records[-1].seconds
+            else:
+                records.append(Record(ISSUE, key=key, cost=cost, late=late))
+    return Tape(
+        records,
+        total,
+        cluster.gpu.sms,
+        cluster.gpu.memory_bytes_per_s,
+        cluster.overlap.compute_slowdown,
+        cluster.overlap.communication_slowdown,
+    )
+
+
+def compute_record(program: Program, op: Op, compute: Compute) -> Record:
+    """A compute op with its price."""
+    price = compute.price(program, op)
+    return Record(COMPUTE, price.seconds, price.bound == "compute", leaves=compute.margin(program, op))
+
+
+def late_on(cluster: Cluster, plan: Plan, axes: Axes) -> bool:
+    """Whether collectives over ``axes`` yield to compute. Without NCCL there are no streams to say so."""
+    return cluster.nccl is not None and not plan.high_priority(axes)
+
+
+def cost_of(network: Network, kind: str, payload_bytes: int, group: Group, ctas: int) -> Cost:
+    """Of a collective, or of that within a fused record."""
+    cost = network.collective(FUSED.get(kind, kind), payload_bytes, group, ctas if kind not in FUSED else 0)
+    if kind not in FUSED:
+        return cost
+    if network.cluster.gloo is not None:
+        return replace(cost, latency_s=cost.seconds, transfer_s=0.0)
+    return replace(cost, sms=0, algorithm="copies")
+
+
+def fused_record(program: Program, op: Op, compute: Compute, key: int, cost: Cost) -> Record:
+    """A fused record with its price; products of one rank's rows are taken to run as fast as the whole."""
+    products = [compute_record(program, part, compute) for part in op.parts if part.kind in OPS]
+    seconds = sum(record.seconds for record in products)
+    if op.kind == "gather_matmul":  # this rank's rows go to symmetric memory first
+        own = 2 * program.bytes(op.inputs[0])
+    else:  # what was received is summed
+        own = program.payload_bytes(op) + program.bytes(op.outputs[0])
+    copied = compute.stream_s(own) if compute.cluster.gloo is None else 0.0
+    alone = seconds / program.plan.size(op.axes) + copied
+    return Record(FUSE, seconds + copied, key=key, cost=cost, leaves=products[0].leaves, alone_s=alone)
+
+
+def beyond_server(plan: Plan, cluster: Cluster, group: Group) -> bool:
+    """Whether ``fused_tp`` would have to reach beyond one server of GPUs; ``group``: that of tp."""
+    return plan.fused_tp and cluster.gloo is None and group.servers > 1
+
+
+def check_fused(plan: Plan, cluster: Cluster) -> None:
+    """Raise CinemeshError where ``fused_tp`` would have to reach beyond one server of GPUs."""
+    group = group_of(cluster, plan, HEADS)
+    if beyond_server(plan, cluster, group):
+        stride = plan.size(plan.order[: plan.order.index("tp")])
+        ranks = ", ".join(str(i * stride) for i in range(plan.tp))
+        raise CinemeshError(
+            f"plan: fused_tp(true): ranks {ranks} of one tp group lie on {group.servers} servers of "
+            f"{cluster.gpus_per_server} GPUs, and torch's symmetric memory reaches over NVLink, within one; "
+            "put tp first in order, lower tp, or set fused_tp to false"
+        )
+
+
+class _Flight:
+    """One collective in flight."""
+
+    __slots__ = ("cost", "index", "latency", "rate", "transfer")
+
+    def __init__(self, index: int, cost: Cost) -> None:
+        self.index = index
+        self.cost = cost
+        self.latency = cost.latency_s
+        self.transfer = cost.transfer_s
+        self.rate = 1.0  # progress for each second
+
+
+class _Player:
+    """The state between two events."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+        count = len(tape.records)
+        self.start = [0.0] * count
+        self.end = [0.0] * count
+        self.ended = bytearray(count)
+        self.now = 0.0
+        self.queue: deque[int] = deque()
+        self.flights: list[_Flight] = []
+        self.occupied: set[int] = set()  # communicators with a collective in flight
+        self.computing: Record | None = None
+
+    def issue(self, index: int) -> None:
+        self.queue.append(index)
+        self.launch()
+
+    def compute(self, record: Record, seconds: float) -> None:
+        """Run as much of a record as takes ``seconds`` where nothing is in flight."""
+        left = seconds
+        self.computing = record
+        while left > 0.0:
+            if not self.flights:
+                self.now += left
+                break
+            rate = self.compute_rate(record)
+            passed = self.advance(left / rate, True)
+            left -= passed * rate
+            if left < 1e-15:
+                left = 0.0
+        self.computing = None
+        self.launch()
+
+    def fused(self, index: int) -> tuple[float, float]:
+        """Seconds that a fused record computes, and that it holds compute without. See [Note: fused records]."""
+        record, reached = self.tape.records[index], self.now
+        self.issue(index)
+        while index in self.queue:
+            self.advance(_FOREVER, False)
+        begun = self.now
+        while any(flight.index == index and flight.latency > 0.0 for flight in self.flights):
+            self.advance(_FOREVER, False)
+        waited, at = self.now - reached, self.now
+        self.compute(record, record.seconds - record.alone_s)
+        busy, at = self.now - at, self.now
+        while not self.ended[index]:
+            self.advance(_FOREVER, False)
+        waited, at = waited + self.now - at, self.now
+        self.compute(record, record.alone_s)
+        self.start[index], self.end[index] = begun, self.now
+        return busy + self.now - at, waited
+
+    def launch(self) -> None:
+        """Start queued collectives in the order of their issue, as far as their communicators are free."""
+        records = self.tape.records
+        while self.queue:
+            index = self.queue[0]
+            record = records[index]
+            if record.key in self.occupied or (record.late and self._must_yield(record)):
+                return
+            self.queue.popleft()
+            self.start[index] = self.now
+            if record.cost.seconds <= 0.0:
+                self.end[index] = self.now
+                self.ended[index] = 1
+                continue
+            self.occupied.add(record.key)
+            self.flights.append(_Flight(index, record.cost))
+
+    def _must_yield(self, record: Record) -> bool:
+        """Whether the SMs that a collective needs are taken by blocks of compute that stand before its own."""
+        if self.computing is None:
+            return False
+        return self.computing.leaves < record.cost.sms + sum(flight.cost.sms for flight in self.flights)
+
+    def compute_rate(self, record: Record) -> float:
+        """Progress of compute for each second, beside what is in flight."""
+        tape, busy = self.tape, record.busy
+        held = 0.0
+        for flight in self.flights:
+            if busy:
+                held += flight.cost.sms / tape.sms
+            else:
+                held += flight.cost.memory_bytes_per_s / tape.memory_bytes_per_s
+        if busy and record.leaves:
+            held = max(0.0, held * tape.sms - record.leaves) / (tape.sms - record.leaves)
+        return max(1.0 - held * tape.compute_slowdown, 0.1)
+
+    def pace(self, computing: bool) -> None:
+        """Set the rate of every flight: latency runs alone, bytes on one link are shared."""
+        beside = 1.0 / self.tape.communication_slowdown if computing else 1.0
+        moving: dict[str, int] = {}
+        for flight in self.flights:
+            if flight.latency <= 0.0:
+                moving[flight.cost.link] = moving.get(flight.cost.link, 0) + 1
+        for flight in self.flights:
+            flight.rate = 1.0 if flight.latency > 0.0 else beside / moving[flight.cost.link]
+
+    def advance(self, limit: float, computing: bool) -> float:
+        """Move time to the next event of a flight, or by ``limit``. Returns the time that passed."""
+        self.pace(computing)
+        step = limit
+        for flight in self.flights:
+            left = (flight.latency if flight.latency > 0.0 else flight.transfer) / flight.rate
+            if left < step:
+                step = left
+        self.now += step
+        finished = False
+        for flight in self.flights:
+            if flight.latency > 0.0:
+                flight.latency -= step
+                if flight.latency <= 1e-15:
+                    flight.latency = 0.0
+                    finished = finished or flight.transfer <= 0.0
+            else:
+                flight.transfer -= step * flight.rate
+                if flight.transfer <= 1e-15:
+                    flight.transfer = 0.0
+                    finished = True
+        if finished:
+            self._land()
+        return step
+
+    def _land(self) -> None:
+        still: list[_Flight] = []
+        for flight in self.flights:
+            if flight.latency > 0.0 or flight.transfer > 0.0:
+                still.append(flight)
+                continue
+            self.end[flight.index] = self.now
+            self.ended[flight.index] = 1
+            self.occupied.discard(self.tape.records[flight.index].key)
+        self.flights = still
+        self.launch()
+
+
+def play(tape: Tape) -> Timeline:
+    """Run a tape. Raises ValueError when a wait can never end (a program that no runtime could finish either)."""
+    player = _Player(tape)
+    exposed: dict[int, float] = {}
+    busy_s = 0.0
+    for i, record in enumerate(tape.records):
+        if record.kind == COMPUTE:
+            player.start[i] = player.now
+            player.compute(record, record.seconds)
+            player.end[i] = player.now
+            busy_s += player.now - player.start[i]
+        elif record.kind == ISSUE:
+            player.issue(i)
+        elif record.kind == FUSE:
+            computed, exposed[i] = player.fused(i)
+            busy_s += computed
+        else:
+            begun = player.now
+            player.start[i] = begun
+            while not player.ended[record.key]:
+                if not player.flights:
+                    raise ValueError(f"record {i} waits for collective {record.key}, which never starts")
+                player.advance(_FOREVER, False)
+            player.end[i] = player.now
+            exposed[record.key] = exposed.get(record.key, 0.0) + player.now - begun
+    while player.flights:
+        player.advance(_FOREVER, False)
+    return Timeline(player.now, player.start, player.end, exposed, busy_s)

@@ -1,0 +1,360 @@
+"""Rows of published measurements: read, decided whether they can be predicted, turned into runs (torch-free).
+
+The form is that of ``published/rows.yaml``: a list of items with ``id``, ``kind``, ``source``, ``hardware``, ``model``,
+``plan`` and ``measured``. What the software of a source did comes from ``published/stacks.yaml``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...errors import CinemeshError
+from ..clusters.cluster import Cluster, load
+from .peers import Model, Run, Stack
+
+FOLDER = Path(__file__).parent
+KINDS = ("training_step", "layer", "attention_layer", "memory", "oom_check", "microbench")
+TIMED = ("training_step", "layer", "attention_layer")
+
+BLOCK = ("norm1", "q", "rope", "core", "out", "residual1", "norm2", "ffn_in", "activation", "ffn_out", "residual2")
+# torchtitan's selective op: products 2, 4, 6 of the seven (k, out, up) and everything that is no product or attention
+SELECTIVE_OP = ("norm1", "kv", "rope", "out", "residual1", "norm2", "up", "activation")
+# MaxText's save_qkv_proj keeps the projections after the rotation
+SAVE_QKV = ("norm1", "core", "out", "residual1", "norm2", "ffn_in", "activation")
+
+
+class Unpredictable(Exception):
+    """A row that cannot be predicted; the message says why."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row ready to be predicted. ``measured``: seconds of a step, of a layer or of the attention core, or None."""
+
+    id: str
+    kind: str
+    source: str
+    trust: str
+    run: Run
+    cluster: Cluster
+    gpus: int
+    measured: float | None
+    row: dict[str, Any]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file. ``CinemeshError`` for a file that holds none, or a row without the parts every row has."""
+    try:
+        rows = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        first = str(error).splitlines()[0]
+        raise CinemeshError(f"rows {path}: cannot be read ({first}); give a YAML file with a list of rows") from None
+    if not isinstance(rows, list) or not rows:
+        raise CinemeshError(f"rows {path}: the file holds no list of rows; write one '- id: ...' item a measurement")
+    seen: set[str] = set()
+    for number, row in enumerate(rows, 1):
+        _check(path, number, row, seen)
+    return rows
+
+
+def _check(path: Path, number: int, row: Any, seen: set[str]) -> None:
+    def wrong(what: str, remedy: str) -> CinemeshError:
+        name = row.get("id", f"number {number}") if isinstance(row, dict) else f"number {number}"
+        return CinemeshError(f"rows {path}: row {name}: {what}; {remedy}")
+
+    if not isinstance(row, dict):
+        raise wrong(f"is {row!r}", "a row is a mapping with id, kind, source, hardware, model, plan and measured")
+    if not isinstance(row.get("id"), str) or row["id"] in seen:
+        raise wrong(f"its id is {row.get('id')!r}", "give every row an id of its own")
+    seen.add(row["id"])
+    if row.get("kind") not in KINDS:
+        raise wrong(f"kind is {row.get('kind')!r}", f"choose one of {', '.join(KINDS)}")
+    if row["kind"] == "microbench":
+        return
+    for part in ("source", "hardware", "model", "plan", "measured"):
+        if row.get(part) is None and part in row:
+            row[part] = {}
+        if not isinstance(row.get(part), dict):
+            raise wrong(f"{part} is {row.get(part)!r}", f"{part} must be a mapping")
+    whole = {
+        "hardware": ("gpus", "gpus_per_node"),
+        "model": ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "seq"),
+        "plan": ("mbs", "gbs", "tp", "cp", "pp", "dp", "grad_accum"),
+    }
+    for part, names in whole.items():
+        for name in names:
+            value = row[part].get(name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise wrong(f"{part}.{name} is {value!r}", "it must be a whole number of at least 1, or null")
+    for name, value in row["measured"].items():
+        if isinstance(value, bool) or name == "act_pct_of_tp_baseline":
+            continue
+        if not isinstance(value, int | float) or not 0 < value < 1e12:
+            raise wrong(f"measured.{name} is {value!r}", "it must be a number above 0")
+
+
+# -- what a source's software did, and its hardware ----------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _published() -> dict[str, Any]:
+    values = yaml.load((FOLDER / "stacks.yaml").read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    by_name = {entry["name"]: entry for entry in values["stacks"]}
+
+    def whole(entry: dict[str, Any]) -> dict[str, Any]:
+        return {**whole(by_name[entry["like"]]), **entry} if "like" in entry else entry
+
+    own = ("title", "framework", "dtype")  # what a row must match is never taken from another
+    stacks = [
+        {key: value for key, value in whole(entry).items() if key not in own or key in entry}
+        for entry in values["stacks"]
+    ]
+    return {"stacks": stacks, "hardware": values["hardware"]}
+
+
+_STACK_FIELDS = {f.name for f in fields(Stack)}
+
+
+def stack_of(row: dict[str, Any]) -> Stack:
+    """The first stack whose title (and framework) are part of the row's, changed by what the row says of itself."""
+    title = str(row["source"].get("title"))
+    plan = row["plan"]
+    framework, dtype = str(plan.get("framework")), str(plan.get("dtype"))
+    for entry in _published()["stacks"]:
+        if entry["title"] in title and entry.get("framework", "") in framework and entry.get("dtype", "") in dtype:
+            values = {key: value for key, value in entry.items() if key in _STACK_FIELDS}
+            values["fused"] = frozenset(entry["fused"])
+            return _overridden(Stack(**values), row)
+    raise Unpredictable(f"the software of {title!r} is not described in published/stacks.yaml")
+
+
+def _overridden(stack: Stack, row: dict[str, Any]) -> Stack:
+    plan = row["plan"]
+    fused = set(stack.fused)
+    if plan.get("compile") is True:
+        stack = replace(stack, eager=False)
+        fused |= {"norm", "rope", "activation", "residual"}
+    if "RMS kernel" in str(plan.get("attention")):
+        fused.add("norm")
+    dtype, fsdp = str(plan.get("dtype")), plan.get("fsdp")
+    if "PURE" in dtype:
+        stack = replace(stack, reduce_bytes=2)
+    if fsdp and fsdp is not True:
+        stack = replace(stack, shard="grad_op" if "ZeRO-2" in str(fsdp) else "fsdp")
+    elif "ZeRO-1" in str(plan.get("optimizer")):
+        stack = replace(stack, shard="zero1")
+    return replace(stack, fused=frozenset(fused))
+
+
+def cluster_of(row: dict[str, Any]) -> Cluster:
+    hardware = row["hardware"]
+    gpu = str(hardware.get("gpu"))
+    for entry in _published()["hardware"]:
+        if entry["gpu"] in gpu:
+            changes = tuple(entry.get("with", {}).items())
+            return _cluster(entry["cluster"], changes, hardware.get("gpus_per_node") or 8, *network_of(hardware))
+    raise Unpredictable(f"there is no cluster file for {gpu}")
+
+
+@lru_cache(maxsize=64)
+def _cluster(name: str, changes: tuple[tuple[str, float], ...], gpus: int, nics: int, gigabits: float) -> Cluster:
+    cluster = load(name).with_(**dict(changes), **{"topology.gpus_per_server": gpus})
+    if nics:
+        cluster = cluster.with_(**{"topology.nics_per_server": nics, "topology.nic_bytes_per_s": gigabits * 0.125e9})
+    return cluster
+
+
+_GIGABIT = r"(\d+(?:\.\d+)?)\s*([GT])b?(?:it)?/?s?"
+
+
+def network_of(hardware: dict[str, Any]) -> tuple[int, float]:
+    """(NICs a server, Gb/s of each) as the row's ``inter`` says; (0, 0) where it does not."""
+    text, gpus = str(hardware.get("inter")), int(hardware.get("gpus_per_node") or 8)
+    many = re.search(r"(\d+)\s*x\s*" + _GIGABIT, text)
+    if many:
+        return int(many[1]), float(many[2]) * (1000 if many[3] == "T" else 1)
+    one = re.search(_GIGABIT, text)
+    if one is None:
+        return 0, 0.0
+    rate = float(one[1]) * (1000 if one[2] == "T" else 1)
+    if "per node" in text and "count per node" not in text:
+        nic = 200.0 if "A100" in str(hardware.get("gpu")) else 400.0
+        return max(1, round(rate / nic)), nic
+    return gpus, rate
+
+
+# -- model and plan ---------------------------------------------------------------------------------------------------
+
+
+def _model(row: dict[str, Any]) -> Model:
+    m = row["model"]
+    if m.get("cross_attention"):
+        raise Unpredictable("blocks with cross-attention are not among the peers' blocks")
+    attention_only = row["kind"] == "attention_layer"
+    if any(m.get(key) is None for key in ("layers", "heads", "seq")) or (not attention_only and not m.get("hidden")):
+        raise Unpredictable("the model's dimensions are not stated")
+    hidden = m.get("hidden") or m["heads"] * (m.get("head_dim") or 0)
+    if hidden < m["heads"]:
+        raise Unpredictable("the width of a head is not stated")
+    if not attention_only and m.get("ffn") is None:
+        raise Unpredictable("the model's FFN width is not stated")
+    return Model(
+        layers=m["layers"],
+        width=hidden,
+        ffn=m.get("ffn") or hidden,
+        gated=bool(m.get("ffn_gated")),
+        heads=m["heads"],
+        kv_heads=m.get("kv_heads") or m["heads"],
+        head_dim=m.get("head_dim") or hidden // m["heads"],
+        vocab=m.get("vocab") or 0,
+        seq=m["seq"],
+        causal=bool(m.get("causal", True)),
+        tied=bool(m.get("tied_embeddings")),
+    )
+
+
+def _recompute(text: Any, stack: Stack, layers: int) -> tuple[frozenset[str], float]:
+    """Records that run again, and in which share of the blocks."""
+    if text is None or "see measured" in str(text):
+        raise Unpredictable("what is recomputed is not stated")
+    text = str(text).lower()
+    full = frozenset(BLOCK) - ({"ffn_out", "residual2"} if stack.early_stop else set())
+    some = re.search(r"(\d+) of (\d+) layers", text)
+    if some:
+        return full, int(some[1]) / int(some[2])
+    if text.startswith("none"):
+        return frozenset(), 0.0
+    if text.startswith("full"):
+        return full, 1.0
+    if "attention core" in text:
+        return frozenset({"core"}), 1.0
+    if "save_qkv_proj" in text:
+        return frozenset(SAVE_QKV), 1.0
+    if "selective op" in text:
+        return frozenset(SELECTIVE_OP), 1.0
+    if "every 2nd" in text:
+        return full, 0.5
+    raise Unpredictable(f"recompute {text!r} is not known")
+
+
+def _cp_method(row: dict[str, Any]) -> Any:
+    plan = row["plan"]
+    text = str(plan.get("cp_method") or "").lower()
+    if plan.get("cp", 1) == 1:
+        return "none"
+    if "ulysses x ring" in text or "ring x ulysses" in text:
+        raise Unpredictable("two-dimensional context parallelism is not among the peers' schedules")
+    if "all-to-all" in text or "ulysses" in text:
+        return "all_to_all"
+    if "gather" in text:
+        return "gather"
+    if text == "ring_p2p":
+        return "contiguous_ring"
+    if "ring" in text:
+        return "ring"
+    raise Unpredictable("how context parallelism exchanges keys and values is not stated")
+
+
+def _tp_overlap(plan: dict[str, Any]) -> str:
+    value = plan.get("async_tp")
+    if value is True or "userbuffers" in str(value):
+        return "pipelined"
+    return "none" if value is False and "titan" in str(plan.get("framework")) else ""
+
+
+def run_of(row: dict[str, Any]) -> Run:
+    """The run that a row describes. ``Unpredictable`` with the reason where it says too little."""
+    plan, kind = row["plan"], row["kind"]
+    if plan.get("pp", 1) not in (1, None):
+        raise Unpredictable("pipeline parallelism is not among the peers' schedules")
+    if plan.get("lora"):
+        raise Unpredictable("LoRA skips the weight gradients")
+    model, stack = _model(row), stack_of(row)
+    tp, cp = plan.get("tp") or 1, plan.get("cp") or 1
+    gpus = row["hardware"].get("gpus")
+    if gpus is None:
+        raise Unpredictable("the number of GPUs is not stated")
+    if model.heads % tp or model.ffn % tp or model.seq % cp:
+        raise Unpredictable(f"tp {tp} and cp {cp} do not divide heads, FFN width or sequence")
+    if gpus % (tp * cp):
+        raise Unpredictable(f"tp {tp} x cp {cp} does not divide {gpus} GPUs")
+    data = gpus // (tp * cp)
+    samples = plan.get("mbs") or (1 if kind == "attention_layer" else 0)
+    if not samples:
+        raise Unpredictable("the micro-batch is not stated")
+    if kind == "training_step":
+        batch = plan.get("gbs") or samples * data * (plan.get("grad_accum") or 1)
+        micro_batches = max(1, round(batch / (samples * data)))
+    else:
+        micro_batches, model = 1, replace(model, vocab=0 if kind in ("layer", "attention_layer") else model.vocab)
+    if kind == "attention_layer":
+        if "packings" in str(row.get("notes")):
+            raise Unpredictable("the lengths of the packed documents are not stated")
+        recomputed, share = frozenset[str](), 0.0
+    else:
+        recomputed, share = _recompute(plan.get("recompute"), stack, model.layers)
+    if "kv" in recomputed and "qkv" in stack.fused:
+        raise Unpredictable("selective op with a fused projection is not known")
+    shard = data * cp
+    fsdp = plan.get("fsdp")
+    if isinstance(fsdp, int) and fsdp > 1:
+        shard = min(fsdp, shard)
+    elif isinstance(fsdp, str) and "HSDP" in fsdp:
+        shard = min(row["hardware"].get("gpus_per_node") or 8, shard)
+    fp8 = str(plan.get("fp8") or "")
+    return Run(
+        model=model,
+        stack=stack,
+        samples=samples,
+        micro_batches=micro_batches,
+        tp=tp,
+        sp=bool(plan.get("sp")) and tp > 1,
+        cp=cp,
+        cp_method=_cp_method(row),
+        shard=shard,
+        replicas=data * cp // shard,
+        recomputed=recomputed,
+        recomputed_share=share,
+        fp8="" if not fp8 else "row" if "rowwise" in fp8 else "tensor",
+        fp8_gather="float8 all-gather" in fp8 or "all-gather in fp8" in fp8,
+        tp_overlap=_tp_overlap(plan),
+    )
+
+
+def measured_s(row: dict[str, Any], run: Run) -> float:
+    """Seconds that the row measured. ``Unpredictable`` where it gives only a rate in FLOP/s."""
+    m = row["measured"]
+    if row["kind"] != "training_step":
+        stem = "layer_" if row["kind"] == "layer" else ""
+        both, parts = m.get(f"{stem}fwd_bwd_ms"), [m.get(f"{stem}fwd_ms"), m.get(f"{stem}bwd_ms")]
+        if both is None and None in parts:
+            raise Unpredictable("it does not give the time of forward and backward")
+        return (both if both is not None else sum(parts)) * 1e-3
+    if "iter_time_s" in m:
+        return m["iter_time_s"]
+    gpus = row["hardware"]["gpus"]
+    samples = run.samples * run.micro_batches * run.replicas * run.shard // run.cp
+    if "tokens_per_s_per_gpu" in m:
+        return samples * run.model.seq / (m["tokens_per_s_per_gpu"] * gpus)
+    if "tflops_per_gpu" in m and "narayanan21_96BsLh2" in str(row.get("flops_convention")):
+        # Narayanan et al. 2021, section 4.1: the FLOPs include the recomputed forward
+        s, h, layers, vocab = run.model.seq, run.model.width, run.model.layers, run.model.vocab
+        flops = 96 * samples * s * layers * h * h * (1 + s / (6 * h) + vocab / (16 * layers * h))
+        return flops / (m["tflops_per_gpu"] * 1e12 * gpus)
+    raise Unpredictable("it prints a rate in FLOP/s, whose count is not sure, and no time")
+
+
+def case_of(row: dict[str, Any]) -> Case:
+    run = run_of(row)
+    cluster = cluster_of(row)
+    measured = measured_s(row, run) if row["kind"] in TIMED else None
+    title = str(row["source"].get("title"))
+    return Case(
+        row["id"], row["kind"], title, str(row.get("trust")), run, cluster, row["hardware"]["gpus"], measured, row
+    )

@@ -1,0 +1,1 @@
+"""A chosen plan, explained and drawn."""

@@ -1,0 +1,287 @@
+"""Pictures of many plans: side by side, over batches, over GPUs; on a matplotlib figure that is given (torch-free).
+
+Plans differ by marker as well as by colour.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...parallel.ir.plan import Plan
+from ..search.space import Choice
+from .explain import Whole, describe, terms
+from .landscape import Group, Landscape, Point
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+GREY = "#555555"
+TERMS = (  # colour and hatch
+    ("#27496d", ""),
+    ("#6f9bc8", "///"),
+    ("#f2d388", "\\\\\\"),
+    ("#cf7f5c", "..."),
+    ("#9cc5a1", "xxx"),
+    ("#ffffff", "ooo"),
+    ("#bdbdbd", "---"),
+)
+REST = "all others"
+MARKERS = {1: "o", 2: "s", 4: "D", 8: "^", 16: "v"}  # by tp
+SHADES = {1: "#ffffff", 2: "#cfe6d2", 4: "#6f9bc8", 8: "#27496d"}  # by cp, up to the next
+LABELLED = 8  # plans of the landscape that carry their degrees
+_NEEDS = re.compile(r"needs ([\d.]+) GB.*; ([\d.]+) GB are free")
+
+
+def draw_terms(figure: Figure, wholes: Sequence[Whole]) -> None:
+    """Where the time of one sample goes under several plans: GPU-seconds by term, the cheapest plan on top."""
+    axes = figure.subplots()
+    rows = [_gpu_seconds(whole) for whole in wholes]
+    names = sorted({name for row in rows for name in row}, key=lambda name: -max(row.get(name, 0.0) for row in rows))
+    if len(names) > len(TERMS):  # the least become one
+        least, names = names[len(TERMS) - 1 :], [*names[: len(TERMS) - 1], REST]
+        for row in rows:
+            row[REST] = sum(row.get(name, 0.0) for name in least)
+    left = [0.0] * len(rows)
+    for name, (colour, hatch) in zip(names, TERMS, strict=False):
+        values = [max(row.get(name, 0.0), 0.0) for row in rows]
+        axes.barh(
+            range(len(rows)),
+            values,
+            left=left,
+            height=0.62,
+            label=name,
+            facecolor=colour,
+            hatch=hatch,
+            edgecolor="#303030",
+            linewidth=0.4,
+        )
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    for i, (whole, total) in enumerate(zip(wholes, left, strict=True)):
+        text = f" {total:,.0f} GPU-s a sample; step {whole.step_s:.2f} s, batch {whole.samples:,}"
+        axes.text(total, i, text, va="center")
+    axes.set_yticks(range(len(rows)), [f"{i + 1}: {_two_lines(describe(w.plan))}" for i, w in enumerate(wholes)])
+    axes.invert_yaxis()
+    axes.set_xlim(0.0, 1.5 * max(left))
+    axes.set_xlabel("GPU-seconds of one sample")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=4, frameon=False)
+
+
+def _gpu_seconds(whole: Whole) -> dict[str, float]:
+    """The terms of a step for one sample."""
+    each = whole.plan.world_size / whole.samples
+    return {name: seconds * each for name, seconds in terms(whole).items()}
+
+
+def _two_lines(text: str) -> str:
+    words = text.split(" ")
+    half = (len(words) + 1) // 2
+    return " ".join(words[:half]) + "\n" + " ".join(words[half:])
+
+
+def degrees(plan: Plan) -> str:
+    """``tp2 cp6`` and, below it, ``16 x 32``: the shard group and its replicas."""
+    return f"tp{plan.tp} cp{plan.cp}\n{plan.dp_shard} x {plan.dp_replicate}"
+
+
+# -- over batches -----------------------------------------------------------------------------------------------------
+
+
+def draw_landscape(figure: Figure, found: Landscape, best: Choice) -> None:
+    """Throughput against global batch, with neutral groups; below, which families fit into memory at which batch."""
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.1, 1.0])
+    _draw_throughput(upper, found, best)
+    _draw_feasible(lower, found)
+    batches = sorted({c.global_batch for c in found.choices} | {m.global_batch for m in found.misfits})
+    lower.set_xscale("log", base=2)
+    ticks = [b for i, b in enumerate(batches) if i == 0 or b / _last_tick(batches[:i]) >= 1.25]
+    lower.set_xticks(ticks, [f"{b:,}" for b in ticks], rotation=45, ha="right")
+    lower.minorticks_off()
+    lower.set_xlim(batches[0] / 1.35, batches[-1] * 1.35)
+    lower.set_xlabel("global batch (samples)")
+
+
+def _last_tick(batches: Sequence[int]) -> int:
+    """The last of these batches that has a label, when each stands at a distance of the one before."""
+    last = batches[0]
+    for batch in batches:
+        if batch / last >= 1.25:
+            last = batch
+    return last
+
+
+def _draw_throughput(axes: Axes, found: Landscape, best: Choice) -> None:
+    for i, group in enumerate(found.groups):
+        _draw_group(axes, group, i, found.error)
+    for choice in found.choices:
+        axes.plot(
+            [choice.global_batch],
+            [choice.samples_per_s],
+            marker=MARKERS.get(choice.plan.tp, "P"),
+            markerfacecolor=SHADES[_cp_class(choice.plan.cp)],
+            markeredgecolor="black",
+            markersize=7,
+            linestyle="none",
+        )
+    axes.plot(
+        [best.global_batch],
+        [best.samples_per_s],
+        marker="o",
+        markersize=16,
+        markerfacecolor="none",
+        markeredgecolor="#b00020",
+        linestyle="none",
+        label="the plan chosen",
+    )
+    for choice in sorted(found.frontier(), key=lambda c: -c.samples_per_s)[:LABELLED]:
+        axes.annotate(
+            f"tp{choice.plan.tp} cp{choice.plan.cp}\n{choice.step_s:.1f} s",
+            (choice.global_batch, choice.samples_per_s),
+            xytext=(0, 10),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7.5,
+            bbox={"facecolor": "white", "alpha": 0.8, "pad": 0.8, "linewidth": 0},
+        )
+    kinds: dict[str, Any] = {"marker": "s", "linestyle": "none", "color": "none", "markeredgecolor": "black"}
+    for tp in sorted({c.plan.tp for c in found.choices}):
+        kinds["marker"] = MARKERS.get(tp, "P")
+        axes.plot([], [], **kinds, label=f"tp {tp}")
+    kinds["marker"] = "s"
+    for cp in sorted({_cp_class(c.plan.cp) for c in found.choices}):
+        follow = [known for known in SHADES if known > cp]
+        text = f"cp {cp}" + (
+            "" if follow and follow[0] == cp + 1 else f" to {follow[0] - 1}" if follow else " and more"
+        )
+        axes.plot([], [], **kinds, markerfacecolor=SHADES[cp], label=text)
+    axes.set_ylabel("samples/s")
+    rates = [choice.samples_per_s for choice in found.choices]
+    axes.set_ylim(0.92 * min(rates), 1.08 * max(rates))
+    axes.grid(True, color="#dddddd", linewidth=0.5)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+
+
+def _cp_class(cp: int) -> int:
+    return max(known for known in SHADES if known <= cp)
+
+
+def _draw_group(axes: Axes, group: Group, number: int, error: float) -> None:
+    """A band of the throughputs that the model cannot tell from the fastest plan's of a neutral group."""
+    fastest = group.choices[0].samples_per_s
+    batches = group.batches
+    shortest, longest = group.step_s
+    axes.fill_between(
+        [batches[0] / 1.12, batches[-1] * 1.12],
+        (1.0 - error) * fastest,
+        fastest,
+        facecolor="#eeeeee",
+        hatch=("///", "\\\\\\", "...", "xxx")[number % 4],
+        edgecolor="#999999",
+        linewidth=0.8,
+        label=f"neutral {number + 1}: batch {batches[0]:,}\nto {batches[-1]:,}, {shortest:.1f} to {longest:.1f} s",
+    )
+
+
+def _draw_feasible(axes: Axes, found: Landscape) -> None:
+    """One row for each size of a model-parallel group (tp * cp): circles fit, crosses do not, with what they need."""
+    need: dict[tuple[int, int], float] = {}
+    free = ""
+    for misfit in found.misfits:
+        number = _NEEDS.search(misfit.reason)
+        if number is None:
+            continue
+        size, free = misfit.model_parallel, f"\n({number[2]} GB are free)"
+        need[misfit.global_batch, size] = min(need.get((misfit.global_batch, size), 1e9), float(number[1]))
+    fits = {(c.global_batch, c.plan.tp * c.plan.cp) for c in found.choices}
+    rows = sorted({size for _, size in (*need, *fits)})
+    place = {size: i for i, size in enumerate(rows)}
+    axes.plot(
+        [batch for batch, _ in fits],
+        [place[size] for _, size in fits],
+        marker="o",
+        linestyle="none",
+        markerfacecolor="white",
+        markeredgecolor="black",
+        label="fits",
+    )
+    crossed = {cell: gigabytes for cell, gigabytes in need.items() if cell not in fits}
+    axes.plot(
+        [batch for batch, _ in crossed],
+        [place[size] for _, size in crossed],
+        marker="x",
+        linestyle="none",
+        color="#b00020",
+        markeredgewidth=1.8,
+        label=f"does not fit:\nGB that it needs{free}",
+    )
+    for (batch, size), gigabytes in crossed.items():
+        axes.annotate(
+            f"{gigabytes:.1f}",
+            (batch, place[size]),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7.5,
+        )
+    axes.set_yticks(range(len(rows)), [str(size) for size in rows])
+    axes.set_ylim(-0.7, len(rows) - 0.3)
+    axes.set_ylabel("tp * cp")
+    axes.grid(True, axis="y", color="#dddddd", linewidth=0.5)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+
+
+# -- over GPUs --------------------------------------------------------------------------------------------------------
+
+
+def draw_scaling(figure: Figure, points: Sequence[Point]) -> None:
+    """MFU, and samples/s of 1,000 GPUs, of the best plan at every number of GPUs."""
+    axes = figure.subplots()
+    runs = [(point, point.choice) for point in points if point.choice is not None]
+    axes.plot(
+        [point.gpus for point, _ in runs],
+        [100.0 * point.mfu for point, _ in runs],
+        marker="o",
+        color="black",
+        markerfacecolor="white",
+        label="best plan",
+    )
+    for i, (point, choice) in enumerate(runs):
+        beside = [runs[j][0].mfu for j in (i - 1, i + 1) if 0 <= j < len(runs)]
+        above = point.mfu >= sum(beside, start=point.mfu) / (len(beside) + 1)  # where the line is not
+        axes.annotate(
+            f"{degrees(choice.plan)}\n{choice.step_s:.1f} s",
+            (point.gpus, 100.0 * point.mfu),
+            xytext=(0, 9 if above else -9),
+            textcoords="offset points",
+            ha="center",
+            va="bottom" if above else "top",
+            fontsize=7.5,
+        )
+    for point in points:
+        if point.choice is None:
+            axes.plot([point.gpus], [0.0], marker="x", color="#b00020", markersize=9, clip_on=False)
+            axes.annotate(
+                "no plan fits",
+                (point.gpus, 0.0),
+                xytext=(0, 9),
+                textcoords="offset points",
+                rotation=90,
+                ha="center",
+                fontsize=8,
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([p.gpus for p in points], [f"{p.gpus:,}" for p in points], rotation=45, ha="right")
+    axes.minorticks_off()
+    axes.set_xlim(points[0].gpus / 1.4, points[-1].gpus * 1.4)
+    axes.set_ylim(0.0, 130.0 * max((point.mfu for point, _ in runs), default=1.0))
+    axes.set_xlabel("GPUs")
+    axes.set_ylabel("MFU (%)")
+    axes.grid(True, color="#dddddd", linewidth=0.5)
+    if runs:
+        point = runs[-1][0]
+        right = axes.twinx()  # the same points: throughput is MFU times a constant
+        right.set_ylim(0.0, axes.get_ylim()[1] * 10.0 * point.samples_per_gpu_s / point.mfu)
+        right.set_ylabel("samples/s of 1,000 GPUs")
+        right.spines["right"].set_visible(True)

@@ -1,0 +1,269 @@
+"""Pictures of one step: a block, the lanes, the memory; drawn on a matplotlib figure that is given (torch-free).
+
+Kinds differ by hatch as well as by colour. Spans may be predicted or measured (``trace.Timed``).
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...parallel.ir.ops import FUSED
+from ..prices.footprint import stack
+from . import trace
+from .explain import Whole
+from .trace import COMPUTE, WAIT, Timed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Style = dict[str, Any]
+STYLES: dict[str, Style] = {
+    "matmul": {"facecolor": "#6f9bc8"},
+    "attention": {"facecolor": "#27496d"},
+    "other compute": {"facecolor": "#d4d4d4"},
+    "matmul, again": {"facecolor": "#6f9bc8", "hatch": "////"},
+    "attention, again": {"facecolor": "#27496d", "hatch": "////"},
+    "other compute, again": {"facecolor": "#d4d4d4", "hatch": "////"},
+    "all_gather": {"facecolor": "#f2d388", "hatch": "\\\\\\"},
+    "reduce_scatter": {"facecolor": "#cf7f5c", "hatch": "...."},
+    "all_reduce": {"facecolor": "#9cc5a1", "hatch": "ooo"},
+    "compute waits": {"facecolor": "#ffffff", "hatch": "xxxxx", "edgecolor": "#b00020"},
+}
+MEMORY: dict[str, tuple[str, str]] = {  # class: colour, hatch
+    "CUDA context": ("#444444", "|||"),
+    "NCCL": ("#8a8a8a", "OO"),
+    "frozen encoders": ("#bdbdbd", "ooo"),
+    "optimizer": ("#27496d", ""),
+    "EMA": ("#6f9bc8", "|||"),
+    "gradients": ("#a8c6e3", "---"),
+    "weights": ("#d6e4f2", ""),
+    "gathered units": ("#f2d388", "xxx"),
+    "unit gradients": ("#cf7f5c", "..."),
+    "kept activations": ("#9cc5a1", "///"),
+    "transients": ("#d7ead9", "\\\\\\"),
+    "workspace": ("#7a4f7d", "+++"),
+    "inputs": ("#ffffff", "---"),
+}
+GREY = "#555555"
+CHARACTER_IN = 0.068  # width of a letter of a bar's label, inches
+LABEL_PT = 7.5
+POINTS = 900  # pieces of time in the picture of memory
+OUTSIDE = ("CUDA context", "NCCL", "frozen encoders")  # live from before the step
+
+
+def style_of(span: Timed) -> str:
+    """The key of ``STYLES`` by which a span is drawn."""
+    if span.kind == WAIT:
+        return "compute waits"
+    if span.lane != COMPUTE:
+        return FUSED.get(span.kind, span.kind)
+    family = next((name for name in ("attention", "matmul") if name in span.kind), "other compute")
+    return f"{family}, again" if trace.recomputed(span) else family
+
+
+def _bar(style: str) -> Style:
+    return {"edgecolor": "#303030", "linewidth": 0.4, **STYLES[style]}
+
+
+def _legend(axes: Axes, *drawn: Axes) -> None:
+    """One entry for every style drawn, above the first axes."""
+    handles: dict[str, Any] = {}
+    for panel in drawn:
+        handles.update(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    names = [style for style in STYLES if style in handles]
+    axes.legend(
+        [handles[name] for name in names],
+        names,
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),
+        ncols=len(names),
+        frameon=False,
+    )
+
+
+# -- time -------------------------------------------------------------------------------------------------------------
+
+
+def draw_block(figure: Figure, spans: Sequence[Timed], block: int) -> None:
+    """Every record of one block, forward above backward, a lane below the other; times in ms from its first record."""
+    spans = [*spans, *trace.waits(spans)]
+    panels = figure.subplots(2, 1)
+    for axes, direction in zip(panels, ("forward", "backward"), strict=True):
+        begin, end = trace.block_window(spans, block, direction)
+        inside = [span for span in spans if span.end_s > begin and span.start_s < end]
+        _draw_lanes(axes, inside, begin, end)
+        axes.set_title(f"{direction}: {(end - begin) * 1e3:.1f} ms", loc="left", fontsize=10)
+        axes.set_xlabel("ms from the block's first record")
+    _legend(panels[0], *panels)
+
+
+def _draw_lanes(axes: Axes, spans: Sequence[Timed], begin: float, end: float) -> None:
+    """Bars of one window."""
+    names = trace.lanes(spans)
+    heights = [3.2 if name == COMPUTE else 1.0 for name in names]
+    tops = [sum(heights[: i + 1]) + 0.25 * i for i in range(len(names))]
+    inches = 13.4 / (end - begin)
+    groups: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for span in spans:
+        lane = names.index(span.lane)
+        first, last = max(span.start_s, begin), min(span.end_s, end)
+        groups.setdefault((style_of(span), lane), []).append(((first - begin) * 1e3, (last - first) * 1e3))
+        room = (last - first) * inches
+        text = next((text for text in _labels(span) if room >= len(text) * CHARACTER_IN), "")
+        upright = not text and lane == 0
+        text = text or trace.short_name(span)
+        if span.kind == WAIT or room < 0.13 or (not upright and room < len(text) * CHARACTER_IN) or len(text) > 60:
+            continue
+        dark = "attention" in style_of(span)
+        box = None if STYLES[style_of(span)].get("hatch") is None else {"facecolor": "white", "pad": 0.6, "lw": 0}
+        axes.text(
+            ((first + last) / 2 - begin) * 1e3,
+            tops[lane] - heights[lane] / 2,
+            text,
+            rotation=90 if upright else 0,
+            fontsize=LABEL_PT,
+            color="white" if dark and box is None else "black",
+            bbox=box,
+            ha="center",
+            va="center",
+        )
+    for (style, lane), bars in groups.items():
+        axes.broken_barh(bars, (tops[lane] - heights[lane], heights[lane]), label=style, **_bar(style))
+    axes.set_yticks([top - height / 2 for top, height in zip(tops, heights, strict=True)], names)
+    axes.set_ylim(tops[-1] + 0.15, -0.15)
+    axes.set_xlim(0.0, (end - begin) * 1e3)
+
+
+def _labels(span: Timed) -> Iterator[str]:
+    """What a bar may be called, the longest first."""
+    short = trace.short_name(span)
+    block = re.search(r"blocks\.(\d+)", span.name)
+    if span.lane == COMPUTE:
+        yield f"{span.kind}: {short}"
+    elif block:
+        yield f"{span.kind}: {short} of block {block[1]}"
+        yield f"{short} of block {block[1]}"
+    yield short
+
+
+def draw_step(figure: Figure, spans: Sequence[Timed], step_s: float) -> None:
+    """How busy every lane is over the step: the share of time in which it works, block by block."""
+    names = trace.lanes(spans)
+    panels = figure.subplots(len(names) + 1, 1, sharex=True, height_ratios=[0.5, *[1.0] * len(names)])
+    _phases(panels[0], spans)
+    edges = [0.0, *trace.block_starts(spans), step_s]
+    waits = trace.waits(spans)
+    for axes, lane in zip(panels[1:], names, strict=True):
+        own = [span for span in (*spans, *waits) if span.lane == lane]
+        base = [0.0] * (len(edges) - 1)
+        for style in STYLES:
+            of_style = [span for span in own if style_of(span) == style]
+            if not of_style:
+                continue
+            share = _shares(of_style, edges)
+            top = [a + b for a, b in zip(base, share, strict=True)]
+            kind = _bar(style) | {"linewidth": 0.0}
+            axes.fill_between(edges, [*base, base[-1]], [*top, top[-1]], step="post", label=style, **kind)
+            base = top
+        busy = sum(span.end_s - span.start_s for span in own if span.kind != WAIT)
+        waited = sum(span.waited_s for span in own) if lane != COMPUTE else sum(w.end_s - w.start_s for w in waits)
+        verb = "waits" if lane == COMPUTE else "exposed"
+        axes.set_ylabel(lane.replace(":", "\n"), rotation=0, ha="right", va="center")
+        axes.set_ylim(0.0, 1.02)
+        axes.set_yticks([0.0, 0.5, 1.0], ["0 %", "50 %", "100 %"])
+        axes.text(
+            1.005,
+            0.5,
+            f"busy {_time(busy)} ({busy / step_s:.0%})\n{verb} {_time(waited)} ({waited / step_s:.1%})",
+            transform=axes.transAxes,
+            va="center",
+        )
+    panels[-1].set_xlabel("seconds from the start of the step")
+    panels[-1].set_xlim(0.0, step_s)
+    _legend(panels[0], *panels)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _shares(spans: Iterable[Timed], edges: Sequence[float]) -> list[float]:
+    """Share of every piece of time that the spans cover; spans of a lane do not overlap."""
+    shares = [0.0] * (len(edges) - 1)
+    for span in spans:
+        first = max(bisect.bisect_right(edges, span.start_s) - 1, 0)
+        for i in range(first, min(bisect.bisect_left(edges, span.end_s), len(shares))):
+            begin, end = edges[i], edges[i + 1]
+            if end > begin:
+                shares[i] += max(min(span.end_s, end) - max(span.start_s, begin), 0.0) / (end - begin)
+    return shares
+
+
+def _phases(axes: Axes, spans: Sequence[Timed]) -> None:
+    """A strip that names forward, backward and optimizer of every micro-batch."""
+    found: dict[str, list[float]] = {}
+    for span in spans:
+        match = re.match(r"^(?:mb(\d+)/.*\.(forward|backward)|(optimizer))\b", span.name)
+        if span.lane == COMPUTE and match and not trace.recomputed(span):
+            name = match[3] or f"{match[2]} {match[1]}"
+            ends = found.setdefault(name, [span.start_s, span.end_s])
+            ends[1] = max(ends[1], span.end_s)
+    several = any(name.endswith(" 1") for name in found)
+    last = max(end for _, end in found.values())
+    for i, (name, (begin, end)) in enumerate(found.items()):
+        axes.broken_barh([(begin, end - begin)], (0.0, 1.0), facecolor=("#ffffff", "#e4e4e4")[i % 2], edgecolor=GREY)
+        text = name if several else name.removesuffix(" 0")
+        narrow = end - begin < 0.06 * last
+        axes.text(end if narrow else (begin + end) / 2, 0.5, text, ha="left" if narrow else "center", va="center")
+    axes.set_ylim(0.0, 1.0)
+    axes.axis("off")
+
+
+def draw_memory(figure: Figure, whole: Whole) -> None:
+    """Live bytes of one rank over the step, stacked by class, below what the device offers."""
+    stacked = stack(whole.program)
+    points = trace.highest(whole, stacked, POINTS)
+    times = [seconds for _, seconds in points] + [whole.timeline.step_s]
+    constant = {name: value for name, value in whole.footprint.by_class.items() if name in OUTSIDE}
+    series = {name: [value] * len(points) for name, value in constant.items()}
+    series |= {name: [values[i] for i, _ in points] for name, values in stacked.by_class.items()}
+    axes = figure.subplots()
+    base = [0.0] * len(times)
+    for name in sorted(series, key=lambda name: [*MEMORY, name].index(name)):
+        colour, hatch = MEMORY.get(name, ("#ffffff", "|||"))
+        values = [value / 1e9 for value in series[name]]
+        top = [a + b for a, b in zip(base, [*values, values[-1]], strict=True)]
+        label = f"{name}: {max(values):.1f} GB"
+        kind: Style = {"facecolor": colour, "hatch": hatch, "edgecolor": "#303030", "linewidth": 0.2}
+        axes.fill_between(times, base, top, step="post", label=label, **kind)
+        base = top
+    limit, peak = whole.footprint.limit_bytes / 1e9, whole.footprint.peak_bytes / 1e9
+    axes.axhline(limit, color="#b00020", linestyle="--", linewidth=1.4)
+    axes.text(times[-1], 1.01 * limit, f"usable: {limit:.1f} GB ", ha="right", va="bottom", color="#b00020")
+    at = max(range(len(points)), key=base.__getitem__)
+    axes.annotate(
+        f"peak {peak:.1f} GB at {whole.footprint.peak_op}",
+        (times[at], base[at]),
+        xytext=(0, 26),
+        textcoords="offset points",
+        arrowprops={"arrowstyle": "-|>", "facecolor": "black"},
+        ha="left" if times[at] < 0.5 * times[-1] else "right",
+        bbox={"facecolor": "white", "edgecolor": GREY, "pad": 2},
+    )
+    axes.set_xlim(0.0, times[-1])
+    axes.set_ylim(0.0, 1.15 * max(limit, peak))
+    axes.set_xlabel("seconds from the start of the step")
+    axes.set_ylabel("GB")
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(
+        handles[::-1],
+        labels[::-1],
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        frameon=False,
+        title="most of each class",
+    )

@@ -1,0 +1,325 @@
+"""Why this plan: what binds it, what is exposed, what is done twice, and what would change it (torch-free)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from ...errors import CinemeshError
+from ...model.config import ModelConfig
+from ...model.step import Batch, build_step, prepare
+from ...parallel.ir.communicators import communicator
+from ...parallel.ir.ops import FUSED, OPS
+from ...parallel.ir.plan import AXES, Plan
+from ...parallel.ir.program import Op, Program
+from ..clusters.cluster import Cluster
+from ..prices.compute import Compute
+from ..prices.encoders import FrozenCost
+from ..prices.footprint import Footprint, footprint
+from ..prices.network import Network
+from ..prices.timeline import Tape, Timeline, play, price
+from ..search.planner import search
+from ..search.space import Choice, Request
+
+SPELT_OUT = 4  # activations kept from which on only their number is shown
+_LAYER = re.compile(r"^mb\d+/|blocks\.\d+\.|~")
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The whole step of one plan, built and played: no extrapolation."""
+
+    plan: Plan
+    batch: Batch
+    program: Program
+    tape: Tape
+    timeline: Timeline
+    footprint: Footprint
+    step_s: float
+
+    @property
+    def samples(self) -> int:
+        return self.batch.samples * self.plan.data_ranks * self.plan.micro_batches
+
+
+def whole(config: ModelConfig, plan: Plan, batch: Batch, cluster: Cluster, frozen: FrozenCost | None = None) -> Whole:
+    """Build, price and play every record of a step."""
+    return played(prepare(build_step(config, plan, batch), backend="nccl"), batch, cluster, frozen)
+
+
+def played(program: Program, batch: Batch, cluster: Cluster, frozen: FrozenCost | None = None) -> Whole:
+    """Price and play a program that was prepared."""
+    plan = program.plan
+    tape = price(program, Compute(cluster), Network(cluster), cluster)
+    timeline = play(tape)
+    return Whole(
+        plan,
+        batch,
+        program,
+        tape,
+        timeline,
+        footprint(program, cluster, frozen.bytes if frozen else 0),
+        (timeline.step_s + (frozen.seconds if frozen else 0.0)) * cluster.spread.factor(plan.world_size),
+    )
+
+
+# -- FLOPs ------------------------------------------------------------------------------------------------------------
+
+
+def model_flops(config: ModelConfig, latent: tuple[int, int, int]) -> int:
+    """FLOPs of forward and backward of one sample: three times the products of forward, recompute left out.
+
+    Counted from the program of one rank, where nothing is computed twice.
+    """
+    counted: list[int] = []
+    for layers in (1, 2):
+        program = build_step(replace(config, layers=layers), Plan(dtype="bf16"), Batch(1, latent))
+        forward = (op for op in program.ops if op.kind in OPS and OPS[op.kind].matmul)
+        counted.append(sum(program.flops(op) for op in forward if op.region.endswith(".forward")))
+    one, two = counted
+    return 3 * (one + (config.layers - 1) * (two - one))
+
+
+def mean_model_flops(request: Request) -> float:
+    """Model FLOPs of a sample, averaged over the buckets by their weights."""
+    total = sum(bucket.weight for bucket in request.buckets)
+    return sum(b.weight * model_flops(request.config, b.latent) for b in request.buckets) / total
+
+
+def mfu_of(request: Request, choice: Choice, flops: float) -> float:
+    """MFU of a plan of the table; ``flops``: those of a sample."""
+    peak = request.cluster.gpu.peak_flops[choice.plan.compute_dtype]
+    return flops * choice.samples_per_s / (request.gpus * peak)
+
+
+def hardware_flops(program: Program) -> int:
+    """FLOPs of one rank as executed: recompute, and work that several ranks do, counted."""
+    return sum(program.flops(op) for op in program.ops if op.kind in FUSED or (op.kind in OPS and OPS[op.kind].matmul))
+
+
+def mfu(config: ModelConfig, whole: Whole, cluster: Cluster) -> float:
+    """Model FLOPs over what the GPUs could do in the step."""
+    flops = model_flops(config, whole.batch.latent) * whole.samples
+    return flops / (whole.step_s * whole.plan.world_size * cluster.gpu.peak_flops[whole.plan.compute_dtype])
+
+
+def hfu(whole: Whole, cluster: Cluster) -> float:
+    return hardware_flops(whole.program) / (whole.step_s * cluster.gpu.peak_flops[whole.plan.compute_dtype])
+
+
+# -- exposed communication --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """All collectives of one name (one a block), in one step."""
+
+    name: str
+    kind: str
+    lane: str
+    count: int
+    payload_bytes: int
+    alone_s: float
+    exposed_s: float
+
+    @property
+    def hidden(self) -> float:
+        """Share of the time alone in which compute went on."""
+        return 1.0 - self.exposed_s / self.alone_s if self.alone_s else 0.0
+
+
+def role(op: Op) -> str:
+    """A record's name without its micro-batch, block and clone marks."""
+    part = op.region.rpartition(".")[2]
+    return f"{part}/{_LAYER.sub('', op.name.rpartition('/')[2])}"
+
+
+def exposures(whole: Whole) -> list[Exposure]:
+    """Exposed communication by collective, the most exposed first."""
+    rows: dict[tuple[str, str, str], list[float]] = {}
+    for i, op in enumerate(whole.program.ops):
+        if op.kind in OPS or op.kind == "wait":
+            continue
+        row = rows.setdefault((role(op), op.kind, op.lane), [0, 0.0, 0.0, 0.0])
+        row[0] += 1
+        row[1] += whole.program.payload_bytes(op)
+        row[2] += whole.tape.records[i].cost.seconds
+        row[3] += whole.timeline.exposed_s.get(i, 0.0)
+    made = [
+        Exposure(name, kind, lane, int(count), int(payload), alone, exposed)
+        for (name, kind, lane), (count, payload, alone, exposed) in rows.items()
+    ]
+    return sorted(made, key=lambda e: -e.exposed_s)
+
+
+def terms(whole: Whole) -> dict[str, float]:
+    """The step's seconds, split: compute alone, compute slowed by communication, exposed time by lane, stragglers."""
+    lanes: dict[str, float] = {}
+    for i, seconds in whole.timeline.exposed_s.items():
+        lane = f"exposed {whole.program.ops[i].lane}"
+        lanes[lane] = lanes.get(lane, 0.0) + seconds
+    slowed = whole.timeline.compute_busy_s - whole.tape.compute_s
+    parts = {"compute": whole.tape.compute_s, "compute slowed by communication": slowed, **lanes}
+    parts["stragglers and the rest"] = whole.step_s - sum(parts.values())
+    return parts
+
+
+def utilisation(whole: Whole) -> dict[str, float]:
+    """Share of the step in which compute, and every communicator, is busy."""
+    busy: dict[str, float] = {"compute": whole.timeline.compute_busy_s}
+    for i, op in enumerate(whole.program.ops):
+        if "axes" in op.attrs and op.kind != "wait":
+            name = communicator(op)
+            busy[name] = busy.get(name, 0.0) + whole.timeline.end[i] - whole.timeline.start[i]
+    return {name: seconds / whole.timeline.step_s for name, seconds in busy.items()}
+
+
+# -- declared duplicates ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """Work that every rank of an axis does identically, or an activation that every rank of it holds."""
+
+    name: str
+    axis: str
+    ranks: int
+    count: int
+    flops: int
+    bytes: int
+    saved_s: float
+
+
+def duplicates(whole: Whole) -> list[Duplicate]:
+    """Compute records on which an axis splits nothing, found by their placements; the dearest first.
+
+    ``bytes`` is what one rank writes in them, ``saved_s`` what splitting them over the axis would save at most.
+    """
+    program = whole.program
+    found: dict[tuple[str, str], list[float]] = {}
+    for i, op in enumerate(program.ops):
+        if op.kind not in OPS or op.region == "optimizer":
+            continue
+        placements = [program.buffers[name].placement for name in (*op.inputs, *op.outputs)]
+        for axis in ("tp", "cp"):
+            if program.plan.size(axis) == 1:
+                continue
+            if any(axis in axes for p in placements for axes in (*p.dims, tuple(p.partial))):
+                continue
+            seconds = whole.tape.records[i].seconds
+            row = found.setdefault((role(op), axis), [0, 0, 0, 0.0])
+            row[0] += 1
+            row[1] += program.flops(op)
+            row[2] += sum(program.bytes(name) for name in op.outputs)
+            row[3] += seconds * (1 - 1 / program.plan.size(axis))
+    made = [
+        Duplicate(name, axis, program.plan.size(axis), int(count), int(flops), int(bytes_), saved)
+        for (name, axis), (count, flops, bytes_, saved) in found.items()
+    ]
+    return sorted(made, key=lambda d: -d.saved_s)
+
+
+# -- sensitivities ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What the best plan would be if one thing were different."""
+
+    change: str
+    plan: Plan | None
+    samples_per_s: float
+    gain: float
+    note: str = ""
+
+
+def sensitivities(request: Request, best: Choice) -> Iterator[Sensitivity]:
+    """The search again: a faster NIC, more memory, a faster NVLink, one more server."""
+    cluster = request.cluster
+    changes: list[tuple[str, Callable[[], Request]]] = [
+        ("NIC twice as fast", lambda: replace(request, cluster=cluster.with_(nic_scale=2.0))),
+        (
+            "16 GB more memory",
+            lambda: replace(request, cluster=cluster.with_(memory_bytes=cluster.gpu.memory_bytes + 16e9)),
+        ),
+        ("NVLink twice as fast", lambda: replace(request, cluster=cluster.with_(nvlink_scale=2.0))),
+        (
+            f"one more server ({request.gpus + cluster.gpus_per_server} GPUs)",
+            lambda: replace(request, gpus=request.gpus + cluster.gpus_per_server),
+        ),
+        (f"half the GPUs ({request.gpus // 2})", lambda: replace(request, gpus=max(request.gpus // 2, 1))),
+    ]
+    for text, changed in changes:
+        try:
+            found = search(replace(changed(), shown=1)).best
+        except CinemeshError as error:
+            yield Sensitivity(text, None, 0.0, -1.0, str(error).partition(";")[0])
+            continue
+        same = (found.plan.tp, found.plan.cp) == (best.plan.tp, best.plan.cp)
+        note = "same degrees" if same else f"then {describe(found.plan)}"
+        yield Sensitivity(text, found.plan, found.samples_per_s, found.samples_per_s / best.samples_per_s - 1.0, note)
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+def describe(plan: Plan) -> str:
+    """A plan in one line: degrees above one, recompute, prefetch, and the order where it is not the default."""
+    parts = [f"{axis}={plan.size(axis)}" for axis in AXES if plan.size(axis) > 1]
+    if plan.micro_batches > 1:
+        parts.append(f"micro_batches={plan.micro_batches}")
+    keep = _keep(plan.recompute)
+    if plan.recompute_last is not None:
+        keep += f" (last {plan.last_blocks} blocks {_keep(plan.recompute_last)})"
+    parts.append(f"recompute={keep}")
+    parts += [
+        f"{name}={getattr(plan, name)}" for name in ("kv_slices", "kv_chunks", "tp_slices") if getattr(plan, name) > 1
+    ]
+    if plan.prefetch != 1:
+        parts.append(f"prefetch={plan.prefetch}")
+    if plan.fused_tp:
+        parts.append("fused tp")
+    if plan.kv_first:
+        parts.append("K and V first")
+    if plan.defer_weight_gradients:
+        parts.append("deferred weight gradients")
+    parts += plan.streams
+    split = [axis for axis in plan.order if plan.size(axis) > 1]
+    if split != [axis for axis in AXES if plan.size(axis) > 1]:
+        parts.append("order=" + ":".join(plan.order))
+    return " ".join(parts)
+
+
+def _keep(recompute: str | tuple[str, ...]) -> str:
+    if isinstance(recompute, str):
+        return recompute
+    return f"keep {':'.join(recompute)}" if len(recompute) < SPELT_OUT else f"keep {len(recompute)} activations"
+
+
+def binds(whole: Whole) -> list[str]:
+    """What keeps the plan from being faster, in sentences with their numbers, the largest first."""
+    parts = sorted(terms(whole).items(), key=lambda item: -item[1])
+    total = whole.step_s
+    lines = [f"{name}: {seconds:.3f} s, {seconds / total:.1%} of the step" for name, seconds in parts if seconds > 0]
+    peak, limit = whole.footprint.peak_bytes, whole.footprint.limit_bytes
+    lines.append(
+        f"memory: {peak / 1e9:.1f} of {limit / 1e9:.1f} GB at {whole.footprint.peak_op}"
+        + (f"; recompute is {whole.plan.recompute}" if whole.plan.recompute != "none" else "; nothing is recomputed")
+    )
+    return lines
+
+
+def why_lost(winner: Whole, loser: Whole) -> list[str]:
+    """Term by term, per sample: where the loser spends more, the largest difference first."""
+    ours, theirs = terms(winner), terms(loser)
+    per = {
+        name: theirs.get(name, 0.0) / loser.samples - ours.get(name, 0.0) / winner.samples for name in {*ours, *theirs}
+    }
+    total = loser.step_s / loser.samples - winner.step_s / winner.samples
+    rows = sorted(per.items(), key=lambda item: -abs(item[1]))
+    return [
+        f"{name}: {difference * winner.samples:+.4f} s at the winner's batch ({difference / total:+.0%} of the gap)"
+        for name, difference in rows
+        if abs(difference) > 1e-3 * abs(total)
+    ]

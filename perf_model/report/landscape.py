@@ -1,0 +1,185 @@
+"""What the report shows of other batches and other sizes of the job: the searches behind its pictures (torch-free)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from ...errors import CinemeshError
+from ..search.planner import Search, search
+from ..search.space import Choice, Request
+from .explain import model_flops
+
+DEALS = ((1, 1), (2, 1), (4, 1), (1, 2))  # samples of one micro-batch on one data rank, micro-batches
+SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144)  # GPUs
+FAMILIES = 12  # shown at most for one size of a micro-batch
+_FAMILY = re.compile(r"tp=(\d+) cp=(\d+)")
+
+Tick = Callable[[str], object]  # told what was done
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """A family that needs more memory than there is. ``model_parallel``: tp * cp; ``global_batch`` in samples."""
+
+    family: str
+    model_parallel: int
+    global_batch: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neutral plans: about equal throughput over different global batches, the highest throughput first."""
+
+    choices: tuple[Choice, ...]
+
+    @property
+    def batches(self) -> list[int]:
+        return sorted({choice.global_batch for choice in self.choices})
+
+    @property
+    def step_s(self) -> tuple[float, float]:
+        """The shortest and the longest step."""
+        steps = [choice.step_s for choice in self.choices]
+        return min(steps), max(steps)
+
+
+@dataclass
+class Landscape:
+    """The best plans of the fastest families, over batch sizes.
+
+    ``error``: relative difference in throughput that the model cannot tell. ``other``: families left out for other
+    reasons than memory, counted. ``nothing``: why a whole size of a micro-batch fails.
+    """
+
+    gpus: int
+    error: float = 0.0
+    choices: list[Choice] = field(default_factory=list)
+    misfits: list[Misfit] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    nothing: list[str] = field(default_factory=list)
+    other: int = 0
+
+    def frontier(self) -> list[Choice]:
+        """The fastest plan of every global batch, by batch."""
+        best: dict[int, Choice] = {}
+        for choice in self.choices:
+            batch = choice.global_batch
+            if batch not in best or choice.samples_per_s > best[batch].samples_per_s:
+                best[batch] = choice
+        return [best[batch] for batch in sorted(best)]
+
+
+def neutral_groups(choices: list[Choice], error: float) -> list[Group]:
+    """Sets of plans over two or more global batches whose throughput differs by less than ``error`` (relative).
+
+    One plan a batch. The fastest plan that is in no group yet leads the next one.
+    """
+    best: dict[int, Choice] = {}
+    for choice in choices:
+        batch = choice.global_batch
+        if batch not in best or choice.samples_per_s > best[batch].samples_per_s:
+            best[batch] = choice
+    left = sorted(best.values(), key=lambda choice: -choice.samples_per_s)
+    groups: list[Group] = []
+    while left:
+        floor = (1.0 - error) * left[0].samples_per_s
+        group = [choice for choice in left if choice.samples_per_s >= floor]
+        left = left[len(group) :]
+        if len(group) > 1:
+            groups.append(Group(tuple(group)))
+    return groups
+
+
+def deals(request: Request) -> list[tuple[int, int]]:
+    """The samples and micro-batches that are looked at."""
+    fixed = request.fixed.get("micro_batches")
+    return [deal for deal in DEALS if fixed is None or deal[1] == fixed] or [(request.samples, int(str(fixed)))]
+
+
+def explore(request: Request, error: float, tick: Tick = lambda _: None) -> Landscape:
+    """The fastest families at several samples and micro-batches. The global batch that was asked for is left open."""
+    found = Landscape(request.gpus, error)
+    for samples, micro_batches in deals(request):
+        asked = replace(
+            request,
+            global_batch=None,
+            samples=samples,
+            shown=FAMILIES,
+            fixed=request.fixed | {"micro_batches": micro_batches},
+        )
+        tick(f"batches of {samples} x {micro_batches} micro-batches")
+        _add(found, asked, micro_batches)
+    found.choices = _distinct(found.choices)
+    found.groups = neutral_groups(found.choices, error)
+    return found
+
+
+def _add(found: Landscape, asked: Request, micro_batches: int) -> None:
+    try:
+        outcome = search(asked)
+    except CinemeshError as error:  # at this size of a micro-batch
+        found.nothing.append(f"{asked.samples} x {micro_batches} micro-batches: {str(error).partition('; use')[0]}")
+        return
+    found.choices += outcome.choices
+    for refusal in outcome.refused:
+        degrees = _FAMILY.match(refusal.family)
+        if degrees is None or "GB" not in refusal.reason:
+            found.other += 1
+            continue
+        size = int(degrees[1]) * int(degrees[2])
+        batch = asked.gpus // size * asked.samples * micro_batches
+        found.misfits.append(Misfit(refusal.family, size, batch, refusal.reason))
+
+
+def _distinct(choices: list[Choice]) -> list[Choice]:
+    kept = {(choice.family, choice.global_batch): choice for choice in choices}
+    return list(kept.values())
+
+
+# -- scaling ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """The best plan of one number of GPUs, or why there is none. ``mfu``: model FLOPs over the peak of all GPUs."""
+
+    gpus: int
+    choice: Choice | None
+    mfu: float
+    reason: str = ""
+
+    @property
+    def samples_per_gpu_s(self) -> float:
+        return self.choice.samples_per_s / self.gpus if self.choice else 0.0
+
+
+def sizes(request: Request) -> list[int]:
+    """Numbers of GPUs to plan for: up to the cluster's own, the request's among them."""
+    most = max(request.cluster.topology.servers * request.cluster.topology.gpus_per_server, request.gpus)
+    return sorted({n for n in SIZES if n <= most} | {request.gpus})
+
+
+def scale(request: Request, known: Search, tick: Tick = lambda _: None) -> list[Point]:
+    """The best plan of every size, the global batch left open. ``known``: what the request itself found."""
+    return list(_points(replace(request, global_batch=None, shown=1), request, known, tick))
+
+
+def _points(asked: Request, request: Request, known: Search, tick: Tick) -> Iterator[Point]:
+    weights = [bucket.weight for bucket in request.buckets]
+    flops = [model_flops(request.config, bucket.latent) for bucket in request.buckets]
+    per_sample = sum(w * f for w, f in zip(weights, flops, strict=True)) / sum(weights)
+    for gpus in sizes(request):
+        tick(f"{gpus:,} GPUs")
+        if gpus == request.gpus and request.global_batch is None:
+            choice = known.best
+        else:
+            try:
+                choice = search(replace(asked, gpus=gpus)).best
+            except CinemeshError as error:
+                yield Point(gpus, None, 0.0, str(error).partition(";")[0])
+                continue
+        peak = request.cluster.gpu.peak_flops[choice.plan.compute_dtype]
+        yield Point(gpus, choice, per_sample * choice.samples_per_s / (gpus * peak))

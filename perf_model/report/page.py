@@ -1,0 +1,112 @@
+"""The HTML page of a report: one file, its pictures and style inside it, nothing fetched (torch-free)."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from ..prices.startup import StartUp, start_up
+from ..search.planner import Search
+from ..search.space import Request
+from . import explain
+from .explain import Duplicate, Exposure, Sensitivity, Whole, describe
+from .landscape import FAMILIES, Landscape, Point
+from .trace import Span, predicted
+
+TEMPLATES = Path(__file__).parent / "templates"
+ROWS = 14  # of the tables of collectives and duplicates
+REFUSED = 40  # refused families listed
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture as SVG, and the PNG file of it beside the page."""
+
+    name: str
+    title: str
+    caption: str
+    svg: bytes
+
+    @property
+    def address(self) -> str:
+        return "data:image/svg+xml;base64," + base64.b64encode(self.svg).decode()
+
+
+@dataclass(frozen=True)
+class Story:
+    """What the report tells: the search, its first plans played whole, and what was searched around it.
+
+    ``trace``: file name of the best plan's trace.
+    """
+
+    request: Request
+    found: Search
+    wholes: list[Whole]
+    landscape: Landscape
+    scaling: list[Point]
+    sensitivities: list[Sensitivity]
+    trace: str
+
+    @property
+    def best(self) -> Whole:
+        return self.wholes[0]
+
+    @property
+    def runner_up(self) -> Whole | None:
+        return self.wholes[1] if len(self.wholes) > 1 else None
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        """Of the best plan's step."""
+        return predicted(self.best)
+
+    @property
+    def exposures(self) -> list[Exposure]:
+        return [row for row in explain.exposures(self.best) if row.exposed_s > 0.0][:ROWS]
+
+    @property
+    def duplicates(self) -> list[Duplicate]:
+        return explain.duplicates(self.best)[:ROWS]
+
+    @property
+    def start_up(self) -> list[StartUp]:
+        return start_up(self.best.plan, self.request.cluster)
+
+    @property
+    def why_lost(self) -> list[str]:
+        return explain.why_lost(self.best, self.runner_up) if self.runner_up else []
+
+    @property
+    def shapes(self) -> str:
+        """Every sample shape with its tokens, and its share where there are several."""
+        buckets = self.request.buckets
+        total = sum(bucket.weight for bucket in buckets)
+        return ", ".join(
+            f"{'x'.join(map(str, bucket.latent))} ({self.request.config.tokens(bucket.latent):,} tokens)"
+            + (f" in {bucket.weight / total:.0%} of the steps" if len(buckets) > 1 else "")
+            for bucket in buckets
+        )
+
+
+def render(story: Story, pictures: list[Picture]) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["describe"] = describe
+    request, best = story.request, story.best
+    return environment.get_template("report.html").render(
+        story=story,
+        pictures={picture.name: picture for picture in pictures},
+        ties={id(choice) for choice in story.found.near_ties()},
+        identity=id,
+        mfu=explain.mfu(request.config, best, request.cluster),
+        hfu=explain.hfu(best, request.cluster),
+        binds=explain.binds(best),
+        families=FAMILIES,
+        refused=story.found.refused[:REFUSED],
+    )

@@ -1,0 +1,239 @@
+"""When everything of a step ran: spans, and the Chrome trace that Perfetto and chrome://tracing open (torch-free).
+
+A span is predicted or measured; both are drawn and written alike. Time that compute waits for a collective ends when
+the collective ends, so a span with ``waited_s`` tells where the wait lies.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ...files import atomic_file
+from ...parallel.ir.communicators import communicator
+from ...parallel.ir.ops import FUSED, OPS
+from ..prices.footprint import Stack, stack
+from .explain import Whole
+
+COMPUTE = "compute"
+WAIT = "wait"
+MEMORY_POINTS = 2000  # samples of the memory counter in a trace
+_LANES = (COMPUTE, "tp", "cp", "dp_shard")  # from the innermost; other lanes follow
+_BLOCK = re.compile(r"^mb(\d+)/blocks\.(\d+)\.(forward|backward)/")
+
+
+class Timed(Protocol):
+    """What is drawn: a record of a program with its times in seconds from the start of the step.
+
+    ``lane`` is ``compute`` or the communicator. Of a collective, ``issued_s`` is when it could have started, and
+    ``waited_s`` how long compute waited for its end; of compute they are ``start_s`` and 0.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def lane(self) -> str: ...
+    @property
+    def issued_s(self) -> float: ...
+    @property
+    def start_s(self) -> float: ...
+    @property
+    def end_s(self) -> float: ...
+    @property
+    def waited_s(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A predicted ``Timed``."""
+
+    name: str
+    kind: str
+    lane: str
+    issued_s: float
+    start_s: float
+    end_s: float
+    waited_s: float = 0.0
+
+
+def predicted(whole: Whole) -> list[Span]:
+    """Spans of a played step, in the order of its program. Records that take no time are left out.
+
+    A fused record is on both its lanes; what it waits for lies within it.
+    """
+    timeline = whole.timeline
+    spans: list[Span] = []
+    for i, (op, reached) in enumerate(zip(whole.program.ops, reached_s(whole), strict=True)):
+        start, end = timeline.start[i], timeline.end[i]
+        if op.kind == WAIT or end <= start:
+            continue
+        if op.kind in OPS:
+            spans.append(Span(op.name, op.kind, COMPUTE, start, start, end))
+        elif op.kind in FUSED:
+            spans += [Span(op.name, op.kind, lane, start, start, end) for lane in (COMPUTE, communicator(op))]
+        else:
+            waited = timeline.exposed_s.get(i, 0.0)
+            spans.append(Span(op.name, op.kind, communicator(op), reached, start, end, waited))
+    return spans
+
+
+def reached_s(whole: Whole) -> list[float]:
+    """When compute reached each record. A collective may start later than it is issued."""
+    clock = 0.0
+    reached: list[float] = []
+    for i, op in enumerate(whole.program.ops):
+        if op.kind in OPS or op.kind in FUSED or op.kind == WAIT:
+            reached.append(whole.timeline.start[i])
+            clock = whole.timeline.end[i]
+        else:
+            reached.append(clock)
+    return reached
+
+
+def waits(spans: Sequence[Timed]) -> list[Span]:
+    """The exposed times as spans of the compute lane."""
+    return [
+        Span(f"{span.name}.wait", WAIT, COMPUTE, span.end_s - span.waited_s, span.end_s - span.waited_s, span.end_s)
+        for span in spans
+        if span.waited_s > 0.0
+    ]
+
+
+def lanes(spans: Sequence[Timed]) -> list[str]:
+    """Lanes in use: compute, then mesh axes from the innermost outwards."""
+
+    def rank(lane: str) -> tuple[int, int, str]:
+        axis = lane.partition(":")[0].partition("*")[0]
+        return _LANES.index(axis) if axis in _LANES else len(_LANES), lane.count("*"), lane
+
+    return sorted({span.lane for span in spans} | {COMPUTE}, key=rank)
+
+
+def recomputed(span: Timed) -> bool:
+    """Whether a record makes again in backward what forward did not keep."""
+    return span.name.endswith("~")
+
+
+def short_name(span: Timed) -> str:
+    """A record's name within its block."""
+    return span.name.rpartition("/")[2].rstrip("~")
+
+
+def block_window(spans: Sequence[Timed], block: int, direction: str, micro_batch: int = 0) -> tuple[float, float]:
+    """From the first compute of a block in one direction to the first of the block that follows it, in seconds.
+
+    Backward begins with what is made again for it. Where no block follows, it ends with its last compute.
+    Raises ValueError when the block never ran.
+    """
+    first: dict[int, float] = {}
+    last: dict[int, float] = {}
+    for span in spans:
+        found = _BLOCK.match(span.name) if span.lane == COMPUTE else None
+        if found is None or int(found[1]) != micro_batch:
+            continue
+        if ("backward" if recomputed(span) else found[3]) != direction:
+            continue
+        number = int(found[2])
+        first[number] = min(first.get(number, span.start_s), span.start_s)
+        last[number] = max(last.get(number, span.end_s), span.end_s)
+    if block not in first:
+        raise ValueError(f"block {block} of micro-batch {micro_batch} has no {direction} in these {len(spans)} spans")
+    following = first.get(block + 1 if direction == "forward" else block - 1)
+    return first[block], following if following is not None else last[block]
+
+
+def block_starts(spans: Sequence[Timed]) -> list[float]:
+    """When each block began, in both directions and every micro-batch, and when the last ended; seconds, ascending."""
+    starts: dict[tuple[str, str, str], float] = {}
+    end = 0.0
+    for span in spans:
+        found = _BLOCK.match(span.name) if span.lane == COMPUTE else None
+        if found is None:
+            continue
+        key = (found[1], found[2], "backward" if recomputed(span) else found[3])
+        starts[key] = min(starts.get(key, span.start_s), span.start_s)
+        end = max(end, span.end_s)
+    return sorted({*starts.values(), end})
+
+
+# -- the trace file ---------------------------------------------------------------------------------------------------
+
+
+def _metadata(process: int, what: str, name: str, thread: int = 0, order: int = 0) -> Iterator[dict[str, Any]]:
+    head = {"ph": "M", "pid": process, "tid": thread}
+    yield head | {"name": f"{what}_name", "args": {"name": name}}
+    yield head | {"name": f"{what}_sort_index", "args": {"sort_index": order}}
+
+
+def _events(process: int, name: str, spans: Sequence[Timed]) -> Iterator[dict[str, Any]]:
+    """One process, with a thread for each lane."""
+    yield from _metadata(process, "process", name, order=process)
+    thread = {lane: number for number, lane in enumerate(lanes(spans))}
+    for lane, number in thread.items():
+        yield from _metadata(process, "thread", lane, number, number)
+    for span in sorted((*spans, *waits(spans)), key=lambda span: span.start_s):
+        event: dict[str, Any] = {
+            "ph": "X",
+            "name": span.name,
+            "cat": "recomputed" if recomputed(span) else span.kind,
+            "pid": process,
+            "tid": thread[span.lane],
+            "ts": span.start_s * 1e6,
+            "dur": (span.end_s - span.start_s) * 1e6,
+            "args": {"kind": span.kind},
+        }
+        if span.lane != COMPUTE:
+            queued = max(span.start_s - span.issued_s, 0.0)
+            event["args"] |= {"queued_us": queued * 1e6, "exposed_us": span.waited_s * 1e6}
+        yield event
+
+
+def _counters(process: int, whole: Whole, stacked: Stack) -> Iterator[dict[str, Any]]:
+    """Live bytes by class as a counter track."""
+    for i, seconds in highest(whole, stacked, MEMORY_POINTS):
+        yield {
+            "ph": "C",
+            "name": "memory (GB)",
+            "pid": process,
+            "ts": seconds * 1e6,
+            "args": {name: values[i] / 1e9 for name, values in stacked.by_class.items()},
+        }
+
+
+def highest(whole: Whole, stacked: Stack, points: int) -> list[tuple[int, float]]:
+    """Records that stand for the step's memory, with their times in seconds, in the order of the program.
+
+    Of each of ``points`` equal pieces of time it is the one with most live bytes: the peak is always among them.
+    """
+    width = max(whole.timeline.step_s / points, 1e-12)
+    best: dict[int, tuple[int, float]] = {}
+    for i, seconds in enumerate(reached_s(whole)):
+        piece = int(seconds / width)
+        if piece not in best or stacked.total[i] > stacked.total[best[piece][0]]:
+            best[piece] = (i, seconds)
+    return sorted(best.values())
+
+
+def chrome(processes: Mapping[str, Sequence[Timed]], whole: Whole | None = None) -> dict[str, Any]:
+    """Trace events of one or several recordings, each a process of its own by its name.
+
+    ``whole`` adds its memory to the first process. Times are microseconds, as the format wants.
+    """
+    events: list[dict[str, Any]] = []
+    for number, (name, spans) in enumerate(processes.items()):
+        events.extend(_events(number, name, spans))
+    if whole is not None:
+        events.extend(_counters(0, whole, stack(whole.program)))
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def write(path: Path, processes: Mapping[str, Sequence[Timed]], whole: Whole | None = None) -> None:
+    """Write a trace file. The final name appears when the file is complete."""
+    with atomic_file(path) as unfinished:
+        unfinished.write_text(json.dumps(chrome(processes, whole)))

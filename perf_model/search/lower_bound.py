@@ -1,0 +1,152 @@
+"""Lower bounds of a family's time and memory before anything of it is built (torch-free).
+
+One program serves (``Shallow``): under another tp and cp its records have other local sizes, so the compute of a block
+can be priced without a pass being run. Compute keeps the builder's order (``plan.defer_weight_gradients`` aside), so
+nothing hides a collective but what stands between the record that makes its input and the first that reads its output.
+Memory: no rank's share of anything is less than 1 / (tp * cp) of what one rank with all tokens and heads needs. The
+bounds only cut the search; tests hold them against built and played steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ...parallel.ir.ops import OPS
+from ...parallel.ir.plan import Plan
+from ...parallel.ir.program import Program
+from ..clusters.cluster import Cluster
+from ..prices.compute import Compute
+from ..prices.network import Network, ring_group
+from .extrapolate import Skeleton
+from .few_blocks import Shallow
+
+Recompute = str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """A collective over tp or cp in one block: its record, and the compute records that could hide it."""
+
+    index: int
+    axis: str
+    between: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What one more block adds under one recompute mode."""
+
+    skeleton: Skeleton
+    compute: tuple[int, ...]
+    exchanges: tuple[_Exchange, ...]
+
+
+class Floor:
+    """Floors of one model on one latent, from a program that serves all degrees."""
+
+    def __init__(self, shallow: Shallow, compute: Compute, network: Network, cluster: Cluster) -> None:
+        self.compute, self.network, self.cluster = compute, network, cluster
+        plain = replace(
+            shallow.plan,
+            grad_units=1,
+            kv_slices=1,
+            kv_chunks=1,
+            kv_first=False,
+            tp_slices=1,
+            fused_tp=False,
+            defer_weight_gradients=False,
+        )
+        self._fused = shallow.plan.fused_tp  # products hide what they hold: all of it, for what a floor can tell
+        self._plain = shallow.on(plain.with_degrees(tp=2, cp=2))
+        self._one = shallow.on(plain.with_degrees(tp=1, cp=1))
+        self._alone: dict[Recompute, Skeleton] = {}
+        self._peaks: dict[tuple[Recompute, int], int] = {}
+        self._blocks: dict[Recompute, _Block | None] = {}
+
+    # -- time -----------------------------------------------------------------------------------------------------
+
+    def step_s(self, recompute: Recompute, tp: int, cp: int, micro_batches: int) -> float:
+        """Of all blocks: compute, what nothing hides, and the busier lane where that is longer."""
+        if recompute not in self._blocks:
+            self._blocks[recompute] = self._block(recompute)
+        block = self._blocks[recompute]
+        if block is None:
+            return 0.0
+        built = block.skeleton.program
+        plan = block.skeleton.plan.with_degrees(tp=tp, cp=cp)
+        program = Program(plan, built.buffers, built.ops, built.outputs, built.facts)
+        seconds = {i: self.compute.op_s(program, built.ops[i]) for i in block.compute}
+        waited = {"tp": 0.0, "cp": 0.0}
+        busy = {"tp": 0.0, "cp": 0.0}
+        unhidable = 0.0
+        groups = {axis: ring_group(self.cluster, ranks) for axis, ranks in (("tp", tp), ("cp", cp)) if ranks > 1}
+        for exchange in block.exchanges:
+            if exchange.axis not in groups:
+                continue
+            op = built.ops[exchange.index]
+            cost = self.network.collective(op.kind, program.payload_bytes(op), groups[exchange.axis])
+            if ctas := plan.ctas(op.axes):  # as fast as without the limit: it slows groups of other places by less
+                cost = replace(cost, sms=min(cost.sms, ctas))
+            busy[exchange.axis] += cost.seconds
+            if exchange.axis == "tp" and self._fused:
+                continue
+            if exchange.between:
+                taken = cost.seconds * block.skeleton.taken(cost)
+                hidden = sum(seconds.get(i, 0.0) for i in exchange.between)
+                waited[exchange.axis] += max(0.0, cost.seconds - hidden - taken)
+                unhidable += taken
+            else:
+                unhidable += cost.seconds
+        added = sum(seconds.values()) + unhidable + max(waited.values())
+        return max(added, *busy.values()) * self._one.config.layers * micro_batches
+
+    def _block(self, recompute: Recompute) -> _Block | None:
+        """None: a model of so few blocks is built whole, and needs no floor."""
+        if self._plain.more == 0:
+            return None
+        skeleton = Skeleton(self._plain, replace(self._plain.plan, recompute=recompute), self.compute, self.cluster)
+        program = skeleton.program
+        forward, backward = skeleton.period[:2]  # of the first micro-batch, which the others repeat
+        within = [*range(*forward), *range(*backward)]
+        compute = tuple(i for i in within if program.ops[i].kind in OPS)
+        return _Block(skeleton, compute, tuple(self._exchanges(program, within)))
+
+    def _exchanges(self, program: Program, within: list[int]) -> Iterator[_Exchange]:
+        made: dict[str, int] = {}
+        read: dict[str, list[int]] = {}
+        for i, op in enumerate(program.ops):
+            if op.kind in OPS:
+                made.update(dict.fromkeys(op.outputs, i))
+                for name in op.inputs:
+                    read.setdefault(name, []).append(i)
+        waits = {op.attrs["issue"]: op for op in program.ops if op.kind == "wait"}
+        for i in within:
+            op = program.ops[i]
+            if op.kind in OPS or op.kind == "wait" or op.axes not in (("tp",), ("cp",)):
+                continue
+            begin = made.get(op.inputs[0], i)
+            after = [j for j in read.get(waits[op.name].outputs[0], ()) if j > i]
+            end = min(after, default=len(program.ops))
+            between = tuple(j for j in range(begin + 1, end) if program.ops[j].kind in OPS)
+            yield _Exchange(i, op.axes[0], between)
+
+    # -- memory ---------------------------------------------------------------------------------------------------
+
+    def _one_rank(self, recompute: Recompute) -> Skeleton:
+        if recompute not in self._alone:
+            plan = replace(self._one.plan, recompute=recompute)
+            self._alone[recompute] = Skeleton(self._one, plan, self.compute, self.cluster)
+        return self._alone[recompute]
+
+    def kept_bytes(self, recompute: Recompute) -> int:
+        """Of one block, on one rank that holds all tokens and heads."""
+        return self._one_rank(recompute).kept_bytes
+
+    def peak_bytes(self, recompute: Recompute, plan: Plan) -> float:
+        """Of one rank under a plan's degrees, the whole job one shard group."""
+        key = (recompute, plan.data_ranks)
+        if key not in self._peaks:
+            shards = self._one.plan.with_degrees(dp_shard=plan.data_ranks)
+            self._peaks[key] = self._one_rank(recompute).peak_bytes(shards)
+        return self._peaks[key] / (plan.tp * plan.cp)

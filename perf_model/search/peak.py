@@ -1,0 +1,74 @@
+"""Peak bytes of a deep step from its shallow one, under any shard group (torch-free)."""
+
+from __future__ import annotations
+
+from ...parallel.ir.ops import DTYPE_BYTES
+from ...parallel.ir.plan import Plan
+from ...parallel.ir.program import Program
+from ...parallel.passes.liveness import lifetimes
+from ..prices.footprint import FLAT, UNIT, class_of
+from .few_blocks import Shallow
+
+Sized = tuple[str, int]  # of a buffer that the shard group sizes: its unit, "" for the flat shard; bytes of an element
+
+
+class Peak:
+    """What the peak of any shard group follows from; ``marks``: the first record of every block.
+
+    ``kept_bytes``: what one more block keeps from forward to backward.
+    """
+
+    def __init__(self, program: Program, shallow: Shallow, marks: dict[tuple[str, str], list[int]]) -> None:
+        self.shallow = shallow
+        lives = lifetimes(program)
+        self.kept_bytes = 0
+        deeper: list[tuple[int, int]] = []  # records during which the blocks left out hold kept bytes
+        for (micro_batch, direction), starts in marks.items():
+            if direction == "forward" and shallow.more:
+                self.kept_bytes = lives.live_bytes[starts[2]] - lives.live_bytes[starts[1]]
+                deeper.append((starts[1], marks[micro_batch, "backward"][-1]))
+        first: dict[str, int] = {}
+        last: dict[str, int] = {}
+        for i in range(len(program.ops)):
+            first.update(dict.fromkeys(lives.allocate[i], i))
+            last.update(dict.fromkeys(lives.free[i], i))
+        by_elements = {unit.elements: unit.name for unit in shallow.units.units}
+        starting: dict[int, list[Sized]] = {}
+        stopping: dict[int, list[Sized]] = {}
+        for name, buffer in program.buffers.items():
+            class_ = class_of(program, name, set()) if buffer.base is None else ""
+            if class_ not in FLAT and class_ not in UNIT:
+                continue
+            if buffer.kind != "temporary" or name in first:
+                unit = "" if class_ in FLAT else by_elements[program.local_elements(name)]
+                sized = (unit, DTYPE_BYTES[buffer.dtype])
+                starting.setdefault(first.get(name, 0), []).append(sized)
+                stopping.setdefault(last.get(name, len(program.ops) - 1), []).append(sized)
+        # The most live bytes among records that grow alike: with what is sized by the shard group, and by depth.
+        self._highest: dict[tuple[tuple[Sized, ...], bool], int] = {}
+        held: list[Sized] = []
+        key: tuple[tuple[Sized, ...], bool] = ((), False)
+        changes = {0, *starting, *(i + 1 for i in stopping), *(i for spell in deeper for i in spell)}
+        for i, live in enumerate(lives.live_bytes):
+            held += starting.get(i, ())
+            if i in changes:
+                key = (tuple(sorted(held)), any(begin <= i < end for begin, end in deeper))
+            self._highest[key] = max(self._highest.get(key, 0), live + lives.workspace_bytes[i])
+            for gone in stopping.get(i, ()):
+                held.remove(gone)
+        self._peaks: dict[int, int] = {}
+
+    def bytes(self, plan: Plan) -> int:
+        """Most bytes that the deep step's own buffers hold at once on one rank under a plan's shard group."""
+        if plan.dp_shard not in self._peaks:
+            ours, theirs = self.shallow.units, self.shallow.units_of(plan)
+            deep = self.shallow.flat_elements(plan) - ours.flat_elements
+            kept = self.shallow.more * self.kept_bytes
+            peak = 0
+            for (held, deeper), live in self._highest.items():
+                grown = kept if deeper else 0
+                for unit, width in held:
+                    grown += width * (theirs.by_name[unit].elements - ours.by_name[unit].elements if unit else deep)
+                peak = max(peak, live + grown)
+            self._peaks[plan.dp_shard] = peak
+        return self._peaks[plan.dp_shard]

@@ -1,0 +1,5 @@
+"""The fixtures of runs, for the tests of this folder."""
+
+from training import clips as clips
+from training import one_process as one_process
+from training import values as values

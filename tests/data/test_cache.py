@@ -1,0 +1,304 @@
+"""Windows of one shape or several, the cache and the batch of a data rank."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cinemesh.data import cache as data
+from cinemesh.data.buckets import BucketSettings
+from cinemesh.data.cache import Cache, DataSettings, Sample, Windows, build_cache, collate, held_out, windows
+from cinemesh.data.clips import FRAME_RATE, read_frames, write_mp4
+from cinemesh.data.text import ByteEncoder
+from cinemesh.errors import CinemeshError
+from cinemesh.model.codec import BlockDCTCodec
+
+CODEC = BlockDCTCodec()
+ENCODERS = [ByteEncoder(6, 12, "words"), ByteEncoder(4, 5, "letters")]
+CAPTIONS = """
+- {name: up, file: a.mp4, first_frame: 2, last_frame: 37, caption: "It brightens."}
+- {name: short, file: a.mp4, first_frame: 38, last_frame: 49, caption: "It goes on."}
+"""
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> DataSettings:
+    """A clip of 50 frames, each of its own grey, in a scene of 36 frames and one of 12."""
+    frames = (torch.arange(50) * 5).to(torch.uint8)[:, None, None, None].repeat(1, 16, 16, 3)
+    write_mp4(tmp_path / "clips" / "a.mp4", frames, FRAME_RATE)
+    (tmp_path / "captions.yaml").write_text(CAPTIONS)
+    return DataSettings((str(tmp_path / "clips"),), tmp_path / "captions.yaml", size=16, frames=8, stride=3)
+
+
+def build(settings: DataSettings, folder: Path, codec: BlockDCTCodec = CODEC) -> Path:
+    return build_cache(settings, codec, ENCODERS, folder, progress=False)
+
+
+def opened(path: Path) -> Windows:
+    """The only bucket of a cache."""
+    (samples,) = Cache.open(path).buckets
+    return samples
+
+
+def rewrite(path: Path, name: str, tensor: Tensor) -> None:
+    """Replace one tensor of a cache file and keep its header."""
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    save_file({**load_file(path), name: tensor}, path, metadata=header)
+
+
+@pytest.mark.parametrize("scene_frames", [8, 15, 16, 17, 30, 61, 132])
+@pytest.mark.parametrize("stride", [1, 3, 40])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.6])
+def test_no_frame_is_in_a_train_and_in_a_validation_window(scene_frames: int, stride: int, share: float) -> None:
+    train, validation = windows(scene_frames, held_out(scene_frames, 8, share), 8, stride)
+    seen = {first + i for first in train for i in range(8)}
+    held = {first + i for first in validation for i in range(8)}
+    assert train and not seen & held
+    assert seen | held <= set(range(scene_frames))
+    assert bool(validation) == (share > 0 and scene_frames >= 16)
+    if share == 0.6 and scene_frames == 61 and stride == 1:
+        assert train == list(range(17)) and validation == list(range(24, 54))  # 37 of 61 held
+
+
+@pytest.mark.parametrize("scene_frames", [8, 24, 32, 47, 48, 61, 132])
+@pytest.mark.parametrize("share", [0.2, 0.6])
+def test_what_one_bucket_validates_on_no_bucket_trains_on(scene_frames: int, share: float) -> None:
+    """A border for each bucket would let the short windows train on what the long ones hold out."""
+    fitting = [frames for frames in (8, 13, 24) if frames <= scene_frames]
+    held = held_out(scene_frames, max(fitting), share)
+    both = {frames: windows(scene_frames, held, frames, 3) for frames in fitting}
+    seen = {first + i for frames, (train, _) in both.items() for first in train for i in range(frames)}
+    kept = {first + i for frames, (_, validation) in both.items() for first in validation for i in range(frames)}
+    assert not seen & kept
+    for train, validation in both.values():
+        assert train and bool(validation) == (scene_frames >= 2 * max(fitting))
+
+
+def test_samples_are_the_windows_of_the_videos(settings: DataSettings, tmp_path: Path) -> None:
+    """Decodes the same frames again, apart from the cache: an offset by one frame shows."""
+    cache = opened(build(settings, tmp_path / "cache"))
+    frames = read_frames(tmp_path / "clips" / "a.mp4", 16, 16)
+    assert cache.latent_shape == (16, 1, 2, 2)
+    # 36 frames, 8 held out: starts 0, 3 ... 18 below 28 - 8; 12 frames are too few for both.
+    assert [(s.scene, s.first_frame) for s in cache.train] == [
+        *(("up", 2 + first) for first in range(0, 21, 3)),
+        ("short", 38),
+        ("short", 41),
+    ]
+    assert [(s.scene, s.first_frame) for s in cache.validation] == [("up", 30)]
+    assert [s.id for s in (*cache.train, *cache.validation)] == list(range(10))
+    for sample in (*cache.train, *cache.validation):
+        window = frames[sample.first_frame : sample.first_frame + 8]
+        assert torch.equal(sample.latent, CODEC.encode(window))
+        assert sample.caption == {"up": "It brightens.", "short": "It goes on."}[sample.scene]
+        for encoder in ENCODERS:
+            text, mask = encoder.encode(sample.caption)
+            assert torch.equal(sample.text[encoder.name], text)
+            assert torch.equal(sample.mask[encoder.name], mask)
+
+
+def test_each_bucket_has_windows_of_its_shape(settings: DataSettings, tmp_path: Path) -> None:
+    """A scene too short for one bucket is in the others; frames are scaled and cropped to each, never squeezed."""
+    buckets = (BucketSettings(), BucketSettings(frames=16, width=24), BucketSettings(frames=9, height=8))
+    cache = Cache.open(build(replace(settings, buckets=buckets), tmp_path / "cache"))
+    assert [samples.bucket for samples in cache.buckets] == ["8x16x16", "16x16x24", "9x8x16"]
+    assert [samples.latent_shape for samples in cache.buckets] == [(16, 1, 2, 2), (16, 2, 2, 3), (16, 2, 1, 2)]
+    # 36 frames, 16 held out for the longest bucket: training windows end below frame 20, validation starts there.
+    starts = {
+        "8x16x16": ([0, 3, 6, 9, 12], [0, 3], [20, 23, 26]),
+        "16x16x24": ([0, 3], [], [20]),
+        "9x8x16": ([0, 3, 6, 9], [0, 3], [20, 23, 26]),
+    }
+    ids: list[int] = []
+    for samples in cache.buckets:
+        frames, height, width = map(int, samples.bucket.split("x"))
+        pixels = read_frames(tmp_path / "clips" / "a.mp4", height, width)
+        up, short, held = starts[samples.bucket]
+        train = [*(("up", 2 + first) for first in up), *(("short", 38 + first) for first in short)]
+        assert [(s.scene, s.first_frame) for s in samples.train] == train
+        assert [(s.scene, s.first_frame) for s in samples.validation] == [("up", 2 + first) for first in held]
+        assert samples.train.first_id == len(ids)
+        for sample in (*samples.train, *samples.validation):
+            window = pixels[sample.first_frame : sample.first_frame + frames]
+            assert torch.equal(sample.latent, CODEC.encode(window))
+            ids.append(sample.id)
+    assert ids == list(range(len(ids)))
+
+
+def test_the_quick_start_data_are_normalised_and_complete(tmp_path: Path) -> None:
+    """The real clips: codec constants that no longer fit the clips or the scaling show here."""
+    settings = DataSettings(stride=8)
+    cache = opened(build(settings, tmp_path))
+    assert cache.latent_shape == (16, 2, 16, 16)
+    assert len({sample.scene for sample in cache.train}) == 7
+    assert len({sample.scene for sample in cache.validation}) == 6  # the bus has 30 frames
+    scenes: dict[str, list[Tensor]] = {}
+    for sample in cache.train:
+        scenes.setdefault(sample.scene, []).append(sample.latent)
+    # Each scene weighs the same, as when the constants were measured. Fewer windows than then, and
+    # means of up to 0.08 taken as zero: hence the bounds.
+    moments = [torch.stack(v).transpose(0, 1).flatten(1) for v in scenes.values()]
+    mean = torch.stack([m.mean(1) for m in moments]).mean(0)
+    std = (torch.stack([m.square().mean(1) for m in moments]).mean(0) - mean.square()).sqrt()
+    assert mean.abs().max() < 0.15
+    assert ((std - 1).abs() < 0.1).all()
+
+
+def test_a_cache_is_reused_until_what_it_is_made_of_changes(
+    settings: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stale latents or embeddings would train the wrong model in silence."""
+
+    def made(**changes: object) -> bool:
+        """Whether building with these changes wrote the file anew; then build as before again."""
+        before = path.stat().st_ino
+        build_cache(replace(settings, **changes), codec, encoders, tmp_path, progress=False)
+        return path.stat().st_ino != before
+
+    codec, encoders = CODEC, ENCODERS
+    path = build(settings, tmp_path)
+    assert not made()
+    more = {"buckets": (BucketSettings(), BucketSettings(frames=16))}
+    for changes in ({"stride": 2}, {"frames": 9}, {"size": 24}, {"validation_share": 0.5}, more):
+        assert made(**changes), changes
+        assert made()
+    assert not made(buckets=(BucketSettings(frames=8, weight=3.0),))  # the same windows, and nothing else counts
+    encoders = [ByteEncoder(6, 13, "words"), ENCODERS[1]]
+    assert made() and not made()
+    encoders = ENCODERS[::-1]
+    assert made() and not made()
+    monkeypatch.setattr(BlockDCTCodec, "fingerprint", "another")
+    assert made() and not made()
+    settings.captions.write_text(CAPTIONS.replace("brightens", "glows"))
+    assert made() and not made()
+    write_mp4(tmp_path / "clips" / "a.mp4", torch.zeros(50, 16, 16, 3, dtype=torch.uint8))
+    assert made() and not made()
+
+
+def test_a_truncated_or_foreign_cache_says_delete_it(settings: DataSettings, tmp_path: Path) -> None:
+    path = build(settings, tmp_path)
+    whole = path.read_bytes()
+    for kept in (0, 5, 300, len(whole) - 1):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(CinemeshError, match=r"clips\.safetensors is truncated .* delete it"):
+            Cache.open(path)
+        with pytest.raises(CinemeshError, match="delete it"):
+            build(settings, tmp_path)
+        assert len(path.read_bytes()) == kept  # nothing is overwritten unasked
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(CinemeshError, match="delete it"):
+        Cache.open(path)
+    path.unlink()
+    with pytest.raises(CinemeshError, match="there is no latent cache at"):
+        Cache.open(path)
+
+
+def test_a_failed_build_leaves_nothing_behind(
+    settings: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk in the middle of writing."""
+
+    def fill_disk(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data, "save_file", fill_disk)
+    with pytest.raises(CinemeshError, match=r"cannot write the latent cache .* No space left"):
+        build(settings, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_nan_is_named_when_built_and_when_read(
+    settings: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = build(settings, tmp_path)
+    latents = torch.stack([sample.latent for sample in opened(path).train])
+    latents[7, 3, 0, 1, 1] = math.nan
+    rewrite(path, "latent.8x16x16.train", latents)
+    cache = opened(path)
+    assert cache.train[6].id == 6
+    with pytest.raises(CinemeshError, match=r"sample 7 \(scene short, frame 38\) holds 1 values"):
+        cache.train[7]
+    path.unlink()
+    monkeypatch.setattr(BlockDCTCodec, "encode", lambda self, frames: torch.full((1,), math.inf))
+    with pytest.raises(CinemeshError, match="latent of scene up at frame 2 holds 1 values"):
+        build(settings, tmp_path)
+    monkeypatch.setattr(ByteEncoder, "encode", lambda self, caption: (torch.tensor(math.nan), 0))
+    with pytest.raises(CinemeshError, match="words embedding of the caption of scene up"):
+        build(settings, tmp_path)
+
+
+def test_settings_that_cannot_be_met_give_their_numbers(settings: DataSettings, tmp_path: Path) -> None:
+    with pytest.raises(CinemeshError, match=r"scene short has 12 frames, .*bucket\(13x16x16\)"):
+        build(replace(settings, frames=13), tmp_path)
+    with pytest.raises(CinemeshError, match=r"height\(20\) % 8 = 4 in 8x20x20"):
+        build(replace(settings, size=20), tmp_path)
+    with pytest.raises(CinemeshError, match=r"data\.stride is 0"):
+        replace(settings, stride=0)
+    with pytest.raises(CinemeshError, match=r"validation_share is 1\.0"):
+        replace(settings, validation_share=1.0)
+    with pytest.raises(CinemeshError, match=r"16x16x16 and 12x16x16 both make latents of 2x2x2"):
+        build(replace(settings, buckets=(BucketSettings(frames=16), BucketSettings(frames=12))), tmp_path)
+    with pytest.raises(CinemeshError, match=r"37x16x16 needs 37 frames.* \(the longest, up, has 36\)"):
+        build(replace(settings, buckets=(BucketSettings(), BucketSettings(frames=37))), tmp_path)
+
+
+def test_data_ranks_share_a_micro_batch_in_order(settings: DataSettings, tmp_path: Path) -> None:
+    cache = opened(build(settings, tmp_path))
+    picked = [8, 0, 3, 3, 5, 1]
+    parts = [collate(cache.train.select(picked), rank, 3) for rank in range(3)]
+    assert torch.cat([part.ids for part in parts]).tolist() == picked
+    assert parts[0].ids.dtype == torch.int64
+    for part in parts:
+        assert part.latents.shape == (2, 16, 1, 2, 2)
+        assert {name: list(t.shape) for name, t in part.text.items()} == {
+            "words": [12, 2, 6],
+            "letters": [5, 2, 4],
+        }
+        assert part.mask.shape == (2, 17) and part.mask.dtype == torch.bool
+        for place, sample_id in enumerate(part.ids.tolist()):
+            sample = cache.train[sample_id]
+            assert torch.equal(part.latents[place], sample.latent)
+            assert torch.equal(part.text["letters"][:, place], sample.text["letters"])
+            assert torch.equal(part.mask[place, :12], sample.mask["words"])
+            assert torch.equal(part.mask[place, 12:], sample.mask["letters"])
+    with pytest.raises(CinemeshError, match=r"micro-batch\(6\) % data ranks\(4\) = 2"):
+        collate(cache.train.select(picked), 0, 4)
+
+
+def test_a_rank_reads_only_its_own_samples(settings: DataSettings, tmp_path: Path) -> None:
+    """Else every data rank would read the whole global batch from a shared disk."""
+    samples = list(opened(build(settings, tmp_path)).train)
+    read: list[int] = []
+
+    class Watched(Sequence[Sample]):
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+            read.append(index)
+            return samples[index]
+
+    collate(Watched(), 1, 3)
+    assert read == [2, 3]
+
+
+def test_a_slice_of_samples_reads_as_the_same_samples(settings: DataSettings, tmp_path: Path) -> None:
+    cache = opened(build(settings, tmp_path))
+    assert [sample.id for sample in cache.train[2:6:2]] == [2, 4]
+    assert cache.train[-1].id == len(cache.train) - 1
+    with pytest.raises(IndexError):
+        cache.train[len(cache.train)]
+
+
+def test_scenes_name_the_scene_of_every_sample(settings: DataSettings, tmp_path: Path) -> None:
+    train = opened(build(settings, tmp_path / "cache")).train
+    assert train.scenes == [sample.scene for sample in train]
+    assert train.select([7, 0]).scenes == ["short", "up"]

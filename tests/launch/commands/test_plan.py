@@ -1,0 +1,59 @@
+"""``cinemesh plan``: what it prints is what was computed."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import asdict
+
+import pytest
+
+from cinemesh.launch.commands import plan as command
+from cinemesh.parallel.ir.communicators import held
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.perf_model.clusters.cluster import load
+from cinemesh.perf_model.prices.startup import start_up
+from cinemesh.perf_model.report.report import explain
+
+
+def printed(capsys: pytest.CaptureFixture[str], **asked: object) -> str:
+    defaults: dict[str, object] = {
+        "model": "tiny",
+        "gpus": 16,
+        "cluster": "grand-teton-h100",
+        "latents": ["2x8x8"],
+        "global_batch": None,
+        "samples": 1,
+        "dtype": "bf16",
+        "fix": "",
+        "encoders": False,
+        "top": 1,
+        "tune": False,
+        "explain_it": False,
+        "paper": False,
+        "report": None,
+        "out": None,
+        "as_json": False,
+    }
+    command.run(**(defaults | asked))  # pyright: ignore[reportArgumentType]
+    return capsys.readouterr().out
+
+
+def test_communicators_are_told_with_their_bytes_and_seconds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As keys of the JSON and as a table, of the plan that was chosen; a field alone is enough for --fix."""
+    monkeypatch.setattr(gc, "disable", lambda: None)
+    monkeypatch.setattr(explain, "sensitivities", lambda request, best: iter(()))
+    values = json.loads(printed(capsys, fix="cp=2,unit_ctas=4", as_json=True))
+    plan, told = Plan.from_dict(values["best"]["plan"]), values["start_up"]
+    assert plan.unit_ctas == 4
+    assert told["each"] == [asdict(row) for row in start_up(plan, load("grand-teton-h100"))]
+    assert told["communicators"] == len(held(plan))
+    assert told["bytes"] == sum(row["bytes"] for row in told["each"])
+    assert told["seconds"] == sum(row["seconds"] for row in told["each"])
+    text = printed(capsys, fix="cp=2,unit_ctas=4", explain_it=True)
+    said = f"communicators of a rank: {told['communicators']}, {told['bytes'] / 1e9:.2f} GB, {told['seconds']:.1f} s to"
+    assert said in text and "unit_ctas=4" in text
+    for row in told["each"]:
+        assert any(line.startswith(f"{row['name']} ") for line in text.splitlines()), row["name"]

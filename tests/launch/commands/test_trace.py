@@ -1,0 +1,73 @@
+"""The command writes a trace that a viewer can open, and refuses what cannot run here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cinemesh.errors import CinemeshError
+from cinemesh.launch.commands import trace
+
+
+def test_a_trace_of_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "trace.json"
+    trace.run(plan="dp_shard=2", model="tiny", out=out, steps=2, max_procs=8, cluster="local-cpu", as_json=False)
+    events = json.loads(out.read_text())["traceEvents"]
+    processes = [event["args"]["name"] for event in events if event.get("name") == "process_name"]
+    assert processes == ["rank 0, measured", "rank 1, measured", "predicted"]
+    ran = [event for event in events if event["ph"] == "X" and event["cat"] != "wait"]
+    gathers = [{e["name"] for e in ran if e["pid"] == pid and e["cat"] == "all_gather"} for pid in range(3)]
+    assert gathers[0] and gathers[0] == gathers[1] == gathers[2], "predicted and measured are of one program"
+    assert min(event["ts"] for event in ran) == 0
+    said = capsys.readouterr().out
+    assert "blocks.*.weights/flat" in said.replace("\n", "") and "compute hid" in said and "measured" in said
+    assert "predicted by local-cpu" in said and "placeholders" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
+
+
+def test_predicted_collectives_stand_beside_measured_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace.run(
+        plan="dp_shard=2",
+        model="tiny",
+        out=tmp_path / "t.json",
+        steps=2,
+        max_procs=2,
+        cluster="local-cpu",
+        as_json=True,
+    )
+    answer = json.loads(capsys.readouterr().out)
+    one_step = [span for span in answer["predicted"] if span["lane"] != "compute"]
+    predicted_s = sum(row["predicted_ran_s"] for row in answer["collectives"])
+    assert predicted_s == pytest.approx(2 * sum(span["end_s"] - span["start_s"] for span in one_step))
+    assert len(one_step) * 2 == sum(row["count"] for row in answer["collectives"])
+
+
+def test_spans_are_given_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace.run(
+        plan="tp=1", model="tiny", out=tmp_path / "t.json", steps=1, max_procs=1, cluster="local-cpu", as_json=True
+    )
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["collectives"] == [] and {"name", "issued_s", "waited_s"} <= answer["spans"][0][0].keys()
+
+
+def test_a_plan_too_large_for_this_machine_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CinemeshError, match=r"dp_shard\(4\) = 8 processes > --max-procs 4"):
+        trace.run(
+            plan="tp=2,dp_shard=4",
+            model="tiny",
+            out=tmp_path / "t",
+            steps=1,
+            max_procs=4,
+            cluster="local-cpu",
+            as_json=False,
+        )
+    with pytest.raises(CinemeshError, match="has GPUs"):
+        trace.run(
+            plan="tp=2", model="tiny", out=tmp_path / "t", steps=1, max_procs=8, cluster="dgx-h100-ib400", as_json=False
+        )
+    with pytest.raises(CinemeshError, match="heads"):
+        trace.run(
+            plan="tp=5", model="tiny", out=tmp_path / "t", steps=1, max_procs=8, cluster="local-cpu", as_json=False
+        )

@@ -1,0 +1,191 @@
+"""``cinemesh verify`` as a user runs it, and how it shrinks what does not fit."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from cinemesh.errors import CinemeshError
+from cinemesh.launch.proof import verify
+from cinemesh.launch.proof.parity import QUANTITIES, RankRun, global_batch, run_rank, run_reference
+from cinemesh.launch.proof.verify import Report, compare, small_case
+from cinemesh.model.step import build_step, check, prepare
+from cinemesh.parallel.ir.plan import Plan
+
+
+def command(*args: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: the command forks workers, which must not inherit this one's."""
+    return subprocess.run(
+        [sys.executable, "-m", "cinemesh.launch.cli", "verify", *args], capture_output=True, text=True, timeout=120
+    )
+
+
+def test_a_plan_that_holds() -> None:
+    done = command("--plan", "tp=2,cp=2", "--json", "--steps", "2")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["ok"] is True and report["ledger_equal"] is True and report["live_bytes_equal"] is True
+    assert {"peak_bytes_predicted", "workspace_bytes", "peak_bytes_ran"} <= report.keys()
+    assert set(report["worst"]) == {"loss", "gradient", "weight"}
+    assert 0 < max(report["worst"].values()) < 1e-10, "nothing at all would mean that nothing was compared"
+    assert report["processes"] == 4 and report["remarks"] == []
+    assert 0 < report["peak_bytes_ran"] <= report["peak_bytes_predicted"] + report["workspace_bytes"]
+
+
+def test_text_says_what_was_shrunk_and_what_came_out() -> None:
+    done = command("--plan", "dp_shard=96", "--model", "movie-gen-30b", "--max-procs", "2", "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    for said in (
+        "plan tp(1) * cp(1) * dp_shard(2) = 2, on 2 processes",
+        "dp_shard 96 -> 2: more than 2 processes",
+        "movie-gen-30b: 48 layers of 6144 -> 2 layers of 48",
+        "gradient",
+        "equal to the program, on every rank",
+    ):
+        assert said in done.stdout, done.stdout
+    assert done.stdout.rstrip().endswith("ok")
+
+
+def options(plan: str, **changed: Any) -> dict[str, Any]:
+    return {"plan": plan, "model": "tiny", "dtype": "float64", "max_procs": 8, "steps": 1, "as_json": False, **changed}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (options("tp=0"), "plan: tp is 0"),
+        (options("tpp=2"), "unknown key 'tpp'; did you mean 'tp'?"),
+        (options("tp=4,cp=4"), "tp(4) * cp(4) = 16 > --max-procs 8"),
+        (options("tp=2", dtype="fp8"), "plan: dtype is 'fp8'"),
+        (options("tp=2", model="movie-gen-30"), "did you mean 'movie-gen-30b'?"),
+        (options("recompute=q:queries"), "recompute keeps ['queries'], which no block has"),
+    ],
+)
+def test_an_illegal_plan_is_refused_before_any_process_starts(
+    asked: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(verify, "_on_local_processes")
+    with pytest.raises(CinemeshError, match=re.escape(message)):
+        verify.run(**asked)
+
+
+def test_an_illegal_plan_is_one_line_and_exit_code_2() -> None:
+    done = command("--plan", "tp=4,cp=4")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: tp(4) * cp(4) = 16") and done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def report(case: verify.Case, runs: list[RankRun]) -> Report:
+    program = prepare(build_step(case.config, case.plan, case.batch), backend="gloo")
+    return compare(case, runs, program, run_reference(case))
+
+
+def test_exit_code_1_when_a_bound_does_not_hold(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = small_case(Plan(dtype="float64"), steps=1)
+    run = run_rank(case)
+    run.gradients[0][7] += 1
+    broken = report(case, [run])
+    assert not broken.ok
+    monkeypatch.setattr(verify, "_on_local_processes", lambda case: broken)
+    assert verify.run(**options("tp=1")) == 1
+    assert capsys.readouterr().out.rstrip().endswith("NOT ok")
+    assert verify.run(**options("tp=1", as_json=True)) == 1
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+
+
+def test_each_thing_that_is_compared_can_fail() -> None:
+    """One number of a good run is spoilt at a time; a NaN is no exception."""
+    case = small_case(Plan(dtype="float64"), steps=1)
+    good = run_rank(case)
+    assert report(case, [good]).ok
+    nan = float("nan")
+    spoilt = {
+        "loss": replace(good, losses=[good.losses[0] * (1 + 1e-8)]),
+        "loss is NaN": replace(good, losses=[nan]),
+        "norm": replace(good, norms=[good.norms[0] * (1 + 1e-8)]),
+        "gradient": replace(good, gradients=[good.gradients[0] * (1 + 1e-8)]),
+        "weight": replace(good, weights=[good.weights[0], torch.lerp(good.weights[0], good.weights[1], 1 + 1e-8)]),
+        "EMA": replace(good, ema=[good.ema[0], torch.lerp(good.ema[0], good.ema[1], 1 + 1e-8)]),
+        "weight is NaN": replace(good, weights=[good.weights[0], good.weights[1] * nan]),
+        "ledger": replace(good, ledger_difference="lane tp: ran 1 collectives; the program has 2"),
+        "live bytes": replace(good, live_bytes_equal=False),
+        "peak": replace(good, peak_bytes=10**9),
+    }
+    assert [what for what, run in spoilt.items() if report(case, [run]).ok] == []
+
+
+def test_replicas_that_drift_apart_are_seen() -> None:
+    """By one unit in the last place: far below any bound on errors, and yet the beginning of two models."""
+    case = small_case(Plan(dp_replicate=2, dtype="float64"), steps=1)
+    alone = run_rank(case.on_one_rank(), watched=False)
+    runs = [replace(alone, coordinates={**alone.coordinates, "dp_replicate": i}) for i in range(2)]
+    assert report(case, runs).ok
+    drifted = alone.weights[1].clone()
+    drifted[3] = torch.nextafter(drifted[3], torch.tensor(torch.inf, dtype=torch.float64))
+    found = report(case, [runs[0], replace(runs[1], weights=[alone.weights[0], drifted])])
+    assert not found.ok and not found.replicas_equal
+    assert all(found.worst[what] <= found.bounds[what] for what in QUANTITIES)
+
+
+# -- shrinking --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "max_procs", "degrees"),
+    [
+        ("tp=4,cp=2,dp_shard=768", 8, (4, 2, 1, 1)),
+        ("tp=2,cp=2,dp_shard=96,dp_replicate=4", 16, (2, 2, 2, 2)),
+        ("tp=2,cp=2,dp_shard=96,dp_replicate=4", 8, (2, 2, 2, 1)),
+        ("tp=2,dp_shard=96", 8, (2, 1, 2, 1)),
+        ("tp=7,dp_shard=5", 8, (7, 1, 1, 1)),
+        ("dp_shard=8", 8, (1, 1, 8, 1)),
+        ("dp_shard=8", 1, (1, 1, 1, 1)),
+    ],
+)
+def test_dp_shrinks_and_tp_and_cp_never(text: str, max_procs: int, degrees: tuple[int, int, int, int]) -> None:
+    plan = Plan.parse(text)
+    case = small_case(plan, max_procs=max_procs)
+    assert (case.plan.tp, case.plan.cp, case.plan.dp_shard, case.plan.dp_replicate) == degrees
+    assert case.plan.world_size <= max_procs
+    assert bool(case.remarks) == (case.plan != plan)
+    check(case.config, case.plan, case.batch)
+
+
+@pytest.mark.parametrize("tp", range(1, 9))
+@pytest.mark.parametrize("cp", [1, 2, 3, 5, 7])
+def test_any_degrees_get_a_model_that_they_divide(tp: int, cp: int) -> None:
+    case = small_case(Plan(tp=tp, cp=cp), max_procs=64)
+    check(case.config, case.plan, case.batch)
+    assert case.config.text_tokens == 7 and case.samples == 2
+
+
+def test_no_room_for_tp_and_cp_is_an_error() -> None:
+    with pytest.raises(CinemeshError, match=r"tp\(3\) \* cp\(3\) = 9 > --max-procs 8, .* allow 9 processes"):
+        small_case(Plan(tp=3, cp=3))
+
+
+def test_the_batch_masks_text_but_never_all_of_it() -> None:
+    mask = global_batch(small_case(Plan(dp_shard=4)), 0, 0)[3]
+    assert mask.any(1).all() and not mask.all()
+
+
+def test_the_check_knows_when_it_is_blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a zero gate no gradient could be wrong: the report must not be content with that."""
+    from cinemesh.launch.proof import parity
+    from cinemesh.model import weights
+
+    monkeypatch.setattr(parity.weights_by_name, "probe_values", weights.initial_values)
+    case = small_case(Plan(dtype="float64"), steps=1)
+    found = report(case, [run_rank(case)])
+    assert not found.ok
+    assert any("blind" in remark and "blocks.0.q" in remark for remark in found.remarks)

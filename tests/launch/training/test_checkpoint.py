@@ -1,0 +1,323 @@
+"""Checkpoints: any plan reads what any plan wrote, and nothing half written passes for a checkpoint."""
+
+import errno
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from harness import Pool
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cinemesh.errors import CinemeshError
+from cinemesh.launch.training import checkpoint
+from cinemesh.launch.training.chunks import ChunkSavePlanner, boxes
+from cinemesh.model.config import ModelConfig, parameters, preset
+from cinemesh.model.runner import StepRunner
+from cinemesh.model.step import Batch, Optimizer
+from cinemesh.model.weights import collect, fill_shard, full, probe_values
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.runtime.comm import gather_objects
+from cinemesh.parallel.runtime.mesh import Mesh
+
+TINY = preset("tiny")
+BATCH = Batch(1, (3, 4, 12))
+COUNTERS = [7, 6]  # one update was skipped
+
+
+def plan_of(text: str, dtype: str = "float64") -> Plan:
+    return Plan.parse(text, dtype=dtype)
+
+
+def runner_of(plan: Plan, mesh: Mesh | None = None, config: ModelConfig = TINY) -> StepRunner:
+    return StepRunner(config, plan, BATCH, Optimizer(), mesh)
+
+
+def fill(runner: StepRunner) -> None:
+    """Every state gets values of its own: one read into another's place shows."""
+    for seed, state in enumerate(checkpoint.STATES):
+        fill_shard(runner.buffers[state], runner.units, runner.coordinates, probe_values(seed))
+    runner.buffers["counters"].copy_(torch.tensor(COUNTERS))
+
+
+def expected() -> dict[str, dict[str, Tensor]]:
+    rows = parameters(TINY)
+    return {state: full(rows, probe_values(seed), torch.float64) for seed, state in enumerate(checkpoint.STATES)}
+
+
+def whole_states(runner: StepRunner) -> dict[str, dict[str, Tensor]]:
+    """Full tensors of every state, from the shards of replica 0."""
+    mine = (runner.coordinates, {state: runner.buffers[state].clone() for state in checkpoint.STATES})
+    shards = gather_objects(mine) if runner.mesh else [mine]
+    return {
+        state: collect([(c, s[state]) for c, s in shards if c["dp_replicate"] == 0], runner.units)  # pyright: ignore
+        for state in checkpoint.STATES
+    }
+
+
+def save_under(plan: Plan, directory: Path) -> Path:
+    mesh = Mesh(plan)
+    runner = runner_of(plan, mesh)
+    fill(runner)
+    return checkpoint.save(directory, runner, note={"data": "abc"})
+
+
+def load_under(plan: Plan, path: Path) -> tuple[dict[str, dict[str, Tensor]], list[int], bool]:
+    """Full states; counters; whether the padding is zero."""
+    mesh = Mesh(plan)
+    runner = runner_of(plan, mesh)
+    for state in checkpoint.STATES:
+        runner.buffers[state].fill_(torch.nan)
+    checkpoint.load(path, runner)
+    finite = all(bool(runner.buffers[state].isfinite().all()) for state in checkpoint.STATES)
+    return whole_states(runner), runner.buffers["counters"].tolist(), finite
+
+
+def assert_same(got: dict[str, dict[str, Tensor]]) -> None:
+    for state, tensors in expected().items():
+        for name, want in tensors.items():
+            assert torch.equal(got[state][name], want), (state, name)
+
+
+@given(st.data())
+def test_boxes_tile_a_run_in_order(data: st.DataObject) -> None:
+    """Read back to back, the boxes give exactly the elements of the run, and there are no more than 2 * ndim - 1."""
+    shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    count = math.prod(shape)
+    start = data.draw(st.integers(0, count - 1))
+    stop = data.draw(st.integers(start + 1, count))
+    index = torch.arange(count).view(shape)
+    found = list(boxes(shape, start, stop))
+    read = [
+        index[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))].reshape(-1)
+        for offsets, sizes in found
+    ]
+    assert torch.equal(torch.cat(read), torch.arange(start, stop))
+    assert len(found) <= 2 * len(shape) - 1
+
+
+@pytest.mark.parametrize(
+    ("wrote", "reads"),
+    [
+        ("tp=2,dp_shard=2", ["cp=2", "", "tp=3,order=dp_shard:tp:cp:dp_replicate"]),
+        ("cp=2,dp_replicate=2", ["tp=2,cp=2"]),
+        ("", ["tp=2,dp_shard=2,order=dp_shard:cp:tp:dp_replicate"]),
+    ],
+)
+def test_any_plan_reads_what_another_wrote(pool: Pool, tmp_path: Path, wrote: str, reads: list[str]) -> None:
+    """Full tensors, bit by bit, against values drawn apart from any plan."""
+    plan = plan_of(wrote)
+    paths = pool.run(plan.world_size, save_under, plan, tmp_path)
+    assert set(paths) == {tmp_path / "step-00000007"}
+    files = [file for file in paths[0].glob("*.distcp") if file.stat().st_size]
+    wrote_data = {int(file.name[2:].partition("_")[0]) for file in files}
+    assert wrote_data == set(range(plan.world_size // plan.dp_replicate)), "replicas write nothing"
+    for text in reads:
+        other = plan_of(text)
+        for states, counters, finite in pool.run(other.world_size, load_under, other, paths[0]):
+            assert_same(states)
+            assert counters == COUNTERS and finite
+    alone = runner_of(plan_of(""))
+    checkpoint.load(paths[0], alone)
+    assert_same(whole_states(alone))
+
+
+def test_one_process_resumes_bit_by_bit(tmp_path: Path) -> None:
+    """A step after loading equals the step that was not interrupted: nothing that a step needs is left out."""
+    plan = plan_of("")
+
+    def load_batch(runner: StepRunner) -> None:
+        generator = torch.Generator().manual_seed(1)
+        latents = torch.randn((1, TINY.channels, *BATCH.latent), generator=generator, dtype=torch.float64)
+        text = {e.name: torch.ones(e.tokens, 1, e.width, dtype=torch.float64) for e in TINY.encoders}
+        runner.load(0, latents, torch.tensor([3]), text, torch.ones(1, TINY.text_tokens, dtype=torch.bool))
+
+    going = runner_of(plan)
+    going.initialise(probe_values(0))
+    load_batch(going)
+    going.step(1e-2)
+    path = checkpoint.save(tmp_path, going)
+    resumed = runner_of(plan)
+    checkpoint.load(path, resumed)
+    load_batch(resumed)
+    for runner in (going, resumed):
+        runner.step(1e-2)
+    for name in (*checkpoint.STATES, "counters", "loss"):
+        assert torch.equal(going.buffers[name], resumed.buffers[name]), name
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[StepRunner, Path]:
+    runner = runner_of(plan_of(""))
+    fill(runner)
+    return runner, checkpoint.save(tmp_path, runner, note={"data": "abc"})
+
+
+def test_manifest_says_what_it_is(saved: tuple[StepRunner, Path]) -> None:
+    found = checkpoint.manifest(saved[1])
+    assert found["step"] == COUNTERS[0] and found["note"] == {"data": "abc"} and found["torch"] == torch.__version__
+    assert found["model"]["layers"] == TINY.layers and Plan.from_dict(found["plan"]) == saved[0].plan
+
+
+def test_weights_alone(saved: tuple[StepRunner, Path]) -> None:
+    """The sampler reads one state, in its own dtype and under its own plan."""
+    runner, path = saved
+    for seed, which in ((0, "master"), (3, "ema")):
+        flat = torch.full_like(runner.buffers["ema"], torch.nan, dtype=torch.float32)
+        checkpoint.load_weights(path, which, flat, runner.units, runner.coordinates)
+        want = full(parameters(TINY), probe_values(seed), torch.float32)
+        got = collect([(runner.coordinates, flat)], runner.units)
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_newest_are_kept(tmp_path: Path) -> None:
+    """And the one just written is never among the pruned, though later steps lie there from before."""
+    runner = runner_of(plan_of(""))
+    for step in (100_000_000, 20, 9, 30):
+        runner.buffers["counters"][0] = step
+        checkpoint.save(tmp_path, runner, keep=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-100000000", "step-00000030"}
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-100000000"
+    runner.buffers["counters"][0] = 5
+    checkpoint.save(tmp_path, runner, keep=2)
+    assert (tmp_path / "step-00000005").is_dir()
+
+
+def test_same_step_again_replaces(saved: tuple[StepRunner, Path]) -> None:
+    runner, path = saved
+    runner.buffers["ema"].fill_(5)
+    assert checkpoint.save(path.parent, runner) == path
+    checkpoint.load_weights(path, "ema", runner.buffers["master"], runner.units, runner.coordinates)
+    assert runner.buffers["master"].max() == 5
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_latest_ignores_what_is_incomplete(saved: tuple[StepRunner, Path]) -> None:
+    directory = saved[1].parent
+    assert checkpoint.latest(directory / "absent") is None
+    for name, missing in (("step-00000008", checkpoint.MANIFEST), ("step-00000009", checkpoint.METADATA)):
+        shutil.copytree(saved[1], directory / name)
+        (directory / name / missing).unlink()
+    shutil.copytree(saved[1], directory / ".step-00000010.partial")
+    shutil.copytree(saved[1], directory / "step-11")
+    assert checkpoint.latest(directory) == saved[1]
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", checkpoint.METADATA, checkpoint.MANIFEST])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "zeroed"])
+def test_damage_is_an_error(saved: tuple[StepRunner, Path], file: str, damage: str) -> None:
+    runner, path = saved
+    size = (path / file).stat().st_size
+    if damage == "missing":
+        (path / file).unlink()
+    else:
+        (path / file).write_bytes(b"\0" * (size if damage == "zeroed" else size // 2))
+    for read in (
+        lambda: checkpoint.load(path, runner),
+        lambda: checkpoint.load_weights(path, "ema", runner.buffers["ema"], runner.units, runner.coordinates),
+    ):
+        with pytest.raises(CinemeshError, match=path.name):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 3}, "layers is 2 there and 3 here"),
+        ({"patch": (1, 1, 2)}, r"patch is \[1, 2, 2\] there and \[1, 1, 2\] here"),
+        ({"encoders": TINY.encoders[:2]}, "width of text encoder byt5 is 24 there and absent here"),
+    ],
+)
+def test_another_model_is_refused(saved: tuple[StepRunner, Path], change: dict, message: str) -> None:
+    other = runner_of(plan_of(""), config=replace(TINY, **change))
+    with pytest.raises(CinemeshError, match=message):
+        checkpoint.load(saved[1], other)
+
+
+def test_more_text_tokens_are_no_other_model(saved: tuple[StepRunner, Path]) -> None:
+    checkpoint.load(saved[1], runner_of(plan_of(""), config=replace(TINY.with_text_tokens(9), name="renamed")))
+
+
+def test_weights_of_another_shape_are_refused(saved: tuple[StepRunner, Path]) -> None:
+    """The sampler has no recipe to compare: the table of tensors itself is."""
+    other = runner_of(plan_of(""), config=replace(TINY, layers=1))
+    with pytest.raises(CinemeshError, match=r"ema/blocks.1.\S+ is \[.*\] there and absent here"):
+        checkpoint.load_weights(saved[1], "ema", other.buffers["ema"], other.units, other.coordinates)
+    other = runner_of(plan_of(""), config=replace(TINY, ffn=48))
+    with pytest.raises(CinemeshError, match=r"ema/blocks.0.gate is \[48, 96\] there and \[48, 48\] here"):
+        checkpoint.load_weights(saved[1], "ema", other.buffers["ema"], other.units, other.coordinates)
+
+
+def test_another_dtype_is_no_exact_resume(saved: tuple[StepRunner, Path]) -> None:
+    with pytest.raises(CinemeshError, match=r"torch.float64, this plan as torch.float32"):
+        checkpoint.load(saved[1], runner_of(plan_of("", "float32")))
+
+
+@pytest.mark.parametrize(("dtype", "bytes_each"), [("float64", 32), ("bf16", 16)])
+def test_no_room_is_said_before_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, bytes_each: int
+) -> None:
+    elements = sum(row.elements for row in parameters(TINY))
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda path: elements * bytes_each - 1)
+    with pytest.raises(CinemeshError) as error:
+        checkpoint.save(tmp_path, runner_of(plan_of("", dtype)))
+    assert f"{elements * bytes_each:,}" in str(error.value) and f"{elements * bytes_each - 1:,}" in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def save_with_one_full_disk(plan: Plan, directory: Path) -> tuple[str, str]:
+    """The messages of a failed save and of a failed load, on this rank."""
+    mesh = Mesh(plan)
+    runner = runner_of(plan, mesh)
+    fill(runner)
+    first = checkpoint.save(directory, runner)
+    runner.buffers["counters"][0] += 1
+    whole = ChunkSavePlanner.lookup_object
+
+    def full_disk(self: ChunkSavePlanner, index: object) -> Tensor:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if mesh.rank == 1:
+        ChunkSavePlanner.lookup_object = full_disk
+    try:
+        with pytest.raises(CinemeshError) as failed:
+            checkpoint.save(directory, runner)
+    finally:
+        ChunkSavePlanner.lookup_object = whole
+    other = runner_of(plan, mesh, replace(TINY, layers=1))
+    with pytest.raises(CinemeshError) as refused:
+        checkpoint.load(first, other)
+    return str(failed.value), str(refused.value)
+
+
+def test_one_failed_rank_fails_all(pool: Pool, tmp_path: Path) -> None:
+    """No rank waits for ever, none believes in a checkpoint, and what is left is the one before."""
+    answers = pool.run(2, save_with_one_full_disk, plan_of("dp_shard=2"), tmp_path)
+    for failed, refused in answers:
+        assert "rank 1" in failed and "No space left on device" in failed and "step-00000008" in failed
+        assert "layers is 2 there and 1 here" in refused
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
+
+
+def test_broken_saves_are_cleared_away(saved: tuple[StepRunner, Path]) -> None:
+    runner, path = saved
+    left = path.parent / ".step-00000099.partial"
+    left.mkdir()
+    (left / "__0_0.distcp").write_bytes(b"half")
+    checkpoint.save(path.parent, runner)
+    assert not left.exists()
+
+
+def test_keys_and_global_shapes_are_fixed(saved: tuple[StepRunner, Path]) -> None:
+    """Names and shapes outlive every plan: another reader of DCP finds the tensors under them."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    stored = FileSystemReader(saved[1]).read_metadata().state_dict_metadata
+    want = {f"{s}/{row.name}": row.shape for s in checkpoint.STATES for row in parameters(TINY)}
+    assert {key: tuple(entry.size) for key, entry in stored.items()} == want | {"counters": (2,)}  # pyright: ignore
+    assert json.loads((saved[1] / checkpoint.MANIFEST).read_text())["format"] == 1

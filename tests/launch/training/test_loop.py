@@ -1,0 +1,381 @@
+"""Training as a person runs it: exact resume, validation, and what is reported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from harness import Pool
+from torch import Tensor
+from training import STATES, cinemesh, in_two_buckets, recipe, start, states
+
+from cinemesh.data.cache import Batch, Sample, collate
+from cinemesh.data.clips import read_frames
+from cinemesh.data.order import Stream, turns
+from cinemesh.errors import CinemeshError
+from cinemesh.launch.cluster.processes import Place, StopSignal
+from cinemesh.launch.training import checkpoint, showcase
+from cinemesh.launch.training import loop as train
+from cinemesh.launch.training.loop import Setting, open_cache, train_steps
+from cinemesh.launch.training.recipe import check_config
+from cinemesh.launch.training.telemetry import METRICS_FILE, Telemetry, read_metrics
+from cinemesh.launch.training.validation import SEED, Validation
+from cinemesh.model import flow
+from cinemesh.model.config import parameters
+from cinemesh.model.reference import Reference
+from cinemesh.model.runner import StepRunner
+from cinemesh.model.weights import fill_shard, full, initial_values, probe_values
+from cinemesh.parallel.runtime.comm import gather_objects
+from cinemesh.parallel.runtime.mesh import Mesh
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    for name in STATES:
+        assert torch.equal(a[name], b[name]), name
+
+
+def stop_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """SIGTERM arrives while step ``number`` (from 1) is running."""
+    step = StepRunner.step
+
+    def interrupted(self: StepRunner, lr: float, watch: Callable[[int], None] | None = None) -> None:
+        if self.steps_done == number - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(self, lr, watch)
+
+    monkeypatch.setattr(StepRunner, "step", interrupted)
+
+
+# -- resume -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_bits(
+    values: dict[str, Any], clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Batch, noise, learning rate, moments, EMA or counters that restart show here; so do reports given twice."""
+    assert start(values, tmp_path) == 0
+    stopped = recipe(clips, tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 3)
+        assert start(stopped, tmp_path) == 128 + signal.SIGTERM
+    assert "stopped after step 3; the same command goes on" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "stopped/run/checkpoints").iterdir()] == ["step-00000003"]
+    assert start(stopped, tmp_path) == 0
+    assert_same(states(tmp_path / "run", values), states(tmp_path / "stopped/run", values))
+    whole, resumed = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "stopped/run")
+    assert [row["step"] for row in whole] == [row["step"] for row in resumed] == [0, 2, 3, 4, 6, 6]
+    for a, b in zip(whole, resumed, strict=True):
+        assert a.get("validation_loss") == b.get("validation_loss")
+        assert a["step"] == 4 or a.get("loss") == b.get("loss")  # the mean over steps 3 and 4, or over 4 alone
+    assert list((tmp_path / "run/tensorboard").glob("events.*"))
+    assert start(values, tmp_path) == 0  # a finished run has nothing to do
+    assert read_metrics(tmp_path / "run") == whole
+
+
+def run_rank(values: dict[str, Any], stop_on: tuple[int, int] | None) -> dict[str, Any]:
+    """One rank of a run in the pool; a signal reaches rank ``stop_on[0]`` alone, in step ``stop_on[1]``."""
+    setting = Setting.of(check_config(values, "test"))
+    mesh = Mesh(setting.config.plan)
+    place, stop = Place(mesh.rank, "cpu", mesh), StopSignal()
+    step = StepRunner.step
+
+    def interrupted(self: StepRunner, lr: float, watch: Callable[[int], None] | None = None) -> None:
+        if stop_on == (mesh.rank, self.steps_done + 1):
+            stop.signum = signal.SIGTERM
+        step(self, lr, watch)
+
+    StepRunner.step = interrupted
+    try:
+        runner = train_steps(setting, place, open_cache(setting, place), stop)
+    finally:
+        StepRunner.step = step
+        mesh.close()
+    return {"steps": runner.steps_done, "states": {name: runner.buffers[name].clone() for name in STATES}}
+
+
+def one_bucket(values: dict[str, Any]) -> dict[str, Any]:
+    return values
+
+
+@pytest.mark.parametrize(
+    ("plan", "buckets"),
+    [
+        ({"dp_shard": 2, "cp": 2}, one_bucket),
+        ({"tp": 2, "micro_batches": 2}, one_bucket),
+        ({"dp_shard": 2}, in_two_buckets),
+        ({"tp": 2, "micro_batches": 2}, in_two_buckets),
+    ],
+)
+def test_ranks_stop_after_the_same_step_and_resume_to_the_same_bits(
+    pool: Pool,
+    clips: Path,
+    tmp_path: Path,
+    plan: dict[str, int],
+    buckets: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
+    """A rank that stopped alone would leave the others waiting; resuming under shards must lose nothing either.
+
+    With two buckets, the places in both streams must be found again.
+    """
+    ranks = 4 if "cp" in plan else 2
+    a, b = (buckets(recipe(clips, tmp_path / name, **plan)) for name in "ab")
+    whole = pool.run(ranks, run_rank, a, None)
+    stopped = pool.run(ranks, run_rank, b, (1, 2))
+    assert [rank["steps"] for rank in stopped] == [2] * ranks
+    resumed = pool.run(ranks, run_rank, b, None)
+    for a, b in zip(whole, resumed, strict=True):
+        assert_same(a["states"], b["states"])
+
+
+@pytest.mark.slow
+def test_a_killed_job_resumes_to_the_same_bits_and_torchrun_gives_them_too(clips: Path, tmp_path: Path) -> None:
+    """SIGKILL of launcher and ranks at whatever moment, on two buckets; and the two ways of starting a job are one."""
+    folders = [tmp_path / name for name in ("whole", "killed", "torchrun")]
+    recipes: list[Path] = []
+    for folder in folders:
+        folder.mkdir()
+        values = in_two_buckets(recipe(clips, folder, tp=2))
+        values["schedule"]["steps"] = 60
+        values["logging"]["checkpoint_every"] = 2
+        recipes.append(folder / "recipe.yaml")
+        recipes[-1].write_text(yaml.safe_dump(values))
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    subprocess.run(cinemesh("train", recipes[0], "--nproc", 2), check=True, env=environment, timeout=300)
+
+    killed = subprocess.Popen(
+        cinemesh("train", recipes[1], "--nproc", 2), env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while checkpoint.latest(folders[1] / "run" / checkpoint.FOLDER) is None and time.monotonic() < deadline:
+        assert killed.poll() is None
+        time.sleep(0.01)
+    for process in _tree(killed.pid):
+        os.kill(process, signal.SIGKILL)
+    killed.wait()
+    newest = checkpoint.latest(folders[1] / "run" / checkpoint.FOLDER)
+    assert newest is not None and newest.name < "step-00000060"
+    subprocess.run(cinemesh("train", recipes[1], "--nproc", 2), check=True, env=environment, timeout=300)
+
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "cinemesh.launch.train", str(recipes[2])]
+    subprocess.run(command, check=True, env=environment, timeout=300)
+    values = recipe(clips, tmp_path, tp=2)
+    whole = states(folders[0] / "run", values)
+    for folder in folders[1:]:
+        assert_same(whole, states(folder / "run", values))
+
+
+def _tree(pid: int) -> list[int]:
+    """A process and all below it."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    below = [int(child) for child in children.read_text().split()] if children.exists() else []
+    return [pid, *(process for child in below for process in _tree(child))]
+
+
+# -- buckets ----------------------------------------------------------------------------------------------------------
+
+
+def steps_by_hand(values: dict[str, Any]) -> dict[str, Tensor]:
+    """The states after the recipe's steps, each taken by a plain runner of its bucket's shape that knows no other."""
+    setting = Setting.of(check_config(values, "test"))
+    config, cache = setting.config, open_cache(setting, Place(0, "cpu", None))
+    buckets, turn = turns(config.seed, config.schedule.steps, [bucket.weight for bucket in config.data.shapes])
+    options: dict[str, Any] = {"seed": config.seed, "caption_dropout": config.caption_dropout}
+    runners = [StepRunner(setting.model, config.plan, b, config.optimizer, None, **options) for b in setting.batches]
+    runners[0].initialise(initial_values(config.seed))
+    state = {name: runners[0].buffers[name].clone() for name in STATES}
+    for step, (bucket, place) in enumerate(zip(buckets.tolist(), turn.tolist(), strict=True)):
+        runner = runners[bucket]
+        for name, value in state.items():
+            runner.buffers[name].copy_(value)
+        train = cache.buckets[bucket].train
+        batch = collate(train.select(Stream(config.seed, bucket, range(len(train))).take(2 * place, 2)), 0, 1)
+        runner.load(0, batch.latents, batch.ids, batch.text, batch.mask)
+        runner.step(config.schedule.lr(config.optimizer.lr, step))
+        state = {name: runner.buffers[name].clone() for name in STATES}
+    return state
+
+
+@pytest.mark.parametrize("buckets", [one_bucket, in_two_buckets])
+def test_a_run_is_the_steps_of_plain_runners(
+    values: dict[str, Any], tmp_path: Path, buckets: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    """Bit by bit: a step loaded into the wrong bucket, or a bucket with states of its own, shows here."""
+    values = buckets(values)
+    assert start(values, tmp_path) == 0
+    assert_same(states(tmp_path / "run", values), steps_by_hand(values))
+
+
+def test_every_bucket_is_captured_counted_and_validated(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps take buckets 1, 0, 0, 1, 1, 1 of 8 and 4 tokens, 2 samples each; weights are 2 and 1."""
+    values = in_two_buckets(values) | {"capture": "required", "sample": {"steps": 2, "bucket": "8x32x64"}}
+    assert start(values, tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "2 buckets, 2 captured steps; one arena of " in out
+    assert "bucket 8x32x32: 6 training and 1 validation windows" in out
+    assert "bucket 8x32x64: 6 training and 1 validation windows" in out
+    rows = read_metrics(tmp_path / "run")
+    reports = [row for row in rows if "loss" in row]
+    assert [row["tokens_per_step"] for row in reports] == [12, 12, 16]
+    for row in reports:
+        assert row["tokens_per_s"] == pytest.approx(row["tokens_per_step"] / row["step_s"], rel=1e-12)
+    assert [{name for name in row if name.startswith("step_s/")} for row in reports] == [
+        {"step_s/8x32x32", "step_s/8x32x64"},
+        {"step_s/8x32x32", "step_s/8x32x64"},
+        {"step_s/8x32x64"},
+    ]
+    validated = [row for row in rows if "validation_loss" in row]
+    assert len(validated) == 3
+    for row in validated:
+        a, b = row["validation_loss/8x32x32"], row["validation_loss/8x32x64"]
+        assert a != b and row["validation_loss"] == pytest.approx((a + 2 * b) / 3, rel=1e-12)
+    clip = read_frames(tmp_path / "run/samples/left.mp4", 32, 64)
+    assert clip.shape == (8, 32, 64, 3) and (tmp_path / "run/samples/right.mp4").exists()
+
+
+def faulty_rank(values: dict[str, Any], fault: str) -> str:
+    """The error of one rank of two, of which rank 1 alone has the fault."""
+    rank = dist.get_rank()
+    turns_as_they_are, collate_as_it_is = train.turns, train.collate
+
+    def other_buckets(seed: int, steps: int, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+        buckets, turn = turns_as_they_are(seed, steps, weights)
+        return 1 - buckets, turn
+
+    def narrow(*given: Any) -> Batch:
+        batch = collate_as_it_is(*given)
+        return replace(batch, latents=batch.latents[..., :2])
+
+    if rank == 1:
+        train.turns = other_buckets if fault == "draw" else train.turns
+        train.collate = narrow if fault == "shape" else train.collate
+    mesh = Mesh(check_config(values, "test").plan)
+    try:
+        setting, place = Setting.of(check_config(values, "test")), Place(rank, "cpu", mesh)
+        train.train_steps(setting, place, open_cache(setting, place), StopSignal())
+    except CinemeshError as error:
+        return str(error)
+    finally:
+        train.turns, train.collate = turns_as_they_are, collate_as_it_is
+        mesh.close()
+    return "nothing was found"
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("draw", "step 1: the ranks loaded batches of several buckets (1 of bucket 8x32x32, 1 of bucket 8x32x64)"),
+        ("shape", "a batch of latents 1x4x2 has no bucket; buckets are 1x4x8, 1x4x4: steps are captured"),
+    ],
+)
+def test_a_rank_that_goes_astray_is_told_on_all_ranks(
+    pool: Pool, clips: Path, tmp_path: Path, fault: str, expected: str
+) -> None:
+    """Its step would have other collectives than the others', which then wait for ever."""
+    messages = pool.run(2, faulty_rank, in_two_buckets(recipe(clips, tmp_path, dp_shard=2)), fault)
+    assert messages[0] == messages[1] and expected in messages[0]
+    assert not list(tmp_path.rglob("step-*"))
+
+
+# -- validation -------------------------------------------------------------------------------------------------------
+
+
+def validation_loss(values: dict[str, Any]) -> float:
+    """With weights that are nowhere zero, in the pool or alone."""
+    setting = Setting.of(check_config(values, "test"))
+    mesh = Mesh(setting.config.plan) if setting.config.plan.world_size > 1 else None
+    cache = open_cache(setting, Place(mesh.rank if mesh else 0, "cpu", mesh))
+    runner = StepRunner(setting.model, setting.config.plan, setting.batches[0], setting.config.optimizer, mesh)
+    fill_shard(runner.buffers["ema"], runner.units, runner.coordinates, probe_values(3))  # master stays zero
+    loss = Validation(runner, cache.buckets[0].validation, 3).loss()
+    if mesh:
+        gather_objects(None)  # nobody leaves early
+        mesh.close()
+    return loss
+
+
+def test_validation_loss_is_the_plain_models_on_every_plan(pool: Pool, clips: Path, tmp_path: Path) -> None:
+    """3 windows * 3 draws = 9 items in batches of 4: what fills the last batch must not count."""
+    values = recipe(clips, tmp_path, dtype="float64")
+    values["data"] |= {"global_batch": 4, "stride": 1, "validation_share": 0.5}
+    setting = Setting.of(check_config(values, "test"))
+    cache = open_cache(setting, Place(0, "cpu", None))
+    model = Reference(setting.model).double()
+    model.load_state_dict(full(parameters(setting.model), probe_values(3), torch.float64))
+    assert len(cache.buckets[0].validation) == 3
+    errors: list[float] = []
+    for draw in range(3):
+        for sample in [cache.buckets[0].validation[index] for index in range(3)]:
+            assert isinstance(sample, Sample)
+            ids, step = torch.tensor([sample.id]), torch.tensor(draw)
+            x1 = sample.latent.double()[None]
+            t = flow.draw_time(SEED, step, ids)
+            x_t, v = flow.interpolate(x1, flow.draw_noise(SEED, step, ids, tuple(x1.shape[1:])), t)
+            text = {name: value.double()[:, None] for name, value in sample.text.items()}
+            mask = torch.cat(list(sample.mask.values()))[None]
+            with torch.no_grad():
+                errors.append((model(x_t, t, text, mask) - v).square().mean().item())
+    expected = sum(errors) / len(errors)
+    assert validation_loss(values) == pytest.approx(expected, rel=1e-12)
+    for plan in ({"tp": 2, "cp": 2}, {"dp_shard": 2, "dp_replicate": 2}):
+        values["plan"] = {"dtype": "float64", **plan}
+        for loss in pool.run(4, validation_loss, values):
+            assert loss == pytest.approx(expected, rel=1e-10)
+
+
+# -- reports ----------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_of_a_killed_run_are_read_and_cut_to_where_it_resumes(tmp_path: Path) -> None:
+    telemetry = Telemetry(tmp_path, steps=9, first=0)
+    for step in (2, 4, 6):
+        telemetry.scalars(step, {"validation_loss": step / 2})
+    telemetry.close()
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write('{"step": 8, "los')  # the kill
+    assert [row["step"] for row in read_metrics(tmp_path)] == [2, 4, 6]
+    Telemetry(tmp_path, steps=9, first=4).close()
+    assert [json.loads(line)["step"] for line in (tmp_path / METRICS_FILE).read_text().splitlines()] == [2, 4]
+
+
+def test_a_finished_run_shows_a_clip_of_each_scene(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values["sample"] = {"steps": 2, "guidance": 1.5}
+    values["schedule"]["steps"] = 2
+    assert start(values, tmp_path) == 0
+    folder = tmp_path / "run/samples"
+    names = {"left.mp4", "right.mp4", showcase.CONTACT_SHEET, showcase.SCORES}
+    assert {path.name for path in folder.iterdir()} == names
+    scores = json.loads((folder / showcase.SCORES).read_text())
+    assert [score["scene"] for score in scores] == ["left", "right"]
+    assert "left: " in capsys.readouterr().out
+
+
+def test_a_sampled_clip_is_compared_with_its_own_scene(values: dict[str, Any], tmp_path: Path) -> None:
+    """A training clip itself must be found, at its frame, and not among the other scene's."""
+    setting = Setting.of(check_config(values, "test"))
+    cache = open_cache(setting, Place(0, "cpu", None))
+    window = cache.buckets[0].train[1]
+    assert isinstance(window, Sample)
+    clip = setting.codec.decode(window.latent)
+    own, other = showcase.show(
+        tmp_path / "samples", {"left": clip, "right": clip}, cache.buckets[0].train, setting.codec
+    )
+    assert own.psnr_db == float("inf") and own.nearest_frame == window.first_frame == 2
+    assert other.psnr_db < 40 and other.other_scenes_db == float("inf")
+    assert own.noise_db < 15

@@ -1,0 +1,164 @@
+"""The recipe: what is read, what is refused, and the learning rate."""
+
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cinemesh.data.text import build_encoders
+from cinemesh.errors import CinemeshError
+from cinemesh.launch.training.loop import Setting
+from cinemesh.launch.training.recipe import Config, DataSection, OptimizerSection, ScheduleSection, read_config
+from cinemesh.model.codec import BlockDCTCodec
+from cinemesh.model.config import Encoder, preset
+from cinemesh.model.step import Optimizer
+from cinemesh.parallel.ir.plan import Plan
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+BUCKETS = QUICKSTART.with_name("buckets.yaml")
+RECIPE = """
+model: {preset: tiny-video, layers: 2}
+plan: {tp: 2, dtype: float32, recompute: none}
+data: {cache: cache, global_batch: 8, size: 64, frames: 9}
+optimizer: {lr: 2e-3, ema_decay: 0.9}
+schedule: {steps: 10}
+logging: {directory: run}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def message(recipe: Path, *overrides: str) -> str:
+    with pytest.raises(CinemeshError) as caught:
+        read_config(recipe, overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_sections_become_what_the_run_uses(recipe: Path) -> None:
+    """Defaults are those of the classes that are filled: a second set of them would drift."""
+    config = read_config(recipe)
+    assert config.plan == Plan(tp=2, dtype="float32", recompute="none")
+    assert config.optimizer == OptimizerSection(lr=2e-3, ema_decay=0.9)  # 2e-3 is a string to YAML 1.1
+    for field in fields(Optimizer):
+        if field.name != "ema_decay":
+            assert getattr(config.optimizer, field.name) == getattr(Optimizer(), field.name)
+    codec, encoders = BlockDCTCodec(), build_encoders(config.data.encoders)
+    model = config.model.build(codec, encoders)
+    assert (model.layers, model.width, model.channels) == (2, preset("tiny-video").width, 16)
+    assert model.encoders == (Encoder("bytes", 64, 64),)  # the data's, not the preset's
+    (bucket,) = config.data.shapes
+    assert str(bucket) == "9x64x64" and bucket.latent(codec) == (2, 8, 8)  # 9 frames fill two blocks of 8
+    assert config.sampled == bucket
+
+
+def test_the_shipped_recipe_is_whole() -> None:
+    config = read_config(QUICKSTART)
+    assert config.plan.world_size == 2 and config.sample is not None and config.sample.scenes is None
+
+
+def test_the_shipped_recipe_of_several_buckets_fits_its_clips_and_its_plan() -> None:
+    """What a bucket leaves out is the data's own; every scene fills a bucket and every bucket has a scene."""
+    setting = Setting.of(read_config(BUCKETS))
+    data = setting.config.data
+    assert [(str(bucket), bucket.weight) for bucket in data.shapes] == [
+        ("16x128x128", 2),
+        ("8x128x128", 1),
+        ("16x96x160", 1),
+    ]
+    assert [batch.latent for batch in setting.batches] == [(2, 16, 16), (1, 16, 16), (2, 12, 20)]
+    assert {batch.samples for batch in setting.batches} == {4}
+    assert setting.config.sampled == data.shapes[2]
+
+
+def test_overrides_replace_one_value_each(recipe: Path) -> None:
+    config = read_config(recipe, ["plan.tp=1", "plan.cp=3", "optimizer.lr=1e-4", "data.clips=[a, b]", "sample.steps=7"])
+    assert (config.plan.tp, config.plan.cp, config.plan.dtype) == (1, 3, "float32")
+    assert config.optimizer.lr == 1e-4 and config.optimizer.ema_decay == 0.9
+    assert config.data.clips == ("a", "b")
+    assert config.sample is not None and config.sample.steps == 7  # a section that the file lacks
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimizer.lrr=1", "unknown key 'optimizer.lrr'; did you mean 'lr'?"),
+        ("optmizer.lr=1", "unknown key 'optmizer'; did you mean 'optimizer'?"),
+        ("plan.tpp=2", "unknown key 'tpp'; did you mean 'tp'?"),
+        ("data.encoders=[{name: a, widht: 3}]", "unknown key 'data.encoders.0.widht'; did you mean 'width'?"),
+        ("sample.guidnce=2", "unknown key 'sample.guidnce'; did you mean 'guidance'?"),
+        ("zzz=1", "unknown key 'zzz'. Known here: model, plan"),
+        ("schedule.steps=many", "schedule.steps is 'many': input should be a valid integer"),
+        ("schedule.steps=0", "schedule.steps is 0: input should be greater than or equal to 1"),
+        ("optimizer.lr=.nan", "optimizer.lr is nan: input should be a finite number"),
+        ("optimizer.ema_decay=1", "optimizer.ema_decay is 1: input should be less than 1"),
+        ("caption_dropout=1.5", "caption_dropout is 1.5: input should be less than 1"),
+        ("data.stride=0", "data.stride is 0; it must be at least 1"),
+        ("plan.tp=0", "tp is 0; it must be a whole number of at least 1"),
+        ("plan=fast", "plan is 'fast': input should be a dictionary"),
+        ("schedule.decay=cosin", "schedule.decay is 'cosin': input should be 'cosine' or 'constant'"),
+        ("schedule", "--set 'schedule' is not KEY=VALUE"),
+        ("model.preset.name=x", "preset is 'tiny-video', no section"),
+        ("data.clips=[a", "'[a' is not a YAML value"),
+    ],
+)
+def test_a_mistake_is_named_with_its_key_value_and_rule(recipe: Path, override: str, expected: str) -> None:
+    assert expected in message(recipe, override)
+
+
+def test_a_missing_key_a_missing_section_and_a_key_given_twice(recipe: Path) -> None:
+    recipe.write_text(RECIPE.replace("steps: 10", ""))
+    assert "the key 'schedule.steps' is missing" in message(recipe)
+    recipe.write_text(RECIPE.replace("schedule: {steps: 10}", ""))
+    assert "the key 'schedule' is missing" in message(recipe)
+    recipe.write_text(RECIPE + "schedule: {steps: 20}\n")  # PyYAML alone takes the last in silence
+    assert "key 'schedule' is given twice" in message(recipe) and "line 8" in message(recipe)
+    recipe.write_text(RECIPE.replace("{steps: 10}", "{steps: 10, steps: 20}"))
+    assert "key 'steps' is given twice" in message(recipe)
+
+
+def test_a_file_that_is_no_recipe(recipe: Path, tmp_path: Path) -> None:
+    assert "cannot read the recipe" in message(tmp_path / "absent.yaml")
+    recipe.write_text("- a\n- b\n")
+    assert "holds no mapping" in message(recipe)
+    recipe.write_text("model: [1\n")
+    assert "is not valid YAML" in message(recipe)
+    recipe.write_bytes(b"\xff\xfe\x00")
+    assert "cannot read the recipe" in message(recipe)
+
+
+def test_unknown_preset_and_model_overrides_are_refused_when_the_model_is_built(recipe: Path) -> None:
+    codec = BlockDCTCodec()
+
+    def build(*overrides: str) -> Any:
+        config = read_config(recipe, overrides)
+        return config.model.build(codec, build_encoders(config.data.encoders))
+
+    with pytest.raises(CinemeshError, match="did you mean 'tiny-video'"):
+        build("model.preset=tiny-vidoe")
+    with pytest.raises(CinemeshError, match=r"width\(192\) % heads\(5\) = 2"):
+        build("model.heads=5")
+
+
+def test_the_learning_rate_is_a_function_of_the_step() -> None:
+    cosine = ScheduleSection(steps=10, warmup_steps=2, final_share=0.1)
+    assert [cosine.lr(1.0, step) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]
+    assert cosine.lr(1.0, 6) == pytest.approx(0.1 + 0.9 * 0.5)  # half way
+    assert cosine.lr(1.0, 9) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 7 / 8)))
+    constant = ScheduleSection(steps=10, warmup_steps=4, decay="constant")
+    assert [constant.lr(2.0, step) for step in (0, 3, 4, 9)] == [0.5, 2.0, 2.0, 2.0]
+
+
+def test_sections_are_frozen(recipe: Path) -> None:
+    config = read_config(recipe)
+    assert isinstance(config, Config) and isinstance(config.data, DataSection)
+    with pytest.raises(AttributeError):
+        config.seed = 3  # pyright: ignore[reportAttributeAccessIssue]

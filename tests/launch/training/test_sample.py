@@ -1,0 +1,164 @@
+"""From a prompt to an mp4 file: the command on one process, and the clips of many prompts under any plan."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from harness import Pool
+from torch import Tensor
+
+from cinemesh.data.clips import read_frames
+from cinemesh.data.text import ByteEncoder
+from cinemesh.errors import CinemeshError
+from cinemesh.launch.training import checkpoint, sample
+from cinemesh.model.codec import BlockDCTCodec, psnr
+from cinemesh.model.config import Encoder, ModelConfig
+from cinemesh.model.runner import StepRunner
+from cinemesh.model.sampler import Sampler
+from cinemesh.model.step import Batch, Optimizer, unit_layout
+from cinemesh.model.weights import fill_shard, probe_values
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.runtime.mesh import Mesh, coordinates
+
+LATENT = (2, 2, 2)
+FRAMES = 12  # of 16 that two latent frames decode to
+ENCODERS = [ByteEncoder(12, 5, "words"), ByteEncoder(6, 3, "letters")]
+MODEL = ModelConfig(
+    "small", 1, 24, 2, 32, tuple(Encoder(e.name, e.width, e.tokens) for e in ENCODERS), position_lengths=(4, 16, 16)
+)
+RECIPE = {
+    "model": {"preset": "tiny-video", "layers": 1, "width": 24, "heads": 2, "ffn": 32},
+    "plan": {"dp_shard": 2, "dtype": "float32"},
+    "data": {
+        "cache": "cache",
+        "size": 16,
+        "frames": FRAMES,
+        "global_batch": 2,
+        "encoders": [
+            {"name": "words", "width": 12, "tokens": 5},
+            {"name": "letters", "width": 6, "tokens": 3},
+        ],
+    },
+    "optimizer": {"lr": 1e-3},
+    "schedule": {"steps": 3},
+    "logging": {"directory": "run"},
+    "sample": {"guidance": 3.0},
+}
+PROMPTS = ["a red car", "rain", "", "a dog that runs"]
+
+
+def clips(plan: Plan, mesh: Mesh | None, prompts: list[str], samples: int, seed: int = 5) -> list[Tensor]:
+    units = unit_layout(MODEL, plan)
+    weights = torch.empty(1, units.flat_elements, dtype=torch.float64)
+    fill_shard(weights, units, mesh.coordinates if mesh else coordinates(plan, 0), probe_values(2))
+    codec = BlockDCTCodec()
+    return sample.sample_clips(
+        MODEL, plan, mesh, weights, codec, ENCODERS, prompts, LATENT, 3, 2.0, seed, samples=samples
+    )
+
+
+def clips_on_rank(plan: Plan, prompts: list[str], samples: int) -> list[Tensor]:
+    return clips(plan, Mesh(plan), prompts, samples)
+
+
+@pytest.mark.parametrize(("text", "samples"), [("dp_shard=2", 1), ("dp_shard=2,tp=2", 4), ("dp_replicate=2,cp=2", 1)])
+def test_any_plan_makes_the_same_clips(pool: Pool, text: str, samples: int) -> None:
+    """Three prompts on two data ranks, in one round or two: padding is dropped and none changes its place."""
+    prompts = PROMPTS[:3]
+    want = clips(Plan(dtype="float64"), None, prompts, 3)
+    plan = Plan.parse(text, dtype="float64")
+    first, *others = pool.run(plan.world_size, clips_on_rank, plan, prompts, samples)
+    assert [clip.shape for clip in first] == [(16, 16, 16, 3)] * 3
+    for got, clip in zip(first, want, strict=True):
+        assert (got.int() - clip.int()).abs().max() <= 1  # 1e-9 in a latent may round a pixel the other way
+    assert others == [[]] * (plan.world_size - 1)
+
+
+def test_prompt_and_seed_matter() -> None:
+    a, b = clips(Plan(dtype="float64"), None, PROMPTS[:2], 2)
+    (c,) = clips(Plan(dtype="float64"), None, PROMPTS[1:2], 1)  # index 0: the first one's noise, the second's text
+    (d,) = clips(Plan(dtype="float64"), None, PROMPTS[:1], 1, seed=6)
+    for x, y in ((a, b), (a, c), (b, c), (a, d)):
+        assert not torch.equal(x, y)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe in the current directory whose run has a checkpoint: probe weights, other EMA weights."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # joining a job sets it; the test run has its own
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    path = Path("recipe.yaml")
+    path.write_text(yaml.safe_dump(RECIPE))
+    runner = StepRunner(MODEL, Plan(dtype="float32"), Batch(2, LATENT), Optimizer(), None)
+    runner.initialise(probe_values(1))
+    fill_shard(runner.buffers["ema"], runner.units, runner.coordinates, probe_values(2))
+    for step in (3, 12):
+        runner.buffers["counters"][0] = step
+        checkpoint.save(Path("run/checkpoints"), runner)
+    return path
+
+
+def call(recipe: Path, **changed: object) -> None:
+    given = {"config": recipe, "prompt": PROMPTS[0], "checkpoint": None, "out": Path("out/clip.mp4"), "steps": 3}
+    given |= {"guidance": None, "seed": 5, "nproc": None}
+    sample.run(**{**given, **changed})  # pyright: ignore[reportArgumentType]
+
+
+def test_run_writes_the_clip_of_the_ema_weights(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On one process although the recipe's plan has two; guidance is the recipe's."""
+    call(recipe)
+    assert capsys.readouterr().out == "out/clip.mp4\n"
+    assert [path.name for path in Path("out").iterdir()] == ["clip.mp4"]
+    frames = read_frames(Path("out/clip.mp4"), 16, 16)
+    assert frames.shape == (FRAMES, 16, 16, 3)
+
+    plan = Plan(dtype="float32")
+    units = unit_layout(MODEL, plan)
+    ema = torch.empty(1, units.flat_elements)
+    fill_shard(ema, units, coordinates(plan, 0), probe_values(2))
+    encoded = [encoder.encode(PROMPTS[0]) for encoder in ENCODERS]
+    text = {e.name: x[:, None] for e, (x, _) in zip(ENCODERS, encoded, strict=True)}
+    mask = torch.cat([valid for _, valid in encoded])[None]
+    sampler = Sampler(MODEL, plan, Batch(1, LATENT), None, ema)
+    want = BlockDCTCodec().decode(sampler.sample(text, mask, 5, torch.tensor([0]), 3, 3.0)[0])[:FRAMES]
+    assert psnr(frames, want) > psnr(frames, want.flip(0)) + 5
+    assert psnr(frames, want) > 25  # noise, which H.264 at this quality still keeps well
+
+
+def test_named_checkpoint_is_used(recipe: Path) -> None:
+    call(recipe, checkpoint=Path("run/checkpoints/step-00000003"))
+    with pytest.raises(CinemeshError, match="step-00000004 is no complete checkpoint"):
+        call(recipe, checkpoint=Path("run/checkpoints/step-00000004"))
+
+
+@pytest.mark.parametrize(
+    ("recipe_change", "call_change", "message"),
+    [
+        ({"logging": {"directory": "elsewhere"}}, {}, "no checkpoint in elsewhere/checkpoints; train"),
+        ({"model": {**RECIPE["model"], "ffn": 64}}, {}, "ffn is 32 there and 64 here"),
+        ({"model": {**RECIPE["model"], "patch": [1, 1, 4]}}, {}, r"patch"),
+        ({}, {"nproc": 4}, "!= world size 4"),
+        ({}, {"out": Path("run")}, "is a directory"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(
+    recipe: Path, recipe_change: dict, call_change: dict, message: str
+) -> None:
+    recipe.write_text(yaml.safe_dump(RECIPE | recipe_change))
+    with pytest.raises(CinemeshError, match=message):
+        call(recipe, **call_change)
+    assert not Path("out").exists()
+
+
+def test_diverged_weights_make_no_file(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runner = StepRunner(MODEL, Plan(dtype="float32"), Batch(2, LATENT), Optimizer(), None)
+    runner.buffers["ema"].fill_(torch.nan)
+    runner.buffers["counters"][0] = 99
+    checkpoint.save(Path("run/checkpoints"), runner)
+    with pytest.raises(SystemExit) as stop:
+        call(recipe)
+    assert stop.value.code == 2 and "not finite" in capsys.readouterr().err
+    assert not Path("out").exists()

@@ -1,0 +1,143 @@
+"""A rank holds a communicator for every collective that it runs, and none that it does not, set up as the plan says."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import Pool
+
+from cinemesh.launch.proof.parity import OPTIMIZER, Case, load_batch
+from cinemesh.launch.proof.verify import small_case
+from cinemesh.model import weights
+from cinemesh.model.runner import StepRunner
+from cinemesh.model.step import build_step, prepare
+from cinemesh.parallel.ir.communicators import GROUPS, JOB, communicator, communicators, held
+from cinemesh.parallel.ir.plan import STREAMS, Plan
+from cinemesh.parallel.runtime.mesh import Mesh, options
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("tp=1", 0),
+        ("tp=2", 3),
+        ("cp=2,kv_slices=3", 5),
+        ("dp_replicate=2", 2),
+        ("tp=2,cp=2,dp_shard=2,dp_replicate=2", 7),
+    ],
+)
+def test_communicators_are_those_that_the_step_uses(text: str, count: int) -> None:
+    case = small_case(Plan.parse(text, dtype="float32"), max_procs=16)
+    program = prepare(build_step(case.config, case.plan, case.batch), backend="nccl")
+    used = {communicator(op): case.plan.size(op.axes) for op in program.ops if "axes" in op.attrs and op.kind != "wait"}
+    named = communicators(case.plan)
+    assert {one.name: one.ranks for one in named} == used
+    assert len(named) == count
+    assert len(held(case.plan)) == (count + 1 if count else 0)  # one process has no group to speak in
+
+
+def test_communicators_of_the_paper_plan_at_6144_ranks() -> None:
+    ranks = {one.name: one.ranks for one in held(Plan(tp=4, cp=2, dp_shard=768))}
+    assert ranks == {
+        "tp": 4,
+        "cp": 2,
+        "dp_shard*cp:all_gather": 1536,
+        "dp_shard*cp:reduce_scatter": 1536,
+        "dp_shard*cp*tp": 6144,
+        "dp_replicate*dp_shard*cp*tp": 6144,
+        JOB: 6144,
+    }
+
+
+# -- how they are made ------------------------------------------------------------------------------------------------
+
+SET = Plan(tp=2, cp=2, dp_shard=2, dp_replicate=2, tp_ctas=6, unit_ctas=4, normal_priority=("cp", "unit"))
+
+
+def nccl_options() -> Any:
+    """What ``dist.ProcessGroupNCCL.Options`` makes, which a CPU build of torch lacks: names and defaults of 2.13."""
+    config = SimpleNamespace(blocking=1, cga_cluster_size=4, min_ctas=-1, max_ctas=-1)
+    return SimpleNamespace(config=config, is_high_priority_stream=False, _timeout=None)
+
+
+def test_every_group_is_made_as_the_plan_says() -> None:
+    made = {one.name: options(SET, one.axes, timedelta(seconds=7), nccl_options) for one in communicators(SET)}
+    assert {name: (o.config.min_ctas, o.config.max_ctas) for name, o in made.items()} == {
+        "tp": (6, 6),
+        "cp": (-1, -1),
+        "dp_shard*cp:all_gather": (4, 4),
+        "dp_shard*cp:reduce_scatter": (4, 4),
+        "dp_shard*cp*tp": (-1, -1),
+        "dp_replicate": (-1, -1),
+        "dp_replicate*dp_shard*cp*tp": (-1, -1),
+    }
+    late = {name for name, o in made.items() if not o.is_high_priority_stream}
+    assert late == {"cp", "dp_shard*cp:all_gather", "dp_shard*cp:reduce_scatter"}
+    assert all(o._timeout == timedelta(seconds=7) for o in made.values())
+
+
+def test_torch_names_them_so() -> None:
+    """The stand-in's names, in torch's own stubs: a CPU build has no more of NCCL than these."""
+    stubs = (Path(torch.__file__).parent / "_C" / "_distributed_c10d.pyi").read_text()
+    nccl = stubs.partition("class ProcessGroupNCCL(Backend):")[2].partition("\nclass ")[0]
+    for name in (
+        "min_ctas: int",
+        "max_ctas: int",
+        "config: ProcessGroupNCCL.NCCLConfig",
+        "is_high_priority_stream: bool",
+    ):
+        assert name in nccl, name
+    assert "def _timeout(self, val: timedelta)" in stubs
+
+
+@pytest.mark.skipif(not dist.is_nccl_available(), reason="this build of torch has no NCCL")
+def test_nccl_takes_them() -> None:
+    made = options(SET, ("tp",), timedelta(seconds=7), dist.ProcessGroupNCCL.Options)
+    assert (made.config.min_ctas, made.config.max_ctas, made.is_high_priority_stream) == (6, 6, True)
+
+
+def test_every_stream_goes_before_compute_unless_the_plan_says_otherwise() -> None:
+    """Torch's default is the opposite, and the price assumes that a collective starts at once."""
+    plan = Plan(tp=2, cp=2, dp_shard=2)
+    assert all(options(plan, axes, timedelta(1), nccl_options).is_high_priority_stream for axes, _ in GROUPS)
+
+
+def test_what_a_plan_can_set_are_communicators() -> None:
+    assert set(STREAMS.values()) <= {axes for axes, _ in GROUPS}
+
+
+def test_a_plan_says_what_its_communicators_have() -> None:
+    found = {one.name: (one.ctas, one.high_priority) for one in held(SET)}
+    assert found["tp"] == (6, True) and found["cp"] == (0, False)
+    assert found["dp_shard*cp:all_gather"] == found["dp_shard*cp:reduce_scatter"] == (4, False)
+    assert found[JOB] == found["dp_replicate"] == (0, True)
+
+
+def said_and_lost(text: str) -> tuple[str, float]:
+    """What a rank says when its groups are made, and the loss of a step on them."""
+    case: Case = small_case(Plan.parse(text, dtype="float32"))
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        mesh = Mesh(case.plan)
+    runner = StepRunner(case.config, case.plan, case.batch, OPTIMIZER, mesh, seed=case.seed)
+    runner.initialise(weights.probe_values(case.seed))
+    load_batch(case, runner, 0)
+    runner.step(1e-2)
+    mesh.close()
+    return said.getvalue(), float(runner.loss)
+
+
+def test_gloo_says_what_is_without_effect_once_and_computes_the_same(pool: Pool) -> None:
+    asked = "tp=2,tp_ctas=4,sm_margin=8,normal_priority=tp"
+    (first, loss), (second, same) = pool.run(2, said_and_lost, asked)
+    plan, sets, _ = first.partition(": without effect on gloo")
+    assert sets and plan == "plan: tp_ctas=4, sm_margin=8, normal_priority=tp" and first.count("\n") == 1
+    assert second == "" and loss == same
+    assert pool.run(2, said_and_lost, "tp=2") == [("", loss)] * 2

@@ -1,0 +1,103 @@
+"""The pass that takes the position add into the norm behind it, and what the fused ops of a block save."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cinemesh.kernels.reference import REFERENCE
+from cinemesh.model.config import LATENTS, preset
+from cinemesh.model.step import Batch, Optimizer, build_step
+from cinemesh.parallel.ir.builder import Builder
+from cinemesh.parallel.ir.layout import BATCH, NONE, TOKENS, Placement
+from cinemesh.parallel.ir.ops import OPS
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.ir.program import Buffer, Program
+from cinemesh.parallel.passes.fuse import fuse, unfused_bytes
+from cinemesh.parallel.passes.recompute import rematerialize
+from cinemesh.parallel.runtime.executor import Executor
+
+T, B, D = 6, 2, 8
+STREAM = Placement((TOKENS, BATCH, NONE))
+
+
+def small(between: str = "") -> Program:
+    """x + position, its norm, and a residual that reads the sum again; ``between``: what stands in the way."""
+    b = Builder(Plan(dtype="float64"))
+
+    def filled(name: str, shape: tuple[int, ...], placement: Placement) -> Buffer:
+        return b.buffer(name, shape, "float64", placement, "input")
+
+    x = filled("x", (T, B, D), STREAM)
+    position = filled("position", (T, D), Placement((TOKENS, NONE)))
+    gain = filled("gain", (D,), Placement((NONE,)))
+    scale, shift = (filled(name, (B, D), Placement((BATCH, NONE))) for name in ("scale", "shift"))
+    (x0,) = b.op("add_position", [x, position], "x0")
+    outputs = {}
+    if between == "a reader":
+        outputs["y"] = (b.op("residual", [x0, x0], "y")[0], STREAM)
+    if between == "a writer":
+        outputs["x"] = (b.op("add", [x0], "x_added", add_to=x)[0], STREAM)
+    h, _ = b.op("modulate_norm", [x0, gain, scale, shift], ("h", "rstd"), eps=1e-5)
+    outputs["out"] = (b.op("residual", [x0, h], "out")[0], STREAM)
+    return b.finish(outputs)
+
+
+def run(program: Program) -> list[torch.Tensor]:
+    executor = Executor(program, dict.fromkeys(("tp", "cp", "dp_shard", "dp_replicate"), 0), None, kernels=REFERENCE)
+    torch.manual_seed(3)
+    for name in ("x", "position", "gain", "scale", "shift"):
+        executor.load(name, torch.randn(program.local_shape(name), dtype=torch.float64))
+    found: list[torch.Tensor] = []
+    last = len(program.ops) - 1
+    executor.run(
+        watch=lambda i: found.extend(executor.tensor(n).clone() for n in program.outputs) if i == last else None
+    )
+    return found
+
+
+def test_the_fused_program_computes_the_same_bits() -> None:
+    program = small()
+    fused = fuse(program)
+    assert [op.kind for op in fused.ops] == ["position_modulate_norm", "residual"]
+    assert fused.ops[0].outputs == ("x0", "h", "rstd") and fused.ops[0].attrs == {"eps": 1e-5}
+    for one, other in zip(run(program), run(fused), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("between", ("a reader", "a writer"))
+def test_what_stands_between_keeps_them_apart(between: str) -> None:
+    """The sum, or what it is made of, would be read too late."""
+    program = small(between)
+    assert [op.kind for op in fuse(program).ops] == [op.kind for op in program.ops]
+
+
+def block_30b(plan: Plan) -> Program:
+    """Two blocks of the 30B model with all else that a step has."""
+    config = replace(preset("movie-gen-30b"), layers=2)
+    optimizer = Optimizer((0.9, 0.95), 1e-8, 0.1, 1.0, 0.9999)
+    return rematerialize(build_step(config, plan, Batch(1, LATENTS["movie-gen-30b"]), optimizer))
+
+
+@pytest.mark.parametrize("recompute", ("none", "selective", "full"))
+@pytest.mark.parametrize("degrees", ("tp=1", "tp=8,cp=2"))
+def test_the_fused_ops_of_a_block_move_at_most_45_percent(degrees: str, recompute: str) -> None:
+    """Of what the block's ops that are neither products nor attention move as elementary torch operations, in bf16."""
+    program = block_30b(Plan.parse(degrees, dtype="bf16", recompute=recompute))
+    fused = fuse(program)
+
+    def block(program: Program) -> list[int]:
+        rows = (op for op in program.ops if op.region.endswith(("blocks.0.forward", "blocks.0.backward")))
+        mine = [op for op in rows if op.kind in OPS and not OPS[op.kind].matmul]
+        return [sum(program.bytes_moved(op) for op in mine), sum(unfused_bytes(program, op) for op in mine)]
+
+    (one_each, unfused), (moved, same) = block(program), block(fused)
+    print(
+        f"{degrees} {recompute}: {moved / unfused:.3f} of {unfused / 1e9:.2f} GB; "
+        f"without the position {one_each / unfused:.3f}"
+    )
+    assert same == unfused, "fusing changes what is counted as unfused"
+    assert moved <= 0.45 * unfused
+    assert moved < one_each

@@ -1,0 +1,442 @@
+"""CUDA Graph capture. What needs no GPU is tested everywhere; the rest is marked ``gpu`` and runs on one device.
+
+With one GPU, collectives are captured over communicators of size one: NCCL makes a copy of each that has a place of its
+own, so that their number, their branches and their order can be counted in the graph.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.cuda import nccl
+
+from cinemesh.errors import CinemeshError
+from cinemesh.kernels.registry import kernels_for
+from cinemesh.launch.proof.parity import OPTIMIZER, Case, load_batch
+from cinemesh.launch.proof.verify import small_case
+from cinemesh.model import weights
+from cinemesh.model.buckets import BucketRunner
+from cinemesh.model.runner import StepRunner
+from cinemesh.model.step import build_step
+from cinemesh.parallel.ir.layout import Axes
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.ir.program import Program
+from cinemesh.parallel.passes.liveness import persistent
+from cinemesh.parallel.passes.prefetch import prefetch
+from cinemesh.parallel.passes.recompute import rematerialize
+from cinemesh.parallel.runtime.comm import Communicator, set_up_nccl
+from cinemesh.parallel.runtime.executor import Executor
+from cinemesh.parallel.runtime.graph import Graph, GraphPool, Heartbeat, refuse, vote
+from cinemesh.parallel.runtime.ledger import expected
+from cinemesh.parallel.runtime.mesh import GROUPS, Mesh, coordinates
+
+STEPS = 20
+
+# -- without a GPU ----------------------------------------------------------------------------------------------------
+
+
+def test_the_heartbeat_speaks_when_a_step_does_not_end() -> None:
+    stalled: list[str] = []
+    spoke = threading.Event()
+
+    def on_stall(message: str) -> None:
+        stalled.append(message)
+        spoke.set()
+
+    heartbeat = Heartbeat(stall_s=0.05, on_stall=on_stall, period_s=0.01)
+    heartbeat.expect(7, lambda: False)
+    assert spoke.wait(10)
+    heartbeat.close()
+    assert len(stalled) == 1 and "replay of step 7 has not finished" in stalled[0]
+
+
+def test_the_heartbeat_is_quiet_about_steps_that_end() -> None:
+    asked = threading.Event()
+
+    def done() -> bool:
+        asked.set()
+        return True
+
+    stalled: list[str] = []
+    heartbeat = Heartbeat(stall_s=0.0, on_stall=stalled.append, period_s=0.01)
+    heartbeat.expect(1, done)
+    assert asked.wait(10)
+    heartbeat.close()
+    assert stalled == []
+
+
+def test_a_vote_names_the_first_rank_that_failed() -> None:
+    assert vote(None, processes=False) is None
+    assert vote("mb0/x (silu): no", processes=False) == "rank 0: mb0/x (silu): no"
+    message = str(refuse("rank 0: mb0/x (silu): no"))
+    assert "rank 0: mb0/x (silu): no; mend the op, or set capture to auto or off" in message
+
+
+@pytest.mark.parametrize(("version", "ordered"), [((2, 25, 1), False), ((2, 26, 2), True), ((3, 0, 0), True)])
+def test_nccl_is_told_to_keep_the_order_of_launches(
+    version: tuple[int, ...], ordered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nccl, "version", lambda: version)
+    for name in ("NCCL_LAUNCH_ORDER_IMPLICIT", "NCCL_GRAPH_REGISTER", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    set_up_nccl()
+    assert (os.environ.get("NCCL_LAUNCH_ORDER_IMPLICIT") == "1") is ordered
+    assert "NCCL_GRAPH_REGISTER" not in os.environ
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
+    set_up_nccl()
+    assert os.environ["NCCL_GRAPH_REGISTER"] == "0"
+
+
+def test_graphs_are_given_back_before_the_process_groups() -> None:
+    """By the mesh itself: no order of calls in a trainer can get it wrong."""
+    order: list[str] = []
+
+    class Groups(dict[Any, Any]):
+        def values(self) -> Any:
+            order.append("groups")
+            return super().values()
+
+    mesh = object.__new__(Mesh)
+    mesh.before_close, mesh._groups = [lambda: order.append("graphs")], Groups()
+    mesh.close()
+    mesh.close()
+    assert order == ["graphs", "groups", "groups"]
+
+
+class PretendGraph:
+    """What stands for ``torch.cuda.CUDAGraph`` where there is no GPU."""
+
+    made: ClassVar[list[PretendGraph]] = []
+
+    def __init__(self, keep_graph: bool = False) -> None:
+        self.kept, self.was_reset = keep_graph, False
+        self.made.append(self)
+
+    def reset(self) -> None:
+        self.was_reset = True
+
+
+@pytest.fixture
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The order of what is asked of CUDA. The logic around a capture is tested so; a capture itself is not."""
+    asked: list[str] = []
+
+    class Stream:
+        def __init__(self, device: str = "") -> None: ...
+
+        def wait_stream(self, other: object) -> None:
+            asked.append("wait")
+
+    def noted(name: str, answer: Any = None) -> Any:
+        return lambda *args, **kwargs: (asked.append(name), answer)[1]
+
+    def captured(graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Any:
+        asked.append(f"capture {capture_error_mode}")
+        return nullcontext()
+
+    PretendGraph.made.clear()
+    for name, value in {
+        "Stream": Stream, "CUDAGraph": PretendGraph, "graph": captured, "graph_pool_handle": lambda: (0, 1),
+        "current_stream": Stream, "stream": lambda stream: nullcontext(), "set_stream": noted("set_stream"),
+        "synchronize": noted("synchronize"), "empty_cache": noted("empty_cache"),
+        "memory_reserved": noted("memory_reserved", 0),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    return asked
+
+
+def pretending(case: Case, **doors: Any) -> StepRunner:
+    runner = StepRunner(case.config, case.plan, case.batch, OPTIMIZER, None, seed=case.seed, **doors)
+    runner.initialise(weights.probe_values(case.seed))
+    runner.executor.device = "cuda"
+    return runner
+
+
+def test_warm_up_drain_then_capture_then_teardown(pretend_cuda: list[str]) -> None:
+    runner = pretending(case_of("dtype=float32"))
+    before = {name: runner.buffers[name].clone() for name in ("master", "exp_avg", "ema", "counters")}
+    assert runner.capture("required") is None and isinstance(runner.replay, Graph)
+    assert pretend_cuda.index("synchronize") < pretend_cuda.index("empty_cache") < len(pretend_cuda) - 1
+    assert pretend_cuda.index("wait") < pretend_cuda.index("synchronize") < pretend_cuda.index("capture thread_local")
+    # The warm-up ran on NaN samples, and so did what stands for the capture here: no update may have come of it.
+    assert all(torch.equal(runner.buffers[name], value) for name, value in before.items() if name != "counters")
+    runner.close()
+    assert [graph.was_reset for graph in PretendGraph.made] == [True] and runner.replay is None
+
+
+def test_an_op_that_refuses_is_named_and_the_step_still_runs(pretend_cuda: list[str]) -> None:
+    calls: list[int] = []
+    silu = kernels_for("cpu")["silu"]
+
+    def refuses(inputs: Any, outputs: Any) -> None:
+        calls.append(1)
+        if any(text.startswith("capture") for text in pretend_cuda) and "set_stream" not in pretend_cuda:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        silu(inputs, outputs)
+
+    case = case_of("dtype=float32")
+    runner = pretending(case, kernels=kernels_for("cpu") | {"silu": refuses})
+    failure = runner.capture("auto")
+    assert failure is not None and failure.startswith("rank 0: mb0/") and runner.replay is None
+    assert failure.endswith("(silu): operation not permitted when stream is capturing")
+    assert "set_stream" in pretend_cuda, "the capture's stream would have stayed the current one"
+    load_batch(case, runner, 0)
+    runner.step(1e-2)
+    assert runner.loss.isfinite()
+    pretend_cuda.clear()
+    with pytest.raises(CinemeshError, match=r"capture is required.*\(silu\): operation not permitted"):
+        runner.capture("required")
+
+
+# -- with one ---------------------------------------------------------------------------------------------------------
+
+
+def case_of(text: str) -> Case:
+    return small_case(Plan.parse(text))
+
+
+def runner_of(case: Case) -> StepRunner:
+    runner = StepRunner(case.config, case.plan, case.batch, OPTIMIZER, None, seed=case.seed, device="cuda")
+    runner.initialise(weights.probe_values(case.seed))
+    return runner
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text", ["dtype=float32", "dtype=bf16,micro_batches=2,recompute=full"])
+def test_replay_is_bitwise_the_eager_step(text: str) -> None:
+    """Learning rate, t, noise and samples change every step; a value that capture froze would differ from step 1 on."""
+    case = case_of(text)
+    eager, replayed = runner_of(case), runner_of(case)
+    assert replayed.capture("required") is None and isinstance(replayed.replay, Graph)
+    for step in range(STEPS):
+        for runner in (eager, replayed):
+            load_batch(case, runner, step)
+            runner.step(1e-2 / (step + 1))
+        for name in persistent(eager.program):
+            assert torch.equal(eager.buffers[name], replayed.buffers[name]), f"step {step}: {name}"
+    replayed.close()
+
+
+@pytest.mark.gpu
+def test_replay_allocates_nothing() -> None:
+    case = case_of("dtype=bf16")
+    runner = runner_of(case)
+    runner.capture("required")
+    load_batch(case, runner, 0)
+    runner.step(1e-2)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for _ in range(5):
+        runner.step(1e-2)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    runner.close()
+
+
+@pytest.mark.gpu
+def test_two_buckets_share_one_arena_and_one_pool() -> None:
+    case = case_of("dtype=float32")
+    t, h, w = case.latent
+    batches = [case.batch, replace(case.batch, latent=(t, h, w // 2))]
+    runner = BucketRunner(case.config, case.plan, batches, OPTIMIZER, None, device="cuda")
+    assert runner.capture("required") is None
+    small, large = (runner.runners[b.latent] for b in reversed(batches))
+    assert small.pool is large.pool and small.executor.arena is large.executor.arena
+    assert "2 captured steps" in runner.report()
+    large.close()
+
+
+@pytest.mark.gpu
+def test_a_step_that_cannot_be_captured_falls_back_with_its_name() -> None:
+    case = case_of("dtype=float32")
+    runner = runner_of(case)
+    kernel = runner.executor.kernels["silu"]
+
+    def reads_back(inputs: Any, outputs: Any) -> None:
+        kernel(inputs, outputs)
+        outputs[0].sum().item()
+
+    kernels = {**runner.executor.kernels, "silu": reads_back}
+    options = {"seed": case.seed, "device": "cuda", "kernels": kernels}
+    runner = StepRunner(case.config, case.plan, case.batch, OPTIMIZER, None, **options)
+    runner.initialise(weights.probe_values(case.seed))
+    failure = runner.capture("auto")
+    assert failure is not None and "(silu)" in failure and runner.replay is None
+    load_batch(case, runner, 0)
+    runner.step(1e-2)
+    assert runner.loss.isfinite()
+
+
+@pytest.mark.gpu
+def test_a_step_larger_than_the_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1000))
+    with pytest.raises(CinemeshError, match=r"more than the 0\.00 GB that it has"):
+        runner_of(case_of("dtype=float32"))
+
+
+class LoneMesh(Mesh):
+    """Every communicator that the program names, each of this one rank."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.rank, self.coordinates = plan, 0, coordinates(plan, 0)
+        self.before_close = []
+        self._groups = {group: self._lone() for group in GROUPS}
+
+    def _lone(self) -> dist.ProcessGroup:
+        group = dist.new_group([0], backend="nccl")
+        assert isinstance(group, dist.ProcessGroup)
+        return group
+
+    def group(self, axes: Axes, kind: str) -> dist.ProcessGroup:
+        return self._groups.get((axes, kind)) or self._groups[axes, ""]
+
+
+@pytest.fixture
+def nccl_group(tmp_path: Path) -> Iterator[None]:
+    set_up_nccl()
+    store = dist.FileStore(str(tmp_path / "store"), 1)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def with_collectives(case: Case) -> Program:
+    """Nothing is elided: every collective of the plan runs, over one rank."""
+    return prefetch(rematerialize(build_step(case.config, case.plan, case.batch, OPTIMIZER)))
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:DEBUG")  # of the dump itself
+@pytest.mark.usefixtures("nccl_group")
+@pytest.mark.parametrize(
+    "text", ["prefetch=1", "recompute=full,prefetch=2,micro_batches=2", "recompute=none,prefetch=0"]
+)
+def test_every_collective_is_in_the_graph(text: str, tmp_path: Path) -> None:
+    """Counts, branches and order of the captured graph, read from its dump."""
+    case = small_case(Plan.parse(text, dtype="float32"))
+    mesh = LoneMesh(case.plan)
+    program = with_collectives(case)
+    executor = Executor(program, mesh.coordinates, Communicator(mesh), "cuda")
+    pool = GraphPool("cuda")
+    pool.warm_up(executor)
+    graph, failure = pool.capture(executor, keep=True)
+    assert graph is not None, failure
+    graph.graph.debug_dump(str(tmp_path / "graph.dot"))
+    dump = (tmp_path / "graph.dot").read_text()
+    edges = re.findall(r'"([^"]+)"\s*->\s*"([^"]+)"', dump)
+    nodes = re.split(r'\n(?=\s*"[^"]+"\s*\[)', dump)
+    followers, waiters = Counter(a for a, _ in edges), Counter(b for _, b in edges)
+    moves = sum(entry.kind != "all_reduce" for entry in expected(program))  # an all-reduce in place copies nothing
+    assert moves > 0 and sum("MEMCPY" in node for node in nodes) >= moves
+    if case.plan.prefetch:
+        assert max(followers.values()) > 1, "no branch: every collective was put in line with compute"
+        assert max(waiters.values()) > 1, "no join: compute does not wait for a collective"
+    assert len(edges) >= len({*followers, *waiters}) - 1, "a part of the step hangs on nothing"
+    graph.run()
+    torch.cuda.synchronize()
+    pool.close()
+    mesh.close()
+
+
+LOAD = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("graph_tests", {path!r})
+module = sys.modules["graph_tests"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module.{call}
+print("ended")
+"""
+
+
+def started(call: str) -> subprocess.Popen[str]:
+    """A process of its own that makes one call to a function of this file: what CUDA has begun survives no fork."""
+    script = LOAD.format(path=__file__, call=call)
+    return subprocess.Popen([sys.executable, "-c", script], stdout=-1, stderr=subprocess.STDOUT, text=True)
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> None:
+    """Refuses a process that failed, or that still hangs after five minutes."""
+    try:
+        for process in processes:
+            said, _ = process.communicate(timeout=300)
+            assert process.returncode == 0 and said.endswith("ended\n"), said
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_a_process_of_its_own_finds_this_file() -> None:
+    ended([started("STEPS")])
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        ended([started("STEPS / 0")])
+
+
+def capture_and_close(store: str) -> None:
+    """A captured step whose communicators are still in a graph when the mesh closes."""
+    set_up_nccl()
+    meeting = dist.FileStore(store, 1)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=meeting, rank=0, world_size=1)
+    case = case_of("dtype=float32")
+    mesh = LoneMesh(case.plan)
+    executor = Executor(with_collectives(case), mesh.coordinates, Communicator(mesh), "cuda")
+    pool = GraphPool("cuda")
+    mesh.before_close.append(pool.close)
+    pool.warm_up(executor)
+    graph, failure = pool.capture(executor)
+    assert graph is not None, failure
+    graph.run()
+    mesh.close()
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+def test_teardown_leaves_no_hang(tmp_path: Path) -> None:
+    ended([started(f"capture_and_close({str(tmp_path / 'store')!r})")])
+
+
+def on_device(rank: int, devices: int, store: str, text: str) -> None:
+    """One rank of :func:`test_replay_on_all_devices`: raises what it finds."""
+    torch.cuda.set_device(rank)
+    set_up_nccl()
+    meeting = dist.FileStore(store, devices)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=meeting, rank=rank, world_size=devices)
+    case = small_case(Plan.parse(text, dtype="bf16"))
+    mesh = Mesh(case.plan)
+    options = {"seed": case.seed, "device": f"cuda:{rank}"}
+    eager, replayed = (StepRunner(case.config, case.plan, case.batch, OPTIMIZER, mesh, **options) for _ in range(2))
+    for runner in (eager, replayed):
+        runner.initialise(weights.probe_values(case.seed))
+    assert replayed.capture("required") is None
+    for step in range(STEPS):
+        for runner in (eager, replayed):
+            load_batch(case, runner, step)
+            runner.step(1e-2 / (step + 1))
+        for name in persistent(eager.program):
+            assert torch.equal(eager.buffers[name], replayed.buffers[name]), f"step {step}: {name}"
+    mesh.close()
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("axes", ["tp", "cp", "dp_shard", "dp_replicate", "tp=2,cp", "tp=2,dp_shard"])
+def test_replay_on_all_devices(axes: str, tmp_path: Path) -> None:
+    """Real communicators, each plan in its own processes; a replay whose collectives differ would hang or differ."""
+    devices = torch.cuda.device_count()
+    if devices < 2 or (axes.startswith("tp=2") and devices % 4):
+        pytest.skip(f"needs 2 or more GPUs (4 for two axes); there are {devices}")
+    degree = devices // 2 if axes.startswith("tp=2") else devices
+    store, text = str(tmp_path / "store"), f"{axes}={degree}"
+    ended([started(f"on_device({rank}, {devices}, {store!r}, {text!r})") for rank in range(devices)])

@@ -1,0 +1,74 @@
+"""A trace says what a step really did: sums by hand, and the order that any run must show."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from harness import Pool
+
+from cinemesh.launch.proof.parity import OPTIMIZER, Case, load_batch
+from cinemesh.launch.proof.verify import small_case
+from cinemesh.model import weights
+from cinemesh.model.runner import StepRunner
+from cinemesh.model.step import build_step, prepare
+from cinemesh.parallel.ir.ops import OPS
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.passes.liveness import persistent
+from cinemesh.parallel.runtime.mesh import Mesh
+from cinemesh.parallel.runtime.trace import Span, role, summary, traced_step
+
+
+def gather(name: str, start_s: float, end_s: float, waited_s: float) -> Span:
+    return Span(name, "all_gather", "tp", start_s, start_s, end_s, waited_s)
+
+
+def test_time_is_split_by_hand() -> None:
+    spans = [
+        Span("mb0/x", "silu", "compute", 0.0, 0.0, 5.0, 0.0),
+        gather("mb0/blocks.0.forward/g", 0.0, 4.0, 1.0),  # 3 hidden, 1 waited for
+        gather("mb1/blocks.11.forward/g", 5.0, 7.0, 2.5),  # wholly exposed: woke up late
+        gather("mb0/blocks.0.backward/d", 8.0, 9.0, 0.0),  # wholly hidden
+    ]
+    exposed, hidden = summary(spans)
+    assert (exposed.role, exposed.count) == ("blocks.*.forward/g", 2)
+    assert (exposed.ran_s, exposed.overlapped_s, exposed.exposed_s) == (6.0, 3.0, 3.0)
+    assert (hidden.role, hidden.overlapped_s, hidden.exposed_s) == ("blocks.*.backward/d", 1.0, 0.0)
+    assert role("replicated.weights/flat") == "replicated.weights/flat"
+
+
+def traced(text: str) -> tuple[list[Span], list[str]]:
+    """Spans of a step, and the states that it left otherwise than a step without a trace."""
+    case: Case = small_case(Plan.parse(text, dtype="float32"))
+    mesh = Mesh(case.plan)
+    runners = [StepRunner(case.config, case.plan, case.batch, OPTIMIZER, mesh, seed=case.seed) for _ in range(2)]
+    for runner in runners:
+        runner.initialise(weights.probe_values(case.seed))
+        load_batch(case, runner, 0)
+        runner.buffers["lr"].fill_(1e-2)
+    spans = traced_step(runners[0].executor)
+    runners[1].executor.run()
+    differ = [
+        name for name in persistent(runners[0].program) if not runners[0].buffers[name].equal(runners[1].buffers[name])
+    ]
+    mesh.close()
+    return spans, differ
+
+
+@pytest.mark.parametrize("text", ["tp=2", "dp_shard=2,prefetch=1", "tp=2,fused_tp=true"])
+def test_every_record_is_in_the_trace_of_a_real_step(pool: Pool, text: str) -> None:
+    case = small_case(Plan.parse(text, dtype="float32"))
+    program = prepare(build_step(case.config, case.plan, case.batch, OPTIMIZER, seed=case.seed), backend="gloo")
+    ops = [part for op in program.ops for part in op.parts]  # on gloo, fused records run as their parts
+    for spans, differ in pool.run(2, traced, text):
+        assert differ == [], "a trace changes nothing"
+        assert [span.name for span in spans] == [op.name for op in ops]
+        compute = [span for span in spans if span.lane == "compute"]
+        assert all(a.end_s <= b.start_s for a, b in pairwise(compute)), "one thread computes"
+        waits = {op.attrs["issue"]: s for op, s in zip(ops, spans, strict=True) if op.kind == "wait"}
+        for span in spans:
+            assert span.issued_s <= span.start_s <= span.end_s and span.waited_s >= 0
+            if span.kind not in OPS and span.kind != "wait":
+                wait = waits[span.name]
+                assert span.issued_s <= wait.start_s and span.end_s <= wait.end_s
+                assert span.overlapped_s + span.exposed_s == pytest.approx(span.ran_s)

@@ -1,0 +1,76 @@
+"""A cluster file from a card's benchmark: what was measured is what is predicted afterwards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cinemesh.errors import CinemeshError
+from cinemesh.perf_model.calibration.card import SIDE, write
+from cinemesh.perf_model.clusters.cluster import load
+from cinemesh.perf_model.prices.compute import Compute
+
+BASE = "grand-teton-h100"
+CALL = {"b": 1, "t": 36864, "s": 73728, "h": 12, "k": 128}
+
+
+def benchmark(folder: Path, **changes: Any) -> Path:
+    """What kernels_gpu.py writes, of a card whose products reach 700 TFLOP/s and whose attention is 20 % slower."""
+    compute = Compute(load(BASE), clock="isolated")
+    shape = {"batch": 1, "queries": CALL["t"], "keys": CALL["s"], "heads": CALL["h"], "head_dim": CALL["k"]}
+    rows = [
+        {
+            "op": op,
+            "package": package,
+            "sizes": CALL,
+            "flops": 10**15,
+            "seconds": slower * compute.attention_s(direction, dtype="bfloat16", **shape),  # type: ignore[arg-type]
+        }
+        for op, direction in (("attention", "forward"), ("attention_backward", "backward"))
+        for package, slower in (("triton", 1.2), ("torch", 3.0))
+    ]
+    values = {
+        "device": "a card",
+        "date": "2026-11-23",
+        "copy_bytes_per_s": 2.7e12,
+        "matmul_flops_per_s": 700e12,
+        "kernels": rows,
+    } | changes
+    path = folder / "kernels.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+def test_what_was_measured_is_what_is_predicted(tmp_path: Path) -> None:
+    made = write(benchmark(tmp_path), BASE, tmp_path / "mine.yaml")
+    before, after = Compute(load(BASE), clock="isolated"), Compute(made, clock="isolated")
+    # The law adds a prologue and a floor of microseconds that do not scale: a percent of milliseconds.
+    assert 2.0 * SIDE**3 / after.matmul_s(SIDE, SIDE, SIDE, "bfloat16") == pytest.approx(700e12, rel=0.02)
+    shape: dict[str, Any] = {"batch": 1, "queries": 36864, "keys": 73728, "heads": 12, "head_dim": 128}
+    for direction in ("forward", "backward"):
+        slow = after.attention_s(direction, dtype="bfloat16", **shape)  # type: ignore[arg-type]
+        assert slow == pytest.approx(1.2 * before.attention_s(direction, dtype="bfloat16", **shape), rel=0.02)  # type: ignore[arg-type]
+    assert after.stream_s(1e12) == pytest.approx(1e12 / 2.7e12, rel=1e-3)
+    assert made.topology == load(BASE).topology
+    assert made.facts["stream.fraction"].origin == "measured"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"copy_bytes_per_s": -1}, "positive number"), ({"matmul_flops_per_s": "fast"}, "positive number")],
+)
+def test_numbers_that_no_card_has_are_refused(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(CinemeshError, match=says):
+        write(benchmark(tmp_path, **changes), BASE, tmp_path / "mine.yaml")
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+def test_a_file_that_is_not_the_benchmarks_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(CinemeshError, match="has no device"):
+        write(tmp_path / "other.json", BASE, tmp_path / "mine.yaml")
+    with pytest.raises(CinemeshError, match="no GPU cluster"):
+        write(benchmark(tmp_path), "local-cpu", tmp_path / "mine.yaml")

@@ -1,0 +1,183 @@
+"""Cluster files: every number has its origin, and what cannot be is refused with one message."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cinemesh.errors import CinemeshError
+from cinemesh.perf_model.clusters import cluster as module
+from cinemesh.perf_model.clusters.cluster import Cluster, load, names
+from cinemesh.perf_model.clusters.constants import ORIGINS
+
+SHIPPED = ("grand-teton-h100", "dgx-h100-ib400", "h100-hbm2e-500w", "dgx-a100-hdr200", "local-cpu")
+
+
+def resolved(name: str) -> dict[str, Any]:
+    """A shipped file with its bases merged in, to be changed and written as one file."""
+    return module._read(module.FOLDER / f"{name}.yaml")
+
+
+def written(tmp_path: Path, values: dict[str, Any]) -> str:
+    path = tmp_path / "mine.yaml"
+    for grid in module.FOLDER.glob("*.csv"):
+        (tmp_path / grid.name).write_text(grid.read_text())
+    path.write_text(json.dumps(values, default=str))  # JSON is YAML, and faster
+    return str(path)
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_number_says_where_it_comes_from(name: str) -> None:
+    """Only here: a number that slipped in without unit, origin, source or date."""
+    cluster = load(name)
+    assert len(cluster.facts) >= 40
+    for path, fact in cluster.facts.items():
+        assert fact.origin in ORIGINS and fact.unit and len(fact.source) > 10, path
+        assert re.fullmatch(r"20\d\d-\d\d-\d\d", fact.date), path
+    assert (name == "local-cpu") == any(fact.origin == "placeholder" for fact in cluster.facts.values())
+
+
+def test_shipped() -> None:
+    assert set(SHIPPED) <= set(names())
+    paper = load("grand-teton-h100")
+    assert (paper.gpus, paper.gpus_per_server, paper.topology.servers) == (6144, 8, 768)
+    assert paper.gpu.peak_flops["bfloat16"] == 989.4e12
+    assert paper.topology.nic_bytes_per_s == 50e9 and paper.gpu.memory_bytes == 80 * 2**30
+    assert load("h100-hbm2e-500w").gpu.memory_bytes_per_s == 2.4e12
+    assert load("h100-hbm2e-500w").gpu.sms == paper.gpu.sms  # inherited, written once
+    assert load("local-cpu").nccl is None and load("local-cpu").gloo is not None
+
+
+def test_a_number_is_written_once() -> None:
+    """A number that a file repeats from its base: two places to change."""
+    for path in sorted(module.FOLDER.glob("*.yaml")):
+        own = yaml.load(path.read_text(), Loader=yaml.CSafeLoader)
+        bases = own.pop("base", [])
+        below: dict[str, Any] = {}
+        for base in bases:
+            below = module._merge(below, module._read(module.FOLDER / f"{base}.yaml"))
+        for section, fields in own.items():
+            if section in ("sources", "name", "about"):
+                continue
+            for field in fields:
+                assert below.get(section, {}).get(field) != own[section][field], f"{path.name}: {section}.{field}"
+
+
+WRONG = {
+    "missing number": (("gpu", "sms"), None, "gpu.sms is missing"),
+    "negative": (("topology", "nic_bytes_per_s", "value"), -400, "topology.nic_bytes_per_s is -400 Gb/s"),
+    "zero": (("gpu", "memory_bytes_per_s", "value"), 0, "is 0 TB/s; a rate here lies from"),
+    "latency of 5 seconds": (
+        ("topology", "switch_latency_s"),
+        {"value": 5, "unit": "s"},
+        "is 5 s; a time here lies from",
+    ),
+    "start-up of an hour": (("nccl", "init_base_s", "value"), 3600, "init_base_s is 3600 s; a time here lies from"),
+    "unit of something else": (("topology", "nic_bytes_per_s", "unit"), "GB", "has the unit 'GB'; a rate is given in"),
+    "unknown unit": (("gpu", "power_w", "unit"), "kW", "has the unit 'kW'; a power is given in W"),
+    "text": (("gpu", "sms", "value"), "many", "gpu.sms is 'many'; it must be a number of count"),
+    "bare number": (("gpu", "sms"), 132, "gpu.sms is 132; write {value"),
+    "not whole": (("gpu", "sms", "value"), 131.5, "gpu.sms is 131.5; it must be a whole number"),
+    "not a number": (("gpu", "power_w", "value"), math.nan, "gpu.power_w is 'NaN'"),
+    "true": (("gpu", "power_w", "value"), True, "gpu.power_w is True"),
+    "fraction above 1": (("stream", "fraction", "value"), 1.2, "stream.fraction is 1.2 fraction"),
+    "no origin": (("gpu", "sms", "origin"), "guess", "has the origin 'guess'; say one of datasheet"),
+    "unknown source": (("gpu", "sms", "source"), "rumour", "has the source 'rumour'; add it under sources"),
+    "unknown field": (("gpu", "smz"), {"value": 1}, "gpu.smz is unknown; did you mean 'sms'?"),
+    "unknown section": (("gpus",), {}, "gpus is unknown; did you mean 'gpu'?"),
+    "missing section": (("topology",), None, "topology is missing"),
+    "table of text": (("gpu", "peak_flops", "value", "bfloat16"), "fast", "peak_flops[bfloat16] is 'fast'"),
+    "not a table": (("gpu", "peak_flops", "value"), 989, "it must be a table"),
+    "no attention": (("attention",), None, "attention is missing"),
+    "two libraries": (("gloo",), {}, "nccl, gloo has 2 of the two"),
+    "no grid": (("matmul", "grid"), "nowhere.csv", "there is no grid"),
+}
+
+
+@pytest.mark.parametrize(("path", "value", "message"), WRONG.values(), ids=WRONG)
+def test_what_cannot_be_is_refused(tmp_path: Path, path: tuple[str, ...], value: Any, message: str) -> None:
+    values = resolved("grand-teton-h100")
+    owner = values
+    for key in path[:-1]:
+        owner = owner[key]
+    known = owner.get(path[-1])
+    if isinstance(value, dict) and isinstance(known, dict):
+        value = {**known, **value}
+    if value is None:
+        del owner[path[-1]]
+    else:
+        owner[path[-1]] = value
+    with pytest.raises(CinemeshError) as error:
+        cluster = load(written(tmp_path, values))
+        cluster.grid(cluster.matmul.grid)
+    assert message in str(error.value) and "; " in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("grand-tetons-h100", "did you mean 'grand-teton-h100'?"),
+        ("_h100", "is unknown"),
+        ("no/such/file.yaml", "there is no file"),
+    ],
+)
+def test_unknown_cluster(name: str, message: str) -> None:
+    with pytest.raises(CinemeshError, match=re.escape(message)):
+        load(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "holds no mapping"),
+        ("a: [", "cannot be read as YAML"),
+        ("base: nothing", "base 'nothing' is no file"),
+        ("base: mine", "leads back to itself"),
+    ],
+)
+def test_file_that_is_no_cluster(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(CinemeshError, match=message):
+        load(str(path))
+
+
+def test_own_file_over_a_shipped_one(tmp_path: Path) -> None:
+    """A user's file of three lines: one number changed, everything else inherited."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "base: grand-teton-h100\nsources: {me: {title: our own cluster, date: 2026-01-01}}\n"
+        "topology:\n  nic_bytes_per_s: {value: 800, unit: Gb/s, origin: datasheet, source: me}\n"
+    )
+    mine = load(str(path))
+    assert mine.topology.nic_bytes_per_s == 1e11 and mine.facts["topology.nic_bytes_per_s"].source == "our own cluster"
+    assert mine.gpu == load("grand-teton-h100").gpu
+
+
+def test_with() -> None:
+    cluster = load("grand-teton-h100")
+    assert cluster.with_(nic_scale=2.0).topology.nic_bytes_per_s == 1e11
+    more = cluster.with_(memory_bytes=96 * 2**30)
+    assert more.memory.usable_bytes == pytest.approx(cluster.memory.usable_bytes * 1.2)
+    faster = cluster.with_(nvlink_scale=2.0)
+    assert faster.nccl is not None and faster.nccl.server_channel_bytes_per_s == 60e9
+    assert cluster.with_(**{"attention.fa3.forward.rows": 64}).attention["fa3"].forward.rows == 64
+    assert cluster.attention["fa3"].forward.rows == 192  # the original is untouched
+    with pytest.raises(CinemeshError, match=r"nothing is named 'gpu\.cores'"):
+        cluster.with_(**{"gpu.cores": 1})
+
+
+def test_spread_grows_with_ranks() -> None:
+    spread = load("grand-teton-h100").spread
+    factors = [spread.factor(n) for n in (1, 2, 8, 1024, 6144)]
+    assert factors[0] == 1.0 and factors == sorted(factors) and factors[-1] < 1.1
+
+
+def test_parts_are_no_clusters() -> None:
+    assert not any(name.startswith("_") for name in names())
+    assert isinstance(load(names()[0]), Cluster)

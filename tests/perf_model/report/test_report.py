@@ -1,0 +1,199 @@
+"""The report: what it says is there and predicted, needs no network, reads in black and white, and is not cut off.
+
+A small model on a small cluster: the searches are real, and quick.
+"""
+
+import base64
+import colorsys
+import io
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import combinations
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from cinemesh.errors import CinemeshError
+from cinemesh.model.config import preset
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.perf_model.clusters.cluster import load
+from cinemesh.perf_model.prices.footprint import CLASSES
+from cinemesh.perf_model.report import draw_plans, draw_step, landscape, report
+from cinemesh.perf_model.report.explain import describe
+from cinemesh.perf_model.report.landscape import Landscape, neutral_groups
+from cinemesh.perf_model.report.page import Story
+from cinemesh.perf_model.search.planner import Search, search
+from cinemesh.perf_model.search.space import Bucket, Choice, Request
+
+PICTURES = ["plans", "step", "block", "memory", "landscape", "scaling"]
+
+
+def choice(batch: int, samples_per_s: float, tp: int = 1) -> Choice:
+    step_s = batch / samples_per_s
+    return Choice(Plan(tp=tp, dp_shard=8 // tp), 1, step_s, 0.9 * step_s, 0.8 * step_s, 10**9, batch)
+
+
+# -- what is told -----------------------------------------------------------------------------------------------------
+
+
+def test_neutral_groups() -> None:
+    """Groups span batches, hold one plan a batch, and are as wide as the error, measured from their fastest."""
+    slow, fast = choice(8, 9.95), choice(8, 10.0, tp=2)
+    choices = [slow, fast, choice(16, 9.85), choice(32, 9.7), choice(64, 9.6), choice(128, 5.0)]
+    groups = neutral_groups(choices, 0.02)
+    assert [group.batches for group in groups] == [[8, 16], [32, 64]]
+    assert groups[0].choices[0] is fast and slow not in groups[0].choices
+    assert groups[0].step_s == pytest.approx((0.8, 16 / 9.85))
+
+
+def test_frontier_is_the_fastest_of_each_batch() -> None:
+    found = Landscape(8, 0.02, [choice(16, 1.0), choice(8, 2.0), choice(8, 3.0), choice(16, 0.5)])
+    assert [(c.global_batch, c.samples_per_s) for c in found.frontier()] == [(8, pytest.approx(3)), (16, 1.0)]
+
+
+def test_sizes_hold_the_request_and_end_with_the_cluster() -> None:
+    request = Request(preset("tiny"), (Bucket((2, 4, 4)),), load("grand-teton-h100"), 24)
+    assert landscape.sizes(request) == sorted({*landscape.SIZES, 24})
+    assert max(landscape.sizes(request)) == 6144 == request.cluster.topology.servers * 8
+
+
+def test_what_does_not_fit_is_placed_at_its_batch() -> None:
+    """A family that needs too much memory appears with its batch and its number, and not among the plans."""
+    request = Request(preset("movie-gen-30b"), (Bucket((32, 96, 96)),), load("grand-teton-h100"), 16)
+    found = Landscape(16)
+    landscape._add(found, replace(request, samples=2, shown=3, fixed={"micro_batches": 1, "tp": 1}), 1)
+    misfit = next(m for m in found.misfits if m.family.startswith("tp=1 cp=1"))
+    assert (misfit.model_parallel, misfit.global_batch) == (1, 32)
+    assert re.search(r"needs at least \d+\.\d GB .*; \d+\.\d GB are free", misfit.reason)
+    assert all((c.plan.tp, c.plan.cp) != (1, 1) for c in found.choices)
+
+
+# -- the files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def request_and_search() -> tuple[Request, Search]:
+    config = replace(preset("tiny"), layers=6)
+    request = Request(config, (Bucket((2, 8, 8)),), load("grand-teton-h100"), 16, shown=3, fixed={"cp": 2})
+    return request, search(request)
+
+
+@pytest.fixture(scope="module")
+def written(
+    request_and_search: tuple[Request, Search], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Story]]:
+    """The folder of a report, and the story that its page was told."""
+    folder = tmp_path_factory.mktemp("reports") / "new" / "report"
+    stories: list[Story] = []
+    render = report.render
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(landscape, "SIZES", (8, 32))
+        patch.setattr(landscape, "DEALS", ((1, 1), (1, 2)))
+        patch.setattr(report, "render", lambda story, pictures: (stories.append(story), render(story, pictures))[1])
+        report.write(folder, *request_and_search)
+    return folder, stories
+
+
+class _Addresses(HTMLParser):
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "src":
+                self.sources.append(value or "")
+            elif name == "href":
+                self.links.append(value or "")
+
+
+def test_every_file_is_there_and_no_other(written: tuple[Path, list[Story]]) -> None:
+    folder, _ = written
+    wanted = {"report.html", "step.trace.json", *(f"{name}.png" for name in PICTURES)}
+    assert {path.name for path in folder.iterdir()} == wanted
+
+
+def test_the_page_needs_no_network(written: tuple[Path, list[Story]]) -> None:
+    """Pictures are inside, links lead to files beside it, nothing is fetched."""
+    folder, _ = written
+    page = (folder / "report.html").read_text()
+    found = _Addresses(page)
+    assert len(found.sources) == len(PICTURES)
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in found.sources)
+    assert all((folder / link).exists() for link in found.links) and found.links
+    assert not {"script", "link", "iframe"} & set(found.tags)
+    assert "http:" not in page and "https:" not in page and "url(" not in page
+
+
+def test_every_picture_says_that_it_is_predicted(written: tuple[Path, list[Story]]) -> None:
+    """Each SVG is whole, and carries the words that stand above it."""
+    folder, _ = written
+    for source in _Addresses((folder / "report.html").read_text()).sources:
+        svg = base64.b64decode(source.partition(",")[2])
+        assert ElementTree.fromstring(svg).tag.endswith("svg")
+        assert b"PREDICTED, not measured" in svg
+    for name in PICTURES:
+        with Image.open(folder / f"{name}.png") as image:
+            image.verify()
+
+
+def test_the_page_tells_the_search(written: tuple[Path, list[Story]]) -> None:
+    """Every ranked plan, every kind of explanation, and what was refused."""
+    folder, (story,) = written
+    page = re.sub(r"data:[^\"]*", "", (folder / "report.html").read_text())
+    for ranked in story.found.choices:
+        assert f"{describe(ranked.plan)}</td>" in page and f"{ranked.step_s:.3f}" in page
+    assert story.runner_up is not None and describe(story.runner_up.plan) in page
+    assert all(row.change in page for row in story.sensitivities) and len(story.sensitivities) == report.CHANGES
+    assert story.exposures and all(row.name in page for row in story.exposures)
+    assert story.found.refused and story.found.refused[0].family in page
+    assert story.start_up and all(f"<td>{row.name}</td>" in page for row in story.start_up)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_nothing_is_cut_off(written: tuple[Path, list[Story]], name: str) -> None:
+    """All that is drawn lies on the sheet; a label that is too long for its margin would not."""
+    _, (story,) = written
+    sheet = next(sheet for sheet in report.SHEETS if sheet.name == name)
+    figure = report.drawn(sheet, story)
+    figure.savefig(io.BytesIO(), dpi=40)  # lays it out
+    box = figure.get_tightbbox()
+    width, height = sheet.size
+    assert box.x0 >= 0.0 and box.y0 >= 0.0 and box.x1 <= width and box.y1 <= height
+
+
+def test_a_folder_that_cannot_be(request_and_search: tuple[Request, Search], tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("mine")
+    with pytest.raises(CinemeshError, match="name a folder"):
+        report.write(path, *request_and_search)
+    assert path.read_text() == "mine"
+
+
+# -- black and white --------------------------------------------------------------------------------------------------
+
+
+def grey(colour: str) -> float:
+    """Luma of a colour, 0 to 1."""
+    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    return colorsys.rgb_to_yiq(red, green, blue)[0]
+
+
+def test_kinds_differ_without_colour() -> None:
+    """Two kinds with the same hatch differ in brightness."""
+    bars = [(style["facecolor"], style.get("hatch", "")) for style in draw_step.STYLES.values()]
+    for looks in (bars, list(draw_step.MEMORY.values()), list(draw_plans.TERMS)):
+        for (colour_a, hatch_a), (colour_b, hatch_b) in combinations(looks, 2):
+            assert hatch_a != hatch_b or abs(grey(colour_a) - grey(colour_b)) > 0.15
+
+
+def test_every_class_of_memory_has_a_look() -> None:
+    """One that has none would be drawn like any other that has none."""
+    assert set(CLASSES) == set(draw_step.MEMORY)
