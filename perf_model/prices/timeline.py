@@ -12,7 +12,7 @@ SMs that their channels hold (matmul, attention) or the memory bandwidth that th
 leaves SMs (``plan.sm_margin``) runs on the others at all times, and loses only what is held beyond those that it left.
 
 [Note: fused records] A gather and its products, or a product and its reduce-scatter, as one record
-(``parallel/passes/fuse_tp.py``) run on the compute lane and hold the communicator: they start when both are free and all that
+(``fuse_tp.py``) run on the compute lane and hold the communicator: they start when both are free and all that
 was issued earlier has started. After the collective's latency all products but those of one rank's rows run beside its
 transfer; when both are done, those: latency + max(C (R - 1) / R, W) + C / R, which is the formula given there. What a
 rank copies or sums in its own memory comes on top. Ranks copy without SMs. On gloo nothing runs beside.

@@ -153,7 +153,7 @@ def _in_groups(
 
 
 def _keeping(prices: Prices, request: Request, choice: Choice) -> tuple[Choice, Built] | None:
-    """The choice with the activations kept that save most time in the memory that is left (``parallel/passes/choose_kept.py``)."""
+    """The choice with the activations kept that save most time in the memory that is left (``choose_kept.py``)."""
     layers, batch = request.config.layers, Batch(choice.samples, request.buckets[0].latent)
     pure = parts(choice.plan, layers)[0][1]
     shallow = Shallow(request.config, pure, batch)

@@ -230,7 +230,7 @@ def test_float64_more_plans(pool: Pool, text: str) -> None:
 
 @pytest.mark.parametrize("text", ["tp=3,cp=2", "tp=2,cp=2,dp_shard=2,micro_batches=2,recompute=full", "dp_replicate=2"])
 def test_float32(pool: Pool, text: str) -> None:
-    # The bounds are derived in launch/proof/parity.py (bounds_of): about 2e-4. The faults of test_faults.py exceed 1e-3.
+    # The bounds are derived in proof/parity.py (bounds_of): about 2e-4. The faults of test_faults.py exceed 1e-3.
     bounds = check(pool, text, "float32").bounds
     assert max(bounds.values()) < 5e-4
 
