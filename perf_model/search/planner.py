@@ -3,7 +3,8 @@
 A family is a choice of tp, cp, samples and micro-batches. Within a family the search goes through every size of the
 FSDP shard group, every placement of the axes on the network, and the lightest recompute that fits. Families, then their
 recompute modes, then their variants are opened in the order of their lower bounds (``lower_bound.py``,
-``Skeleton.bound_s``), until no bound can reach the table. With ``prune`` off everything is played: the truth that tests compare with.
+``Skeleton.bound_s``), until no bound can reach the table. With ``prune`` off everything is played: the truth that tests
+compare with.
 """
 
 from __future__ import annotations
