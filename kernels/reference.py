@@ -502,6 +502,7 @@ def adamw(
             denominator = torch.sqrt(v, out=g).div_(root_correction).add_(eps)
             w.mul_(1 - taken * lr * decay).sub_(torch.div(m, denominator, out=g).mul_(step_size))
             average.lerp_(w, rate_ema)
+            del g, denominator  # else the last chunk's temporary lives while the next one's two are made
 
 
 REFERENCE: dict[str, Any] = {

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cinemesh.kernels.catalogue import FLAT_CHUNK
 from cinemesh.kernels.reference import REFERENCE, Kernel
 from cinemesh.kernels.registry import kernels_for
 from cinemesh.launch.proof.parity import OPTIMIZER, run_rank
@@ -437,7 +438,7 @@ def zero_gaps(t: int, b: int, d: int) -> Iterator[Example]:
 
 
 def sum_of_squares(t: int, b: int, d: int) -> Iterator[Example]:
-    for n in (t * b * d, (1 << 16) + 5):
+    for n in (t * b * d, 3 * FLAT_CHUNK + 7):
         x = rand(1, n)
         yield Example([x], [x.square().sum()])
 
@@ -454,8 +455,11 @@ def clip_factor(t: int, b: int, d: int) -> Iterator[Example]:
 
 
 def adamw(t: int, b: int, d: int) -> Iterator[Example]:
-    """Against torch's own, from its third update on; decay for the first elements of the shard alone."""
-    for n in (max(t * b * d, 20), (1 << 16) + 300):
+    """Against torch's own, from its third update on; decay for the first elements of the shard alone.
+
+    Each part of a long shard spans whole chunks, one after the other.
+    """
+    for n in (max(t * b * d, 20), 3 * FLAT_CHUNK + 7):
         offset, held = n // 2, n - n // 2
         for rank, decayed in ((0, held + 5), (1, held + 3), (1, 2 * held), (2, held)):
             boundary = offset + min(max(decayed - rank * held, 0), held)
