@@ -23,9 +23,13 @@ class Bucket:
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width"):
             if getattr(self, name) < 1:
-                raise CinemeshError(f"data.buckets: {name} is {getattr(self, name)} in {self}; it must be at least 1")
+                raise CinemeshError(
+                    f"data.buckets: {name} is {getattr(self, name)} in {self}", remedy="it must be at least 1"
+                )
         if not 0 < self.weight < math.inf:
-            raise CinemeshError(f"data.buckets: weight is {self.weight} in {self}; it must be a positive number")
+            raise CinemeshError(
+                f"data.buckets: weight is {self.weight} in {self}", remedy="it must be a positive number"
+            )
 
     def __str__(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}"
@@ -36,8 +40,8 @@ class Bucket:
         for name, size in (("height", self.height), ("width", self.width)):
             if size % stride:
                 raise CinemeshError(
-                    f"data.buckets: {name}({size}) % {stride} = {size % stride} in {self}; the codec needs a multiple "
-                    f"of {stride}"
+                    f"data.buckets: {name}({size}) % {stride} = {size % stride} in {self}",
+                    remedy=f"the codec needs a multiple of {stride}",
                 )
         return math.ceil(self.frames / codec.temporal_stride), self.height // stride, self.width // stride
 
@@ -69,7 +73,8 @@ def latents_of(buckets: Sequence[Bucket], codec: LatentCodec) -> list[Latent]:
         if latent in made:
             raise CinemeshError(
                 f"data.buckets: {made[latent]} and {bucket} both make latents of {latent_text(latent)}, and a latent "
-                "has one captured step; leave one of them out and give its weight to the other"
+                "has one captured step",
+                remedy="leave one of them out and give its weight to the other",
             )
         made[latent] = bucket
     return list(made)

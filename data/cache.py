@@ -59,12 +59,13 @@ class DataSettings:
     def __post_init__(self) -> None:
         for name in ("size", "frames", "stride"):
             if getattr(self, name) < 1:
-                raise CinemeshError(f"data.{name} is {getattr(self, name)}; it must be at least 1")
+                raise CinemeshError(f"data.{name} is {getattr(self, name)}", remedy="it must be at least 1")
         if not self.shapes:  # each checks itself
-            raise CinemeshError("data.buckets is empty; name at least one window shape, or leave the key out")
+            raise CinemeshError("data.buckets is empty", remedy="name at least one window shape, or leave the key out")
         if not 0 <= self.validation_share < 1:
             raise CinemeshError(
-                f"data.validation_share is {self.validation_share}; it must be in [0, 1), 0 for no validation windows"
+                f"data.validation_share is {self.validation_share}",
+                remedy="it must be in [0, 1), 0 for no validation windows",
             )
 
     @property
@@ -189,8 +190,8 @@ def build_cache(
     except (OSError, SafetensorError) as error:
         size_bytes = sum(tensor.nbytes for tensor in tensors.values())
         raise CinemeshError(
-            f"cannot write the latent cache of {size_bytes / 1e6:.1f} MB to {path}: {error}; "
-            "free some space or name another directory"
+            f"cannot write the latent cache of {size_bytes / 1e6:.1f} MB to {path}: {error}",
+            remedy="free some space or name another directory",
         ) from error
     return path
 
@@ -224,8 +225,8 @@ def _assert_finite(values: Tensor, what: str) -> None:
     if not torch.isfinite(values).all():
         bad = int((~torch.isfinite(values)).sum())
         raise CinemeshError(
-            f"{what} holds {bad} values of {values.numel()} that are NaN or infinite; "
-            "check the clip and the encoder, delete the latent cache and build it again"
+            f"{what} holds {bad} values of {values.numel()} that are NaN or infinite",
+            remedy="check the clip and the encoder, delete the latent cache and build it again",
         )
 
 
@@ -238,7 +239,8 @@ def _header(path: Path) -> dict[str, Any]:
         raise CinemeshError(f"there is no latent cache at {path}: build it first") from error
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CinemeshError(
-            f"the latent cache {path} is truncated or no cache ({error}): delete it; the next run builds it again"
+            f"the latent cache {path} is truncated or no cache ({error}): delete it",
+            remedy="the next run builds it again",
         ) from error
 
 
@@ -324,8 +326,8 @@ def collate(samples: Sequence[Sample], dp_rank: int, dp_size: int) -> Batch:
     """
     if not samples or len(samples) % dp_size:
         raise CinemeshError(
-            f"micro-batch({len(samples)}) % data ranks({dp_size}) = {len(samples) % dp_size}; "
-            "every data rank needs as many samples, at least one: change the global batch"
+            f"micro-batch({len(samples)}) % data ranks({dp_size}) = {len(samples) % dp_size}",
+            remedy="every data rank needs as many samples, at least one: change the global batch",
         )
     share = len(samples) // dp_size
     mine = [samples[index] for index in range(dp_rank * share, (dp_rank + 1) * share)]

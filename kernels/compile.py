@@ -89,9 +89,9 @@ def compile_check(
     unknown.
     """
     if target not in TARGETS:
-        raise CinemeshError(f"compile target {target!r} is unknown; choose one of {', '.join(TARGETS)}")
+        raise CinemeshError(f"compile target {target!r} is unknown", remedy=f"choose one of {', '.join(TARGETS)}")
     if "triton" in missing():
-        raise CinemeshError("compiling kernels needs Triton; pip install 'cinemesh[triton]'")
+        raise CinemeshError("compiling kernels needs Triton", remedy="pip install 'cinemesh[triton]'")
     folder = cache or cache_directory()
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(module, size) for module in (modules or triton_modules()) for size in sizes]

@@ -71,8 +71,8 @@ def leave_sms(kernels: Mapping[str, Kernel], margin: int) -> dict[str, Kernel]:
 def _holds_all(op: str, implementation: str, margin: int) -> CinemeshError:
     able = [entry for entry in candidates(op) if entry.margin]
     return CinemeshError(
-        f"plan: sm_margin({margin}): {op} runs on {implementation}, which takes every SM; "
-        f"use {' or '.join(entry.package for entry in able)} ({able[0].why}), or set sm_margin to 0"
+        f"plan: sm_margin({margin}): {op} runs on {implementation}, which takes every SM",
+        remedy=f"use {' or '.join(entry.package for entry in able)} ({able[0].why}), or set sm_margin to 0",
     )
 
 

@@ -100,7 +100,7 @@ def overrides(of_recipe: Mapping[str, str] | None = None) -> dict[str, str]:
             raise CinemeshError(f"{said}: unknown package {package!r}{_near(package, PACKAGES)}")
         offered = PACKAGES if op == EVERY_OP else tuple(dict.fromkeys(entry.package for entry in candidates(op)))
         if package not in offered:
-            raise CinemeshError(f"{said}: {package} has no {op}; choose one of {', '.join(offered)}")
+            raise CinemeshError(f"{said}: {package} has no {op}", remedy=f"choose one of {', '.join(offered)}")
     return wanted
 
 
@@ -119,7 +119,8 @@ def parse_overrides(text: str) -> dict[str, str]:
         op, equals, package = item.partition("=")
         if not equals:
             raise CinemeshError(
-                f"{OVERRIDE_VARIABLE}: {item!r} is not op=package; write for example attention=triton,adamw=reference"
+                f"{OVERRIDE_VARIABLE}: {item!r} is not op=package",
+                remedy="write for example attention=triton,adamw=reference",
             )
         wanted[op.strip()] = package.strip()
     return wanted

@@ -57,8 +57,9 @@ def table(device: str = DEFAULT_DEVICE) -> Table:
         return Table(values["device"], values["origin"], values.get("tiles") or {}, values.get("rates") or {})
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise CinemeshError(
-            f"tuning table {path.name}: {error!r}; it needs device, origin, tiles and rates. "
-            "Restore the file, or measure again: cinemesh kernels --tune"
+            f"tuning table {path.name}: {error!r}",
+            remedy="it needs device, origin, tiles and rates. "
+            "Restore the file, or measure again: cinemesh kernels --tune",
         ) from None
 
 
@@ -71,8 +72,8 @@ def tile(kernel: str, shape: str, default: Mapping[str, int], device: str = DEFA
     unknown = sorted(found.keys() - default.keys())
     if unknown:
         raise CinemeshError(
-            f"tuning table of {device}: {kernel} at {shape} names {', '.join(unknown)}; this kernel has "
-            f"{', '.join(default)}. Measure again: cinemesh kernels --tune"
+            f"tuning table of {device}: {kernel} at {shape} names {', '.join(unknown)}",
+            remedy=f"this kernel has {', '.join(default)}. Measure again: cinemesh kernels --tune",
         )
     chosen = {**default, **found, **_trials.get((kernel, shape), {})}
     for asked_for in _observers:

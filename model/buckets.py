@@ -43,7 +43,7 @@ class BucketRunner:
     ) -> None:
         if not batches or len({batch.latent for batch in batches}) != len(batches):
             raise CinemeshError(
-                f"buckets {[latent_text(b.latent) for b in batches]}; name at least one, each latent once"
+                f"buckets {[latent_text(b.latent) for b in batches]}", remedy="name at least one, each latent once"
             )
         backend = "gloo" if device == "cpu" else "nccl"
         programs = {
@@ -90,8 +90,9 @@ class BucketRunner:
         runner = self.runners.get((t, h, w))
         if runner is None:
             raise CinemeshError(
-                f"a batch of latents {latent_text((t, h, w))} has no bucket; buckets are "
-                f"{', '.join(map(latent_text, self.runners))}: steps are captured when a run starts, so name it then"
+                f"a batch of latents {latent_text((t, h, w))} has no bucket",
+                remedy=f"buckets are {', '.join(map(latent_text, self.runners))}: steps are captured when a run "
+                "starts, so name it then",
             )
         assert micro_batch == 0 or runner is self.current, "micro-batches of one step have one shape"
         self.current = runner

@@ -106,13 +106,16 @@ class BlockDCTCodec:
     def encode(self, frames: Tensor) -> Tensor:
         """See ``LatentCodec.encode``. The last frame is repeated to fill the last block."""
         if frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[-1] != 3:
-            raise CinemeshError(f"frames are {frames.dtype} {list(frames.shape)}; a clip is uint8 [T, H, W, 3]")
+            raise CinemeshError(
+                f"frames are {frames.dtype} {list(frames.shape)}", remedy="a clip is uint8 [T, H, W, 3]"
+            )
         height, width = frames.shape[1:3]
         if not len(frames) or not height or not width or height % STRIDE or width % STRIDE:
             raise CinemeshError(
                 f"{len(frames)} frames of {height} x {width} pixels: {height} % {STRIDE} = "
-                f"{height % STRIDE}, {width} % {STRIDE} = {width % STRIDE}; a clip has at least "
-                f"one frame and both sizes are positive multiples of {STRIDE}: resize or crop"
+                f"{height % STRIDE}, {width} % {STRIDE} = {width % STRIDE}",
+                remedy="a clip has at least one frame and both sizes are positive multiples of "
+                f"{STRIDE}: resize or crop",
             )
         short = -len(frames) % STRIDE
         whole = torch.cat([frames, frames[-1:].expand(short, -1, -1, -1)])
@@ -128,11 +131,13 @@ class BlockDCTCodec:
         Raises CinemeshError for a wrong channel count and for values that are not finite.
         """
         if latent.dim() != 4 or latent.shape[0] != self.channels:
-            raise CinemeshError(f"latent of {list(latent.shape)}; this codec reads [{self.channels}, t, h, w]")
+            raise CinemeshError(
+                f"latent of {list(latent.shape)}", remedy=f"this codec reads [{self.channels}, t, h, w]"
+            )
         if bad := int((~torch.isfinite(latent)).sum()):
             raise CinemeshError(
-                f"{bad} of {latent.numel()} latent values are not finite and decode to no picture; "
-                "the model that made them has diverged: sample from an earlier checkpoint"
+                f"{bad} of {latent.numel()} latent values are not finite and decode to no picture",
+                remedy="the model that made them has diverged: sample from an earlier checkpoint",
             )
         t, h, w = latent.shape[1:]
         values = latent.float().reshape(self.channels, -1).T * self._std + self._mean

@@ -52,14 +52,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in ("layers", "width", "heads", "ffn", "channels"):
             if getattr(self, field) < 1:
-                raise CinemeshError(f"model {self.name}: {field} is {getattr(self, field)}; it must be at least 1")
+                raise CinemeshError(
+                    f"model {self.name}: {field} is {getattr(self, field)}", remedy="it must be at least 1"
+                )
         if self.width % self.heads:
             raise CinemeshError(
-                f"model {self.name}: width({self.width}) % heads({self.heads}) = {self.width % self.heads}; "
-                "every head needs the same width: change heads or width"
+                f"model {self.name}: width({self.width}) % heads({self.heads}) = {self.width % self.heads}",
+                remedy="every head needs the same width: change heads or width",
             )
         if not self.encoders:
-            raise CinemeshError(f"model {self.name}: no text encoder; cross-attention needs at least one")
+            raise CinemeshError(f"model {self.name}: no text encoder", remedy="cross-attention needs at least one")
 
     @property
     def head_dim(self) -> int:
@@ -80,13 +82,14 @@ class ModelConfig:
         for dim, size, step, limit in zip("THW", latent, self.patch, self.position_lengths, strict=True):
             if size < 1 or size % step:
                 raise CinemeshError(
-                    f"latent {'x'.join(map(str, latent))}: {dim}({size}) is no positive multiple of the patch "
-                    f"({step}); choose another latent"
+                    f"latent {'x'.join(map(str, latent))}: {dim}({size}) is no positive multiple of the patch ({step})",
+                    remedy="choose another latent",
                 )
             if size // step > limit:
                 raise CinemeshError(
                     f"latent {'x'.join(map(str, latent))}: {dim}({size}) / patch({step}) = {size // step} positions, "
-                    f"but the table of model {self.name} has {limit}; use a smaller latent or longer tables"
+                    f"but the table of model {self.name} has {limit}",
+                    remedy="use a smaller latent or longer tables",
                 )
             grid.append(size // step)
         return grid[0], grid[1], grid[2]
@@ -98,7 +101,7 @@ class ModelConfig:
         """The same model with ``total`` text tokens, shared among the encoders in proportion."""
         if total < len(self.encoders):
             raise CinemeshError(
-                f"{total} text tokens for {len(self.encoders)} encoders; every encoder needs at least one"
+                f"{total} text tokens for {len(self.encoders)} encoders", remedy="every encoder needs at least one"
             )
         scaled = [max(1, total * encoder.tokens // self.text_tokens) for encoder in self.encoders]
         scaled[0] += total - sum(scaled)

@@ -85,7 +85,8 @@ class StepRunner:
         if tuple(latents.shape[2:]) != wanted:
             raise CinemeshError(
                 f"a batch of latents {'x'.join(map(str, latents.shape[2:]))} for a step that was built for "
-                f"{'x'.join(map(str, wanted))}; name its shape among the buckets when the run starts"
+                f"{'x'.join(map(str, wanted))}",
+                remedy="name its shape among the buckets when the run starts",
             )
         prefix = f"mb{micro_batch}/"
         self.executor.load(f"{prefix}latents", latents)

@@ -197,6 +197,49 @@ def check_runtime_ignores_prices(root: Path) -> list[str]:
     return found
 
 
+def check_errors(root: Path) -> list[str]:
+    """An error is read by its fields: its text is for people.
+
+    ``str(error)`` may only be handed on, whole; what a message tells to do is its ``remedy``, not the end of a text.
+    """
+    found = []
+    for path in sources(root):
+        tree = tree_of(path)
+        caught = {node.name for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.name}
+        above = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.expr) and is_text_of(node, caught) and not is_handed_on(node, above[node]):
+                found.append(f"{place(path, root, node.lineno)}: reads the text of an error; give the error a field")
+            elif isinstance(node, ast.Attribute) and node.attr == "args" and names(node.value, caught):
+                found.append(f"{place(path, root, node.lineno)}: reads the arguments of an error")
+            elif isinstance(node, ast.Call) and names(node.func, {"CinemeshError"}) and node.args:
+                texts = [part.value for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant)]
+                if any("; " in text for text in texts if isinstance(text, str)):
+                    found.append(f"{place(path, root, node.lineno)}: what follows '; ' is the remedy: name it so")
+    return found
+
+
+def names(node: ast.AST, wanted: set[str]) -> bool:
+    return isinstance(node, ast.Name) and node.id in wanted
+
+
+def is_text_of(node: ast.AST, errors: set[str]) -> bool:
+    """``str(error)``, ``repr(error)``, ``f"{error}"`` of a caught error."""
+    if isinstance(node, ast.Call) and names(node.func, {"str", "repr"}):
+        return any(names(value, errors) for value in node.args)
+    return isinstance(node, ast.JoinedStr) and any(
+        isinstance(value, ast.FormattedValue) and names(value.value, errors) for value in node.values
+    )
+
+
+def is_handed_on(text: ast.AST, to: ast.AST) -> bool:
+    """Whether a text is taken whole: not searched, cut or, when it is nothing but the error's, kept for later."""
+    if isinstance(to, ast.Call):
+        return not ast.unparse(to.func).startswith("re.")
+    kept = isinstance(to, ast.Assign | ast.AnnAssign | ast.NamedExpr) and not isinstance(text, ast.JoinedStr)
+    return not kept and not isinstance(to, ast.Attribute | ast.Compare | ast.Subscript)
+
+
 def check_lengths(root: Path) -> list[str]:
     """A file has one purpose; past LONGEST_FILE lines it rarely has."""
     counts = {str(path.relative_to(root)): len(path.read_text().splitlines()) for path in sources(root)}
@@ -261,6 +304,7 @@ CHECKS = (
     check_cycles,
     check_collectives,
     check_runtime_ignores_prices,
+    check_errors,
     check_lengths,
     check_package_files,
     check_torch_free,
@@ -309,6 +353,16 @@ PLANTED = [
         check_runtime_ignores_prices,
         {"launch/train.py": "from . import a\n", "launch/a.py": "from ..perf_model.x import y\n"},
     ),
+    *(
+        (check_errors, {"launch/a.py": f"try:\n    f()\nexcept E as error:\n    {line}\n"})
+        for line in (
+            *("if 'GB' in str(error): pass", "x = str(error).partition(';')[0]", "x = re.match('a', str(error))"),
+            *("x = str(error)[:9]", "text = str(error)", "x = repr(error).split()", "x = 'a' in f'{error}'"),
+            *("x = error.args[0]", "x = f'{error}'.upper()", "x = re.sub('a', '', f'{error}')"),
+        )
+    ),
+    (check_errors, {"kernels/a.py": "raise CinemeshError('it is 0; raise it')\n"}),
+    (check_errors, {"kernels/a.py": "raise CinemeshError(f'it is {x}; raise it', remedy=y)\n"}),
     (check_lengths, {"model/a.py": "\n" * (LONGEST_FILE + 1)}),
     (check_package_files, {"model/__init__.py": '"""Model."""\nfrom . import a\n'}),
     (check_package_files, {"model/__init__.py": ""}),
@@ -337,6 +391,8 @@ LEGAL = {
     "launch/checkpoint.py": "import torch.distributed.checkpoint as dcp\ndcp.save({})\n",
     "kernels/a.py": "import torch\nx.scatter(0, i, y).gather(0, i)\ntorch.scatter_reduce(x)\n",
     "perf_model/report/report.py": "import torch\nfrom ...parallel.ir import plan\n",
+    "launch/a.py": "try:\n    f()\nexcept E as error:\n    raise CinemeshError(f'no: {error}', remedy='a; b')\n",
+    "launch/b.py": "try:\n    f()\nexcept E as error:\n    print(str(error), error.remedy == 'a')\n",
     "launch/plans.py": "from ..perf_model import report\n",
     "parallel/ir/plan.py": "from ...errors import CinemeshError\n",
     "errors.py": "class CinemeshError(Exception): ...\n",

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from ...errors import CinemeshError
+from ...errors import CinemeshError, in_a_line
 from ...parallel.ir.plan import Plan
 from ...parallel.runtime.comm import set_up_nccl
 from ...parallel.runtime.mesh import Mesh
@@ -62,7 +62,8 @@ def world_size(nproc: int | None) -> int:
         if nproc is not None:
             raise CinemeshError(
                 f"--nproc {nproc} inside a job of {os.environ['WORLD_SIZE']} processes: torchrun has started the "
-                "processes already; leave --nproc out"
+                "processes already",
+                remedy="leave --nproc out",
             )
         return int(os.environ["WORLD_SIZE"])
     return nproc or 1
@@ -102,10 +103,9 @@ def joined(plan: Plan) -> Iterator[Place]:
     try:
         store, rank, world = next(iter(rendezvous("env://", timeout=timedelta(seconds=MEETING_S))))
     except (dist.DistError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise CinemeshError(
-            f"rank {os.environ['RANK']} cannot meet the others at {meeting}: {reason}; choose another MASTER_PORT, or "
-            "end the job that holds it"
+            f"rank {os.environ['RANK']} cannot meet the others at {meeting}: {in_a_line(error, lines=1)}",
+            remedy="choose another MASTER_PORT, or end the job that holds it",
         ) from error
     plan.check_world_size(world)
     _store = store
@@ -207,8 +207,9 @@ def launch(nproc: int, work: Callable[..., None], *args: object) -> int:
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             raise CinemeshError(
-                f"rank {rank} was killed by {name}; if that was the system running out of memory, use a smaller batch "
-                "or more recompute. Start the run again to go on from its last checkpoint"
+                f"rank {rank} was killed by {name}",
+                remedy="if that was the system running out of memory, use a smaller batch "
+                "or more recompute. Start the run again to go on from its last checkpoint",
             ) from None
         return failure.exitcode
     except SignalException as stopped:  # the ranks have saved meanwhile
@@ -225,14 +226,14 @@ def _free_port(wanted: str | None) -> int:
     if wanted is None:
         return 0
     if not wanted.isdigit() or not 0 < int(wanted) < 1 << 16:
-        raise CinemeshError(f"MASTER_PORT is {wanted!r}; a port is a number from 1 to 65535")
+        raise CinemeshError(f"MASTER_PORT is {wanted!r}", remedy="a port is a number from 1 to 65535")
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store will: no wait for old links
         try:
             listener.bind(("127.0.0.1", int(wanted)))
         except OSError as error:
             raise CinemeshError(
-                f"port {wanted} (MASTER_PORT) is in use: {error.strerror}; choose another, or unset MASTER_PORT for a "
-                "free one"
+                f"port {wanted} (MASTER_PORT) is in use: {error.strerror}",
+                remedy="choose another, or unset MASTER_PORT for a free one",
             ) from error
     return int(wanted)

@@ -303,8 +303,8 @@ def _work(out: Path) -> None:
     with joined(Plan(dp_replicate=world)) as place:
         if place.device != "cpu":
             raise CinemeshError(
-                "calibrate measures CPU processes; for GPUs use a shipped cluster file, or hide them: "
-                "CUDA_VISIBLE_DEVICES= cinemesh calibrate"
+                "calibrate measures CPU processes",
+                remedy="for GPUs use a shipped cluster file, or hide them: CUDA_VISIBLE_DEVICES= cinemesh calibrate",
             )
         samples = measure()
         if samples is not None:
@@ -318,9 +318,9 @@ def _work(out: Path) -> None:
 def run(*, out: Path, nproc: int | None) -> int:
     """Measure and write ``out``; the exit code. Raises CinemeshError for a file that cannot be written."""
     if out.suffix not in (".yaml", ".yml"):
-        raise CinemeshError(f"--out {out}: a cluster file ends in .yaml; write for example --out local.yaml")
+        raise CinemeshError(f"--out {out}: a cluster file ends in .yaml", remedy="write for example --out local.yaml")
     if not out.parent.is_dir():
-        raise CinemeshError(f"--out {out}: there is no folder {out.parent}; make it first")
+        raise CinemeshError(f"--out {out}: there is no folder {out.parent}", remedy="make it first")
     if launched():
         world_size(nproc)
         return rank_main(lambda: _work(out))

@@ -58,7 +58,7 @@ def run(
     config = preset(model)
     shape = parse_latent(latent) if latent else LATENTS[config.name]
     if target and tune:
-        raise CinemeshError("--compile needs no GPU and --tune one; give one of the two")
+        raise CinemeshError("--compile needs no GPU and --tune one", remedy="give one of the two")
     if target:
         plans = [Plan.parse(plan)] if plan else [_compiled_plan(tp, cp) for tp, cp in COMPILED_DEGREES]
         _compile([sizes_of(config, each, Batch(batch, shape)) for each in plans], target, as_json)
@@ -184,7 +184,7 @@ def _compiled_plan(tp: int, cp: int) -> Plan:
 def sizes_of(config: ModelConfig, plan: Plan, batch: Batch) -> Sizes:
     """What one rank computes, as the kernels' compile check wants it. Raises CinemeshError for dtype float64."""
     if plan.compute_dtype not in TRITON_DTYPES:
-        raise CinemeshError(f"dtype {plan.dtype}: Triton's kernels take bf16 and float32; choose one of them")
+        raise CinemeshError(f"dtype {plan.dtype}: Triton's kernels take bf16 and float32", remedy="choose one of them")
     plan.check_model(
         heads=config.heads,
         ffn=config.ffn,

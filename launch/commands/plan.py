@@ -137,7 +137,7 @@ def _bucket(text: str) -> Bucket:
         share = -1.0
     if not 0.0 < share < float("inf"):
         raise CinemeshError(
-            f"latent {text!r}: the weight {weight!r} is no positive number; write for example {latent}:0.5"
+            f"latent {text!r}: the weight {weight!r} is no positive number", remedy=f"write for example {latent}:0.5"
         )
     return Bucket(parse_latent(latent), share)
 

@@ -162,7 +162,9 @@ def parse_latent(text: str) -> tuple[int, int, int]:
     """``32x96x96`` -> (32, 96, 96)."""
     match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
     if not match:
-        raise CinemeshError(f"latent {text!r} is not TxHxW; write frames, height and width, for example 32x96x96")
+        raise CinemeshError(
+            f"latent {text!r} is not TxHxW", remedy="write frames, height and width, for example 32x96x96"
+        )
     return int(match[1]), int(match[2]), int(match[3])
 
 

@@ -110,12 +110,12 @@ def run(*, plan: str, model: str, out: Path, steps: int, max_procs: int, cluster
     chosen, priced_on = Plan.parse(plan, dtype="float32"), load(cluster)
     if priced_on.gloo is None:
         raise CinemeshError(
-            f"--cluster {cluster} has GPUs, and a trace runs on CPU processes; leave it out, or give the file that "
-            "cinemesh calibrate wrote"
+            f"--cluster {cluster} has GPUs, and a trace runs on CPU processes",
+            remedy="leave it out, or give the file that cinemesh calibrate wrote",
         )
     if chosen.world_size > max_procs:
         raise CinemeshError(
-            f"{chosen.equation()} processes > --max-procs {max_procs}; trace a smaller plan, or allow as many"
+            f"{chosen.equation()} processes > --max-procs {max_procs}", remedy="trace a smaller plan, or allow as many"
         )
     case = Case(chosen, preset(model), 1, LATENTS[model], steps)
     check(case.config, chosen, case.batch)

@@ -34,7 +34,7 @@ def run(program: Program) -> None:
     """Tune every Triton kernel of ``program`` and write the table. Raises CinemeshError without a CUDA device."""
     if not torch.cuda.is_available():
         raise CinemeshError(
-            "--tune measures on a GPU and there is none here; the shipped tuning tables hold without it"
+            "--tune measures on a GPU and there is none here", remedy="the shipped tuning tables hold without it"
         )
     name = torch.cuda.get_device_name()
     key = tuning.device_key(name)

@@ -78,7 +78,8 @@ def small_case(plan: Plan, model: str = "tiny", *, max_procs: int = 8, steps: in
     if plan.tp * plan.cp > max_procs:
         raise CinemeshError(
             f"tp({plan.tp}) * cp({plan.cp}) = {plan.tp * plan.cp} > --max-procs {max_procs}, and tp and cp are never "
-            f"shrunk; allow {plan.tp * plan.cp} processes, or choose smaller degrees"
+            "shrunk",
+            remedy=f"allow {plan.tp * plan.cp} processes, or choose smaller degrees",
         )
     shrunk = plan
     for name in ("dp_shard", "dp_replicate", "dp_replicate", "dp_shard"):

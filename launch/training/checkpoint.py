@@ -115,7 +115,8 @@ def _make_room(directory: Path, partial: Path, runner: StepRunner) -> None:
     if free < needed:
         raise CinemeshError(
             f"a checkpoint needs {needed:,} bytes ({elements:,} parameters * {item * len(STATES)} bytes), but "
-            f"{directory} has {free:,} free; free some space or write to another file system"
+            f"{directory} has {free:,} free",
+            remedy="free some space or write to another file system",
         )
     partial.mkdir()
 
@@ -178,7 +179,8 @@ def manifest(path: Path) -> dict[str, Any]:
         found = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CinemeshError(
-            f"{path} is no complete checkpoint: {MANIFEST} cannot be read ({error}); name a step-* folder of a run"
+            f"{path} is no complete checkpoint: {MANIFEST} cannot be read ({error})",
+            remedy="name a step-* folder of a run",
         ) from error
     if found["format"] != FORMAT:
         raise CinemeshError(f"checkpoint {path} has format {found['format']}, this version reads {FORMAT}")
@@ -187,7 +189,8 @@ def manifest(path: Path) -> dict[str, Any]:
         if there != size:
             state = "is missing" if there is None else f"has {there:,} bytes"
             raise CinemeshError(
-                f"checkpoint {path} is damaged: {name} {state}, it was written with {size:,} bytes; {_DAMAGED}"
+                f"checkpoint {path} is damaged: {name} {state}, it was written with {size:,} bytes",
+                remedy=_DAMAGED,
             )
     return found
 
@@ -254,7 +257,8 @@ def check_model(path: Path, config: ModelConfig) -> None:
         if a.get(key) != b.get(key):
             raise CinemeshError(
                 f"checkpoint {path} is of another model: {key} is {shown(a.get(key))} there and "
-                f"{shown(b.get(key))} here; {OTHER_MODEL}"
+                f"{shown(b.get(key))} here",
+                remedy=OTHER_MODEL,
             )
 
 
@@ -262,16 +266,16 @@ def check_model(path: Path, config: ModelConfig) -> None:
 
 
 def _together(mesh: Mesh | None, work: Callable[[], T]) -> T:
-    """``work()`` on every rank; when it fails on one, every rank raises: the others CinemeshError with its message."""
+    """``work()`` on every rank; when it fails on one, every rank raises: the others its error as CinemeshError."""
     try:
         result = work()
     except Exception as error:
         if mesh is not None:
             all_agree(False)
-            gather_objects(str(error))
+            gather_objects(error if isinstance(error, CinemeshError) else CinemeshError(str(error)))
         raise
     if mesh is not None and not all_agree(True):
-        raise CinemeshError(next(str(message) for message in gather_objects(None) if message is not None))
+        raise next(found for found in gather_objects(None) if isinstance(found, CinemeshError))
     return result
 
 
@@ -289,11 +293,11 @@ def _reported(verb: str, path: Path) -> Iterator[None]:
         if isinstance(cause, CinemeshError):
             raise cause from None
         where = f"rank {rank}: " if verb == "write" else ""
-        raise CinemeshError(_failed(verb, path, f"{where}{type(cause).__name__}: {cause}")) from error
+        raise _failed(verb, path, f"{where}{type(cause).__name__}: {cause}") from error
     except OSError as error:
-        raise CinemeshError(_failed(verb, path, str(error))) from error
+        raise _failed(verb, path, str(error)) from error
 
 
-def _failed(verb: str, path: Path, reason: str) -> str:
+def _failed(verb: str, path: Path, reason: str) -> CinemeshError:
     remedy = _DAMAGED if verb == "read" else "look to the free space and the permissions of its folder"
-    return f"cannot {verb} checkpoint {path}: {reason}; {remedy}"
+    return CinemeshError(f"cannot {verb} checkpoint {path}: {reason}", remedy=remedy)

@@ -154,15 +154,15 @@ class ChunkLoadPlanner(DefaultLoadPlanner):
             there, here = stored.get(key), self.shapes.get(key)
             if there != here:
                 raise CinemeshError(
-                    f"checkpoint {self.path} is of another model: {key} is {shown(there)} there and {shown(here)} "
-                    f"here; {OTHER_MODEL}"
+                    f"checkpoint {self.path} is of another model: {key} is {shown(there)} there and {shown(here)} here",
+                    remedy=OTHER_MODEL,
                 )
         for chunk in () if self.cast else self.chunks.values():
             there, here = self.stored[chunk.key].properties.dtype, chunk.data.dtype
             if there != here:
                 raise CinemeshError(
-                    f"checkpoint {self.path} holds {chunk.key} as {there}, this plan as {here}; "
-                    "resume with the dtype policy that wrote it (plan.dtype)"
+                    f"checkpoint {self.path} holds {chunk.key} as {there}, this plan as {here}",
+                    remedy="resume with the dtype policy that wrote it (plan.dtype)",
                 )
         wanted: dict[str, list[ChunkStorageMetadata]] = {}
         for chunk in self.chunks.values():

@@ -271,8 +271,7 @@ class _Loop:
         votes[0], votes[1], votes[2 + loaded] = stop.signum is not None, failure is not None, 1
         stopped, failed, *taken = comm.sum_over_ranks(votes).tolist()
         if failed:
-            messages = comm.gather_objects(None if failure is None else str(failure))
-            raise failure or CinemeshError(next(str(message) for message in messages if message is not None))
+            raise failure or next(e for e in comm.gather_objects(failure) if isinstance(e, CinemeshError))
         if sum(map(bool, taken)) > 1:
             shares = ", ".join(f"{n} of bucket {w.bucket}" for n, w in zip(taken, self.cache.buckets, strict=True) if n)
             raise CinemeshError(
@@ -297,7 +296,8 @@ class _Loop:
         if times >= SKIPPED_LIMIT:
             raise CinemeshError(
                 f"{what}. That was update {times} in a row: lower optimizer.lr({self.config.optimizer.lr}), or look at "
-                "these samples; the run goes on from its last checkpoint"
+                "these samples",
+                remedy="the run goes on from its last checkpoint",
             )
         if self.telemetry:
             self.telemetry.say(what)

@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from ...data.buckets import Bucket
 from ...data.cache import DataSettings
 from ...data.text import TextEncoder
-from ...errors import CinemeshError
+from ...errors import CinemeshError, in_a_line
 from ...model.codec import LatentCodec
 from ...model.config import Encoder, ModelConfig, preset
 from ...model.flow import CAPTION_DROPOUT
@@ -144,7 +144,7 @@ class Config:
         shapes = {str(bucket): bucket for bucket in self.data.shapes}
         name = (self.sample and self.sample.bucket) or next(iter(shapes))
         if name not in shapes:
-            raise CinemeshError(f"sample.bucket is {name!r}; the data have the buckets {', '.join(shapes)}")
+            raise CinemeshError(f"sample.bucket is {name!r}", remedy=f"the data have the buckets {', '.join(shapes)}")
         return shapes[name]
 
 
@@ -158,12 +158,15 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         text = path.read_text(encoding="utf-8")
         values = yaml.load(text, Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise CinemeshError(f"cannot read the recipe {path}: {error}; name a YAML file") from error
+        raise CinemeshError(f"cannot read the recipe {path}: {error}", remedy="name a YAML file") from error
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise CinemeshError(f"the recipe {path} is not valid YAML: {reason}; correct that line") from error
+        raise CinemeshError(
+            f"the recipe {path} is not valid YAML: {in_a_line(error)}", remedy="correct that line"
+        ) from error
     if not isinstance(values, dict):
-        raise CinemeshError(f"the recipe {path} holds no mapping; it needs the sections {', '.join(_keys(Config))}")
+        raise CinemeshError(
+            f"the recipe {path} holds no mapping", remedy=f"it needs the sections {', '.join(_keys(Config))}"
+        )
     for override in overrides:
         _override(values, override)
     return check_config(values, str(path))
@@ -194,16 +197,18 @@ def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     path = key.strip().split(".")
     if not equals or not all(path):
-        raise CinemeshError(f"--set {override!r} is not KEY=VALUE; write for example --set optimizer.lr=1e-3")
+        raise CinemeshError(f"--set {override!r} is not KEY=VALUE", remedy="write for example --set optimizer.lr=1e-3")
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise CinemeshError(f"--set {override!r}: {text!r} is not a YAML value; quote it") from error
+        raise CinemeshError(f"--set {override!r}: {text!r} is not a YAML value", remedy="quote it") from error
     section: Any = values
     for name in path[:-1]:
         section = section.setdefault(name, {})
         if not isinstance(section, dict):
-            raise CinemeshError(f"--set {override!r}: {name} is {section!r}, no section; --set replaces one value")
+            raise CinemeshError(
+                f"--set {override!r}: {name} is {section!r}, no section", remedy="--set replaces one value"
+            )
     section[path[-1]] = value
 
 

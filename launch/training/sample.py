@@ -60,11 +60,13 @@ def run(
     plan = recipe.plan if processes > 1 else replace(recipe.plan, tp=1, cp=1, dp_shard=1, dp_replicate=1)
     plan.check_world_size(processes)
     if out.is_dir():
-        raise CinemeshError(f"--out {out} is a directory; name the mp4 file")
+        raise CinemeshError(f"--out {out} is a directory", remedy="name the mp4 file")
     folder = recipe.logging.directory / checkpoints.FOLDER
     newest = checkpoint or checkpoints.latest(folder)
     if newest is None:
-        raise CinemeshError(f"no checkpoint in {folder}; train with this recipe first, or name one with --checkpoint")
+        raise CinemeshError(
+            f"no checkpoint in {folder}", remedy="train with this recipe first, or name one with --checkpoint"
+        )
     if guidance is None:
         guidance = recipe.sample.guidance if recipe.sample else GUIDANCE
     codec, encoders = BlockDCTCodec(), build_encoders(recipe.data.encoders)

@@ -56,7 +56,8 @@ def captions_of(section: SampleSection, data: DataSection, bucket: Bucket) -> di
         if name in scenes and name not in captions:
             raise CinemeshError(
                 f"sample.scenes: {name} has {scenes[name].frames} frames, fewer than bucket {bucket} needs: there is "
-                "nothing to compare a clip with; leave it out, or name a shorter sample.bucket"
+                "nothing to compare a clip with",
+                remedy="leave it out, or name a shorter sample.bucket",
             )
         if name not in captions:
             near = difflib.get_close_matches(name, captions, n=1)

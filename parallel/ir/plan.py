@@ -90,30 +90,34 @@ class Plan:
     last_blocks: int = 0
 
     def __post_init__(self) -> None:
-        for name in (*AXES, "micro_batches", "grad_units", "kv_slices", "kv_chunks", "tp_slices"):
+        counts = dict.fromkeys((*AXES, "micro_batches", "grad_units", "kv_slices", "kv_chunks", "tp_slices"), 1)
+        counts |= dict.fromkeys(("prefetch", "last_blocks", "tp_ctas", "cp_ctas", "unit_ctas", "sm_margin"), 0)
+        for name, least in counts.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise CinemeshError(f"plan: {name} is {value!r}; it must be a whole number of at least 1")
-        for name in ("prefetch", "last_blocks", "tp_ctas", "cp_ctas", "unit_ctas", "sm_margin"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise CinemeshError(f"plan: {name} is {value!r}; it must be a whole number of at least 0")
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise CinemeshError(
+                    f"plan: {name} is {value!r}", remedy=f"it must be a whole number of at least {least}"
+                )
         for name in ("defer_weight_gradients", "fused_tp", "kv_first"):
             if not isinstance(value := getattr(self, name), bool):
-                raise CinemeshError(f"plan: {name} is {value!r}; it must be true or false")
+                raise CinemeshError(f"plan: {name} is {value!r}", remedy="it must be true or false")
         if self.dtype not in DTYPES:
-            raise CinemeshError(f"plan: dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+            raise CinemeshError(f"plan: dtype is {self.dtype!r}", remedy=f"choose one of {', '.join(DTYPES)}")
         if sorted(self.order) != sorted(AXES):
-            raise CinemeshError(f"plan: order is {list(self.order)}; it must name each of {', '.join(AXES)} once")
+            raise CinemeshError(
+                f"plan: order is {list(self.order)}", remedy=f"it must name each of {', '.join(AXES)} once"
+            )
         for name in ("recompute", "recompute_last"):
             value = getattr(self, name)
             if isinstance(value, str) and value not in RECOMPUTE:
                 raise CinemeshError(
-                    f"plan: {name} is {value!r}; choose one of {', '.join(RECOMPUTE)}, or list the activations to keep"
+                    f"plan: {name} is {value!r}",
+                    remedy=f"choose one of {', '.join(RECOMPUTE)}, or list the activations to keep",
                 )
         if (self.recompute_last is None) != (self.last_blocks == 0):
             raise CinemeshError(
-                f"plan: recompute_last is {self.recompute_last!r} for last_blocks({self.last_blocks}); give both"
+                f"plan: recompute_last is {self.recompute_last!r} for last_blocks({self.last_blocks})",
+                remedy="give both",
             )
         self._check_overlap()
         self._check_streams()
@@ -144,18 +148,19 @@ class Plan:
                 degrees = ", ".join(f"{axis}(1)" for axis in axes)
                 value, off = getattr(self, name), "false" if isinstance(getattr(self, name), bool) else 1
                 raise CinemeshError(
-                    f"plan: {name}({str(value).lower()}) with {degrees}: {rule}, so nothing would overlap; "
-                    f"set {name} to {off} or raise {' or '.join(axes)}"
+                    f"plan: {name}({str(value).lower()}) with {degrees}: {rule}, so nothing would overlap",
+                    remedy=f"set {name} to {off} or raise {' or '.join(axes)}",
                 )
-        if self.kv_slices > 1 and self.kv_chunks > 1:
+        slices, chunks = self.kv_slices, self.kv_chunks
+        if slices > 1 and chunks > 1:
             raise CinemeshError(
-                f"plan: kv_slices({self.kv_slices}) with kv_chunks({self.kv_chunks}): K and V travel by heads or by "
-                "tokens; set one of them to 1"
+                f"plan: kv_slices({slices}) with kv_chunks({chunks}): K and V travel by heads or by tokens",
+                remedy="set one of them to 1",
             )
         if self.fused_tp and self.tp_slices > 1:
             raise CinemeshError(
-                f"plan: fused_tp(true) with tp_slices({self.tp_slices}): both hide the same collectives over tp; "
-                "set fused_tp to false or tp_slices to 1"
+                f"plan: fused_tp(true) with tp_slices({self.tp_slices}): both hide the same collectives over tp",
+                remedy="set fused_tp to false or tp_slices to 1",
             )
 
     def _check_streams(self) -> None:
@@ -164,46 +169,44 @@ class Plan:
             return
         if not isinstance(self.normal_priority, tuple) or len({*self.normal_priority}) < len(self.normal_priority):
             raise CinemeshError(
-                f"plan: normal_priority is {self.normal_priority!r}; list some of {', '.join(STREAMS)}, each once"
+                f"plan: normal_priority is {self.normal_priority!r}",
+                remedy=f"list some of {', '.join(STREAMS)}, each once",
             )
         for name in self.normal_priority:
             if name not in STREAMS:
-                raise CinemeshError(f"plan: normal_priority names {name!r}; choose from {', '.join(STREAMS)}")
+                raise CinemeshError(f"plan: normal_priority names {name!r}", remedy=f"choose from {', '.join(STREAMS)}")
         for name, axes in STREAMS.items():
             ctas, low = self.ctas(axes), not self.high_priority(axes)
             if ctas > NCCL_CTAS:
                 raise CinemeshError(
-                    f"plan: {name}_ctas({ctas}) > {NCCL_CTAS}, the thread blocks that NCCL gives a collective at most; "
-                    f"use {NCCL_CTAS} or fewer, or 0 for NCCL's own choice"
+                    f"plan: {name}_ctas({ctas}) > {NCCL_CTAS}, the thread blocks that NCCL gives a collective at most",
+                    remedy=f"use {NCCL_CTAS} or fewer, or 0 for NCCL's own choice",
                 )
             if (ctas or low) and self.size(axes) == 1:
                 asked = f"{name}_ctas({ctas})" if ctas else f"normal_priority({name})"
                 remedy = f"set {name}_ctas to 0" if ctas else f"take {name} out of normal_priority"
                 degrees = ", ".join(f"{axis}(1)" for axis in axes)
                 raise CinemeshError(
-                    f"plan: {asked} with {degrees}: one rank has no collective there, so nothing would change; "
-                    f"{remedy} or raise {' or '.join(axes)}"
+                    f"plan: {asked} with {degrees}: one rank has no collective there, so nothing would change",
+                    remedy=f"{remedy} or raise {' or '.join(axes)}",
                 )
         if self.sm_margin and self.world_size == 1:
             raise CinemeshError(
                 f"plan: sm_margin({self.sm_margin}) with {self.equation()}: one rank does not communicate, so the SMs "
-                "would only idle; set sm_margin to 0 or raise a degree"
+                "would only idle",
+                remedy="set sm_margin to 0 or raise a degree",
             )
 
     def check_device(self, name: str, sms: int) -> None:
         """Refuse more thread blocks than a GPU of ``sms`` SMs can hold beside compute, and a margin of all of them."""
         if not self.sets_streams:
             return
-        if self.sm_margin >= sms:
-            raise CinemeshError(
-                f"plan: sm_margin({self.sm_margin}) leaves none of the {sms} SMs of {name} to compute; "
-                f"use {sms - 1} or fewer"
-            )
-        for group, axes in STREAMS.items():
-            if self.ctas(axes) >= sms:
+        taken = {"sm_margin": self.sm_margin} | {f"{group}_ctas": self.ctas(axes) for group, axes in STREAMS.items()}
+        for knob, taking in taken.items():
+            if taking >= sms:
                 raise CinemeshError(
-                    f"plan: {group}_ctas({self.ctas(axes)}) leaves none of the {sms} SMs of {name} to compute; "
-                    f"use {sms - 1} or fewer"
+                    f"plan: {knob}({taking}) leaves none of the {sms} SMs of {name} to compute",
+                    remedy=f"use {sms - 1} or fewer",
                 )
 
     @property
@@ -283,29 +286,26 @@ class Plan:
     def check_world_size(self, world_size: int) -> None:
         if self.world_size != world_size:
             raise CinemeshError(
-                f"{self.equation()} != world size {world_size}; change the plan's degrees or launch "
-                f"{self.world_size} processes"
+                f"{self.equation()} != world size {world_size}",
+                remedy=f"change the plan's degrees or launch {self.world_size} processes",
             )
 
     def check_model(self, *, heads: int, ffn: int, tokens: int, text_widths: dict[str, int], latent: str) -> None:
         """Refuse a model or a sample that the degrees do not divide."""
 
-        def divides(what: str, value: int, by: str, degree: int, remedy: str) -> None:
+        def divides(size: str, what: str, value: int, by: str, degree: int, remedy: str) -> None:
             if value % degree:
-                raise CinemeshError(f"{what}({value}) % {by} = {value % degree}, it must be 0; {remedy}")
+                rule = f"{what}({value}) % {by} = {value % degree}, it must be 0"
+                raise CinemeshError(rule, remedy=remedy, what=size, value=value, rule=rule)
 
-        divides("heads", heads, f"tp({self.tp})", self.tp, "choose a tp that divides the heads")
-        divides("ffn", ffn, f"tp({self.tp})", self.tp, "choose a tp that divides the FFN width")
+        divides("heads", "heads", heads, f"tp({self.tp})", self.tp, "choose a tp that divides the heads")
+        divides("ffn", "ffn", ffn, f"tp({self.tp})", self.tp, "choose a tp that divides the FFN width")
         for name, width in text_widths.items():
-            divides(
-                f"width of text encoder {name}",
-                width,
-                f"tp({self.tp})",
-                self.tp,
-                "choose a tp that divides it",
-            )
+            encoder = f"width of text encoder {name}"
+            divides("text", encoder, width, f"tp({self.tp})", self.tp, "choose a tp that divides it")
         parts = self.cp * self.tp
         divides(
+            "tokens",
             f"tokens of a {latent} latent",
             tokens,
             f"(cp({self.cp}) * tp({self.tp}) = {parts})",
@@ -313,6 +313,7 @@ class Plan:
             "choose degrees whose product divides the tokens, or another latent",
         )
         divides(
+            "heads",
             "heads of one rank",
             heads // self.tp,
             f"kv_slices({self.kv_slices})",
@@ -320,6 +321,7 @@ class Plan:
             f"choose a kv_slices that divides heads({heads}) / tp({self.tp})",
         )
         divides(
+            "tokens",
             "tokens of one cp rank",
             tokens // self.cp,
             f"kv_chunks({self.kv_chunks})",
@@ -327,6 +329,7 @@ class Plan:
             f"choose a kv_chunks that divides tokens({tokens}) / cp({self.cp})",
         )
         divides(
+            "tokens",
             "tokens of one rank",
             tokens // parts,
             f"tp_slices({self.tp_slices})",
@@ -341,11 +344,10 @@ class Plan:
             raise CinemeshError(
                 f"global batch({global_batch}) % (dp_shard({self.dp_shard}) * dp_replicate({self.dp_replicate}) * "
                 f"micro_batches({self.micro_batches}) = {parts}) = {global_batch % parts}, it must be 0 and the batch "
-                f"at least {parts}; use a multiple of {parts}"
+                f"at least {parts}",
+                remedy=f"use a multiple of {parts}",
             )
         return global_batch // parts
-
-    # -- reading and writing ------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -372,9 +374,9 @@ class Plan:
         try:
             values = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         except yaml.YAMLError as error:
-            raise CinemeshError(f"plan: not valid YAML ({error}); write one 'key: value' a line") from None
+            raise CinemeshError(f"plan: not valid YAML ({error})", remedy="write one 'key: value' a line") from None
         if not isinstance(values, dict):
-            raise CinemeshError("plan: the file holds no mapping; write one 'key: value' a line")
+            raise CinemeshError("plan: the file holds no mapping", remedy="write one 'key: value' a line")
         return cls.from_dict(values)
 
     @classmethod
@@ -384,7 +386,9 @@ class Plan:
         for item in filter(None, text.split(",")):
             key, equals, value = item.partition("=")
             if not equals:
-                raise CinemeshError(f"plan: {item!r} is not key=value; write for example tp=4,cp=2,dp_shard=96")
+                raise CinemeshError(
+                    f"plan: {item!r} is not key=value", remedy="write for example tp=4,cp=2,dp_shard=96"
+                )
             key, value = key.strip(), value.strip()
             if key in ("order", "normal_priority") or (key in ("recompute", "recompute_last") and ":" in value):
                 values[key] = tuple(filter(None, value.split(":")))  # "o:" is a list of one

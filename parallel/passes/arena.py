@@ -62,8 +62,9 @@ def check_fits(program: Program, memory_bytes: int, lives: Lifetimes | None = No
         raise CinemeshError(
             f"a step needs {needed / 1e9:.2f} GB on each device (states and inputs {lives.persistent_bytes / 1e9:.2f}, "
             f"arena {arena.total_bytes / 1e9:.2f}, workspace {work / 1e9:.2f}), {(needed - memory_bytes) / 1e9:.2f} GB "
-            f"more than the {memory_bytes / 1e9:.2f} GB that it has; the arena is fullest at {most.name}. Recompute "
-            "more (recompute=full), raise tp or cp (activations) or dp_shard (states), or lower prefetch"
+            f"more than the {memory_bytes / 1e9:.2f} GB that it has, and the arena is fullest at {most.name}",
+            remedy="recompute more (recompute=full), raise tp or cp (activations) or dp_shard (states), or lower "
+            "prefetch",
         )
 
 

@@ -295,8 +295,8 @@ def choose(
     least = peak_bytes(full)
     if least > limit_bytes:
         raise CinemeshError(
-            f"recompute full peaks at {least:,} B > {limit_bytes:,} B allowed; "
-            f"use more ranks (tp, cp, dp_shard), or allow {least - limit_bytes:,} B more"
+            f"recompute full peaks at {least:,} B > {limit_bytes:,} B allowed",
+            remedy=f"use more ranks (tp, cp, dp_shard), or allow {least - limit_bytes:,} B more",
         )
     best = share(block, blocks, blocks * block.point("full").kept_bytes)
     assert best is not None

@@ -44,7 +44,7 @@ def rematerialize(program: Program) -> Program:
     plan, layers = program.plan, program.facts["config"].layers
     if plan.last_blocks > layers:
         raise CinemeshError(
-            f"plan: last_blocks is {plan.last_blocks}; the model has {layers} blocks, give at most that"
+            f"plan: last_blocks is {plan.last_blocks}", remedy=f"the model has {layers} blocks, give at most that"
         )
     keep = [_kept_roles(program, "recompute")] * (layers - plan.last_blocks)
     if plan.last_blocks:
@@ -61,7 +61,8 @@ def _kept_roles(program: Program, field: str) -> frozenset[str] | None:
     known = activations(program)
     if known and not isinstance(recompute, str) and (unknown := set(roles) - known):
         raise CinemeshError(
-            f"plan: {field} keeps {sorted(unknown)}, which no block has; activations are {', '.join(sorted(known))}"
+            f"plan: {field} keeps {sorted(unknown)}, which no block has",
+            remedy=f"activations are {', '.join(sorted(known))}",
         )
     return frozenset(roles)
 

@@ -168,8 +168,8 @@ class Communicator:
         for name in PIPELINES:
             if not hasattr(symmetric, name):
                 raise CinemeshError(
-                    f"plan: fused_tp(true): torch {torch.__version__} has no {name}, a private part of "
-                    "torch 2.13; install that, or set fused_tp to false"
+                    f"plan: fused_tp(true): torch {torch.__version__} has no {name}, a private part of torch 2.13",
+                    remedy="install that, or set fused_tp to false",
                 )
         group = self.mesh.group(axes, "all_gather")
         self.check_one_server(axes)
@@ -188,7 +188,8 @@ class Communicator:
             raise CinemeshError(
                 f"plan: fused_tp(true): ranks {', '.join(map(str, ranks))} of one {lane_name(axes)} group lie on "
                 f"{len(set(servers))} servers ({', '.join(dict.fromkeys(servers))}), and torch's symmetric memory "
-                "reaches over NVLink, within one; put tp first in order, lower tp, or set fused_tp to false"
+                "reaches over NVLink, within one",
+                remedy="put tp first in order, lower tp, or set fused_tp to false",
             )
 
     def bind_gather_products(

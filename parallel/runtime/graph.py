@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...errors import CinemeshError
+from ...errors import CinemeshError, in_a_line
 from .comm import barrier, gather_objects
 from .executor import Executor
 
@@ -86,7 +86,7 @@ class GraphPool:
         except RuntimeError as error:  # CUDA's refusals, and torch's
             torch.cuda.set_stream(outside)  # a capture that fails leaves its own as the current one
             executor.forget_pending()
-            return None, f"{at}: {str(error).splitlines()[0]}"
+            return None, f"{at}: {in_a_line(error, lines=1)}"
         made = Graph(graph, torch.cuda.memory_reserved(self.device) - before)
         self.graphs.append(made)
         return made, None
@@ -108,7 +108,8 @@ def vote(failure: str | None, processes: bool) -> str | None:
 
 def refuse(failure: str) -> CinemeshError:
     return CinemeshError(
-        f"capture is required, and a step cannot be captured: {failure}; mend the op, or set capture to auto or off"
+        f"capture is required, and a step cannot be captured: {failure}",
+        remedy="mend the op, or set capture to auto or off",
     )
 
 

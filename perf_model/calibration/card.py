@@ -26,15 +26,19 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CinemeshError(f"card: {path} cannot be read ({error}); give the JSON that kernels_gpu.py wrote") from None
+        raise CinemeshError(
+            f"card: {path} cannot be read ({error})", remedy="give the JSON that kernels_gpu.py wrote"
+        ) from None
     wanted = ("device", "date", "copy_bytes_per_s", "matmul_flops_per_s", "kernels")
     lacking = [key for key in wanted if not isinstance(values, dict) or key not in values]
     if lacking:
-        raise CinemeshError(f"card: {path} has no {', '.join(lacking)}; give the JSON that kernels_gpu.py wrote")
+        raise CinemeshError(
+            f"card: {path} has no {', '.join(lacking)}", remedy="give the JSON that kernels_gpu.py wrote"
+        )
     for key in wanted[2:4]:
         if not isinstance(values[key], (int, float)) or not values[key] > 0:
             raise CinemeshError(
-                f"card: {key} of {path} is {values[key]!r}, it must be a positive number; measure again"
+                f"card: {key} of {path} is {values[key]!r}, it must be a positive number", remedy="measure again"
             )
     return values
 
@@ -98,7 +102,9 @@ def write(source: Path, base_name: str, out: Path) -> Cluster:
     """
     values, base = _read(source), load(base_name)
     if base.nccl is None:
-        raise CinemeshError(f"card: {base_name} is no GPU cluster; name the one whose links and memory the card has")
+        raise CinemeshError(
+            f"card: {base_name} is no GPU cluster", remedy="name the one whose links and memory the card has"
+        )
     with atomic_file(out) as unfinished:
         unfinished.write_text(text_of(values, base, base_name, out.stem))
     return load(str(out))

@@ -100,7 +100,7 @@ def _changed(owner: Any, path: list[str], value: Any, shown: str) -> Any:
     else:
         known = [f.name for f in fields(owner)]
     if head not in known:
-        raise CinemeshError(f"cluster: nothing is named {shown!r}; {head!r} is none of {', '.join(known)}")
+        raise CinemeshError(f"cluster: nothing is named {shown!r}", remedy=f"{head!r} is none of {', '.join(known)}")
     inner = owner[head] if isinstance(owner, Mapping) else getattr(owner, head)
     new = _changed(inner, rest, value, shown) if rest else value
     return {**owner, head: new} if isinstance(owner, Mapping) else replace(owner, **{head: new})
@@ -119,14 +119,17 @@ def load(name_or_path: str) -> Cluster:
     if name_or_path.endswith((".yaml", ".yml")):
         path = Path(name_or_path)
         if not path.is_file():
-            raise CinemeshError(f"cluster: there is no file {name_or_path}; known clusters: {', '.join(names())}")
+            raise CinemeshError(
+                f"cluster: there is no file {name_or_path}", remedy=f"known clusters: {', '.join(names())}"
+            )
     else:
         path = FOLDER / f"{name_or_path}.yaml"
         if name_or_path.startswith("_") or not path.is_file():
             near = difflib.get_close_matches(name_or_path, names(), n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise CinemeshError(
-                f"cluster: {name_or_path!r} is unknown; {hint}Known: {', '.join(names())}. Or give a .yaml file"
+                f"cluster: {name_or_path!r} is unknown",
+                remedy=f"{hint}Known: {', '.join(names())}. Or give a .yaml file",
             )
     return from_dict(_read(path), path.stem, path.parent)
 
@@ -134,15 +137,17 @@ def load(name_or_path: str) -> Cluster:
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A file over its bases. A part is looked for beside the file, then among those of the package."""
     if path in seen:
-        raise CinemeshError(f"cluster {path.stem}: its base leads back to itself; remove one of the base entries")
+        raise CinemeshError(
+            f"cluster {path.stem}: its base leads back to itself", remedy="remove one of the base entries"
+        )
     try:
         values = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise CinemeshError(
-            f"cluster {path.stem}: cannot be read as YAML ({error}); compare a file that ships"
+            f"cluster {path.stem}: cannot be read as YAML ({error})", remedy="compare a file that ships"
         ) from None
     if not isinstance(values, dict):
-        raise CinemeshError(f"cluster {path.stem}: the file holds no mapping; compare a file that ships")
+        raise CinemeshError(f"cluster {path.stem}: the file holds no mapping", remedy="compare a file that ships")
     merged: dict[str, Any] = {}
     bases = values.pop("base", [])
     for base in [bases] if isinstance(bases, str) else bases:

@@ -108,7 +108,7 @@ class Reader:
         self.facts: dict[str, Fact] = {}
 
     def wrong(self, path: str, what: str, remedy: str) -> CinemeshError:
-        return CinemeshError(f"cluster {self.cluster}: {path} {what}; {remedy}")
+        return CinemeshError(f"cluster {self.cluster}: {path} {what}", remedy=remedy)
 
     def section(self, kind: Any, values: Any, path: str) -> Any:
         if not isinstance(values, dict):

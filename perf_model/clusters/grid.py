@@ -70,5 +70,5 @@ def _rows(path: str) -> list[list[str]]:
         with open(path, newline="") as file:
             lines = [line for line in file if not line.startswith("#")]
     except OSError:
-        raise CinemeshError(f"cluster: there is no grid {path}; put it beside the cluster file") from None
+        raise CinemeshError(f"cluster: there is no grid {path}", remedy="put it beside the cluster file") from None
     return list(csv.reader(lines))[1:]

@@ -141,7 +141,8 @@ class Compute:
         if plan.sm_margin and self.family not in LEAVING:
             raise CinemeshError(
                 f"plan: sm_margin({plan.sm_margin}): attention on {self.cluster.name} is priced as {self.family}, "
-                f"which takes every SM; only {', '.join(LEAVING)} leaves some. Set sm_margin to 0"
+                "which takes every SM",
+                remedy=f"only {', '.join(LEAVING)} leaves some. Set sm_margin to 0",
             )
 
     def margin(self, program: Program, op: Op) -> int:
@@ -264,7 +265,8 @@ class Compute:
         if any(dtype not in t for t in (gpu.peak_flops, gpu.sustained, self.cluster.matmul.efficiency)):
             known = ", ".join(gpu.peak_flops)
             raise CinemeshError(
-                f"cluster {self.cluster.name}: {gpu.name} has no {dtype} rate; use one of {known} or add it to the file"
+                f"cluster {self.cluster.name}: {gpu.name} has no {dtype} rate",
+                remedy=f"use one of {known} or add it to the file",
             )
         return gpu.peak_flops[dtype], gpu.sustained[dtype] if self.clock == "sustained" else 1.0
 
@@ -310,7 +312,9 @@ class Compute:
             return self._unfused(direction, batch * heads, queries, keys, head_dim, dtype, dropout)
         if family not in self.cluster.attention:
             known = ", ".join((*self.cluster.attention, "unfused"))
-            raise CinemeshError(f"cluster {self.cluster.name}: no attention kernels {family!r}; choose one of {known}")
+            raise CinemeshError(
+                f"cluster {self.cluster.name}: no attention kernels {family!r}", remedy=f"choose one of {known}"
+            )
         kernels = self.cluster.attention[family]
         law = kernels.forward if direction == "forward" else kernels.backward
         sms = self.cluster.gpu.sms

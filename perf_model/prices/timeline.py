@@ -188,8 +188,8 @@ def check_fused(plan: Plan, cluster: Cluster) -> None:
         ranks = ", ".join(str(i * stride) for i in range(plan.tp))
         raise CinemeshError(
             f"plan: fused_tp(true): ranks {ranks} of one tp group lie on {group.servers} servers of "
-            f"{cluster.gpus_per_server} GPUs, and torch's symmetric memory reaches over NVLink, within one; "
-            "put tp first in order, lower tp, or set fused_tp to false"
+            f"{cluster.gpus_per_server} GPUs, and torch's symmetric memory reaches over NVLink, within one",
+            remedy="put tp first in order, lower tp, or set fused_tp to false",
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ...errors import CinemeshError
+from ...errors import CinemeshError, in_a_line
 from ..clusters.cluster import Cluster, load
 from .peers import Model, Run, Stack
 
@@ -53,10 +53,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     try:
         rows = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        first = str(error).splitlines()[0]
-        raise CinemeshError(f"rows {path}: cannot be read ({first}); give a YAML file with a list of rows") from None
+        raise CinemeshError(
+            f"rows {path}: cannot be read ({in_a_line(error, lines=1)})", remedy="give a YAML file with a list of rows"
+        ) from None
     if not isinstance(rows, list) or not rows:
-        raise CinemeshError(f"rows {path}: the file holds no list of rows; write one '- id: ...' item a measurement")
+        raise CinemeshError(
+            f"rows {path}: the file holds no list of rows", remedy="write one '- id: ...' item a measurement"
+        )
     seen: set[str] = set()
     for number, row in enumerate(rows, 1):
         _check(path, number, row, seen)
@@ -66,7 +69,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def _check(path: Path, number: int, row: Any, seen: set[str]) -> None:
     def wrong(what: str, remedy: str) -> CinemeshError:
         name = row.get("id", f"number {number}") if isinstance(row, dict) else f"number {number}"
-        return CinemeshError(f"rows {path}: row {name}: {what}; {remedy}")
+        return CinemeshError(f"rows {path}: row {name}: {what}", remedy=remedy)
 
     if not isinstance(row, dict):
         raise wrong(f"is {row!r}", "a row is a mapping with id, kind, source, hardware, model, plan and measured")

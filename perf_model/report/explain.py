@@ -254,7 +254,7 @@ def sensitivities(request: Request, best: Choice) -> Iterator[Sensitivity]:
         try:
             found = search(replace(changed(), shown=1)).best
         except CinemeshError as error:
-            yield Sensitivity(text, None, 0.0, -1.0, str(error).partition(";")[0])
+            yield Sensitivity(text, None, 0.0, -1.0, error.problem)
             continue
         same = (found.plan.tp, found.plan.cp) == (best.plan.tp, best.plan.cp)
         note = "same degrees" if same else f"then {describe(found.plan)}"

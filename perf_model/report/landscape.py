@@ -121,7 +121,7 @@ def _add(found: Landscape, asked: Request, micro_batches: int) -> None:
     try:
         outcome = search(asked)
     except CinemeshError as error:  # at this size of a micro-batch
-        found.nothing.append(f"{asked.samples} x {micro_batches} micro-batches: {str(error).partition('; use')[0]}")
+        found.nothing.append(f"{asked.samples} x {micro_batches} micro-batches: {error.problem}")
         return
     found.choices += outcome.choices
     for refusal in outcome.refused:
@@ -179,7 +179,7 @@ def _points(asked: Request, request: Request, known: Search, tick: Tick) -> Iter
             try:
                 choice = search(replace(asked, gpus=gpus)).best
             except CinemeshError as error:
-                yield Point(gpus, None, 0.0, str(error).partition(";")[0])
+                yield Point(gpus, None, 0.0, error.problem)
                 continue
         peak = request.cluster.gpu.peak_flops[choice.plan.compute_dtype]
         yield Point(gpus, choice, per_sample * choice.samples_per_s / (gpus * peak))

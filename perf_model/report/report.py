@@ -119,9 +119,11 @@ def write(folder: Path, request: Request, found: Search) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CinemeshError(f"report {folder}: {error.strerror}; name a folder that can be made") from None
+        raise CinemeshError(f"report {folder}: {error.strerror}", remedy="name a folder that can be made") from None
     if not os.access(folder, os.W_OK):
-        raise CinemeshError(f"report {folder}: the folder cannot be written; change its permissions or name another")
+        raise CinemeshError(
+            f"report {folder}: the folder cannot be written", remedy="change its permissions or name another"
+        )
     compared = found.choices[:COMPARED]
     total = len(compared) + len(deals(request)) + len(sizes(request)) + CHANGES + len(SHEETS) + 2
     columns = (TextColumn("report: {task.description:<32}"), BarColumn(), TimeElapsedColumn())

@@ -66,8 +66,8 @@ def _families(prices: Prices, refused: list[Refusal]) -> list[Family]:
             try:
                 family.check()
             except CinemeshError as error:
-                refused.append(Refusal(family.name, str(error).partition(";")[0]))
-                if "tokens" not in str(error):
+                refused.append(Refusal(family.name, error.problem))
+                if error.what != "tokens":
                     break  # no cp mends it
                 continue
             families.extend(_batches(prices, tp, cp, refused))
@@ -119,8 +119,8 @@ def search(request: Request) -> Search:
     if not request.gpus <= request.cluster.gpus:
         raise CinemeshError(
             f"{request.gpus} GPUs > {request.cluster.gpus} of {request.cluster.name} "
-            f"({request.cluster.topology.servers} servers of {request.cluster.gpus_per_server}); "
-            "use fewer, or another cluster"
+            f"({request.cluster.topology.servers} servers of {request.cluster.gpus_per_server})",
+            remedy="use fewer, or another cluster",
         )
     prices = Prices(request)
     refused: list[Refusal] = []
@@ -170,7 +170,7 @@ def search(request: Request) -> Search:
             push(family, family.floor_s(todo.modes[1]), modes=todo.modes[1:], groups=unfit)
     if not best:
         refused += [_too_big(prices, family) for family in families]
-        raise CinemeshError(_nothing_fits(request, refused))
+        raise _nothing_fits(request, refused)
     ranked = sorted(best.items(), key=lambda item: (item[1].step_s / item[1].global_batch, repr(item[1].plan)))
     shown = {family for family, _ in ranked[: request.shown]}
     for family in families:
@@ -195,15 +195,15 @@ def _too_big(prices: Prices, family: Family) -> Refusal:
     )
 
 
-def _nothing_fits(request: Request, refused: list[Refusal]) -> str:
+def _nothing_fits(request: Request, refused: list[Refusal]) -> CinemeshError:
     """What came nearest, and how many GPUs of this cluster would do."""
     shapes = ", ".join("x".join(map(str, b.latent)) for b in request.buckets)
     too_big = [r for r in refused if r.needs_bytes]
     nearest = min(too_big, key=lambda r: r.needs_bytes) if too_big else refused[0] if refused else None
     why = f" (nearest: {nearest.family}: {nearest.reason})" if nearest else ""
-    return (
-        f"no plan of {request.gpus} GPUs of {request.cluster.name} runs {request.config.name} on {shapes}{why}; "
-        f"{_remedy(request) if too_big else 'free the fixed fields, or change the GPUs or the global batch'}"
+    return CinemeshError(
+        f"no plan of {request.gpus} GPUs of {request.cluster.name} runs {request.config.name} on {shapes}{why}",
+        remedy=_remedy(request) if too_big else "free the fixed fields, or change the GPUs or the global batch",
     )
 
 

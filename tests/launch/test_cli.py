@@ -81,7 +81,7 @@ def test_user_error_is_one_line_without_traceback(
     def work(**_: object) -> None:
         raise CinemeshError("tp(5) does not divide heads(48); choose 1, 2, 3, 4, 6 or 8")
 
-    stand_in(monkeypatch, "show", "model_table", work)
+    stand_in(monkeypatch, "commands.show", "model_table", work)
     assert run_main(monkeypatch, "model", "tiny") == 2
     shown = capsys.readouterr()
     assert shown.err == "error: tp(5) does not divide heads(48); choose 1, 2, 3, 4, 6 or 8\n"
@@ -94,7 +94,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(**_: object) -> None:
         raise AssertionError("a bug")
 
-    stand_in(monkeypatch, "show", "model_table", work)
+    stand_in(monkeypatch, "commands.show", "model_table", work)
     monkeypatch.setattr(sys, "argv", ["cinemesh", "model", "tiny"])
     with pytest.raises(AssertionError, match="a bug"):
         cli.main()
@@ -109,7 +109,7 @@ def test_verify_passes_its_verdict_on(code: int, monkeypatch: pytest.MonkeyPatch
         seen.update(options)
         return code
 
-    stand_in(monkeypatch, "verify", "run", work)
+    stand_in(monkeypatch, "proof.verify", "run", work)
     assert run_main(monkeypatch, "verify", "--plan", "tp=2,cp=2", "--json") == code
     assert seen == {
         "plan": "tp=2,cp=2",
@@ -129,12 +129,12 @@ def test_options_reach_train_sample_and_program(monkeypatch: pytest.MonkeyPatch)
         seen.clear()
         seen.update(options)
 
-    stand_in(monkeypatch, "train", "run", work)
+    stand_in(monkeypatch, "training.loop", "run", work)
     args = ("train", "a.yaml", "--nproc", "4", "--set", "plan.tp=2", "--set", "seed=7")
     assert run_main(monkeypatch, *args) == 0
     assert seen == {"config": Path("a.yaml"), "nproc": 4, "overrides": ["plan.tp=2", "seed=7"]}
 
-    stand_in(monkeypatch, "sample", "run", work)
+    stand_in(monkeypatch, "training.sample", "run", work)
     assert run_main(monkeypatch, "sample", "a.yaml", "--prompt", "a car", "--guidance", "1.5") == 0
     assert seen == {
         "config": Path("a.yaml"),
@@ -147,7 +147,7 @@ def test_options_reach_train_sample_and_program(monkeypatch: pytest.MonkeyPatch)
         "nproc": None,
     }
 
-    stand_in(monkeypatch, "show", "program_listing", work)
+    stand_in(monkeypatch, "commands.show", "program_listing", work)
     args = ("program", "--model", "tiny", "--plan", "tp=2", "--latent", "4x8x8", "--batch", "2")
     assert run_main(monkeypatch, *args) == 0
     assert seen == {
