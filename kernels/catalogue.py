@@ -10,18 +10,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ..errors import CinemeshError
+from .ops import OPS
 from .rates import rate
+from .signature import Sizes
 from .tiles import SCRATCH_BYTES
 from .tuning import DEFAULT_DEVICE
 
-# Draws run in chunks of this many elements: philox keeps some twenty 64-bit temporaries as large as its output.
-DRAW_CHUNK = 1 << 14
-# AdamW and the sum of squares walk the flat shard in chunks of this many elements: temporaries stay in cache.
-FLAT_CHUNK = 1 << 16
-
 PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "apex", "triton", "torch", "reference")
 
-Sizes = Mapping[str, int]  # label of the op table -> local size
 Workspace = Callable[[Sizes, int], int]  # sizes, bytes of an element -> bytes
 
 ANY_CAPABILITY = (0, 0)
@@ -190,24 +186,7 @@ ONE_PASS = (
     *("add_position", "add", "residual", "gated_residual", "silu", "time_features", "add_table", "sum_to"),
     *("drop_caption", "drop_mask", "cast", "copy", "accumulate", "zero_gaps", "clip_factor"),
 )
-PASSES = (
-    *(
-        "modulate_norm",
-        "position_modulate_norm",
-        "modulate_norm_backward",
-        "layer_norm",
-        "layer_norm_backward",
-        "gated_residual_backward",
-    ),
-    *("swiglu", "swiglu_backward", "silu_backward", "patchify", "unpatchify", "position", "position_backward"),
-    *("draw_time", "draw_keep_caption", "draw_noise", "interpolate", "velocity_loss", "velocity_loss_backward"),
-    *("merge_attention", "sum_parts", "sum_of_squares", "adamw"),
-)
 ATTENTION = ("attention", "attention_backward", "cross_attention", "cross_attention_backward")
-OPS = ("matmul", *ATTENTION, *ONE_PASS, *PASSES)
-# Ops that leave ``plan.sm_margin`` SMs to communication: those whose kernels hold every SM from start to end. The
-# others run blocks that end soon and make room.
-LEAVE_SMS = ("matmul", "attention", "attention_backward")
 
 
 def _entries() -> Iterable[Implementation]:

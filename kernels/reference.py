@@ -1,8 +1,8 @@
-"""The plain-torch truth of every op, under the op's name in ``parallel/ir/ops.py``.
+"""The plain-torch truth of every op, under the op's name in ``ops.py``.
 
 Every kernel is called ``kernel(inputs, outputs, **attrs)`` with contiguous local tensors and writes its outputs.
 ``add`` says that the last input is output 0's own storage and the result is added to it. Statistics are computed in
-their outputs' dtype (fp32 under bf16). Labels of shapes: ``parallel/ir/ops.py``.
+their outputs' dtype (fp32 under bf16). Labels of shapes: ``ops.py``.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .catalogue import DRAW_CHUNK, FLAT_CHUNK
+from .ops import DRAW_CHUNK, FLAT_CHUNK, OPS
 from .philox import Purpose, normal, uniform
 
 Tensors = Sequence[Tensor]
@@ -100,6 +99,9 @@ def attention_backward(inputs: Tensors, outputs: Tensors) -> None:
     outputs[0].copy_(torch.einsum("bhts,sbhk->tbhk", dscores, kv[:, :, 0]))
     outputs[1][:, :, 0].copy_(torch.einsum("bhts,tbhk->sbhk", dscores, q))
     outputs[1][:, :, 1].copy_(torch.einsum("bhts,tbhk->sbhk", probability, do))
+
+
+cross_attention, cross_attention_backward = attention, attention_backward  # a key mask is one more input
 
 
 def merge_attention(inputs: Tensors, outputs: Tensors, *, signature: str) -> None:
@@ -505,49 +507,4 @@ def adamw(
             del g, denominator  # else the last chunk's temporary lives while the next one's two are made
 
 
-REFERENCE: dict[str, Any] = {
-    function.__name__: function
-    for function in (
-        matmul,
-        attention,
-        attention_backward,
-        merge_attention,
-        sum_parts,
-        modulate_norm,
-        position_modulate_norm,
-        modulate_norm_backward,
-        layer_norm,
-        layer_norm_backward,
-        add_position,
-        add,
-        residual,
-        gated_residual,
-        gated_residual_backward,
-        swiglu,
-        swiglu_backward,
-        silu,
-        silu_backward,
-        patchify,
-        unpatchify,
-        position,
-        position_backward,
-        time_features,
-        add_table,
-        sum_to,
-        drop_caption,
-        drop_mask,
-        draw_time,
-        draw_keep_caption,
-        draw_noise,
-        interpolate,
-        velocity_loss,
-        velocity_loss_backward,
-        cast,
-        copy,
-        accumulate,
-        zero_gaps,
-        sum_of_squares,
-        clip_factor,
-        adamw,
-    )
-} | {"cross_attention": attention, "cross_attention_backward": attention_backward}
+REFERENCE: dict[str, Kernel] = {op: globals()[op] for op in OPS}

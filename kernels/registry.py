@@ -15,20 +15,13 @@ import torch
 from torch import Tensor
 
 from ..errors import CinemeshError
-from .catalogue import LEAVE_SMS, OPS, Implementation, candidates
+from .catalogue import Implementation, candidates
+from .ops import LEAVE_SMS, OPS
 from .packages import missing
 from .reference import REFERENCE, Kernel
 from .selection import override_of, overrides, select
+from .signature import parse
 from .tuning import DEFAULT_DEVICE, device_key
-
-# Labels of the first inputs, as in the op table, for the ops whose implementations look at sizes.
-LABELS: Mapping[str, tuple[str, ...]] = {
-    "attention": ("tbhk", "sbchk"),
-    "cross_attention": ("tbhk", "sbchk"),
-    "attention_backward": ("tbhk", "tbhk", "sbchk"),
-    "cross_attention_backward": ("tbhk", "tbhk", "sbchk"),
-    "adamw": ("rn",),
-}
 
 
 def kernels_for(device: str, of_recipe: Mapping[str, str] | None = None) -> dict[str, Kernel]:
@@ -92,24 +85,21 @@ def _kernel(op: str, device: str, override: str | None, tuned: str = DEFAULT_DEV
 
 
 class _ByCall:
-    """Chooses at the first call with these dtypes and sizes."""
+    """Chooses at the first call with this dtype and these sizes of the labels that implementations look at."""
 
     def __init__(self, op: str, device: str, override: str | None, tuned: str, margin: int = 0) -> None:
         self.op, self.device, self.override, self.tuned, self.margin = op, device, override, tuned, margin
-        self._labels = LABELS.get(op, ())
+        asked = {label for entry in candidates(op) for label, _, _ in entry.sizes}
+        signature = OPS[op].signature
+        self._places = [place for place in parse(signature).places if place[0] in asked] if signature else []
         self._chosen: dict[tuple[Any, ...], Kernel] = {}
 
     def __call__(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], **attrs: Any) -> None:
-        shapes = [x.shape for x in inputs[: len(self._labels)]]
         dtype = next(x.dtype for x in (*inputs, *outputs) if x.dtype.is_floating_point)
-        key = (dtype, *shapes)
+        key = (dtype, *[inputs[i].shape[dim] for _, i, dim in self._places])
         kernel = self._chosen.get(key)
         if kernel is None:
-            sizes = {
-                label: size
-                for labels, shape in zip(self._labels, shapes, strict=True)
-                for label, size in zip(labels, shape, strict=True)
-            }
+            sizes = {label: size for (label, _, _), size in zip(self._places, key[1:], strict=True)}
             kernel = self._chosen[key] = self._choose(str(dtype).removeprefix("torch."), sizes)
         kernel(inputs, outputs, **attrs)
 

@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import CinemeshError
-from .catalogue import OPS, PACKAGES, Implementation, Sizes, candidates, refusal, share
+from .catalogue import PACKAGES, Implementation, candidates, refusal, share
+from .ops import OPS
 from .packages import interpreter as interpreting
+from .signature import Sizes
 from .tuning import DEFAULT_DEVICE
 
 OVERRIDE_VARIABLE = "CINEMESH_KERNELS"

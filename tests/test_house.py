@@ -28,11 +28,11 @@ LONGER_WITH_REASON: dict[str, str] = {  # path -> why it is not two files
 # line of its docstring in "(torch-free)."; all of perf_model is in it but for NEEDS_TORCH.
 TORCH_FREE = {
     *("errors", "files"),
-    "kernels.catalogue",
+    *("kernels.ops", "kernels.catalogue"),
     *(
         f"parallel.{name}"
         for name in (
-            *("ir.plan", "ir.ops", "ir.program", "ir.layout", "ir.units"),
+            *("ir.plan", "ir.program", "ir.layout", "ir.units"),
             *("layers.tensor", "layers.context", "layers.sharded"),
             *("passes.recompute", "passes.schedule", "passes.prefetch", "passes.liveness"),
         )

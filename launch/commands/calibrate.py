@@ -24,11 +24,11 @@ import typer
 from torch import Tensor
 
 from ...errors import CinemeshError
+from ...kernels.ops import OPS
 from ...kernels.registry import kernels_for
 from ...model.config import Encoder, ModelConfig
 from ...model.step import Batch, build_step, prepare
 from ...parallel.ir.layout import Axes
-from ...parallel.ir.ops import OPS
 from ...parallel.ir.plan import Plan
 from ...parallel.runtime.comm import Communicator, barrier, gather_objects, sum_parts
 from ...parallel.runtime.executor import Executor

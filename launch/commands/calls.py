@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...parallel.ir.ops import OPS
+from ...kernels.ops import OPS
 from ...parallel.ir.program import Op, Program
 
 DTYPES = {

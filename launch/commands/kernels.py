@@ -9,13 +9,13 @@ from typing import Any
 
 from ...errors import CinemeshError
 from ...kernels.catalogue import OPTIONAL, PACKAGES, share
+from ...kernels.ops import DTYPE_BYTES, OPS
 from ...kernels.packages import missing
 from ...kernels.rates import rate
 from ...kernels.selection import Choice, override_of, overrides, select
 from ...kernels.spec import Sizes
 from ...model.config import LATENTS, ModelConfig, preset
 from ...model.step import Batch, build_step, prepare, unit_layout
-from ...parallel.ir.ops import DTYPE_BYTES, OPS
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from .show import new_console, parse_latent, plain_table, quantity

@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ...errors import CinemeshError
+from ...kernels.ops import OPS
 from ...model.config import ModelConfig, parameters, preset
 from ...model.step import Batch, build_step, prepare
-from ...parallel.ir.ops import FUSED, OPS
+from ...parallel.ir.collectives import FUSED
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Op, Program
 from ...parallel.ir.units import Parameter

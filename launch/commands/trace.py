@@ -26,7 +26,7 @@ from ...model.config import LATENTS, preset
 from ...model.runner import StepRunner
 from ...model.step import build_step, check, prepare
 from ...model.weights import probe_values
-from ...parallel.ir.ops import FUSED
+from ...parallel.ir.collectives import FUSED
 from ...parallel.ir.plan import Plan
 from ...parallel.runtime.comm import gather_objects
 from ...parallel.runtime.mesh import Mesh

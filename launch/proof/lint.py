@@ -18,13 +18,14 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
+from ...kernels.ops import OPS
 from ...kernels.reference import Kernel
 from ...model.config import LATENTS, preset
 from ...model.runner import StepRunner
 from ...model.step import Batch, build_step, prepare
 from ...model.weights import probe_values
+from ...parallel.ir.collectives import FUSED
 from ...parallel.ir.layout import Axes
-from ...parallel.ir.ops import FUSED, OPS
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program, lane_name
 from ...parallel.passes.arena import Arena, place, storages

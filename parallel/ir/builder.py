@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from ...kernels.ops import OPS, signature_of
 from .layout import Axes, Placement, PlacementError, infer, local_shape
-from .ops import OPS, signature_of
 from .plan import AXES, Plan
 from .program import Buffer, Op, Program, contiguous_strides, lane_name
 

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
+
+from ...kernels.signature import Signature
 
 Axes = tuple[str, ...]
 NONE: Axes = ()
@@ -78,29 +80,6 @@ class Placement:
 
 def replicated(rank: int) -> Placement:
     return Placement((NONE,) * rank)
-
-
-@dataclass(frozen=True)
-class Signature:
-    """``inputs[i]`` and ``outputs[j]`` are strings of dim labels."""
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-    @cached_property
-    def places(self) -> tuple[tuple[str, int, int], ...]:
-        """(label, buffer, dim): where each label is met first, inputs before outputs."""
-        found: dict[str, tuple[str, int, int]] = {}
-        for i, labels in enumerate((*self.inputs, *self.outputs)):
-            for dim, label in enumerate(labels):
-                found.setdefault(label, (label, i, dim))
-        return tuple(found.values())
-
-
-@lru_cache(maxsize=1024)
-def parse(text: str) -> Signature:
-    left, right = text.split("->")
-    return Signature(tuple(left.split(",")) if left else (), tuple(right.split(",")))
 
 
 @lru_cache(maxsize=65536)

@@ -10,8 +10,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from .layout import Axes, Placement, Signature, local_shape
-from .ops import DTYPE_BYTES, FUSED, OPS, signature_of
+from ...kernels.ops import DTYPE_BYTES, OPS, signature_of
+from ...kernels.signature import Signature
+from .collectives import FUSED
+from .layout import Axes, Placement, local_shape
 from .plan import AXES, Plan
 
 

@@ -22,9 +22,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...kernels.ops import OPS, signature_of
+from ...kernels.signature import Signature, parse
 from ..ir.builder import Builder
-from ..ir.layout import HEADS, Placement, Signature, infer, parse
-from ..ir.ops import OPS, signature_of
+from ..ir.layout import HEADS, Placement, infer
 from ..ir.program import Buffer
 
 Product = tuple[Buffer, str, str]  # weight, signature, name of the result

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..ir.ops import DTYPE_BYTES, OPS
+from ...kernels.ops import DTYPE_BYTES, OPS
 from ..ir.program import Op, Program
 
 

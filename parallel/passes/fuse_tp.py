@@ -21,8 +21,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import replace
 
+from ..ir.collectives import FUSED
 from ..ir.layout import HEADS, replicated
-from ..ir.ops import FUSED
 from ..ir.program import Buffer, Op, Program, lane_name
 
 SYMMETRIC = "tp.symmetric"  # the buffer through which ranks read each other's rows

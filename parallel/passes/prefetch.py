@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..ir.collectives import FUSED
 from ..ir.layout import FSDP
-from ..ir.ops import FUSED
 from ..ir.program import Buffer, Op, Program, lane_name
 
 

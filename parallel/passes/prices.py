@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..ir.ops import FUSED, OPS
+from ...kernels.ops import OPS
+from ..ir.collectives import FUSED
 from ..ir.program import Op, Program
 from .fuse_tp import pipelined_s
 

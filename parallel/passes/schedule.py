@@ -24,10 +24,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..ir.collectives import FUSED
 from ..ir.communicators import communicator
 from ..ir.dependencies import accesses, dependencies, families
 from ..ir.layout import FSDP
-from ..ir.ops import FUSED
 from ..ir.program import Op, Program, lane_name
 from .prices import Price
 

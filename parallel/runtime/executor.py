@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.ops import OPS
 from ...kernels.reference import Kernel, product_of
 from ...kernels.registry import kernels_for, leave_sms
+from ..ir.collectives import FUSED
 from ..ir.layout import HEADS
-from ..ir.ops import FUSED, OPS
 from ..ir.program import Op, Program
 from ..ir.units import communicator_order, nested_index
 from ..passes.arena import place

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..ir.ops import OPS
+from ...kernels.ops import OPS
 from .executor import Executor, Record
 from .tape import Recorder, Segment, compile_calls, ready, storage_key
 

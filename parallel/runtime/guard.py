@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..ir.ops import FUSED, OPS
+from ...kernels.ops import OPS
+from ..ir.collectives import FUSED
 from .executor import Record
 from .tape import hazard, tensors_in, written_tensors
 

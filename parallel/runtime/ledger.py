@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..ir.ops import FUSED
+from ..ir.collectives import FUSED
 from ..ir.program import Program
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ir.ops import OPS
+from ...kernels.ops import OPS
 from .executor import Executor
 
 

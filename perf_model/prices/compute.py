@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...errors import CinemeshError
-from ...kernels.catalogue import LEAVE_SMS, candidates, choose
-from ...parallel.ir.ops import DTYPE_BYTES
+from ...kernels.catalogue import candidates, choose
+from ...kernels.ops import DTYPE_BYTES, LEAVE_SMS
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Op, Program
 from ..clusters.cluster import Cluster

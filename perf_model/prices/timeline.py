@@ -26,9 +26,10 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 
 from ...errors import CinemeshError
+from ...kernels.ops import OPS
+from ...parallel.ir.collectives import FUSED
 from ...parallel.ir.communicators import communicator
 from ...parallel.ir.layout import HEADS, Axes
-from ...parallel.ir.ops import FUSED, OPS
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Op, Program
 from ..clusters.cluster import Cluster

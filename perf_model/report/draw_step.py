@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...parallel.ir.ops import FUSED
+from ...parallel.ir.collectives import FUSED
 from ..prices.footprint import stack
 from . import trace
 from .explain import Whole

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from ...errors import CinemeshError
+from ...kernels.ops import OPS
 from ...model.config import ModelConfig
 from ...model.step import Batch, build_step, prepare
+from ...parallel.ir.collectives import FUSED
 from ...parallel.ir.communicators import communicator
-from ...parallel.ir.ops import FUSED, OPS
 from ...parallel.ir.plan import AXES, Plan
 from ...parallel.ir.program import Op, Program
 from ..clusters.cluster import Cluster

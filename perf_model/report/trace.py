@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...files import atomic_file
+from ...kernels.ops import OPS
+from ...parallel.ir.collectives import FUSED
 from ...parallel.ir.communicators import communicator
-from ...parallel.ir.ops import FUSED, OPS
 from ..prices.footprint import Stack, stack
 from .explain import Whole
 

@@ -14,11 +14,10 @@ import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ...kernels.catalogue import LEAVE_SMS
+from ...kernels.ops import DTYPE_BYTES, LEAVE_SMS, OPS
 from ...model.step import prepare
 from ...parallel.ir.communicators import communicator
 from ...parallel.ir.layout import Axes
-from ...parallel.ir.ops import DTYPE_BYTES, OPS
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ..clusters.cluster import Cluster

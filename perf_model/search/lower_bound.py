@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ...parallel.ir.ops import OPS
+from ...kernels.ops import OPS
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ..clusters.cluster import Cluster

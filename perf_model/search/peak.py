@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...parallel.ir.ops import DTYPE_BYTES
+from ...kernels.ops import DTYPE_BYTES
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.passes.liveness import lifetimes

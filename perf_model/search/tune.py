@@ -15,8 +15,8 @@ from dataclasses import replace
 from typing import Any
 
 from ...errors import CinemeshError
+from ...kernels.ops import OPS
 from ...model.step import Batch, check
-from ...parallel.ir.ops import OPS
 from ...parallel.ir.plan import STREAMS, Plan
 from ...parallel.ir.program import Op, Program
 from ...parallel.passes.choose_kept import choose

@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.box import SERVERS, Box, NotAllowed
 from benchmarks.torch_baseline import TorchBaseline
 
+from cinemesh.kernels.ops import OPS
 from cinemesh.launch.commands.calibrate import machine_of, measure
 from cinemesh.launch.commands.trace import beside
 from cinemesh.launch.proof.parity import LR, OPTIMIZER, Case, load_batch
@@ -47,7 +48,6 @@ from cinemesh.model.config import Encoder, ModelConfig
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step, prepare
 from cinemesh.model.weights import probe_values
-from cinemesh.parallel.ir.ops import OPS
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Op, Program
 from cinemesh.parallel.passes.prices import Price

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cinemesh.kernels.ops import OPS
 from cinemesh.kernels.reference import REFERENCE, Kernel
-from cinemesh.parallel.ir.ops import OPS
 
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 DTYPES = tuple(BOUND)

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cinemesh.kernels.catalogue import FLAT_CHUNK
+from cinemesh.kernels.ops import FLAT_CHUNK, OPS, signature_of
 from cinemesh.kernels.reference import REFERENCE, Kernel
 from cinemesh.kernels.registry import kernels_for
 from cinemesh.launch.proof.parity import OPTIMIZER, run_rank
@@ -27,7 +27,6 @@ from cinemesh.launch.proof.verify import small_case
 from cinemesh.model import flow
 from cinemesh.model import reference as model
 from cinemesh.model.runner import StepRunner
-from cinemesh.parallel.ir.ops import OPS, signature_of
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.runtime.witness import Witness
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cinemesh.kernels.ops import OPS
 from cinemesh.kernels.reference import REFERENCE
-from cinemesh.parallel.ir.ops import OPS
 from cinemesh.perf_model.prices.compute import REFERENCE as PRICES
 
 T, B, D = 64, 1, 32

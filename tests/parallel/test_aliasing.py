@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from cinemesh.kernels.ops import OPS
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model.forward import build_velocity
 from cinemesh.model.step import build_step, prepare
-from cinemesh.parallel.ir.ops import COLLECTIVES, OPS
+from cinemesh.parallel.ir.collectives import COLLECTIVES
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Op, Program, contiguous_strides
 from cinemesh.parallel.passes.liveness import persistent

@@ -27,8 +27,8 @@ from cinemesh.launch.proof.verify import small_case
 from cinemesh.model import weights
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step, prepare
+from cinemesh.parallel.ir.collectives import FUSED
 from cinemesh.parallel.ir.communicators import communicator
-from cinemesh.parallel.ir.ops import FUSED
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.runtime.comm import Communicator, Pending

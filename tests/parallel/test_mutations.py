@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cinemesh.kernels.ops import OPS
 from cinemesh.kernels.reference import Kernel
 from cinemesh.kernels.registry import kernels_for
 from cinemesh.launch.proof.parity import OPTIMIZER, QUANTITIES, Trajectory, run_rank, run_reference, worst_of
@@ -23,8 +24,8 @@ from cinemesh.launch.proof.verify import small_case
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step, prepare
 from cinemesh.parallel.ir.builder import Builder
+from cinemesh.parallel.ir.collectives import COLLECTIVES
 from cinemesh.parallel.ir.layout import FSDP, REPLICATED_UNIT, WORLD, Axes, PlacementError
-from cinemesh.parallel.ir.ops import COLLECTIVES, OPS
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Buffer, Op, Program
 

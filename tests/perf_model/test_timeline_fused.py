@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cinemesh.errors import CinemeshError
 from cinemesh.model.config import preset
 from cinemesh.model.step import Batch, build_step, prepare
-from cinemesh.parallel.ir.ops import FUSED
+from cinemesh.parallel.ir.collectives import FUSED
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.passes.fuse_tp import pipelined_s
 from cinemesh.parallel.passes.liveness import lifetimes

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from cinemesh.errors import CinemeshError
-from cinemesh.kernels import reference
+from cinemesh.kernels import ops, reference
 from cinemesh.kernels.reference import Kernel
 from cinemesh.kernels.registry import kernels_for
 from cinemesh.launch.proof.lint import CHECKS, Alone, lint, lint_program, lint_step, overlaps, run, unpaired
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model.step import build_step, prepare
-from cinemesh.parallel.ir import ops
 from cinemesh.parallel.ir.layout import Axes
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cinemesh.parallel.ir.layout import Axes, Placement, PlacementError, infer, local_shape, parse
+from cinemesh.kernels.signature import parse
+from cinemesh.parallel.ir.layout import Axes, Placement, PlacementError, infer, local_shape
 
 AXES = ("tp", "cp", "dp_shard", "dp_replicate")
 

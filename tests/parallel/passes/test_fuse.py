@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cinemesh.kernels.ops import OPS
 from cinemesh.kernels.reference import REFERENCE
 from cinemesh.model.config import LATENTS, preset
 from cinemesh.model.step import Batch, Optimizer, build_step
 from cinemesh.parallel.ir.builder import Builder
 from cinemesh.parallel.ir.layout import BATCH, NONE, TOKENS, Placement
-from cinemesh.parallel.ir.ops import OPS
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Buffer, Program
 from cinemesh.parallel.passes.fuse import fuse, unfused_bytes

@@ -37,9 +37,9 @@ from cinemesh.model import weights
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step, prepare
 from cinemesh.parallel.ir.builder import Builder
+from cinemesh.parallel.ir.collectives import FUSED
 from cinemesh.parallel.ir.dependencies import dependencies
 from cinemesh.parallel.ir.layout import HEADS, TOKENS, Placement
-from cinemesh.parallel.ir.ops import FUSED
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Buffer, Program
 from cinemesh.parallel.passes.arena import place

@@ -16,7 +16,7 @@ import pytest
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model.config import LATENTS, ModelConfig, preset
 from cinemesh.model.step import Batch, build_step, prepare, unit_layout
-from cinemesh.parallel.ir.ops import COLLECTIVES
+from cinemesh.parallel.ir.collectives import COLLECTIVES
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Op, Program
 from cinemesh.parallel.runtime.ledger import Entry, by_lane, difference, expected

@@ -7,12 +7,12 @@ from itertools import pairwise
 import pytest
 from harness import Pool
 
+from cinemesh.kernels.ops import OPS
 from cinemesh.launch.proof.parity import OPTIMIZER, Case, load_batch
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model import weights
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step, prepare
-from cinemesh.parallel.ir.ops import OPS
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.passes.liveness import persistent
 from cinemesh.parallel.runtime.mesh import Mesh

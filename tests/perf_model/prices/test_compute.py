@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cinemesh.errors import CinemeshError
+from cinemesh.kernels.ops import OPS
 from cinemesh.model.config import preset
 from cinemesh.model.step import Batch, Optimizer, build_step
-from cinemesh.parallel.ir.ops import OPS
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.perf_model.clusters.cluster import load

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import pytest
 
 from cinemesh.files import atomic_file
+from cinemesh.kernels.ops import OPS
 from cinemesh.model.config import preset
 from cinemesh.model.step import Batch, build_step, prepare
 from cinemesh.parallel.ir.communicators import communicator
-from cinemesh.parallel.ir.ops import OPS
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.prices.footprint import Footprint, stack
 from cinemesh.perf_model.prices.network import Cost

@@ -1,6 +1,7 @@
-"""The op table: for every op its shapes, placement rule, FLOPs, bytes and capture safety (torch-free).
+"""The op table: one row says all that holds for every record of an op (torch-free).
 
-One entry an op; the plain-torch meaning stands under the same name in ``kernels/reference.py``. Labels of signatures:
+What an op computes stands under the same name in ``reference.py``, what else can run it in ``catalogue.py``; every
+other list of ops derives from these rows. Labels of signatures:
 
     t local or gathered video tokens   s all tokens (keys)   b samples   d width   h heads   k head dim   f ffn
     l text tokens   w encoder width    p values of a patch   r modulation rows    c the K,V pair   n flat elements
@@ -15,12 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...kernels.catalogue import DRAW_CHUNK, FLAT_CHUNK
-from .layout import Signature, parse
+from .signature import Signature, Sizes, parse
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "int64": 8, "bool": 1}
 
-Sizes = dict[str, int]
+# Draws run in chunks of this many elements: philox keeps some twenty 64-bit temporaries as large as its output.
+DRAW_CHUNK = 1 << 14
+# AdamW and the sum of squares walk the flat shard in chunks of this many elements: temporaries stay in cache.
+FLAT_CHUNK = 1 << 16
+
 Shape = tuple[int, ...]
 
 
@@ -36,6 +40,8 @@ class OpSpec:
     adds         the record may carry one more, last, input that is added into output 0 in place
     flops        of the local labels; matmul and attention count 2 per multiply-add
     matmul       the FLOPs run on tensor cores and count in MFU
+    leaves_sms   leaves ``plan.sm_margin`` SMs to communication: its kernels would hold every SM from start to end. The
+                 others run blocks that end soon and make room
     workspace    bytes that the CPU implementation may allocate besides its outputs, an upper bound
     unfused_passes   tensors of the first input's size that the formula reads and writes when each elementary torch
                  operation is a kernel: (in that input's dtype, in the statistics'); None: it is one such operation
@@ -50,6 +56,7 @@ class OpSpec:
     adds: bool = False
     flops: Callable[[Sizes], int] = lambda sizes: 0
     matmul: bool = False
+    leaves_sms: bool = False
     workspace: Callable[[list[Shape], list[str], list[Shape], list[str], Sizes], int] = lambda *_: 0
     unfused_passes: tuple[int, int] | None = None
     capturable: bool = True
@@ -151,6 +158,7 @@ OPS: dict[str, OpSpec] = {
         adds=True,
         flops=lambda z: 2 * _product(z),
         matmul=True,
+        leaves_sms=True,
         workspace=_matmul_workspace,
     ),
     # q, kv (gathered over cp), [key mask] -> o, log-sum-exp.  o = softmax(q k^T / sqrt(K)) v; no causal mask, ever
@@ -159,6 +167,7 @@ OPS: dict[str, OpSpec] = {
         whole="sck",
         statistics=(1,),
         matmul=True,
+        leaves_sms=True,
         flops=_labels("tsbhk", per=4),
         workspace=_attention_workspace,
     ),
@@ -176,6 +185,7 @@ OPS: dict[str, OpSpec] = {
         linear=((0,),),
         whole="sck",
         matmul=True,
+        leaves_sms=True,
         flops=_labels("tsbhk", per=10),
         workspace=_attention_backward_workspace,
     ),
@@ -321,9 +331,7 @@ OPS: dict[str, OpSpec] = {
     ),
 }
 
-COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce")
-# A collective and the products next to it as one record (``fuse_tp.py``), and the collective that it holds.
-FUSED = {"gather_matmul": "all_gather", "matmul_scatter": "reduce_scatter"}
+LEAVE_SMS = tuple(op for op, spec in OPS.items() if spec.leaves_sms)
 
 
 def signature_of(kind: str, attrs: dict[str, Any]) -> Signature:
