@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from ...model.config import Encoder, ModelConfig
 from ...model.step import Batch, build_step, prepare
 from ...parallel.ir.layout import Axes
 from ...parallel.ir.plan import Plan
-from ...parallel.runtime.comm import Communicator, barrier, gather_objects, sum_parts
+from ...parallel.runtime.comm import BoundCollective, Communicator, barrier, gather_objects, summing
 from ...parallel.runtime.executor import Executor
 from ...parallel.runtime.frozen import Frozen
 from ...parallel.runtime.mesh import Mesh, coordinates
@@ -91,16 +90,8 @@ class _Silent(Communicator):
     def __init__(self) -> None:
         self.record = False
 
-    def issue(self, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None) -> None:  # type: ignore
-        pass
-
-    def wait(self, pending: None) -> None:  # type: ignore
-        pass
-
-    def bind(
-        self, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None
-    ) -> tuple[Callable[[], None], Callable[[], None]]:
-        return (lambda: None), (lambda: None)
+    def bind(self, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None) -> BoundCollective:
+        return BoundCollective(lambda: None, lambda: None)
 
 
 def _together() -> None:
@@ -160,14 +151,14 @@ def measure_collectives(sizes: tuple[int, ...] = SIZES) -> Samples:
                 full, part = torch.zeros(size // 4), torch.zeros(size // 4 // ranks)
                 ends = {"all_gather": (part, full), "reduce_scatter": (full, part), "all_reduce": (full, full)}
                 staging = torch.zeros_like(full) if kind == "reduce_scatter" else None
-                issue, wait = comm.bind(kind, axes, *ends[kind], staging)
+                collective = comm.bind(kind, axes, *ends[kind], staging)
                 key = (size, ranks, servers)
-                added = _added(compute, issue, wait)
+                added = _added(compute, collective)
                 samples.add("collectives", kind, key, added.seconds)
-                summing = 0.0 if staging is None else _least(partial(sum_parts, staging, part))
-                samples.add("copying", kind, key, (added.own_s + summing) * crowd)
+                sum_s = 0.0 if staging is None else _least(summing(staging, part))
+                samples.add("copying", kind, key, (added.own_s + sum_s) * crowd)
                 if servers > 1 and added.seconds > LONG * added.compute_s:
-                    samples.add("slowdown", kind, key, _slowdown(compute, issue, wait, added, crowd))
+                    samples.add("slowdown", kind, key, _slowdown(compute, collective, added, crowd))
     return samples
 
 
@@ -199,7 +190,7 @@ class _Added:
     times: int
 
 
-def _added(compute: Callable[[], None], issue: Callable[[], None], wait: Callable[[], None]) -> _Added:
+def _added(compute: Callable[[], None], collective: BoundCollective) -> _Added:
     """Of several loops, with the collective and without, the least disturbed."""
 
     def loop(times: int, *, communicate: bool) -> tuple[float, float]:
@@ -207,8 +198,8 @@ def _added(compute: Callable[[], None], issue: Callable[[], None], wait: Callabl
         for _ in range(times):
             compute()
             if communicate:
-                issue()
-                wait()
+                collective.issue()
+                collective.wait()
         barrier()
         return time.perf_counter() - start, time.process_time() - time.thread_time() - others
 
@@ -222,13 +213,11 @@ def _added(compute: Callable[[], None], issue: Callable[[], None], wait: Callabl
     return _Added(_slowest(seconds), _slowest(own), _slowest(alone / times), times)
 
 
-def _least(work: Callable[[], None]) -> float:
+def _least(work: Callable[[], object]) -> float:
     return _slowest(min(_timed(work) for _ in range(ROUNDS)))
 
 
-def _slowdown(
-    compute: Callable[[], None], issue: Callable[[], None], wait: Callable[[], None], added: _Added, crowd: float
-) -> float:
+def _slowdown(compute: Callable[[], None], collective: BoundCollective, added: _Added, crowd: float) -> float:
     """How much slower a collective moves while compute runs beside it for about half of its time.
 
     Compute loses the cores that copy; what then is not hidden of the time that compute took, the collective lost.
@@ -238,10 +227,10 @@ def _slowdown(
     for _ in range(ROUNDS):
         start = time.perf_counter()
         for _ in range(added.times):
-            issue()
+            collective.issue()
             for _ in range(chunks):
                 compute()
-            wait()
+            collective.wait()
         barrier()
         loops.append(time.perf_counter() - start)
     share = min(0.9, max(0.0, added.own_s * crowd / added.seconds))
@@ -267,7 +256,7 @@ def _groups(world: int, local: int) -> Iterator[tuple[Mesh, Axes, int, int]]:
         yield Mesh(Plan(tp=inside, dp_replicate=world // inside)), ("tp",), inside, 1
 
 
-def _timed(work: Callable[[], None]) -> float:
+def _timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

@@ -10,11 +10,10 @@ that changes between steps is baked in. docs/cuda_graphs.md says which pitfall e
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
@@ -25,12 +24,13 @@ from ...model.runner import StepRunner
 from ...model.step import Batch, build_step, prepare
 from ...model.weights import probe_values
 from ...parallel.ir.collectives import FUSED
+from ...parallel.ir.communicators import communicator_name
 from ...parallel.ir.layout import Axes
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program, lane_name
 from ...parallel.passes.arena import Arena, place, storages
 from ...parallel.passes.liveness import lifetimes
-from ...parallel.runtime.comm import Communicator, Pending
+from ...parallel.runtime.comm import BoundCollective, Communicator
 from ...parallel.runtime.frozen import Frozen
 from ...parallel.runtime.guard import Finding, Guard
 from ...parallel.runtime.ledger import Entry, difference, expected
@@ -53,10 +53,6 @@ FUSED_NOTE = (
 )
 
 
-class _Done(dist.Work):
-    """What was issued is done."""
-
-
 class Alone(Communicator):
     """Stands for all other ranks: shapes and order are theirs, values are this rank's own."""
 
@@ -65,25 +61,19 @@ class Alone(Communicator):
         self.ledger: list[Entry] = []
         self.record = True
 
-    def issue(self, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None) -> Pending:
+    def bind(self, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None) -> BoundCollective:
         payload = max(source.numel(), output.numel()) * source.element_size()
-        self.ledger.append(Entry(kind, lane_name(axes), payload))
-        if kind == "all_gather":
-            output.view(self.plan.size(axes), -1).copy_(source.view(1, -1).expand(self.plan.size(axes), -1))
-        elif kind == "reduce_scatter":
-            output.view(-1).copy_(source.view(self.plan.size(axes), -1)[0])
-        return Pending(_Done(), output, None)
+        entry = Entry(kind, lane_name(axes), communicator_name(axes, kind), payload)
+        ranks = self.plan.size(axes)
 
-    def wait(self, pending: Pending) -> None:
-        """Nothing is left to do."""
-
-    def bind(
-        self, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None
-    ) -> tuple[Callable[[], None], Callable[[], None]]:
         def issue() -> None:
-            self.issue(kind, axes, source, output, staging)
+            self.ledger.append(entry)
+            if kind == "all_gather":
+                output.view(ranks, -1).copy_(source.view(1, -1).expand(ranks, -1))
+            elif kind == "reduce_scatter":
+                output.view(-1).copy_(source.view(ranks, -1)[0])
 
-        return issue, lambda: None
+        return BoundCollective(issue, lambda: None)
 
 
 def lint_program(program: Program) -> list[Finding]:

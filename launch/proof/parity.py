@@ -24,11 +24,11 @@ from ...model.reference import Reference, training_loss
 from ...model.runner import StepRunner, data_slice
 from ...model.step import Batch, Optimizer, unit_layout
 from ...parallel.ir.plan import Plan
-from ...parallel.ir.program import Program, lane_name
+from ...parallel.ir.program import Program
 from ...parallel.passes.liveness import lifetimes, persistent
 from ...parallel.runtime import ledger
 from ...parallel.runtime.frozen import Frozen
-from ...parallel.runtime.mesh import GROUPS, Mesh
+from ...parallel.runtime.mesh import Mesh
 from ...parallel.runtime.witness import Witness
 
 FLOAT64_BOUND = 1e-10  # the design's, over the whole run
@@ -169,7 +169,7 @@ def run_rank(
 
             with witness:
                 runner.step(LR, watch)
-            _note_what_was_seen(case, mesh, runner, witness, planned or program, run)
+            _note_what_was_seen(case, runner, witness, planned or program, run)
         else:
             runner.step(LR, note_gradient)
         run.losses.append(runner.loss.item())
@@ -179,17 +179,11 @@ def run_rank(
     return run
 
 
-def _note_what_was_seen(
-    case: Case, mesh: Mesh | None, runner: StepRunner, witness: Witness, planned: Program, run: RankRun
-) -> None:
+def _note_what_was_seen(case: Case, runner: StepRunner, witness: Witness, planned: Program, run: RankRun) -> None:
     """Both ledgers against the program's: what the dispatcher saw, and what ``comm.py`` wrote."""
-    lanes: dict[str, str] = {}
-    if mesh is not None:
-        groups = [(axes, kind) for axes, kind in GROUPS if case.plan.size(axes) > 1]
-        lanes = {mesh.group(axes, kind).group_name: lane_name(axes) for axes, kind in groups}
     wanted = ledger.expected(planned)
     run.peak_bytes = witness.peak_bytes
-    run.ledger_difference = ledger.difference(witness.entries(lanes), wanted)
+    run.ledger_difference = ledger.difference(witness.entries(case.plan), wanted)
     if run.ledger_difference is None and runner.comm is not None:
         run.ledger_difference = ledger.difference(runner.comm.ledger, wanted)
 

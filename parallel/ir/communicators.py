@@ -38,16 +38,25 @@ class Held:
     high_priority: bool = True
 
 
+def communicator_name(axes: Axes, kind: str) -> str:
+    """The name of the communicator on which a collective of a kind over ``axes`` runs."""
+    return _on_lane(lane_name(axes), kind)
+
+
 def communicator(op: Op) -> str:
     """The name of the communicator that a collective runs on."""
-    return f"{op.lane}:{op.kind}" if op.lane in _DIVIDED else op.lane
+    return _on_lane(op.lane, op.kind)
+
+
+def _on_lane(lane: str, kind: str) -> str:
+    return f"{lane}:{kind}" if lane in _DIVIDED else lane
 
 
 def communicators(plan: Plan) -> list[Held]:
     """What a plan's steps communicate over; groups of one rank need none."""
     return [
         Held(
-            ":".join(filter(None, (lane_name(axes), kind))),
+            communicator_name(axes, kind),
             axes,
             plan.size(axes),
             plan.ctas(axes),

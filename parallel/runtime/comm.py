@@ -10,15 +10,14 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.cuda import nccl
 from torch.distributed import _symmetric_memory as symmetric
-from torch.distributed.distributed_c10d import GroupName
 
 from ...errors import CinemeshError
 from ..ir.layout import Axes
@@ -33,14 +32,14 @@ PIPELINES = ("_pipelined_all_gather_and_consume", "_pipelined_produce_and_all2al
 Matrices = tuple[Tensor, Tensor, Tensor]  # a, b and where a @ b goes
 
 
-@dataclass(slots=True)
-class Pending:
-    """A collective in flight."""
+class BoundCollective(NamedTuple):
+    """One collective of a step, bound to its tensors: these belong to it from ``issue`` to ``wait``, once a step each.
 
-    work: dist.Work
-    output: Tensor
-    staging: Tensor | None
-    axes: Axes = ()
+    ``issue`` gives the work that is in flight, if any.
+    """
+
+    issue: Callable[[], dist.Work | None]
+    wait: Callable[[], None]
 
 
 LAUNCH_ORDER_NCCL = (2, 26)  # the release that brought NCCL_LAUNCH_ORDER_IMPLICIT
@@ -80,9 +79,13 @@ def _wait_awake(work: dist.Work) -> None:
     work.wait()
 
 
-def sum_parts(staging: Tensor, output: Tensor) -> None:
+def summing(staging: Tensor, output: Tensor) -> Callable[[], object]:
     """What follows gloo's all-to-all in a reduce-scatter: the sum of what was received, in rank order."""
-    torch.sum(staging.view(-1, output.numel()), 0, out=output.view(-1))
+    return partial(torch.sum, staging.view(-1, output.numel()), 0, out=output.view(-1))
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 class Communicator:
@@ -93,41 +96,16 @@ class Communicator:
         self.ledger: list[Entry] = []
         self.record = False
         self._one_at_a_time = torch.cuda.is_available() and not orders_launches()
-        self._last: dist.Work | None = None
-        self._flying: dict[Axes, dist.Work] = {}  # the latest over each group, until it is waited for
+        self._latest: dict[str, dist.Work] = {}  # of each queue, until it is waited for
         self._symmetric: list[Tensor] = []
 
-    def issue(self, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None) -> Pending:
-        """Start one collective over ``axes``; tensors are contiguous and belong to it until :meth:`wait`."""
-        group = self.mesh.group(axes, kind)
-        if self.record:
-            payload = max(source.numel(), output.numel()) * source.element_size()
-            self.ledger.append(Entry(kind, lane_name(axes), payload))
-        if self._one_at_a_time and source.is_cuda and self._last is not None:
-            self._last.wait()
-        if kind == "all_gather":
-            work = dist.all_gather_single(output.view(-1), source.view(-1), group=group, async_op=True)
-        elif kind == "reduce_scatter" and staging is not None:
-            work = dist.all_to_all_single(staging.view(-1), source.view(-1), group=group, async_op=True)
-        elif kind == "reduce_scatter":
-            work = dist.reduce_scatter_single(output.view(-1), source.view(-1), group=group, async_op=True)
-        else:
-            assert kind == "all_reduce" and source.data_ptr() == output.data_ptr()
-            work = dist.all_reduce(output, group=group, async_op=True)
-        assert work is not None
-        self._last = work if self._one_at_a_time else None
-        self._flying[axes] = work
-        return Pending(work, output, staging, axes)
-
-    def bind(
-        self, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None
-    ) -> tuple[Callable[[], None], Callable[[], None]]:
-        """:meth:`issue` and :meth:`wait` of one collective, resolved once for all steps: replay calls the pair.
+    def bind(self, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None) -> BoundCollective:
+        """One collective over ``axes`` on contiguous tensors, resolved once for all steps.
 
         Straight to the process group: torch's checks of arguments that never change cost as much as a small collective.
         """
         group = self.mesh.group(axes, kind)
-        entry = Entry(kind, lane_name(axes), max(source.numel(), output.numel()) * source.element_size())
+        entry = Entry(kind, lane_name(axes), group.group_desc, max(map(_bytes, (source, output))))
         flat_source, flat_output = source.view(-1), output.view(-1)
         if kind == "all_gather":
             start = partial(group._allgather_base, flat_output, flat_source)
@@ -138,30 +116,47 @@ class Communicator:
         else:
             assert kind == "all_reduce" and source.data_ptr() == output.data_ptr()
             start = partial(group.allreduce, [flat_output])
-        parts = None if staging is None else staging.view(-1, output.numel())
         finish = _wait_on_stream if source.is_cuda else _wait_awake
+        finish_sum = None if staging is None else summing(staging, output)
+        after_latest = self._one_at_a_time and source.is_cuda
+        queue, latest = self._queue(entry), self._latest
         flying: list[dist.Work] = []
 
-        def issue() -> None:
+        def issue() -> dist.Work:
             if self.record:
                 self.ledger.append(entry)
-            flying.append(start())
+            if after_latest:
+                self._wait_for_latest(queue)
+            work = latest[queue] = start()
+            flying.append(work)
+            return work
 
         def wait() -> None:
-            finish(flying.pop())
-            if parts is not None:
-                torch.sum(parts, 0, out=flat_output)
+            work = flying.pop()
+            finish(work)
+            if latest.get(queue) is work:
+                del latest[queue]
+            if finish_sum is not None:
+                finish_sum()
 
-        return issue, wait
+        return BoundCollective(issue, wait)
 
     def forget(self) -> None:
         """A step was broken off: nothing that it issued will be waited for."""
-        self._flying.clear()
+        self._latest.clear()
+
+    def _queue(self, entry: Entry) -> str:
+        """What runs one after the other: the collectives of a communicator or, on an older NCCL, all of them."""
+        return "" if self._one_at_a_time else entry.communicator
+
+    def _wait_for_latest(self, queue: str) -> None:
+        if (work := self._latest.get(queue)) is not None:
+            work.wait()
 
     # -- fused with products, on CUDA (on a CPU the executor runs the parts) -----------------------------------------
 
     def symmetric_memory(self, axes: Axes, size_bytes: int) -> Tensor:
-        """Bytes of this rank that the ranks of its group read over NVLink. Collective; before any capture.
+        """Bytes of this rank that the ranks of its group read over NVLink. BoundCollective; before any capture.
 
         Raises CinemeshError when the group is not within one server, or this torch has not what is called here.
         """
@@ -180,7 +175,7 @@ class Communicator:
         return whole[:size_bytes]
 
     def check_one_server(self, axes: Axes) -> None:
-        """Refuse a group whose ranks lie on several servers. Collective over the group, on the host."""
+        """Refuse a group whose ranks lie on several servers. BoundCollective over the group, on the host."""
         ranks = group_ranks(self.mesh.plan, axes, self.mesh.rank)
         servers: list[str] = [""] * len(ranks)
         dist.all_gather_object(servers, platform.node(), group=self.mesh.group(axes, "all_gather"))
@@ -199,7 +194,8 @@ class Communicator:
 
         ``products`` are (all rows, weight, all rows of the result), each a matrix.
         """
-        name, entry = self._fused(axes, "all_gather", gathered)
+        group = self.mesh.group(axes, "all_gather")
+        begin = self._beginning(Entry("all_gather", lane_name(axes), group.group_desc, _bytes(gathered)))
         ranks = self.mesh.plan.size(axes)
         rows = gathered.view(products[0][0].shape)
         own = source.view(rows.shape[0] // ranks, -1)
@@ -210,8 +206,8 @@ class Communicator:
                 torch.mm(shard, weight, out=results[rank])
 
         def run() -> None:
-            self._begin(axes, entry)
-            symmetric._pipelined_all_gather_and_consume(own, multiply, rows, name)
+            begin()
+            symmetric._pipelined_all_gather_and_consume(own, multiply, rows, group.group_name)
 
         return run
 
@@ -222,7 +218,8 @@ class Communicator:
 
         ``added`` and ``received`` are as large as the product; the latter holds the rows of ``output`` from each rank.
         """
-        name, entry = self._fused(axes, "reduce_scatter", received)
+        group = self.mesh.group(axes, "reduce_scatter")
+        begin = self._beginning(Entry("reduce_scatter", lane_name(axes), group.group_desc, _bytes(received)))
         ranks = self.mesh.plan.size(axes)
         left, weight, result = product
         rows = left.chunk(ranks)
@@ -236,30 +233,22 @@ class Communicator:
                 torch.addmm(addends[rank], rows[rank], weight, out=out)
 
         def run() -> None:
-            self._begin(axes, entry)
-            symmetric._pipelined_produce_and_all2all(multiply, stacked, name)
+            begin()
+            symmetric._pipelined_produce_and_all2all(multiply, stacked, group.group_name)
             torch.sum(parts, 0, out=flat)
 
         return run
 
-    def _begin(self, axes: Axes, entry: Entry) -> None:
-        """The start rule: after the previous collective over the same group."""
-        if self.record:
-            self.ledger.append(entry)
-        if (work := self._flying.get(axes)) is not None:
-            work.wait()
+    def _beginning(self, entry: Entry) -> Callable[[], None]:
+        """The start rule: after the previous collective on the same communicator."""
+        queue = self._queue(entry)
 
-    def _fused(self, axes: Axes, kind: str, larger: Tensor) -> tuple[GroupName, Entry]:
-        """The name of the group, and what the ledger says."""
-        entry = Entry(kind, lane_name(axes), larger.numel() * larger.element_size())
-        return self.mesh.group(axes, kind).group_name, entry
+        def begin() -> None:
+            if self.record:
+                self.ledger.append(entry)
+            self._wait_for_latest(queue)
 
-    def wait(self, pending: Pending) -> None:
-        (_wait_on_stream if pending.output.is_cuda else _wait_awake)(pending.work)
-        if self._flying.get(pending.axes) is pending.work:
-            del self._flying[pending.axes]
-        if pending.staging is not None:
-            sum_parts(pending.staging, pending.output)
+        return begin
 
 
 def all_agree(ok: bool) -> bool:

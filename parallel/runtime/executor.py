@@ -24,7 +24,7 @@ from ..ir.units import communicator_order, nested_index
 from ..passes.arena import place
 from ..passes.fuse_tp import SYMMETRIC
 from ..passes.liveness import persistent
-from .comm import Communicator, Pending
+from .comm import BoundCollective, Communicator
 
 _DTYPES = {
     "float64": torch.float64,
@@ -46,7 +46,7 @@ class Record:
     inputs: list[Tensor]
     outputs: list[Tensor]
     attrs: dict[str, Any]
-    run: Callable[[], None]
+    run: Callable[[], object]
     parts: tuple[Record, ...] = ()
 
 
@@ -84,7 +84,7 @@ class Executor:
         if arena is None or arena.numel() < self.placement.total_bytes:
             arena = torch.empty(self.placement.total_bytes, dtype=torch.uint8, device=device)
         self.arena = arena
-        self._pending: dict[str, Pending] = {}
+        self._collectives: dict[str, BoundCollective] = {}  # by the name of the issue, until its wait is bound
         self._flat: dict[str, Tensor] = {}  # every storage, as one row of its elements
         self._tensors: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
@@ -109,12 +109,15 @@ class Executor:
     def _bind(self, op: Op) -> Record:
         inputs, outputs = [self.tensor(name) for name in op.inputs], [self.tensor(name) for name in op.outputs]
         if op.kind == "wait":
-            return Record(op, inputs, outputs, {}, partial(self._wait, op.attrs["issue"]))
+            return Record(op, inputs, outputs, {}, self._collectives.pop(op.attrs["issue"]).wait)
         if op.kind in FUSED:
             return self._bind_fused(op, inputs, outputs)
         if op.kind not in OPS:
             assert self.comm is not None, f"{op.name}: a collective over {op.axes} without processes"
-            return Record(op, inputs, outputs, {}, partial(self._issue, op, inputs, outputs))
+            staging = outputs[1] if len(outputs) > 1 else None
+            collective = self.comm.bind(op.kind, op.axes, inputs[0], outputs[0], staging)
+            self._collectives[op.name] = collective
+            return Record(op, inputs, outputs, {}, collective.issue)
         attrs = {key: value for key, value in op.attrs.items() if key not in ("rank_axes", "shard_axes")}
         for key in ("rank_axes", "shard_axes"):
             if key in op.attrs:
@@ -143,15 +146,6 @@ class Executor:
             run = self.comm.bind_product_scatter(op.axes, matrices[0], added, outputs[-1], outputs[0])
         return Record(op, inputs, outputs, {}, run)
 
-    def _issue(self, op: Op, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        assert self.comm is not None
-        staging = outputs[1] if len(outputs) > 1 else None
-        self._pending[op.name] = self.comm.issue(op.kind, op.axes, inputs[0], outputs[0], staging)
-
-    def _wait(self, issue: str) -> None:
-        assert self.comm is not None
-        self.comm.wait(self._pending.pop(issue))
-
     # -- running ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -164,16 +158,6 @@ class Executor:
         for i, record in enumerate(self.records):
             record.run()
             watch(i)
-
-    def pending(self, issue: str) -> Pending:
-        """A collective in flight, by the name of its issue."""
-        return self._pending[issue]
-
-    def forget_pending(self) -> None:
-        """Collectives that were issued and whose wait will never come: the step was broken off."""
-        self._pending.clear()
-        if self.comm is not None:
-            self.comm.forget()
 
     def tensor(self, name: str) -> Tensor:
         """The place of a buffer. A temporary holds its value only from its first write to its last read."""

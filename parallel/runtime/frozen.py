@@ -29,7 +29,7 @@ class Frozen:
         self.segments: list[Segment | None] = []  # one a part; None: a collective or a wait
         self.workspace = torch.empty(0, dtype=torch.uint8)
         self.constant_bytes = 0
-        self._calls: list[Callable[[], Any]] = []
+        self.calls: list[Callable[[], Any]] = []  # of one step, collectives and waits included
         self._ends: list[int] = []  # of every record's calls
 
     @torch.no_grad()
@@ -59,41 +59,26 @@ class Frozen:
         needed = max((segment.workspace_bytes for segment in taken), default=0)
         if self.workspace.numel() < needed:
             self.workspace = torch.empty(needed, dtype=torch.uint8)
-        self._calls = []
+        self.calls = []
         ends = [0]  # of every part's calls
-        waits: dict[str, Callable[[], Any]] = {}
         for record, segment in zip(self.parts, self.segments, strict=True):
             if segment is not None:
-                self._calls += [ready(call, self.workspace) for call in segment.calls]
-            elif record.op.kind == "wait":
-                self._calls.append(waits.pop(record.op.attrs["issue"]))
+                self.calls += [ready(call, self.workspace) for call in segment.calls]
             else:
-                issue, waits[record.op.name] = self._collective(record)
-                self._calls.append(issue)
-            ends.append(len(self._calls))
+                self.calls.append(record.run)
+            ends.append(len(self.calls))
         self._ends = [ends[last] for last in itertools.accumulate(counts)]
 
     @torch.inference_mode()  # the cheapest dispatch; tensors made before it are written as ever
     def run(self, watch: Callable[[int], None] | None = None) -> None:
         """One step. ``watch`` is called after every record (tests)."""
         if watch is None:
-            for call in self._calls:
+            for call in self.calls:
                 call()
             return
         start = 0
         for i, end in enumerate(self._ends):
-            for call in self._calls[start:end]:
+            for call in self.calls[start:end]:
                 call()
             watch(i)
             start = end
-
-    def _collective(self, record: Record) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        comm = self.executor.comm
-        assert comm is not None
-        output, *staging = record.outputs
-        return comm.bind(record.op.kind, record.op.axes, record.inputs[0], output, staging[0] if staging else None)
-
-    @property
-    def call_count(self) -> int:
-        """Calls of one step, collectives and waits included."""
-        return len(self._calls)

@@ -85,7 +85,8 @@ class GraphPool:
                 graph.instantiate()
         except RuntimeError as error:  # CUDA's refusals, and torch's
             torch.cuda.set_stream(outside)  # a capture that fails leaves its own as the current one
-            executor.forget_pending()
+            if executor.comm is not None:
+                executor.comm.forget()
             return None, f"{at}: {in_a_line(error, lines=1)}"
         made = Graph(graph, torch.cuda.memory_reserved(self.device) - before)
         self.graphs.append(made)

@@ -1,7 +1,8 @@
 """The ledger: the sequence of collectives that a step ran, to be compared with its program's (torch-free).
 
-An entry says kind, axes, payload bytes; order counts within a lane (the axes' link). The executor never writes it:
-``comm.py`` does when it calls the collective, and tests watch from outside.
+An entry says kind, axes, communicator, payload bytes; order counts within a lane (the axes' link). The executor never
+writes it: ``comm.py`` does when it calls the collective, and tests watch from outside. Both ask the process group which
+communicator it is.
 """
 
 from __future__ import annotations
@@ -9,25 +10,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..ir.collectives import FUSED
+from ..ir.communicators import communicator_name
 from ..ir.program import Program
 
 
 @dataclass(frozen=True)
 class Entry:
+    """One collective. ``communicator``: the name of that on which it runs (``ir/communicators.py``)."""
+
     kind: str
     lane: str
+    communicator: str
     payload_bytes: int
 
     def __str__(self) -> str:
-        return f"{self.kind} over {self.lane}, {self.payload_bytes} B"
+        return f"{self.kind} on {self.communicator}, {self.payload_bytes} B"
 
 
 def expected(program: Program) -> list[Entry]:
     """What one rank of the program will run. Needs neither tensors nor processes: this is the dry run's ledger."""
+    collectives = [op for op in program.ops if "axes" in op.attrs and op.kind != "wait"]
+    kinds = [FUSED.get(op.kind, op.kind) for op in collectives]
     return [
-        Entry(FUSED.get(op.kind, op.kind), op.lane, program.payload_bytes(op))
-        for op in program.ops
-        if "axes" in op.attrs and op.kind != "wait"
+        Entry(kind, op.lane, communicator_name(op.axes, kind), program.payload_bytes(op))
+        for op, kind in zip(collectives, kinds, strict=True)
     ]
 
 

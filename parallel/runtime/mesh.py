@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..ir.communicators import GROUPS
+from ..ir.communicators import Held, communicator_name, communicators
 from ..ir.layout import Axes
 from ..ir.plan import AXES, Plan
 
@@ -43,16 +43,16 @@ def group_ranks(plan: Plan, axes: Axes, rank: int) -> list[int]:
     return sorted(rank_at(plan, dict(zip(AXES, position, strict=True))) for position in itertools.product(*free))
 
 
-def options(plan: Plan, axes: Axes, timeout: timedelta, make: Callable[[], Any]) -> Any:
-    """What an NCCL group over ``axes`` is made with. ``make`` gives NCCL's defaults: ``dist.ProcessGroupNCCL.Options``.
+def options(held: Held, timeout: timedelta, make: Callable[[], Any]) -> Any:
+    """What an NCCL communicator is made with. ``make`` gives NCCL's defaults: ``dist.ProcessGroupNCCL.Options``.
 
     NCCL takes the least and the most thread blocks (``min_ctas``, ``max_ctas``); one value for both is exact.
     """
     made = make()
-    made.is_high_priority_stream = plan.high_priority(axes)
+    made.is_high_priority_stream = held.high_priority
     made._timeout = timeout  # torch warns where it differs from the group's
-    if ctas := plan.ctas(axes):
-        made.config.min_ctas = made.config.max_ctas = ctas
+    if held.ctas:
+        made.config.min_ctas = made.config.max_ctas = held.ctas
     return made
 
 
@@ -65,7 +65,7 @@ class Mesh:
         self.rank = dist.get_rank()
         self.coordinates = coordinates(plan, self.rank)
         self.before_close: list[Callable[[], None]] = []  # what holds work of the groups: CUDA graphs
-        self._groups: dict[tuple[Axes, str], dist.ProcessGroup] = {}
+        self._groups: dict[str, dist.ProcessGroup] = {}  # by the communicator's name, which each carries itself
         timeout, nccl = timedelta(seconds=timeout_s), "nccl" in dist.get_backend_config()
         if nccl:
             device = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -73,19 +73,20 @@ class Mesh:
         elif self.rank == 0 and plan.streams:
             said = ", ".join(plan.streams)
             print(f"plan: {said}: without effect on gloo, which has no thread blocks, SMs or streams", file=sys.stderr)
-        for axes, purpose in GROUPS:
-            if plan.size(axes) > 1:
-                group = dist.new_group(
-                    group_ranks(plan, axes, self.rank),
-                    timeout=timeout,
-                    pg_options=options(plan, axes, timeout, dist.ProcessGroupNCCL.Options) if nccl else None,
-                    use_local_synchronization=True,
-                )
-                assert isinstance(group, dist.ProcessGroup)
-                self._groups[axes, purpose] = group
+        for held in communicators(plan):
+            group = dist.new_group(
+                group_ranks(plan, held.axes, self.rank),
+                timeout=timeout,
+                pg_options=options(held, timeout, dist.ProcessGroupNCCL.Options) if nccl else None,
+                use_local_synchronization=True,
+                group_desc=held.name,
+            )
+            assert isinstance(group, dist.ProcessGroup)
+            self._groups[held.name] = group
 
     def group(self, axes: Axes, kind: str) -> dist.ProcessGroup:
-        return self._groups.get((axes, kind)) or self._groups[axes, ""]
+        """The process group of a collective. Its ``group_desc`` is the communicator's name."""
+        return self._groups[communicator_name(axes, kind)]
 
     @property
     def data_rank(self) -> int:

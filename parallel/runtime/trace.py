@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from ...kernels.ops import OPS
 from .executor import Executor
@@ -54,7 +55,7 @@ def traced_step(executor: Executor) -> list[Span]:
     assert executor.device == "cpu", "on a GPU the host does not see when an op runs"
     now = time.perf_counter
     done: list[Span | None] = []
-    issued: dict[str, tuple[int, float, list[float]]] = {}  # record, when, and when it ended
+    issued: dict[str, tuple[int, float, dist.Work, list[float]]] = {}  # record, when, what, and when it ended
     free: dict[tuple[str, str], float] = {}  # when each communicator ended its last collective
     records = [part for record in executor.records for part in record.parts or (record,)]
     for record in records:
@@ -63,14 +64,14 @@ def traced_step(executor: Executor) -> list[Span]:
             record.run()
             done.append(Span(op.name, op.kind, op.lane, start, start, now(), 0.0))
         elif op.kind != "wait":
-            record.run()
-            ended: list[float] = []
-            executor.pending(op.name).work.get_future().add_done_callback(lambda _, ended=ended: ended.append(now()))
-            issued[op.name] = (len(done), start, ended)
+            work, ended = record.run(), list[float]()
+            assert isinstance(work, dist.Work)
+            work.get_future().add_done_callback(lambda _, ended=ended: ended.append(now()))
+            issued[op.name] = (len(done), start, work, ended)
             done.append(None)
         else:
-            place, since, ended = issued.pop(op.attrs["issue"])
-            executor.pending(op.attrs["issue"]).work.wait()
+            place, since, work, ended = issued.pop(op.attrs["issue"])
+            work.wait()
             waited = now()
             record.run()  # what is left of it: on gloo, the sum of a reduce-scatter
             kind = records[place].op.kind

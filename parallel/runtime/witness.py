@@ -16,6 +16,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..ir.communicators import communicators
+from ..ir.plan import Plan
+from ..ir.program import lane_name
 from .ledger import Entry
 
 # How torch's dispatcher names the collectives; gloo's reduce-scatter is an all-to-all and a sum (``comm.py``).
@@ -28,7 +31,9 @@ _KINDS = {
 
 
 class Witness(TorchDispatchMode):
-    """``seen`` lists (kind, group name, payload bytes) in order; ``peak_bytes`` the most storage alive after any op.
+    """``seen`` lists (kind, communicator, payload bytes) in order; ``peak_bytes`` the most storage alive after any op.
+
+    The communicator's name is the process group's own description.
 
     A count above ``ceiling_bytes`` is believed only when it lasts: gloo's threads hold the tensors of a finished
     collective for up to some milliseconds after ``wait`` returned.
@@ -75,12 +80,13 @@ class Witness(TorchDispatchMode):
             tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
             group = next(leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.ScriptObject))
             payload = max(t.numel() * t.element_size() for t in tensors)
-            self.seen.append((kind, torch.distributed.ProcessGroup.unbox(group).group_name, payload))
+            self.seen.append((kind, torch.distributed.ProcessGroup.unbox(group).group_desc, payload))
         if (ceiling := self._ceiling_bytes) is not None and self.peak_bytes <= ceiling:
             self._wait_for(lambda live: live <= ceiling)
         self.peak_bytes = max(self.peak_bytes, self.live_bytes())
         return result
 
-    def entries(self, lanes: dict[str, str]) -> list[Entry]:
-        """What was seen as ledger entries; ``lanes`` maps group names to lanes."""
-        return [Entry(kind, lanes[group], payload) for kind, group, payload in self.seen]
+    def entries(self, plan: Plan) -> list[Entry]:
+        """What was seen as ledger entries. A communicator that the plan does not have is a lane of its own."""
+        lanes = {held.name: lane_name(held.axes) for held in communicators(plan)}
+        return [Entry(kind, lanes.get(name, name), name, payload) for kind, name, payload in self.seen]

@@ -70,7 +70,7 @@ def work(rank: int, world_size: int, store: str, name: str, arguments: argparse.
     if rank == 0:
         replay = runners["replay"].replay
         assert isinstance(replay, Frozen)
-        facts = {"records": len(runners["plain"].program.ops), "calls": replay.call_count}
+        facts = {"records": len(runners["plain"].program.ops), "calls": len(replay.calls)}
         Path(results).write_text(json.dumps({"times": times, "cpu": cpu, **facts}))
     dist.destroy_process_group()
 

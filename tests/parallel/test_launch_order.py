@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
@@ -29,9 +30,10 @@ from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step, prepare
 from cinemesh.parallel.ir.collectives import FUSED
 from cinemesh.parallel.ir.communicators import communicator
+from cinemesh.parallel.ir.layout import Axes
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
-from cinemesh.parallel.runtime.comm import Communicator, Pending
+from cinemesh.parallel.runtime.comm import BoundCollective, Communicator
 from cinemesh.parallel.runtime.mesh import Mesh, group_ranks
 
 FAMILIES = {
@@ -182,10 +184,15 @@ class Dawdling(Communicator):
         super().__init__(mesh)
         self.random = random.Random(1000 * seed + mesh.rank)
 
-    def issue(self, *args: object, **more: object) -> Pending:
-        if self.random.random() < 0.1:
-            time.sleep(self.random.random() * 2e-3)
-        return super().issue(*args, **more)  # pyright: ignore[reportArgumentType]
+    def bind(self, kind: str, axes: Axes, source: torch.Tensor, output: torch.Tensor, staging: Any) -> BoundCollective:
+        collective = super().bind(kind, axes, source, output, staging)
+
+        def issue() -> Any:
+            if self.random.random() < 0.1:
+                time.sleep(self.random.random() * 2e-3)
+            return collective.issue()
+
+        return BoundCollective(issue, collective.wait)
 
 
 def job(text: str, runs: int) -> list[torch.Tensor]:

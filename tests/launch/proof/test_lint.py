@@ -23,7 +23,7 @@ from cinemesh.parallel.ir.layout import Axes
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.passes.arena import place
-from cinemesh.parallel.runtime.comm import Pending
+from cinemesh.parallel.runtime.comm import BoundCollective
 from cinemesh.parallel.runtime.guard import Finding
 
 ONE = Plan(dtype="float32", recompute="none")
@@ -106,21 +106,29 @@ def test_a_kernel_that_cannot_be_captured_is_named(
 class Swapping(Alone):
     """Two gathers of units of different size have changed places."""
 
-    def issue(self, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None) -> Pending:
-        pending = super().issue(kind, axes, source, output, staging)
-        if len(self.ledger) == 6:
-            self.ledger[1], self.ledger[2] = self.ledger[2], self.ledger[1]
-        return pending
+    def bind(self, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None) -> BoundCollective:
+        collective = super().bind(kind, axes, source, output, staging)
+
+        def issue() -> None:
+            collective.issue()
+            if len(self.ledger) == 6:
+                self.ledger[1], self.ledger[2] = self.ledger[2], self.ledger[1]
+
+        return BoundCollective(issue, collective.wait)
 
 
 class Repeating(Alone):
     """Sends the third collective twice."""
 
-    def issue(self, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None) -> Pending:
-        pending = super().issue(kind, axes, source, output, staging)
-        if len(self.ledger) == 3:
-            super().issue(kind, axes, source, output, staging)
-        return pending
+    def bind(self, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None) -> BoundCollective:
+        collective = super().bind(kind, axes, source, output, staging)
+
+        def issue() -> None:
+            collective.issue()
+            if len(self.ledger) == 3:
+                collective.issue()
+
+        return BoundCollective(issue, collective.wait)
 
 
 @pytest.mark.parametrize("fault", [Swapping, Repeating])

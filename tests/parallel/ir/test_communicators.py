@@ -69,7 +69,7 @@ def nccl_options() -> Any:
 
 
 def test_every_group_is_made_as_the_plan_says() -> None:
-    made = {one.name: options(SET, one.axes, timedelta(seconds=7), nccl_options) for one in communicators(SET)}
+    made = {one.name: options(one, timedelta(seconds=7), nccl_options) for one in communicators(SET)}
     assert {name: (o.config.min_ctas, o.config.max_ctas) for name, o in made.items()} == {
         "tp": (6, 6),
         "cp": (-1, -1),
@@ -100,14 +100,14 @@ def test_torch_names_them_so() -> None:
 
 @pytest.mark.skipif(not dist.is_nccl_available(), reason="this build of torch has no NCCL")
 def test_nccl_takes_them() -> None:
-    made = options(SET, ("tp",), timedelta(seconds=7), dist.ProcessGroupNCCL.Options)
+    made = options(communicators(SET)[0], timedelta(seconds=7), dist.ProcessGroupNCCL.Options)
     assert (made.config.min_ctas, made.config.max_ctas, made.is_high_priority_stream) == (6, 6, True)
 
 
 def test_every_stream_goes_before_compute_unless_the_plan_says_otherwise() -> None:
     """Torch's default is the opposite, and the price assumes that a collective starts at once."""
     plan = Plan(tp=2, cp=2, dp_shard=2)
-    assert all(options(plan, axes, timedelta(1), nccl_options).is_high_priority_stream for axes, _ in GROUPS)
+    assert all(options(one, timedelta(1), nccl_options).is_high_priority_stream for one in communicators(plan))
 
 
 def test_what_a_plan_can_set_are_communicators() -> None:

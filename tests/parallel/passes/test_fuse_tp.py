@@ -131,7 +131,7 @@ def test_a_plan_that_does_not_ask_for_it_has_none() -> None:
 def test_the_same_is_sent_and_computed(more: str) -> None:
     fused, plain = program_of(PLAN + more), program_of(PLAN.replace("true", "false") + more)
     sent = [Counter(map(str, ledger.expected(program))) for program in (fused, plain)]
-    assert sent[0] == sent[1] and any(key.startswith("all_gather over tp") for key in sent[0])
+    assert sent[0] == sent[1] and any(key.startswith("all_gather on tp,") for key in sent[0])
     assert sum(map(fused.flops, fused.ops)) == sum(map(plain.flops, plain.ops))
     assert sum(map(fused.bytes_moved, fused.ops)) == sum(map(plain.bytes_moved, plain.ops))
     wires = [sum(p.wire_bytes(op) for op in p.ops if op.kind != "wait" and "axes" in op.attrs) for p in (fused, plain)]
@@ -194,7 +194,8 @@ def test_a_record_knows_its_parts() -> None:
     assert (scatter.inputs, scatter.outputs) == (("y", "v"), ("z", "z_partial"))
     assert program.flops(gather) == 2 * T * B * D * F // 2 and program.payload_bytes(gather) == T * B * D * 8
     assert program.payload_bytes(scatter) == T * B * D * 8 and program.wire_bytes(scatter) == T * B * D * 8 / 2
-    assert ledger.expected(program) == [Entry(kind, "tp", T * B * D * 8) for kind in ("all_gather", "reduce_scatter")]
+    kinds = ("all_gather", "reduce_scatter")
+    assert ledger.expected(program) == [Entry(kind, "tp", "tp", T * B * D * 8) for kind in kinds]
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -374,10 +375,11 @@ def errors_of(ranks: int) -> list[float]:
     kv, up = drawn(D, 2, 3, F), drawn(D, F)
     ykv, yup = torch.empty(T, B, 2, 3, F, dtype=torch.float64), torch.empty(T, B, F, dtype=torch.float64)
     products = [product_of("tbi,ichk->tbchk", whole, kv, ykv), product_of("tbi,if->tbf", whole, up, yup)]
-    before = comm.issue("all_gather", HEADS, x, torch.empty_like(whole), None)
+    before = comm.bind("all_gather", HEADS, x, torch.empty_like(whole), None)
+    assert (work := before.issue()) is not None
     comm.bind_gather_products(HEADS, x, whole, products)()
-    assert before.work.is_completed(), "a collective over the same group comes first"
-    comm.wait(before)
+    assert work.is_completed(), "a collective over the same group comes first"
+    before.wait()
     wanted = torch.empty_like(whole)
     dist.all_gather_single(wanted, x)
     differences = [
@@ -395,7 +397,7 @@ def errors_of(ranks: int) -> list[float]:
         dist.all_reduce(total)
         differences.append(out - total.chunk(ranks)[mesh.rank])
     size = T * B * D * 8
-    assert comm.ledger == [*[Entry("all_gather", "tp", size)] * 2, *[Entry("reduce_scatter", "tp", size)] * 2]
+    assert comm.ledger == [Entry(kind, "tp", "tp", size) for kind in ("all_gather", "reduce_scatter") for _ in range(2)]
     mesh.close()
     return [float(difference.abs().max()) for difference in differences]
 
@@ -455,12 +457,12 @@ def steps_of(text: str, device: str, rank: int, store: str) -> list[float]:
 
 def run_processes(text: str, device: str, folder: Path) -> list[float]:
     """:func:`steps_of` on processes of its own, which no other test has touched."""
-    code = "import json, sys; sys.path[:0] = {!r}; from test_fused_tp import steps_of; print(json.dumps(steps_of({})))"
+    code = "import json, sys; sys.path[:0] = {!r}; from test_fuse_tp import steps_of; print(json.dumps(steps_of({})))"
     here = Path(__file__).parent
     running: list[subprocess.Popen[str]] = []
     for rank in range(Plan.parse(text).world_size):
         arguments = f"{text!r}, {device!r}, {rank}, {str(folder / 'store')!r}"
-        line = [sys.executable, "-c", code.format([str(here), str(here.parent)], arguments)]
+        line = [sys.executable, "-c", code.format([str(here), str(here.parents[1])], arguments)]
         running.append(subprocess.Popen(line, stdout=subprocess.PIPE, text=True))
     answers = [process.communicate(timeout=300)[0] for process in running]
     assert [process.returncode for process in running] == [0] * len(running)
@@ -492,9 +494,9 @@ def test_fused_steps_are_the_plain_ones(device: str, ranks: int, tmp_path: Path)
 def test_torchs_pipeline_over_one_rank() -> None:
     """Symmetric memory of a group of one, and a capture of it: what one GPU can show."""
     mesh = Mesh(Plan())
-    group = dist.new_group([0], backend="nccl")
+    group = dist.new_group([0], backend="nccl", group_desc="tp")
     assert isinstance(group, dist.ProcessGroup)
-    mesh._groups[HEADS, ""] = group
+    mesh._groups["tp"] = group
     comm = Communicator(mesh)
     assert comm.symmetric_memory(HEADS, T * B * D * 8).numel() == T * B * D * 8
     x, weight = torch.randn(T, B, D, device="cuda"), torch.randn(D, D, device="cuda")

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import starmap
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,7 +32,7 @@ from cinemesh.model import weights
 from cinemesh.model.buckets import BucketRunner
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step
-from cinemesh.parallel.ir.layout import Axes
+from cinemesh.parallel.ir.communicators import GROUPS, communicator_name
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.passes.liveness import persistent
@@ -41,7 +42,7 @@ from cinemesh.parallel.runtime.comm import Communicator, set_up_nccl
 from cinemesh.parallel.runtime.executor import Executor
 from cinemesh.parallel.runtime.graph import Graph, GraphPool, Heartbeat, refuse, vote
 from cinemesh.parallel.runtime.ledger import expected
-from cinemesh.parallel.runtime.mesh import GROUPS, Mesh, coordinates
+from cinemesh.parallel.runtime.mesh import Mesh, coordinates
 
 STEPS = 20
 
@@ -293,15 +294,12 @@ class LoneMesh(Mesh):
     def __init__(self, plan: Plan) -> None:
         self.plan, self.rank, self.coordinates = plan, 0, coordinates(plan, 0)
         self.before_close = []
-        self._groups = {group: self._lone() for group in GROUPS}
+        self._groups = {name: self._lone(name) for name in starmap(communicator_name, GROUPS)}
 
-    def _lone(self) -> dist.ProcessGroup:
-        group = dist.new_group([0], backend="nccl")
+    def _lone(self, name: str) -> dist.ProcessGroup:
+        group = dist.new_group([0], backend="nccl", group_desc=name)
         assert isinstance(group, dist.ProcessGroup)
         return group
-
-    def group(self, axes: Axes, kind: str) -> dist.ProcessGroup:
-        return self._groups.get((axes, kind)) or self._groups[axes, ""]
 
 
 @pytest.fixture

@@ -190,7 +190,7 @@ def test_micro_batches_reduce_each_block_and_gather_the_replicated_unit_once() -
 
 # -- the comparison ---------------------------------------------------------------------------------------------------
 
-A, B, C = Entry("all_gather", "tp", 8), Entry("all_gather", "tp", 16), Entry("all_gather", "cp", 8)
+A, B, C = (Entry("all_gather", lane, lane, size) for lane, size in (("tp", 8), ("tp", 16), ("cp", 8)))
 
 
 @pytest.mark.parametrize(
@@ -200,11 +200,12 @@ A, B, C = Entry("all_gather", "tp", 8), Entry("all_gather", "tp", 16), Entry("al
         (
             [B, A],
             [A, B],
-            "lane tp, collective 0: ran all_gather over tp, 16 B; the program has all_gather over tp, 8 B",
+            "lane tp, collective 0: ran all_gather on tp, 16 B; the program has all_gather on tp, 8 B",
         ),
         ([A], [A, B], "lane tp: ran 1 collectives; the program has 2"),
         ([A, C], [A], "lane cp: ran 1 collectives; the program has 0"),
         ([replace(A, kind="all_reduce")], [A], "lane tp, collective 0: ran all_reduce"),
+        ([replace(A, communicator="tp:other")], [A], "lane tp, collective 0: ran all_gather on tp:other, 8 B"),
     ],
 )
 def test_difference_names_the_first(ran: list[Entry], planned: list[Entry], said: str | None) -> None:
