@@ -156,7 +156,7 @@ def test_listing_needs_no_torch() -> None:
     program = (
         "import sys\n"
         "sys.modules['torch'] = sys.modules['numpy'] = None\n"
-        "from cinemesh.launch import show\n"
+        "from cinemesh.launch.commands import show\n"
         "show.model_table('tiny', False)\n"
         "show.program_listing(model='tiny', plan='tp=2', latent='3x4x12', text_tokens=7, batch=1, as_json=False)\n"
     )
