@@ -219,8 +219,9 @@ def validate(
 ) -> None:
     """Hold the cost model against published runs.
 
-    Predicts each row with its own hardware, model, plan and software, and prints the errors. Needs no
-    GPU and no torch.
+    Predicts each row with its own hardware, model, plan and software, and prints the errors: steps of
+    other trainers, built from the prices that plan uses, and none of this trainer's own. Needs no GPU
+    and no torch.
     """
     from .commands.validate import run
 

@@ -252,7 +252,7 @@ def _print_search(console: Console, request: Request, found: Search, flops: floa
     console.print(table)
     if ties:
         console.print(f"= near-tie: within {found.error:.1%}, which the model cannot tell apart")
-    console.print(f"step times are good to {ERROR_BAR:.1%} on published runs that no constant was fitted to")
+    console.print(f"± {ERROR_BAR:.1%}: error of these prices on other trainers' published steps left out of the fit")
     console.print(
         f"{cluster.memory.usable_bytes / 1e9:.1f} GB are usable on a GPU; "
         f"{found.played} plans played, {found.bounded} bounded, {len(found.refused)} families refused, for example:"

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ...perf_model.calibration import fit
 from ...perf_model.published import validate
-from ...perf_model.published.rows import Unpredictable, case_of, read
+from ...perf_model.published.rows import TRUSTED, Unpredictable, case_of, read
 from ...perf_model.published.validate import Prediction, Report, Summary, by_source, source_means, summarise
 from .show import new_console, plain_table
 
@@ -130,7 +130,7 @@ def _print_choices(console: Console, report: Report) -> None:
 def _fits(rows: Path | None) -> list[fit.Fit]:
     cases = []
     for row in read(rows or validate.ROWS):
-        if row["kind"] in ("training_step", "layer") and str(row.get("trust")) in ("A", "None"):
+        if row["kind"] in ("training_step", "layer") and (row.get("trust") or "") in TRUSTED:
             try:
                 cases.append(case_of(row))
             except Unpredictable:

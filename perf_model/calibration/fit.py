@@ -21,20 +21,41 @@ HELD_OUT_STEP = 0.04
 
 @dataclass(frozen=True)
 class Constant:
-    """``paths``: dotted names in the cluster file that take the value."""
+    """``paths``: dotted names in the cluster file that take the value.
+
+    ``physical_low``, ``physical_high``: why nothing can lie beyond that bound, so that a value may stand at it. At a
+    bound without such a reason the search was cut short, and the constant carries an error of the model.
+    """
 
     name: str
     paths: tuple[str, ...]
     low: float
     high: float
+    physical_low: str = ""
+    physical_high: str = ""
+
+    def cut_short(self, value: float) -> bool:
+        """Whether a value lies at, or beyond, a bound that is only the search's own."""
+        return (value <= self.low and not self.physical_low) or (value >= self.high and not self.physical_high)
 
 
-BF16 = Constant("sustained clock, bf16", ("gpu.sustained.bfloat16", "gpu.sustained.float16"), 0.55, 1.0)
-FP8 = Constant("sustained clock, fp8", ("gpu.sustained.float8",), 0.50, 1.0)
+_CLOCK = "a long step runs no faster than a short isolated kernel"
+BF16 = Constant(
+    "sustained clock, bf16", ("gpu.sustained.bfloat16", "gpu.sustained.float16"), 0.55, 1.0, physical_high=_CLOCK
+)
+FP8 = Constant("sustained clock, fp8", ("gpu.sustained.float8",), 0.50, 1.0, physical_high=_CLOCK)
 STREAM = Constant("memory fraction", ("stream.fraction",), 0.70, 0.92)
 SLOWDOWN = Constant("compute beside collectives", ("overlap.compute_slowdown",), 0.5, 1.6)
-COMMUNICATION = Constant("collectives beside compute", ("overlap.communication_slowdown",), 1.0, 1.6)
-SPREAD = Constant("spread of ranks", ("spread.step_fraction",), 0.0, 0.02)
+COMMUNICATION = Constant(
+    "collectives beside compute",
+    ("overlap.communication_slowdown",),
+    1.0,
+    1.6,
+    physical_low="compute beside it cannot speed a collective up",
+)
+SPREAD = Constant(
+    "spread of ranks", ("spread.step_fraction",), 0.0, 0.02, physical_low="a spread is not less than nothing"
+)
 TRITON = (
     Constant("Triton attention, forward", ("attention.triton.forward.speed.128",), 1.0e14, 2.4e14),
     Constant("Triton attention, backward", ("attention.triton.backward.speed.128",), 0.7e14, 2.0e14),
@@ -44,6 +65,15 @@ KINDS: Mapping[str, tuple[Constant, ...]] = {
     "A100": (BF16, STREAM, SLOWDOWN, COMMUNICATION, *TRITON),
     "H100 700 W": (BF16, FP8, SLOWDOWN, COMMUNICATION, SPREAD, *TRITON),
     "H100 500 W": (BF16, FP8),
+}
+
+# Constants that stand at a bound of the search's own, by hardware kind and name, with what is known of it. To be fitted
+# again; a test refuses any other, and any of these that has left its bound.
+CUT_SHORT: Mapping[tuple[str, str], str] = {
+    ("H100 700 W", "Triton attention, forward"): (
+        "240 TFLOP/s is the range's end. The 37 rows that it serves are of one source (MosaicML's tables of MPT); the "
+        "loss of all rows is least near 260 TFLOP/s, 0.0757 in place of 0.0759 (2026-11-29)"
+    ),
 }
 
 

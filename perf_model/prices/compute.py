@@ -153,15 +153,6 @@ class Compute:
         """SMs that products and self-attention leave under a plan: none where there is no NCCL to take them."""
         return plan.sm_margin if self._on_gpus else 0
 
-    def least_s(self, program: Program, op: Op) -> float:
-        """A memory-bound op's time without what each kernel costs whatever its size: proportional to its bytes."""
-        measured = self.cluster.measured
-        if measured is not None and op.kind in measured.bytes_per_s:
-            return program.bytes_moved(op) / measured.bytes_per_s[op.kind]
-        passes = REFERENCE.get(op.kind, (1, 1.0))[1] if op.kind in self.unfused else 1.0
-        rate = self.cluster.gpu.memory_bytes_per_s * self.cluster.stream.fraction
-        return program.bytes_moved(op) * passes / rate
-
     def _price(self, program: Program, op: Op, margin: int) -> Price:
         dtype = program.buffers[op.inputs[0]].dtype
         if op.kind == "matmul":
@@ -246,18 +237,6 @@ class Compute:
         """A memory-bound kernel that reads and writes ``bytes_moved`` in all."""
         stream = self.cluster.stream
         return bytes_moved / (self.cluster.gpu.memory_bytes_per_s * stream.fraction) + stream.floor_s
-
-    def ceiling(self, dtype: str) -> float:
-        """FLOP/s that no matmul of any shape exceeds: the law's asymptote, at the grid's most favourable shape."""
-        speed, sustained = self._speed(dtype)
-        favour = min((1.0, *(self._grid.values.values() if self._grid is not None else ())))
-        return speed * self.cluster.matmul.efficiency[dtype] * sustained / favour
-
-    def attention_ceiling(self, direction: Literal["forward", "backward"], head_dim: int, dtype: str) -> float:
-        """FLOP/s that no attention of any length exceeds."""
-        kernels = self.cluster.attention[self.family]
-        padded, speed = _head((kernels.forward if direction == "forward" else kernels.backward).speed, head_dim)
-        return speed * head_dim / padded * self._speed(dtype)[1]
 
     def _speed(self, dtype: str) -> tuple[float, float]:
         """Peak FLOP/s of a dtype and the part of the clock that is sustained."""

@@ -62,7 +62,6 @@ class Stack:
     early_stop: bool = False
     whole_vocab: bool = False
     keeps_gathered: bool = False
-    citation: str = ""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from .peers import Model, Run, Stack
 FOLDER = Path(__file__).parent
 KINDS = ("training_step", "layer", "attention_layer", "memory", "oom_check", "microbench")
 TIMED = ("training_step", "layer", "attention_layer")
+TRUSTED = ("A", "")  # rows that say all that a prediction needs, or that do not say how much they say
 
 BLOCK = ("norm1", "q", "rope", "core", "out", "residual1", "norm2", "ffn_in", "activation", "ffn_out", "residual2")
 # torchtitan's selective op: products 2, 4, 6 of the seven (k, out, up) and everything that is no product or attention
@@ -359,5 +360,5 @@ def case_of(row: dict[str, Any]) -> Case:
     measured = measured_s(row, run) if row["kind"] in TIMED else None
     title = str(row["source"].get("title"))
     return Case(
-        row["id"], row["kind"], title, str(row.get("trust")), run, cluster, row["hardware"]["gpus"], measured, row
+        row["id"], row["kind"], title, row.get("trust") or "", run, cluster, row["hardware"]["gpus"], measured, row
     )

@@ -19,7 +19,7 @@ from ..prices.compute import Compute
 from ..prices.network import Network
 from .peer_memory import activation_bytes, fits, peak_bytes, state_bytes
 from .peer_step import attention_s, layer_s, step_s
-from .rows import BLOCK, FOLDER, TIMED, Case, Unpredictable, case_of, cluster_of, read, run_of
+from .rows import BLOCK, FOLDER, TIMED, TRUSTED, Case, Unpredictable, case_of, cluster_of, read, run_of
 
 ROWS = FOLDER / "rows.yaml"
 GROUPS = FOLDER / "groups.yaml"
@@ -75,7 +75,7 @@ class Report:
 
     @property
     def headline(self) -> list[Prediction]:
-        return [p for p in self.times if p.trust in ("A", "None") and p.kind != "attention_layer"]
+        return [p for p in self.times if p.trust in TRUSTED and p.kind != "attention_layer"]
 
     def right_verdicts(self) -> float:
         """Of the rows that ran out of memory, the part that is predicted to."""
@@ -166,7 +166,9 @@ def timed(case: Case, predicted_s: float) -> Prediction:
 
 def _memory(row: dict[str, Any], what: str, measured: float, predicted: float, unit: str = "GiB") -> Prediction:
     name = row["id"] if what == "peak" else f"{row['id']}:{what}"
-    return Prediction(name, "memory", str(row["source"].get("title")), str(row.get("trust")), unit, measured, predicted)
+    return Prediction(
+        name, "memory", str(row["source"].get("title")), row.get("trust") or "", unit, measured, predicted
+    )
 
 
 def _korthikanti(row: dict[str, Any]) -> list[Prediction]:

@@ -19,7 +19,7 @@ from typing import Any
 from ...errors import CinemeshError
 from .space import Choice, Family, Mode, Prices, Request, Variant, divisors
 
-# Relative errors on published runs (perf_model/published, ``cinemesh validate``, 2026-11-23).
+# Relative errors on published runs of other trainers (perf_model/published, ``cinemesh validate``, 2026-11-23).
 ERROR_BAR = 0.054  # of a step time: mean over sources that were left out of the fit
 NEAR = 0.02  # of a difference: of pairs of plans predicted further apart, 97 % ran in that order; closer, 88 %
 

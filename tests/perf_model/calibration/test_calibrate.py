@@ -132,12 +132,11 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(na
 
 
 def test_a_measured_op_is_priced_by_its_own_time() -> None:
-    """And only it; the bound that prunes the search stays below it."""
+    """And only it."""
     program = build_step(preset("tiny"), Plan(tp=2, dtype="float32"), Batch(1, (4, 8, 8)))
     measured, plain = Compute(TRUTH), Compute(replace(TRUTH, measured=None))
     for op in program.ops:
         if op.kind in ("swiglu", "modulate_norm"):
             seconds = 9e-6 + program.bytes_moved(op) / 2e9 if op.kind == "swiglu" else plain.op_s(program, op)
             assert measured.op_s(program, op) == pytest.approx(seconds)
-            assert measured.least_s(program, op) <= seconds
     assert {"swiglu", "modulate_norm"} <= {op.kind for op in program.ops}

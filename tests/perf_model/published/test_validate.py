@@ -3,6 +3,7 @@
 import itertools
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,13 +208,30 @@ def test_fit_finds_planted_constants() -> None:
     assert least < 0.01
 
 
-def test_fitted_constants_lie_inside_their_ranges() -> None:
-    """A constant at its bound would be an error of the model under another name."""
-    for name in ("dgx-a100-hdr200", "dgx-h100-ib400", "h100-hbm2e-500w"):
+def cut_short(cluster: Cluster, constants: Sequence[fit.Constant]) -> set[tuple[str, str]]:
+    """Kind and name of what stands at a bound of the search's own."""
+    values = fit.standing(cluster, constants)
+    return {(fit.kind_of(cluster), c.name) for c in constants if c.cut_short(values[c.name])}
+
+
+def test_no_fitted_constant_stands_at_a_bound_of_the_search() -> None:
+    """There it would be an error of the model under another name. The known ones are listed, and no longer than so."""
+    found: set[tuple[str, str]] = set()
+    for name in ("dgx-a100-hdr200", "dgx-h100-ib400", "grand-teton-h100", "h100-hbm2e-500w"):
         cluster = load(name)
-        constants = fit.KINDS[fit.kind_of(cluster)]
-        for constant in constants:
-            assert constant.low <= fit.standing(cluster, constants)[constant.name] <= constant.high, constant.name
+        found |= cut_short(cluster, fit.KINDS[fit.kind_of(cluster)])
+    assert found == set(fit.CUT_SHORT)
+
+
+@pytest.mark.parametrize("constant", {c.name: c for kind in fit.KINDS.values() for c in kind}.values())
+def test_a_constant_at_its_bound_is_seen(constant: fit.Constant) -> None:
+    """At either bound and beyond it, unless the bound is physical; within them never."""
+    cluster = load("dgx-h100-ib400")
+    for value, physical in ((constant.low, constant.physical_low), (constant.high, constant.physical_high)):
+        moved = cluster.with_(**dict.fromkeys(constant.paths, value))
+        assert bool(cut_short(moved, [constant])) == (not physical)
+    inside = 0.5 * (constant.low + constant.high)
+    assert not cut_short(cluster.with_(**dict.fromkeys(constant.paths, inside)), [constant])
 
 
 # -- rows that cannot be predicted, files that hold nonsense ----------------------------------------------------------
