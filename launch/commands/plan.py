@@ -21,7 +21,8 @@ from ...perf_model.prices.startup import start_up
 from ...perf_model.published.paper import STAGES
 from ...perf_model.report import explain
 from ...perf_model.report.explain import Whole, describe, whole
-from ...perf_model.search.planner import ERROR_BAR, Refusal, Search, search
+from ...perf_model.search.planner import ERROR_BAR, Search, search
+from ...perf_model.search.refusals import Refusal, RefusalKind
 from ...perf_model.search.space import Bucket, Choice, Request
 from .show import new_console, parse_latent, plain_table
 
@@ -95,7 +96,7 @@ def run(
         "best": _choice(found.best) | {"mfu": explain.mfu_of(request, found.best, flops)},
         "ranked": [_choice(choice) for choice in found.choices],
         "near_ties": [_choice(choice) for choice in found.near_ties()],
-        "refused": [asdict(refusal) for refusal in found.refused],
+        "refused": [refusal.to_dict() for refusal in found.refused],
         "played": found.played,
         "bounded": found.bounded,
         "start_up": _start_up(found.best.plan, request),
@@ -262,11 +263,10 @@ def _print_search(console: Console, request: Request, found: Search, flops: floa
 
 
 def _telling(refused: list[Refusal]) -> list[Refusal]:
-    """One refusal of each kind: of shape, of memory, of speed."""
-    kinds: dict[str, Refusal] = {}
+    """The first refusal of each kind."""
+    kinds: dict[RefusalKind, Refusal] = {}
     for refusal in refused:
-        kind = next((word for word in ("GB", "slower") if word in refusal.reason), "shape")
-        kinds.setdefault(kind, refusal)
+        kinds.setdefault(refusal.kind, refusal)
     return list(kinds.values())
 
 

@@ -5,7 +5,7 @@ Plans differ by marker as well as by colour.
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,6 @@ REST = "all others"
 MARKERS = {1: "o", 2: "s", 4: "D", 8: "^", 16: "v"}  # by tp
 SHADES = {1: "#ffffff", 2: "#cfe6d2", 4: "#6f9bc8", 8: "#27496d"}  # by cp, up to the next
 LABELLED = 8  # plans of the landscape that carry their degrees
-_NEEDS = re.compile(r"needs ([\d.]+) GB.*; ([\d.]+) GB are free")
 
 
 def draw_terms(figure: Figure, wholes: Sequence[Whole]) -> None:
@@ -94,7 +93,8 @@ def draw_landscape(figure: Figure, found: Landscape, best: Choice) -> None:
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.1, 1.0])
     _draw_throughput(upper, found, best)
     _draw_feasible(lower, found)
-    batches = sorted({c.global_batch for c in found.choices} | {m.global_batch for m in found.misfits})
+    misfits = {refusal.family.global_batch(found.gpus) for refusal in found.misfits}
+    batches = sorted({c.global_batch for c in found.choices} | misfits)
     lower.set_xscale("log", base=2)
     ticks = [b for i, b in enumerate(batches) if i == 0 or b / _last_tick(batches[:i]) >= 1.25]
     lower.set_xticks(ticks, [f"{b:,}" for b in ticks], rotation=45, ha="right")
@@ -189,11 +189,9 @@ def _draw_feasible(axes: Axes, found: Landscape) -> None:
     need: dict[tuple[int, int], float] = {}
     free = ""
     for misfit in found.misfits:
-        number = _NEEDS.search(misfit.reason)
-        if number is None:
-            continue
-        size, free = misfit.model_parallel, f"\n({number[2]} GB are free)"
-        need[misfit.global_batch, size] = min(need.get((misfit.global_batch, size), 1e9), float(number[1]))
+        cell = misfit.family.global_batch(found.gpus), misfit.family.model_parallel
+        need[cell] = min(need.get(cell, math.inf), misfit.needs_bytes)
+        free = f"\n({misfit.free_bytes / 1e9:.1f} GB are free)"
     fits = {(c.global_batch, c.plan.tp * c.plan.cp) for c in found.choices}
     rows = sorted({size for _, size in (*need, *fits)})
     place = {size: i for i, size in enumerate(rows)}
@@ -206,7 +204,7 @@ def _draw_feasible(axes: Axes, found: Landscape) -> None:
         markeredgecolor="black",
         label="fits",
     )
-    crossed = {cell: gigabytes for cell, gigabytes in need.items() if cell not in fits}
+    crossed = {cell: bytes_ for cell, bytes_ in need.items() if cell not in fits}
     axes.plot(
         [batch for batch, _ in crossed],
         [place[size] for _, size in crossed],
@@ -216,9 +214,9 @@ def _draw_feasible(axes: Axes, found: Landscape) -> None:
         markeredgewidth=1.8,
         label=f"does not fit:\nGB that it needs{free}",
     )
-    for (batch, size), gigabytes in crossed.items():
+    for (batch, size), bytes_ in crossed.items():
         axes.annotate(
-            f"{gigabytes:.1f}",
+            f"{bytes_ / 1e9:.1f}",
             (batch, place[size]),
             xytext=(6, 0),
             textcoords="offset points",

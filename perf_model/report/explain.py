@@ -20,7 +20,7 @@ from ..prices.encoders import FrozenCost
 from ..prices.footprint import Footprint, footprint
 from ..prices.network import Network
 from ..prices.timeline import Tape, Timeline, play, price
-from ..search.planner import search
+from ..search.planner import survey
 from ..search.space import Choice, Request
 
 SPELT_OUT = 4  # activations kept from which on only their number is shown
@@ -253,10 +253,14 @@ def sensitivities(request: Request, best: Choice) -> Iterator[Sensitivity]:
     ]
     for text, changed in changes:
         try:
-            found = search(replace(changed(), shown=1)).best
-        except CinemeshError as error:
+            outcome = survey(replace(changed(), shown=1))
+        except CinemeshError as error:  # the cluster has no more GPUs
             yield Sensitivity(text, None, 0.0, -1.0, error.problem)
             continue
+        if not outcome.choices:
+            yield Sensitivity(text, None, 0.0, -1.0, outcome.nothing)
+            continue
+        found = outcome.best
         same = (found.plan.tp, found.plan.cp) == (best.plan.tp, best.plan.cp)
         note = "same degrees" if same else f"then {describe(found.plan)}"
         yield Sensitivity(text, found.plan, found.samples_per_s, found.samples_per_s / best.samples_per_s - 1.0, note)

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from ...errors import CinemeshError
-from ..search.planner import Search, search
+from ..search.planner import Search, survey
+from ..search.refusals import Refusal, RefusalKind
 from ..search.space import Choice, Request
 from .explain import model_flops
 
 DEALS = ((1, 1), (2, 1), (4, 1), (1, 2))  # samples of one micro-batch on one data rank, micro-batches
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144)  # GPUs
 FAMILIES = 12  # shown at most for one size of a micro-batch
-_FAMILY = re.compile(r"tp=(\d+) cp=(\d+)")
 
 Tick = Callable[[str], object]  # told what was done
-
-
-@dataclass(frozen=True)
-class Misfit:
-    """A family that needs more memory than there is. ``model_parallel``: tp * cp; ``global_batch`` in samples."""
-
-    family: str
-    model_parallel: int
-    global_batch: int
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -50,14 +38,15 @@ class Group:
 class Landscape:
     """The best plans of the fastest families, over batch sizes.
 
-    ``error``: relative difference in throughput that the model cannot tell. ``other``: families left out for other
-    reasons than memory, counted. ``nothing``: why a whole size of a micro-batch fails.
+    ``error``: relative difference in throughput that the model cannot tell. ``misfits``: families that need more memory
+    than there is. ``other``: families left out for other reasons, counted. ``nothing``: why a whole size of a
+    micro-batch fails.
     """
 
     gpus: int
     error: float = 0.0
     choices: list[Choice] = field(default_factory=list)
-    misfits: list[Misfit] = field(default_factory=list)
+    misfits: list[Refusal] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     nothing: list[str] = field(default_factory=list)
     other: int = 0
@@ -118,20 +107,13 @@ def explore(request: Request, error: float, tick: Tick = lambda _: None) -> Land
 
 
 def _add(found: Landscape, asked: Request, micro_batches: int) -> None:
-    try:
-        outcome = search(asked)
-    except CinemeshError as error:  # at this size of a micro-batch
-        found.nothing.append(f"{asked.samples} x {micro_batches} micro-batches: {error.problem}")
-        return
+    outcome = survey(asked)
+    if not outcome.choices:
+        found.nothing.append(f"{asked.samples} x {micro_batches} micro-batches: {outcome.nothing}")
     found.choices += outcome.choices
-    for refusal in outcome.refused:
-        degrees = _FAMILY.match(refusal.family)
-        if degrees is None or "GB" not in refusal.reason:
-            found.other += 1
-            continue
-        size = int(degrees[1]) * int(degrees[2])
-        batch = asked.gpus // size * asked.samples * micro_batches
-        found.misfits.append(Misfit(refusal.family, size, batch, refusal.reason))
+    misfits = [refusal for refusal in outcome.refused if refusal.kind is RefusalKind.MEMORY]
+    found.misfits += misfits
+    found.other += len(outcome.refused) - len(misfits)
 
 
 def _distinct(choices: list[Choice]) -> list[Choice]:
@@ -144,12 +126,11 @@ def _distinct(choices: list[Choice]) -> list[Choice]:
 
 @dataclass(frozen=True)
 class Point:
-    """The best plan of one number of GPUs, or why there is none. ``mfu``: model FLOPs over the peak of all GPUs."""
+    """The best plan of one number of GPUs, or None. ``mfu``: model FLOPs over the peak of all GPUs."""
 
     gpus: int
     choice: Choice | None
     mfu: float
-    reason: str = ""
 
     @property
     def samples_per_gpu_s(self) -> float:
@@ -176,10 +157,10 @@ def _points(asked: Request, request: Request, known: Search, tick: Tick) -> Iter
         if gpus == request.gpus and request.global_batch is None:
             choice = known.best
         else:
-            try:
-                choice = search(replace(asked, gpus=gpus)).best
-            except CinemeshError as error:
-                yield Point(gpus, None, 0.0, error.problem)
+            outcome = survey(replace(asked, gpus=gpus))
+            if not outcome.choices:
+                yield Point(gpus, None, 0.0)
                 continue
+            choice = outcome.best
         peak = request.cluster.gpu.peak_flops[choice.plan.compute_dtype]
         yield Point(gpus, choice, per_sample * choice.samples_per_s / (gpus * peak))

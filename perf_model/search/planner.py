@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...errors import CinemeshError
+from .refusals import FamilyKey, Refusal, RefusalKind
 from .space import Choice, Family, Mode, Prices, Request, Variant, divisors
 
 # Relative errors on published runs of other trainers (perf_model/published, ``cinemesh validate``, 2026-11-23).
@@ -24,19 +25,11 @@ ERROR_BAR = 0.054  # of a step time: mean over sources that were left out of the
 NEAR = 0.02  # of a difference: of pairs of plans predicted further apart, 97 % ran in that order; closer, 88 %
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """A family that is not in the table, and the number that keeps it out."""
-
-    family: str
-    reason: str
-    needs_bytes: float = 0.0
-
-
 @dataclass
 class Search:
     """Ranked plans, the best first, and what was refused. ``error``: relative error of a difference between plans."""
 
+    request: Request
     choices: list[Choice]
     refused: list[Refusal]
     error: float
@@ -46,6 +39,20 @@ class Search:
     @property
     def best(self) -> Choice:
         return self.choices[0]
+
+    @property
+    def nothing(self) -> str:
+        """Where no plan fits: what came nearest, in a sentence."""
+        request, near = self.request, self.nearest
+        shapes = ", ".join("x".join(map(str, b.latent)) for b in request.buckets)
+        why = f" (nearest: {near.family}: {near.reason})" if near else ""
+        return f"no plan of {request.gpus} GPUs of {request.cluster.name} runs {request.config.name} on {shapes}{why}"
+
+    @property
+    def nearest(self) -> Refusal | None:
+        """The refused family that needs the least memory; one of another kind where none fails for that."""
+        too_big = [refusal for refusal in self.refused if refusal.kind is RefusalKind.MEMORY]
+        return min(too_big, key=lambda r: r.needs_bytes) if too_big else self.refused[0] if self.refused else None
 
     def near_ties(self) -> list[Choice]:
         """Plans whose throughput the model cannot tell from the best one's."""
@@ -62,11 +69,16 @@ def _families(prices: Prices, refused: list[Refusal]) -> list[Family]:
         for cp in divisors(request.gpus // tp):
             if fixed.get("cp", cp) != cp:
                 continue
-            family = Family(prices, tp, cp, 1, 1)
+            family = Family(prices, FamilyKey(tp, cp))
             try:
-                family.check()
+                family.check_placement()
             except CinemeshError as error:
-                refused.append(Refusal(family.name, error.problem))
+                refused.append(Refusal(RefusalKind.PLACEMENT, family.key, error.problem))
+                break  # no cp mends it
+            try:
+                family.check_shapes()
+            except CinemeshError as error:
+                refused.append(Refusal(RefusalKind.DIVIDES, family.key, error.problem))
                 if error.what != "tokens":
                     break  # no cp mends it
                 continue
@@ -80,17 +92,17 @@ def _batches(prices: Prices, tp: int, cp: int, refused: list[Refusal]) -> Iterat
     data_ranks = request.gpus // (tp * cp)
     fixed = request.fixed
     if request.global_batch is None:
-        yield Family(prices, tp, cp, request.samples, int(fixed.get("micro_batches", 1)))  # type: ignore[arg-type]
+        micro_batches = int(fixed.get("micro_batches", 1))  # type: ignore[arg-type]
+        yield Family(prices, FamilyKey(tp, cp, request.samples, micro_batches))
         return
     if request.global_batch % data_ranks:
-        refused.append(
-            Refusal(f"tp={tp} cp={cp}", f"global batch({request.global_batch}) % data ranks({data_ranks}) != 0")
-        )
+        rule = f"global batch({request.global_batch}) % data ranks({data_ranks}) != 0"
+        refused.append(Refusal(RefusalKind.DIVIDES, FamilyKey(tp, cp), rule))
         return
     share = request.global_batch // data_ranks
     for micro_batches in divisors(share):
         if fixed.get("micro_batches", micro_batches) == micro_batches:
-            yield Family(prices, tp, cp, share // micro_batches, micro_batches)
+            yield Family(prices, FamilyKey(tp, cp, share // micro_batches, micro_batches))
 
 
 @dataclass(order=True)
@@ -111,8 +123,19 @@ class _Todo:
 def search(request: Request) -> Search:
     """Ranked plans for a request: the best variant of each family.
 
-    Whatever has the lowest bound is opened first; the search ends when no bound is below the last plan shown.
     Raises CinemeshError when no plan fits: it says which came nearest and what would fit.
+    """
+    found = survey(request)
+    if not found.choices:
+        raise CinemeshError(found.nothing, remedy=_remedy(found))
+    return found
+
+
+def survey(request: Request) -> Search:
+    """As ``search``; where no plan fits, a search without choices.
+
+    Whatever has the lowest bound is opened first; the search ends when no bound is below the last plan shown.
+    Raises CinemeshError for more GPUs than the cluster has, and for latents that the model cannot take.
     """
     for bucket in request.buckets:
         request.config.tokens(bucket.latent)
@@ -129,7 +152,7 @@ def search(request: Request) -> Search:
     heap: list[_Todo] = []
 
     def push(family: Family, step_s: float, **what: Any) -> None:
-        per_sample_s = step_s * spread / family.global_batch()
+        per_sample_s = step_s * spread / family.global_batch
         heapq.heappush(heap, _Todo(per_sample_s, next(number), family, **what))
 
     families = _families(prices, refused)
@@ -168,9 +191,6 @@ def search(request: Request) -> Search:
             push(family, variant.bound_s, variant=variant)
         if unfit and todo.modes[1:]:
             push(family, family.floor_s(todo.modes[1]), modes=todo.modes[1:], groups=unfit)
-    if not best:
-        refused += [_too_big(prices, family) for family in families]
-        raise _nothing_fits(request, refused)
     ranked = sorted(best.items(), key=lambda item: (item[1].step_s / item[1].global_batch, repr(item[1].plan)))
     shown = {family for family, _ in ranked[: request.shown]}
     for family in families:
@@ -178,43 +198,30 @@ def search(request: Request) -> Search:
             continue
         if family in best:
             behind = best[family].step_s / best[family].global_batch / worst - 1.0
-            refused.append(Refusal(family.name, f"{behind:.1%} slower for a sample than the last plan shown"))
+            refused.append(Refusal(RefusalKind.SLOWER, family.key, slower=behind))
         elif family in bounds:
             behind = bounds[family] / worst - 1.0
-            refused.append(Refusal(family.name, f"at least {behind:.1%} slower for a sample than the last plan shown"))
+            refused.append(Refusal(RefusalKind.SLOWER, family.key, slower=behind, at_least=True))
         else:
             refused.append(_too_big(prices, family))
-    return Search([choice for _, choice in ranked[: request.shown]], refused, NEAR, prices.played, prices.bounded)
+    choices = [choice for _, choice in ranked[: request.shown]]
+    return Search(request, choices, refused, NEAR, prices.played, prices.bounded)
 
 
 def _too_big(prices: Prices, family: Family) -> Refusal:
-    limit = prices.limit_bytes(family.plan)
     need = family.least_peak or family.floor_bytes("full")
-    return Refusal(
-        family.name, f"needs at least {need / 1e9:.1f} GB even with full recompute; {limit / 1e9:.1f} GB are free", need
-    )
+    free = prices.limit_bytes(family.plan)
+    return Refusal(RefusalKind.MEMORY, family.key, needs_bytes=need, free_bytes=free)
 
 
-def _nothing_fits(request: Request, refused: list[Refusal]) -> CinemeshError:
-    """What came nearest, and how many GPUs of this cluster would do."""
-    shapes = ", ".join("x".join(map(str, b.latent)) for b in request.buckets)
-    too_big = [r for r in refused if r.needs_bytes]
-    nearest = min(too_big, key=lambda r: r.needs_bytes) if too_big else refused[0] if refused else None
-    why = f" (nearest: {nearest.family}: {nearest.reason})" if nearest else ""
-    return CinemeshError(
-        f"no plan of {request.gpus} GPUs of {request.cluster.name} runs {request.config.name} on {shapes}{why}",
-        remedy=_remedy(request) if too_big else "free the fixed fields, or change the GPUs or the global batch",
-    )
-
-
-def _remedy(request: Request) -> str:
-    if request.global_batch is None:
-        gpus = 2 * request.gpus
-        while gpus <= request.cluster.gpus:
-            try:
-                fits = search(replace(request, gpus=gpus, shown=1)).best
-            except CinemeshError:
-                gpus *= 2
-                continue
-            return f"{gpus} GPUs fit, with tp={fits.plan.tp} cp={fits.plan.cp}; or use a smaller latent"
+def _remedy(found: Search) -> str:
+    """Where no plan fits: how many GPUs of this cluster would do."""
+    request = found.request
+    if found.nearest is None or found.nearest.kind is not RefusalKind.MEMORY:
+        return "free the fixed fields, or change the GPUs or the global batch"
+    gpus = 2 * request.gpus
+    while request.global_batch is None and gpus <= request.cluster.gpus:
+        if fits := survey(replace(request, gpus=gpus, shown=1)).choices:
+            return f"{gpus} GPUs fit, with tp={fits[0].plan.tp} cp={fits[0].plan.cp}; or use a smaller latent"
+        gpus *= 2
     return "use GPUs with more memory or a smaller latent"

@@ -27,6 +27,7 @@ from ..prices.timeline import beyond_server, check_fused
 from .extrapolate import Skeleton
 from .few_blocks import Shallow
 from .lower_bound import Floor, Recompute
+from .refusals import FamilyKey
 
 Mode = tuple[Recompute, Recompute | None]  # how blocks recompute, and what as many of the last ones as fit do instead
 ATTENTION: Recompute = ("o", "lse")  # self-attention is what costs most to run again, and its output is small
@@ -91,8 +92,8 @@ class Choice:
         return 1.0 - self.compute_s / self.step_s
 
     @property
-    def family(self) -> tuple[int, int, int, int]:
-        return self.plan.tp, self.plan.cp, self.samples, self.plan.micro_batches
+    def family(self) -> FamilyKey:
+        return FamilyKey(self.plan.tp, self.plan.cp, self.samples, self.plan.micro_batches)
 
 
 def divisors(value: int) -> list[int]:
@@ -140,33 +141,29 @@ class Variant:
 class Family:
     """Variants of one choice of tp, cp, samples and micro-batches."""
 
-    def __init__(self, prices: Prices, tp: int, cp: int, samples: int, micro_batches: int) -> None:
+    def __init__(self, prices: Prices, key: FamilyKey) -> None:
         self.prices = prices
         self.request = prices.request
-        self.samples = samples
-        self.data_ranks = self.request.gpus // (tp * cp)
-        self.plan = everywhere(self.request).with_degrees(tp=tp, cp=cp, dp_shard=self.data_ranks)
-        self.plan = replace(self.plan, micro_batches=micro_batches)
+        self.key, self.samples = key, key.samples
+        self.data_ranks = self.request.gpus // key.model_parallel
+        self.plan = everywhere(self.request).with_degrees(tp=key.tp, cp=key.cp, dp_shard=self.data_ranks)
+        self.plan = replace(self.plan, micro_batches=key.micro_batches)
         self.least_peak = 0
         self._placements: dict[tuple[int, int], list[tuple[tuple[str, ...], Groups]]] = {}
         self._shallow: dict[bool, list[Shallow]] = {}
         self._skeletons: dict[tuple[object, ...], list[Skeleton]] = {}
 
     @property
-    def name(self) -> str:
-        text = f"tp={self.plan.tp} cp={self.plan.cp}"
-        if self.samples > 1:
-            text += f" samples={self.samples}"
-        if self.plan.micro_batches > 1:
-            text += f" micro_batches={self.plan.micro_batches}"
-        return text
-
     def global_batch(self) -> int:
-        return self.data_ranks * self.samples * self.plan.micro_batches
+        return self.key.global_batch(self.request.gpus)
 
-    def check(self) -> None:
+    def check_placement(self) -> None:
+        """Raise CinemeshError where a group of tp would lie on more servers than fused records reach."""
         order: Any = self.request.fixed.get("order", self.plan.order)
         check_fused(replace(self.plan, order=order), self.request.cluster)
+
+    def check_shapes(self) -> None:
+        """Raise CinemeshError where a degree does not divide what it splits of the model or of a bucket."""
         for bucket in self.request.buckets:
             check(self.request.config, self.plan, Batch(self.samples, bucket.latent))
 
@@ -391,6 +388,6 @@ class Prices:
             compute_s=compute_s,
             bound_s=variant.bound_s * spread,
             peak_bytes=variant.peak_bytes + self.outside_bytes(plan),
-            global_batch=family.global_batch(),
+            global_batch=family.global_batch,
             frozen=variant.frozen,
         )

@@ -6,26 +6,31 @@ A small model on a small cluster: the searches are real, and quick.
 import base64
 import colorsys
 import io
+import itertools
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import combinations
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from PIL import Image
 
 from cinemesh.errors import CinemeshError
 from cinemesh.model.config import preset
+from cinemesh.model.step import Batch
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
-from cinemesh.perf_model.prices.footprint import CLASSES
+from cinemesh.perf_model.prices.footprint import CLASSES, outside
 from cinemesh.perf_model.report import draw_plans, draw_step, landscape, report
-from cinemesh.perf_model.report.explain import describe
+from cinemesh.perf_model.report.explain import describe, whole
 from cinemesh.perf_model.report.landscape import Landscape, neutral_groups
 from cinemesh.perf_model.report.page import Story
 from cinemesh.perf_model.search.planner import Search, search
+from cinemesh.perf_model.search.refusals import RefusalKind
 from cinemesh.perf_model.search.space import Bucket, Choice, Request
 
 PICTURES = ["plans", "step", "block", "memory", "landscape", "scaling"]
@@ -60,15 +65,44 @@ def test_sizes_hold_the_request_and_end_with_the_cluster() -> None:
     assert max(landscape.sizes(request)) == 6144 == request.cluster.topology.servers * 8
 
 
-def test_what_does_not_fit_is_placed_at_its_batch() -> None:
-    """A family that needs too much memory appears with its batch and its number, and not among the plans."""
-    request = Request(preset("movie-gen-30b"), (Bucket((32, 96, 96)),), load("grand-teton-h100"), 16)
-    found = Landscape(16)
-    landscape._add(found, replace(request, samples=2, shown=3, fixed={"micro_batches": 1, "tp": 1}), 1)
-    misfit = next(m for m in found.misfits if m.family.startswith("tp=1 cp=1"))
-    assert (misfit.model_parallel, misfit.global_batch) == (1, 32)
-    assert re.search(r"needs at least \d+\.\d GB .*; \d+\.\d GB are free", misfit.reason)
-    assert all((c.plan.tp, c.plan.cp) != (1, 1) for c in found.choices)
+def test_what_does_not_fit_is_crossed_out_at_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn of a job where some families fit and others do not, against whole steps of both.
+
+    A picture that marks nothing as infeasible, or the wrong cell, passes every test of the searches behind it.
+    """
+    config, latent, cluster = preset("movie-gen-30b"), (32, 96, 96), load("grand-teton-h100")
+    monkeypatch.setattr(landscape, "DEALS", ((1, 1), (2, 1)))
+    found = landscape.explore(Request(config, (Bucket(latent),), cluster, 64, fixed={"tp": 1}), 0.02)
+    figure = Figure()
+    draw_plans.draw_landscape(figure, found, found.choices[0])
+    feasible = figure.axes[1]
+    size = [int(label.get_text()) for label in feasible.get_yticklabels()]
+    marked = {
+        line.get_marker(): {(batch, size[int(row)]) for batch, row in np.column_stack(line.get_data()).tolist()}
+        for line in feasible.lines
+    }
+    notes = [note for note in feasible.texts if isinstance(note, Annotation)]
+    told = {(note.xy[0], size[int(note.xy[1])]): float(note.get_text()) for note in notes}
+    for samples, cp in itertools.product((1, 2), (1, 2)):
+        plan = Plan(cp=cp, dp_shard=64 // cp, recompute="full", grad_units=2)
+        least = whole(config, plan, Batch(samples, latent), cluster).footprint
+        cell = (plan.data_ranks * samples, cp)
+        if least.peak_bytes <= least.limit_bytes:
+            assert cell in marked["o"] - marked["x"]
+        else:
+            assert cell in marked["x"] - marked["o"]
+            own = least.peak_bytes - sum(outside(cluster, plan).values())
+            assert 0.9 * own / 1e9 < told[cell] < own / 1e9 + 0.05  # a lower bound, shown in tenths
+    assert len(marked["x"]) == 3 and told.keys() == marked["x"]
+
+
+def test_families_of_a_size_at_which_nothing_fits_are_crossed_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(landscape, "DEALS", ((1, 1), (4, 1)))
+    config, cluster = preset("movie-gen-30b"), load("grand-teton-h100")
+    found = landscape.explore(Request(config, (Bucket((32, 96, 96)),), cluster, 64, fixed={"tp": 2, "cp": 2}), 0.02)
+    assert [choice.samples for choice in found.choices] == [1]
+    assert [(refusal.family, refusal.kind) for refusal in found.misfits] == [((2, 2, 4, 1), RefusalKind.MEMORY)]
+    assert found.misfits[0].needs_bytes > found.misfits[0].free_bytes and len(found.nothing) == 1
 
 
 # -- the files --------------------------------------------------------------------------------------------------------
@@ -153,7 +187,7 @@ def test_the_page_tells_the_search(written: tuple[Path, list[Story]]) -> None:
     assert story.runner_up is not None and describe(story.runner_up.plan) in page
     assert all(row.change in page for row in story.sensitivities) and len(story.sensitivities) == report.CHANGES
     assert story.exposures and all(row.name in page for row in story.exposures)
-    assert story.found.refused and story.found.refused[0].family in page
+    assert story.found.refused and str(story.found.refused[0].family) in page
     assert story.start_up and all(f"<td>{row.name}</td>" in page for row in story.start_up)
 
 
@@ -190,7 +224,7 @@ def test_kinds_differ_without_colour() -> None:
     """Two kinds with the same hatch differ in brightness."""
     bars = [(style["facecolor"], style.get("hatch", "")) for style in draw_step.STYLES.values()]
     for looks in (bars, list(draw_step.MEMORY.values()), list(draw_plans.TERMS)):
-        for (colour_a, hatch_a), (colour_b, hatch_b) in combinations(looks, 2):
+        for (colour_a, hatch_a), (colour_b, hatch_b) in itertools.combinations(looks, 2):
             assert hatch_a != hatch_b or abs(grey(colour_a) - grey(colour_b)) > 0.15
 
 
