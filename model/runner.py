@@ -18,8 +18,9 @@ from ..parallel.passes.liveness import persistent
 from ..parallel.runtime.comm import Communicator
 from ..parallel.runtime.executor import Executor
 from ..parallel.runtime.frozen import Frozen
-from ..parallel.runtime.graph import Graph, GraphPool, Heartbeat, refuse, vote
+from ..parallel.runtime.graph import Graph, GraphPool, refuse
 from ..parallel.runtime.mesh import Mesh, coordinates
+from ..parallel.runtime.watchdog import Heartbeat, vote
 from .config import CAPTION_DROPOUT, ModelConfig
 from .step import Batch, Optimizer, build_step, prepare, unit_layout
 from .weights import Values, fill_shard

@@ -7,23 +7,15 @@ the pitfalls and what guards against each.
 
 from __future__ import annotations
 
-import faulthandler
-import os
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from ...errors import CinemeshError, in_a_line
-from .comm import barrier, gather_objects
+from .comm import barrier
 from .executor import Executor
 
 WARM_UP_STEPS = 2  # the first compiles kernels and connects communicators, the second shows that it did
-STALL_S = 1800.0  # as the groups' own time-out, which does not see a replay
 
 
 @dataclass
@@ -100,65 +92,8 @@ class GraphPool:
         self.graphs.clear()
 
 
-def vote(failure: str | None, processes: bool) -> str | None:
-    """The first rank's failure, on every rank; None when none failed. Either all replay or none does."""
-    failures = gather_objects(failure) if processes else [failure]
-    found = [(rank, text) for rank, text in enumerate(failures) if text is not None]
-    return f"rank {found[0][0]}: {found[0][1]}" if found else None
-
-
 def refuse(failure: str) -> CinemeshError:
     return CinemeshError(
         f"capture is required, and a step cannot be captured: {failure}",
         remedy="mend the op, or set capture to auto or off",
     )
-
-
-class Heartbeat:
-    """Ends the process when a step does not finish: no watchdog looks at collectives that a graph replays.
-
-    ``expect`` arms it with a question (is the step done?), asked from a thread of its own every ``period_s``.
-    """
-
-    def __init__(
-        self,
-        stall_s: float = STALL_S,
-        on_stall: Callable[[str], None] | None = None,
-        period_s: float = 1.0,
-    ) -> None:
-        self._stall_s, self._period_s = stall_s, period_s
-        self._on_stall = on_stall or _abort
-        self._waiting: tuple[int, float, Callable[[], bool]] | None = None
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
-        self._thread.start()
-
-    def expect(self, step: int, done: Callable[[], bool]) -> None:
-        """``step`` has been launched; ``done`` answers without waiting."""
-        self._waiting = (step, time.monotonic(), done)
-
-    def close(self) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(self._period_s):
-            waiting = self._waiting
-            if waiting is None:
-                continue
-            step, since, done = waiting
-            if done():
-                if self._waiting is waiting:
-                    self._waiting = None
-            elif time.monotonic() - since > self._stall_s:
-                self._waiting = None
-                self._on_stall(
-                    f"rank {os.environ.get('RANK', '0')}: the replay of step {step} has not finished for "
-                    f"{self._stall_s:.0f} s; another rank has stopped, or its graph differs"
-                )
-
-
-def _abort(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    faulthandler.dump_traceback(all_threads=True)
-    os.kill(os.getpid(), signal.SIGABRT)
