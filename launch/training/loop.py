@@ -271,7 +271,8 @@ class _Loop:
         votes[0], votes[1], votes[2 + loaded] = stop.signum is not None, failure is not None, 1
         stopped, failed, *taken = comm.sum_over_ranks(votes).tolist()
         if failed:
-            raise failure or next(e for e in comm.gather_objects(failure) if isinstance(e, CinemeshError))
+            failures = comm.gather_objects(failure)  # of every rank: whoever failed too
+            raise failure or next(found for found in failures if isinstance(found, CinemeshError))
         if sum(map(bool, taken)) > 1:
             shares = ", ".join(f"{n} of bucket {w.bucket}" for n, w in zip(taken, self.cache.buckets, strict=True) if n)
             raise CinemeshError(
