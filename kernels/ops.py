@@ -36,6 +36,7 @@ class OpSpec:
     linear       groups of inputs in which the op is (jointly) linear: where a Partial may enter
     whole        labels that no axis may split
     in_place     {output: input}: the output is the input's storage, updated
+    fresh        it fills parts of its input, of which nothing need be written yet
     statistics   outputs that only backward needs; they may go unread in a forward program
     adds         the record may carry one more, last, input that is added into output 0 in place
     flops        of the local labels; matmul and attention count 2 per multiply-add
@@ -53,6 +54,7 @@ class OpSpec:
     whole: str = ""
     in_place: dict[int, int] = field(default_factory=dict)
     statistics: tuple[int, ...] = ()
+    fresh: bool = False
     adds: bool = False
     flops: Callable[[Sizes], int] = lambda sizes: 0
     matmul: bool = False
@@ -319,7 +321,9 @@ OPS: dict[str, OpSpec] = {
     "cast": OpSpec(None, linear=((0,),)),
     "copy": OpSpec(None, linear=((0,),)),
     "accumulate": OpSpec(None, linear=((0,),), adds=True),  # addend, [total]: total += addend
-    "zero_gaps": OpSpec(None, linear=((0,),), in_place={0: 0}),  # alignment gaps and tail padding of a flat gradient
+    "zero_gaps": OpSpec(
+        None, linear=((0,),), in_place={0: 0}, fresh=True
+    ),  # alignment gaps and tail padding of a flat gradient
     "sum_of_squares": OpSpec("rn->", workspace=lambda *_: _SCALARS_BYTES),
     # sum of squares, counters -> gradient norm, clip factor, finite?, counters (step + 1, updates + finite)
     "clip_factor": OpSpec(",n->,,,n", in_place={3: 1}, workspace=lambda *_: _SCALARS_BYTES),

@@ -15,11 +15,12 @@ dtype, reduced over tp once a step, and stay Partial over cp and dp until their 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..parallel.ir.builder import Builder
 from ..parallel.ir.layout import TOKENS, Placement
-from ..parallel.ir.program import Buffer
+from ..parallel.ir.records import Buffer
 from ..parallel.layers import context, tensor
 from .config import MODULATION_ROWS, ModelConfig
 
@@ -51,10 +52,8 @@ class SharedGradients:
 
 def local_row(b: Builder, buffer: Buffer) -> int:
     """Local elements of the dims behind the first: what one row of a view takes."""
-    elements = 1
-    for size, axes in zip(buffer.shape[1:], buffer.placement.dims[1:], strict=True):
-        elements *= size // b.plan.size(axes)
-    return elements
+    dims = zip(buffer.shape[1:], buffer.placement.dims[1:], strict=True)
+    return math.prod(size // b.plan.size(axes) for size, axes in dims)
 
 
 def rows(b: Builder, stacked: Buffer, names: tuple[str, ...]) -> tuple[Buffer, ...]:
@@ -93,10 +92,10 @@ class Block:
         # K and V first: they are on their way over cp while q is computed.
         self.qkv = tensor.column(b, self.h1, "h1_gathered", [(self._weight(w, "kv"), "tbi,ichk->tbchk", "kv")])
         (self.kv,) = self.qkv.outputs
-        kv_parts = context.split(b, self.kv)
+        self.attention = context.split(b, self.kv)
         self.q = tensor.linear(b, self.qkv.gathered, self._weight(w, "q"), "tbi,ihk->tbhk", "q")
-        self.attention = context.attention(b, self.q, kv_parts)
-        self.y1 = tensor.row(b, self.attention.o, self._weight(w, "o"), "tbhk,hko->tbo", "y1_partial", "y1")
+        self.o = self.attention.forward(self.q)
+        self.y1 = tensor.row(b, self.o, self._weight(w, "o"), "tbhk,hko->tbo", "y1_partial", "y1")
         (self.x1,) = tensor.token_local(b, "gated_residual", [self.x0, self.y1.out, r[GATE1]], ["x1"], (0, 1))
 
         # Needs nothing of this block: it runs while the tokens are on their way.
@@ -189,7 +188,7 @@ class Block:
         dbranch, _ = b.op(
             "gated_residual_backward",
             [dout, y, gate],
-            (dy, f"d{gate.name.rpartition('/')[2]}_sum"),
+            (dy, f"d{gate.role}_sum"),
             dtypes=(dout.dtype, dgate.dtype),
             into={1: dgate},
             of=of,
@@ -294,12 +293,12 @@ class Block:
     def _self_attention_backward(self, w: Weights, dw: Weights, dx1: Buffer, drows: tuple[Buffer, ...]) -> Buffer:
         b, r = self.b, self.rows
         dy1, dskip = self._gate_backward(dx1, self.x1, self.y1.out, r[GATE1], drows[GATE1], "dy1", "dx0_skip")
-        o = self.attention.o
-        do = tensor.row_backward(b, dy1, self.y1, o, self._weight(w, "o"), self._weight(dw, "o"), "dy1_gathered", "do")
-        dq, dkv_parts = context.attention_backward(b, do, self.attention)
+        weight, dweight = self._weight(w, "o"), self._weight(dw, "o")
+        do = tensor.row_backward(b, dy1, self.y1, self.o, weight, dweight, "dy1_gathered", "do")
+        dq = self.attention.backward(do)
         of_q = tensor.linear_input_backward(b, dq, self.q, self._weight(w, "q"), "dh1_of_q")
         tensor.linear_weight_backward(b, dq, self.q, self.qkv.gathered, self._weight(dw, "q"))
-        dkv = context.join_heads(b, dkv_parts, self.kv, self.attention)
+        dkv = self.attention.join()
         dh1g = tensor.column_input_backward(b, self.qkv, dkv, self._weight(w, "kv"), "dh1_gathered", others=of_q)
         tensor.linear_weight_backward(b, dkv, self.qkv.first, self.qkv.gathered, self._weight(dw, "kv"))
         dh1 = tensor.gather_tokens_backward(b, dh1g, self.qkv, "dh1")

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from ..errors import CinemeshError
 from ..kernels.reference import Kernel
 from ..parallel.ir.plan import Plan
 from ..parallel.passes.arena import place
 from ..parallel.runtime.frozen import Frozen
 from ..parallel.runtime.mesh import Mesh
-from .config import CAPTION_DROPOUT, ModelConfig
-from .runner import Capture, StepRunner
-from .step import Batch, Optimizer, build_step, prepare
+from .config import CAPTION_DROPOUT, ModelConfig, latent_text
+from .inputs import LATENTS, BatchShape
+from .runner import Batch, Capture, StepRunner
+from .step import Optimizer, build_step, prepare
 
 Latent = tuple[int, int, int]
 
@@ -32,7 +31,7 @@ class BucketRunner:
         self,
         config: ModelConfig,
         plan: Plan,
-        batches: Sequence[Batch],
+        batches: Sequence[BatchShape],
         optimizer: Optimizer,
         mesh: Mesh | None,
         *,
@@ -84,9 +83,9 @@ class BucketRunner:
             f"{arena / 1e6:.1f} MB, workspace and constants {own / 1e6:.1f} MB"
         )
 
-    def load(self, micro_batch: int, latents: Tensor, ids: Tensor, text: dict[str, Tensor], mask: Tensor) -> None:
+    def load(self, micro_batch: int, batch: Batch) -> None:
         """As :meth:`StepRunner.load`. Raises CinemeshError for latents of a shape that has no bucket."""
-        t, h, w = latents.shape[2:]
+        t, h, w = batch[LATENTS].shape[2:]
         runner = self.runners.get((t, h, w))
         if runner is None:
             raise CinemeshError(
@@ -96,16 +95,11 @@ class BucketRunner:
             )
         assert micro_batch == 0 or runner is self.current, "micro-batches of one step have one shape"
         self.current = runner
-        runner.load(micro_batch, latents, ids, text, mask)
+        runner.load(micro_batch, batch)
 
     def step(self, lr: float) -> None:
         """One optimizer update on what was loaded last."""
         self.current.step(lr)
-
-
-def latent_text(latent: Latent) -> str:
-    """As ``2x16x16``."""
-    return "x".join(map(str, latent))
 
 
 def _counted(count: int, what: str) -> str:

@@ -8,6 +8,7 @@ and 3.6.2. What the paper leaves open and is chosen here: one shared adaLN linea
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -30,6 +31,27 @@ class Encoder:
     tokens: int
 
 
+def latent_text(latent: Sequence[int]) -> str:
+    """As ``2x16x16``."""
+    return "x".join(map(str, latent))
+
+
+@dataclass(frozen=True)
+class LatentCondition:
+    """A latent of the sample's own grid, concatenated to the noisy one on channels.
+
+    It has rows of its own in the patchifier, which start as zeros: training begins at the model without it.
+    """
+
+    name: str
+    channels: int
+
+    @property
+    def input(self) -> str:
+        """The name of the step's input."""
+        return f"latents.{self.name}"
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of one Movie Gen Video transformer. ``width`` D, ``heads`` H, ``ffn`` F; head dim K = D / H."""
@@ -48,6 +70,7 @@ class ModelConfig:
         96,
     )  # (t, h, w) in patches; 16 -> 32 -> 96 fits 3.2.2
     norm_eps: float = 1e-5  # Table 9
+    latent_conditions: tuple[LatentCondition, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("layers", "width", "heads", "ffn", "channels"):
@@ -60,6 +83,14 @@ class ModelConfig:
                 f"model {self.name}: width({self.width}) % heads({self.heads}) = {self.width % self.heads}",
                 remedy="every head needs the same width: change heads or width",
             )
+        names = [condition.name for condition in self.latent_conditions]
+        if len({*names, "weight"}) <= len(names) or not all(name.isidentifier() for name in names):
+            raise CinemeshError(
+                f"model {self.name}: latent conditions are named {names}; parameters are called after them: give each "
+                "a name of its own, of letters, digits and underscores, not 'weight'"
+            )
+        if any(condition.channels < 1 for condition in self.latent_conditions):
+            raise CinemeshError(f"model {self.name}: a latent condition has no channels; it must have at least 1")
         if not self.encoders:
             raise CinemeshError(f"model {self.name}: no text encoder", remedy="cross-attention needs at least one")
 
@@ -72,6 +103,10 @@ class ModelConfig:
         """Values in one token of the latent: C * kt * kh * kw."""
         return self.channels * math.prod(self.patch)
 
+    def condition_features(self, condition: LatentCondition) -> int:
+        """Values of a latent condition in one token."""
+        return condition.channels * math.prod(self.patch)
+
     @property
     def text_tokens(self) -> int:
         return sum(encoder.tokens for encoder in self.encoders)
@@ -82,12 +117,12 @@ class ModelConfig:
         for dim, size, step, limit in zip("THW", latent, self.patch, self.position_lengths, strict=True):
             if size < 1 or size % step:
                 raise CinemeshError(
-                    f"latent {'x'.join(map(str, latent))}: {dim}({size}) is no positive multiple of the patch ({step})",
+                    f"latent {latent_text(latent)}: {dim}({size}) is no positive multiple of the patch ({step})",
                     remedy="choose another latent",
                 )
             if size // step > limit:
                 raise CinemeshError(
-                    f"latent {'x'.join(map(str, latent))}: {dim}({size}) / patch({step}) = {size // step} positions, "
+                    f"latent {latent_text(latent)}: {dim}({size}) / patch({step}) = {size // step} positions, "
                     f"but the table of model {self.name} has {limit}",
                     remedy="use a smaller latent or longer tables",
                 )
@@ -120,93 +155,84 @@ def block_unit(layer: int) -> str:
 @lru_cache(maxsize=32)
 def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
     """The parameter table. Inside a unit, decayed parameters come first, so that one index splits them."""
-    d, f, h, k = config.width, config.ffn, config.heads, config.head_dim
-    rows: list[Parameter] = []
+    return (*_replicated(config), *_conditioning(config), *_block_weights(config))
 
-    def add(
+
+Init = Literal["normal", "zeros", "ones"]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Rows of one unit, or of one block's part of it: what they have in common."""
+
+    unit: str
+    block: int | None = None
+
+    def row(
+        self,
         name: str,
         shape: tuple[int, ...],
         part: str,
-        unit: str,
         *,
         tp: int | None = None,
-        init: Literal["normal", "zeros", "ones"] = "normal",
-        fan_in: int = 0,
+        init: Init = "normal",
         std: float = 0.0,
         decay: bool = True,
-    ) -> None:
-        rows.append(
-            Parameter(
-                name,
-                shape,
-                tp,
-                unit,
-                init,
-                std or fan_in**-0.5 if fan_in or std else 0.0,
-                decay,
-                part,
-            )
-        )
+    ) -> Parameter:
+        """``std``: of a normal one; ``tp``: the dim that is split over tp."""
+        if self.block is None:
+            return Parameter(name, shape, tp, self.unit, init, std, decay, part)
+        return Parameter(f"{block_unit(self.block)}.{name}", shape, tp, self.unit, init, std, decay, part, name)
 
-    once = REPLICATED_UNIT
-    add(
-        "patchify.weight",
-        (config.patch_features, d),
-        "patchify",
-        once,
-        fan_in=config.patch_features,
-    )
-    add("time.first", (TIME_FEATURES, d), "time MLP", once, fan_in=TIME_FEATURES)
-    add("time.second", (d, d), "time MLP", once, fan_in=d)
-    add("final.weight", (d, config.patch_features), "final layer", once, init="zeros")
-    for axis, length in zip("thw", config.position_lengths, strict=True):
-        add(f"position.{axis}", (length, d), "position tables", once, std=0.02, decay=False)
-    for encoder in config.encoders:
-        add(f"text.{encoder.name}.gain", (d,), "text projections", once, init="ones", decay=False)
-        add(f"text.{encoder.name}.bias", (d,), "text projections", once, init="zeros", decay=False)
-    for layer in range(config.layers):
+    def product(self, name: str, shape: tuple[int, ...], part: str, fan_in: int, tp: int | None = None) -> Parameter:
+        """Weights of a product: variance 1 / ``fan_in``."""
+        return self.row(name, shape, part, tp=tp, std=fan_in**-0.5)
+
+
+def _replicated(c: ModelConfig) -> Iterator[Parameter]:
+    """All that tp does not split."""
+    table, d = _Table(REPLICATED_UNIT), c.width
+    yield table.product("patchify.weight", (c.patch_features, d), "patchify", c.patch_features)
+    for condition in c.latent_conditions:
+        yield table.row(f"patchify.{condition.name}", (c.condition_features(condition), d), "patchify", init="zeros")
+    yield table.product("time.first", (TIME_FEATURES, d), "time MLP", TIME_FEATURES)
+    yield table.product("time.second", (d, d), "time MLP", d)
+    yield table.row("final.weight", (d, c.patch_features), "final layer", init="zeros")
+    for axis, length in zip("thw", c.position_lengths, strict=True):
+        yield table.row(f"position.{axis}", (length, d), "position tables", std=0.02, decay=False)
+    for encoder in c.encoders:
+        yield table.row(f"text.{encoder.name}.gain", (d,), "text projections", init="ones", decay=False)
+        yield table.row(f"text.{encoder.name}.bias", (d,), "text projections", init="zeros", decay=False)
+    for layer in range(c.layers):
+        block = _Table(REPLICATED_UNIT, layer)
         for name in ("norm1", "norm2"):
-            add(f"blocks.{layer}.{name}", (d,), "norm gains", once, init="ones", decay=False)
-        add(
-            f"blocks.{layer}.table",
-            (MODULATION_ROWS, d),
-            "adaLN tables",
-            once,
-            init="zeros",
-            decay=False,
-        )
-    add("final.norm", (d,), "final layer", once, init="ones", decay=False)
-    add("final.table", (2, d), "final layer", once, init="zeros", decay=False)
+            yield block.row(name, (d,), "norm gains", init="ones", decay=False)
+        yield block.row("table", (MODULATION_ROWS, d), "adaLN tables", init="zeros", decay=False)
+    yield table.row("final.norm", (d,), "final layer", init="ones", decay=False)
+    yield table.row("final.table", (2, d), "final layer", init="zeros", decay=False)
 
-    add(
-        "adaln.weight",
-        (d, MODULATION_ROWS, d),
-        "shared adaLN",
-        CONDITIONING_UNIT,
-        tp=0,
-        init="zeros",
-    )
-    for encoder in config.encoders:
-        add(
-            f"text.{encoder.name}.weight",
-            (encoder.width, d),
-            "text projections",
-            CONDITIONING_UNIT,
-            tp=0,
-            fan_in=encoder.width,
-        )
 
-    residual = 2.0 * config.layers  # branch outputs start smaller by sqrt(2 L), as in GPT-2
-    for layer in range(config.layers):
-        unit = block_unit(layer)
+def _conditioning(c: ModelConfig) -> Iterator[Parameter]:
+    """What tp splits in front of the blocks."""
+    table, d = _Table(CONDITIONING_UNIT), c.width
+    yield table.row("adaln.weight", (d, MODULATION_ROWS, d), "shared adaLN", tp=0, init="zeros")
+    for encoder in c.encoders:
+        shape = (encoder.width, d)
+        yield table.product(f"text.{encoder.name}.weight", shape, "text projections", encoder.width, tp=0)
+
+
+def _block_weights(c: ModelConfig) -> Iterator[Parameter]:
+    d, f, h, k = c.width, c.ffn, c.heads, c.head_dim
+    residual = 2.0 * c.layers  # branch outputs start smaller by sqrt(2 L), as in GPT-2
+    for layer in range(c.layers):
+        table = _Table(block_unit(layer), layer)
         for prefix, part in (("", "self-attention"), ("cross.", "cross-attention")):
-            add(f"{unit}.{prefix}q", (d, h, k), part, unit, tp=1, fan_in=d)
-            add(f"{unit}.{prefix}kv", (d, 2, h, k), part, unit, tp=2, fan_in=d)
-            add(f"{unit}.{prefix}o", (h, k, d), part, unit, tp=0, std=(d * residual) ** -0.5)
-        add(f"{unit}.gate", (d, f), "FFN", unit, tp=1, fan_in=d)
-        add(f"{unit}.up", (d, f), "FFN", unit, tp=1, fan_in=d)
-        add(f"{unit}.down", (f, d), "FFN", unit, tp=0, std=(f * residual) ** -0.5)
-    return tuple(rows)
+            yield table.product(f"{prefix}q", (d, h, k), part, d, tp=1)
+            yield table.product(f"{prefix}kv", (d, 2, h, k), part, d, tp=2)
+            yield table.row(f"{prefix}o", (h, k, d), part, tp=0, std=(d * residual) ** -0.5)
+        yield table.product("gate", (d, f), "FFN", d, tp=1)
+        yield table.product("up", (d, f), "FFN", d, tp=1)
+        yield table.row("down", (f, d), "FFN", tp=0, std=(f * residual) ** -0.5)
 
 
 @lru_cache(maxsize=32)
@@ -231,15 +257,29 @@ PRESETS: dict[str, ModelConfig] = {
         ModelConfig("movie-gen-30b", 48, 6144, 48, 16384, MOVIE_GEN_ENCODERS),
         # FFN 8192 is not published: the 8/3 rule of the 30B applied to 3072.
         ModelConfig("movie-gen-5b", 32, 3072, 24, 8192, MOVIE_GEN_ENCODERS),
+        # 7B, 14 frames and 2x are the paper's (3.1.5). The shape is ours: width and FFN of other 7B transformers, heads
+        # of 128, as many layers as make 7.1B; positions for 14 frames of 1088x1920 px, encoded frame by frame.
+        ModelConfig(
+            "movie-gen-upsampler-7b",
+            26,
+            4096,
+            32,
+            11008,
+            MOVIE_GEN_ENCODERS,
+            position_lengths=(14, 68, 120),
+            latent_conditions=(LatentCondition("low_resolution", 16),),
+        ),
         ModelConfig("tiny", 2, 48, 6, 96, _TINY_ENCODERS, channels=4, position_lengths=(6, 6, 6)),
         ModelConfig("tiny-video", 4, 192, 6, 512, (Encoder("bytes", 64, 48),), position_lengths=(4, 16, 16)),
     )
 }
 
-# Latent (T, H, W) at which a preset is usually run: 256 frames of 768x768 px; 3.6.2; tests; 16 frames of 128x128 px.
+# Latent (T, H, W) at which a preset is usually run: 256 frames of 768x768 px; 3.6.2; 14 frames of 1088x1920 px; tests;
+# 16 frames of 128x128 px.
 LATENTS: dict[str, tuple[int, int, int]] = {
     "movie-gen-30b": (32, 96, 96),
     "movie-gen-5b": (16, 24, 44),
+    "movie-gen-upsampler-7b": (14, 136, 240),
     "tiny": (3, 4, 12),
     "tiny-video": (2, 16, 16),
 }

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from ..parallel.ir.builder import Builder
 from ..parallel.ir.layout import BATCH, HEADS, NONE, TOKENS, Placement
-from ..parallel.ir.program import Buffer
+from ..parallel.ir.records import Buffer
 from ..parallel.layers import tensor
 from .backbone import Conditioning, SharedGradients, Weights, local_row, rows
-from .config import TIME_FEATURES, ModelConfig
+from .config import TIME_FEATURES, LatentCondition, ModelConfig
+from .inputs import MASK, text_input
 
 
 class Embedding:
@@ -21,10 +22,8 @@ class Embedding:
         self.b, self.c, self.grid = b, c, grid
         self._position_attrs = {"grid": grid, "rank_axes": TOKENS}
 
-    def forward(
-        self, w: Weights, x_t: Buffer, t: Buffer, text: dict[str, Buffer], mask: Buffer
-    ) -> tuple[Buffer, Conditioning]:
-        """x_t patches [T, B, P], t [B], text {encoder: [L, B, W] split by tp on W}, mask [B, L] -> x [T, B, D]."""
+    def forward(self, w: Weights, x_t: Buffer, t: Buffer, conditions: dict[str, Buffer]) -> tuple[Buffer, Conditioning]:
+        """x_t patches [T, B, P], t [B], and by name what ``condition_inputs`` declares -> x [T, B, D]."""
         b, c = self.b, self.c
         tables = [w[f"position.{axis}"] for axis in "thw"]
         tokens = x_t.shape[0]
@@ -58,12 +57,13 @@ class Embedding:
 
         context_shape = (c.text_tokens, x_t.shape[1], c.width)
         context_buffer = b.buffer("context", context_shape, b.plan.compute_dtype, Placement((NONE, BATCH, NONE)))
-        self.text_in, self.projected, self.norms = text, {}, {}
+        self.text_in = {encoder.name: conditions[text_input(encoder.name)] for encoder in c.encoders}
+        self.projected, self.norms = {}, {}
         first_token = 0
         for encoder in c.encoders:
             partial = tensor.linear(
                 b,
-                text[encoder.name],
+                self.text_in[encoder.name],
                 w[f"text.{encoder.name}.weight"],
                 "lbw,wd->lbd",
                 f"{encoder.name}_partial",
@@ -88,14 +88,43 @@ class Embedding:
             self.projected[encoder.name] = (partial, projected)
             first_token += encoder.tokens
         self.x_t = x_t
-        self.x = tensor.linear(b, x_t, w["patchify.weight"], "tbp,pd->tbd", "x")
-        return self.x, Conditioning(position, modulation, context_buffer, mask, self.time)
+        self.of_x_t = x = tensor.linear(b, x_t, w["patchify.weight"], "tbp,pd->tbd", "x")
+        self.patches: dict[str, tuple[Buffer, Buffer, Buffer]] = {}
+        for condition in c.latent_conditions:
+            x = self._concatenate(w, x, condition, conditions[condition.input])
+        return x, Conditioning(position, modulation, context_buffer, conditions[MASK], self.time)
+
+    def _concatenate(self, w: Weights, x: Buffer, condition: LatentCondition, latent: Buffer) -> Buffer:
+        """``x`` with a latent beside x_t on channels: the product with its own rows of the patchifier is added."""
+        b, c = self.b, self.c
+        features = c.condition_features(condition)
+        (patches,) = b.op(
+            "patchify",
+            [latent],
+            f"{condition.name}_patches",
+            shapes={0: (x.shape[0], x.shape[1], features)},
+            place={"t": TOKENS},
+            dtypes=b.plan.compute_dtype,
+            patch=c.patch,
+            latent=latent.shape[1:],
+            rank_axes=TOKENS,
+        )
+        product = tensor.linear(b, patches, w[f"patchify.{condition.name}"], "tbp,pd->tbd", f"x_of_{condition.name}")
+        (joined,) = b.op("residual", [x, product], f"x_with_{condition.name}")
+        self.patches[condition.name] = patches, product, joined
+        return joined
 
     def backward(self, w: Weights, dw: Weights, dx: Buffer, cond: Conditioning, shared: SharedGradients) -> None:
+        """Weight gradients go to ``dw``; ``dx`` is that of what :meth:`forward` returned, ``shared`` is complete."""
         b, c = self.b, self.c
         stat, compute = b.plan.stat_dtype, b.plan.compute_dtype
         assert shared.position and shared.modulation and shared.text and shared.time
-        tensor.linear_weight_backward(b, dx, self.x, self.x_t, dw["patchify.weight"])
+        for condition in reversed(c.latent_conditions):
+            patches, product, joined = self.patches[condition.name]
+            names = {f"dx_without_{condition.name}": 0, f"dx_of_{condition.name}": 1}
+            dx, dproduct = b.pass_through(dx, b.producers(joined), names)
+            tensor.linear_weight_backward(b, dproduct, product, patches, dw[f"patchify.{condition.name}"])
+        tensor.linear_weight_backward(b, dx, self.of_x_t, self.x_t, dw["patchify.weight"])
         tables = [dw[f"position.{axis}"] for axis in "thw"]
         b.op(
             "position_backward",

@@ -6,62 +6,59 @@ from ..parallel.ir.builder import Builder
 from ..parallel.ir.layout import BATCH, NONE, TOKENS, Placement
 from ..parallel.ir.plan import Plan
 from ..parallel.ir.program import Program
+from ..parallel.ir.records import Phase, Place
 from ..parallel.layers.sharded import ShardedUnits
 from .backbone import Block
 from .config import CONDITIONING_UNIT, ModelConfig, block_unit
 from .config import REPLICATED_UNIT as ONCE
 from .ends import Embedding, FinalLayer
-from .step import Batch, Inputs, check, unit_layout
+from .inputs import LATENTS, BatchShape, condition_inputs, declare
+from .step import check, unit_layout
 
 
-def build_velocity(config: ModelConfig, plan: Plan, batch: Batch) -> Program:
+def build_velocity(config: ModelConfig, plan: Plan, batch: BatchShape) -> Program:
     """The forward pass of the sampler: the velocity at (x_t, t), tokens where they are.
 
-    Inputs: ``x_t`` [S, B, P] split over cp and tp, ``t`` [B], ``text.NAME``, ``mask``. State: ``master`` (any weights).
-    Output: ``velocity`` [S, B, P], placed like ``x_t``.
+    Inputs: ``x_t`` [S, B, P] split over cp and tp, ``t`` [B], and those of ``condition_inputs``. State: ``master`` (any
+    weights). Output: ``velocity`` [S, B, P], placed like ``x_t``.
     """
     check(config, plan, batch)
     b, c = Builder(plan), config
     units = ShardedUnits(b, unit_layout(config, plan), training=False)
-    inputs = Inputs(b, c, batch)
-    patches = (c.tokens(batch.latent), inputs.samples, c.patch_features)
-    x_t = b.buffer("x_t", patches, plan.compute_dtype, Placement((TOKENS, BATCH, NONE)), "input")
-    t = b.buffer("t", (inputs.samples,), plan.stat_dtype, Placement((BATCH,)), "input")
-    velocity = b.buffer("velocity", patches, plan.compute_dtype, x_t.placement, "state")
+    conditions = declare(b, condition_inputs(c, plan, batch))
+    samples = batch.samples * plan.data_ranks
+    patches = (c.tokens(batch.latent), samples, c.patch_features)
+    x_t = b.input("x_t", patches, plan.compute_dtype, Placement((TOKENS, BATCH, NONE)))
+    t = b.input("t", (samples,), plan.stat_dtype, Placement((BATCH,)))
+    velocity = b.state("velocity", patches, plan.compute_dtype, x_t.placement)
     units.cast_weights()
-    with b.scope("replicated.weights"):
+    with b.scope("replicated.weights", Place(Phase.WEIGHTS, unit=ONCE)):
         once = units.gather(ONCE)
-    with b.scope("conditioning.weights"):
+    with b.scope("conditioning.weights", Place(Phase.WEIGHTS, unit=CONDITIONING_UNIT)):
         conditioning = units.gather(CONDITIONING_UNIT)
-    with b.scope("embedding.forward"):
-        x, cond = Embedding(b, c, c.grid(batch.latent)).forward(
-            {**once, **conditioning}, x_t, t, inputs.text, inputs.mask
-        )
+    with b.scope("embedding.forward", Place(Phase.FORWARD, unit=CONDITIONING_UNIT)):
+        embedding = Embedding(b, c, c.grid(batch.latent))
+        x, cond = embedding.forward({**once, **conditioning}, x_t, t, conditions)
     for layer in range(c.layers):
         unit = block_unit(layer)
-        with b.scope(f"{unit}.weights"):
+        with b.scope(f"{unit}.weights", Place(Phase.WEIGHTS, None, layer, unit)):
             weights = units.gather(unit)
-        with b.scope(f"{unit}.forward"):
+        with b.scope(f"{unit}.forward", Place(Phase.FORWARD, None, layer, unit)):
             x = Block(b, c, unit).forward({**once, **weights}, x, cond)
-    with b.scope("final.forward"):
+    with b.scope("final.forward", Place(Phase.FORWARD, unit=ONCE)):
         result = FinalLayer(b, c).forward(once, x, cond)
         (velocity,) = b.op("copy", [result], "copied", signature="tbp->tbp", into={0: velocity})
-    return b.finish({"velocity": (velocity, x_t.placement)}, config=config, batch=batch, recompute={})
+    return b.finish({"velocity": (velocity, x_t.placement)}, blocks=c.layers)
 
 
-def build_unpatchify(config: ModelConfig, plan: Plan, batch: Batch) -> Program:
+def build_unpatchify(config: ModelConfig, plan: Plan, batch: BatchShape) -> Program:
     """Tokens [S, B, P] split over cp and tp -> latents [B, C, T, H, W] on every rank of a sample."""
     b, c = Builder(plan), config
     samples = batch.samples * plan.data_ranks
     shape = (c.tokens(batch.latent), samples, c.patch_features)
-    tokens = b.buffer("tokens", shape, plan.compute_dtype, Placement((TOKENS, BATCH, NONE)), "input")
-    latents = b.buffer(
-        "latents",
-        (samples, c.channels, *batch.latent),
-        plan.compute_dtype,
-        Placement((BATCH, NONE, NONE, NONE, NONE)),
-        "state",
-    )
+    tokens = b.input("tokens", shape, plan.compute_dtype, Placement((TOKENS, BATCH, NONE)))
+    by_sample = Placement((BATCH, NONE, NONE, NONE, NONE))
+    latents = b.state(LATENTS, (samples, c.channels, *batch.latent), plan.compute_dtype, by_sample)
     gathered = b.all_gather(b.all_gather(tokens, ("tp",), "over_tp"), ("cp",), "over_cp")
     b.op(
         "unpatchify",
@@ -72,4 +69,4 @@ def build_unpatchify(config: ModelConfig, plan: Plan, batch: Batch) -> Program:
         patch=c.patch,
         grid=c.grid(batch.latent),
     )
-    return b.finish({"latents": (latents, latents.placement)}, config=config, batch=batch, recompute={})
+    return b.finish({LATENTS: (latents, latents.placement)})

@@ -12,6 +12,7 @@ Activations are [S, B, D]. A block (Movie Gen Fig. 8):
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from . import flow
 from .config import CAPTION_DROPOUT, MODULATION_ROWS, TIME_FEATURES, ModelConfig
+from .inputs import IDS, LATENTS, MASK, text_input
 
 
 def patchify(latent: Tensor, patch: tuple[int, int, int]) -> Tensor:
@@ -111,7 +113,8 @@ class Reference(nn.Module):
         super().__init__()
         self.config = c = config
         d = c.width
-        self.patchify = _weights(weight=(c.patch_features, d))
+        conditions = {condition.name: (c.condition_features(condition), d) for condition in c.latent_conditions}
+        self.patchify = _weights(weight=(c.patch_features, d), **conditions)
         self.position = _weights(**{a: (n, d) for a, n in zip("thw", c.position_lengths, strict=True)})
         self.time = _weights(first=(TIME_FEATURES, d), second=(d, d))
         self.adaln = _weights(weight=(d, MODULATION_ROWS, d))
@@ -125,8 +128,11 @@ class Reference(nn.Module):
         assert isinstance(w, nn.ParameterDict)
         return F.layer_norm(embedding @ w["weight"], (self.config.width,), w["gain"], w["bias"], self.config.norm_eps)
 
-    def forward(self, x_t: Tensor, t: Tensor, text: dict[str, Tensor], mask: Tensor) -> Tensor:
-        """x_t [B, C, T, H, W], t [B], text {encoder: [L, B, W]}, mask bool [B, L] -> velocity [B, C, T, H, W]."""
+    def forward(self, x_t: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        """x_t [B, C, T, H, W], t [B] -> velocity [B, C, T, H, W].
+
+        ``conditions``, by input name: text of each encoder [L, B, W], ``mask`` bool [B, L], latents [B, C', T, H, W].
+        """
         c = self.config
         gt, gh, gw = grid = c.grid((x_t.shape[2], x_t.shape[3], x_t.shape[4]))
         position = (
@@ -136,31 +142,31 @@ class Reference(nn.Module):
         ).reshape(-1, c.width)
         time = F.silu(time_features(t) @ self.time["first"]) @ self.time["second"]
         modulation = torch.einsum("orj,bj->rbo", self.adaln["weight"], F.silu(time))
-        context = torch.cat([self._project(encoder.name, text[encoder.name]) for encoder in c.encoders])
+        context = torch.cat([self._project(e.name, conditions[text_input(e.name)]) for e in c.encoders])
         x = patchify(x_t, c.patch) @ self.patchify["weight"]
+        for condition in c.latent_conditions:
+            x = x + patchify(conditions[condition.input], c.patch) @ self.patchify[condition.name]
         for block in self.blocks:
-            x = block(x, position, modulation, context, mask)
+            x = block(x, position, modulation, context, conditions[MASK])
         shift, scale = time + self.final["table"][:, None, :]
         h = rms_norm(x, self.final["norm"], c.norm_eps) * (1 + scale) + shift
         return unpatchify(h @ self.final["weight"], c.channels, grid, c.patch)
 
 
 def training_loss(
-    model: Reference,
-    latent: Tensor,
-    ids: Tensor,
-    text: dict[str, Tensor],
-    mask: Tensor,
-    seed: int,
-    step: int,
-    caption_dropout: float = CAPTION_DROPOUT,
+    model: Reference, batch: Mapping[str, Tensor], seed: int, step: int, caption_dropout: float = CAPTION_DROPOUT
 ) -> Tensor:
-    """Velocity loss of one micro-batch: mean over a sample's elements, then over samples. Shapes as in ``forward``."""
+    """Velocity loss of one micro-batch: mean over a sample's elements, then over samples. ``batch``: by input name."""
+    latent, ids, mask = batch[LATENTS], batch[IDS], batch[MASK]
     counter = torch.tensor(step)
     t = flow.draw_time(seed, counter, ids).to(latent.dtype)
     x0 = flow.draw_noise(seed, counter, ids, tuple(latent.shape[1:])).to(latent.dtype)
     keep = flow.draw_keep_caption(seed, counter, ids, caption_dropout)
-    dropped = {name: flow.drop_captions(value, mask, keep)[0] for name, value in text.items()}
+    conditions = dict(batch)
+    for encoder in model.config.encoders:
+        name = text_input(encoder.name)
+        conditions[name] = flow.drop_captions(batch[name], mask, keep)[0]
+    conditions[MASK] = mask | ~keep[:, None]
     x_t, velocity = flow.interpolate(latent, x0, t)
-    prediction = model(x_t, t, dropped, mask | ~keep[:, None])
+    prediction = model(x_t, t, conditions)
     return (prediction - velocity).pow(2).mean()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
@@ -11,21 +11,25 @@ from torch import Tensor
 
 from ..errors import CinemeshError
 from ..kernels.reference import Kernel
-from ..parallel.ir.plan import Plan
+from ..parallel.ir.layout import BATCH, Axes, Placement
+from ..parallel.ir.plan import AXES, Plan
 from ..parallel.ir.program import Program
+from ..parallel.ir.units import nested_index
 from ..parallel.passes.arena import check_fits
-from ..parallel.passes.liveness import persistent
 from ..parallel.runtime.comm import Communicator
 from ..parallel.runtime.executor import Executor
 from ..parallel.runtime.frozen import Frozen
 from ..parallel.runtime.graph import Graph, GraphPool, refuse
 from ..parallel.runtime.mesh import Mesh, coordinates
 from ..parallel.runtime.watchdog import Heartbeat, vote
-from .config import CAPTION_DROPOUT, ModelConfig
-from .step import Batch, Optimizer, build_step, prepare, unit_layout
+from .config import CAPTION_DROPOUT, ModelConfig, latent_text
+from .inputs import LATENTS, BatchShape, InputSpec
+from .step import Optimizer, build_step, prepare, unit_layout
 from .weights import Values, fill_shard
 
 Capture = Literal["auto", "off", "required"]
+Batch = Mapping[str, Tensor]  # the samples of a micro-batch, by the name of the input
+NOT_BATCH = tuple(axis for axis in AXES if axis not in BATCH)
 
 
 class StepRunner:
@@ -39,7 +43,7 @@ class StepRunner:
         self,
         config: ModelConfig,
         plan: Plan,
-        batch: Batch,
+        batch: BatchShape,
         optimizer: Optimizer,
         mesh: Mesh | None,
         *,
@@ -64,10 +68,10 @@ class StepRunner:
         self.comm = comm or (Communicator(mesh) if mesh else None)
         if device != "cpu" and beside is None:
             check_fits(program, torch.cuda.mem_get_info(device)[0])
-        shared = {} if beside is None else {name: beside.buffers[name] for name in shared_names(program)}
+        shared = {} if beside is None else shared_storages(program, beside)
         arena = None if beside is None else beside.executor.arena
         self.executor = Executor(program, self.coordinates, self.comm, device, kernels, shared, arena)
-        self.buffers = self.executor.buffers
+        self.buffers = named_buffers(self.executor)
         self.replay: Frozen | Graph | None = None
         self.pool: GraphPool | None = None if beside is None else beside.pool
         self._heartbeat: Heartbeat | None = None
@@ -80,21 +84,22 @@ class StepRunner:
         for name in ("exp_avg", "exp_avg_sq", "counters"):
             self.buffers[name].zero_()
 
-    def load(self, micro_batch: int, latents: Tensor, ids: Tensor, text: dict[str, Tensor], mask: Tensor) -> None:
-        """This data rank's samples: latents [B, C, T, H, W], ids [B], text {name: [L, B, W]} whole, mask [B, L]."""
-        wanted = self.batch.latent
-        if tuple(latents.shape[2:]) != wanted:
+    def load(self, micro_batch: int, batch: Batch) -> None:
+        """This data rank's samples, by the names of ``Program.inputs``; not yet split over tp."""
+        latent = tuple(batch[LATENTS].shape[2:])
+        if latent != self.batch.latent:
             raise CinemeshError(
-                f"a batch of latents {'x'.join(map(str, latents.shape[2:]))} for a step that was built for "
-                f"{'x'.join(map(str, wanted))}",
+                f"a batch of latents {latent_text(latent)} for a step that was built for "
+                f"{latent_text(self.batch.latent)}",
                 remedy="name its shape among the buckets when the run starts",
             )
-        prefix = f"mb{micro_batch}/"
-        self.executor.load(f"{prefix}latents", latents)
-        self.executor.load(f"{prefix}ids", ids)
-        self.executor.load(f"{prefix}mask", mask)
-        for name, value in text.items():
-            self.executor.load(f"{prefix}text.{name}", tp_slice(value, self.plan, self.coordinates))
+        wanted = [given.name for given in self.program.inputs if given.micro_batch == micro_batch]
+        if missing := [name for name in wanted if name not in batch]:
+            raise CinemeshError(
+                f"a batch without {', '.join(missing)}: model {self.config.name} takes {', '.join(wanted)}; give it "
+                "data that hold them, or train a model without them"
+            )
+        load_inputs(self.executor, batch, micro_batch)
 
     def step(self, lr: float, watch: Callable[[int], None] | None = None) -> None:
         """One optimizer update on what was loaded. Read ``loss`` and ``gradient_norm`` afterwards.
@@ -155,8 +160,9 @@ class StepRunner:
     def _changing_nothing(self) -> Iterator[None]:
         """Steps inside are skipped updates, on every rank: their samples are NaN. The step counter is put back."""
         counters = self.buffers["counters"].clone()
-        for micro_batch in range(self.plan.micro_batches):
-            self.buffers[f"mb{micro_batch}/latents"].fill_(torch.nan)
+        for given in self.program.inputs:
+            if given.name == LATENTS:
+                self.executor.buffers[given.buffer].fill_(torch.nan)
         yield
         self.buffers["counters"].copy_(counters)
 
@@ -181,20 +187,45 @@ class StepRunner:
         return int(self.buffers["counters"][0])
 
 
-def shared_names(program: Program) -> list[str]:
-    """What runners of one model on several shapes have in common: states, and the learning rate."""
-    return [name for name in persistent(program) if program.buffers[name].kind == "state" or name == "lr"]
+def step_buffers(program: Program) -> dict[str, str]:
+    """What a step has whatever its shape, by the names that are used outside: states, and the learning rate."""
+    return program.states | {given.name: given.buffer for given in program.inputs if given.micro_batch is None}
 
 
-def tp_slice(text: Tensor, plan: Plan, position: dict[str, int]) -> Tensor:
-    """This tp rank's columns of text embeddings [L, B, W]."""
-    return text.chunk(plan.tp, dim=-1)[position["tp"]]
+def named_buffers(executor: Executor) -> dict[str, Tensor]:
+    """The tensors of :func:`step_buffers`."""
+    return {name: executor.buffers[buffer] for name, buffer in step_buffers(executor.program).items()}
 
 
-def data_slice(x: Tensor, plan: Plan, position: dict[str, int], dim: int = 0) -> Tensor:
-    """This data rank's samples of a global micro-batch: dp_replicate outer, dp_shard inner."""
-    rank = position["dp_replicate"] * plan.dp_shard + position["dp_shard"]
-    return x.chunk(plan.data_ranks, dim=dim)[rank]
+def shared_storages(program: Program, other: StepRunner) -> dict[str, Tensor]:
+    """Those of another runner of the same model and plan, as the storages of ``program``."""
+    return {buffer: other.buffers[name] for name, buffer in step_buffers(program).items()}
+
+
+def load_inputs(executor: Executor, batch: Batch, micro_batch: int | None = None) -> None:
+    """Fill the inputs of a micro-batch that ``batch`` has, each with this rank's part of its data rank's samples."""
+    program = executor.program
+    for given in program.inputs:
+        if given.micro_batch == micro_batch and given.name in batch:
+            placement, position = program.buffers[given.buffer].placement, executor.coordinates
+            executor.load(given.buffer, _part(batch[given.name], placement, program.plan, position, NOT_BATCH))
+
+
+def data_share(batch: Batch, inputs: Iterable[InputSpec], plan: Plan, position: dict[str, int]) -> Batch:
+    """A data rank's samples of a global micro-batch."""
+    return {
+        given.name: _part(batch[given.name], given.placement, plan, position, BATCH)
+        for given in inputs
+        if given.name in batch
+    }
+
+
+def _part(value: Tensor, placement: Placement, plan: Plan, position: dict[str, int], over: Axes) -> Tensor:
+    """A rank's part of ``value`` along the axes ``over``."""
+    for dim, axes in enumerate(placement.dims):
+        split = tuple(axis for axis in axes if axis in over)
+        value = value.chunk(plan.size(split), dim)[nested_index(plan, split, position)] if split else value
+    return value
 
 
 def as_dtype(name: str) -> torch.dtype:

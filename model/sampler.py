@@ -24,8 +24,9 @@ from ..parallel.runtime.executor import Executor
 from ..parallel.runtime.mesh import Mesh, coordinates
 from .config import ModelConfig
 from .forward import build_unpatchify, build_velocity
-from .runner import as_dtype, tp_slice
-from .step import Batch, prepare
+from .inputs import LATENTS, MASK, BatchShape, text_input
+from .runner import Batch, as_dtype, load_inputs, named_buffers
+from .step import prepare
 
 EMULATED_STEPS = 250  # 3.4.2: 50 linear-quadratic steps stand for 250 linear ones
 GUIDANCE = 7.5  # 3.1.2, text-to-video
@@ -56,7 +57,7 @@ class Sampler:
     """
 
     def __init__(
-        self, config: ModelConfig, plan: Plan, batch: Batch, mesh: Mesh | None, master: Tensor, device: str = "cpu"
+        self, config: ModelConfig, plan: Plan, batch: BatchShape, mesh: Mesh | None, master: Tensor, device: str = "cpu"
     ) -> None:
         self.config, self.plan, self.batch, self.device = config, plan, batch, device
         self.coordinates = mesh.coordinates if mesh else coordinates(plan, 0)
@@ -66,36 +67,39 @@ class Sampler:
         # What was integrated in the statistics dtype is put together in it.
         exact = replace(plan, dtype=cast(Literal["float32", "float64"], plan.stat_dtype))
         whole = prepare(build_unpatchify(config, exact, batch), backend=backend)
-        self.velocity = Executor(velocity, self.coordinates, comm, device, shared={"master": master.view(1, -1)})
+        shared = {velocity.states["master"]: master.view(1, -1)}
+        self.velocity = Executor(velocity, self.coordinates, comm, device, shared=shared)
+        self._buffers = named_buffers(self.velocity)
         self.unpatchify = Executor(whole, self.coordinates, comm, device)
 
-    def sample(
-        self, text: dict[str, Tensor], mask: Tensor, seed: int, ids: Tensor, steps: int = 50, guidance: float = GUIDANCE
-    ) -> Tensor:
+    def sample(self, conditions: Batch, seed: int, ids: Tensor, steps: int = 50, guidance: float = GUIDANCE) -> Tensor:
         """Latents [B, C, T, H, W] of this data rank's samples, on every rank that has a part in them.
 
-        ``text`` {encoder: [L, B, W]} and ``mask`` bool [B, L] are whole, ``ids`` int64 [B]. A sample's noise depends on
-        (``seed``, its id) alone. ``guidance`` 1 is the conditional model, 0 the unconditional one.
+        ``conditions``: those of ``condition_inputs`` by name, not split over tp; ``ids`` int64 [B]. A sample's noise
+        depends on (``seed``, its id) alone. ``guidance`` 1 is the model with the caption, 0 that without.
         """
         x = self._noise(seed, ids)
-        conditional = {name: tp_slice(value, self.plan, self.coordinates) for name, value in text.items()}
-        null = {name: torch.zeros_like(value) for name, value in conditional.items()}
+        null = dict(conditions) | {MASK: torch.ones_like(conditions[MASK])}
+        for encoder in self.config.encoders:
+            name = text_input(encoder.name)
+            null[name] = torch.zeros_like(conditions[name])
         for t, after in pairwise(linear_quadratic(steps)):
             if guidance == 0:
-                v = self._velocity(x, t, null, torch.ones_like(mask))
+                v = self._velocity(x, t, null)
             else:
-                v = self._velocity(x, t, conditional, mask)
+                v = self._velocity(x, t, conditions)
                 if guidance != 1:
-                    unguided = self._velocity(x, t, null, torch.ones_like(mask))
+                    unguided = self._velocity(x, t, null)
                     v = unguided + guidance * (v - unguided)
             x += (after - t) * v
-        self.unpatchify.load("tokens", x)
+        whole = named_buffers(self.unpatchify)
+        whole["tokens"].copy_(x)
         self.unpatchify.run()
-        return self.unpatchify.buffers["latents"].clone()
+        return whole[LATENTS].clone()
 
     def _noise(self, seed: int, ids: Tensor) -> Tensor:
         """x at t = 0: this rank's tokens [T, B, P], in the statistics dtype."""
-        shape = self.velocity.buffers["x_t"].shape
+        shape = self._buffers["x_t"].shape
         x = torch.empty(shape, dtype=as_dtype(self.plan.stat_dtype), device=self.device)
         step = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.velocity.kernels["draw_noise"](
@@ -109,13 +113,10 @@ class Sampler:
         )
         return x
 
-    def _velocity(self, x: Tensor, t: float, text: dict[str, Tensor], mask: Tensor) -> Tensor:
+    def _velocity(self, x: Tensor, t: float, conditions: Batch) -> Tensor:
         """At (x, t), in the dtype of x."""
-        buffers = self.velocity.buffers
-        buffers["t"].fill_(t)
-        self.velocity.load("x_t", x)
-        self.velocity.load("mask", mask)
-        for name, value in text.items():
-            self.velocity.load(f"text.{name}", value)
+        self._buffers["t"].fill_(t)
+        self._buffers["x_t"].copy_(x)
+        load_inputs(self.velocity, conditions)
         self.velocity.run()
-        return buffers["velocity"].to(x.dtype, copy=True)
+        return self._buffers["velocity"].to(x.dtype, copy=True)

@@ -10,25 +10,43 @@ Nothing of a step happens outside its program. ``build_step`` checks; ``prepare`
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from ..parallel.ir.builder import Builder
-from ..parallel.ir.layout import BATCH, NONE, REPLICATED_UNIT, TOKENS, WORLD, Placement, replicated
+from ..parallel.ir.check import refuse_broken
+from ..parallel.ir.layout import REPLICATED_UNIT, TOKENS, WORLD, Placement, replicated
 from ..parallel.ir.plan import Plan
-from ..parallel.ir.program import Buffer, Program
+from ..parallel.ir.program import Program
+from ..parallel.ir.records import Buffer, Phase, Place
 from ..parallel.ir.units import Units, lay_out
 from ..parallel.layers.sharded import ShardedUnits, decay_attributes
+from ..parallel.passes.elide import elide
 from ..parallel.passes.fuse import fuse
-from ..parallel.passes.fuse_tp import fuse_tp, stage_symmetric
-from ..parallel.passes.prefetch import elide, prefetch, stage_for_gloo
+from ..parallel.passes.fuse_tp import fuse_tp
+from ..parallel.passes.prefetch import prefetch
 from ..parallel.passes.prices import RATES, Price
 from ..parallel.passes.recompute import rematerialize
-from ..parallel.passes.schedule import overlap
+from ..parallel.passes.schedule import schedule
+from ..parallel.passes.staging import stage_for_gloo, stage_symmetric
 from .backbone import Block, SharedGradients
-from .config import CAPTION_DROPOUT, CONDITIONING_UNIT, SIGMA_MIN, ModelConfig, block_unit, parameters_by_unit
+from .config import (
+    CAPTION_DROPOUT,
+    CONDITIONING_UNIT,
+    SIGMA_MIN,
+    ModelConfig,
+    block_unit,
+    latent_text,
+    parameters_by_unit,
+)
 from .config import REPLICATED_UNIT as ONCE
 from .ends import Embedding, FinalLayer
+from .inputs import IDS, LATENTS, MASK, BatchShape, declare, text_input, training_inputs
+
+Pass = Callable[[Program], Program]
 
 
 @dataclass(frozen=True)
@@ -42,22 +60,14 @@ class Optimizer:
     ema_decay: float = 0.999  # the audio model's, Movie Gen 6.1
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Shape of one micro-batch: ``samples`` on one data rank, ``latent`` (T, H, W)."""
-
-    samples: int
-    latent: tuple[int, int, int]
-
-
-def check(config: ModelConfig, plan: Plan, batch: Batch) -> None:
+def check(config: ModelConfig, plan: Plan, batch: BatchShape) -> None:
     """Raise CinemeshError when the plan cannot run this model on this batch."""
     plan.check_model(
         heads=config.heads,
         ffn=config.ffn,
         tokens=config.tokens(batch.latent),
         text_widths={encoder.name: encoder.width for encoder in config.encoders},
-        latent="x".join(map(str, batch.latent)),
+        latent=latent_text(batch.latent),
     )
 
 
@@ -65,30 +75,10 @@ def unit_layout(config: ModelConfig, plan: Plan) -> Units:
     return lay_out({name: list(rows) for name, rows in parameters_by_unit(config).items()}, plan)
 
 
-class Inputs:
-    """Declares what is filled before a step: one micro-batch's samples."""
-
-    def __init__(self, b: Builder, c: ModelConfig, batch: Batch) -> None:
-        self.samples = batch.samples * b.plan.data_ranks
-        by_sample = Placement((BATCH,))
-        self.ids = b.buffer("ids", (self.samples,), "int64", by_sample, "input")
-        self.mask = b.buffer("mask", (self.samples, c.text_tokens), "bool", Placement((BATCH, NONE)), "input")
-        self.text = {
-            e.name: b.buffer(
-                f"text.{e.name}",
-                (e.tokens, self.samples, e.width),
-                b.plan.compute_dtype,
-                Placement((NONE, BATCH, ("tp",))),
-                "input",
-            )
-            for e in c.encoders
-        }
-
-
 def build_step(
     config: ModelConfig,
     plan: Plan,
-    batch: Batch,
+    batch: BatchShape,
     optimizer: Optimizer = Optimizer(),
     *,
     seed: int = 0,
@@ -96,35 +86,32 @@ def build_step(
 ) -> Program:
     """The training step, checked, before any pass.
 
-    Inputs a micro-batch (``mb0/``, ``mb1/`` ...): ``latents`` [B, C, T, H, W], ``ids`` [B], ``text.NAME`` [L, B, W],
-    ``mask`` [B, L]; and ``lr`` (). States: ``master``, ``exp_avg``, ``exp_avg_sq``, ``ema`` and ``counters``, which are
-    (step, updates).
-    Outputs: ``loss``, ``gradient_norm``.
+    Inputs: those of ``training_inputs`` for every micro-batch, and ``lr`` (). States: ``master``, ``exp_avg``,
+    ``exp_avg_sq``, ``ema``; ``counters``, which are (step, updates); ``loss`` and ``gradient_norm``, which are outputs
+    too. Raises CinemeshError when the plan cannot run the model on this batch.
     """
     check(config, plan, batch)
     b = Builder(plan)
     b.training = True
     c, stat = config, plan.stat_dtype
     units = ShardedUnits(b, unit_layout(config, plan), training=True)
-    counters = b.buffer("counters", (2,), "int64", replicated(1), "state")
-    lr = b.buffer("lr", (), stat, replicated(0), "input")
-    loss = b.buffer("loss", (), stat, Placement((), frozenset(WORLD)), "state")
-    norm = b.buffer("gradient_norm", (), stat, replicated(0), "state")
+    counters = b.state("counters", (2,), "int64", replicated(1))
+    lr = b.input("lr", (), stat, replicated(0))
+    loss = b.state("loss", (), stat, Placement((), frozenset(WORLD)))
+    norm = b.state("gradient_norm", (), stat, replicated(0))
 
     units.cast_weights()
-    with b.scope("replicated.weights"):
+    with b.scope("replicated.weights", Place(Phase.WEIGHTS, unit=ONCE)):
         once = units.gather(ONCE)
     loss_sum: Buffer | None = None
     once_total: Buffer | None = None
-    recompute: dict[str, tuple[str, ...]] = {}
     for micro_batch in range(plan.micro_batches):
-        mb = f"mb{micro_batch}"
-        micro = _MicroBatch(b, c, batch, units, counters, mb, seed, caption_dropout, recompute)
+        micro = _MicroBatch(b, c, batch, units, counters, micro_batch, seed, caption_dropout)
         micro.forward(once, loss if loss_sum is None else loss_sum, first=loss_sum is None)
         loss_sum = micro.loss
         with b.backward():
             flat = micro.backward(once)
-            with b.scope(f"{mb}/replicated.backward"):
+            with micro.scope("replicated", Phase.BACKWARD, ONCE):
                 once_total = (
                     flat
                     if once_total is None
@@ -132,7 +119,7 @@ def build_step(
                 )
     assert loss_sum is not None and once_total is not None
 
-    with b.scope("optimizer"), b.backward():
+    with b.scope("optimizer", Place(Phase.UPDATE)), b.backward():
         units.reduce(ONCE, once_total, last=True)
         gradient = units.reduced_gradient()
         (squares,) = b.op("sum_of_squares", [gradient], "sum_of_squares")
@@ -166,7 +153,7 @@ def build_step(
     outputs |= {
         name: (state, sharded) for name, state in zip(("master", "exp_avg", "exp_avg_sq", "ema"), updated, strict=True)
     }
-    return b.finish(outputs, config=config, batch=batch, recompute=recompute)
+    return b.finish(outputs, blocks=c.layers)
 
 
 class _MicroBatch:
@@ -176,53 +163,51 @@ class _MicroBatch:
         self,
         b: Builder,
         c: ModelConfig,
-        batch: Batch,
+        batch: BatchShape,
         units: ShardedUnits,
         counters: Buffer,
-        mb: str,
+        number: int,
         seed: int,
         caption_dropout: float,
-        recompute: dict[str, tuple[str, ...]],
     ) -> None:
-        self.b, self.c, self.units, self.mb, self.recompute = b, c, units, mb, recompute
-        self.last = mb == f"mb{b.plan.micro_batches - 1}"
+        self.b, self.c, self.units, self.number = b, c, units, number
+        self.last = number == b.plan.micro_batches - 1
         self.grid = c.grid(batch.latent)
         self.latent = batch.latent
         self.draw: dict[str, Any] = {"seed": seed}
         self.dropout = caption_dropout
         self.counters = counters
-        with b.scope(mb):
-            self.inputs = Inputs(b, c, batch)
-            latent_shape = (self.inputs.samples, c.channels, *batch.latent)
-            self.latents = b.buffer(
-                "latents",
-                latent_shape,
-                b.plan.stat_dtype,
-                Placement((BATCH, NONE, NONE, NONE, NONE)),
-                "input",
-            )
+        with b.scope("", Place(micro_batch=number)):
+            self.inputs = declare(b, training_inputs(c, b.plan, batch), number)
 
-    def _flow(self) -> tuple[Buffer, Buffer, Buffer, dict[str, Buffer], Buffer]:
-        """x_t and velocity [T, B, P], t [B], captions after dropout."""
+    def scope(self, name: str, phase: Phase, unit: str, block: int | None = None) -> AbstractContextManager[None]:
+        """A stretch of this micro-batch."""
+        return self.b.scope(f"{name}.{phase}", Place(phase, self.number, block, unit))
+
+    def _flow(self) -> tuple[Buffer, Buffer, Buffer, dict[str, Buffer]]:
+        """x_t and velocity [T, B, P], t [B], and the conditions, captions after dropout."""
         b, c, inputs = self.b, self.c, self.inputs
         compute, stat = b.plan.compute_dtype, b.plan.stat_dtype
-        tokens = c.tokens(self.latent)
-        patches = (tokens, inputs.samples, c.patch_features)
-        geometry: dict[str, Any] = {"patch": c.patch, "latent": self.latents.shape[1:], "rank_axes": TOKENS}
-        (t,) = b.op("draw_time", [inputs.ids, self.counters], "t", dtypes=stat, **self.draw)
+        ids, latents = inputs[IDS], inputs[LATENTS]
+        patches = (c.tokens(self.latent), latents.shape[0], c.patch_features)
+        geometry: dict[str, Any] = {"patch": c.patch, "latent": latents.shape[1:], "rank_axes": TOKENS}
+        (t,) = b.op("draw_time", [ids, self.counters], "t", dtypes=stat, **self.draw)
         (keep,) = b.op(
             "draw_keep_caption",
-            [inputs.ids, self.counters],
+            [ids, self.counters],
             "keep_caption",
             dtypes="bool",
             dropout=self.dropout,
             **self.draw,
         )
-        text = {n: b.op("drop_caption", [x, keep], f"text_kept.{n}")[0] for n, x in inputs.text.items()}
-        (mask,) = b.op("drop_mask", [inputs.mask, keep], "mask_kept")
+        conditions = dict(inputs)
+        for encoder in c.encoders:
+            name = text_input(encoder.name)
+            (conditions[name],) = b.op("drop_caption", [inputs[name], keep], f"text_kept.{encoder.name}")
+        (conditions[MASK],) = b.op("drop_mask", [inputs[MASK], keep], "mask_kept")
         (x1,) = b.op(
             "patchify",
-            [self.latents],
+            [latents],
             "x1",
             shapes={0: patches},
             place={"t": TOKENS},
@@ -231,7 +216,7 @@ class _MicroBatch:
         )
         (x0,) = b.op(
             "draw_noise",
-            [inputs.ids, self.counters],
+            [ids, self.counters],
             "x0",
             shapes={0: patches},
             place={"t": TOKENS},
@@ -240,72 +225,54 @@ class _MicroBatch:
             **self.draw,
         )
         x_t, velocity = b.op("interpolate", [x1, x0, t], ("x_t", "target"), dtypes=(compute, stat), sigma_min=SIGMA_MIN)
-        return x_t, velocity, t, text, mask
+        return x_t, velocity, t, conditions
 
     def forward(self, once: dict[str, Buffer], loss: Buffer, *, first: bool) -> None:
-        b, c, mb = self.b, self.c, self.mb
-        with b.scope(f"{mb}/conditioning.weights"):
+        b, c = self.b, self.c
+        with self.scope("conditioning", Phase.WEIGHTS, CONDITIONING_UNIT):
             conditioning = self.units.gather(CONDITIONING_UNIT)
-        with b.scope(f"{mb}/embedding.forward"):
-            x_t, self.target, t, text, mask = self._flow()
+        with self.scope("embedding", Phase.FORWARD, CONDITIONING_UNIT):
+            x_t, self.target, t, conditions = self._flow()
             self.embedding = Embedding(b, c, self.grid)
-            x, self.cond = self.embedding.forward({**once, **conditioning}, x_t, t, text, mask)
+            x, self.cond = self.embedding.forward({**once, **conditioning}, x_t, t, conditions)
         self.conditioning = conditioning
         self.blocks: list[tuple[Block, dict[str, Buffer]]] = []
         for layer in range(c.layers):
             unit = block_unit(layer)
-            with b.scope(f"{mb}/{unit}.weights"):
+            with self.scope(unit, Phase.WEIGHTS, unit, layer):
                 weights = self.units.gather(unit)
-            with b.scope(f"{mb}/{unit}.forward"):
+            with self.scope(unit, Phase.FORWARD, unit, layer):
                 block = Block(b, c, unit)
                 x = block.forward({**once, **weights}, x, self.cond)
             self.blocks.append((block, weights))
-        with b.scope(f"{mb}/final.forward"):
+        with self.scope("final", Phase.FORWARD, ONCE):
             self.final = FinalLayer(b, c)
             self.velocity = self.final.forward(once, x, self.cond)
-            attrs: dict[str, Any] = {"micro_batches": b.plan.micro_batches}
-            count = self._global_elements()
-            if first:
-                (self.loss,) = b.op(
-                    "velocity_loss",
-                    [self.velocity, self.target],
-                    "loss",
-                    into={0: loss},
-                    dtypes=loss.dtype,
-                    elements=count,
-                    **attrs,
-                )
-            else:
-                (self.loss,) = b.op(
-                    "velocity_loss",
-                    [self.velocity, self.target],
-                    "loss",
-                    add_to=loss,
-                    dtypes=loss.dtype,
-                    elements=count,
-                    **attrs,
-                )
+            (self.loss,) = b.op(
+                "velocity_loss",
+                [self.velocity, self.target],
+                "loss",
+                into={0: loss} if first else None,
+                add_to=None if first else loss,
+                dtypes=loss.dtype,
+                elements=math.prod(self.velocity.shape),
+                micro_batches=b.plan.micro_batches,
+            )
         self.loss_op = b.producer(self.loss)
-
-    def _global_elements(self) -> int:
-        elements = 1
-        for size in self.velocity.shape:
-            elements *= size
-        return elements
 
     def backward(self, once: dict[str, Buffer]) -> Buffer:
         """Reduces every unit but the replicated one, whose flat gradient is returned."""
-        b, c, mb = self.b, self.c, self.mb
+        b, c = self.b, self.c
         shared = SharedGradients()
-        with b.scope(f"{mb}/replicated.gradient"):
+        with self.scope("replicated", Phase.GRADIENT, ONCE):
             donce = self.units.new_gradient(ONCE)
-        with b.scope(f"{mb}/final.backward"):
+        with self.scope("final", Phase.BACKWARD, ONCE):
             (dvelocity,) = b.op(
                 "velocity_loss_backward",
                 [self.velocity, self.target],
                 "dvelocity",
                 dtypes=b.plan.compute_dtype,
-                elements=self._global_elements(),
+                elements=math.prod(self.velocity.shape),
                 micro_batches=b.plan.micro_batches,
                 of=self.loss_op,
                 wrt={0: 0},
@@ -314,18 +281,14 @@ class _MicroBatch:
         for layer in reversed(range(c.layers)):
             block, weights = self.blocks[layer]
             unit = block_unit(layer)
-            with b.scope(f"{mb}/{unit}.gradient"):
+            with self.scope(unit, Phase.GRADIENT, unit, layer):
                 dweights = self.units.new_gradient(unit)
-            region = f"{mb}/{unit}.backward"
-            self.recompute[region] = (f"{mb}/{unit}.weights", f"{mb}/{unit}.forward")
-            with b.scope(region):
+            with self.scope(unit, Phase.BACKWARD, unit, layer):
                 dx = block.backward({**once, **weights}, {**donce, **dweights}, dx, self.cond, shared)
                 self._reduce(unit, weights, dweights)
-        with b.scope(f"{mb}/conditioning.gradient"):
+        with self.scope("conditioning", Phase.GRADIENT, CONDITIONING_UNIT):
             dconditioning = self.units.new_gradient(CONDITIONING_UNIT)
-        region = f"{mb}/embedding.backward"
-        self.recompute[region] = (f"{mb}/conditioning.weights",)
-        with b.scope(region):
+        with self.scope("embedding", Phase.BACKWARD, CONDITIONING_UNIT):
             self.embedding.backward({**once, **self.conditioning}, {**donce, **dconditioning}, dx, self.cond, shared)
             self._reduce(CONDITIONING_UNIT, self.conditioning, dconditioning)
         self.units.check(once, donce)
@@ -336,17 +299,30 @@ class _MicroBatch:
         self.units.reduce(unit, self.units.flat_of(gradients), last=self.last)
 
 
-def prepare(program: Program, *, backend: str, price: Price | None = None) -> Program:
-    """The passes every program goes through before it runs or is priced: recompute, fusion, order, degree-1 aliases.
+def passes(plan: Plan, *, backend: str, price: Price | None = None) -> Iterator[Pass]:
+    """From a built program to the one that runs or is priced: recompute, fusion, order, degree-1 aliases, staging.
 
     ``backend`` is ``nccl`` or ``gloo``; gloo's reduce-scatter needs a staging buffer, which is then listed. ``price``
     gives the seconds of a record where the plan asks for overlap; every rank must pass one that says the same. Without
     it, the backend's ``RATES`` do.
     """
-    program = fuse(rematerialize(program))
-    program = elide(prefetch(program))
-    if program.plan.fused_tp:
-        program = fuse_tp(program)
-    if program.plan.overlaps:
-        program = overlap(program, price or RATES[backend].price)
-    return stage_for_gloo(program) if backend == "gloo" else stage_symmetric(program)
+    yield from (rematerialize, fuse, prefetch, elide)
+    if plan.fused_tp:
+        yield fuse_tp
+    if plan.overlaps:
+
+        def scheduled(program: Program) -> Program:
+            return schedule(program, price or RATES[backend].price)
+
+        yield scheduled
+    yield stage_for_gloo if backend == "gloo" else stage_symmetric
+
+
+def prepare(program: Program, *, backend: str, price: Price | None = None, checked: bool = False) -> Program:
+    """All ``passes``. With ``checked`` each is looked at: raises BrokenProgram, which is a bug of the pass it names."""
+    built = program
+    for run in passes(program.plan, backend=backend, price=price):
+        program = run(program)
+        if checked:
+            refuse_broken(run.__name__, program, built)
+    return program

@@ -1,8 +1,8 @@
 """The same model on torch's own parallelism: FSDP2, DTensor tensor and sequence parallel, context_parallel.
 
 An independent truth for every plan: nothing here comes from ``cinemesh.parallel``, and of
-``cinemesh.model`` only the configuration, the parameter table and the random draws. Activations are
-[B, S, D], weights those of ``nn.Linear``.
+``cinemesh.model`` only the configuration, the parameter table, the names of the inputs and the random
+draws. Activations are [B, S, D], weights those of ``nn.Linear``.
 
 What torch's parts do and do not do, and what follows here:
 
@@ -48,6 +48,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cinemesh.model import flow
 from cinemesh.model.config import ModelConfig, parameters
+from cinemesh.model.inputs import IDS, LATENTS, MASK, text_input
 
 # It reports every reduction over two axes as slow; here only the result matters.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -249,17 +250,17 @@ def random_weights(config: ModelConfig, seed: int, dtype: torch.dtype) -> dict[s
 
 def random_batch(
     config: ModelConfig, latent: tuple[int, int, int], samples: int, seed: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
-    """(latent, ids, text, mask) as ``model.reference.training_loss`` takes them, with holes in the mask."""
+) -> dict[str, Tensor]:
+    """By input name, as ``model.reference.training_loss`` takes them, with holes in the mask."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    text = {e.name: noise(e.tokens, samples, e.width) for e in config.encoders}
+    text = {text_input(e.name): noise(e.tokens, samples, e.width) for e in config.encoders}
     mask = torch.ones(samples, config.text_tokens, dtype=torch.bool)
     mask[0, -1] = mask[-1, 1] = False
-    return noise(samples, config.channels, *latent), 3 + torch.arange(samples), text, mask
+    return {LATENTS: noise(samples, config.channels, *latent), IDS: 3 + torch.arange(samples), MASK: mask, **text}
 
 
 # --- the parallel model ---------------------------------------------------------------------------
@@ -360,10 +361,7 @@ def _patches(latent: Tensor, patch: tuple[int, int, int]) -> Tensor:
 
 def oracle_loss(
     oracle: Oracle,
-    latent: Tensor,
-    ids: Tensor,
-    text: Mapping[str, Tensor],
-    mask: Tensor,
+    batch: Mapping[str, Tensor],
     seed: int,
     step: int,
     caption_dropout: float = flow.CAPTION_DROPOUT,
@@ -372,9 +370,9 @@ def oracle_loss(
     mesh, c = oracle.mesh, oracle.config
     ranks = mesh["dp_replicate"].size() * mesh["dp_shard"].size()
     rank = mesh["dp_replicate"].get_local_rank() * mesh["dp_shard"].size() + mesh["dp_shard"].get_local_rank()
-    mine = torch.arange(latent.shape[0]).chunk(ranks)[rank]
+    mine = torch.arange(batch[LATENTS].shape[0]).chunk(ranks)[rank]
 
-    latent, ids, mask = latent[mine], ids[mine], mask[mine]
+    latent, ids, mask = batch[LATENTS][mine], batch[IDS][mine], batch[MASK][mine]
     counter = torch.tensor(step)
     t = flow.draw_time(seed, counter, ids).to(latent.dtype)
     x0 = flow.draw_noise(seed, counter, ids, tuple(latent.shape[1:])).to(latent.dtype)
@@ -392,8 +390,8 @@ def oracle_loss(
         return whole if dim is None else whole.redistribute(placements=[Shard(dim)])
 
     captions = {
-        name: on_tp(torch.where(keep[:, None, None], value[:, mine].transpose(0, 1), 0.0))
-        for name, value in text.items()
+        e.name: on_tp(torch.where(keep[:, None, None], batch[text_input(e.name)][:, mine].transpose(0, 1), 0.0))
+        for e in c.encoders
     }
     seen = mask | ~keep[:, None]
     with sdpa_kernel(SDPBackend.MATH), _shared_attention(mesh["cp"], [patches, target, coordinates]):

@@ -26,7 +26,8 @@ from ...errors import CinemeshError
 from ...kernels.ops import OPS
 from ...kernels.registry import kernels_for
 from ...model.config import Encoder, ModelConfig
-from ...model.step import Batch, build_step, prepare
+from ...model.inputs import BatchShape
+from ...model.step import build_step, prepare
 from ...parallel.ir.layout import Axes
 from ...parallel.ir.plan import Plan
 from ...parallel.runtime.comm import BoundCollective, Communicator, barrier, gather_objects, summing
@@ -55,7 +56,7 @@ class Case:
     """A one-block model and the degrees whose local shapes are run, without their communication."""
 
     config: ModelConfig
-    batch: Batch
+    batch: BatchShape
     plan: Plan
 
 
@@ -64,7 +65,7 @@ def _case(
 ) -> Case:
     config = ModelConfig("calibration", 1, width, heads, ffn, (Encoder("text", 64, 24),), position_lengths=(4, 32, 32))
     plan = Plan(tp=tp, cp=cp, dtype=DTYPE, recompute="none", prefetch=0)
-    return Case(config, Batch(samples, latent), plan)
+    return Case(config, BatchShape(samples, latent), plan)
 
 
 # Head dims 16, 32, 64 and 128, the smallest with short and long rows; products from slim to square; flat shards of

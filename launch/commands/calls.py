@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...kernels.ops import OPS
-from ...parallel.ir.program import Op, Program
+from ...parallel.ir.program import Program
+from ...parallel.ir.records import Op
 
 DTYPES = {
     "float64": torch.float64,

@@ -15,10 +15,10 @@ from ...kernels.rates import rate
 from ...kernels.selection import Choice, override_of, overrides, select
 from ...kernels.spec import Sizes
 from ...model.config import LATENTS, ModelConfig, preset
-from ...model.step import Batch, build_step, prepare, unit_layout
+from ...model.inputs import BatchShape
+from ...model.step import build_step, prepare, unit_layout
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
-from ..plans import read_plan
 from .show import new_console, parse_latent, plain_table, quantity
 
 TRITON_DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
@@ -61,11 +61,11 @@ def run(
     if target and tune:
         raise CinemeshError("--compile needs no GPU and --tune one", remedy="give one of the two")
     if target:
-        plans = [read_plan(plan)] if plan else [_compiled_plan(tp, cp) for tp, cp in COMPILED_DEGREES]
-        _compile([sizes_of(config, each, Batch(batch, shape)) for each in plans], target, as_json)
+        plans = [Plan.parse(plan)] if plan else [_compiled_plan(tp, cp) for tp, cp in COMPILED_DEGREES]
+        _compile([sizes_of(config, each, BatchShape(batch, shape)) for each in plans], target, as_json)
         return
-    chosen = read_plan(DEFAULT_PLANS.get(model, "") if plan is None else plan)
-    program = prepare(build_step(config, chosen, Batch(batch, shape)), backend="nccl")
+    chosen = Plan.parse(DEFAULT_PLANS.get(model, "") if plan is None else plan)
+    program = prepare(build_step(config, chosen, BatchShape(batch, shape)), backend="nccl")
     if tune:
         from .tune import run as measure
 
@@ -182,7 +182,7 @@ def _compiled_plan(tp: int, cp: int) -> Plan:
     return Plan(tp=tp, cp=cp, dp_shard=COMPILED_GPUS // (tp * cp))
 
 
-def sizes_of(config: ModelConfig, plan: Plan, batch: Batch) -> Sizes:
+def sizes_of(config: ModelConfig, plan: Plan, batch: BatchShape) -> Sizes:
     """What one rank computes, as the kernels' compile check wants it. Raises CinemeshError for dtype float64."""
     if plan.compute_dtype not in TRITON_DTYPES:
         raise CinemeshError(f"dtype {plan.dtype}: Triton's kernels take bf16 and float32", remedy="choose one of them")

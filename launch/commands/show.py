@@ -15,12 +15,14 @@ from rich.text import Text
 from ...errors import CinemeshError
 from ...kernels.ops import OPS
 from ...model.config import ModelConfig, parameters, preset
-from ...model.step import Batch, build_step, prepare
+from ...model.inputs import BatchShape
+from ...model.step import build_step, prepare
 from ...parallel.ir.collectives import FUSED
-from ...parallel.ir.program import Op, Program
+from ...parallel.ir.plan import Plan
+from ...parallel.ir.program import Program
+from ...parallel.ir.records import Op, Phase, Place
 from ...parallel.ir.units import Parameter
 from ...parallel.passes.liveness import lifetimes
-from ..plans import read_plan
 
 WIDTH = 130  # columns, where the output is no terminal
 DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
@@ -137,9 +139,9 @@ def program_listing(*, model: str, plan: str, latent: str, text_tokens: int, bat
     Raises CinemeshError for an unknown model, an illegal plan, and a plan that does not divide the model or ``latent``.
     """
     config = preset(model).with_text_tokens(text_tokens)
-    degrees = read_plan(plan)
+    degrees = Plan.parse(plan)
     size = parse_latent(latent)
-    program = prepare(build_step(config, degrees, Batch(batch, size)), backend="nccl")
+    program = prepare(build_step(config, degrees, BatchShape(batch, size)), backend="nccl")
     if as_json:
         given = {"model": model, "plan": degrees.to_dict(), "latent": size, "text_tokens": text_tokens, "batch": batch}
         print(json.dumps({**given, "records": [record(program, op) for op in program.ops], "totals": totals(program)}))
@@ -175,7 +177,7 @@ def record(program: Program, op: Op) -> dict[str, object]:
         "name": op.name,
         "kind": op.kind,
         "lane": op.lane,
-        "region": op.region,
+        "place": {"phase": op.place.phase, "micro_batch": op.place.micro_batch, "block": op.place.block},
         "recomputed": op.clone,
         "inputs": list(op.inputs),
         "outputs": [
@@ -191,7 +193,7 @@ def record(program: Program, op: Op) -> dict[str, object]:
     }
     if op.kind in OPS or op.kind in FUSED:
         values |= {"flops": program.flops(op), "bytes": program.bytes_moved(op)}
-    if op.kind not in OPS and op.kind != "wait":
+    if op.kind not in OPS and not op.is_wait:
         values |= {"payload_bytes": program.payload_bytes(op), "wire_bytes": program.wire_bytes(op)}
     return values
 
@@ -201,7 +203,7 @@ def totals(program: Program) -> dict[str, object]:
     compute = [op for op in program.ops if op.kind in OPS or op.kind in FUSED]
     lanes: dict[str, dict[str, float]] = {}
     for op in program.ops:
-        if op.kind not in OPS and op.kind != "wait":
+        if op.kind not in OPS and not op.is_wait:
             lane = lanes.setdefault(f"{op.lane} {op.kind}", {"collectives": 0, "payload_bytes": 0, "wire_bytes": 0})
             lane["collectives"] += 1
             lane["payload_bytes"] += program.payload_bytes(op)
@@ -225,31 +227,36 @@ def totals(program: Program) -> dict[str, object]:
 # -- cinemesh program: sections ---------------------------------------------------------------------------------------
 
 
+START = Place(title="start")  # in front of the first section
+
+
 @dataclass(frozen=True)
 class Section:
-    """Consecutive records of one unit and phase; gathers of weights belong to the section that they are issued in."""
+    """Consecutive records of one place; gathers of weights belong to the section that they are issued in."""
 
-    title: str
+    place: Place
     ops: tuple[Op, ...]
 
     @property
-    def block(self) -> int | None:
-        match = re.search(r"blocks\.(\d+)\.", self.title)
-        return int(match[1]) if match else None
+    def title(self) -> str:
+        number = self.place.micro_batch
+        return (f"mb{number}/" if number is not None else "") + self.place.title
 
 
 def sections(program: Program) -> list[Section]:
     """The program cut into embedding, blocks, final layer and optimizer, forward and backward."""
-    titles: list[str] = []
-    following = ""
+    backward = {
+        (op.place.micro_batch, op.place.block): op.place for op in program.ops if op.place.phase is Phase.BACKWARD
+    }
+    places: list[Place] = []
+    following = START
     for op in reversed(program.ops):
-        unit, _, phase = op.region.rpartition(".")
-        if phase not in ("weights", "gradient"):
-            following = f"{unit}.backward" if op.clone else op.region
-        titles.append(following)
-    titles.reverse()
-    cut = groupby(zip(titles, program.ops, strict=True), key=lambda pair: pair[0])
-    return [Section(title or "start", tuple(op for _, op in pairs)) for title, pairs in cut]
+        if op.place.phase not in (Phase.WEIGHTS, Phase.GRADIENT):
+            following = backward[op.place.micro_batch, op.place.block] if op.clone else op.place
+        places.append(following)
+    places.reverse()
+    cut = groupby(zip(places, program.ops, strict=True), key=lambda pair: (pair[0], pair[0].title))
+    return [Section(place, tuple(op for _, op in pairs)) for (place, _), pairs in cut]
 
 
 def _row(program: Program, op: Op, section: Section) -> tuple[str, str, str, str, str]:
@@ -257,23 +264,25 @@ def _row(program: Program, op: Op, section: Section) -> tuple[str, str, str, str
 
     So that records which do the same in the same place of another block have equal rows.
     """
-    micro_batch, _, _ = section.title.partition("/")
+    here = section.place
 
-    def short(name: str) -> str:
-        name = name.removeprefix(f"{section.title}/").removeprefix(f"{micro_batch}/")
-        if section.block is not None:
-            name = name.removeprefix(f"blocks.{section.block}.forward/")
-            name = re.sub(r"blocks\.(\d+)\.", lambda m: _neighbour(int(m[1]) - (section.block or 0)), name)
-        return name
+    def short(place: Place, label: str) -> str:
+        same_block = place.block == here.block and place.micro_batch == here.micro_batch
+        if place == here or place.phase is Phase.GRADIENT or (same_block and place.phase is Phase.FORWARD):
+            return label
+        if here.block is not None and place.block is not None:
+            return f"{_neighbour(place.block - here.block)}{place.phase}/{label}"
+        return f"{place.title}/{label}" if place.title else label
 
-    name = short(op.name).replace("~", "")
+    name = short(op.place, op.label)
     outputs: list[str] = []
     for output in op.outputs:
-        label = re.sub(r"^.*gradient/d\.", "d.", short(output)).replace("~", "").removesuffix(".issued")
+        made = program.buffers[output]
+        label = short(made.place, f"{made.role}{op.slice or ''}")
         outputs.append(("" if label == name else f"{label} ") + _local(program, output))
     work = ""
-    if op.kind == "wait":  # for what the issue has told already
-        name, outputs = name.removesuffix(".wait"), []
+    if op.is_wait:  # for what the issue has told already
+        outputs = []
     elif op.kind in OPS:
         flops = program.flops(op)
         work = quantity(flops, "FLOP") if OPS[op.kind].matmul else quantity(program.bytes_moved(op), "B")
@@ -327,7 +336,7 @@ def listing(program: Program) -> Iterator[tuple[str, Rows]]:
         yield from told()
         near = [(len(set(rows) ^ set(other)), title, other) for other, title in first.items()]
         differences, title, other = min(near, default=(MOST_DIFFERENCES + 1, "", ()))
-        if differences <= MOST_DIFFERENCES and section.block is not None and 2 * differences < len(rows):
+        if differences <= MOST_DIFFERENCES and section.place.block is not None and 2 * differences < len(rows):
             added = tuple(row for row in rows if row not in set(other))
             changed = {row[0] for row in added}
             missing = [row[0] for row in other if row not in set(rows) and row[0] not in changed]

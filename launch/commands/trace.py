@@ -28,13 +28,13 @@ from ...model.step import build_step, check, prepare
 from ...model.weights import probe_values
 from ...parallel.ir.collectives import FUSED
 from ...parallel.ir.plan import Plan
+from ...parallel.ir.span import Span
 from ...parallel.runtime.comm import gather_objects
 from ...parallel.runtime.mesh import Mesh
-from ...parallel.runtime.trace import Row, Span, role, summary, traced_step
+from ...parallel.runtime.trace import Row, role, summary, traced_step
 from ...perf_model.clusters.cluster import Cluster, load
 from ...perf_model.report.explain import Whole, played
-from ...perf_model.report.trace import Timed, predicted, write
-from ..plans import read_plan
+from ...perf_model.report.trace import predicted, write
 from ..proof.parity import LR, OPTIMIZER, Case, load_batch
 
 WARM_UP_STEPS = 2
@@ -79,10 +79,10 @@ def predict(case: Case, cluster: Cluster) -> Whole:
     return played(prepare(built, backend="gloo"), case.batch, cluster)
 
 
-def beside(by_rank: Sequence[Sequence[Span]], whole: Whole) -> dict[str, Sequence[Timed]]:
+def beside(by_rank: Sequence[Sequence[Span]], whole: Whole) -> dict[str, Sequence[Span]]:
     """One recording a rank and the prediction, from the start of the first step; waits are drawn from ``waited_s``."""
     first = min(span.issued_s for spans in by_rank for span in spans)
-    recordings: dict[str, Sequence[Timed]] = {
+    recordings: dict[str, Sequence[Span]] = {
         f"rank {rank}, measured": [
             replace(span, issued_s=span.issued_s - first, start_s=span.start_s - first, end_s=span.end_s - first)
             for span in spans
@@ -97,18 +97,18 @@ def predicted_rows(whole: Whole) -> dict[str, tuple[float, float]]:
     """By role: seconds that its collectives run in one step, and of those exposed."""
     rows: dict[str, tuple[float, float]] = {}
     for i, op in enumerate(whole.program.ops):
-        if "axes" in op.attrs and op.kind != "wait":
-            ran, exposed = rows.get(role(op.name), (0.0, 0.0))
+        if op.comm is not None and not op.is_wait:
+            ran, exposed = rows.get(role(op), (0.0, 0.0))
             timeline = whole.timeline
             alone = whole.tape.records[i].cost.seconds  # of a fused record, which computes as well
             ran += alone if op.kind in FUSED else timeline.end[i] - timeline.start[i]
-            rows[role(op.name)] = ran, exposed + timeline.exposed_s.get(i, 0.0)
+            rows[role(op)] = ran, exposed + timeline.exposed_s.get(i, 0.0)
     return rows
 
 
 def run(*, plan: str, model: str, out: Path, steps: int, max_procs: int, cluster: str, as_json: bool) -> None:
     """Trace, write ``out`` and print the table. Raises CinemeshError when the plan does not suit model or machine."""
-    chosen, priced_on = read_plan(plan, dtype="float32"), load(cluster)
+    chosen, priced_on = Plan.parse(plan, dtype="float32"), load(cluster)
     if priced_on.gloo is None:
         raise CinemeshError(
             f"--cluster {cluster} has GPUs, and a trace runs on CPU processes",

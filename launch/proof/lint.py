@@ -1,10 +1,11 @@
 """``cinemesh lint``: prove without a GPU that a plan's step can be captured into a CUDA Graph and replayed.
 
-From the program: every op is capturable, no two live storages share a byte of the arena, every collective is waited for
-once. From the step, run on this process alone on a small model with the plan's own degrees, under a dispatch mode: no
-host read, no allocation above what an op declares, no write outside its outputs, no collective that the program does
-not have. From two frozen steps with other samples, learning rate and step number: call for call the same, so nothing
-that changes between steps is baked in. docs/cuda_graphs.md says which pitfall each check guards against.
+From the program: behind every pass it is still the one that was built and typed, every collective is waited for once,
+no two live storages share a byte of the arena. From the step, run on this process alone on a small model with the
+plan's own degrees, under a dispatch mode: no host read, no allocation above what an op declares, no write outside its
+outputs, no collective that the program does not have. From two frozen steps with other samples, learning rate and step
+number: call for call the same, so nothing that changes between steps is baked in. docs/cuda_graphs.md says which
+pitfall each check guards against.
 """
 
 from __future__ import annotations
@@ -20,27 +21,30 @@ from torch import Tensor
 from ...kernels.ops import OPS
 from ...kernels.reference import Kernel
 from ...model.config import LATENTS, preset
+from ...model.inputs import BatchShape
 from ...model.runner import StepRunner
-from ...model.step import Batch, build_step, prepare
+from ...model.step import build_step, passes
 from ...model.weights import probe_values
+from ...parallel.ir.check import Finding, check, disjoint
 from ...parallel.ir.collectives import FUSED
 from ...parallel.ir.communicators import communicator_name
 from ...parallel.ir.layout import Axes
 from ...parallel.ir.plan import Plan
-from ...parallel.ir.program import Program, lane_name
-from ...parallel.passes.arena import Arena, place, storages
+from ...parallel.ir.program import Program
+from ...parallel.ir.records import lane_name
+from ...parallel.passes.arena import place
 from ...parallel.passes.liveness import lifetimes
 from ...parallel.runtime.comm import BoundCollective, Communicator
 from ...parallel.runtime.frozen import Frozen
-from ...parallel.runtime.guard import Finding, Guard
+from ...parallel.runtime.guard import Guard
 from ...parallel.runtime.ledger import Entry, difference, expected
 from ...parallel.runtime.tape import same
-from ..plans import read_plan
 from .parity import OPTIMIZER, Case, load_batch
 from .verify import small_case
 
 CHECKS = {
-    "capturable": "every op may run inside a capture",
+    "same": "behind every pass all records are there and read the values that they were built on",
+    "types": "behind every pass each value is placed as its record and its inputs say",
     "arena": "temporaries lie in the arena, and no two that live together overlap",
     "order": "collectives run in the program's order, each is waited for once, and there are no others",
     "synchronises": "nothing reads back to the host, depends on data in shape, or draws from a generator",
@@ -77,49 +81,15 @@ class Alone(Communicator):
         return BoundCollective(issue, lambda: None)
 
 
-def lint_program(program: Program) -> list[Finding]:
-    """What the program alone shows, at any size."""
-    found = [
-        Finding("capturable", f"{op.name} ({op.kind})", "the op table says that it may not be captured")
-        for op in program.ops
-        if op.kind in OPS and not OPS[op.kind].capturable
-    ]
-    return found + overlaps(program, place(program)) + unpaired(program)
-
-
-def overlaps(program: Program, arena: Arena) -> list[Finding]:
-    """Storages that live at one record and share a byte, or lie outside the arena; found by a walk over the records."""
-    names, intervals = storages(program, lifetimes(program))
+def lint_program(built: Program) -> list[Finding]:
+    """What the program alone shows, at any size: behind every pass, and where its storages lie in the end."""
     found: list[Finding] = []
-    alive: list[tuple[int, int, int, str]] = []  # start, stop in the arena, last record, name
-    for name, (first, last, size) in zip(names, intervals, strict=True):
-        op = program.ops[first]
-        start = arena.offsets.get(name)
-        if start is None or start < 0 or start + size > arena.total_bytes:
-            found.append(Finding("arena", f"{op.name} ({op.kind})", f"{name} lies outside of the arena"))
-            continue
-        alive = [held for held in alive if held[2] >= first]
-        found += [
-            Finding("arena", f"{op.name} ({op.kind})", f"{name} overlaps {other}, which lives until record {until}")
-            for begin, end, until, other in alive
-            if start < end and begin < start + size
-        ]
-        alive.append((start, start + size, last, name))
-    return found
-
-
-def unpaired(program: Program) -> list[Finding]:
-    """Collectives that nobody waits for, or twice, or before they were issued."""
-    found: list[Finding] = []
-    flying: set[str] = set()
-    for op in program.ops:
-        if op.kind == "wait" and op.attrs["issue"] not in flying:
-            found.append(Finding("order", f"{op.name} (wait)", f"{op.attrs['issue']} is not in flight here"))
-        elif op.kind == "wait":
-            flying.remove(op.attrs["issue"])
-        elif op.kind not in OPS and op.kind not in FUSED:
-            flying.add(op.name)
-    return found + [Finding("order", f"{name} (issue)", "nobody waits for it") for name in sorted(flying)]
+    program = built
+    for run in passes(built.plan, backend="nccl"):
+        program = run(program)
+        found += (one for one in check(program, built) if one not in found)
+    arena = place(program)
+    return found + disjoint(program, arena.offsets, arena.total_bytes)
 
 
 def lint_step(case: Case, kernels: dict[str, Kernel] | None = None, comm: Alone | None = None) -> list[Finding]:
@@ -176,14 +146,14 @@ def lint(plan: Plan, model: str) -> list[Finding]:
     Raises CinemeshError when the plan does not divide the model; ``tiny`` is grown until it does.
     """
     case = small_case(plan, model, max_procs=plan.world_size)
-    config, batch = (case.config, case.batch) if model == "tiny" else (preset(model), Batch(1, LATENTS[model]))
-    found = lint_program(prepare(build_step(config, plan, batch), backend="nccl"))
+    config, batch = (case.config, case.batch) if model == "tiny" else (preset(model), BatchShape(1, LATENTS[model]))
+    found = lint_program(build_step(config, plan, batch))
     return found + [f for f in lint_step(case) if f not in found]
 
 
 def run(*, plan: str, model: str, as_json: bool) -> int:
     """Print every check and its findings; the exit code: 0, or 1 when there is a finding."""
-    chosen = read_plan(plan)
+    chosen = Plan.parse(plan)
     found = lint(chosen, model)
     if as_json:
         print(json.dumps({"ok": not found, "plan": chosen.to_dict(), "findings": [asdict(f) for f in found]}, indent=2))
@@ -197,8 +167,8 @@ def _show(plan: Plan, found: Sequence[Finding]) -> None:
     console.print(f"plan {plan.equation()}: may a step be captured?")
     if plan.fused_tp:
         console.print(FUSED_NOTE, soft_wrap=True)
-    for check, says in CHECKS.items():
-        mine = [f for f in found if f.check == check]
-        console.print(f"  {'[bold red]NO[/]' if mine else '[green]ok[/]'}  {check:<13} {says}", soft_wrap=True)
+    for name, says in CHECKS.items():
+        mine = [f for f in found if f.check == name]
+        console.print(f"  {'[bold red]NO[/]' if mine else '[green]ok[/]'}  {name:<13} {says}", soft_wrap=True)
         for finding in mine:
             console.print(f"        {finding}", style="red", soft_wrap=True)

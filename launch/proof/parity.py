@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ...model import weights as weights_by_name
 from ...model.config import ModelConfig, parameters
+from ...model.inputs import BatchShape, training_inputs
 from ...model.reference import Reference, training_loss
-from ...model.runner import StepRunner, data_slice
-from ...model.step import Batch, Optimizer, unit_layout
+from ...model.runner import StepRunner, data_share
+from ...model.step import Optimizer, unit_layout
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.passes.liveness import lifetimes, persistent
@@ -54,8 +55,8 @@ class Case:
     remarks: list[str] = field(default_factory=list)
 
     @property
-    def batch(self) -> Batch:
-        return Batch(self.samples, self.latent)
+    def batch(self) -> BatchShape:
+        return BatchShape(self.samples, self.latent)
 
     def on_one_rank(self) -> Case:
         """The same model, batch and dtype without any parallelism."""
@@ -63,20 +64,20 @@ class Case:
         return replace(self, plan=plan, samples=self.samples * self.plan.data_ranks)
 
 
-def global_batch(case: Case, step: int, micro_batch: int) -> tuple[Tensor, Tensor, Named, Tensor]:
-    """Latents, ids, text and key mask of the whole micro-batch: the same on every rank."""
+def global_batch(case: Case, step: int, micro_batch: int) -> Named:
+    """Every input of the whole micro-batch, by name: the same on every rank."""
     generator = torch.Generator().manual_seed(1000 * step + micro_batch)
-    samples = case.samples * case.plan.data_ranks
-    shape = (samples, case.config.channels, *case.latent)
-    latents = torch.randn(shape, generator=generator, dtype=torch.float64)
-    text = {
-        e.name: torch.randn((e.tokens, samples, e.width), generator=generator, dtype=torch.float64)
-        for e in case.config.encoders
-    }
-    mask = torch.rand((samples, case.config.text_tokens), generator=generator) > 0.3
-    mask[:, 0] = True
-    ids = torch.arange(samples) + samples * (step * case.plan.micro_batches + micro_batch)
-    return latents, ids, text, mask
+    batch: Named = {}
+    for given in training_inputs(case.config, case.plan, case.batch):
+        if given.dtype == "int64":  # sample ids: no two alike in a run
+            first = given.shape[0] * (step * case.plan.micro_batches + micro_batch)
+            batch[given.name] = torch.arange(given.shape[0]) + first
+        elif given.dtype == "bool":  # keys that count, at least one a sample
+            batch[given.name] = torch.rand(given.shape, generator=generator) > 0.3
+            batch[given.name][:, 0] = True
+        else:
+            batch[given.name] = torch.randn(given.shape, generator=generator, dtype=torch.float64)
+    return batch
 
 
 # -- what ran ---------------------------------------------------------------------------------------------------------
@@ -104,14 +105,9 @@ def load_batch(case: Case, runner: StepRunner, step: int) -> None:
     """This rank's part of every micro-batch of a step."""
     position = runner.coordinates
     for micro_batch in range(case.plan.micro_batches):
-        latents, ids, text, mask = global_batch(case, step, micro_batch)
-        runner.load(
-            micro_batch,
-            data_slice(latents, case.plan, position),
-            data_slice(ids, case.plan, position),
-            {name: data_slice(value, case.plan, position, dim=1) for name, value in text.items()},
-            data_slice(mask, case.plan, position),
-        )
+        inputs = training_inputs(case.config, case.plan, case.batch)
+        batch = global_batch(case, step, micro_batch)
+        runner.load(micro_batch, data_share(batch, inputs, case.plan, position))
 
 
 def run_rank(
@@ -152,7 +148,7 @@ def run_rank(
     for step in range(case.steps):
         load_batch(case, runner, step)
         if watched and step == case.steps - 1:
-            alive = [runner.buffers[name] for name in persistent(program)]
+            alive = [executor.buffers[name] for name in persistent(program)]
             held_bytes = lives.persistent_bytes + executor.placement.total_bytes
             if isinstance(runner.replay, Frozen):
                 alive.append(runner.replay.workspace)
@@ -249,7 +245,7 @@ def run_reference(case: Case, followed: Trajectory | None = None) -> Trajectory:
         total = torch.zeros((), dtype=torch.float64)
         for micro_batch in range(case.plan.micro_batches):
             batch = global_batch(case, step, micro_batch)
-            loss = training_loss(model, *batch, case.seed, step) / case.plan.micro_batches
+            loss = training_loss(model, batch, case.seed, step) / case.plan.micro_batches
             loss.backward()
             total += loss.detach()
         run.losses.append(total.item())

@@ -27,16 +27,16 @@ from rich.table import Table
 from torch.multiprocessing.spawn import start_processes
 
 from ...errors import CinemeshError
-from ...model.config import preset
+from ...model.config import LATENTS, preset
+from ...model.inputs import BatchShape
 from ...model.runner import StepRunner
-from ...model.step import build_step, prepare
+from ...model.step import build_step, check, prepare
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.passes.arena import place
 from ...parallel.passes.liveness import lifetimes
 from ...parallel.runtime.comm import gather_objects
 from ...parallel.runtime.mesh import Mesh
-from ..plans import read_plan
 from .parity import OPTIMIZER, QUANTITIES, Case, RankRun, Trajectory, bounds_of, run_rank, worst_of
 
 BLIND = 1e-6  # a reference gradient this much smaller than the largest would prove nothing
@@ -71,9 +71,9 @@ class Report:
 
 
 def small_case(plan: Plan, model: str = "tiny", *, max_procs: int = 8, steps: int = 3) -> Case:
-    """The model shrunk until it runs here. tp and cp stay; dp_shard, then dp_replicate, shrink when they must.
+    """The model that is asked for, shrunk until it runs here. tp and cp stay; dp_shard, then dp_replicate, shrink.
 
-    Raises CinemeshError when tp * cp alone is more than ``max_procs``.
+    Raises CinemeshError when the plan does not divide the model, or tp * cp alone is more than ``max_procs``.
     """
     remarks: list[str] = []
     if plan.tp * plan.cp > max_procs:
@@ -90,24 +90,31 @@ def small_case(plan: Plan, model: str = "tiny", *, max_procs: int = 8, steps: in
             shrunk = shrunk.with_degrees(**{name: smaller})
             remarks.append(f"{name} {degree} -> {smaller}: more than {max_procs} processes")
     full, tiny = preset(model), preset("tiny")
+    if full != tiny:  # tiny grows until the plan divides it; a model that is asked for is what it is
+        check(full, plan, BatchShape(1, LATENTS[model]))
     heads = 6 if 6 % (shrunk.tp * shrunk.kv_slices) == 0 else shrunk.tp * shrunk.kv_slices
     text_width = math.lcm(24, shrunk.tp)
     counts = [3] + [2] * (len(full.encoders) - 1)
     encoders = tuple(replace(e, width=text_width, tokens=n) for e, n in zip(full.encoders, counts, strict=True))
     parts = (6, shrunk.tp * shrunk.cp * shrunk.tp_slices, shrunk.cp * shrunk.kv_chunks)
-    columns = 2 * math.lcm(*parts)  # tokens are 3 * 2 * columns / 2
+    columns = math.lcm(*parts)
+    grid = (min(3, full.position_lengths[0]), 2, columns)
     config = replace(
-        tiny,
+        full,  # whatever else it has, a variant's own fields too, stays
         name=f"{model} (shrunk)",
+        layers=min(full.layers, tiny.layers),
         width=8 * heads,
         heads=heads,
         ffn=16 * heads,
         encoders=encoders,
-        position_lengths=(6, 6, columns),
+        channels=min(full.channels, tiny.channels),
+        position_lengths=tuple(2 * length for length in grid),
+        latent_conditions=tuple(replace(c, channels=min(c.channels, 3)) for c in full.latent_conditions),
     )
-    if full.name != tiny.name:
+    if full != tiny:
         remarks.append(f"{model}: {full.layers} layers of {full.width} -> {config.layers} layers of {config.width}")
-    return Case(shrunk, config, samples=2, latent=(3, 4, columns), steps=steps, remarks=remarks)
+    latent = tuple(length * size for length, size in zip(grid, full.patch, strict=True))
+    return Case(shrunk, config, samples=2, latent=(latent[0], latent[1], latent[2]), steps=steps, remarks=remarks)
 
 
 def compare(case: Case, runs: list[RankRun], program: Program, reference: Trajectory | None = None) -> Report:
@@ -176,8 +183,9 @@ def run(*, plan: str, model: str, dtype: str, max_procs: int, steps: int, as_jso
 
     Raises CinemeshError for an illegal plan.
     """
-    case = small_case(read_plan(plan, dtype=dtype), model, max_procs=max_procs, steps=steps)
-    prepare(build_step(case.config, case.plan, case.batch), backend="gloo")  # refuse it here rather than on every rank
+    case = small_case(Plan.parse(plan, dtype=dtype), model, max_procs=max_procs, steps=steps)
+    # Refused, or found broken by a pass, here rather than on every rank.
+    prepare(build_step(case.config, case.plan, case.batch), backend="gloo", checked=True)
     report = _on_local_processes(case)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))

@@ -15,7 +15,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -246,13 +246,16 @@ def check_model(path: Path, config: ModelConfig) -> None:
     """Raise CinemeshError when the checkpoint is damaged or its model differs, naming the first difference.
 
     Compared is all that fixes weights and their meaning: not the preset's name, nor how many text tokens there are.
+    What a checkpoint does not say had its default when it was written.
     """
+    defaults = {f.name: f.default for f in fields(ModelConfig) if f.default is not MISSING}
 
     def facts(model: dict[str, Any]) -> dict[str, Any]:
+        model = json.loads(json.dumps(defaults | model))
         plain = {key: value for key, value in model.items() if key not in ("name", "encoders")}
         return plain | {f"width of text encoder {e['name']}": e["width"] for e in model["encoders"]}
 
-    a, b = facts(manifest(path)["model"]), facts(json.loads(json.dumps(asdict(config))))
+    a, b = facts(manifest(path)["model"]), facts(asdict(config))
     for key in (*b, *a):
         if a.get(key) != b.get(key):
             raise CinemeshError(

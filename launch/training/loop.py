@@ -25,8 +25,9 @@ from ...kernels.registry import kernels_for
 from ...model.buckets import BucketRunner
 from ...model.codec import BlockDCTCodec, LatentCodec
 from ...model.config import ModelConfig
+from ...model.inputs import BatchShape
 from ...model.runner import StepRunner
-from ...model.step import Batch, check
+from ...model.step import check
 from ...model.weights import initial_values
 from ...parallel.runtime import comm
 from ..cluster.processes import Place, Stopped, StopSignal, joined, launch, rank_main, world_size
@@ -48,7 +49,7 @@ class Setting:
     codec: LatentCodec
     encoders: list[TextEncoder]
     model: ModelConfig
-    batches: list[Batch]
+    batches: list[BatchShape]
 
     @classmethod
     def of(cls, config: Config) -> Setting:
@@ -57,7 +58,7 @@ class Setting:
         encoders = build_encoders(config.data.encoders)
         model = config.model.build(codec, encoders)
         samples = config.plan.local_batch(config.data.global_batch)
-        batches = [Batch(samples, latent) for latent in latents_of(config.data.shapes, codec)]
+        batches = [BatchShape(samples, latent) for latent in latents_of(config.data.shapes, codec)]
         for batch in batches:
             check(model, config.plan, batch)
         config.data.scenes()
@@ -289,7 +290,7 @@ class _Loop:
         for micro_batch in range(plan.micro_batches):
             samples = train.select(indices[micro_batch * share : (micro_batch + 1) * share])
             batch = collate(samples, rank, plan.data_ranks)
-            self.runners.load(micro_batch, batch.latents, batch.ids, batch.text, batch.mask)
+            self.runners.load(micro_batch, batch)
         return [train.first_id + index for index in indices]
 
     def _skipped(self, step: int, times: int, loss: float, norm: float, ids: list[int]) -> None:

@@ -15,9 +15,10 @@ from ...data.text import TextEncoder, build_encoders
 from ...errors import CinemeshError
 from ...model.codec import BlockDCTCodec, LatentCodec
 from ...model.config import ModelConfig
+from ...model.inputs import MASK, BatchShape, text_input
 from ...model.runner import as_dtype
 from ...model.sampler import GUIDANCE, Sampler
-from ...model.step import Batch, check, unit_layout
+from ...model.step import check, unit_layout
 from ...parallel.ir.plan import Plan
 from ...parallel.runtime.comm import gather_objects
 from ...parallel.runtime.mesh import Mesh, coordinates
@@ -71,7 +72,7 @@ def run(
         guidance = recipe.sample.guidance if recipe.sample else GUIDANCE
     codec, encoders = BlockDCTCodec(), build_encoders(recipe.data.encoders)
     model = recipe.model.build(codec, encoders)
-    check(model, plan, Batch(1, recipe.sampled.latent(codec)))
+    check(model, plan, BatchShape(1, recipe.sampled.latent(codec)))
     checkpoints.check_model(newest, model)
     order = Order(recipe, plan, newest, prompt, out, steps, guidance, seed)
     code = launch(nproc, sample, order) if nproc and nproc > 1 else rank_main(lambda: sample(order))
@@ -132,16 +133,18 @@ def sample_clips(
     """
     ranks, rank = plan.data_ranks, mesh.data_rank if mesh else 0
     samples = min(samples, -(-len(prompts) // ranks))
-    sampler = Sampler(config, plan, Batch(samples, latent), mesh, weights, device)
+    sampler = Sampler(config, plan, BatchShape(samples, latent), mesh, weights, device)
     # Ranks that share a sample all end with all of it: one of them hands it on.
     speaks = sampler.coordinates["tp"] == sampler.coordinates["cp"] == 0
     latents: dict[int, Tensor] = {}
     for start in range(0, len(prompts), samples * ranks):
         mine = range(start + rank * samples, start + (rank + 1) * samples)  # may pass the end: such clips are dropped
         encoded = [[encoder.encode(prompts[i % len(prompts)]) for encoder in encoders] for i in mine]
-        text = {e.name: torch.stack([row[k][0] for row in encoded], 1) for k, e in enumerate(encoders)}
-        mask = torch.stack([torch.cat([valid for _, valid in row]) for row in encoded])
-        made = sampler.sample(text, mask, seed, torch.tensor(mine), steps, guidance).cpu()
+        conditions = {
+            text_input(e.name): torch.stack([row[k][0] for row in encoded], 1) for k, e in enumerate(encoders)
+        }
+        conditions[MASK] = torch.stack([torch.cat([valid for _, valid in row]) for row in encoded])
+        made = sampler.sample(conditions, seed, torch.tensor(mine), steps, guidance).cpu()
         kept = {i: clip for i, clip in zip(mine, made, strict=True) if i < len(prompts) and speaks}
         for part in gather_objects(kept) if mesh else [kept]:
             assert isinstance(part, dict)

@@ -10,7 +10,8 @@ from ...data.cache import Sample, collate
 from ...kernels.reference import patchify
 from ...model.flow import draw_noise, draw_time, interpolate
 from ...model.forward import build_velocity
-from ...model.runner import StepRunner, as_dtype, tp_slice
+from ...model.inputs import IDS, LATENTS
+from ...model.runner import StepRunner, load_inputs, named_buffers
 from ...model.step import prepare
 from ...parallel.ir.layout import TOKENS
 from ...parallel.ir.units import nested_index
@@ -32,11 +33,12 @@ class Validation:
         self._items = [(index, draw) for draw in range(draws) for index in range(len(samples))]
         backend = "gloo" if runner.executor.device == "cpu" else "nccl"
         program = prepare(build_velocity(runner.config, runner.plan, runner.batch), backend=backend)
-        shared = {"master": runner.buffers["ema"]}
+        shared = {program.states["master"]: runner.buffers["ema"]}
         train = runner.executor  # never runs while this does: the same arena serves
         self._forward = Executor(
             program, runner.coordinates, runner.comm, train.device, shared=shared, arena=train.arena
         )
+        self._buffers = named_buffers(self._forward)
 
     def loss(self) -> float:
         """Of all validation samples, the same on every rank."""
@@ -52,27 +54,25 @@ class Validation:
     def _squared_error(self, items: list[tuple[int, int]], counted: int) -> torch.Tensor:
         """(sum, elements) of this rank's tokens of ``items``; those from ``counted`` on only fill the batch."""
         runner, forward = self._runner, self._forward
-        plan, config, device = runner.plan, runner.config, forward.device
+        plan, config = runner.plan, runner.config
         share, rank = runner.batch.samples, runner.mesh.data_rank if runner.mesh else 0
         batch = collate([self._samples[index] for index, _ in items], rank, plan.data_ranks)
         mine = range(rank * share, (rank + 1) * share)
         steps = torch.tensor([items[position][1] for position in mine])
-        shape = tuple(batch.latents.shape[1:])
-        t = draw_time(SEED, steps, batch.ids)
-        x0 = draw_noise(SEED, steps[:, None], batch.ids, shape)
-        x_t, velocity = interpolate(batch.latents.double(), x0, t)
+        shape = tuple(batch[LATENTS].shape[1:])
+        t = draw_time(SEED, steps, batch[IDS])
+        x0 = draw_noise(SEED, steps[:, None], batch[IDS], shape)
+        x_t, velocity = interpolate(batch[LATENTS].double(), x0, t)
 
-        wanted = torch.empty(forward.buffers["x_t"].shape, dtype=torch.float64)
+        wanted = torch.empty(self._buffers["x_t"].shape, dtype=torch.float64)
         token_rank = nested_index(plan, TOKENS, runner.coordinates)
         geometry = {"patch": config.patch, "latent": shape, "rank": token_rank}
         patchify([x_t], [wanted], **geometry)
-        forward.load("x_t", wanted.to(device, as_dtype(plan.compute_dtype)))
-        forward.load("t", t)
-        forward.load("mask", batch.mask)
-        for name, text in batch.text.items():
-            forward.load(f"text.{name}", tp_slice(text, plan, runner.coordinates))
+        self._buffers["x_t"].copy_(wanted)
+        self._buffers["t"].copy_(t)
+        load_inputs(forward, batch)
         forward.run()
         patchify([velocity], [wanted], **geometry)
         count = torch.tensor([position < counted for position in mine])
-        error = (forward.buffers["velocity"].to("cpu", torch.float64) - wanted)[:, count]
+        error = (self._buffers["velocity"].to("cpu", torch.float64) - wanted)[:, count]
         return torch.stack([error.square().sum(), torch.tensor(float(error.numel()), dtype=torch.float64)])

@@ -24,10 +24,12 @@ from typing import Any
 from ...kernels.ops import OPS, signature_of
 from .layout import Axes, Placement, PlacementError, infer, local_shape
 from .plan import AXES, Plan
-from .program import Buffer, Op, Program, contiguous_strides, lane_name
+from .program import Program, contiguous_strides
+from .records import WAIT, Buffer, BufferKind, Collective, Holds, Input, Op, Place, Slice, SliceOf, Wait
 
 Use = tuple[str, int]
 _NO_USES: frozenset[Use] = frozenset()
+ISSUED = ".issued"  # ends the name of what a collective writes, until somebody has waited for it
 
 
 class Builder:
@@ -38,7 +40,8 @@ class Builder:
         self.sizes = {axis: plan.size(axis) for axis in AXES}
         self.buffers: dict[str, Buffer] = {}
         self.ops: list[Op] = []
-        self.scope_name = ""
+        self.place = Place()
+        self._scope = ""  # what names begin with
         self.training = False  # count uses and demand gradients
         self._in_backward = False
         self._unread: set[str] = set()
@@ -51,16 +54,24 @@ class Builder:
         self._uses: dict[str, set[Use]] = {}
         self._gradient_of: dict[str, frozenset[Use]] = {}
         self._settled: set[Use] = set()
+        self._added_in_place: set[Use] = set()  # in forward: under one name, uses before and after cannot be told apart
         self._by_name: dict[str, Op] = {}
+        self._wait_of: dict[str, Op] = {}  # of an issue
+        self._inputs: list[Input] = []
+        self._states: dict[str, str] = {}
         self.token_parts: dict[str, list[Buffer]] = {}  # of buffers that are written or read in slices of tokens
 
     # -- scopes -------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def scope(self, name: str) -> Iterator[None]:
-        outer, self.scope_name = self.scope_name, name
+    def scope(self, title: str, place: Place) -> Iterator[None]:
+        """Records and buffers made inside stand at ``place``, and are called after its title and micro-batch."""
+        outer = self._scope, self.place
+        number = place.micro_batch
+        self._scope = "/".join(filter(None, ("" if number is None else f"mb{number}", title)))
+        self.place = replace(place, title=title)
         yield
-        self.scope_name = outer
+        self._scope, self.place = outer
 
     @contextmanager
     def backward(self) -> Iterator[None]:
@@ -69,7 +80,7 @@ class Builder:
         self._in_backward = False
 
     def _name(self, name: str) -> str:
-        full = f"{self.scope_name}/{name}" if self.scope_name else name
+        full = f"{self._scope}/{name}" if self._scope else name
         assert full not in self.buffers, f"two buffers named {full}"
         return full
 
@@ -89,15 +100,58 @@ class Builder:
         shape: Sequence[int],
         dtype: str,
         placement: Placement,
-        kind: str = "temporary",
+        *,
+        holds: Holds = Holds.VALUES,
+        unit: str | None = None,
     ) -> Buffer:
-        """Storage that ops write through views or ``into``; inputs and states are there before the step."""
-        local_shape(tuple(shape), placement, self.sizes)
-        return self._add(Buffer(self._name(name), tuple(shape), dtype, placement, kind))
+        """Storage that ops write through views or ``into``."""
+        return self._storage(name, shape, dtype, placement, BufferKind.TEMPORARY, holds, unit)
 
-    def view(self, base: Buffer, name: str, shape: Sequence[int], placement: Placement, offset: int = 0) -> Buffer:
+    def input(
+        self, name: str, shape: Sequence[int], dtype: str, placement: Placement, micro_batch: int | None = None
+    ) -> Buffer:
+        """Storage that is filled before a step, from what data call ``name``; listed in ``Program.inputs``."""
+        buffer = self._storage(name, shape, dtype, placement, BufferKind.INPUT)
+        self._inputs.append(Input(name, micro_batch, buffer.name))
+        return buffer
+
+    def state(
+        self, name: str, shape: Sequence[int], dtype: str, placement: Placement, holds: Holds = Holds.VALUES
+    ) -> Buffer:
+        """Storage that persists from step to step; listed in ``Program.states``."""
+        buffer = self._storage(name, shape, dtype, placement, BufferKind.STATE, holds)
+        self._states[name] = buffer.name
+        return buffer
+
+    def _storage(
+        self,
+        name: str,
+        shape: Sequence[int],
+        dtype: str,
+        placement: Placement,
+        kind: BufferKind,
+        holds: Holds = Holds.VALUES,
+        unit: str | None = None,
+    ) -> Buffer:
+        local_shape(tuple(shape), placement, self.sizes)
+        return self._add(self._buffer(name, tuple(shape), dtype, placement, kind=kind, holds=holds, unit=unit))
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: str, placement: Placement, **facts: Any) -> Buffer:
+        """A buffer of this place; its role is its name here, unless it is given."""
+        return Buffer(self._name(name), shape, dtype, placement, **{"role": name, "place": self.place, **facts})
+
+    def view(
+        self,
+        base: Buffer,
+        name: str,
+        shape: Sequence[int],
+        placement: Placement,
+        offset: int = 0,
+        role: str | None = None,
+    ) -> Buffer:
         """A contiguous part of ``base``, from local element ``offset`` on, under another shape."""
-        view = Buffer(self._name(name), tuple(shape), base.dtype, placement, "temporary", base.name, offset)
+        facts = {"role": role or name, "base": base.name, "offset": offset}
+        view = self._buffer(name, tuple(shape), base.dtype, placement, **facts)
         if view.placement.sharded != base.placement.sharded or view.placement.partial != base.placement.partial:
             raise PlacementError(f"view {view.name} placed {placement} of {base.name} placed {base.placement}")
         size = math.prod(local_shape(view.shape, placement, self.sizes))
@@ -110,10 +164,11 @@ class Builder:
             raise PlacementError(f"view {view.name} of {base.name}, which is not contiguous")
         return self._add_view(view, base, size)
 
-    def part(self, base: Buffer, name: str, dim: int, index: int, count: int) -> Buffer:
-        """Part ``index`` of ``count`` of what each rank holds along ``dim``: rows are contiguous, else it is strided.
+    def part(self, base: Buffer, name: str, dim: int, part: Slice, count: int, *, issued: bool = False) -> Buffer:
+        """One of ``count`` parts of what each rank holds along ``dim``: rows are contiguous, else it is strided.
 
-        Its global shape is that of a buffer whose ``dim`` is ``count`` times smaller.
+        Its global shape is that of a buffer whose ``dim`` is ``count`` times smaller. ``issued``: a place into which a
+        collective writes.
         """
         shape = tuple(size // count if i == dim else size for i, size in enumerate(base.shape))
         local = local_shape(base.shape, base.placement, self.sizes)
@@ -122,19 +177,21 @@ class Builder:
                 f"part {name}: {count} parts of dim {dim} of {base.name}, of which a rank holds {local}"
             )
         strides = base.strides or contiguous_strides(local)
-        first = index * (local[dim] // count) * strides[dim]
+        first = part.index * (local[dim] // count) * strides[dim]
         kept = None if dim == 0 and base.strides is None else strides
-        view = Buffer(self._name(name), shape, base.dtype, base.placement, "temporary", base.name, first, kept)
+        full = f"{name}{part}{ISSUED if issued else ''}"
+        view = self._buffer(
+            full, shape, base.dtype, base.placement, role=name, base=base.name, offset=first, strides=kept
+        )
         own = local_shape(shape, base.placement, self.sizes)
         return self._add_view(view, base, 1 + sum((n - 1) * step for n, step in zip(own, strides, strict=True)))
 
     def slices(self, x: Buffer) -> list[Buffer]:
         """The rows of ``x`` in ``tp_slices`` parts, made once."""
         if x.name not in self.token_parts:
-            scope, _, name = x.name.rpartition("/")
-            name = name if scope == self.scope_name else f"{name}.in"  # of another layer
+            name = x.role if x.place == self.place else f"{x.role}.in"  # of another layer
             count = self.plan.tp_slices
-            self.token_parts[x.name] = [self.part(x, f"{name}.t{i}", 0, i, count) for i in range(count)]
+            self.token_parts[x.name] = [self.part(x, name, 0, Slice(SliceOf.TOKENS, i), count) for i in range(count)]
         return self.token_parts[x.name]
 
     def _add_view(self, view: Buffer, base: Buffer, extent: int) -> Buffer:
@@ -183,18 +240,17 @@ class Builder:
     def _contributions(self, name: str) -> frozenset[Use]:
         return _NO_USES.union(*(self._gradient_of.get(n, _NO_USES) for n in self._related(name)))
 
-    def needs_grad(self, buffer: Buffer) -> bool:
-        return buffer.name in self._needs_grad
-
     def _demand_complete(self, op: str, gradient: Buffer, *forward: str) -> None:
         """See [Note: contributions]. ``forward``: one buffer, or the slices that the gradient covers."""
         uses, got = set[Use]().union(*map(self._all_uses, forward)), self._contributions(gradient.name)
         if got != uses:
             missing = sorted(f"{o}:{i}" for o, i in uses - got)
             extra = sorted(f"{o}:{i}" for o, i in got - uses)
+            summed = ", ".join(sorted(o for o, _ in (uses - got) & self._added_in_place))
+            remedy = f"; {summed} adds in place: make the sum a buffer of its own, op('residual', [a, b], ...)"
             raise PlacementError(
                 f"{op}: {gradient.name} is not the whole gradient of {' and '.join(forward)}; "
-                f"missing uses {missing or 'none'}, foreign uses {extra or 'none'}"
+                f"missing uses {missing or 'none'}, foreign uses {extra or 'none'}{remedy if summed else ''}"
             )
 
     # -- records ------------------------------------------------------------------------------------------------
@@ -204,20 +260,25 @@ class Builder:
         kind: str,
         inputs: Sequence[Buffer],
         outputs: Sequence[Buffer],
-        attrs: dict[str, Any],
-        lane: str,
+        role: str,
         name: str,
-        of: str | None,
+        *,
+        attrs: dict[str, Any] | None = None,
+        comm: Collective | Wait | None = None,
+        of: str | None = None,
+        part: Slice | None = None,
     ) -> Op:
         op = Op(
             name,
             kind,
             tuple(b.name for b in inputs),
             tuple(b.name for b in outputs),
-            attrs,
-            lane,
-            self.scope_name,
+            attrs or {},
+            comm,
+            self.place,
             of,
+            role=role,
+            slice=part,
         )
         self.ops.append(op)
         self._by_name[name] = op
@@ -238,18 +299,23 @@ class Builder:
         of: Op | Sequence[Op] | None = None,
         gradient: Buffer | None = None,
         wrt: dict[int, int] | None = None,
+        part: Slice | None = None,
+        role: str | None = None,
         **attrs: Any,
     ) -> tuple[Buffer, ...]:
         """Append one compute record and return its outputs.
 
         ``into`` writes outputs to views made before; ``add_to`` adds output 0 into that buffer, in place. ``shapes``
         gives outputs whose labels no input has. A backward record has ``of``, ``gradient``, ``wrt`` {output: operand};
-        ``of`` are several forward records where those made slices of what ``gradient`` covers whole.
+        ``of`` are several forward records where those made slices of what ``gradient`` covers whole. ``part``: which
+        part of a whole the record makes. ``role``: of output 0, where it is not its name.
         """
         spec = OPS[kind]
         if isinstance(names, str):
             names = (names,)
         signature = signature_of(kind, attrs)
+        roles = [role or names[0], *names[1:]]
+        names = [f"{name}{part or ''}" for name in names]
         op_name = self._unique(names[0])
         placed = tuple((place or {}).items())
         try:
@@ -273,6 +339,8 @@ class Builder:
         in_place = dict(spec.in_place)
         if add_to is not None:
             assert spec.adds, f"{kind} adds to nothing"
+            if not self._in_backward:
+                self._added_in_place.add((op_name, len(inputs)))
             self._read(op_name, add_to, len(inputs))
             reads.append(add_to)
             in_place[0] = len(inputs)
@@ -288,17 +356,8 @@ class Builder:
                         f"to {old.name} placed {old.placement} of shape {old.shape}"
                     )
                 self._consumed.add(old.name)
-                target = self._add(
-                    Buffer(
-                        self._name(names[index]),
-                        shape,
-                        old.dtype,
-                        old.placement,
-                        "temporary",
-                        old.name,
-                        strides=old.strides,
-                    )
-                )
+                facts = {"role": roles[index], "base": old.name, "strides": old.strides}
+                target = self._add(self._buffer(names[index], shape, old.dtype, old.placement, **facts))
             elif target is not None:
                 if target.placement != placements[index] or target.shape != shape:
                     raise PlacementError(
@@ -307,17 +366,18 @@ class Builder:
                     )
             else:
                 local_shape(shape, placements[index], self.sizes)
-                target = self._add(Buffer(self._name(names[index]), shape, dtype, placements[index]))
+                target = self._add(self._buffer(names[index], shape, dtype, placements[index], role=roles[index]))
             if index not in spec.statistics:
                 self._unread.add(target.name)
             outputs.append(target)
         forward = [of] if isinstance(of, Op) else list(of or ())
-        record = self._record(kind, reads, outputs, attrs, "compute", op_name, forward[0].name if forward else None)
+        backward_of = forward[0].name if forward else None
+        record = self._record(kind, reads, outputs, roles[0], op_name, attrs=attrs, of=backward_of, part=part)
         self._track(record, inputs, outputs, forward, gradient, wrt or {}, add_to)
         return tuple(outputs)
 
     def _unique(self, name: str) -> str:
-        full = f"{self.scope_name}/{name}" if self.scope_name else name
+        full = f"{self._scope}/{name}" if self._scope else name
         assert full not in self._by_name, f"two ops named {full}"
         return full
 
@@ -380,7 +440,7 @@ class Builder:
     def producer(self, buffer: Buffer) -> Op:
         """The op that wrote ``buffer``; the issue record, for a collective."""
         op = self._writer[buffer.name]
-        return self._by_name[op.attrs["issue"]] if op.kind == "wait" else op
+        return self._by_name[op.waits_for] if op.is_wait else op
 
     def producers(self, buffer: Buffer) -> list[Op]:
         """The op that wrote ``buffer``, or those that wrote its slices of tokens."""
@@ -399,7 +459,8 @@ class Builder:
             self._demand_complete(first, gradient, *map(self.final_output, of))
         aliases: list[Buffer] = []
         for name, operand in names.items():
-            alias = replace(gradient, name=self._name(name), kind="temporary", base=gradient.name, offset=0)
+            facts = {"kind": BufferKind.TEMPORARY, "base": gradient.name, "offset": 0}
+            alias = replace(gradient, name=self._name(name), role=name, place=self.place, **facts)
             self._add(alias, renamed=True)
             self._contribute_to(first, alias, of, operand, None)
             self._unread.add(alias.name)
@@ -428,18 +489,21 @@ class Builder:
             raise PlacementError(
                 f"join {name}: {len(parts)} parts do not cover the {size} elements of {base.name} once"
             )
-        joined = self._add(replace(base, name=self._name(name), placement=placement, base=base.name), renamed=True)
+        facts = {"role": name, "place": self.place, "base": base.name}
+        joined = self._add(replace(base, name=self._name(name), placement=placement, **facts), renamed=True)
         self._gradient_of[joined.name] = _NO_USES.union(*(self._contributions(part.name) for part in parts))
         self._consumed.add(base.name)
         self._unread.add(joined.name)
         return joined
 
-    def cast(self, x: Buffer, dtype: str, name: str) -> Buffer:
-        """``x`` in another dtype; ``x`` itself when it already has it."""
+    def cast(self, x: Buffer, dtype: str, name: str, holds: Holds = Holds.VALUES) -> Buffer:
+        """``x`` in another dtype; ``x`` itself when it already has it. ``holds``: what the result is for."""
         if x.dtype == dtype:
             return x
         labels = "abcdef"[: len(x.shape)]
-        return self.op("cast", [x], name, dtypes=dtype, signature=f"{labels}->{labels}")[0]
+        (made,) = self.op("cast", [x], name, dtypes=dtype, signature=f"{labels}->{labels}")
+        made.holds = holds
+        return made
 
     # -- collectives --------------------------------------------------------------------------------------------
 
@@ -462,9 +526,16 @@ class Builder:
         *,
         into: Buffer | None = None,
         of: Op | None = None,
+        part: Slice | None = None,
+        holds: Holds = Holds.VALUES,
+        unit: str | None = None,
     ) -> Buffer:
-        """Issue and wait. ``of`` makes it the backward of that forward collective; ``into`` writes to a view."""
-        op_name = self._unique(name)
+        """Issue and wait. ``of`` makes it the backward of that forward collective; ``into`` writes to a view.
+
+        ``part``: as in :meth:`op`. ``holds``, ``unit``: what the result is for.
+        """
+        full = f"{name}{part or ''}"
+        op_name = self._unique(full)
         try:
             if kind == "all_gather":
                 placement = x.placement.gathered(axes, dim)
@@ -491,23 +562,25 @@ class Builder:
             issued = into
         else:
             base = x.name if kind == "all_reduce" else None  # an all-reduce works in place
-            issued = Buffer(self._name(f"{name}.issued"), x.shape, x.dtype, placement, "temporary", base)
+            facts = {"role": name, "base": base, "holds": holds, "unit": unit}
+            issued = self._buffer(f"{full}{ISSUED}", x.shape, x.dtype, placement, **facts)
             self._add(issued, renamed=True)
         if kind == "all_reduce":
             self._consumed.add(x.name)
-        attrs = {"axes": axes, "dim": dim}
         backward_of = of.name if of else None
-        issue = self._record(kind, (x,), (issued,), attrs, lane_name(axes), op_name, backward_of)
+        sent = Collective(axes, dim)
+        issue = self._record(kind, (x,), (issued,), name, op_name, comm=sent, of=backward_of, part=part)
         self._consumed.add(issued.name)
-        result = self._add(Buffer(self._name(name), x.shape, x.dtype, placement, "temporary", issued.name))
-        self._record(
-            "wait",
+        result = self._add(self._buffer(full, x.shape, x.dtype, placement, role=name, base=issued.name))
+        self._wait_of[op_name] = self._record(
+            WAIT,
             (issued, x),
             (result,),
-            {"issue": op_name, **attrs},
-            lane_name(axes),
+            name,
             f"{op_name}.wait",
-            backward_of,
+            comm=Wait(op_name, axes, dim),
+            of=backward_of,
+            part=part,
         )
         self._unread.add(result.name)
         if self.training and not self._in_backward and x.name in self._needs_grad:
@@ -523,7 +596,7 @@ class Builder:
         """The buffer that readers of a forward op see: the waited one, for a collective."""
         if of.kind in OPS:
             return of.outputs[0]
-        return self._by_name[f"{of.name}.wait"].outputs[0]
+        return self._wait_of[of.name].outputs[0]
 
     # -- parameters and the end ---------------------------------------------------------------------------------
 
@@ -537,8 +610,8 @@ class Builder:
             raise PlacementError(f"{buffer.name} is placed {buffer.placement}; expected {placement}")
         return buffer
 
-    def finish(self, outputs: dict[str, tuple[Buffer, Placement]], **facts: Any) -> Program:
-        """Check the outputs' stated placements and that everything else was read."""
+    def finish(self, outputs: dict[str, tuple[Buffer, Placement]], *, blocks: int = 0) -> Program:
+        """Check the outputs' stated placements and that everything else was read. ``blocks``: of the model."""
         for name, (buffer, placement) in outputs.items():
             if buffer.placement != placement:
                 raise PlacementError(
@@ -550,4 +623,5 @@ class Builder:
                 ancestor = self.buffers[ancestor].base
         if self._unread:
             raise PlacementError(f"nobody reads {sorted(self._unread)[:5]} ({len(self._unread)} outputs)")
-        return Program(self.plan, self.buffers, self.ops, tuple(b.name for b, _ in outputs.values()), facts)
+        made = {name: buffer.name for name, (buffer, _) in outputs.items()}
+        return Program(self.plan, self.buffers, self.ops, made, tuple(self._inputs), self._states, blocks)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .layout import FSDP, REPLICATED_UNIT, WORLD, Axes
 from .plan import Plan
-from .program import Op, lane_name
+from .records import Op, lane_name
 
 # Every group of axes over which a program communicates, and the only kind that runs there ("": any).
 GROUPS: tuple[tuple[Axes, str], ...] = (
@@ -23,7 +23,7 @@ GROUPS: tuple[tuple[Axes, str], ...] = (
     (("dp_replicate",), ""),
     (WORLD, ""),
 )
-_DIVIDED = {lane_name(axes) for axes, kind in GROUPS if kind}
+_DIVIDED = {axes for axes, kind in GROUPS if kind}
 JOB = "job"  # the process group that a job is started with
 
 
@@ -40,16 +40,12 @@ class Held:
 
 def communicator_name(axes: Axes, kind: str) -> str:
     """The name of the communicator on which a collective of a kind over ``axes`` runs."""
-    return _on_lane(lane_name(axes), kind)
+    return f"{lane_name(axes)}:{kind}" if axes in _DIVIDED else lane_name(axes)
 
 
 def communicator(op: Op) -> str:
     """The name of the communicator that a collective runs on."""
-    return _on_lane(op.lane, op.kind)
-
-
-def _on_lane(lane: str, kind: str) -> str:
-    return f"{lane}:{kind}" if lane in _DIVIDED else lane
+    return communicator_name(op.axes, op.kind)
 
 
 def communicators(plan: Plan) -> list[Held]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .layout import FSDP
-from .program import Op, Program, lane_name
+from .layout import FSDP, TOKENS_GATHERED, Axes
+from .program import Program
+from .records import Op
 
 Span = tuple[int, int, int]  # first element, behind the last, position of the record
 
@@ -23,10 +24,10 @@ def dependencies(program: Program, ops: Sequence[Op]) -> list[set[int]]:
     before: list[set[int]] = []
     for i, op in enumerate(ops):
         needed: set[int] = set()
-        if op.kind == "wait":
-            if (issue := issued.get(op.attrs["issue"])) is not None:
+        if op.is_wait:
+            if (issue := issued.get(op.waits_for)) is not None:
                 needed.add(issue)
-        elif "axes" in op.attrs:
+        elif op.comm is not None:
             issued[op.name] = i
         read = [program.span(name) for name in op.inputs]
         written = [program.span(name) for name in op.outputs]
@@ -64,16 +65,16 @@ def families(program: Program) -> Iterable[tuple[int, list[str]]]:
 
     What bounds them is a matter of the plan: the next but (bound - 1) may not be made before the one has been read.
     """
-    plan, fsdp = program.plan, lane_name(FSDP)
+    plan = program.plan
     bounds = {
-        ("all_gather", fsdp): plan.prefetch + 1,
-        ("reduce_scatter", fsdp): plan.grad_units,
-        ("all_gather", "cp"): max(2, plan.kv_slices, plan.kv_chunks) if plan.kv_first else 2,
-        ("reduce_scatter", "cp"): 2,
+        ("all_gather", FSDP): plan.prefetch + 1,
+        ("reduce_scatter", FSDP): plan.grad_units,
+        ("all_gather", TOKENS_GATHERED): max(2, plan.kv_slices, plan.kv_chunks) if plan.kv_first else 2,
+        ("reduce_scatter", TOKENS_GATHERED): 2,
     }
-    members: dict[tuple[str, str], list[str]] = {key: [] for key in bounds}
+    members: dict[tuple[str, Axes], list[str]] = {key: [] for key in bounds}
     for op in program.ops:
-        key = (op.kind, op.lane)
+        key = (op.kind, op.axes)
         if key in members:
             buffer = op.outputs[0] if op.kind == "all_gather" else op.inputs[0]
             members[key].append(program.root(buffer)[0])

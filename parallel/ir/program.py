@@ -1,83 +1,33 @@
-"""A training step as a program: ``Op`` records over named ``Buffer``s (torch-free).
-
-[Note: collectives] A collective is two records, issue and wait. Only the wait may read what was issued; its output is
-the same storage under its final name. Inputs and outputs live until the wait.
-"""
+"""A training step as a program: records in order, and what their buffers measure on one rank (torch-free)."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from ...kernels.ops import DTYPE_BYTES, OPS, signature_of
 from ...kernels.signature import Signature
 from .collectives import FUSED
-from .layout import Axes, Placement, local_shape
+from .layout import local_shape
 from .plan import AXES, Plan
-
-
-@dataclass(slots=True)
-class Buffer:
-    """Storage, or a view of it. ``offset`` counts local elements from the start of ``base``.
-
-    ``strides``: local, in elements, of a view that is not contiguous (a slice of heads); None: C order.
-    ``kind``: ``temporary`` lives from its first write to its last read; ``input`` is filled before a step; ``state``
-    persists from step to step.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    placement: Placement
-    kind: str = "temporary"
-    base: str | None = None
-    offset: int = 0
-    strides: tuple[int, ...] | None = None
-
-
-@dataclass(slots=True)
-class Op:
-    """One record. ``lane`` is ``compute`` or the name of the axes whose link it uses, e.g. ``dp_shard*cp``.
-
-    ``of`` names the forward op that a backward record differentiates; ``clone`` marks recomputed forward ops.
-    """
-
-    name: str
-    kind: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    attrs: dict[str, Any] = field(default_factory=dict)
-    lane: str = "compute"
-    region: str = ""
-    of: str | None = None
-    clone: bool = False
-
-    @property
-    def axes(self) -> Axes:
-        return self.attrs["axes"]
-
-    @property
-    def parts(self) -> tuple[Op, ...]:
-        """The records that a fused one stands for, in the order in which they would run; else itself."""
-        return self.attrs["parts"] if self.kind in FUSED else (self,)
-
-    @property
-    def collective(self) -> Op:
-        """The collective's issue: itself, or that within a fused record."""
-        issues = (part for part in self.parts if part.kind == FUSED.get(self.kind, self.kind))
-        return next(issues)
+from .records import Buffer, Input, Op
 
 
 @dataclass
 class Program:
-    """Records in the order of execution. Identical on all ranks: a rank enters only in data offsets."""
+    """Records in the order of execution. Identical on all ranks: a rank enters only in data offsets.
+
+    ``inputs``: all that is filled before a step. ``states`` and ``outputs``: buffers by what they are called outside.
+    ``blocks``: of the model.
+    """
 
     plan: Plan
     buffers: dict[str, Buffer]
     ops: list[Op]
-    outputs: tuple[str, ...]
-    facts: dict[str, Any] = field(default_factory=dict)
+    outputs: dict[str, str]
+    inputs: tuple[Input, ...] = ()
+    states: dict[str, str] = field(default_factory=dict)
+    blocks: int = 0
 
     def __post_init__(self) -> None:
         self.sizes = {axis: self.plan.size(axis) for axis in AXES}
@@ -184,7 +134,7 @@ class Program:
 
     def with_ops(self, ops: list[Op], extra: dict[str, Buffer] | None = None) -> Program:
         """The same buffers, and ``extra``, under other records; what is known of the buffers is handed on."""
-        made = Program(self.plan, {**self.buffers, **(extra or {})}, ops, self.outputs, self.facts)
+        made = replace(self, buffers={**self.buffers, **(extra or {})}, ops=ops)
         made._split = self._split
         made._local, made._elements, made._bytes = dict(self._local), dict(self._elements), dict(self._bytes)
         for name in extra or ():
@@ -203,7 +153,3 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= max(size, 1)
     return tuple(reversed(strides))
-
-
-def lane_name(axes: Axes) -> str:
-    return "*".join(axes)

@@ -30,6 +30,7 @@ class Parameter:
 
     ``shape`` is global. ``tp_dim`` is the dim split over tp (None: TP-replicated). ``unit`` names the FSDP unit.
     ``std`` is the initial standard deviation when ``init`` is normal. ``decay`` says whether AdamW decays it.
+    ``in_block``: of a parameter that every block has, its name without the block.
     """
 
     name: str
@@ -40,6 +41,12 @@ class Parameter:
     std: float
     decay: bool
     part: str
+    in_block: str = ""
+
+    @property
+    def role(self) -> str:
+        """Its name, or what it is called in every block."""
+        return self.in_block or self.name
 
     @property
     def elements(self) -> int:

@@ -18,12 +18,12 @@ from typing import Any
 
 from ..ir.builder import Builder
 from ..ir.layout import BATCH, NONE, REPLICATED_UNIT, Placement
-from ..ir.program import Buffer
+from ..ir.records import Buffer, Holds
 from ..ir.units import Unit, Units
 
 SHARDED = Placement((REPLICATED_UNIT, NONE))  # [ranks, elements]: every rank holds other elements
 REPLICA_PARTIAL = Placement((REPLICATED_UNIT, NONE), frozenset({"dp_replicate"}))
-OPTIMIZER_STATES = ("master", "exp_avg", "exp_avg_sq", "ema")
+OPTIMIZER_STATES = {"master": Holds.MASTER, "exp_avg": Holds.MOMENT, "exp_avg_sq": Holds.MOMENT, "ema": Holds.EMA}
 
 
 class ShardedUnits:
@@ -34,16 +34,19 @@ class ShardedUnits:
         self.units = units
         stat = b.plan.stat_dtype
         shape = (units.ranks, units.flat_elements)
-        names = OPTIMIZER_STATES if training else ("master",)
-        self.states = {name: b.buffer(name, shape, stat, SHARDED, "state") for name in names}
-        self.gradient = b.buffer("gradient", shape, stat, REPLICA_PARTIAL) if training else None
+        self.states = {
+            name: b.state(name, shape, stat, SHARDED, holds)
+            for name, holds in OPTIMIZER_STATES.items()
+            if training or holds is Holds.MASTER
+        }
+        self.gradient = b.buffer("gradient", shape, stat, REPLICA_PARTIAL, holds=Holds.GRADIENT) if training else None
         self._reduced: dict[str, Buffer] = {}
         self._totals: list[Buffer] = []  # of units that were summed over replicas by themselves
         self._weights: Buffer | None = None
 
     def cast_weights(self) -> None:
         """The compute-dtype copy of the master shard, once a step."""
-        self._weights = self.b.cast(self.states["master"], self.b.plan.compute_dtype, "weights")
+        self._weights = self.b.cast(self.states["master"], self.b.plan.compute_dtype, "weights", Holds.WEIGHTS)
 
     def _shape(self, unit: Unit) -> tuple[int, int]:
         return (self.units.plan.tp if unit.tp_sharded else 1, unit.elements)
@@ -56,7 +59,7 @@ class ShardedUnits:
         b, unit = self.b, self.units.by_name[name]
         assert self._weights is not None, "cast_weights comes first"
         shard = b.view(self._weights, "shard", self._shape(unit), self._placement(unit, True), unit.flat_offset)
-        flat = b.all_gather(shard, unit.axes, "flat", dim=1)
+        flat = b.all_gather(shard, unit.axes, "flat", dim=1, holds=Holds.GATHERED_UNIT, unit=name)
         return {
             slot.parameter.name: b.parameter(
                 b.view(
@@ -75,7 +78,8 @@ class ShardedUnits:
         b, unit = self.b, self.units.by_name[name]
         partial = frozenset((*BATCH, "cp", *(() if unit.tp_sharded else ("tp",))))
         placement = Placement(self._placement(unit, False).dims, partial)
-        flat = b.buffer("flat_gradient", self._shape(unit), b.plan.stat_dtype, placement)
+        shape, dtype = self._shape(unit), b.plan.stat_dtype
+        flat = b.buffer("flat_gradient", shape, dtype, placement, holds=Holds.UNIT_GRADIENT, unit=name)
         if unit.gaps:
             (flat,) = b.op("zero_gaps", [flat], "zeroed", signature="xn->xn", gaps=unit.gaps)
         return {
@@ -85,6 +89,7 @@ class ShardedUnits:
                 slot.parameter.shape,
                 Placement(slot.parameter.placement.dims, partial),
                 slot.offset,
+                f"d.{slot.parameter.role}",
             )
             for slot in unit.slots
         }

@@ -1,13 +1,25 @@
 """Tensor and sequence parallel layers: forward and backward records (torch-free).
 
-R ranks on tp. Tokens are split by (cp, tp); between gather and scatter they are split by cp only.
+R ranks on tp, C on cp; S tokens, T = S/C. Tokens are split by (cp, tp), between gather and scatter by cp only. Local
+shapes, I and O the widths of the layer as the model has them, ``P`` what is Partial over tp:
 
-    column:  xg = all_gather_tp(x)             y = xg W          W split by output
-             dxg = dy W^T (Partial tp)          dx = reduce_scatter_tp(dxg)      dW = xg^T dy
-    row:     z = y W (Partial tp)               out = reduce_scatter_tp(z)        W split by input
-             dz = all_gather_tp(dout)           dy = dz W^T                       dW = y^T dz
+    column     x [T/R, B, I]    W [I, O/R]
+      forward  xg [T, B, I]          = all_gather_tp(x)
+               y  [T, B, O/R]        = xg W
+      dgrad    dxg [T, B, I] P       = dy W^T
+               dx [T/R, B, I]        = reduce_scatter_tp(dxg)
+      wgrad    dW [I, O/R]           = xg^T dy      xg is gathered again: kept, it would take R times the memory of x,
+                                                    and forward's gather is cheap to hide (``passes/recompute.py``)
 
-The gather of forward and the reduce-scatter of backward are each other's duals, and the other way round.
+    row        y [T, B, I/R]    W [I/R, O]
+      forward  z [T, B, O] P         = y W
+               out [T/R, B, O]       = reduce_scatter_tp(z)
+      dgrad    dz [T, B, O]          = all_gather_tp(dout)
+               dy [T, B, I/R]        = dz W^T
+      wgrad    dW [I/R, O]           = y^T dz       dz is the gathered one of dgrad: one gather serves both
+
+dW is Partial over cp and the data ranks until its unit's reduce-scatter. The gather of forward and the reduce-scatter
+of backward are each other's duals, and the other way round.
 
 [Note: token slices] With ``plan.tp_slices`` = n > 1 each of these four collectives moves n times a part of this rank's
 tokens, and the product next to it is made part by part, so that one part is on its way while another is computed.
@@ -19,14 +31,14 @@ between a scatter and the next gather is made slice by slice as well (:func:`tok
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...kernels.ops import OPS, signature_of
 from ...kernels.signature import Signature, parse
 from ..ir.builder import Builder
 from ..ir.layout import HEADS, Placement, infer
-from ..ir.program import Buffer
+from ..ir.records import Buffer, Slice, SliceOf
 
 Product = tuple[Buffer, str, str]  # weight, signature, name of the result
 
@@ -34,9 +46,17 @@ Product = tuple[Buffer, str, str]  # weight, signature, name of the result
 # -- products ---------------------------------------------------------------------------------------------------------
 
 
-def linear(b: Builder, x: Buffer, weight: Buffer, signature: str, name: str, into: Buffer | None = None) -> Buffer:
+def linear(
+    b: Builder,
+    x: Buffer,
+    weight: Buffer,
+    signature: str,
+    name: str,
+    into: Buffer | None = None,
+    part: Slice | None = None,
+) -> Buffer:
     """One product; ``signature`` names the labels of x, weight and output, e.g. ``tbi,ihk->tbhk``."""
-    return b.op("matmul", [x, weight], name, signature=signature, into={0: into} if into else None)[0]
+    return b.op("matmul", [x, weight], name, signature=signature, into={0: into} if into else None, part=part)[0]
 
 
 def linear_weight_backward(b: Builder, dy: Buffer, y: Buffer | Sequence[Buffer], x: Buffer, dw: Buffer) -> None:
@@ -46,7 +66,7 @@ def linear_weight_backward(b: Builder, dy: Buffer, y: Buffer | Sequence[Buffer],
     b.op(
         "matmul",
         [x, dy],
-        f"d{_role(slices[0])}_weight",
+        f"d{slices[0].role}_weight",
         signature=f"{x_labels},{y_labels}->{w_labels}",
         into={0: dw},
         dtypes=dw.dtype,
@@ -66,6 +86,7 @@ def linear_input_backward(
     add_to: Buffer | None = None,
     into: Buffer | None = None,
     dtype: str | None = None,
+    part: Slice | None = None,
 ) -> Buffer:
     """Dx = dy W^T, added into ``add_to`` or written ``into`` when given."""
     slices = [y] if isinstance(y, Buffer) else y
@@ -81,6 +102,7 @@ def linear_input_backward(
         of=[b.producer(part) for part in slices],
         gradient=dy,
         wrt={0: 0},
+        part=part,
     )[0]
 
 
@@ -88,10 +110,6 @@ def _labels(b: Builder, y: Buffer) -> tuple[str, str, str]:
     left, out = b.producer(y).attrs["signature"].split("->")
     x, weight = left.split(",")
     return x, weight, out
-
-
-def _role(buffer: Buffer) -> str:
-    return buffer.name.rpartition("/")[2].partition(".")[0]
 
 
 # -- token slices -----------------------------------------------------------------------------------------------------
@@ -102,20 +120,38 @@ def token_slices(b: Builder, x: Buffer) -> list[Buffer]:
     return [x] if b.plan.tp_slices == 1 else b.slices(x)
 
 
-def _indexed(name: str, count: int) -> list[str]:
-    return [name] if count == 1 else [f"{name}.t{i}" for i in range(count)]
+def _which(b: Builder) -> list[Slice | None]:
+    """Which slice each of an op's records makes; one record that makes all where tokens are not sliced."""
+    count = b.plan.tp_slices
+    return [None] if count == 1 else [Slice(SliceOf.TOKENS, i) for i in range(count)]
 
 
-def _places(b: Builder, name: str, like: Buffer, placement: Placement, suffix: str = "") -> tuple[Buffer | None, list]:
-    """A buffer for all slices and their places in it; (None, [None]) when there is one slice: its op makes it."""
+@dataclass
+class _Target:
+    """Where a result goes that is made slice by slice; no ``whole`` and no places where one op makes all of it."""
+
+    whole: Buffer | None
+    places: list[Buffer | None]
+
+
+def _target(b: Builder, name: str, like: Buffer, placement: Placement, *, issued: bool = False) -> _Target:
+    """``issued``: collectives write the slices, which may be read under their own names only after their waits."""
     count = b.plan.tp_slices
     if count == 1:
-        return None, [None]
+        return _Target(None, [None])
     whole = b.buffer(name, like.shape, like.dtype, placement)
-    parts = [b.part(whole, f"{name}.t{i}{suffix}", 0, i, count) for i in range(count)]
-    if not suffix:
+    parts = [b.part(whole, name, 0, which, count, issued=issued) for which in _which(b) if which]
+    if not issued:
         b.token_parts[whole.name] = parts
-    return whole, parts
+    return _Target(whole, [*parts])
+
+
+def _joined(b: Builder, target: _Target, results: list[Buffer]) -> Buffer:
+    """The whole that collectives have written slice by slice as ``results``."""
+    if target.whole is None:
+        return results[0]
+    b.token_parts[target.whole.name] = results
+    return target.whole
 
 
 def token_local(
@@ -128,24 +164,21 @@ def token_local(
     dtypes: Sequence[str] = (),
     **attrs: Any,
 ) -> tuple[Buffer, ...]:
-    """An op that works token by token, slice by slice; ``local``: the inputs that have tokens in front."""
+    """An op that works token by token, slice by slice; ``local``: the inputs that have tokens in front.
+
+    Returns its outputs, whole.
+    """
     dtypes = dtypes or [inputs[0].dtype] * len(names)
-    count = b.plan.tp_slices
-    if count == 1:
+    if b.plan.tp_slices == 1:
         return b.op(kind, inputs, names, dtypes=dtypes, **attrs)
     slices = {k: token_slices(b, inputs[k]) for k in local}
-    wholes: list[Buffer] = []
-    places: list[list[Buffer]] = []
-    for name, result in zip(names, _results(kind, signature_of(kind, attrs), inputs, dtypes), strict=True):
-        whole, parts = _places(b, name, result, result.placement)
-        assert whole is not None
-        wholes.append(whole)
-        places.append(parts)
-    for i in range(count):
+    results = _results(kind, signature_of(kind, attrs), inputs, dtypes)
+    targets = [_target(b, name, like, like.placement) for name, like in zip(names, results, strict=True)]
+    for i, which in enumerate(_which(b)):
         operands = [slices[k][i] if k in slices else x for k, x in enumerate(inputs)]
-        into = {k: parts[i] for k, parts in enumerate(places)}
-        b.op(kind, operands, [f"{name}.t{i}" for name in names], dtypes=dtypes, into=into, **attrs)
-    return tuple(wholes)
+        into = {k: place for k, target in enumerate(targets) if (place := target.places[i])}
+        b.op(kind, operands, names, dtypes=dtypes, into=into, part=which, **attrs)
+    return tuple(target.whole for target in targets if target.whole)
 
 
 def _results(kind: str, signature: Signature, inputs: Sequence[Buffer], dtypes: Sequence[str]) -> list[Buffer]:
@@ -159,12 +192,6 @@ def _results(kind: str, signature: Signature, inputs: Sequence[Buffer], dtypes: 
         Buffer("", tuple(sizes[label] for label in labels), dtype, placement)
         for labels, dtype, placement in zip(signature.outputs, dtypes, placements, strict=True)
     ]
-
-
-def _product_places(b: Builder, x: Buffer, product: Product) -> tuple[Buffer | None, list]:
-    weight, signature, name = product
-    (result,) = _results("matmul", parse(signature), (x, weight), (x.dtype,))
-    return _places(b, name, result, result.placement)
 
 
 @dataclass
@@ -183,52 +210,49 @@ class Column:
 
 def column(b: Builder, x: Buffer, gathered_name: str, products: Sequence[Product]) -> Column:
     """Gather the tokens of ``x`` [T, B, D] over tp and multiply. The first product is made slice by slice."""
-    placement = x.placement.gathered(HEADS, 0)
-    whole, into = _places(b, gathered_name, x, placement, ".issued")
-    names = _indexed(gathered_name, len(into))
+    rows = token_slices(b, x)
+    gathered = _target(b, gathered_name, x, x.placement.gathered(HEADS, 0), issued=True)
     weight, signature, name = products[0]
     parts: list[Buffer] = []
     first: list[Buffer] = []
-    output: Buffer | None = None
-    targets: list = []
-    for i, rows in enumerate(token_slices(b, x)):
-        parts.append(b.all_gather(rows, HEADS, names[i], into=into[i]))
-        if i == 0:
-            output, targets = _product_places(b, whole or parts[0], products[0])
-        first.append(linear(b, parts[i], weight, signature, _indexed(name, len(into))[i], targets[i]))
-    gathered = whole or parts[0]
-    others = [linear(b, gathered, *product) for product in products[1:]]
-    return Column(gathered, parts, first, [output or first[0], *others])
+    result: _Target | None = None
+    for i, which in enumerate(_which(b)):
+        parts.append(b.all_gather(rows[i], HEADS, gathered_name, into=gathered.places[i], part=which))
+        if result is None:  # behind the first gather: its output says how the product is placed
+            (like,) = _results("matmul", parse(signature), (gathered.whole or parts[0], weight), (x.dtype,))
+            result = _target(b, name, like, like.placement)
+        first.append(linear(b, parts[i], weight, signature, name, result.places[i], which))
+    assert result is not None
+    whole = gathered.whole or parts[0]
+    others = [linear(b, whole, *product) for product in products[1:]]
+    return Column(whole, parts, first, [result.whole or first[0], *others])
 
 
 def column_input_backward(
     b: Builder, layer: Column, dfirst: Buffer, weight: Buffer, name: str, others: Buffer | None
 ) -> list[Buffer]:
     """The last term of the input's gradient, slice by slice: that of the first product, added to ``others``."""
-    count = len(layer.parts)
-    dys = [dfirst] if count == 1 else token_slices(b, dfirst)
-    sums: list[Buffer | None] = [None] * count
-    if others is not None:
-        sums = [others] if count == 1 else [*token_slices(b, others)]
+    dys = token_slices(b, dfirst)
+    sums = token_slices(b, others) if others else [None] * len(dys)
     return [
-        linear_input_backward(b, dys[i], layer.first[i], weight, indexed, add_to=sums[i])
-        for i, indexed in enumerate(_indexed(name, count))
+        linear_input_backward(b, dys[i], layer.first[i], weight, name, add_to=sums[i], part=which)
+        for i, which in enumerate(_which(b))
     ]
 
 
 def gather_tokens_backward(b: Builder, gradients: Sequence[Buffer], layer: Column, name: str) -> Buffer:
     """Reduce-scatter of the slices that :func:`column_input_backward` made: the gradient of the layer's input."""
-    placement = gradients[0].placement.scattered(HEADS, 0)
-    count = len(gradients)
-    shape = (gradients[0].shape[0] * count, *gradients[0].shape[1:])
-    whole, into = _places(b, name, Buffer("", shape, gradients[0].dtype, placement), placement, ".issued")
+    target = _target(b, name, _of_all(gradients), gradients[0].placement.scattered(HEADS, 0), issued=True)
     results = [
-        b.reduce_scatter(gradients[i], HEADS, indexed, of=b.producer(layer.parts[i]), into=into[i])
-        for i, indexed in enumerate(_indexed(name, count))
+        b.reduce_scatter(gradients[i], HEADS, name, of=b.producer(layer.parts[i]), into=target.places[i], part=which)
+        for i, which in enumerate(_which(b))
     ]
-    if whole is not None:
-        b.token_parts[whole.name] = results
-    return whole or results[0]
+    return _joined(b, target, results)
+
+
+def _of_all(slices: Sequence[Buffer]) -> Buffer:
+    """One that is as large as all slices together."""
+    return replace(slices[0], shape=(slices[0].shape[0] * len(slices), *slices[0].shape[1:]))
 
 
 @dataclass
@@ -243,38 +267,32 @@ class Row:
 def row(b: Builder, y: Buffer, weight: Buffer, signature: str, partial_name: str, name: str) -> Row:
     """Multiply ``y`` and reduce-scatter the result over tp, slice by slice: [T, B, D] split by (cp, tp)."""
     slices = token_slices(b, y)
-    count = len(slices)
     partials: list[Buffer] = []
     parts: list[Buffer] = []
-    whole: Buffer | None = None
-    into: list = [None]
-    for i, rows in enumerate(slices):
-        partials.append(linear(b, rows, weight, signature, _indexed(partial_name, count)[i]))
-        if i == 0:
-            placement = partials[0].placement.scattered(HEADS, 0)
-            shape = (partials[0].shape[0] * count, *partials[0].shape[1:])
-            whole, into = _places(b, name, Buffer("", shape, y.dtype, placement), placement, ".issued")
-        parts.append(b.reduce_scatter(partials[i], HEADS, _indexed(name, count)[i], into=into[i]))
-    if whole is not None:
-        b.token_parts[whole.name] = parts
-    return Row(whole or parts[0], partials, parts)
+    target: _Target | None = None
+    for i, which in enumerate(_which(b)):
+        partials.append(linear(b, slices[i], weight, signature, partial_name, part=which))
+        if target is None:
+            like = replace(_of_all([partials[0]] * len(slices)), dtype=y.dtype)
+            target = _target(b, name, like, partials[0].placement.scattered(HEADS, 0), issued=True)
+        parts.append(b.reduce_scatter(partials[i], HEADS, name, into=target.places[i], part=which))
+    assert target is not None
+    return Row(_joined(b, target, parts), partials, parts)
 
 
 def row_backward(
     b: Builder, dout: Buffer, layer: Row, y: Buffer, weight: Buffer, dweight: Buffer, gathered_name: str, name: str
 ) -> Buffer:
     """Gather ``dout`` over tp slice by slice; returns the gradient of ``y``, after that of the weight."""
-    count = len(layer.parts)
-    placement = dout.placement.gathered(HEADS, 0)
-    whole, into = _places(b, gathered_name, dout, placement, ".issued")
-    dy, targets = _places(b, name, y, y.placement)
+    rows = token_slices(b, dout)
+    gathered = _target(b, gathered_name, dout, dout.placement.gathered(HEADS, 0), issued=True)
+    dy = _target(b, name, y, y.placement)
+    parts: list[Buffer] = []
     results: list[Buffer] = []
-    for i, rows in enumerate(token_slices(b, dout)):
-        part = b.all_gather(rows, HEADS, _indexed(gathered_name, count)[i], of=b.producer(layer.parts[i]), into=into[i])
-        whole = whole or part
-        results.append(
-            linear_input_backward(b, part, layer.partials[i], weight, _indexed(name, count)[i], into=targets[i])
-        )
-    assert whole is not None
-    linear_weight_backward(b, whole, layer.partials, y, dweight)
-    return dy or results[0]
+    for i, which in enumerate(_which(b)):
+        of = b.producer(layer.parts[i])
+        parts.append(b.all_gather(rows[i], HEADS, gathered_name, of=of, into=gathered.places[i], part=which))
+        into = dy.places[i]
+        results.append(linear_input_backward(b, parts[i], layer.partials[i], weight, name, into=into, part=which))
+    linear_weight_backward(b, gathered.whole or parts[0], layer.partials, y, dweight)
+    return dy.whole or results[0]

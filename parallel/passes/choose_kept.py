@@ -25,10 +25,11 @@ from itertools import pairwise
 
 from ...errors import CinemeshError
 from ..ir.plan import Plan
-from ..ir.program import Op, Program
-from .prefetch import elide
+from ..ir.program import Program
+from ..ir.records import Op, Phase, Place
+from .elide import elide
 from .prices import Price
-from .recompute import KEPT, activations, role_of
+from .recompute import KEPT, activations
 
 Roles = tuple[str, ...]
 
@@ -193,18 +194,22 @@ def block_of(program: Program, price: Price) -> Block:
     """A middle block of a training step that no pass has touched. ``price`` gives the seconds of a record."""
     known = activations(program)
     program = elide(program)
-    scope = f"mb0/blocks.{program.facts['config'].layers // 2}."
-    forward = [op for op in program.ops if op.region == f"{scope}forward"]
-    backward = [op for op in program.ops if op.region == f"{scope}backward"]
+    middle = program.blocks // 2
+
+    def here(place: Place, phase: Phase) -> bool:
+        return place.phase is phase and place.block == middle and not place.micro_batch
+
+    forward = [op for op in program.ops if here(op.place, Phase.FORWARD)]
+    backward = [op for op in program.ops if here(op.place, Phase.BACKWARD)]
 
     def roots(names: Iterable[str]) -> set[str]:
         return {program.root(name)[0] for name in names}
 
     made = roots(name for op in forward for name in op.outputs) - roots(forward[-1].outputs)
     roles: dict[str, list[str]] = {}  # role -> storages: several when sliced; one storage may have several roles
-    for name in program.buffers:
-        if name.startswith(f"{scope}forward/") and role_of(name) in known and program.root(name)[0] in made:
-            roles.setdefault(role_of(name), []).append(program.root(name)[0])
+    for name, buffer in program.buffers.items():
+        if here(buffer.place, Phase.FORWARD) and buffer.role in known and program.root(name)[0] in made:
+            roles.setdefault(buffer.role, []).append(program.root(name)[0])
     unit_of = _connected(roles.values())
     units = list(dict.fromkeys(unit_of.values()))
     outputs = {op.name: sorted({unit_of[root] for root in roots(op.outputs) & made}) for op in forward}
@@ -290,7 +295,7 @@ def choose(
     """
     block = block_of(program, price)
     if blocks is None:
-        blocks = int(program.facts["config"].layers)
+        blocks = program.blocks
     full = replace(plan, recompute="full", recompute_last=None, last_blocks=0)
     least = peak_bytes(full)
     if least > limit_bytes:

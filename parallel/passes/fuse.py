@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...kernels.ops import DTYPE_BYTES, OPS
-from ..ir.program import Op, Program
+from ..ir.program import Program
+from ..ir.records import Op
 
 
 def fuse(program: Program) -> Program:

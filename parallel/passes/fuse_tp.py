@@ -22,10 +22,10 @@ from bisect import bisect_left
 from dataclasses import replace
 
 from ..ir.collectives import FUSED
-from ..ir.layout import HEADS, replicated
-from ..ir.program import Buffer, Op, Program, lane_name
+from ..ir.layout import HEADS
+from ..ir.program import Program
+from ..ir.records import Collective, Fused, Op
 
-SYMMETRIC = "tp.symmetric"  # the buffer through which ranks read each other's rows
 _WAYS = {collective: fused for fused, collective in FUSED.items()}
 
 
@@ -44,7 +44,7 @@ def fuse_tp(program: Program) -> Program:
     changed: dict[int, Op] = {}
     taken: set[int] = set()
     for i, op in enumerate(program.ops):
-        if op.kind in _WAYS and op.axes == HEADS and op.attrs["dim"] == 0:
+        if isinstance(op.comm, Collective) and op.kind in _WAYS and op.axes == HEADS and op.comm.dim == 0:
             at = found.behind_gather(i) if op.kind == "all_gather" else found.before_scatter(i)
             if at and not taken.intersection(at):
                 taken.update(at)
@@ -55,24 +55,16 @@ def fuse_tp(program: Program) -> Program:
 
 
 def _record(program: Program, issue: Op, parts: list[Op]) -> Op:
-    wait = next(part for part in parts if part.kind == "wait")
+    wait = next(part for part in parts if part.is_wait)
     products = [part for part in parts if part.kind == "matmul"]
     results = tuple(product.outputs[0] for product in products)
     if issue.kind == "all_gather":
         inputs = (issue.inputs[0], *(product.inputs[1] for product in products))
     else:
         inputs = products[0].inputs
-    return Op(
-        issue.name,
-        _WAYS[issue.kind],
-        inputs,
-        (wait.outputs[0], *results),
-        {"axes": issue.axes, "dim": issue.attrs["dim"], "parts": tuple(parts)},
-        lane_name(issue.axes),
-        issue.region,
-        issue.of,
-        issue.clone,
-    )
+    assert isinstance(issue.comm, Collective)
+    fused = Fused(issue.axes, issue.comm.dim, tuple(parts))
+    return replace(issue, kind=_WAYS[issue.kind], inputs=inputs, outputs=(wait.outputs[0], *results), comm=fused)
 
 
 class _Finder:
@@ -88,8 +80,8 @@ class _Finder:
                 self.touched.setdefault(root, []).append(i)
             for root in {program.root(name)[0] for name in op.outputs}:
                 self.written.setdefault(root, []).append(i)
-            if op.kind == "wait":
-                self.wait_of[op.attrs["issue"]] = i
+            if op.is_wait:
+                self.wait_of[op.waits_for] = i
 
     def _touching(self, name: str) -> list[int]:
         return self.touched[self.program.root(name)[0]]
@@ -138,31 +130,4 @@ class _Finder:
     def _travels(self, i: int) -> bool:
         """Whether the next that reads a product sends it."""
         behind = [k for k in self._touching(self.program.ops[i].outputs[0]) if k > i]
-        return bool(behind) and "axes" in self.program.ops[behind[0]].attrs
-
-
-def stage_symmetric(program: Program) -> Program:
-    """What torch's symmetric memory needs beside the records' own buffers, listed.
-
-    One buffer that every fused record uses, one after the other on the compute lane, mapped by all ranks of a tp group:
-    this rank's rows of a gather, or two ranks' rows of what is to be reduced. It is no part of the arena. Where a
-    product is added to something, the received parts need a place of their own: the sum cannot be made in place.
-    """
-    if not program.plan.fused_tp:
-        return program
-    extra: dict[str, Buffer] = {}
-    ops: list[Op] = []
-    rows = 0
-    for op in program.ops:
-        if op.kind == "gather_matmul":
-            rows = max(rows, program.local_elements(op.inputs[0]))
-        elif op.kind == "matmul_scatter":
-            rows = max(rows, 2 * program.local_elements(op.outputs[0]))
-            if len(op.inputs) > 2:
-                name = f"{op.name}.staging"
-                extra[name] = replace(program.buffers[op.outputs[1]], name=name, base=None, offset=0, kind="temporary")
-                op = replace(op, outputs=(*op.outputs, name))
-        ops.append(op)
-    if rows:
-        extra[SYMMETRIC] = Buffer(SYMMETRIC, (rows,), program.plan.compute_dtype, replicated(1), "workspace")
-    return program.with_ops(ops, extra)
+        return bool(behind) and self.program.ops[behind[0]].comm is not None

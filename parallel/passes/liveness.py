@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..ir.dependencies import accesses
-from ..ir.program import Op, Program
+from ..ir.program import Program
+from ..ir.records import BufferKind, Op
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,15 @@ class Lifetimes:
 
 def persistent(program: Program) -> list[str]:
     """Inputs and states: storages that are there before and after a step."""
-    return [name for name, buffer in program.buffers.items() if buffer.kind != "temporary" and buffer.base is None]
+    buffers = program.buffers.items()
+    return [name for name, buffer in buffers if buffer.kind is not BufferKind.TEMPORARY and buffer.base is None]
 
 
 def lifetimes(program: Program) -> Lifetimes:
     allocate: list[list[str]] = [[] for _ in program.ops]
     free: list[list[str]] = [[] for _ in program.ops]
     for root, (first, last) in accesses(program).items():
-        if program.buffers[root].kind == "temporary":
+        if program.buffers[root].kind is BufferKind.TEMPORARY:
             allocate[first].append(root)
             free[last].append(root)
     always = sum(program.bytes(name) for name in persistent(program))

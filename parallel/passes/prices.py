@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from ...kernels.ops import OPS
 from ..ir.collectives import FUSED
-from ..ir.program import Op, Program
+from ..ir.program import Program
+from ..ir.records import Op
 from .fuse_tp import pipelined_s
 
 Price = Callable[[Program, Op], float]
@@ -36,7 +37,7 @@ class Rates:
         """Seconds of a record: FLOPs or bytes, whichever takes longer; a wait is free."""
         if op.kind in OPS:
             return max(program.flops(op) / self.flops_per_s, program.bytes_moved(op) / self.memory_bytes_per_s)
-        if op.kind == "wait":
+        if op.is_wait:
             return 0.0
         if op.kind in FUSED:
             products = sum(self.price(program, part) for part in op.parts if part.kind in OPS)

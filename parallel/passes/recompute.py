@@ -7,11 +7,11 @@ the gather in backward is the forward gather, cloned.
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 from ...errors import CinemeshError
-from ..ir.program import Buffer, Op, Program
+from ..ir.program import Program
+from ..ir.records import Buffer, Op, Phase, Place, Wait
 
 # Names inside a block. ``full`` keeps nothing but the block's input. ``selective`` redoes norms, the SwiGLU product and
 # all gathers: y1, y2 and y3 (what the branches add to the stream) stand for the stream itself, which is their sum.
@@ -33,7 +33,9 @@ KEPT: dict[str, tuple[str, ...]] = {
         "y3",
     ),
 }
-_CLONE = "~"
+_CLONE = "~"  # ends the name of a clone
+
+Places = frozenset[Place]
 
 
 def rematerialize(program: Program) -> Program:
@@ -41,12 +43,12 @@ def rematerialize(program: Program) -> Program:
 
     Raises CinemeshError when the plan keeps an activation that no block has, or names more blocks than there are.
     """
-    plan, layers = program.plan, program.facts["config"].layers
-    if plan.last_blocks > layers:
+    plan, blocks = program.plan, program.blocks
+    if plan.last_blocks > blocks:
         raise CinemeshError(
-            f"plan: last_blocks is {plan.last_blocks}", remedy=f"the model has {layers} blocks, give at most that"
+            f"plan: last_blocks is {plan.last_blocks}", remedy=f"the model has {blocks} blocks, give at most that"
         )
-    keep = [_kept_roles(program, "recompute")] * (layers - plan.last_blocks)
+    keep = [_kept_roles(program, "recompute")] * (blocks - plan.last_blocks)
     if plan.last_blocks:
         keep += [_kept_roles(program, "recompute_last")] * plan.last_blocks
     return _Rematerializer(program, keep).run()
@@ -69,39 +71,28 @@ def _kept_roles(program: Program, field: str) -> frozenset[str] | None:
 
 def activations(program: Program) -> set[str]:
     """Roles of everything that forward makes: what a plan may keep."""
-    return {role_of(name) for op in program.ops if op.region.endswith(".forward") for name in op.outputs}
-
-
-def role_of(name: str) -> str:
-    """``mb0/blocks.3.forward/kv_gathered.h1`` -> ``kv_gathered``; head slices of K and V count as ``kv``."""
-    last = name.rpartition("/")[2].removesuffix(".issued")
-    return re.sub(r"\.[htc]\d+$", "", last).replace("kv_slice", "kv")
+    forward = (op for op in program.ops if op.place.phase is Phase.FORWARD)
+    return {program.buffers[name].role for op in forward for name in op.outputs}
 
 
 class _Rematerializer:
-    """``keep[layer]``: the roles that a block keeps; None: all."""
+    """``keep[block]``: the roles that a block keeps; None: all."""
 
     def __init__(self, program: Program, keep: list[frozenset[str] | None]) -> None:
         self.program = program
+        self.keep = keep
         self.writer = {name: op for op in program.ops for name in op.outputs}
-        self.recompute: dict[str, tuple[str, ...]] = program.facts["recompute"]
-        self.keep: dict[str, frozenset[str] | None] = {}
-        for regions in self.recompute.values():
-            for region in regions:
-                if match := re.search(r"blocks\.(\d+)\.forward$", region):
-                    self.keep[region] = keep[int(match[1])]
-        # The unit gathered last in forward is the first that backward needs: its weights stay.
-        last_unit = f"blocks.{len(keep) - 1}.weights"
-        self.kept_regions = {r for regions in self.recompute.values() for r in regions if r.endswith(last_unit)}
+        places = (op.place for op in program.ops if op.is_issue)
+        self.gathered_once = {p.unit for p in places if p.phase is Phase.WEIGHTS and p.micro_batch is None}
         self.slices = self._find_slices()
         self.extra: dict[str, Buffer] = {}
         self.ops: list[Op] = []
 
     def _find_slices(self) -> dict[str, list[Op]]:
-        """Storage that no op writes as a whole -> the ops that write slices of it, in order."""
+        """Storage of a block that no op writes as a whole -> the ops that write slices of it, in order."""
         slices: dict[str, list[Op]] = {}
         for op in self.program.ops:
-            if op.region in self.keep:
+            if op.place.phase is Phase.FORWARD and op.place.block is not None:
                 for name in op.outputs:
                     root = self.program.root(name)[0]
                     if root not in self.writer:
@@ -109,24 +100,36 @@ class _Rematerializer:
         return slices
 
     def run(self) -> Program:
-        region, made = "", {}
+        place, made = None, {}
         for op in self.program.ops:
-            if op.region in self.recompute:
-                if op.region != region:
-                    region, made = op.region, {}
-                allowed = set(self.recompute[region]) - self.kept_regions
+            if op.place.phase is Phase.BACKWARD and (allowed := self._again(op.place)):
+                if op.place != place:
+                    place, made = op.place, {}
                 inputs = tuple(self._resolve(name, allowed, made) for name in op.inputs)
                 op = op if inputs == op.inputs else replace(op, inputs=inputs)
             self.ops.append(op)
         return self.program.with_ops(self.ops, self.extra)
 
-    def _kept(self, name: str, region: str) -> bool:
-        if region not in self.keep:
-            return False
-        roles = self.keep[region]
-        return roles is None or role_of(name) in roles
+    def _again(self, backward: Place) -> Places:
+        """What backward may run again: the gather of its unit and, in a block, the block's forward.
 
-    def _resolve(self, name: str, allowed: set[str], made: dict[str, str]) -> str:
+        The unit gathered last in forward is the first that backward needs: its weights stay. What all blocks share is
+        gathered once a step.
+        """
+        again = set[Place]()
+        if backward.unit not in self.gathered_once and backward.block != self.program.blocks - 1:
+            again.add(replace(backward, phase=Phase.WEIGHTS))
+        if backward.block is not None:
+            again.add(replace(backward, phase=Phase.FORWARD))
+        return frozenset(again)
+
+    def _kept(self, name: str, place: Place) -> bool:
+        if place.phase is not Phase.FORWARD or place.block is None:
+            return False
+        roles = self.keep[place.block]
+        return roles is None or self.program.buffers[name].role in roles
+
+    def _resolve(self, name: str, allowed: Places, made: dict[str, str]) -> str:
         """The name under which backward finds ``name``: itself when kept, else its clone, emitted now if need be."""
         if name in made:
             return made[name]
@@ -138,7 +141,7 @@ class _Rematerializer:
         if name in made:
             return made[name]
         if root not in self.slices and writer is not None:
-            if writer.region in allowed and not self._kept(name, writer.region):
+            if writer.place in allowed and not self._kept(name, writer.place):
                 self._clone(writer, allowed, made)
                 return made[name]
         elif buffer.base is not None:
@@ -147,18 +150,18 @@ class _Rematerializer:
                 return self._copy(buffer, base, made)
         return name
 
-    def _resolve_slices(self, root: str, allowed: set[str], made: dict[str, str]) -> None:
+    def _resolve_slices(self, root: str, allowed: Places, made: dict[str, str]) -> None:
         """Make all slices of a storage again, unless they are kept."""
         writers = self.slices[root]
-        region = writers[0].region
-        if root in made or region not in allowed or self._kept(root, region):
+        place = writers[0].place
+        if root in made or place not in allowed or self._kept(root, place):
             return
         self._copy(self.program.buffers[root], None, made)
         for op in writers:
             if op.outputs[0] not in made:
                 self._clone(op, allowed, made)
 
-    def _clone(self, op: Op, allowed: set[str], made: dict[str, str]) -> None:
+    def _clone(self, op: Op, allowed: Places, made: dict[str, str]) -> None:
         inputs = tuple(self._resolve(name, allowed, made) for name in op.inputs)
         for name in op.outputs:
             buffer = self.program.buffers[name]
@@ -166,11 +169,10 @@ class _Rematerializer:
             if base is not None and base not in made and self.program.root(base)[0] in self.slices:
                 self._copy_place(base, made)
             self._copy(buffer, base and self._resolve(base, allowed, made), made)
-        attrs = op.attrs
-        if op.kind == "wait":
-            attrs = {**attrs, "issue": attrs["issue"] + _CLONE}
+        comm = replace(op.comm, issue=op.comm.issue + _CLONE) if isinstance(op.comm, Wait) else op.comm
         outputs = tuple(made[name] for name in op.outputs)
-        self.ops.append(replace(op, name=op.name + _CLONE, inputs=inputs, outputs=outputs, attrs=attrs, clone=True))
+        facts = {"inputs": inputs, "outputs": outputs, "comm": comm, "clone_of": op.name}
+        self.ops.append(replace(op, name=op.name + _CLONE, **facts))
 
     def _copy_place(self, name: str, made: dict[str, str]) -> None:
         """A place for a clone to write a slice to that is kept: it makes something else that is not."""
@@ -181,6 +183,6 @@ class _Rematerializer:
 
     def _copy(self, buffer: Buffer, base: str | None, made: dict[str, str]) -> str:
         name = buffer.name + _CLONE
-        self.extra[name] = replace(buffer, name=name, base=base)
+        self.extra[name] = replace(buffer, name=name, base=base, clone_of=buffer.name)
         made[buffer.name] = name
         return name

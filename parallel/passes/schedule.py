@@ -19,7 +19,6 @@ next window. Windows of equal records get equal orders, so that 48 blocks cost l
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,12 +26,13 @@ from dataclasses import dataclass, field
 from ..ir.collectives import FUSED
 from ..ir.communicators import communicator
 from ..ir.dependencies import accesses, dependencies, families
-from ..ir.layout import FSDP
-from ..ir.program import Op, Program, lane_name
+from ..ir.layout import FSDP, HEADS, TOKENS_GATHERED
+from ..ir.program import Program
+from ..ir.records import COMPUTE_LANE, BufferKind, Holds, Op, Phase, Place, Slice
 from .prices import Price
 
 
-def overlap(program: Program, price: Price) -> Program:
+def schedule(program: Program, price: Price) -> Program:
     """The same records in the order in which they overlap best; ``price`` gives the seconds of one."""
     program = delay_reductions(program)
     follows = _follows(program, accesses(program))
@@ -63,7 +63,7 @@ def overlap(program: Program, price: Price) -> Program:
 def _temporaries(program: Program, op: Op) -> list[str]:
     """Storages that a record touches and that do not outlive the step."""
     roots = dict.fromkeys(program.root(name)[0] for name in (*op.inputs, *op.outputs))
-    return [root for root in roots if program.buffers[root].kind == "temporary"]
+    return [root for root in roots if program.buffers[root].kind is BufferKind.TEMPORARY]
 
 
 def delay_reductions(program: Program) -> Program:
@@ -72,18 +72,18 @@ def delay_reductions(program: Program) -> Program:
     That is, before the first write of the gradient ``grad_units`` places later, or before the result is read. Adding
     it to the sum over micro-batches moves along, and so does the sum over replicas.
     """
-    lane, bound = lane_name(FSDP), program.plan.grad_units
+    bound = program.plan.grad_units
     touched = accesses(program)
-    waits = [i for i, op in enumerate(program.ops) if op.kind == "wait" and op.lane == lane and _reduces(program, op)]
+    waits = [i for i, op in enumerate(program.ops) if _ends_reduction(program, op)]
     firsts = [touched[program.root(program.ops[i].inputs[1])[0]][0] for i in waits]
     moved: dict[int, list[Op]] = {}
     taken: set[int] = set()
-    limit = next((i for i, op in enumerate(program.ops) if op.region == "optimizer"), len(program.ops))
+    limit = next((i for i, op in enumerate(program.ops) if op.place.phase is Phase.UPDATE), len(program.ops))
     for k, i in enumerate(waits):
         behind, shard = [i], program.root(program.ops[i].outputs[0])[0]
         for j in range(i + 1, len(program.ops)):
             op = program.ops[j]
-            if not (op.kind == "accumulate" or op.lane == "dp_replicate") or shard not in _temporaries(program, op):
+            if not (op.kind == "accumulate" or op.axes == ("dp_replicate",)) or shard not in _temporaries(program, op):
                 break
             shard = program.root(op.outputs[0])[0]
             behind.append(j)
@@ -99,35 +99,33 @@ def delay_reductions(program: Program) -> Program:
     return program.with_ops(ops)
 
 
-def _reduces(program: Program, wait: Op) -> bool:
-    return program.buffers[wait.inputs[1]].placement.partial != program.buffers[wait.outputs[0]].placement.partial
+def _ends_reduction(program: Program, op: Op) -> bool:
+    """Whether it waits for the reduction of a unit's gradient."""
+    if not op.is_wait or op.axes != FSDP:
+        return False
+    return program.buffers[op.inputs[1]].placement.partial != program.buffers[op.outputs[0]].placement.partial
 
 
 def _cuts(program: Program) -> list[int]:
     """Where windows end: behind the last self-attention record of a block's forward or backward, and at the end."""
-    last: dict[tuple[str, str], int] = {}
+    last: dict[tuple[Place, str], int] = {}
     for i, op in enumerate(program.ops):
         if op.kind in ("attention", "attention_backward") and not op.clone:
-            last[op.region, op.kind] = i + 1
+            last[op.place, op.kind] = i + 1
     return [*sorted(last.values()), len(program.ops)]
 
 
-_PLACE = re.compile(r"(?:mb(\d+)/)?(?:blocks\.(\d+)\.)?")
-
-
 def _signature(window: Sequence[Op]) -> tuple[object, ...]:
-    """Names and kinds, blocks and micro-batches counted from those of the last record."""
-    first = next((m for op in reversed(window) if (m := _PLACE.match(op.name)) and m[2]), None)
-    if first is None:
-        return tuple((op.name, op.kind) for op in window)
-    mb, block = int(first[1] or 0), int(first[2])
-    names: list[object] = []
+    """What the records are, blocks and micro-batches counted from those of the last record in a block."""
+    last = next((op.place for op in reversed(window) if op.place.block is not None), Place())
+    mb, block = last.micro_batch or 0, last.block or 0
+    facts: list[object] = []
     for op in window:
-        place = _PLACE.match(op.name)
-        assert place is not None  # it matches nothing too
-        layer = int(place[2]) - block if place[2] else None
-        names.append((int(place[1]) - mb if place[1] else None, layer, op.name[place.end() :], op.kind))
-    return tuple(names)
+        place = op.place
+        layer = None if place.block is None else place.block - block
+        micro_batch = None if place.micro_batch is None else place.micro_batch - mb
+        facts.append((micro_batch, layer, place.phase, op.role, op.slice, op.clone, op.kind))
+    return tuple(facts)
 
 
 def _follows(program: Program, touched: dict[str, tuple[int, int]]) -> dict[str, str]:
@@ -190,7 +188,6 @@ class _Memory:
 
 
 TOKEN_LOCAL = ("add_position", "modulate_norm", "position_modulate_norm", "gated_residual", "residual")
-_SLICE = re.compile(r"\.t\d+$")
 
 
 class _Window:
@@ -201,8 +198,8 @@ class _Window:
     ) -> None:
         self.program, self.ops, self.memory = program, ops, memory
         self.seconds = [price(program, op) for op in ops]
-        self.is_wait = [op.kind == "wait" for op in ops]
-        self.is_issue = ["axes" in op.attrs and op.kind != "wait" and op.kind not in FUSED for op in ops]
+        self.is_wait = [op.is_wait for op in ops]
+        self.is_issue = [op.is_issue for op in ops]
         self.before = dependencies(program, ops)
         self.in_chain: list[bool] = []
         self._chain()
@@ -221,17 +218,18 @@ class _Window:
     def _chain(self) -> None:
         """Compute keeps its order, but for what may be deferred; so do the collectives of units."""
         defer = self.program.plan.defer_weight_gradients
-        last: dict[str, int] = {}
+        last: dict[str | Slice, int] = {}
         for i, op in enumerate(self.ops):
+            line: str | Slice | None
             if self.is_wait[i]:
                 line = None
-            elif op.kind in TOKEN_LOCAL and not op.clone and (slice_ := _SLICE.search(op.name)):
-                line = slice_[0]  # one slice may wait for its sum over tp while another is multiplied
+            elif op.kind in TOKEN_LOCAL and not op.clone and op.slice:
+                line = op.slice  # one slice may wait for its sum over tp while another is multiplied
             elif self.is_issue[i]:
-                line = communicator(op) if op.lane == lane_name(FSDP) else None
+                line = communicator(op) if op.axes == FSDP else None
             else:
-                line = None if defer and (op.clone or self._is_weight_gradient(op)) else "compute"
-            self.in_chain.append(line == "compute")
+                line = None if defer and (op.clone or self._is_weight_gradient(op)) else COMPUTE_LANE
+            self.in_chain.append(line == COMPUTE_LANE)
             if line is not None:
                 if line in last:
                     self.before[i].add(last[line])
@@ -240,25 +238,25 @@ class _Window:
     def _hold_clones(self) -> None:
         """What is made again moves up by at most two collectives over tp: until it is read it takes memory."""
         passed: list[int] = []
-        name = ""
         for i, op in enumerate(self.ops):
-            if op.clone and op.lane in ("compute", "tp") and not self.is_wait[i] and len(passed) > 1:
+            if self.is_wait[i]:
+                continue
+            if op.clone and op.axes in ((), HEADS) and len(passed) > 1:
                 self.before[i].add(passed[-2])
-            elif op.lane == "tp" and not self.is_wait[i] and not op.clone and op.name.partition(".t")[0] != name:
-                name = op.name.partition(".t")[0]  # slices count as one
+            elif op.axes == HEADS and not op.clone and (op.slice is None or op.slice.index == 0):  # slices are one
                 passed.append(i)
 
     def _units_behind_kv(self) -> None:
         """A unit's gather is issued behind those of K and V that do not need it: see ``kv_first``."""
         gathers = [i for i, op in enumerate(self.ops) if self.is_issue[i] and op.kind == "all_gather"]
-        kv = [i for i in gathers if self.ops[i].lane == "cp"]
+        kv = [i for i in gathers if self.ops[i].axes == TOKENS_GATHERED]
         needed, stack = set[int](), list(kv)
         while stack:
             new = self.before[stack.pop()] - needed
             needed |= new
             stack.extend(new)
         for i in gathers:
-            if self.ops[i].lane == lane_name(FSDP) and i not in needed:
+            if self.ops[i].axes == FSDP and i not in needed:
                 self.before[i].update(kv)
 
     def _hold_back(self, follows: dict[str, str]) -> None:
@@ -271,7 +269,8 @@ class _Window:
 
     def _is_weight_gradient(self, op: Op) -> bool:
         """A product written into a unit's flat gradient."""
-        return op.kind == "matmul" and self.program.root(op.outputs[0])[0].endswith("flat_gradient")
+        root, _ = self.program.root(op.outputs[0])
+        return op.kind == "matmul" and self.program.buffers[root].holds is Holds.UNIT_GRADIENT
 
     # -- the list scheduler -------------------------------------------------------------------------------------------
 
@@ -312,9 +311,9 @@ class _Window:
     def _arrive(self, i: int) -> None:
         """All before ``i`` is done, or is a wait that will be done first. A wait is passed on: it comes last."""
         if self.is_wait[i]:
-            if self.ops[i].lane == lane_name(FSDP) and _reduces(self.program, self.ops[i]):
+            if _ends_reduction(self.program, self.ops[i]):
                 self.reductions.append(i)
-            end = self.ends.get(self.ops[i].attrs["issue"], 0.0)
+            end = self.ends.get(self.ops[i].waits_for, 0.0)
             for k in self.after[i]:
                 self.release[k] = max(self.release[k], end)
             self._pass_on(i)
@@ -346,7 +345,7 @@ class _Window:
 
     def _take_reductions(self) -> None:
         for i in self.reductions:
-            if i not in self.emitted and self.ends.get(self.ops[i].attrs["issue"], 0.0) <= self.clock.now:
+            if i not in self.emitted and self.ends.get(self.ops[i].waits_for, 0.0) <= self.clock.now:
                 self._emit_wait(i)
 
     def _issue_until(self, end: float) -> None:
@@ -378,7 +377,7 @@ class _Window:
 
     def _emit_wait(self, i: int) -> None:
         self._emit_waits_before(i)
-        self.clock.now = max(self.clock.now, self.ends.get(self.ops[i].attrs["issue"], 0.0))
+        self.clock.now = max(self.clock.now, self.ends.get(self.ops[i].waits_for, 0.0))
         self._account(i)
 
     def _account(self, i: int) -> None:

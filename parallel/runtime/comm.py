@@ -21,7 +21,7 @@ from torch.distributed import _symmetric_memory as symmetric
 
 from ...errors import CinemeshError
 from ..ir.layout import Axes
-from ..ir.program import lane_name
+from ..ir.records import lane_name
 from .ledger import Entry
 from .mesh import Mesh, group_ranks
 

@@ -19,10 +19,10 @@ from ...kernels.reference import Kernel, product_of
 from ...kernels.registry import kernels_for, leave_sms
 from ..ir.collectives import FUSED
 from ..ir.layout import HEADS
-from ..ir.program import Op, Program
+from ..ir.program import Program
+from ..ir.records import BufferKind, Op
 from ..ir.units import communicator_order, nested_index
 from ..passes.arena import place
-from ..passes.fuse_tp import SYMMETRIC
 from ..passes.liveness import persistent
 from .comm import BoundCollective, Communicator
 
@@ -91,7 +91,7 @@ class Executor:
         for name in persistent(program):
             buffer = program.buffers[name]
             tensor = (shared or {}).get(name)
-            if name == SYMMETRIC:
+            if buffer.kind is BufferKind.WORKSPACE:  # through which ranks of a tp group read each other's rows
                 assert comm is not None
                 tensor = comm.symmetric_memory(HEADS, program.bytes(name)).view(_DTYPES[buffer.dtype])
             if tensor is None:
@@ -108,8 +108,8 @@ class Executor:
 
     def _bind(self, op: Op) -> Record:
         inputs, outputs = [self.tensor(name) for name in op.inputs], [self.tensor(name) for name in op.outputs]
-        if op.kind == "wait":
-            return Record(op, inputs, outputs, {}, self._collectives.pop(op.attrs["issue"]).wait)
+        if op.is_wait:
+            return Record(op, inputs, outputs, {}, self._collectives.pop(op.waits_for).wait)
         if op.kind in FUSED:
             return self._bind_fused(op, inputs, outputs)
         if op.kind not in OPS:

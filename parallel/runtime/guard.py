@@ -6,7 +6,6 @@ and where it writes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,21 +13,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...kernels.ops import OPS
+from ..ir.check import Finding
 from ..ir.collectives import FUSED
 from .executor import Record
 from .tape import hazard, tensors_in, written_tensors
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that a captured step may not do; ``op`` is the record's name and kind."""
-
-    check: str
-    op: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.op}: {self.what}"
 
 
 class Guard(TorchDispatchMode):

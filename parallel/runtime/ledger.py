@@ -29,7 +29,7 @@ class Entry:
 
 def expected(program: Program) -> list[Entry]:
     """What one rank of the program will run. Needs neither tensors nor processes: this is the dry run's ledger."""
-    collectives = [op for op in program.ops if "axes" in op.attrs and op.kind != "wait"]
+    collectives = [op for op in program.ops if op.comm is not None and not op.is_wait]
     kinds = [FUSED.get(op.kind, op.kind) for op in collectives]
     return [
         Entry(kind, op.lane, communicator_name(op.axes, kind), program.payload_bytes(op))

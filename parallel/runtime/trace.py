@@ -6,7 +6,6 @@ nothing. Times are seconds of the machine's monotonic clock: processes of one ma
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,38 +14,9 @@ import torch
 import torch.distributed as dist
 
 from ...kernels.ops import OPS
+from ..ir.records import COMPUTE_LANE, Op
+from ..ir.span import Span
 from .executor import Executor
-
-
-@dataclass(frozen=True)
-class Span:
-    """One record. Compute is issued when it starts; a collective runs from ``start_s`` to ``end_s`` beside it.
-
-    ``waited_s``: how long compute stood still at its wait. ``start_s`` of a collective is not seen: it is when it was
-    issued or, where that is later, when the one before it on its communicator ended.
-    """
-
-    name: str
-    kind: str
-    lane: str
-    issued_s: float
-    start_s: float
-    end_s: float
-    waited_s: float
-
-    @property
-    def ran_s(self) -> float:
-        return self.end_s - self.start_s
-
-    @property
-    def exposed_s(self) -> float:
-        """Of its run, what compute waited for."""
-        return min(self.waited_s, self.ran_s)
-
-    @property
-    def overlapped_s(self) -> float:
-        """Of its run, what compute hid."""
-        return self.ran_s - self.exposed_s
 
 
 @torch.no_grad()
@@ -62,25 +32,25 @@ def traced_step(executor: Executor) -> list[Span]:
         op, start = record.op, now()
         if op.kind in OPS:
             record.run()
-            done.append(Span(op.name, op.kind, op.lane, start, start, now(), 0.0))
-        elif op.kind != "wait":
+            done.append(Span.of(op, COMPUTE_LANE, start, now()))
+        elif not op.is_wait:
             work, ended = record.run(), list[float]()
             assert isinstance(work, dist.Work)
             work.get_future().add_done_callback(lambda _, ended=ended: ended.append(now()))
             issued[op.name] = (len(done), start, work, ended)
             done.append(None)
         else:
-            place, since, work, ended = issued.pop(op.attrs["issue"])
+            place, since, work, ended = issued.pop(op.waits_for)
             work.wait()
             waited = now()
             record.run()  # what is left of it: on gloo, the sum of a reduce-scatter
-            kind = records[place].op.kind
+            issue = records[place].op
             end = min(ended[0], waited) if ended else waited
-            channel = (op.lane, kind)
+            channel = (op.lane, issue.kind)
             begin = min(max(since, free.get(channel, since)), end)
             free[channel] = end
-            done[place] = Span(op.attrs["issue"], kind, op.lane, since, begin, end, waited - start)
-            done.append(Span(op.name, "wait", "compute", start, start, now(), 0.0))
+            done[place] = Span.of(issue, op.lane, begin, end, issued_s=since, waited_s=waited - start)
+            done.append(Span.of(op, COMPUTE_LANE, start, now()))
     return [span for span in done if span is not None]
 
 
@@ -101,8 +71,8 @@ def summary(spans: Sequence[Span]) -> list[Row]:
     """Overlapped and exposed time of every collective, layers and micro-batches together; the most exposed first."""
     groups: dict[tuple[str, str, str], list[Span]] = {}
     for span in spans:
-        if span.lane != "compute":
-            groups.setdefault((role(span.name), span.kind, span.lane), []).append(span)
+        if span.lane != COMPUTE_LANE:
+            groups.setdefault((role(span), span.kind, span.lane), []).append(span)
     rows = [
         Row(
             *key,
@@ -116,6 +86,6 @@ def summary(spans: Sequence[Span]) -> list[Row]:
     return sorted(rows, key=lambda row: -row.exposed_s)
 
 
-def role(name: str) -> str:
-    """``mb1/blocks.7.forward/kv_gathered~`` -> ``blocks.*.forward/kv_gathered~``."""
-    return re.sub(r"^mb\d+/", "", re.sub(r"blocks\.\d+\.", "blocks.*.", name))
+def role(record: Span | Op) -> str:
+    """Under what records of all blocks and micro-batches are summed, as ``blocks.*.forward/kv_gathered~``."""
+    return f"{record.place.alike}/{record.label}{'~' if record.clone else ''}"

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..ir.communicators import communicators
 from ..ir.plan import Plan
-from ..ir.program import lane_name
+from ..ir.records import lane_name
 from .ledger import Entry
 
 # How torch's dispatcher names the collectives; gloo's reduce-scatter is an all-to-all and a sum (``comm.py``).

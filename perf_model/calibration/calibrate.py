@@ -16,7 +16,8 @@ from typing import Any, Literal, cast, get_args, get_type_hints
 import yaml
 
 from ...files import atomic_file
-from ...parallel.ir.program import Op, Program
+from ...parallel.ir.program import Program
+from ...parallel.ir.records import Op
 from ..clusters.cluster import Cluster, load
 from ..clusters.constants import LIMITS, UNITS, Fact, Rule
 from ..clusters.schema import Measured

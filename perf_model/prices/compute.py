@@ -22,7 +22,8 @@ from ...errors import CinemeshError
 from ...kernels.catalogue import candidates, choose
 from ...kernels.ops import DTYPE_BYTES, LEAVE_SMS
 from ...parallel.ir.plan import Plan
-from ...parallel.ir.program import Op, Program
+from ...parallel.ir.program import Program
+from ...parallel.ir.records import Op
 from ..clusters.cluster import Cluster
 from ..clusters.constants import Table
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ...parallel.ir.communicators import held
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
+from ...parallel.ir.records import BufferKind, Holds, Phase
 from ...parallel.passes.liveness import lifetimes
 from ..clusters.cluster import Cluster
 
@@ -31,39 +32,37 @@ CLASSES = (
 )
 FLAT = ("optimizer", "EMA", "gradients", "weights")  # one flat shard of everything each
 UNIT = ("gathered units", "unit gradients")  # one unit each
-_STATES = {"master": "optimizer", "exp_avg": "optimizer", "exp_avg_sq": "optimizer", "ema": "EMA"}
+_CLASS_OF = {
+    Holds.MASTER: "optimizer",
+    Holds.MOMENT: "optimizer",
+    Holds.EMA: "EMA",
+    Holds.GRADIENT: "gradients",
+    Holds.WEIGHTS: "weights",
+    Holds.GATHERED_UNIT: "gathered units",
+    Holds.UNIT_GRADIENT: "unit gradients",
+}
 
 
 def class_of(program: Program, root: str, kept: set[str]) -> str:
-    """The class of a storage, by the name under which the builders made it."""
+    """The class of a storage."""
     buffer = program.buffers[root]
-    role = root.rpartition("/")[2].rstrip("~").removesuffix(".issued")
-    if buffer.kind == "workspace":
+    if buffer.kind is BufferKind.WORKSPACE:
         return "workspace"
-    if buffer.kind == "state":
-        return _STATES.get(role, "inputs")
-    if buffer.kind == "input":
+    if (unit_sized := _CLASS_OF.get(buffer.holds)) is not None:
+        return unit_sized
+    if buffer.kind is not BufferKind.TEMPORARY:
         return "inputs"
-    if role == "gradient":
-        return "gradients"
-    if role == "weights":
-        return "weights"
-    if role == "flat":
-        return "gathered units"
-    if role == "flat_gradient":
-        return "unit gradients"
     return "kept activations" if root in kept else "transients"
 
 
 def _kept(program: Program) -> set[str]:
-    """Storages written in a forward region and read in a backward one: what lives from forward to backward."""
+    """Storages written in forward and read in backward: what lives from one to the other."""
     written: set[str] = set()
     kept: set[str] = set()
     for op in program.ops:
-        backward = op.region.endswith((".backward", ".gradient"))
-        if backward or op.clone:
+        if op.clone or op.place.phase in (Phase.BACKWARD, Phase.GRADIENT):
             kept.update(root for name in op.inputs if (root := program.root(name)[0]) in written)
-        elif op.region.endswith(".forward"):
+        elif op.place.phase is Phase.FORWARD:
             written.update(program.root(name)[0] for name in op.outputs)
     return kept
 
@@ -103,7 +102,7 @@ def stack(program: Program) -> Stack:
     classes = {root: class_of(program, root, kept) for root in roots}
     current: dict[str, int] = dict.fromkeys(CLASSES, 0)
     for root, buffer in program.buffers.items():
-        if buffer.base is None and buffer.kind != "temporary":
+        if buffer.base is None and buffer.kind is not BufferKind.TEMPORARY:
             current[classes[root]] += program.bytes(root)
     series: dict[str, list[int]] = {name: [] for name in CLASSES}
     totals: list[int] = []

@@ -31,7 +31,8 @@ from ...parallel.ir.collectives import FUSED
 from ...parallel.ir.communicators import communicator
 from ...parallel.ir.layout import HEADS, Axes
 from ...parallel.ir.plan import Plan
-from ...parallel.ir.program import Op, Program
+from ...parallel.ir.program import Program
+from ...parallel.ir.records import Op
 from ..clusters.cluster import Cluster
 from .compute import Compute
 from .network import FREE, Cost, Group, Network, group_of
@@ -112,8 +113,8 @@ def price(program: Program, compute: Compute, network: Network | None, cluster: 
     groups = {}
     total = 0.0
     for i, op in enumerate(program.ops):
-        if op.kind == "wait":
-            records.append(Record(WAIT, key=issue_at[op.attrs["issue"]]))
+        if op.is_wait:
+            records.append(Record(WAIT, key=issue_at[op.waits_for]))
         elif op.kind in OPS:
             records.append(compute_record(program, op, compute))
             total += records[-1].seconds

@@ -1,20 +1,21 @@
 """Pictures of one step: a block, the lanes, the memory; drawn on a matplotlib figure that is given (torch-free).
 
-Kinds differ by hatch as well as by colour. Spans may be predicted or measured (``trace.Timed``).
+Kinds differ by hatch as well as by colour. Spans may be predicted or measured (``trace.Span``).
 """
 
 from __future__ import annotations
 
 import bisect
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...parallel.ir.collectives import FUSED
+from ...parallel.ir.records import Phase
+from ...parallel.ir.span import Span
 from ..prices.footprint import stack
 from . import trace
 from .explain import Whole
-from .trace import COMPUTE, WAIT, Timed
+from .trace import COMPUTE, WAIT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,14 +56,14 @@ POINTS = 900  # pieces of time in the picture of memory
 OUTSIDE = ("CUDA context", "NCCL", "frozen encoders")  # live from before the step
 
 
-def style_of(span: Timed) -> str:
+def style_of(span: Span) -> str:
     """The key of ``STYLES`` by which a span is drawn."""
     if span.kind == WAIT:
         return "compute waits"
     if span.lane != COMPUTE:
         return FUSED.get(span.kind, span.kind)
     family = next((name for name in ("attention", "matmul") if name in span.kind), "other compute")
-    return f"{family}, again" if trace.recomputed(span) else family
+    return f"{family}, again" if span.clone else family
 
 
 def _bar(style: str) -> Style:
@@ -88,11 +89,11 @@ def _legend(axes: Axes, *drawn: Axes) -> None:
 # -- time -------------------------------------------------------------------------------------------------------------
 
 
-def draw_block(figure: Figure, spans: Sequence[Timed], block: int) -> None:
+def draw_block(figure: Figure, spans: Sequence[Span], block: int) -> None:
     """Every record of one block, forward above backward, a lane below the other; times in ms from its first record."""
     spans = [*spans, *trace.waits(spans)]
     panels = figure.subplots(2, 1)
-    for axes, direction in zip(panels, ("forward", "backward"), strict=True):
+    for axes, direction in zip(panels, (Phase.FORWARD, Phase.BACKWARD), strict=True):
         begin, end = trace.block_window(spans, block, direction)
         inside = [span for span in spans if span.end_s > begin and span.start_s < end]
         _draw_lanes(axes, inside, begin, end)
@@ -101,7 +102,7 @@ def draw_block(figure: Figure, spans: Sequence[Timed], block: int) -> None:
     _legend(panels[0], *panels)
 
 
-def _draw_lanes(axes: Axes, spans: Sequence[Timed], begin: float, end: float) -> None:
+def _draw_lanes(axes: Axes, spans: Sequence[Span], begin: float, end: float) -> None:
     """Bars of one window."""
     names = trace.lanes(spans)
     heights = [3.2 if name == COMPUTE else 1.0 for name in names]
@@ -115,7 +116,7 @@ def _draw_lanes(axes: Axes, spans: Sequence[Timed], begin: float, end: float) ->
         room = (last - first) * inches
         text = next((text for text in _labels(span) if room >= len(text) * CHARACTER_IN), "")
         upright = not text and lane == 0
-        text = text or trace.short_name(span)
+        text = text or span.label
         if span.kind == WAIT or room < 0.13 or (not upright and room < len(text) * CHARACTER_IN) or len(text) > 60:
             continue
         dark = "attention" in style_of(span)
@@ -138,19 +139,17 @@ def _draw_lanes(axes: Axes, spans: Sequence[Timed], begin: float, end: float) ->
     axes.set_xlim(0.0, (end - begin) * 1e3)
 
 
-def _labels(span: Timed) -> Iterator[str]:
+def _labels(span: Span) -> Iterator[str]:
     """What a bar may be called, the longest first."""
-    short = trace.short_name(span)
-    block = re.search(r"blocks\.(\d+)", span.name)
     if span.lane == COMPUTE:
-        yield f"{span.kind}: {short}"
-    elif block:
-        yield f"{span.kind}: {short} of block {block[1]}"
-        yield f"{short} of block {block[1]}"
-    yield short
+        yield f"{span.kind}: {span.label}"
+    elif span.place.block is not None:
+        yield f"{span.kind}: {span.label} of block {span.place.block}"
+        yield f"{span.label} of block {span.place.block}"
+    yield span.label
 
 
-def draw_step(figure: Figure, spans: Sequence[Timed], step_s: float) -> None:
+def draw_step(figure: Figure, spans: Sequence[Span], step_s: float) -> None:
     """How busy every lane is over the step: the share of time in which it works, block by block."""
     names = trace.lanes(spans)
     panels = figure.subplots(len(names) + 1, 1, sharex=True, height_ratios=[0.5, *[1.0] * len(names)])
@@ -191,7 +190,7 @@ def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds * 1e3:.1f} ms"
 
 
-def _shares(spans: Iterable[Timed], edges: Sequence[float]) -> list[float]:
+def _shares(spans: Iterable[Span], edges: Sequence[float]) -> list[float]:
     """Share of every piece of time that the spans cover; spans of a lane do not overlap."""
     shares = [0.0] * (len(edges) - 1)
     for span in spans:
@@ -203,20 +202,19 @@ def _shares(spans: Iterable[Timed], edges: Sequence[float]) -> list[float]:
     return shares
 
 
-def _phases(axes: Axes, spans: Sequence[Timed]) -> None:
+def _phases(axes: Axes, spans: Sequence[Span]) -> None:
     """A strip that names forward, backward and optimizer of every micro-batch."""
-    found: dict[str, list[float]] = {}
+    found: dict[tuple[Phase, int | None], list[float]] = {}
     for span in spans:
-        match = re.match(r"^(?:mb(\d+)/.*\.(forward|backward)|(optimizer))\b", span.name)
-        if span.lane == COMPUTE and match and not trace.recomputed(span):
-            name = match[3] or f"{match[2]} {match[1]}"
-            ends = found.setdefault(name, [span.start_s, span.end_s])
+        place = span.place
+        if span.lane == COMPUTE and place.phase in (Phase.FORWARD, Phase.BACKWARD, Phase.UPDATE) and not span.clone:
+            ends = found.setdefault((place.phase, place.micro_batch), [span.start_s, span.end_s])
             ends[1] = max(ends[1], span.end_s)
-    several = any(name.endswith(" 1") for name in found)
+    several = any(micro_batch for _, micro_batch in found)
     last = max(end for _, end in found.values())
-    for i, (name, (begin, end)) in enumerate(found.items()):
+    for i, ((phase, micro_batch), (begin, end)) in enumerate(found.items()):
         axes.broken_barh([(begin, end - begin)], (0.0, 1.0), facecolor=("#ffffff", "#e4e4e4")[i % 2], edgecolor=GREY)
-        text = name if several else name.removesuffix(" 0")
+        text = "optimizer" if phase is Phase.UPDATE else f"{phase} {micro_batch}" if several else str(phase)
         narrow = end - begin < 0.06 * last
         axes.text(end if narrow else (begin + end) / 2, 0.5, text, ha="left" if narrow else "center", va="center")
     axes.set_ylim(0.0, 1.0)

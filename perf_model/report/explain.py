@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from ...errors import CinemeshError
 from ...kernels.ops import OPS
 from ...model.config import ModelConfig
-from ...model.step import Batch, build_step, prepare
+from ...model.inputs import BatchShape
+from ...model.step import build_step, prepare
 from ...parallel.ir.collectives import FUSED
 from ...parallel.ir.communicators import communicator
 from ...parallel.ir.plan import AXES, Plan
-from ...parallel.ir.program import Op, Program
+from ...parallel.ir.program import Program
+from ...parallel.ir.records import Op, Phase
 from ..clusters.cluster import Cluster
 from ..prices.compute import Compute
 from ..prices.encoders import FrozenCost
@@ -21,10 +22,9 @@ from ..prices.footprint import Footprint, footprint
 from ..prices.network import Network
 from ..prices.timeline import Tape, Timeline, play, price
 from ..search.planner import survey
-from ..search.space import Choice, Prices, Request
+from ..search.space import Choice, Request
 
 SPELT_OUT = 4  # activations kept from which on only their number is shown
-_LAYER = re.compile(r"^mb\d+/|blocks\.\d+\.|~")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Whole:
     """The whole step of one plan, built and played: no extrapolation."""
 
     plan: Plan
-    batch: Batch
+    batch: BatchShape
     program: Program
     tape: Tape
     timeline: Timeline
@@ -41,21 +41,17 @@ class Whole:
 
     @property
     def samples(self) -> int:
-        """Of the step, on all ranks."""
         return self.batch.samples * self.plan.data_ranks * self.plan.micro_batches
 
-    @property
-    def gpu_s_per_sample(self) -> float:
-        """What one sample costs, whatever the GPUs and the batch."""
-        return self.step_s * self.plan.world_size / self.samples
 
-
-def whole(config: ModelConfig, plan: Plan, batch: Batch, cluster: Cluster, frozen: FrozenCost | None = None) -> Whole:
+def whole(
+    config: ModelConfig, plan: Plan, batch: BatchShape, cluster: Cluster, frozen: FrozenCost | None = None
+) -> Whole:
     """Build, price and play every record of a step."""
     return played(prepare(build_step(config, plan, batch), backend="nccl"), batch, cluster, frozen)
 
 
-def played(program: Program, batch: Batch, cluster: Cluster, frozen: FrozenCost | None = None) -> Whole:
+def played(program: Program, batch: BatchShape, cluster: Cluster, frozen: FrozenCost | None = None) -> Whole:
     """Price and play a program that was prepared."""
     plan = program.plan
     tape = price(program, Compute(cluster), Network(cluster), cluster)
@@ -71,21 +67,6 @@ def played(program: Program, batch: Batch, cluster: Cluster, frozen: FrozenCost 
     )
 
 
-def whole_of(request: Request, plan: Plan, samples: int = 0, frozen: FrozenCost | None = None) -> Whole:
-    """The whole step of a plan on a request's first bucket; ``samples`` of a micro-batch, by default the request's.
-
-    With encoders in the loop and none given, they are held in the fastest way that fits, or in the smallest.
-    """
-    batch = Batch(samples or request.samples, request.buckets[0].latent)
-    step = whole(request.config, plan, batch, request.cluster, frozen)
-    if frozen is not None or not request.encoders:
-        return step
-    options = [option for option in Prices(request).frozen(plan, batch.samples) if option is not None]
-    spare = step.footprint.limit_bytes - step.footprint.peak_bytes
-    held = next((option for option in options if option.bytes <= spare), min(options, key=lambda o: o.bytes))
-    return played(step.program, batch, request.cluster, held)
-
-
 # -- FLOPs ------------------------------------------------------------------------------------------------------------
 
 
@@ -96,9 +77,9 @@ def model_flops(config: ModelConfig, latent: tuple[int, int, int]) -> int:
     """
     counted: list[int] = []
     for layers in (1, 2):
-        program = build_step(replace(config, layers=layers), Plan(dtype="bf16"), Batch(1, latent))
+        program = build_step(replace(config, layers=layers), Plan(dtype="bf16"), BatchShape(1, latent))
         forward = (op for op in program.ops if op.kind in OPS and OPS[op.kind].matmul)
-        counted.append(sum(program.flops(op) for op in forward if op.region.endswith(".forward")))
+        counted.append(sum(program.flops(op) for op in forward if op.place.phase is Phase.FORWARD))
     one, two = counted
     return 3 * (one + (config.layers - 1) * (two - one))
 
@@ -152,16 +133,15 @@ class Exposure:
 
 
 def role(op: Op) -> str:
-    """A record's name without its micro-batch, block and clone marks."""
-    part = op.region.rpartition(".")[2]
-    return f"{part}/{_LAYER.sub('', op.name.rpartition('/')[2])}"
+    """What a record is called in all blocks and micro-batches."""
+    return f"{op.place.phase}/{op.label}"
 
 
 def exposures(whole: Whole) -> list[Exposure]:
     """Exposed communication by collective, the most exposed first."""
     rows: dict[tuple[str, str, str], list[float]] = {}
     for i, op in enumerate(whole.program.ops):
-        if op.kind in OPS or op.kind == "wait":
+        if op.kind in OPS or op.is_wait:
             continue
         row = rows.setdefault((role(op), op.kind, op.lane), [0, 0.0, 0.0, 0.0])
         row[0] += 1
@@ -191,7 +171,7 @@ def utilisation(whole: Whole) -> dict[str, float]:
     """Share of the step in which compute, and every communicator, is busy."""
     busy: dict[str, float] = {"compute": whole.timeline.compute_busy_s}
     for i, op in enumerate(whole.program.ops):
-        if "axes" in op.attrs and op.kind != "wait":
+        if op.comm is not None and not op.is_wait:
             name = communicator(op)
             busy[name] = busy.get(name, 0.0) + whole.timeline.end[i] - whole.timeline.start[i]
     return {name: seconds / whole.timeline.step_s for name, seconds in busy.items()}
@@ -221,7 +201,7 @@ def duplicates(whole: Whole) -> list[Duplicate]:
     program = whole.program
     found: dict[tuple[str, str], list[float]] = {}
     for i, op in enumerate(program.ops):
-        if op.kind not in OPS or op.region == "optimizer":
+        if op.kind not in OPS or op.place.phase is Phase.UPDATE:
             continue
         placements = [program.buffers[name].placement for name in (*op.inputs, *op.outputs)]
         for axis in ("tp", "cp"):
@@ -285,16 +265,6 @@ def sensitivities(request: Request, best: Choice) -> Iterator[Sensitivity]:
         same = (found.plan.tp, found.plan.cp) == (best.plan.tp, best.plan.cp)
         note = "same degrees" if same else f"then {describe(found.plan)}"
         yield Sensitivity(text, found.plan, found.samples_per_s, found.samples_per_s / best.samples_per_s - 1.0, note)
-
-
-def on_faster(request: Request, step: Whole) -> Iterator[Sensitivity]:
-    """The same plan with one thing twice as fast."""
-    now = step.samples / step.step_s
-    for text, scale in (("NIC", "nic_scale"), ("NVLink", "nvlink_scale"), ("GPU memory", "memory_scale")):
-        faster = replace(request, cluster=request.cluster.with_(**{scale: 2.0}))
-        again = whole_of(faster, step.plan, step.batch.samples)
-        then = again.samples / again.step_s
-        yield Sensitivity(f"{text} twice as fast", step.plan, then, then / now - 1.0, "the same plan")
 
 
 # -- words ------------------------------------------------------------------------------------------------------------

@@ -7,60 +7,23 @@ the collective ends, so a span with ``waited_s`` tells where the wait lies.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ...files import atomic_file
 from ...kernels.ops import OPS
 from ...parallel.ir.collectives import FUSED
 from ...parallel.ir.communicators import communicator
+from ...parallel.ir.records import COMPUTE_LANE as COMPUTE
+from ...parallel.ir.records import WAIT, Phase
+from ...parallel.ir.span import Span
 from ..prices.footprint import Stack, stack
 from .explain import Whole
 
-COMPUTE = "compute"
-WAIT = "wait"
 MEMORY_POINTS = 2000  # samples of the memory counter in a trace
 _LANES = (COMPUTE, "tp", "cp", "dp_shard")  # from the innermost; other lanes follow
-_BLOCK = re.compile(r"^mb(\d+)/blocks\.(\d+)\.(forward|backward)/")
-
-
-class Timed(Protocol):
-    """What is drawn: a record of a program with its times in seconds from the start of the step.
-
-    ``lane`` is ``compute`` or the communicator. Of a collective, ``issued_s`` is when it could have started, and
-    ``waited_s`` how long compute waited for its end; of compute they are ``start_s`` and 0.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def lane(self) -> str: ...
-    @property
-    def issued_s(self) -> float: ...
-    @property
-    def start_s(self) -> float: ...
-    @property
-    def end_s(self) -> float: ...
-    @property
-    def waited_s(self) -> float: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A predicted ``Timed``."""
-
-    name: str
-    kind: str
-    lane: str
-    issued_s: float
-    start_s: float
-    end_s: float
-    waited_s: float = 0.0
 
 
 def predicted(whole: Whole) -> list[Span]:
@@ -72,15 +35,15 @@ def predicted(whole: Whole) -> list[Span]:
     spans: list[Span] = []
     for i, (op, reached) in enumerate(zip(whole.program.ops, reached_s(whole), strict=True)):
         start, end = timeline.start[i], timeline.end[i]
-        if op.kind == WAIT or end <= start:
+        if op.is_wait or end <= start:
             continue
         if op.kind in OPS:
-            spans.append(Span(op.name, op.kind, COMPUTE, start, start, end))
+            spans.append(Span.of(op, COMPUTE, start, end))
         elif op.kind in FUSED:
-            spans += [Span(op.name, op.kind, lane, start, start, end) for lane in (COMPUTE, communicator(op))]
+            spans += [Span.of(op, lane, start, end) for lane in (COMPUTE, communicator(op))]
         else:
             waited = timeline.exposed_s.get(i, 0.0)
-            spans.append(Span(op.name, op.kind, communicator(op), reached, start, end, waited))
+            spans.append(Span.of(op, communicator(op), start, end, issued_s=reached, waited_s=waited))
     return spans
 
 
@@ -89,7 +52,7 @@ def reached_s(whole: Whole) -> list[float]:
     clock = 0.0
     reached: list[float] = []
     for i, op in enumerate(whole.program.ops):
-        if op.kind in OPS or op.kind in FUSED or op.kind == WAIT:
+        if op.kind in OPS or op.kind in FUSED or op.is_wait:
             reached.append(whole.timeline.start[i])
             clock = whole.timeline.end[i]
         else:
@@ -97,16 +60,18 @@ def reached_s(whole: Whole) -> list[float]:
     return reached
 
 
-def waits(spans: Sequence[Timed]) -> list[Span]:
+def waits(spans: Sequence[Span]) -> list[Span]:
     """The exposed times as spans of the compute lane."""
-    return [
-        Span(f"{span.name}.wait", WAIT, COMPUTE, span.end_s - span.waited_s, span.end_s - span.waited_s, span.end_s)
-        for span in spans
-        if span.waited_s > 0.0
-    ]
+    return [_wait(span) for span in spans if span.waited_s > 0.0]
 
 
-def lanes(spans: Sequence[Timed]) -> list[str]:
+def _wait(span: Span) -> Span:
+    start = span.end_s - span.waited_s
+    times = {"issued_s": start, "start_s": start, "waited_s": 0.0}
+    return replace(span, name=f"{span.name}.wait", kind=WAIT, lane=COMPUTE, **times)
+
+
+def lanes(spans: Sequence[Span]) -> list[str]:
     """Lanes in use: compute, then mesh axes from the innermost outwards."""
 
     def rank(lane: str) -> tuple[int, int, str]:
@@ -116,48 +81,42 @@ def lanes(spans: Sequence[Timed]) -> list[str]:
     return sorted({span.lane for span in spans} | {COMPUTE}, key=rank)
 
 
-def recomputed(span: Timed) -> bool:
-    """Whether a record makes again in backward what forward did not keep."""
-    return span.name.endswith("~")
+def direction_of(span: Span) -> Phase | None:
+    """Forward or backward, of compute in a block; backward begins with what is made again for it."""
+    if span.lane != COMPUTE or span.place.block is None or span.place.phase not in (Phase.FORWARD, Phase.BACKWARD):
+        return None
+    return Phase.BACKWARD if span.clone else span.place.phase
 
 
-def short_name(span: Timed) -> str:
-    """A record's name within its block."""
-    return span.name.rpartition("/")[2].rstrip("~")
-
-
-def block_window(spans: Sequence[Timed], block: int, direction: str, micro_batch: int = 0) -> tuple[float, float]:
+def block_window(spans: Sequence[Span], block: int, direction: Phase, micro_batch: int = 0) -> tuple[float, float]:
     """From the first compute of a block in one direction to the first of the block that follows it, in seconds.
 
-    Backward begins with what is made again for it. Where no block follows, it ends with its last compute.
+    Where no block follows, it ends with its last compute.
     Raises ValueError when the block never ran.
     """
     first: dict[int, float] = {}
     last: dict[int, float] = {}
     for span in spans:
-        found = _BLOCK.match(span.name) if span.lane == COMPUTE else None
-        if found is None or int(found[1]) != micro_batch:
+        number = span.place.block
+        if number is None or span.place.micro_batch != micro_batch or direction_of(span) != direction:
             continue
-        if ("backward" if recomputed(span) else found[3]) != direction:
-            continue
-        number = int(found[2])
         first[number] = min(first.get(number, span.start_s), span.start_s)
         last[number] = max(last.get(number, span.end_s), span.end_s)
     if block not in first:
         raise ValueError(f"block {block} of micro-batch {micro_batch} has no {direction} in these {len(spans)} spans")
-    following = first.get(block + 1 if direction == "forward" else block - 1)
+    following = first.get(block + 1 if direction is Phase.FORWARD else block - 1)
     return first[block], following if following is not None else last[block]
 
 
-def block_starts(spans: Sequence[Timed]) -> list[float]:
+def block_starts(spans: Sequence[Span]) -> list[float]:
     """When each block began, in both directions and every micro-batch, and when the last ended; seconds, ascending."""
-    starts: dict[tuple[str, str, str], float] = {}
+    starts: dict[tuple[int | None, int | None, Phase], float] = {}
     end = 0.0
     for span in spans:
-        found = _BLOCK.match(span.name) if span.lane == COMPUTE else None
-        if found is None:
+        direction = direction_of(span)
+        if direction is None:
             continue
-        key = (found[1], found[2], "backward" if recomputed(span) else found[3])
+        key = (span.place.micro_batch, span.place.block, direction)
         starts[key] = min(starts.get(key, span.start_s), span.start_s)
         end = max(end, span.end_s)
     return sorted({*starts.values(), end})
@@ -172,7 +131,7 @@ def _metadata(process: int, what: str, name: str, thread: int = 0, order: int = 
     yield head | {"name": f"{what}_sort_index", "args": {"sort_index": order}}
 
 
-def _events(process: int, name: str, spans: Sequence[Timed]) -> Iterator[dict[str, Any]]:
+def _events(process: int, name: str, spans: Sequence[Span]) -> Iterator[dict[str, Any]]:
     """One process, with a thread for each lane."""
     yield from _metadata(process, "process", name, order=process)
     thread = {lane: number for number, lane in enumerate(lanes(spans))}
@@ -182,7 +141,7 @@ def _events(process: int, name: str, spans: Sequence[Timed]) -> Iterator[dict[st
         event: dict[str, Any] = {
             "ph": "X",
             "name": span.name,
-            "cat": "recomputed" if recomputed(span) else span.kind,
+            "cat": "recomputed" if span.clone else span.kind,
             "pid": process,
             "tid": thread[span.lane],
             "ts": span.start_s * 1e6,
@@ -221,7 +180,7 @@ def highest(whole: Whole, stacked: Stack, points: int) -> list[tuple[int, float]
     return sorted(best.values())
 
 
-def chrome(processes: Mapping[str, Sequence[Timed]], whole: Whole | None = None) -> dict[str, Any]:
+def chrome(processes: Mapping[str, Sequence[Span]], whole: Whole | None = None) -> dict[str, Any]:
     """Trace events of one or several recordings, each a process of its own by its name.
 
     ``whole`` adds its memory to the first process. Times are microseconds, as the format wants.
@@ -234,7 +193,7 @@ def chrome(processes: Mapping[str, Sequence[Timed]], whole: Whole | None = None)
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def write(path: Path, processes: Mapping[str, Sequence[Timed]], whole: Whole | None = None) -> None:
+def write(path: Path, processes: Mapping[str, Sequence[Span]], whole: Whole | None = None) -> None:
     """Write a trace file. The final name appears when the file is complete."""
     with atomic_file(path) as unfinished:
         unfinished.write_text(json.dumps(chrome(processes, whole)))

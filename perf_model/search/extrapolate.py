@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,6 +19,7 @@ from ...parallel.ir.communicators import communicator
 from ...parallel.ir.layout import Axes
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
+from ...parallel.ir.records import Phase
 from ..clusters.cluster import Cluster
 from ..prices.compute import Compute
 from ..prices.footprint import FLAT, class_of
@@ -44,7 +44,6 @@ from .peak import Peak
 
 STEADY_BLOCKS = 6  # from here on two blocks in the middle must agree
 STEADY = 1e-6  # relative difference of two blocks' times that counts as none
-_BLOCK = re.compile(r"^(mb\d+)/blocks\.(\d+)\.(forward|backward)$")
 
 
 class NotSteady(Exception):
@@ -82,7 +81,7 @@ class Skeleton:
         self.plan = canonical(plan)
         self.blocks, self.more, self.units = shallow.blocks, shallow.more, shallow.units
         built = shallow.program
-        self.program = prepare(Program(self.plan, built.buffers, built.ops, built.outputs, built.facts), backend="nccl")
+        self.program = prepare(replace(built, plan=self.plan), backend="nccl")
         self.compute = compute
         self.cluster = cluster
         self._flat: list[int] = []  # records over the whole flat shard: their time follows its size
@@ -94,7 +93,7 @@ class Skeleton:
         other = copy.copy(self)
         other.plan, other._lanes = canonical(plan), {}
         built = self.program
-        other.program = Program(other.plan, built.buffers, built.ops, built.outputs, built.facts)
+        other.program = replace(built, plan=other.plan)
         other.base = self._repriced(other.program)
         if self.compute.left_sms(other.plan) != self.compute.left_sms(self.plan):
             for name in ("_compute_s", "_flat_s", "_block_compute_s", "terms"):  # follow from the base
@@ -127,7 +126,7 @@ class Skeleton:
         by_shard = {unit.shard_elements: unit.name for unit in units.units}
         flat = units.flat_elements
         for i, op in enumerate(program.ops):
-            if op.kind == "wait":
+            if op.is_wait:
                 continue
             if op.kind in OPS:
                 whole = (name for name in (*op.inputs, *op.outputs) if program.local_elements(name) == flat)
@@ -170,16 +169,15 @@ class Skeleton:
     # -- time -----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def marks(self) -> dict[tuple[str, str], list[int]]:
+    def marks(self) -> dict[tuple[int | None, Phase], list[int]]:
         """First record of every block, by micro-batch and direction, in the order of execution."""
-        marks: dict[tuple[str, str], dict[int, int]] = {}
+        marks: dict[tuple[int | None, Phase], dict[int, int]] = {}
         for i, op in enumerate(self.program.ops):
             if op.clone or op.kind not in OPS:
                 continue
-            found = _BLOCK.match(op.region)
-            if found:
-                micro_batch, block, direction = found.groups()
-                marks.setdefault((micro_batch, direction), {}).setdefault(int(block), i)
+            place = op.place
+            if place.block is not None and place.phase in (Phase.FORWARD, Phase.BACKWARD):
+                marks.setdefault((place.micro_batch, place.phase), {}).setdefault(place.block, i)
         return {key: list(blocks.values()) for key, blocks in marks.items()}
 
     def step_s(self, timeline: Timeline, steady: float = STEADY) -> float:
@@ -196,12 +194,12 @@ class Skeleton:
             total += self.more * each[at]
         return total
 
-    def _middle(self, direction: str) -> int:
+    def _middle(self, direction: Phase) -> int:
         """The block whose time and records the blocks left out repeat.
 
         Lanes fill in the first blocks of either direction; they run dry in the last backward ones.
         """
-        return self.blocks - 3 if direction == "forward" else min(2, (self.blocks - 1) // 2)
+        return self.blocks - 3 if direction is Phase.FORWARD else min(2, (self.blocks - 1) // 2)
 
     def repeats(self, i: int) -> int:
         """How often a record of the shallow step stands in the deep one."""

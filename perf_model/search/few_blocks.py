@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 
-from ...model.config import ModelConfig
-from ...model.step import Batch, build_step, unit_layout
+from ...model.config import ModelConfig, block_unit
+from ...model.inputs import BatchShape
+from ...model.step import build_step, unit_layout
 from ...parallel.ir.plan import Plan
-from ...parallel.ir.program import Program
 from ...parallel.ir.units import Units
 
 BLOCKS = 3  # of the shallow program, and one for each unit prefetched: lanes fill in the first, run dry in the last
@@ -57,7 +57,7 @@ class Shallow:
     the flat units, but no record.
     """
 
-    def __init__(self, config: ModelConfig, plan: Plan, batch: Batch, blocks: int = 0) -> None:
+    def __init__(self, config: ModelConfig, plan: Plan, batch: BatchShape, blocks: int = 0) -> None:
         self.config, self.batch = config, batch
         self.plan = canonical(plan)
         self.blocks = min(config.layers, blocks or BLOCKS + plan.prefetch)
@@ -84,7 +84,7 @@ class Shallow:
             name: replace(buffer, shape=shapes[buffer.shape]) if buffer.shape in shapes else buffer
             for name, buffer in built.buffers.items()
         }
-        other.program = Program(plan, buffers, built.ops, built.outputs, built.facts)
+        other.program = replace(built, plan=plan, buffers=buffers)
         return other
 
     @property
@@ -101,4 +101,4 @@ class Shallow:
     def flat_elements(self, plan: Plan) -> int:
         """Elements of a rank's flat shard of the deep model."""
         units = self.units_of(plan)
-        return units.flat_elements + self.more * units.by_name["blocks.0"].shard_elements
+        return units.flat_elements + self.more * units.by_name[block_unit(0)].shard_elements

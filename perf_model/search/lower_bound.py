@@ -75,7 +75,7 @@ class Floor:
             return 0.0
         built = block.skeleton.program
         plan = block.skeleton.plan.with_degrees(tp=tp, cp=cp)
-        program = Program(plan, built.buffers, built.ops, built.outputs, built.facts)
+        program = replace(built, plan=plan)
         seconds = {i: self.compute.op_s(program, built.ops[i]) for i in block.compute}
         waited = {"tp": 0.0, "cp": 0.0}
         busy = {"tp": 0.0, "cp": 0.0}
@@ -120,10 +120,10 @@ class Floor:
                 made.update(dict.fromkeys(op.outputs, i))
                 for name in op.inputs:
                     read.setdefault(name, []).append(i)
-        waits = {op.attrs["issue"]: op for op in program.ops if op.kind == "wait"}
+        waits = {op.waits_for: op for op in program.ops if op.is_wait}
         for i in within:
             op = program.ops[i]
-            if op.kind in OPS or op.kind == "wait" or op.axes not in (("tp",), ("cp",)):
+            if op.kind in OPS or op.is_wait or op.axes not in (("tp",), ("cp",)):
                 continue
             begin = made.get(op.inputs[0], i)
             after = [j for j in read.get(waits[op.name].outputs[0], ()) if j > i]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...kernels.ops import DTYPE_BYTES
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
+from ...parallel.ir.records import BufferKind, Phase
 from ...parallel.passes.liveness import lifetimes
 from ..prices.footprint import FLAT, UNIT, class_of
 from .few_blocks import Shallow
@@ -18,29 +19,28 @@ class Peak:
     ``kept_bytes``: what one more block keeps from forward to backward.
     """
 
-    def __init__(self, program: Program, shallow: Shallow, marks: dict[tuple[str, str], list[int]]) -> None:
+    def __init__(self, program: Program, shallow: Shallow, marks: dict[tuple[int | None, Phase], list[int]]) -> None:
         self.shallow = shallow
         lives = lifetimes(program)
         self.kept_bytes = 0
         deeper: list[tuple[int, int]] = []  # records during which the blocks left out hold kept bytes
         for (micro_batch, direction), starts in marks.items():
-            if direction == "forward" and shallow.more:
+            if direction is Phase.FORWARD and shallow.more:
                 self.kept_bytes = lives.live_bytes[starts[2]] - lives.live_bytes[starts[1]]
-                deeper.append((starts[1], marks[micro_batch, "backward"][-1]))
+                deeper.append((starts[1], marks[micro_batch, Phase.BACKWARD][-1]))
         first: dict[str, int] = {}
         last: dict[str, int] = {}
         for i in range(len(program.ops)):
             first.update(dict.fromkeys(lives.allocate[i], i))
             last.update(dict.fromkeys(lives.free[i], i))
-        by_elements = {unit.elements: unit.name for unit in shallow.units.units}
         starting: dict[int, list[Sized]] = {}
         stopping: dict[int, list[Sized]] = {}
         for name, buffer in program.buffers.items():
             class_ = class_of(program, name, set()) if buffer.base is None else ""
             if class_ not in FLAT and class_ not in UNIT:
                 continue
-            if buffer.kind != "temporary" or name in first:
-                unit = "" if class_ in FLAT else by_elements[program.local_elements(name)]
+            if buffer.kind is not BufferKind.TEMPORARY or name in first:
+                unit = "" if class_ in FLAT else buffer.unit or ""
                 sized = (unit, DTYPE_BYTES[buffer.dtype])
                 starting.setdefault(first.get(name, 0), []).append(sized)
                 stopping.setdefault(last.get(name, len(program.ops) - 1), []).append(sized)

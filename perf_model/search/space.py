@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...model.config import ModelConfig
-from ...model.step import Batch, check
+from ...model.inputs import BatchShape
+from ...model.step import check
 from ...parallel.ir.layout import HEADS
 from ...parallel.ir.plan import AXES, DtypePolicy, Plan
 from ..clusters.cluster import Cluster
@@ -165,7 +166,7 @@ class Family:
     def check_shapes(self) -> None:
         """Raise CinemeshError where a degree does not divide what it splits of the model or of a bucket."""
         for bucket in self.request.buckets:
-            check(self.request.config, self.plan, Batch(self.samples, bucket.latent))
+            check(self.request.config, self.plan, BatchShape(self.samples, bucket.latent))
 
     def skeletons(self, plan: Plan) -> list[Skeleton]:
         """One for each bucket."""
@@ -353,7 +354,8 @@ class Prices:
             model = everywhere(self.request).with_degrees(**({"cp": 1, "dp_shard": 1} if alone else {}))
             model = replace(model, micro_batches=plan.micro_batches)
             self._shallow[key] = [
-                Shallow(self.request.config, model, Batch(samples, bucket.latent)) for bucket in self.request.buckets
+                Shallow(self.request.config, model, BatchShape(samples, bucket.latent))
+                for bucket in self.request.buckets
             ]
         return self._shallow[key]
 

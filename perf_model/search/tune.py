@@ -16,9 +16,11 @@ from typing import Any
 
 from ...errors import CinemeshError
 from ...kernels.ops import OPS
-from ...model.step import Batch, check
+from ...model.inputs import BatchShape
+from ...model.step import check
 from ...parallel.ir.plan import STREAMS, Plan
-from ...parallel.ir.program import Op, Program
+from ...parallel.ir.program import Program
+from ...parallel.ir.records import Op
 from ...parallel.passes.choose_kept import choose
 from ..clusters.cluster import Cluster
 from ..prices.network import Network, group_of, groups_of
@@ -154,7 +156,7 @@ def _in_groups(
 
 def _keeping(prices: Prices, request: Request, choice: Choice) -> tuple[Choice, Built] | None:
     """The choice with the activations kept that save most time in the memory that is left (``choose_kept.py``)."""
-    layers, batch = request.config.layers, Batch(choice.samples, request.buckets[0].latent)
+    layers, batch = request.config.layers, BatchShape(choice.samples, request.buckets[0].latent)
     pure = parts(choice.plan, layers)[0][1]
     shallow = Shallow(request.config, pure, batch)
     made: dict[Recompute, Skeleton] = {}
@@ -174,7 +176,7 @@ def _keeping(prices: Prices, request: Request, choice: Choice) -> tuple[Choice, 
     def seconds(program: Program, op: Op) -> float:
         if op.kind in OPS:
             return prices.compute.op_s(program, op)
-        if op.kind == "wait":
+        if op.is_wait:
             return 0.0
         group = group_of(request.cluster, pure, op.axes)
         return prices.network.collective(op.kind, program.payload_bytes(op), group, pure.ctas(op.axes)).seconds
@@ -235,7 +237,7 @@ def _build(prices: Prices, request: Request, choice: Choice, plan: Plan) -> Buil
     pure = shares[0][1]
     built: Built = []
     for bucket in request.buckets:
-        batch = Batch(choice.samples, bucket.latent)
+        batch = BatchShape(choice.samples, bucket.latent)
         try:
             check(request.config, plan, batch)
         except CinemeshError:

@@ -23,7 +23,8 @@ import torch
 from cinemesh.kernels.reference import REFERENCE
 from cinemesh.launch.proof.lint import Alone
 from cinemesh.model.config import LATENTS, preset
-from cinemesh.model.step import Batch, build_step, prepare
+from cinemesh.model.inputs import BatchShape
+from cinemesh.model.step import build_step, prepare
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.passes.arena import place
 from cinemesh.parallel.runtime.executor import Executor
@@ -36,7 +37,7 @@ def measure(text: str) -> dict[str, float | str]:
     """One pass over a plan, in processor seconds; binding places once more, which is not taken off."""
     plan = Plan.parse(text)
     times_s = [time.process_time()]
-    built = build_step(preset(NAME), plan, Batch(1, LATENTS[NAME]))
+    built = build_step(preset(NAME), plan, BatchShape(1, LATENTS[NAME]))
     times_s.append(time.process_time())
     program = prepare(built, backend="nccl")
     times_s.append(time.process_time())

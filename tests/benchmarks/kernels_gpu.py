@@ -42,7 +42,8 @@ from cinemesh.kernels.selection import select
 from cinemesh.kernels.tuning import device_key
 from cinemesh.launch.commands.calls import Call, calls_of, tensors
 from cinemesh.model.config import LATENTS, preset
-from cinemesh.model.step import Batch, build_step, prepare
+from cinemesh.model.inputs import BatchShape
+from cinemesh.model.step import build_step, prepare
 from cinemesh.parallel.ir.plan import Plan
 
 REPETITIONS = 7
@@ -180,7 +181,7 @@ def main() -> None:
         print(f"{package}: {reason}")
 
     config = preset(given.model)
-    program = build_step(config, Plan.parse(given.plan), Batch(1, LATENTS[given.model]))
+    program = build_step(config, Plan.parse(given.plan), BatchShape(1, LATENTS[given.model]))
     calls = calls_of(prepare(program, backend="nccl"))
     if given.only:
         calls = [call for call in calls if call.op in given.only]

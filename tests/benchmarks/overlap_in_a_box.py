@@ -49,7 +49,8 @@ from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step, prepare
 from cinemesh.model.weights import probe_values
 from cinemesh.parallel.ir.plan import Plan
-from cinemesh.parallel.ir.program import Op, Program
+from cinemesh.parallel.ir.program import Program
+from cinemesh.parallel.ir.records import Op
 from cinemesh.parallel.passes.prices import Price
 from cinemesh.parallel.runtime.comm import Communicator, gather_objects
 from cinemesh.parallel.runtime.mesh import Mesh
@@ -112,7 +113,7 @@ def pricing(cluster: Cluster) -> Price:
     compute, network = Compute(cluster), Network(cluster)
 
     def seconds(program: Program, op: Op) -> float:
-        if op.kind == "wait":
+        if op.is_wait:
             return 0.0
         if op.kind in OPS:
             return compute.op_s(program, op)

@@ -44,8 +44,9 @@ from benchmarks.step_against_torch import SHAPES as DEEP
 from benchmarks.step_against_torch import Shape
 
 from cinemesh.launch.commands.calibrate import Samples, machine_of, measure
-from cinemesh.model.runner import StepRunner, data_slice
-from cinemesh.model.step import Batch, Optimizer, build_step, prepare
+from cinemesh.model.inputs import IDS, LATENTS, MASK, BatchShape, text_input, training_inputs
+from cinemesh.model.runner import StepRunner, data_share
+from cinemesh.model.step import Optimizer, build_step, prepare
 from cinemesh.model.weights import probe_values
 from cinemesh.parallel.ir.plan import AXES, Plan
 from cinemesh.parallel.runtime.comm import Communicator
@@ -97,7 +98,7 @@ def placed(plan: Plan) -> Plan:
 
 def predict(cluster: Cluster, shape: Shape, plan: Plan) -> tuple[float, float]:
     """Seconds of a step, and of it exposed communication: the program that runs, priced and played."""
-    batch = Batch(plan.local_batch(shape.samples), shape.latent)
+    batch = BatchShape(plan.local_batch(shape.samples), shape.latent)
     program = prepare(build_step(shape.config, plan, batch), backend="gloo")
     timeline = play(price(program, Compute(cluster), Network(cluster), cluster))
     return timeline.step_s, timeline.total_exposed_s
@@ -122,20 +123,17 @@ def planned(cluster: Cluster, shape: Shape) -> Plan:
 
 def runner_of(shape: Shape, plan: Plan, mesh: Mesh) -> StepRunner:
     config, samples = shape.config, shape.samples
-    batch = Batch(plan.local_batch(samples), shape.latent)
+    batch = BatchShape(plan.local_batch(samples), shape.latent)
     runner = StepRunner(config, plan, batch, Optimizer(), mesh, comm=Communicator(mesh))
     runner.initialise(probe_values(0))
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(samples, config.channels, *shape.latent, generator=generator)
-    text = {e.name: torch.randn(e.tokens, samples, e.width, generator=generator) for e in config.encoders}
+    text = {text_input(e.name): torch.randn(e.tokens, samples, e.width, generator=generator) for e in config.encoders}
     mask = torch.ones(samples, config.text_tokens, dtype=torch.bool)
     mask[:, -1] = False
     runner.capture("required")
-
-    def mine(tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        return data_slice(tensor, plan, runner.coordinates, dim)
-
-    runner.load(0, mine(latents), mine(torch.arange(samples)), {n: mine(x, 1) for n, x in text.items()}, mine(mask))
+    whole = {LATENTS: latents, IDS: torch.arange(samples), MASK: mask, **text}
+    runner.load(0, data_share(whole, training_inputs(config, plan, batch), plan, runner.coordinates))
     return runner
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cinemesh.model.config import preset
-from cinemesh.model.step import Batch
+from cinemesh.model.inputs import BatchShape
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.compute import Compute
@@ -86,7 +86,7 @@ def nic_share(played: Whole) -> float:
 
 
 def row(name: str, plan: Plan) -> Row:
-    played = whole(CONFIG, plan, Batch(1, LATENT), CLUSTER)
+    played = whole(CONFIG, plan, BatchShape(1, LATENT), CLUSTER)
     free = play(price(played.program, Compute(CLUSTER), None, CLUSTER)).step_s
     step = played.timeline.step_s
     return Row(
@@ -133,9 +133,9 @@ def scaling() -> list[Point]:
         best = overlapped(request)
         prices = Prices(request)
         (_, pure), *_ = parts(best.plan, CONFIG.layers)
-        skeleton = Skeleton(Shallow(CONFIG, pure, Batch(1, LATENT)), pure, prices.compute, CLUSTER)
+        skeleton = Skeleton(Shallow(CONFIG, pure, BatchShape(1, LATENT)), pure, prices.compute, CLUSTER)
         kept = skeleton.kept_bytes * CONFIG.layers
-        played = whole(CONFIG, best.plan, Batch(1, LATENT), CLUSTER)
+        played = whole(CONFIG, best.plan, BatchShape(1, LATENT), CLUSTER)
         ranks = tp * cp
         if base is None:
             base = (played, kept, ranks)

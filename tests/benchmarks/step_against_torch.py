@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.multiprocessing.spawn import start_processes
 
@@ -36,8 +35,9 @@ from benchmarks.live_bytes import LiveBytes
 from benchmarks.torch_baseline import TorchBaseline
 
 from cinemesh.model.config import Encoder, ModelConfig
-from cinemesh.model.runner import StepRunner, data_slice
-from cinemesh.model.step import Batch, Optimizer, build_step, prepare
+from cinemesh.model.inputs import IDS, LATENTS, MASK, BatchShape, text_input, training_inputs
+from cinemesh.model.runner import StepRunner, data_share
+from cinemesh.model.step import Optimizer, build_step, prepare
 from cinemesh.model.weights import probe_values
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.runtime.comm import Communicator, gather_objects
@@ -71,20 +71,20 @@ class Ours:
 
     def __init__(self, shape: Shape, plan: Plan, mesh: Mesh, *, stock: bool) -> None:
         config, samples = shape.config, shape.samples
-        batch = Batch(samples // plan.data_ranks, shape.latent)
+        batch = BatchShape(samples // plan.data_ranks, shape.latent)
         program = prepare(build_step(config, plan, batch), backend="nccl" if stock else "gloo")
         self.runner = StepRunner(config, plan, batch, Optimizer(), mesh, program=program, comm=Communicator(mesh))
         self.runner.initialise(probe_values(0))
         generator = torch.Generator().manual_seed(0)
-
-        def mine(tensor: Tensor, dim: int = 0) -> Tensor:
-            return data_slice(tensor, plan, self.runner.coordinates, dim)
-
         latents = torch.randn(samples, config.channels, *shape.latent, generator=generator)
-        text = {e.name: mine(torch.randn(e.tokens, samples, e.width, generator=generator), 1) for e in config.encoders}
+        text = {
+            text_input(e.name): torch.randn(e.tokens, samples, e.width, generator=generator) for e in config.encoders
+        }
         mask = torch.ones(samples, config.text_tokens, dtype=torch.bool)
         mask[:, -1] = False
-        self.runner.load(0, mine(latents), mine(torch.arange(samples)), text, mine(mask))
+        whole = {LATENTS: latents, IDS: torch.arange(samples), MASK: mask, **text}
+        share = data_share(whole, training_inputs(config, plan, batch), plan, self.runner.coordinates)
+        self.runner.load(0, share)
 
     def step(self) -> None:
         self.runner.step(1e-4)

@@ -18,6 +18,7 @@ from cinemesh.data.clips import FRAME_RATE, read_frames, write_mp4
 from cinemesh.data.text import ByteEncoder
 from cinemesh.errors import CinemeshError
 from cinemesh.model.codec import BlockDCTCodec
+from cinemesh.model.inputs import IDS, LATENTS, MASK, text_input
 
 CODEC = BlockDCTCodec()
 ENCODERS = [ByteEncoder(6, 12, "words"), ByteEncoder(4, 5, "letters")]
@@ -254,21 +255,24 @@ def test_data_ranks_share_a_micro_batch_in_order(settings: DataSettings, tmp_pat
     cache = opened(build(settings, tmp_path))
     picked = [8, 0, 3, 3, 5, 1]
     parts = [collate(cache.train.select(picked), rank, 3) for rank in range(3)]
-    assert torch.cat([part.ids for part in parts]).tolist() == picked
-    assert parts[0].ids.dtype == torch.int64
+    assert torch.cat([part[IDS] for part in parts]).tolist() == picked
+    assert parts[0][IDS].dtype == torch.int64
     for part in parts:
-        assert part.latents.shape == (2, 16, 1, 2, 2)
-        assert {name: list(t.shape) for name, t in part.text.items()} == {
-            "words": [12, 2, 6],
-            "letters": [5, 2, 4],
+        words, letters = text_input("words"), text_input("letters")
+        assert {name: list(t.shape) for name, t in part.items()} == {
+            IDS: [2],
+            LATENTS: [2, 16, 1, 2, 2],
+            MASK: [2, 17],
+            words: [12, 2, 6],
+            letters: [5, 2, 4],
         }
-        assert part.mask.shape == (2, 17) and part.mask.dtype == torch.bool
-        for place, sample_id in enumerate(part.ids.tolist()):
+        assert part[MASK].dtype == torch.bool
+        for place, sample_id in enumerate(part[IDS].tolist()):
             sample = cache.train[sample_id]
-            assert torch.equal(part.latents[place], sample.latent)
-            assert torch.equal(part.text["letters"][:, place], sample.text["letters"])
-            assert torch.equal(part.mask[place, :12], sample.mask["words"])
-            assert torch.equal(part.mask[place, 12:], sample.mask["letters"])
+            assert torch.equal(part[LATENTS][place], sample.latent)
+            assert torch.equal(part[letters][:, place], sample.text["letters"])
+            assert torch.equal(part[MASK][place, :12], sample.mask["words"])
+            assert torch.equal(part[MASK][place, 12:], sample.mask["letters"])
     with pytest.raises(CinemeshError, match=r"micro-batch\(6\) % data ranks\(4\) = 2"):
         collate(cache.train.select(picked), 0, 4)
 

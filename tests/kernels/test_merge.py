@@ -13,7 +13,8 @@ from cinemesh.kernels import merge as kernels
 from cinemesh.kernels.reference import REFERENCE
 from cinemesh.launch.commands.calls import calls_of, tensors
 from cinemesh.model.config import Encoder, ModelConfig
-from cinemesh.model.step import Batch, build_step, prepare
+from cinemesh.model.inputs import BatchShape
+from cinemesh.model.step import build_step, prepare
 from cinemesh.parallel.ir.plan import Plan
 
 from .against_float64 import BOUND, DTYPES, check, poisoned, rand, relative_error
@@ -97,7 +98,7 @@ def test_the_calls_of_a_step() -> None:
     config = ModelConfig("one-block", 1, 128, 2, 40, (Encoder("a", 24, 3),), channels=4)
     for dtype in ("float32", "bf16"):
         plan = Plan.parse("cp=2,kv_chunks=3", dtype=dtype)
-        calls = calls_of(prepare(build_step(config, plan, Batch(1, (1, 4, 6))), backend="nccl"))
+        calls = calls_of(prepare(build_step(config, plan, BatchShape(1, (1, 4, 6))), backend="nccl"))
         found = {call.op: call for call in calls if call.op in ("merge_attention", "sum_parts")}
         assert len(found) == 2
         for op, call in found.items():

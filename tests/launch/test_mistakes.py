@@ -11,7 +11,6 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 from training import cinemesh, failure, recipe, refusal, start, states
 
@@ -23,7 +22,8 @@ from cinemesh.launch.training import checkpoint
 from cinemesh.launch.training.loop import Setting, open_cache
 from cinemesh.launch.training.recipe import check_config
 from cinemesh.launch.training.telemetry import read_metrics
-from cinemesh.model.runner import StepRunner
+from cinemesh.model.inputs import LATENTS
+from cinemesh.model.runner import Batch, StepRunner
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -191,8 +191,9 @@ def blow_up(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """In these steps (from 1) the latents are finite, but their squares are not."""
     load = StepRunner.load
 
-    def loaded(self: StepRunner, micro_batch: int, latents: Tensor, *rest: Any) -> None:
-        load(self, micro_batch, latents + 1e30 if self.steps_done + 1 in steps else latents, *rest)
+    def loaded(self: StepRunner, micro_batch: int, batch: Batch) -> None:
+        high = {LATENTS: batch[LATENTS] + 1e30} if self.steps_done + 1 in steps else {}
+        load(self, micro_batch, {**batch, **high})
 
     monkeypatch.setattr(StepRunner, "load", loaded)
 

@@ -13,8 +13,8 @@ from cinemesh.launch.proof.parity import OPTIMIZER, Case, global_batch
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model import weights
 from cinemesh.model.buckets import BucketRunner
+from cinemesh.model.inputs import BatchShape
 from cinemesh.model.runner import StepRunner
-from cinemesh.model.step import Batch
 from cinemesh.parallel.ir.plan import Plan
 
 STATES = ("master", "exp_avg", "exp_avg_sq", "ema", "counters")
@@ -28,7 +28,7 @@ def cases() -> list[Case]:
 
 
 def load(case: Case, runner: StepRunner | BucketRunner, step: int) -> None:
-    runner.load(0, *global_batch(case, step, 0))
+    runner.load(0, global_batch(case, step, 0))
 
 
 def bucket_runner(shapes: list[Case]) -> BucketRunner:
@@ -81,4 +81,6 @@ def test_a_shape_without_a_bucket_is_refused() -> None:
     with pytest.raises(CinemeshError, match=r"latents 3x4x4 for a step that was built for 3x4x12"):
         load(stranger, buckets.first, 0)
     with pytest.raises(CinemeshError, match="each latent once"):
-        BucketRunner(shapes[0].config, shapes[0].plan, [Batch(2, (3, 4, 12)), Batch(1, (3, 4, 12))], OPTIMIZER, None)
+        BucketRunner(
+            shapes[0].config, shapes[0].plan, [BatchShape(2, (3, 4, 12)), BatchShape(1, (3, 4, 12))], OPTIMIZER, None
+        )

@@ -46,7 +46,7 @@ def oracle_run(sizes: dict[str, int]) -> Run:
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
     for step in range(STEPS):
-        losses.append(oracle_loss(oracle, *batch, seed=7, step=step, caption_dropout=DROPOUT))
+        losses.append(oracle_loss(oracle, batch, seed=7, step=step, caption_dropout=DROPOUT))
         gradients = gradients or full_gradients(oracle)
         oracle_update(oracle, MAX_NORM)
     return losses, gradients, full_weights(oracle)
@@ -67,7 +67,7 @@ def reference_run() -> Run:
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
     for step in range(STEPS):
-        loss = training_loss(model, *batch, seed=7, step=step, caption_dropout=DROPOUT)
+        loss = training_loss(model, batch, seed=7, step=step, caption_dropout=DROPOUT)
         loss.backward()
         losses.append(loss.item())
         gradients = gradients or {n: p.grad.clone() for n, p in named.items() if p.grad is not None}

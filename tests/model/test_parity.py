@@ -34,7 +34,8 @@ from cinemesh.model.config import ModelConfig
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step, prepare
 from cinemesh.parallel.ir.plan import AXES, Plan
-from cinemesh.parallel.ir.program import Op, Program
+from cinemesh.parallel.ir.program import Program
+from cinemesh.parallel.ir.records import Op
 from cinemesh.parallel.runtime.comm import gather_objects
 from cinemesh.parallel.runtime.mesh import Mesh
 

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from cinemesh.kernels.philox import Purpose, normal, normal_, philox_words, uniform
 from cinemesh.model import flow
-from cinemesh.model.config import LATENTS, PRESETS, ModelConfig, parameters
+from cinemesh.model.config import LATENTS as LATENT_SHAPES
+from cinemesh.model.config import PRESETS, ModelConfig, parameters
+from cinemesh.model.inputs import IDS, LATENTS, MASK, text_input
 from cinemesh.model.reference import Reference, attention, patchify, rms_norm, time_features, training_loss, unpatchify
 
 TINY = PRESETS["tiny"]
@@ -68,20 +70,21 @@ def test_padding_of_the_text_does_not_matter_and_video_tokens_do() -> None:
     x, t, text = noise(2, 4, 3, 4, 12), torch.tensor([0.3, 0.8], dtype=torch.float64), captions()
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[:, 3:5] = False  # the MetaCLIP tokens
-    first = model(x, t, text, mask)
-    changed = {**text, "metaclip": text["metaclip"] + 1.0}
-    assert torch.equal(model(x, t, changed, mask), first)
+    given = {**text, MASK: mask}
+    first = model(x, t, given)
+    changed = {**given, text_input("metaclip"): text[text_input("metaclip")] + 1.0}
+    assert torch.equal(model(x, t, changed), first)
     # Attention is not causal: the last video token reaches the first.
     moved = x.clone()
     moved[:, :, -1, -1, -1] += 1.0
-    assert (model(moved, t, text, mask) - first)[:, :, 0, 0, 0].abs().min() > 1e-9
+    assert (model(moved, t, given) - first)[:, :, 0, 0, 0].abs().min() > 1e-9
 
 
 def test_samples_do_not_mix() -> None:
     model, text = filled(TINY), captions()
     x, t, mask = noise(2, 4, 3, 4, 12), torch.tensor([0.3, 0.8]).double(), torch.ones(2, 7).bool()
-    alone = model(x[1:], t[1:], {n: v[:, 1:] for n, v in text.items()}, mask[1:])
-    torch.testing.assert_close(model(x, t, text, mask)[1:], alone, rtol=1e-10, atol=1e-10)
+    alone = model(x[1:], t[1:], {n: v[:, 1:] for n, v in text.items()} | {MASK: mask[1:]})
+    torch.testing.assert_close(model(x, t, text | {MASK: mask})[1:], alone, rtol=1e-10, atol=1e-10)
 
 
 def test_positions_are_added_in_every_block() -> None:
@@ -95,7 +98,7 @@ def test_positions_are_added_in_every_block() -> None:
     streams: list[Tensor] = []
     model.blocks[-1].register_forward_hook(lambda *arguments: streams.append(arguments[-1]))
     x = noise(1, 4, 3, 4, 12)
-    model(x, torch.tensor([0.5]).double(), captions(1), torch.ones(1, 7).bool())
+    model(x, torch.tensor([0.5]).double(), captions(1) | {MASK: torch.ones(1, 7).bool()})
     token = (2 * 2 + 1) * 6 + 3  # (t, h, w) = (2, 1, 3) of a 3 x 2 x 6 grid
     position = weights["position.t"][2] + weights["position.h"][1] + weights["position.w"][3]
     patch = x[0, :, 2, 2:4, 6:8].reshape(-1) @ weights["patchify.weight"]
@@ -112,7 +115,7 @@ def filled(config: ModelConfig) -> Reference:
 
 
 def captions(samples: int = 2) -> dict[str, Tensor]:
-    return {e.name: noise(e.tokens, samples, e.width, seed=9) for e in TINY.encoders}
+    return {text_input(e.name): noise(e.tokens, samples, e.width, seed=9) for e in TINY.encoders}
 
 
 # --- the flow path and the loss -------------------------------------------------------------------
@@ -148,7 +151,8 @@ def test_loss_of_a_silent_model_is_the_mean_square_velocity() -> None:
     with torch.no_grad():
         model.get_parameter("final.weight").zero_()
     latent, ids = noise(2, 4, 3, 4, 12), torch.tensor([5, 9])
-    loss = training_loss(model, latent, ids, captions(), torch.ones(2, 7).bool(), seed=7, step=2)
+    batch = captions() | {LATENTS: latent, IDS: ids, MASK: torch.ones(2, 7).bool()}
+    loss = training_loss(model, batch, seed=7, step=2)
     x0 = flow.draw_noise(7, torch.tensor(2), ids, (4, 3, 4, 12))
     assert loss.item() == pytest.approx((latent - (1 - 1e-5) * x0).square().mean().item(), rel=1e-12)
 
@@ -164,9 +168,9 @@ def test_dropped_caption_is_zeros_with_every_key_valid() -> None:
 def test_with_every_caption_dropped_the_loss_ignores_the_text() -> None:
     model, latent, ids = filled(TINY), noise(2, 4, 3, 4, 12), torch.tensor([5, 9])
     mask = torch.zeros(2, 7).bool()  # not even an empty mask may leave a row without keys
-    arguments = (mask, 7, 0, 1.0)
-    first = training_loss(model, latent, ids, captions(), *arguments)
-    other = training_loss(model, latent, ids, {n: v + 1 for n, v in captions().items()}, *arguments)
+    batch = {LATENTS: latent, IDS: ids, MASK: mask}
+    first = training_loss(model, batch | captions(), 7, 0, 1.0)
+    other = training_loss(model, batch | {n: v + 1 for n, v in captions().items()}, 7, 0, 1.0)
     assert first.isfinite()
     assert torch.equal(first, other)
 
@@ -239,7 +243,7 @@ def test_table_is_in_the_order_that_units_rely_on(name: str) -> None:
     for row in parameters(PRESETS[name]):
         assert last.get(row.unit, True) or not row.decay, f"{row.name} is decayed after one that is not"
         last[row.unit] = row.decay
-    PRESETS[name].grid(LATENTS[name])  # the usual latent of a preset fits its tables
+    PRESETS[name].grid(LATENT_SHAPES[name])  # the usual latent of a preset fits its tables
 
 
 # --- Philox ---------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ from torch import Tensor
 from cinemesh.kernels.philox import Purpose
 from cinemesh.model import flow
 from cinemesh.model.config import parameters, preset
+from cinemesh.model.inputs import IDS, MASK, BatchShape, text_input, training_inputs
 from cinemesh.model.reference import Reference
-from cinemesh.model.runner import data_slice
+from cinemesh.model.runner import data_share
 from cinemesh.model.sampler import Sampler, linear_quadratic
-from cinemesh.model.step import Batch, unit_layout
+from cinemesh.model.step import unit_layout
 from cinemesh.model.weights import Values, fill_shard, from_full, full, probe_values
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.runtime.mesh import Mesh, coordinates
@@ -49,16 +50,16 @@ def test_schedule_rises_from_0_to_1(steps: int) -> None:
         assert lengths == pytest.approx([1 / steps] * steps)
 
 
-def captions() -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Text {name: [L, B, W]}, mask [B, L] and ids [B] of all samples."""
+def captions() -> dict[str, Tensor]:
+    """Text [L, B, W] of each encoder, mask [B, L] and ids [B] of all samples, by input name."""
     generator = torch.Generator().manual_seed(3)
     text = {
-        e.name: torch.randn((e.tokens, SAMPLES, e.width), generator=generator, dtype=torch.float64)
+        text_input(e.name): torch.randn((e.tokens, SAMPLES, e.width), generator=generator, dtype=torch.float64)
         for e in TINY.encoders
     }
     mask = torch.rand((SAMPLES, TINY.text_tokens), generator=generator) > 0.4
     mask[:, 0] = True
-    return text, mask, torch.tensor([11, 4])
+    return {**text, MASK: mask, IDS: torch.tensor([11, 4])}
 
 
 def sampled(plan: Plan, values: Values, guidance: float, mesh: Mesh | None = None, steps: int = STEPS) -> Tensor:
@@ -68,16 +69,10 @@ def sampled(plan: Plan, values: Values, guidance: float, mesh: Mesh | None = Non
     master = torch.empty(1, units.flat_elements, dtype=torch.float64)
     fill_shard(master, units, position, values)
     before = master.clone()
-    text, mask, ids = captions()
-    sampler = Sampler(TINY, plan, Batch(SAMPLES // plan.data_ranks, LATENT), mesh, master)
-    latents = sampler.sample(
-        {name: data_slice(value, plan, position, dim=1) for name, value in text.items()},
-        data_slice(mask, plan, position),
-        SEED,
-        data_slice(ids, plan, position),
-        steps,
-        guidance,
-    )
+    batch = BatchShape(SAMPLES // plan.data_ranks, LATENT)
+    mine = data_share(captions(), training_inputs(TINY, plan, batch), plan, position)
+    sampler = Sampler(TINY, plan, batch, mesh, master)
+    latents = sampler.sample(mine, SEED, mine[IDS], steps, guidance)
     assert torch.equal(master, before)
     return latents
 
@@ -88,23 +83,24 @@ def sampled_on_rank(plan: Plan, guidance: float) -> tuple[int, Tensor]:
 
 
 def noise() -> Tensor:
-    _, _, ids = captions()
-    return flow.draw_noise(SEED, torch.tensor(0), ids, (TINY.channels, *LATENT), Purpose.SAMPLING)
+    return flow.draw_noise(SEED, torch.tensor(0), captions()[IDS], (TINY.channels, *LATENT), Purpose.SAMPLING)
 
 
 def euler_on_reference(guidance: float) -> Tensor:
     """Written out plainly; guidance always in full."""
     model = Reference(TINY).double()
     model.load_state_dict(full(parameters(TINY), probe_values(0), torch.float64))
-    text, mask, _ = captions()
+    given = captions()
     drop = torch.zeros(SAMPLES, dtype=torch.bool)
-    null = {name: flow.drop_captions(value, mask, drop)[0] for name, value in text.items()}
+    null = {MASK: torch.ones_like(given[MASK])}
+    for name in (text_input(e.name) for e in TINY.encoders):
+        null[name] = flow.drop_captions(given[name], given[MASK], drop)[0]
     x = noise()
     with torch.no_grad():
         for now, after in pairwise(linear_quadratic(STEPS)):
             t = torch.full((SAMPLES,), now, dtype=torch.float64)
-            conditional = model(x, t, text, mask)
-            unconditional = model(x, t, null, torch.ones_like(mask))
+            conditional = model(x, t, given)
+            unconditional = model(x, t, null)
             x = x + (after - now) * (unconditional + guidance * (conditional - unconditional))
     return x
 
@@ -151,8 +147,8 @@ def test_bf16_integrates_in_float32() -> None:
     units = unit_layout(TINY, plan)
     master = torch.empty(1, units.flat_elements)
     fill_shard(master, units, coordinates(plan, 0), probe_values(0))
-    text, mask, ids = captions()
-    got = Sampler(TINY, plan, Batch(SAMPLES, LATENT), None, master).sample(text, mask, SEED, ids, STEPS, 1.0)
+    given = captions()
+    got = Sampler(TINY, plan, BatchShape(SAMPLES, LATENT), None, master).sample(given, SEED, given[IDS], STEPS, 1.0)
     assert got.dtype == torch.float32 and not torch.equal(got, got.bfloat16().float())
     want = euler_on_reference(1.0)
     assert (got - want).abs().max() < 0.05 * want.abs().max()

@@ -20,14 +20,15 @@ from cinemesh.kernels.catalogue import TRITON_OPS
 from cinemesh.kernels.reference import Kernel
 from cinemesh.kernels.registry import kernels_for
 from cinemesh.model.config import Encoder, ModelConfig
+from cinemesh.model.inputs import IDS, LATENTS, MASK, BatchShape, text_input
 from cinemesh.model.runner import StepRunner
-from cinemesh.model.step import Batch, Optimizer
+from cinemesh.model.step import Optimizer
 from cinemesh.model.weights import probe_values
 from cinemesh.parallel.ir.plan import Plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = ModelConfig("one-block", 1, 128, 2, 40, (Encoder("a", 24, 3), Encoder("b", 40, 5)), channels=4)
-BATCH = Batch(2, (1, 4, 6))
+BATCH = BatchShape(2, (1, 4, 6))
 
 
 def step(package: str, dtype: Any, ran: set[str]) -> tuple[float, float, torch.Tensor]:
@@ -45,9 +46,9 @@ def step(package: str, dtype: Any, ran: set[str]) -> tuple[float, float, torch.T
     runner.initialise(probe_values(1))
     draw = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 4, *BATCH.latent, generator=draw)
-    text = {e.name: torch.randn(e.tokens, 2, e.width, generator=draw) for e in CONFIG.encoders}
+    text = {text_input(e.name): torch.randn(e.tokens, 2, e.width, generator=draw) for e in CONFIG.encoders}
     mask = torch.arange(8)[None] < torch.tensor([[8], [5]])
-    runner.load(0, latents, torch.tensor([3, 9]), text, mask)
+    runner.load(0, {LATENTS: latents, IDS: torch.tensor([3, 9]), MASK: mask, **text})
     runner.step(1e-2)
     return runner.loss.item(), runner.gradient_norm.item(), runner.buffers["exp_avg"].double().cpu()
 

@@ -19,7 +19,8 @@ from cinemesh.model.forward import build_velocity
 from cinemesh.model.step import build_step, prepare
 from cinemesh.parallel.ir.collectives import COLLECTIVES
 from cinemesh.parallel.ir.plan import Plan
-from cinemesh.parallel.ir.program import Op, Program, contiguous_strides
+from cinemesh.parallel.ir.program import Program, contiguous_strides
+from cinemesh.parallel.ir.records import Op
 from cinemesh.parallel.passes.liveness import persistent
 
 Runs = tuple[tuple[int, int], ...]
@@ -112,8 +113,8 @@ class Walk:
             self.read(op.inputs[0], op, time)
             self.flying[op.name] = (op.inputs[0], *op.outputs)
             return
-        if op.kind == "wait":
-            source, *targets = self.flying.pop(op.attrs["issue"])
+        if op.is_wait:
+            source, *targets = self.flying.pop(op.waits_for)
             for name in targets:
                 self.write(name, time, in_place=self.range_of(name) == self.range_of(source))
             self.write(op.outputs[0], time, in_place=False)

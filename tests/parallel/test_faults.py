@@ -23,11 +23,13 @@ from cinemesh.kernels.registry import kernels_for
 from cinemesh.launch.proof.parity import LR, OPTIMIZER, Case, load_batch
 from cinemesh.launch.proof.verify import Report, small_case, verify_on_rank
 from cinemesh.model import weights
+from cinemesh.model.inputs import LATENTS
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step, prepare
 from cinemesh.parallel.ir.layout import FSDP, WORLD, Axes
 from cinemesh.parallel.ir.plan import Plan
-from cinemesh.parallel.ir.program import Op, Program
+from cinemesh.parallel.ir.program import Program
+from cinemesh.parallel.ir.records import Collective, Op, Wait
 from cinemesh.parallel.runtime.comm import BoundCollective, Communicator
 from cinemesh.parallel.runtime.mesh import Mesh
 
@@ -119,9 +121,10 @@ def cp_counted_twice_in_the_loss(case: Case, mesh: Mesh) -> StepRunner:
 
 def replicas_counted_in_the_global_norm(case: Case, mesh: Mesh) -> StepRunner:
     def change(op: Op) -> Op:
-        if not op.name.endswith(("sum_of_squares_total", "sum_of_squares_total.wait")):
+        if op.role != "sum_of_squares_total":
             return op
-        return replace(op, attrs={**op.attrs, "axes": WORLD}, lane="*".join(WORLD))
+        assert isinstance(op.comm, Collective | Wait)
+        return replace(op, comm=replace(op.comm, axes=WORLD))
 
     return altered(case, mesh, change)
 
@@ -305,6 +308,11 @@ def test_the_ledger_sees(pool: Pool, plant: Plant) -> None:
 # -- a step that is skipped -------------------------------------------------------------------------------------------
 
 
+def inputs_of(rank: StepRunner, name: str) -> list[Tensor]:
+    """One a micro-batch."""
+    return [rank.executor.buffers[given.buffer] for given in rank.program.inputs if given.name == name]
+
+
 def steps_with_nan(case: Case, at: int) -> list[dict[str, Tensor]]:
     """States after every step; one latent of data rank 0 is NaN in step ``at``."""
     mesh = Mesh(case.plan)
@@ -314,7 +322,7 @@ def steps_with_nan(case: Case, at: int) -> list[dict[str, Tensor]]:
     for step in range(3):
         load_batch(case, rank, step)
         if step == at and mesh.data_rank == 0:
-            rank.buffers["mb0/latents"].view(-1)[5] = torch.nan
+            inputs_of(rank, LATENTS)[0].view(-1)[5] = torch.nan
         rank.step(LR)
         names = ("master", "exp_avg", "exp_avg_sq", "ema", "counters", "gradient_norm")
         states.append({name: rank.buffers[name].clone() for name in names})

@@ -70,7 +70,7 @@ def schedule_of(program: Program) -> Schedule:
     members = {
         op.axes: [tuple(group_ranks(plan, op.axes, rank)) for rank in range(plan.world_size)]
         for op in program.ops
-        if "axes" in op.attrs
+        if op.comm is not None
     }
     last: dict[str, int] = {}
     number: dict[str, int] = {}
@@ -78,9 +78,9 @@ def schedule_of(program: Program) -> Schedule:
     groups: list[list[tuple[int, ...]]] = []
     waited: set[int] = set()
     for op in program.ops:
-        if op.kind == "wait":
-            waited.add(number[op.attrs["issue"]])
-        elif "axes" in op.attrs:
+        if op.is_wait:
+            waited.add(number[op.waits_for])
+        elif op.comm is not None:
             number[op.name] = len(collectives)
             line = communicator(op)
             collectives.append(Collective(last.get(line, -1), sum(1 << k for k in waited)))

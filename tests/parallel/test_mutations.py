@@ -27,7 +27,9 @@ from cinemesh.parallel.ir.builder import Builder
 from cinemesh.parallel.ir.collectives import COLLECTIVES
 from cinemesh.parallel.ir.layout import FSDP, REPLICATED_UNIT, WORLD, Axes, PlacementError
 from cinemesh.parallel.ir.plan import Plan
-from cinemesh.parallel.ir.program import Buffer, Op, Program
+from cinemesh.parallel.ir.program import Program
+from cinemesh.parallel.ir.records import Buffer, Op
+from cinemesh.parallel.ir.records import Collective as Sent
 
 ONE_RANK = small_case(Plan(micro_batches=2, dtype="float64"), steps=2)
 # Typing must not lean on a degree of 1, nor on one above it.
@@ -93,8 +95,9 @@ def mutations(op: Op, dims: int) -> Iterator[tuple[str, Mutate]]:
         if kind != op.kind:
             yield f"as {kind}", moved_to(kind=kind)
     if op.kind != "all_reduce":  # which has no dim
+        assert isinstance(op.comm, Sent)
         for dim in range(dims):
-            if dim != op.attrs["dim"]:
+            if dim != op.comm.dim:
                 yield f"of dim {dim}", moved_to(dim=dim)
 
 

@@ -9,10 +9,12 @@ from cinemesh.parallel.ir.builder import Builder
 from cinemesh.parallel.ir.layout import HEADS, TOKENS, TOKENS_GATHERED, Placement, PlacementError
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
+from cinemesh.parallel.ir.records import Slice, SliceOf
 from cinemesh.parallel.layers.tensor import linear_input_backward
 
 SHAPE = (12, 2, 8, 3)  # tokens, samples, heads, head dim
 PLACED = Placement((TOKENS_GATHERED, (), HEADS, ()))
+FIRST = Slice(SliceOf.HEADS, 0)
 
 
 def builder() -> Builder:
@@ -26,8 +28,8 @@ def test_parts_are_what_chunk_gives(dim: int, count: int) -> None:
     """Of what a rank holds: its 4 tokens and 4 heads."""
     b = builder()
     whole = b.buffer("whole", SHAPE, "float32", PLACED)
-    parts = [b.part(whole, f"p{i}", dim, i, count) for i in range(count)]
-    program = Program(b.plan, b.buffers, [], ())
+    parts = [b.part(whole, "p", dim, Slice(SliceOf.KEYS, i), count) for i in range(count)]
+    program = Program(b.plan, b.buffers, [], {})
     local = torch.arange(4 * 2 * 4 * 3).view(4, 2, 4, 3)
     for part, chunk in zip(parts, local.chunk(count, dim), strict=True):
         name = part.name
@@ -51,7 +53,7 @@ def joined(parts: int, of: int, *, summed: bool = True, twice: bool = False) -> 
         total = b.join(whole, [*found, *found[: int(twice)]], "total", Placement(((), ())))
     except PlacementError as error:
         return str(error)
-    assert total.shape == whole.shape and Program(b.plan, b.buffers, [], ()).root("total") == ("whole", 0)
+    assert total.shape == whole.shape and Program(b.plan, b.buffers, [], {}).root("total") == ("whole", 0)
     with pytest.raises(PlacementError, match="reads whole, which was overwritten"):
         b.op("copy", [whole], "late", signature="xn->xn")
     return ""
@@ -67,27 +69,28 @@ def test_parts_that_were_summed_are_a_whole_again() -> None:
 def test_a_part_of_a_part() -> None:
     b = builder()
     whole = b.buffer("whole", SHAPE, "float32", PLACED)
-    inner = b.part(b.part(whole, "heads", 2, 1, 2), "rows", 0, 3, 4)
-    program = Program(b.plan, b.buffers, [], ())
+    inner = b.part(b.part(whole, "some", 2, Slice(SliceOf.HEADS, 1), 2), "rows", 0, Slice(SliceOf.TOKENS, 3), 4)
+    program = Program(b.plan, b.buffers, [], {})
     local = torch.arange(4 * 2 * 4 * 3).view(4, 2, 4, 3)
-    found = local.as_strided(program.local_shape("rows"), program.local_strides("rows"), program.root("rows")[1])
+    shape, strides = program.local_shape(inner.name), program.local_strides(inner.name)
+    found = local.as_strided(shape, strides, program.root(inner.name)[1])
     assert torch.equal(found, local[3:, :, 2:]) and inner.strides is not None
 
 
 def test_what_a_strided_part_may_not_be_used_for() -> None:
     b = builder()
     whole = b.buffer("whole", SHAPE, "float32", PLACED)
-    part = b.part(whole, "heads", 2, 0, 2)
-    with pytest.raises(PlacementError, match="all_gather of heads, which is not contiguous"):
+    part = b.part(whole, "some", 2, FIRST, 2)
+    with pytest.raises(PlacementError, match=r"all_gather of some\.h0, which is not contiguous"):
         b.all_gather(part, TOKENS_GATHERED, "gathered")
-    with pytest.raises(PlacementError, match="view v of heads, which is not contiguous"):
+    with pytest.raises(PlacementError, match=r"view v of some\.h0, which is not contiguous"):
         b.view(part, "v", part.shape, PLACED)
     source = b.buffer("source", (12, 2, 4, 3), "float32", Placement((TOKENS, (), (), ())))
-    target = b.part(b.buffer("t", (12, 2, 8, 3), "float32", Placement((TOKENS_GATHERED, (), (), ()))), "p", 2, 0, 2)
-    with pytest.raises(PlacementError, match="into p, which is not contiguous"):
+    target = b.part(b.buffer("t", (12, 2, 8, 3), "float32", Placement((TOKENS_GATHERED, (), (), ()))), "p", 2, FIRST, 2)
+    with pytest.raises(PlacementError, match=r"into p\.h0, which is not contiguous"):
         b.all_gather(source, HEADS, "gathered", into=target)
     with pytest.raises(PlacementError, match=r"3 parts of dim 2 of whole, of which a rank holds \(4, 2, 4, 3\)"):
-        b.part(whole, "thirds", 2, 0, 3)
+        b.part(whole, "thirds", 2, FIRST, 3)
 
 
 def test_a_gradient_that_lacks_one_slice_is_refused() -> None:
@@ -96,12 +99,15 @@ def test_a_gradient_that_lacks_one_slice_is_refused() -> None:
     x = b.buffer("x", (12, 2, 5), "float32", Placement((TOKENS_GATHERED, (), ())))
     w = b.parameter(b.buffer("w", (5, 8, 3), "float32", Placement(((), HEADS, ()))))
     (q,) = b.op("matmul", [x, w], "q", signature="tbi,ihk->tbhk")
-    reads = [b.op("copy", [b.part(q, f"q.h{i}", 2, i, 2)], f"read{i}", signature="tbhk->tbhk")[0] for i in range(2)]
+    reads = [
+        b.op("copy", [b.part(q, "q", 2, Slice(SliceOf.HEADS, i), 2)], f"read{i}", signature="tbhk->tbhk")[0]
+        for i in range(2)
+    ]
     with b.backward():
         dq = b.buffer("dq", SHAPE, "float32", PLACED)
         for i, read in enumerate(reads):
-            place = b.part(dq, f"dq.h{i}", 2, i, 2)
-            b.part(dq, f"dq.t{i}", 0, i, 2)
+            place = b.part(dq, "dq", 2, Slice(SliceOf.HEADS, i), 2)
+            b.part(dq, "dq", 0, Slice(SliceOf.TOKENS, i), 2)
             if i == 1:
                 with pytest.raises(PlacementError, match=r"dq\.t0 is not the whole gradient of q; missing uses"):
                     linear_input_backward(b, b.buffers["dq.t0"], q, w, "early")

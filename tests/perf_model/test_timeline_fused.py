@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from cinemesh.errors import CinemeshError
 from cinemesh.model.config import preset
-from cinemesh.model.step import Batch, build_step, prepare
+from cinemesh.model.inputs import BatchShape
+from cinemesh.model.step import build_step, prepare
 from cinemesh.parallel.ir.collectives import FUSED
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.passes.fuse_tp import pipelined_s
@@ -105,7 +106,7 @@ def test_a_record_is_priced_by_its_parts() -> None:
     config = replace(BIG, layers=1)
     compute, network = Compute(CLUSTER), Network(CLUSTER)
     plans = (PLAN, replace(PLAN, fused_tp=False))
-    programs = [prepare(build_step(config, plan, Batch(1, LATENT)), backend="nccl") for plan in plans]
+    programs = [prepare(build_step(config, plan, BatchShape(1, LATENT)), backend="nccl") for plan in plans]
     tapes = [price(program, compute, network, CLUSTER) for program in programs]
     plain = {op.name: record for op, record in zip(programs[1].ops, tapes[1].records, strict=True)}
     found = 0
@@ -128,15 +129,15 @@ def test_a_record_is_priced_by_its_parts() -> None:
 def test_on_gloo_nothing_runs_beside() -> None:
     local = load("local-cpu")
     config, plan = preset("tiny-video"), Plan(tp=2, fused_tp=True, dtype="float32")
-    program = prepare(build_step(config, plan, Batch(1, (2, 16, 16))), backend="gloo")
+    program = prepare(build_step(config, plan, BatchShape(1, (2, 16, 16))), backend="gloo")
     found = price(program, Compute(local), Network(local), local)
     assert all(r.cost.transfer_s == 0.0 < r.cost.latency_s for r in found.records if r.kind == FUSE)
 
 
 def test_a_step_shows_it() -> None:
     config = replace(BIG, layers=4)
-    made = whole(config, PLAN, Batch(1, LATENT), CLUSTER)
-    plain = whole(config, replace(PLAN, fused_tp=False), Batch(1, LATENT), CLUSTER)
+    made = whole(config, PLAN, BatchShape(1, LATENT), CLUSTER)
+    plain = whole(config, replace(PLAN, fused_tp=False), BatchShape(1, LATENT), CLUSTER)
     assert made.timeline.step_s < plain.timeline.step_s
     assert made.timeline.step_s == pytest.approx(made.timeline.compute_busy_s + made.timeline.total_exposed_s)
     assert hardware_flops(made.program) == hardware_flops(plain.program)
@@ -151,11 +152,11 @@ def test_a_step_shows_it() -> None:
 @pytest.mark.parametrize("defer", [False, True])
 def test_the_shallow_step_says_what_the_whole_48_layers_take(defer: bool) -> None:
     plan = replace(PLAN, dp_shard=768, defer_weight_gradients=defer)
-    shallow = Shallow(BIG, plan, Batch(1, LATENT), blocks=STEADY_BLOCKS + plan.prefetch)
+    shallow = Shallow(BIG, plan, BatchShape(1, LATENT), blocks=STEADY_BLOCKS + plan.prefetch)
     compute, network = Compute(CLUSTER), Network(CLUSTER)
     skeleton = Skeleton(shallow, plan, compute, CLUSTER)
     priced = skeleton.price(plan, network, CLUSTER)
-    made = whole(BIG, plan, Batch(1, LATENT), CLUSTER)
+    made = whole(BIG, plan, BatchShape(1, LATENT), CLUSTER)
     assert priced.step_s == pytest.approx(made.timeline.step_s, rel=0.01), "the shallow step is ordered by other prices"
     peak = lifetimes(made.program).peak_with_workspace_bytes
     assert skeleton.peak_bytes(plan) == pytest.approx(peak, rel=1e-3)
@@ -165,7 +166,7 @@ def test_the_shallow_step_says_what_the_whole_48_layers_take(defer: bool) -> Non
 
 def test_an_sm_margin_reaches_its_products() -> None:
     plan = replace(PLAN, dp_shard=768)
-    shallow = Shallow(BIG, plan, Batch(1, LATENT), blocks=STEADY_BLOCKS + plan.prefetch)
+    shallow = Shallow(BIG, plan, BatchShape(1, LATENT), blocks=STEADY_BLOCKS + plan.prefetch)
     compute, network = Compute(CLUSTER), Network(CLUSTER)
     without = Skeleton(shallow, plan, compute, CLUSTER)
     left = replace(plan, sm_margin=16)
@@ -206,4 +207,4 @@ def test_pruning_finds_what_brute_force_finds() -> None:
 def test_over_two_servers_it_is_refused_with_its_ranks() -> None:
     plan = replace(PLAN, tp=4, cp=8, order=("cp", "tp", "dp_shard", "dp_replicate"))
     with pytest.raises(CinemeshError, match="ranks 0, 8, 16, 24 of one tp group lie on 4 servers of 8 GPUs"):
-        whole(replace(BIG, layers=1), plan, Batch(1, LATENT), CLUSTER)
+        whole(replace(BIG, layers=1), plan, BatchShape(1, LATENT), CLUSTER)

@@ -10,7 +10,8 @@ import pytest
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.commands import show
 from cinemesh.model.config import parameters, preset
-from cinemesh.model.step import Batch, build_step, prepare
+from cinemesh.model.inputs import BatchShape
+from cinemesh.model.step import build_step, prepare
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 
@@ -24,7 +25,7 @@ def call(capsys: Capture, **changed: object) -> str:
 
 
 def program_of(plan: str) -> Program:
-    return prepare(build_step(preset("tiny-video"), Plan.parse(plan), Batch(1, (2, 16, 16))), backend="nccl")
+    return prepare(build_step(preset("tiny-video"), Plan.parse(plan), BatchShape(1, (2, 16, 16))), backend="nccl")
 
 
 def test_model_table_adds_up(capsys: Capture) -> None:
@@ -114,7 +115,8 @@ def test_json_has_every_record_and_its_totals(capsys: Capture) -> None:
     assert sum(wire.values()) == pytest.approx(sum(record.get("wire_bytes", 0) for record in records))
 
     c, tokens, item, tp, cp = preset("tiny-video"), 128, 2, 2, 2
-    forward = [record for record in records if record["region"] == "mb0/blocks.1.forward" and not record["recomputed"]]
+    place = {"phase": "forward", "micro_batch": 0, "block": 1}
+    forward = [record for record in records if record["place"] == place and not record["recomputed"]]
     by_lane = {lane: sum(r.get("wire_bytes", 0) for r in forward if r["lane"] == lane) for lane in ("tp", "cp")}
     assert by_lane["tp"] == 6 * tokens / cp * c.width * item * (tp - 1) / tp
     assert by_lane["cp"] == 2 * tokens * c.width / tp * item * (cp - 1) / cp

@@ -16,6 +16,7 @@ from cinemesh.errors import CinemeshError
 from cinemesh.launch.proof import verify
 from cinemesh.launch.proof.parity import QUANTITIES, RankRun, global_batch, run_rank, run_reference
 from cinemesh.launch.proof.verify import Report, compare, small_case
+from cinemesh.model.inputs import MASK
 from cinemesh.model.step import build_step, check, prepare
 from cinemesh.parallel.ir.plan import Plan
 
@@ -175,7 +176,7 @@ def test_no_room_for_tp_and_cp_is_an_error() -> None:
 
 
 def test_the_batch_masks_text_but_never_all_of_it() -> None:
-    mask = global_batch(small_case(Plan(dp_shard=4)), 0, 0)[3]
+    mask = global_batch(small_case(Plan(dp_shard=4)), 0, 0)[MASK]
     assert mask.any(1).all() and not mask.all()
 
 

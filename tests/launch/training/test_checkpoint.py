@@ -18,15 +18,16 @@ from cinemesh.errors import CinemeshError
 from cinemesh.launch.training import checkpoint
 from cinemesh.launch.training.chunks import ChunkSavePlanner, boxes
 from cinemesh.model.config import ModelConfig, parameters, preset
+from cinemesh.model.inputs import IDS, LATENTS, MASK, BatchShape, text_input
 from cinemesh.model.runner import StepRunner
-from cinemesh.model.step import Batch, Optimizer
+from cinemesh.model.step import Optimizer
 from cinemesh.model.weights import collect, fill_shard, full, probe_values
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.runtime.comm import gather_objects
 from cinemesh.parallel.runtime.mesh import Mesh
 
 TINY = preset("tiny")
-BATCH = Batch(1, (3, 4, 12))
+BATCH = BatchShape(1, (3, 4, 12))
 COUNTERS = [7, 6]  # one update was skipped
 
 
@@ -134,8 +135,9 @@ def test_one_process_resumes_bit_by_bit(tmp_path: Path) -> None:
     def load_batch(runner: StepRunner) -> None:
         generator = torch.Generator().manual_seed(1)
         latents = torch.randn((1, TINY.channels, *BATCH.latent), generator=generator, dtype=torch.float64)
-        text = {e.name: torch.ones(e.tokens, 1, e.width, dtype=torch.float64) for e in TINY.encoders}
-        runner.load(0, latents, torch.tensor([3]), text, torch.ones(1, TINY.text_tokens, dtype=torch.bool))
+        text = {text_input(e.name): torch.ones(e.tokens, 1, e.width, dtype=torch.float64) for e in TINY.encoders}
+        mask = torch.ones(1, TINY.text_tokens, dtype=torch.bool)
+        runner.load(0, {LATENTS: latents, IDS: torch.tensor([3]), MASK: mask, **text})
 
     going = runner_of(plan)
     going.initialise(probe_values(0))

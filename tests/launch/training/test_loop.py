@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from harness import Pool
 from torch import Tensor
 from training import STATES, cinemesh, in_two_buckets, recipe, start, states
 
-from cinemesh.data.cache import Batch, Sample, collate
+from cinemesh.data.cache import Sample, collate
 from cinemesh.data.clips import read_frames
 from cinemesh.data.order import Stream, turns
 from cinemesh.errors import CinemeshError
@@ -32,6 +31,7 @@ from cinemesh.launch.training.telemetry import METRICS_FILE, Telemetry, read_met
 from cinemesh.launch.training.validation import SEED, Validation
 from cinemesh.model import flow
 from cinemesh.model.config import parameters
+from cinemesh.model.inputs import LATENTS, MASK, text_input
 from cinemesh.model.reference import Reference
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.weights import fill_shard, full, initial_values, probe_values
@@ -202,7 +202,7 @@ def steps_by_hand(values: dict[str, Any]) -> dict[str, Tensor]:
             runner.buffers[name].copy_(value)
         train = cache.buckets[bucket].train
         batch = collate(train.select(Stream(config.seed, bucket, range(len(train))).take(2 * place, 2)), 0, 1)
-        runner.load(0, batch.latents, batch.ids, batch.text, batch.mask)
+        runner.load(0, batch)
         runner.step(config.schedule.lr(config.optimizer.lr, step))
         state = {name: runner.buffers[name].clone() for name in STATES}
     return state
@@ -256,9 +256,9 @@ def faulty_rank(values: dict[str, Any], fault: str) -> str:
         buckets, turn = turns_as_they_are(seed, steps, weights)
         return 1 - buckets, turn
 
-    def narrow(*given: Any) -> Batch:
+    def narrow(*given: Any) -> dict[str, Tensor]:
         batch = collate_as_it_is(*given)
-        return replace(batch, latents=batch.latents[..., :2])
+        return batch | {LATENTS: batch[LATENTS][..., :2]}
 
     if rank == 1:
         train.turns = other_buckets if fault == "draw" else train.turns
@@ -325,10 +325,10 @@ def test_validation_loss_is_the_plain_models_on_every_plan(pool: Pool, clips: Pa
             x1 = sample.latent.double()[None]
             t = flow.draw_time(SEED, step, ids)
             x_t, v = flow.interpolate(x1, flow.draw_noise(SEED, step, ids, tuple(x1.shape[1:])), t)
-            text = {name: value.double()[:, None] for name, value in sample.text.items()}
-            mask = torch.cat(list(sample.mask.values()))[None]
+            given = {text_input(name): value.double()[:, None] for name, value in sample.text.items()}
+            given[MASK] = torch.cat(list(sample.mask.values()))[None]
             with torch.no_grad():
-                errors.append((model(x_t, t, text, mask) - v).square().mean().item())
+                errors.append((model(x_t, t, given) - v).square().mean().item())
     expected = sum(errors) / len(errors)
     assert validation_loss(values) == pytest.approx(expected, rel=1e-12)
     for plan in ({"tp": 2, "cp": 2}, {"dp_shard": 2, "dp_replicate": 2}):

@@ -16,7 +16,7 @@ from cinemesh.model.config import Encoder, preset
 from cinemesh.model.step import Optimizer
 from cinemesh.parallel.ir.plan import Plan
 
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 BUCKETS = QUICKSTART.with_name("buckets.yaml")
 RECIPE = """
 model: {preset: tiny-video, layers: 2}

@@ -14,9 +14,10 @@ from cinemesh.errors import CinemeshError
 from cinemesh.launch.training import checkpoint, sample
 from cinemesh.model.codec import BlockDCTCodec, psnr
 from cinemesh.model.config import Encoder, ModelConfig
+from cinemesh.model.inputs import MASK, BatchShape, text_input
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.sampler import Sampler
-from cinemesh.model.step import Batch, Optimizer, unit_layout
+from cinemesh.model.step import Optimizer, unit_layout
 from cinemesh.model.weights import fill_shard, probe_values
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.runtime.mesh import Mesh, coordinates
@@ -92,7 +93,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     path = Path("recipe.yaml")
     path.write_text(yaml.safe_dump(RECIPE))
-    runner = StepRunner(MODEL, Plan(dtype="float32"), Batch(2, LATENT), Optimizer(), None)
+    runner = StepRunner(MODEL, Plan(dtype="float32"), BatchShape(2, LATENT), Optimizer(), None)
     runner.initialise(probe_values(1))
     fill_shard(runner.buffers["ema"], runner.units, runner.coordinates, probe_values(2))
     for step in (3, 12):
@@ -120,10 +121,10 @@ def test_run_writes_the_clip_of_the_ema_weights(recipe: Path, capsys: pytest.Cap
     ema = torch.empty(1, units.flat_elements)
     fill_shard(ema, units, coordinates(plan, 0), probe_values(2))
     encoded = [encoder.encode(PROMPTS[0]) for encoder in ENCODERS]
-    text = {e.name: x[:, None] for e, (x, _) in zip(ENCODERS, encoded, strict=True)}
-    mask = torch.cat([valid for _, valid in encoded])[None]
-    sampler = Sampler(MODEL, plan, Batch(1, LATENT), None, ema)
-    want = BlockDCTCodec().decode(sampler.sample(text, mask, 5, torch.tensor([0]), 3, 3.0)[0])[:FRAMES]
+    given = {text_input(e.name): x[:, None] for e, (x, _) in zip(ENCODERS, encoded, strict=True)}
+    given[MASK] = torch.cat([valid for _, valid in encoded])[None]
+    sampler = Sampler(MODEL, plan, BatchShape(1, LATENT), None, ema)
+    want = BlockDCTCodec().decode(sampler.sample(given, 5, torch.tensor([0]), 3, 3.0)[0])[:FRAMES]
     assert psnr(frames, want) > psnr(frames, want.flip(0)) + 5
     assert psnr(frames, want) > 25  # noise, which H.264 at this quality still keeps well
 
@@ -154,7 +155,7 @@ def test_mistakes_are_told_before_anything_runs(
 
 
 def test_diverged_weights_make_no_file(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runner = StepRunner(MODEL, Plan(dtype="float32"), Batch(2, LATENT), Optimizer(), None)
+    runner = StepRunner(MODEL, Plan(dtype="float32"), BatchShape(2, LATENT), Optimizer(), None)
     runner.buffers["ema"].fill_(torch.nan)
     runner.buffers["counters"][0] = 99
     checkpoint.save(Path("run/checkpoints"), runner)

@@ -37,7 +37,7 @@ from cinemesh.parallel.runtime.mesh import Mesh, options
 def test_communicators_are_those_that_the_step_uses(text: str, count: int) -> None:
     case = small_case(Plan.parse(text, dtype="float32"), max_procs=16)
     program = prepare(build_step(case.config, case.plan, case.batch), backend="nccl")
-    used = {communicator(op): case.plan.size(op.axes) for op in program.ops if "axes" in op.attrs and op.kind != "wait"}
+    used = {communicator(op): case.plan.size(op.axes) for op in program.ops if op.comm is not None and not op.is_wait}
     named = communicators(case.plan)
     assert {one.name: one.ranks for one in named} == used
     assert len(named) == count

@@ -13,16 +13,18 @@ import pytest
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model.config import LATENTS, preset
-from cinemesh.model.step import Batch, build_step, prepare
+from cinemesh.model.inputs import BatchShape
+from cinemesh.model.step import build_step, prepare
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
+from cinemesh.parallel.ir.records import Phase
 from cinemesh.parallel.passes.choose_kept import Activation, Block, Maker, block_of, choose, share
+from cinemesh.parallel.passes.elide import elide
 from cinemesh.parallel.passes.liveness import lifetimes
-from cinemesh.parallel.passes.prefetch import elide
 from cinemesh.parallel.passes.prices import RATES
 from cinemesh.parallel.passes.recompute import rematerialize
 
-SCOPE = "mb0/blocks.2."
+BLOCK = 2
 default_price = RATES["nccl"].price
 CHOICES = ("none", "selective", "full", ("o", "lse"), ("kv_gathered", "gate", "x1"), ("h1_gathered", "q", "y3_partial"))
 
@@ -43,14 +45,15 @@ def test_the_model_is_what_rematerialize_does(text: str, choice: str | tuple[str
     point = block_of(program, default_price).point(choice)
     program.plan = replace(program.plan, recompute=choice)
     done = elide(rematerialize(program))
-    forward = [op for op in done.ops if op.region == f"{SCOPE}forward"]
+    forward = [op for op in done.ops if op.place.block == BLOCK and op.place.phase is Phase.FORWARD]
     again = [op for op in forward if op.clone]
     assert point.seconds == pytest.approx(sum(default_price(done, op) for op in again))
     lives = lifetimes(done)
     turn = next(i for i, op in enumerate(done.ops) if op.kind == "velocity_loss_backward")
     alive = {root for roots in lives.allocate[:turn] for root in roots} - {r for rs in lives.free[:turn] for r in rs}
-    output = done.root(f"{SCOPE}forward/x")[0]
-    kept = {done.root(name)[0] for op in forward if not op.clone for name in op.outputs} & alive - {output}
+    made = {name for op in forward if not op.clone for name in op.outputs}
+    outputs = {done.root(name)[0] for name in made if done.buffers[name].role == "x"}
+    kept = {done.root(name)[0] for name in made} & alive - outputs
     assert point.kept_bytes == sum(done.bytes(root) for root in kept)
 
 
@@ -114,7 +117,7 @@ NAME = "movie-gen-30b"
 @lru_cache
 def step_30b(layers: int = 48) -> Program:
     plan = Plan(tp=4, cp=2, dp_shard=768)
-    return build_step(replace(preset(NAME), layers=layers), plan, Batch(1, LATENTS[NAME]))
+    return build_step(replace(preset(NAME), layers=layers), plan, BatchShape(1, LATENTS[NAME]))
 
 
 @lru_cache
@@ -163,7 +166,7 @@ def test_no_subset_of_the_30b_block_beats_the_hull() -> None:
 
 
 def peak_bytes(plan: Plan) -> int:
-    program = build_step(replace(preset(NAME), layers=6), plan, Batch(1, LATENTS[NAME]))
+    program = build_step(replace(preset(NAME), layers=6), plan, BatchShape(1, LATENTS[NAME]))
     return lifetimes(prepare(program, backend="nccl")).peak_bytes
 
 

@@ -10,11 +10,13 @@ import torch
 from cinemesh.kernels.ops import OPS
 from cinemesh.kernels.reference import REFERENCE
 from cinemesh.model.config import LATENTS, preset
-from cinemesh.model.step import Batch, Optimizer, build_step
+from cinemesh.model.inputs import BatchShape
+from cinemesh.model.step import Optimizer, build_step
 from cinemesh.parallel.ir.builder import Builder
 from cinemesh.parallel.ir.layout import BATCH, NONE, TOKENS, Placement
 from cinemesh.parallel.ir.plan import Plan
-from cinemesh.parallel.ir.program import Buffer, Program
+from cinemesh.parallel.ir.program import Program
+from cinemesh.parallel.ir.records import Phase
 from cinemesh.parallel.passes.fuse import fuse, unfused_bytes
 from cinemesh.parallel.passes.recompute import rematerialize
 from cinemesh.parallel.runtime.executor import Executor
@@ -27,13 +29,10 @@ def small(between: str = "") -> Program:
     """x + position, its norm, and a residual that reads the sum again; ``between``: what stands in the way."""
     b = Builder(Plan(dtype="float64"))
 
-    def filled(name: str, shape: tuple[int, ...], placement: Placement) -> Buffer:
-        return b.buffer(name, shape, "float64", placement, "input")
-
-    x = filled("x", (T, B, D), STREAM)
-    position = filled("position", (T, D), Placement((TOKENS, NONE)))
-    gain = filled("gain", (D,), Placement((NONE,)))
-    scale, shift = (filled(name, (B, D), Placement((BATCH, NONE))) for name in ("scale", "shift"))
+    x = b.input("x", (T, B, D), "float64", STREAM)
+    position = b.input("position", (T, D), "float64", Placement((TOKENS, NONE)))
+    gain = b.input("gain", (D,), "float64", Placement((NONE,)))
+    scale, shift = (b.input(name, (B, D), "float64", Placement((BATCH, NONE))) for name in ("scale", "shift"))
     (x0,) = b.op("add_position", [x, position], "x0")
     outputs = {}
     if between == "a reader":
@@ -48,13 +47,16 @@ def small(between: str = "") -> Program:
 def run(program: Program) -> list[torch.Tensor]:
     executor = Executor(program, dict.fromkeys(("tp", "cp", "dp_shard", "dp_replicate"), 0), None, kernels=REFERENCE)
     torch.manual_seed(3)
-    for name in ("x", "position", "gain", "scale", "shift"):
-        executor.load(name, torch.randn(program.local_shape(name), dtype=torch.float64))
+    for given in program.inputs:
+        executor.load(given.buffer, torch.randn(program.local_shape(given.buffer), dtype=torch.float64))
     found: list[torch.Tensor] = []
     last = len(program.ops) - 1
-    executor.run(
-        watch=lambda i: found.extend(executor.tensor(n).clone() for n in program.outputs) if i == last else None
-    )
+
+    def watch(i: int) -> None:
+        if i == last:
+            found.extend(executor.tensor(name).clone() for name in program.outputs.values())
+
+    executor.run(watch)
     return found
 
 
@@ -78,7 +80,7 @@ def block_30b(plan: Plan) -> Program:
     """Two blocks of the 30B model with all else that a step has."""
     config = replace(preset("movie-gen-30b"), layers=2)
     optimizer = Optimizer((0.9, 0.95), 1e-8, 0.1, 1.0, 0.9999)
-    return rematerialize(build_step(config, plan, Batch(1, LATENTS["movie-gen-30b"]), optimizer))
+    return rematerialize(build_step(config, plan, BatchShape(1, LATENTS["movie-gen-30b"]), optimizer))
 
 
 @pytest.mark.parametrize("recompute", ("none", "selective", "full"))
@@ -89,7 +91,8 @@ def test_the_fused_ops_of_a_block_move_at_most_45_percent(degrees: str, recomput
     fused = fuse(program)
 
     def block(program: Program) -> list[int]:
-        rows = (op for op in program.ops if op.region.endswith(("blocks.0.forward", "blocks.0.backward")))
+        phases = (Phase.FORWARD, Phase.BACKWARD)
+        rows = (op for op in program.ops if op.place.block == 0 and op.place.phase in phases)
         mine = [op for op in rows if op.kind in OPS and not OPS[op.kind].matmul]
         return [sum(program.bytes_moved(op) for op in mine), sum(unfused_bytes(program, op) for op in mine)]
 

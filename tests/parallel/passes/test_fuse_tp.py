@@ -41,13 +41,14 @@ from cinemesh.parallel.ir.collectives import FUSED
 from cinemesh.parallel.ir.dependencies import dependencies
 from cinemesh.parallel.ir.layout import HEADS, TOKENS, Placement
 from cinemesh.parallel.ir.plan import Plan
-from cinemesh.parallel.ir.program import Buffer, Program
+from cinemesh.parallel.ir.program import Program
+from cinemesh.parallel.ir.records import Buffer, Op, Phase
 from cinemesh.parallel.passes.arena import place
-from cinemesh.parallel.passes.fuse_tp import SYMMETRIC, fuse_tp, pipelined_s, stage_symmetric
+from cinemesh.parallel.passes.fuse_tp import fuse_tp, pipelined_s
 from cinemesh.parallel.passes.liveness import lifetimes, persistent
-from cinemesh.parallel.passes.prefetch import stage_for_gloo
 from cinemesh.parallel.passes.prices import Rates
-from cinemesh.parallel.passes.schedule import overlap
+from cinemesh.parallel.passes.schedule import schedule
+from cinemesh.parallel.passes.staging import SYMMETRIC, stage_for_gloo, stage_symmetric
 from cinemesh.parallel.runtime import ledger
 from cinemesh.parallel.runtime.comm import Communicator, set_up_nccl
 from cinemesh.parallel.runtime.ledger import Entry
@@ -65,13 +66,17 @@ def program_of(text: str, backend: str = "nccl") -> Program:
 # -- which ------------------------------------------------------------------------------------------------------------
 
 
-def fused_in(program: Program, region: str) -> dict[str, tuple[str, ...]]:
+def called(op: Op) -> str:
+    """What a record makes; with a ``~``, again."""
+    return f"{op.label}{'~' if op.clone else ''}"
+
+
+def fused_in(program: Program, phase: Phase) -> dict[str, tuple[str, ...]]:
     """Of one block: the fused records and their products, by role."""
     found: dict[str, tuple[str, ...]] = {}
     for op in program.ops:
-        if op.kind in FUSED and op.name.startswith(f"mb0/blocks.1.{region}/"):
-            products = (part.name.rpartition("/")[2] for part in op.parts if part.kind == "matmul")
-            found[op.name.rpartition("/")[2]] = tuple(products)
+        if op.kind in FUSED and op.place.block == 1 and op.place.phase is phase:
+            found[called(op)] = tuple(called(part) for part in op.parts if part.kind == "matmul")
     return found
 
 
@@ -96,18 +101,19 @@ BACKWARD = {
 @pytest.mark.parametrize("backend", ["gloo", "nccl"])
 def test_every_collective_of_tokens_over_tp_takes_its_products_along(backend: str) -> None:
     program = program_of(PLAN, backend)
-    assert fused_in(program, "forward") == FORWARD and fused_in(program, "backward") == BACKWARD
-    tokens = [op.name for op in program.ops if op.lane == "tp" and "blocks.1." in op.name and op.kind not in FUSED]
-    again = {re.sub(r".*/|\.wait", "", name) for name in tokens}
-    assert again == {"h1_gathered~", "x1_gathered~", "h2_gathered~"}, "backward needs no product of these: it has them"
+    assert fused_in(program, Phase.FORWARD) == FORWARD and fused_in(program, Phase.BACKWARD) == BACKWARD
+    tokens = [op for op in program.ops if op.lane == "tp" and op.place.block == 1 and op.kind not in FUSED]
+    assert set(map(called, tokens)) == {"h1_gathered~", "x1_gathered~", "h2_gathered~"}, (
+        "backward needs no product of these: it has them"
+    )
 
 
 def test_without_cp_the_queries_come_too() -> None:
-    assert fused_in(program_of("tp=2,fused_tp=true"), "forward") == FORWARD | {"h1_gathered": ("kv", "q")}
+    assert fused_in(program_of("tp=2,fused_tp=true"), Phase.FORWARD) == FORWARD | {"h1_gathered": ("kv", "q")}
 
 
 def test_what_backward_makes_again_is_fused_as_well() -> None:
-    found = fused_in(program_of(f"{PLAN},recompute=full"), "forward")
+    found = fused_in(program_of(f"{PLAN},recompute=full"), Phase.FORWARD)
     assert found["h2_gathered~"] == ("gate~", "up~") and found["y1~"] == ("y1_partial~",)
 
 
@@ -118,7 +124,7 @@ def test_the_builder_has_checked_the_parts() -> None:
         plan = Plan.parse(text, dtype="float32")
         case = small_case(plan)
         ops = build_step(case.config, plan, case.batch).ops
-        built.append([(op.name, op.kind, op.inputs, op.outputs, op.attrs) for op in ops])
+        built.append([(op.name, op.kind, op.inputs, op.outputs, op.attrs, op.comm) for op in ops])
     assert built[0] == built[1]
 
 
@@ -134,7 +140,7 @@ def test_the_same_is_sent_and_computed(more: str) -> None:
     assert sent[0] == sent[1] and any(key.startswith("all_gather on tp,") for key in sent[0])
     assert sum(map(fused.flops, fused.ops)) == sum(map(plain.flops, plain.ops))
     assert sum(map(fused.bytes_moved, fused.ops)) == sum(map(plain.bytes_moved, plain.ops))
-    wires = [sum(p.wire_bytes(op) for op in p.ops if op.kind != "wait" and "axes" in op.attrs) for p in (fused, plain)]
+    wires = [sum(p.wire_bytes(op) for op in p.ops if not op.is_wait and op.comm is not None) for p in (fused, plain)]
     assert wires[0] == wires[1]
 
 
@@ -146,9 +152,9 @@ T, B, D, F = 12, 2, 8, 6
 def small(between: str = "") -> Program:
     """x gathered, times w, times v, scattered; ``between``: what stands in the way."""
     b = Builder(Plan(tp=2, fused_tp=True, dtype="float64"))
-    x = b.buffer("x", (T, B, D), "float64", Placement((TOKENS, (), ())), "input")
-    w = b.buffer("w", (D, F), "float64", Placement(((), HEADS)), "input")
-    v = b.buffer("v", (F, D), "float64", Placement((HEADS, ())), "input")
+    x = b.input("x", (T, B, D), "float64", Placement((TOKENS, (), ())))
+    w = b.input("w", (D, F), "float64", Placement(((), HEADS)))
+    v = b.input("v", (F, D), "float64", Placement((HEADS, ())))
     outputs: dict[str, tuple[Buffer, Placement]] = {}
 
     def out(name: str, buffer: Buffer) -> None:
@@ -209,7 +215,7 @@ def test_what_symmetric_memory_takes_is_listed() -> None:
     assert SYMMETRIC not in place(program).offsets
     plain = program_of(PLAN.replace("true", "false"))
     assert lifetimes(program).persistent_bytes - lifetimes(plain).persistent_bytes == 2 * rows * 4
-    staged = {op.name.rpartition("/")[2] for op in program.ops if op.kind == "matmul_scatter" and len(op.outputs) > 2}
+    staged = {op.label for op in program.ops if op.kind == "matmul_scatter" and len(op.outputs) > 2}
     assert staged == {"dh1", "dh2"}, "only what is added to a term needs more than its own product's place"
 
 
@@ -256,7 +262,7 @@ def test_the_schedule_keeps_what_depends_on_what() -> None:
     plan = Plan.parse(f"{PLAN},dp_shard=2,kv_slices=3,defer_weight_gradients=true,recompute=full", dtype="float32")
     case = small_case(plan, max_procs=16)
     unordered = prepare(build_step(case.config, replace(plan, kv_slices=3), case.batch), backend="nccl")
-    ordered = overlap(unordered, lambda program, op: 0.5 if op.lane == "compute" else 1.0)
+    ordered = schedule(unordered, lambda program, op: 0.5 if op.lane == "compute" else 1.0)
     position = {op.name: i for i, op in enumerate(ordered.ops)}
     for op, needed in zip(unordered.ops, dependencies(unordered, unordered.ops), strict=True):
         assert all(position[unordered.ops[k].name] < position[op.name] for k in needed), op.name

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model.step import build_step, prepare
 from cinemesh.parallel.ir.layout import replicated
 from cinemesh.parallel.ir.plan import Plan
-from cinemesh.parallel.ir.program import Buffer, Op, Program
+from cinemesh.parallel.ir.program import Program
+from cinemesh.parallel.ir.records import Buffer, BufferKind, Op
 from cinemesh.parallel.passes.liveness import lifetimes, persistent
 
 
 def by_hand() -> Program:
     """x (input, 4 floats) -> a -> b, of which a view of the first half is read last."""
 
-    def buffer(name: str, n: int, kind: str = "temporary", base: str | None = None, offset: int = 0) -> Buffer:
-        return Buffer(name, (1, n), "float32", replicated(2), kind, base, offset)
+    def buffer(name: str, n: int, kind: BufferKind = BufferKind.TEMPORARY, **view: Any) -> Buffer:
+        return Buffer(name, (1, n), "float32", replicated(2), kind, **view)
 
     copy = {"signature": "xn->xn"}
     buffers = [
-        buffer("x", 4, "input"),
+        buffer("x", 4, BufferKind.INPUT),
         buffer("a", 4),
         buffer("b", 4),
         buffer("half", 2, base="b", offset=2),
-        buffer("y", 2, "state"),
+        buffer("y", 2, BufferKind.STATE),
     ]
     ops = [
         Op("first", "copy", ("x",), ("a",), copy),
         Op("second", "copy", ("a",), ("b",), copy),
         Op("third", "copy", ("half",), ("y",), copy),
     ]
-    return Program(Plan(), {b.name: b for b in buffers}, ops, ("y",))
+    return Program(Plan(), {b.name: b for b in buffers}, ops, {"y": "y"})
 
 
 def test_live_bytes_by_hand() -> None:

@@ -10,9 +10,11 @@ from cinemesh.launch.proof.verify import small_case
 from cinemesh.model.step import build_step, prepare
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
+from cinemesh.parallel.passes.elide import elide
 from cinemesh.parallel.passes.liveness import lifetimes
-from cinemesh.parallel.passes.prefetch import elide, prefetch, stage_for_gloo
+from cinemesh.parallel.passes.prefetch import prefetch
 from cinemesh.parallel.passes.recompute import rematerialize
+from cinemesh.parallel.passes.staging import stage_for_gloo
 from cinemesh.parallel.runtime import ledger
 
 FSDP_LANE = "dp_shard*cp"
@@ -50,7 +52,7 @@ def test_prefetch_bounds_the_gathered_units(depth: int, recompute: str) -> None:
 def test_prefetch_puts_compute_between_issue_and_wait(depth: int) -> None:
     program = prefetch(built(dp_shard=2, prefetch=depth))
     position = {op.name: i for i, op in enumerate(program.ops)}
-    waits = {op.attrs["issue"]: i for i, op in enumerate(program.ops) if op.kind == "wait"}
+    waits = {op.waits_for: i for i, op in enumerate(program.ops) if op.is_wait}
     gathers = [op.name for op in program.ops if op.kind == "all_gather" and op.lane == FSDP_LANE]
     assert len(gathers) == 5 + 1 + 4 + 1, "forward: 5 blocks and the conditioning; backward: all but the last block"
     hidden = [any(op.lane == "compute" for op in program.ops[position[name] + 1 : waits[name]]) for name in gathers]
@@ -61,7 +63,7 @@ def by_communicator(program: Program) -> dict[tuple[str, bool], list[str]]:
     """Collectives in order; gathers and reductions of units have communicators of their own."""
     found: dict[tuple[str, bool], list[str]] = {}
     for op in program.ops:
-        if "axes" in op.attrs and op.kind != "wait":
+        if op.comm is not None and not op.is_wait:
             key = (op.lane, op.lane == FSDP_LANE and op.kind == "all_gather")
             found.setdefault(key, []).append(op.name)
     return found
@@ -87,11 +89,11 @@ def test_the_program_knows_no_rank() -> None:
 
 def test_elide_leaves_only_collectives_that_move_something() -> None:
     program = elide(built(tp=2))
-    left = [op for op in program.ops if "axes" in op.attrs]
+    left = [op for op in program.ops if op.comm is not None]
     assert left and all(program.plan.size(op.axes) > 1 for op in left)
     assert {op.lane for op in left} == {"tp", "dp_shard*cp*tp", "dp_replicate*dp_shard*cp*tp"}
     nothing = elide(built())
-    assert not any("axes" in op.attrs for op in nothing.ops)
+    assert not any(op.comm is not None for op in nothing.ops)
 
 
 def test_elided_gathers_take_no_memory_of_their_own() -> None:
@@ -116,7 +118,7 @@ def test_staging_is_as_large_as_what_is_scattered_and_only_gloos() -> None:
     assert scatters and all(len(op.outputs) == 2 for op in scatters)
     for op in scatters:
         assert staged.bytes(op.outputs[1]) == staged.bytes(op.inputs[0])
-        wait = next(w for w in staged.ops if w.kind == "wait" and w.attrs["issue"] == op.name)
+        wait = next(w for w in staged.ops if w.is_wait and w.waits_for == op.name)
         assert op.outputs[1] in wait.inputs, "gloo writes it until the wait"
     assert ledger.expected(staged) == ledger.expected(program)
     assert not any(name.endswith(".staging") for name in prepare(built(tp=2), backend="nccl").buffers)

@@ -12,11 +12,12 @@ from cinemesh.errors import CinemeshError
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.plan import Plan
-from cinemesh.parallel.ir.program import Op, Program
+from cinemesh.parallel.ir.program import Program
+from cinemesh.parallel.ir.records import Op, Phase, Place, Slice, SliceOf
 from cinemesh.parallel.passes.liveness import lifetimes
-from cinemesh.parallel.passes.recompute import KEPT, rematerialize, role_of
+from cinemesh.parallel.passes.recompute import KEPT, rematerialize
 
-BLOCK = "mb0/blocks.0.backward"
+BLOCK = Place(Phase.BACKWARD, micro_batch=0, block=0, unit="blocks.0")
 
 
 def built(
@@ -27,19 +28,19 @@ def built(
     return build_step(case.config, case.plan, case.batch)
 
 
-def clones(program: Program, region: str | None = None) -> list[Op]:
+def clones(program: Program, backward: Place | None = None) -> list[Op]:
     """Cloned compute records and issues of collectives; all of them, or those made again for one block's backward."""
     ops = program.ops
-    if region is not None:
-        first = next(i for i, op in enumerate(ops) if op.region == region)
+    if backward is not None:
+        first = next(i for i, op in enumerate(ops) if op.place == backward)
         start = max(i for i, op in enumerate(ops[:first]) if not op.clone) + 1
-        last = max(i for i, op in enumerate(ops) if op.region == region)
+        last = max(i for i, op in enumerate(ops) if op.place == backward)
         ops = ops[start:last]
-    return [op for op in ops if op.clone and op.kind != "wait"]
+    return [op for op in ops if op.clone and not op.is_wait]
 
 
 def roles(ops: list[Op]) -> set[str]:
-    return {op.name.rpartition("/")[2].rstrip("~") for op in ops}
+    return {op.label for op in ops}
 
 
 NORMS_AND_GATHERS = {"modulation", "h1", "h1_gathered", "h2", "h2_gathered", "act", "kv_gathered", "x1_gathered"}
@@ -55,8 +56,8 @@ def test_selective_redoes_norms_sums_the_product_and_gathers() -> None:
 
 def test_full_redoes_the_block_but_for_its_output() -> None:
     program = rematerialize(built("full", tp=2, cp=2, dp_shard=2))
-    forward = {op.name for op in program.ops if op.region == "mb0/blocks.0.forward" and not op.clone}
-    wanted = roles([op for op in program.ops if op.name in forward and op.kind != "wait"])
+    forward = replace(BLOCK, phase=Phase.FORWARD)
+    wanted = roles([op for op in program.ops if op.place == forward and not op.clone and not op.is_wait])
     # Nothing of backward reads the block's output; all else does.
     assert roles(clones(program, BLOCK)) == wanted - {"x"} | {"flat"}
 
@@ -100,11 +101,11 @@ def test_clones_are_exactly_what_is_needed(recompute: str | tuple[str, ...]) -> 
     for op in program.ops:
         assert not written & set(op.outputs), f"{op.name} writes again"
         written.update(op.outputs)
-        if op.kind == "wait":
-            assert op.attrs["issue"] in issued
+        if op.is_wait:
+            assert op.waits_for in issued
         issued.add(op.name)
         if op.clone:
-            assert op.region.endswith((".forward", ".weights"))
+            assert op.place.phase in (Phase.FORWARD, Phase.WEIGHTS)
             assert any(name in read for name in op.outputs), f"nobody reads {op.name}"
 
 
@@ -127,11 +128,11 @@ def test_the_block_between_forward_and_backward_keeps_no_more_than_was_asked() -
 
 
 def test_backward_of_a_block_reads_nothing_of_forward_but_what_is_kept() -> None:
-    program = rematerialize(built("full", tp=2))
-    for op in program.ops:
-        if op.region == BLOCK:
-            for name in op.inputs:
-                assert not name.startswith("mb0/blocks.0.forward/") or name.endswith("~"), (op.name, name)
+    before = built("full", tp=2)
+    of_forward = {b.name for b in before.buffers.values() if b.place == replace(BLOCK, phase=Phase.FORWARD)}
+    for op in rematerialize(before).ops:
+        if op.place == BLOCK:
+            assert not of_forward.intersection(op.inputs), op.name
 
 
 # -- blocks that differ, and slices -----------------------------------------------------------------------------------
@@ -145,8 +146,8 @@ def test_the_last_blocks_follow_their_own_choice() -> None:
 
     def made_again(plan: Plan) -> list[set[str]]:
         program = rematerialize(build_step(config, plan, case.batch))
-        names = [op.name for op in program.ops if op.clone and op.kind != "wait" and op.region.endswith(".forward")]
-        return [{n.rpartition("/")[2] for n in names if f"blocks.{layer}." in n} for layer in range(4)]
+        again = [op for op in clones(program) if op.place.phase is Phase.FORWARD]
+        return [roles([op for op in again if op.place.block == layer]) for layer in range(4)]
 
     mixed = made_again(plan)
     first, last = (
@@ -164,21 +165,21 @@ def test_slices_are_made_again_or_kept_together() -> None:
     case = small_case(SLICED)
     for recompute, again in (("selective", {"h1_gathered", "kv_gathered"}), (("q", "kv_gathered", "lse"), {"o", "y1"})):
         plan = replace(SLICED, recompute=recompute)
-        found = roles(clones(rematerialize(build_step(case.config, plan, case.batch)), BLOCK))
+        made = clones(rematerialize(build_step(case.config, plan, case.batch)), BLOCK)
         for role in again:
-            letter = "h" if role in ("o", "kv_gathered") else "t"
-            assert {f"{role}.{letter}{i}" for i in range(3)} <= found, role
+            of = SliceOf.HEADS if role in ("o", "kv_gathered") else SliceOf.TOKENS
+            assert {Slice(of, i) for i in range(3)} <= {op.slice for op in made if op.role == role}, role
         kept = KEPT[recompute] if isinstance(recompute, str) else recompute
-        assert {role_of(name) for name in found} & set(kept) <= {"lse"}, "lse comes with o"
+        assert {op.role for op in made} & set(kept) <= {"lse"}, "lse comes with o"
 
 
 def test_what_reads_the_whole_reads_all_slices_made_again() -> None:
     """The weight gradient reads the gathered input whole: the clone of the storage, of which every slice is written."""
     case = small_case(SLICED)
     program = rematerialize(build_step(case.config, SLICED, case.batch))
-    reader = next(op for op in program.ops if op.name == f"{BLOCK}/dkv_weight")
+    reader = next(op for op in program.ops if op.place == BLOCK and op.role == "dkv_weight")
     whole = reader.inputs[0]
     assert whole == "mb0/blocks.0.forward/h1_gathered~"
     before = program.ops[: program.ops.index(reader)]
-    waits = [op for op in before if op.kind == "wait" and program.root(op.outputs[0])[0] == whole]
+    waits = [op for op in before if op.is_wait and program.root(op.outputs[0])[0] == whole]
     assert sum(program.local_elements(op.outputs[0]) for op in waits) == program.local_elements(whole)

@@ -18,16 +18,19 @@ import pytest
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model.config import LATENTS, preset
-from cinemesh.model.step import Batch, build_step, prepare
+from cinemesh.model.inputs import BatchShape
+from cinemesh.model.step import build_step, prepare
 from cinemesh.parallel.ir.communicators import communicator
 from cinemesh.parallel.ir.dependencies import dependencies
 from cinemesh.parallel.ir.plan import Plan
-from cinemesh.parallel.ir.program import Op, Program
+from cinemesh.parallel.ir.program import Program
+from cinemesh.parallel.ir.records import Op, Phase
+from cinemesh.parallel.passes.elide import elide
 from cinemesh.parallel.passes.liveness import lifetimes
-from cinemesh.parallel.passes.prefetch import elide, prefetch
+from cinemesh.parallel.passes.prefetch import prefetch
 from cinemesh.parallel.passes.prices import RATES, Price
 from cinemesh.parallel.passes.recompute import rematerialize
-from cinemesh.parallel.passes.schedule import overlap as overlap_by
+from cinemesh.parallel.passes.schedule import schedule
 from cinemesh.parallel.runtime import ledger
 
 default_price = RATES["nccl"].price
@@ -52,16 +55,12 @@ def before(text: str, layers: int = 5) -> Program:
 
 
 def overlap(program: Program, price: Price = default_price) -> Program:
-    return overlap_by(program, price)
+    return schedule(program, price)
 
 
 def even(program: Program, op: Op) -> float:
     """Prices at which a slice travels while another is computed."""
-    return 0.9 if is_issue(op) else 1.0
-
-
-def is_issue(op: Op) -> bool:
-    return "axes" in op.attrs and op.kind != "wait"
+    return 0.9 if op.is_issue else 1.0
 
 
 @pytest.mark.parametrize("text", PLANS)
@@ -79,9 +78,10 @@ def test_it_moves_records_and_keeps_what_depends_on_what(text: str) -> None:
 ORDER = """
 import sys
 from cinemesh.model.config import LATENTS, preset
-from cinemesh.model.step import Batch, build_step, prepare
+from cinemesh.model.inputs import BatchShape
+from cinemesh.model.step import build_step, prepare
 from cinemesh.parallel.ir.plan import Plan
-program = prepare(build_step(preset("tiny-video"), Plan.parse(sys.argv[1]), Batch(1, (2, 16, 16))), backend="nccl")
+program = prepare(build_step(preset("tiny-video"), Plan.parse(sys.argv[1]), BatchShape(1, (2, 16, 16))), backend="nccl")
 print(*(op.name for op in program.ops))
 """
 
@@ -104,10 +104,10 @@ def test_it_is_the_same_in_every_process() -> None:
 
 def test_equal_blocks_get_equal_orders() -> None:
     new = overlap(before(ALL, layers=7))
-    orders: dict[int, list[str]] = defaultdict(list)
+    orders: dict[int, list[tuple[object, ...]]] = defaultdict(list)
     for op in new.ops:
-        if match := re.match(r"mb0/blocks\.(\d+)\.(.*)", op.name):
-            orders[int(match[1])].append(match[2])
+        if op.place.block is not None:
+            orders[op.place.block].append((op.place.phase, op.label, op.kind, op.clone))
     assert orders[2] == orders[3] == orders[4]
 
 
@@ -142,7 +142,7 @@ def beside(program: Program, issue: str) -> list[str]:
     """Roles of the compute between a collective's issue and its wait."""
     names = [op.name for op in program.ops]
     inside = program.ops[names.index(issue) + 1 : names.index(f"{issue}.wait")]
-    return [op.name.rpartition("/")[2] for op in inside if op.lane == "compute"]
+    return [op.label for op in inside if op.lane == "compute"]
 
 
 def test_the_next_slice_of_keys_and_values_travels_while_attention_runs_on_this_one() -> None:
@@ -150,7 +150,7 @@ def test_the_next_slice_of_keys_and_values_travels_while_attention_runs_on_this_
     for i in (1, 2):
         assert f"o.h{i - 1}" in beside(program, f"mb0/blocks.1.forward/kv_gathered.h{i}")
         assert f"dq.h{i}" in beside(program, f"mb0/blocks.1.backward/dkv_slice.h{i - 1}")
-    again = [op.name for op in program.ops if op.name.startswith("mb0/blocks.1.forward/kv_gathered.h") and op.clone]
+    again = [op for op in program.ops if op.place.block == 1 and op.role == "kv_gathered" and op.slice and op.clone]
     assert len(again) == 2 * 3, "gathered again: three issues and three waits"
 
 
@@ -201,11 +201,11 @@ def test_token_slices_travel_beside_the_product_of_another() -> None:
 def test_units_are_summed_over_replicas_behind_compute(text: str) -> None:
     """Unit by unit, as many bytes as in one piece; only what is reduced last has nothing left to hide behind."""
     whole, units = (overlap(before(f"{text}{more}")) for more in ("", ",grad_units=2"))
-    sums = [op for op in units.ops if is_issue(op) and op.lane == "dp_replicate"]
-    (once,) = [op for op in whole.ops if is_issue(op) and op.lane == "dp_replicate"]
+    sums = [op for op in units.ops if op.is_issue and op.lane == "dp_replicate"]
+    (once,) = [op for op in whole.ops if op.is_issue and op.lane == "dp_replicate"]
     assert sum(units.payload_bytes(op) for op in sums) == whole.payload_bytes(once)
     hidden = [op for op in sums if len(beside(units, op.name)) > 10]
-    assert {op.name.rpartition("/")[0][-17:] for op in hidden} >= {f"blocks.{layer}.backward" for layer in (4, 3, 2, 1)}
+    assert {(op.place.block, op.place.phase) for op in hidden} >= {(layer, Phase.BACKWARD) for layer in (4, 3, 2, 1)}
 
 
 def test_weight_gradients_move_into_the_shadow_only_when_asked() -> None:
@@ -247,11 +247,11 @@ def play(program: Program) -> Played:
     ends: dict[str, float] = {}
     last_start = 0.0
     for op in program.ops:
-        if op.kind == "wait":
-            late = max(0.0, ends[op.attrs["issue"]] - played.step_s)
+        if op.is_wait:
+            late = max(0.0, ends[op.waits_for] - played.step_s)
             played.exposed_s[op.lane] += late
             played.step_s += late
-        elif is_issue(op):
+        elif op.is_issue:
             line = communicator(op)
             last_start = max(played.step_s, free[line], last_start)
             free[line] = ends[op.name] = last_start + default_price(program, op)
@@ -264,7 +264,7 @@ def play(program: Program) -> Played:
 def step_30b(**fields: object) -> Program:
     plan = replace(Plan(tp=4, cp=2, dp_shard=768), **fields)  # pyright: ignore[reportArgumentType]
     config = replace(preset("movie-gen-30b"), layers=8)  # the middle blocks are equal: eight tell
-    return prepare(build_step(config, plan, Batch(1, LATENTS["movie-gen-30b"])), backend="nccl")
+    return prepare(build_step(config, plan, BatchShape(1, LATENTS["movie-gen-30b"])), backend="nccl")
 
 
 def test_the_paper_plan_hides_what_it_can() -> None:
@@ -296,7 +296,7 @@ def test_records_and_flops_are_those_of_the_plan_without_overlap() -> None:
     assert flops[0] == flops[1] == flops[2]
     sent = [Counter[str]() for _ in programs]
     for program, counter in zip(programs, sent, strict=True):
-        for op in filter(is_issue, program.ops):
+        for op in (op for op in program.ops if op.is_issue):
             counter[f"{op.kind} {op.lane}"] += program.payload_bytes(op)
     assert sent[0] == sent[1] == sent[2]
 
@@ -336,7 +336,7 @@ def test_an_overlap_that_cannot_happen_is_refused(text: str, said: str) -> None:
 )
 def test_slices_that_do_not_divide_are_refused(text: str, said: str) -> None:
     with pytest.raises(CinemeshError, match=re.escape(said)):
-        build_step(preset("movie-gen-30b"), Plan.parse(text), Batch(1, LATENTS["movie-gen-30b"]))
+        build_step(preset("movie-gen-30b"), Plan.parse(text), BatchShape(1, LATENTS["movie-gen-30b"]))
 
 
 def test_more_last_blocks_than_blocks_are_refused() -> None:

@@ -49,7 +49,7 @@ def differing(text: str) -> list[str]:
         found += [
             f"step {step}: {name}"
             for name in persistent(plain.program)
-            if not torch.equal(plain.buffers[name], replayed.buffers[name])
+            if not torch.equal(plain.executor.buffers[name], replayed.executor.buffers[name])
         ]
     if mesh is not None:
         mesh.close()

@@ -194,7 +194,7 @@ def test_replay_is_bitwise_the_eager_step(text: str) -> None:
             load_batch(case, runner, step)
             runner.step(1e-2 / (step + 1))
         for name in persistent(eager.program):
-            assert torch.equal(eager.buffers[name], replayed.buffers[name]), f"step {step}: {name}"
+            assert torch.equal(eager.executor.buffers[name], replayed.executor.buffers[name]), f"step {step}: {name}"
     replayed.close()
 
 
@@ -390,7 +390,7 @@ def on_device(rank: int, devices: int, store: str, text: str) -> None:
             load_batch(case, runner, step)
             runner.step(1e-2 / (step + 1))
         for name in persistent(eager.program):
-            assert torch.equal(eager.buffers[name], replayed.buffers[name]), f"step {step}: {name}"
+            assert torch.equal(eager.executor.buffers[name], replayed.executor.buffers[name]), f"step {step}: {name}"
     mesh.close()
     dist.destroy_process_group()
 

@@ -15,10 +15,12 @@ import pytest
 
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model.config import LATENTS, ModelConfig, preset
-from cinemesh.model.step import Batch, build_step, prepare, unit_layout
+from cinemesh.model.inputs import BatchShape
+from cinemesh.model.step import build_step, prepare, unit_layout
 from cinemesh.parallel.ir.collectives import COLLECTIVES
 from cinemesh.parallel.ir.plan import Plan
-from cinemesh.parallel.ir.program import Op, Program
+from cinemesh.parallel.ir.program import Program
+from cinemesh.parallel.ir.records import Op, Phase
 from cinemesh.parallel.runtime.ledger import Entry, by_lane, difference, expected
 
 BYTES = {"bf16": 2, "float32": 4, "float64": 8}
@@ -40,16 +42,15 @@ def sent(program: Program, wanted: Callable[[Op], bool]) -> dict[str, Fraction]:
 
 def sent_by_block(program: Program, layer: int, part: str) -> dict[str, Fraction]:
     """Of one block's forward or backward; what backward makes again counts with it."""
-    block = f"mb0/blocks.{layer}."
 
     def wanted(op: Op) -> bool:
-        backward = op.clone or op.region == f"{block}backward"
-        return op.region.startswith(block) and backward == (part == "backward")
+        backward = op.clone or op.place.phase is Phase.BACKWARD
+        return op.place.block == layer and backward == (part == "backward")
 
     return sent(program, wanted)
 
 
-def block_forms(config: ModelConfig, plan: Plan, batch: Batch) -> dict[str, dict[str, Fraction]]:
+def block_forms(config: ModelConfig, plan: Plan, batch: BatchShape) -> dict[str, dict[str, Fraction]]:
     """Bytes sent by one rank for one block that is neither the first nor the last: forward and backward, by lane.
 
     B samples of one data rank, S tokens, D width, e bytes of the compute dtype, g of the statistics dtype.
@@ -113,7 +114,7 @@ def test_a_block_sends_what_the_closed_forms_say(plan: Plan, recompute: str) -> 
 PLAN = Plan(tp=4, cp=2, dp_shard=768)
 CONFIG = preset("movie-gen-30b")
 LAYERS = 48
-SHAPE = Batch(1, LATENTS["movie-gen-30b"])
+SHAPE = BatchShape(1, LATENTS["movie-gen-30b"])
 
 
 @pytest.fixture(scope="module")

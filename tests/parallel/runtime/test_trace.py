@@ -14,27 +14,30 @@ from cinemesh.model import weights
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step, prepare
 from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.ir.records import Phase, Place
+from cinemesh.parallel.ir.span import Span
 from cinemesh.parallel.passes.liveness import persistent
 from cinemesh.parallel.runtime.mesh import Mesh
-from cinemesh.parallel.runtime.trace import Span, role, summary, traced_step
+from cinemesh.parallel.runtime.trace import role, summary, traced_step
 
 
-def gather(name: str, start_s: float, end_s: float, waited_s: float) -> Span:
-    return Span(name, "all_gather", "tp", start_s, start_s, end_s, waited_s)
+def gather(place: Place, label: str, start_s: float, end_s: float, waited_s: float) -> Span:
+    return Span("of any name", "all_gather", "tp", start_s, start_s, end_s, waited_s, label, place)
 
 
 def test_time_is_split_by_hand() -> None:
     spans = [
         Span("mb0/x", "silu", "compute", 0.0, 0.0, 5.0, 0.0),
-        gather("mb0/blocks.0.forward/g", 0.0, 4.0, 1.0),  # 3 hidden, 1 waited for
-        gather("mb1/blocks.11.forward/g", 5.0, 7.0, 2.5),  # wholly exposed: woke up late
-        gather("mb0/blocks.0.backward/d", 8.0, 9.0, 0.0),  # wholly hidden
+        gather(Place(Phase.FORWARD, 0, 0, "blocks.0"), "g", 0.0, 4.0, 1.0),  # 3 hidden, 1 waited for
+        gather(Place(Phase.FORWARD, 1, 11, "blocks.11"), "g", 5.0, 7.0, 2.5),  # wholly exposed: woke up late
+        gather(Place(Phase.BACKWARD, 0, 0, "blocks.0"), "d", 8.0, 9.0, 0.0),  # wholly hidden
     ]
     exposed, hidden = summary(spans)
     assert (exposed.role, exposed.count) == ("blocks.*.forward/g", 2)
     assert (exposed.ran_s, exposed.overlapped_s, exposed.exposed_s) == (6.0, 3.0, 3.0)
     assert (hidden.role, hidden.overlapped_s, hidden.exposed_s) == ("blocks.*.backward/d", 1.0, 0.0)
-    assert role("replicated.weights/flat") == "replicated.weights/flat"
+    once = gather(Place(Phase.WEIGHTS, title="replicated.weights"), "flat", 0.0, 1.0, 0.0)
+    assert role(once) == "replicated.weights/flat"
 
 
 def traced(text: str) -> tuple[list[Span], list[str]]:
@@ -48,9 +51,8 @@ def traced(text: str) -> tuple[list[Span], list[str]]:
         runner.buffers["lr"].fill_(1e-2)
     spans = traced_step(runners[0].executor)
     runners[1].executor.run()
-    differ = [
-        name for name in persistent(runners[0].program) if not runners[0].buffers[name].equal(runners[1].buffers[name])
-    ]
+    tensors = [runner.executor.buffers for runner in runners]
+    differ = [name for name in persistent(runners[0].program) if not tensors[0][name].equal(tensors[1][name])]
     mesh.close()
     return spans, differ
 
@@ -65,7 +67,7 @@ def test_every_record_is_in_the_trace_of_a_real_step(pool: Pool, text: str) -> N
         assert [span.name for span in spans] == [op.name for op in ops]
         compute = [span for span in spans if span.lane == "compute"]
         assert all(a.end_s <= b.start_s for a, b in pairwise(compute)), "one thread computes"
-        waits = {op.attrs["issue"]: s for op, s in zip(ops, spans, strict=True) if op.kind == "wait"}
+        waits = {op.waits_for: s for op, s in zip(ops, spans, strict=True) if op.is_wait}
         for span in spans:
             assert span.issued_s <= span.start_s <= span.end_s and span.waited_s >= 0
             if span.kind not in OPS and span.kind != "wait":

@@ -9,7 +9,8 @@ import pytest
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.commands.calibrate import CASES, measure_compute, run
 from cinemesh.model.config import preset
-from cinemesh.model.step import Batch, build_step
+from cinemesh.model.inputs import BatchShape
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.calibration.calibrate import PARTS, Machine, Samples, fit, line, price_of, residuals, write
 from cinemesh.perf_model.clusters.cluster import Cluster, load
@@ -133,7 +134,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(na
 
 def test_a_measured_op_is_priced_by_its_own_time() -> None:
     """And only it."""
-    program = build_step(preset("tiny"), Plan(tp=2, dtype="float32"), Batch(1, (4, 8, 8)))
+    program = build_step(preset("tiny"), Plan(tp=2, dtype="float32"), BatchShape(1, (4, 8, 8)))
     measured, plain = Compute(TRUTH), Compute(replace(TRUTH, measured=None))
     for op in program.ops:
         if op.kind in ("swiglu", "modulate_norm"):

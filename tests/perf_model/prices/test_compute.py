@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels.ops import OPS
 from cinemesh.model.config import preset
-from cinemesh.model.step import Batch, Optimizer, build_step
+from cinemesh.model.inputs import BatchShape
+from cinemesh.model.step import Optimizer, build_step
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.perf_model.clusters.cluster import load
@@ -35,7 +36,7 @@ def rows(name: str) -> list[list[float]]:
 
 @cache
 def tiny_step() -> Program:
-    return build_step(preset("tiny"), Plan(tp=2, cp=2), Batch(1, (4, 8, 8)), Optimizer(), seed=0)
+    return build_step(preset("tiny"), Plan(tp=2, cp=2), BatchShape(1, (4, 8, 8)), Optimizer(), seed=0)
 
 
 # -- SMs left to communication ----------------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ def test_what_leaves_sms_is_what_holds_them() -> None:
     """Products and self-attention, on a GPU; everything else costs the same, and so does all of it on a CPU."""
     program = tiny_step()
     plan = replace(program.plan, sm_margin=66)
-    leaving = Program(plan, program.buffers, program.ops, program.outputs, program.facts)
+    leaving = replace(program, plan=plan)
     local = Compute(load("local-cpu"))
     for op in (op for op in program.ops if op.kind in OPS):
         assert STEP.margin(leaving, op) == (66 if op.kind in ("matmul", "attention", "attention_backward") else 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cinemesh.model.config import preset
-from cinemesh.model.step import Batch
+from cinemesh.model.inputs import BatchShape
 from cinemesh.parallel.ir.communicators import JOB, held
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
@@ -52,5 +52,5 @@ def test_planner_footprint_and_report_count_the_same_communicators(plan: Plan) -
     assert outside(CLUSTER, plan)["NCCL"] == wanted
     prices = Prices(Request(preset("tiny"), (Bucket((2, 4, 4)),), CLUSTER, 8))
     assert prices.outside_bytes(plan) == wanted + int(CLUSTER.memory.context_bytes)
-    played = whole(preset("tiny"), plan, Batch(1, (2, 4, 4)), CLUSTER)
+    played = whole(preset("tiny"), plan, BatchShape(1, (2, 4, 4)), CLUSTER)
     assert played.footprint.by_class.get("NCCL", 0) == wanted

@@ -21,7 +21,7 @@ from PIL import Image
 
 from cinemesh.errors import CinemeshError
 from cinemesh.model.config import preset
-from cinemesh.model.step import Batch
+from cinemesh.model.inputs import BatchShape
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.footprint import CLASSES, outside
@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_crossed_out_at_its_batch(monkeypatch: pytest.Monke
     told = {(note.xy[0], size[int(note.xy[1])]): float(note.get_text()) for note in notes}
     for samples, cp in itertools.product((1, 2), (1, 2)):
         plan = Plan(cp=cp, dp_shard=64 // cp, recompute="full", grad_units=2)
-        least = whole(config, plan, Batch(samples, latent), cluster).footprint
+        least = whole(config, plan, BatchShape(samples, latent), cluster).footprint
         cell = (plan.data_ranks * samples, cp)
         if least.peak_bytes <= least.limit_bytes:
             assert cell in marked["o"] - marked["x"]

@@ -3,36 +3,37 @@
 import itertools
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from cinemesh.files import atomic_file
 from cinemesh.kernels.ops import OPS
 from cinemesh.model.config import preset
-from cinemesh.model.step import Batch, build_step, prepare
+from cinemesh.model.inputs import BatchShape
+from cinemesh.model.step import build_step, prepare
 from cinemesh.parallel.ir.communicators import communicator
 from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.ir.records import Phase, Place
+from cinemesh.parallel.ir.span import Span
 from cinemesh.perf_model.prices.footprint import Footprint, stack
 from cinemesh.perf_model.prices.network import Cost
 from cinemesh.perf_model.prices.timeline import COMPUTE, ISSUE, WAIT, Record, Tape, play
 from cinemesh.perf_model.report.explain import Whole
 from cinemesh.perf_model.report.report import trace
-from cinemesh.perf_model.report.trace import Span
 
 LATENT = (2, 4, 4)
 
 
 def hand_made(plan: Plan) -> Whole:
     """The tiny model's step with hand-made prices: compute 1 ms a record, collectives 2 ms, those of units 30 ms."""
-    config, batch = preset("tiny"), Batch(1, LATENT)
+    config, batch = preset("tiny"), BatchShape(1, LATENT)
     program = prepare(build_step(config, plan, batch), backend="nccl")
     records: list[Record] = []
     at: dict[str, int] = {}
     communicators: dict[str, int] = {}
     for i, op in enumerate(program.ops):
-        if op.kind == "wait":
-            records.append(Record(WAIT, key=at[op.attrs["issue"]]))
+        if op.is_wait:
+            records.append(Record(WAIT, key=at[op.waits_for]))
         elif op.kind in OPS:
             records.append(Record(COMPUTE, 1e-3))
         else:
@@ -62,7 +63,7 @@ def test_spans_hold_the_whole_timeline(whole: Whole) -> None:
     compute = sum(span.end_s - span.start_s for span in spans if span.lane == trace.COMPUTE)
     assert compute == pytest.approx(whole.timeline.compute_busy_s)
     assert sum(span.waited_s for span in spans) == pytest.approx(whole.timeline.total_exposed_s)
-    assert len(spans) == sum(op.kind != "wait" for op in whole.program.ops)
+    assert len(spans) == sum(not op.is_wait for op in whole.program.ops)
 
 
 def test_waits_lie_where_compute_stands_still(whole: Whole) -> None:
@@ -97,14 +98,15 @@ def test_lanes_are_named_as_in_the_program(whole: Whole) -> None:
 def test_block_windows_follow_each_other(whole: Whole) -> None:
     """Forward goes up, backward goes down, and a window with its recompute begins before its first gradient."""
     spans = trace.predicted(whole)
-    first, second = (trace.block_window(spans, block, "forward") for block in (0, 1))
+    first, second = (trace.block_window(spans, block, Phase.FORWARD) for block in (0, 1))
     assert first[1] == second[0] < second[1]
-    later, earlier = (trace.block_window(spans, block, "backward") for block in (1, 0))
+    later, earlier = (trace.block_window(spans, block, Phase.BACKWARD) for block in (1, 0))
     assert second[1] <= later[0] < later[1] == earlier[0]
-    again = next(span for span in spans if span.name.startswith("mb0/blocks.1.forward") and trace.recomputed(span))
+    made = Place(Phase.FORWARD, micro_batch=0, block=1, unit="blocks.1")
+    again = next(span for span in spans if span.place == made and span.clone)
     assert later[0] <= again.start_s < later[1]
     with pytest.raises(ValueError, match="block 99"):
-        trace.block_window(spans, 99, "forward")
+        trace.block_window(spans, 99, Phase.FORWARD)
 
 
 def test_memory_samples_keep_the_peak(whole: Whole) -> None:
@@ -137,19 +139,9 @@ def test_chrome_trace(whole: Whole, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["step.json"]
 
 
-class Recorded(NamedTuple):
-    name: str
-    kind: str
-    lane: str
-    issued_s: float
-    start_s: float
-    end_s: float
-    waited_s: float
-
-
 def test_measured_spans_stand_beside_predicted_ones() -> None:
-    """Any object with a span's fields is one: a recording is written as a process of its own."""
-    measured = Recorded("mb0/y", "all_gather", "tp", issued_s=1.0, start_s=1.5, end_s=2.0, waited_s=0.25)
+    """A recording is written as a process of its own."""
+    measured = Span("mb0/y", "all_gather", "tp", issued_s=1.0, start_s=1.5, end_s=2.0, waited_s=0.25)
     made = trace.chrome({"predicted": [Span("mb0/y", "all_gather", "tp", 1.0, 1.0, 1.5)], "rank 3": [measured]})
     bars = [e for e in made["traceEvents"] if e["ph"] == "X" and e["pid"] == 1]
     assert [(e["name"], e["ts"], e["dur"]) for e in bars] == [("mb0/y", 1.5e6, 0.5e6), ("mb0/y.wait", 1.75e6, 0.25e6)]

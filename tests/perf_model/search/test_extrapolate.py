@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cinemesh.model.config import preset
-from cinemesh.model.step import Batch, build_step, unit_layout
+from cinemesh.model.inputs import BatchShape
+from cinemesh.model.step import build_step, unit_layout
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.compute import Compute
@@ -43,10 +44,10 @@ PLANS = [
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"tp{plan.tp}cp{plan.cp}")
 def test_the_shallow_step_says_what_the_whole_48_layers_take(plan: Plan) -> None:
     """Only this catches a block counted twice or left out, and lanes that are not steady yet."""
-    shallow = Shallow(BIG, plan, Batch(1, LATENT), blocks=STEADY_BLOCKS + plan.prefetch)
+    shallow = Shallow(BIG, plan, BatchShape(1, LATENT), blocks=STEADY_BLOCKS + plan.prefetch)
     skeleton = Skeleton(shallow, plan, COMPUTE, CLUSTER)
     priced = skeleton.price(plan, NETWORK, CLUSTER)
-    deep = whole(BIG, plan, Batch(1, LATENT), CLUSTER)
+    deep = whole(BIG, plan, BatchShape(1, LATENT), CLUSTER)
     assert priced.step_s == pytest.approx(deep.timeline.step_s, rel=WHOLE_STEP)
     assert priced.compute_s == pytest.approx(deep.tape.compute_s, rel=1e-3)
     own = deep.footprint.peak_bytes - sum(deep.footprint.by_class.get(name, 0) for name in outside(CLUSTER, plan))
@@ -68,8 +69,8 @@ def test_one_program_serves_all_degrees(degrees: tuple[int, int], recompute: str
     model = replace(BIG, layers=4)
     base = Plan(tp=2, cp=2, dp_shard=2, recompute=recompute)
     plan = base.with_degrees(tp=tp, cp=cp)
-    moved = Shallow(model, base, Batch(1, LATENT)).on(plan)
-    fresh = Shallow(model, plan, Batch(1, LATENT))
+    moved = Shallow(model, base, BatchShape(1, LATENT)).on(plan)
+    fresh = Shallow(model, plan, BatchShape(1, LATENT))
     assert not [n for n in {*moved.program.buffers} ^ {*fresh.program.buffers} if "gradient/" not in n]
     for name in {*moved.program.buffers} & {*fresh.program.buffers}:
         assert moved.program.local_shape(name) == fresh.program.local_shape(name), name
@@ -98,11 +99,11 @@ def test_no_step_is_shorter_than_its_bounds(
     plan = replace(base, recompute=recompute).with_degrees(tp=tp, cp=cp, dp_shard=shards, dp_replicate=2)
     alone = shards * cp == 1
     model = base.with_degrees(cp=1, dp_shard=1) if alone else base
-    shallow = Shallow(BIG, model, Batch(1, LATENT)).on(plan)
+    shallow = Shallow(BIG, model, BatchShape(1, LATENT)).on(plan)
     skeleton = Skeleton(shallow, plan, COMPUTE, CLUSTER)
     step_s = skeleton.price(plan, NETWORK, CLUSTER).step_s
     assert skeleton.bound_s(plan, NETWORK, groups_of(plan, CLUSTER)) <= step_s * (1 + 1e-9)
-    floor = Floor(Shallow(BIG, base, Batch(1, LATENT)), COMPUTE, NETWORK, CLUSTER)
+    floor = Floor(Shallow(BIG, base, BatchShape(1, LATENT)), COMPUTE, NETWORK, CLUSTER)
     assert floor.step_s(recompute, tp, cp, 1) <= step_s * (1 + 1e-9)
     assert floor.peak_bytes(recompute, plan) <= skeleton.peak_bytes(plan)
 
@@ -114,11 +115,11 @@ def test_other_stream_settings_need_no_other_program(built: dict[str, Any], aske
     model = replace(BIG, layers=12)
     plan = Plan(tp=4, cp=2, dp_shard=96, dp_replicate=8, recompute="full", grad_units=2, tp_slices=2)
     first, wanted = replace(plan, **built), replace(plan, **asked)
-    shallow = Shallow(model, first, Batch(1, LATENT))
+    shallow = Shallow(model, first, BatchShape(1, LATENT))
     moved = Skeleton(shallow, first, COMPUTE, CLUSTER)
     before = moved.price(first, NETWORK, CLUSTER)
     moved = moved.under(wanted)
-    fresh = Skeleton(Shallow(model, wanted, Batch(1, LATENT)), wanted, COMPUTE, CLUSTER)
+    fresh = Skeleton(Shallow(model, wanted, BatchShape(1, LATENT)), wanted, COMPUTE, CLUSTER)
     assert moved.steady_price(wanted, NETWORK, CLUSTER) == fresh.steady_price(wanted, NETWORK, CLUSTER)
     groups = groups_of(wanted, CLUSTER)
     assert moved.bound_s(wanted, NETWORK, groups) == fresh.bound_s(wanted, NETWORK, groups)
@@ -128,8 +129,8 @@ def test_other_stream_settings_need_no_other_program(built: dict[str, Any], aske
 
 def test_degree_one_axes_cost_nothing() -> None:
     plan = Plan(tp=1, cp=1, dp_shard=1, dp_replicate=1, recompute="full")
-    program = build_step(replace(preset("tiny"), layers=2), plan, Batch(1, (2, 4, 4)))
-    assert any("axes" in op.attrs for op in program.ops)
-    played = whole(preset("tiny"), plan, Batch(1, (2, 4, 4)), CLUSTER)
+    program = build_step(replace(preset("tiny"), layers=2), plan, BatchShape(1, (2, 4, 4)))
+    assert any(op.comm is not None for op in program.ops)
+    played = whole(preset("tiny"), plan, BatchShape(1, (2, 4, 4)), CLUSTER)
     assert played.timeline.total_exposed_s == 0.0
     assert played.timeline.step_s == pytest.approx(played.tape.compute_s, rel=1e-12)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cinemesh.errors import CinemeshError
 from cinemesh.model.config import preset
-from cinemesh.model.step import Batch
+from cinemesh.model.inputs import BatchShape
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.published.paper import STAGES
 from cinemesh.perf_model.report.explain import model_flops, whole, why_lost
@@ -129,7 +129,7 @@ def test_encoders_in_the_loop_take_memory_and_time() -> None:
 
 def test_the_runner_up_lost_by_what_its_terms_say() -> None:
     found = search(ask(gpus=96))
-    first, second = (whole(BIG, c.plan, Batch(1, (32, 96, 96)), CLUSTER) for c in found.choices[:2])
+    first, second = (whole(BIG, c.plan, BatchShape(1, (32, 96, 96)), CLUSTER) for c in found.choices[:2])
     lines = why_lost(first, second)
     shares = [float(line.rpartition("(")[2].partition("%")[0]) for line in lines]
     assert sum(shares) == pytest.approx(100.0, abs=2.0)  # rounded to whole percents, small terms left out

@@ -9,7 +9,7 @@ import pytest
 
 from cinemesh.errors import CinemeshError
 from cinemesh.model.config import preset
-from cinemesh.model.step import Batch
+from cinemesh.model.inputs import BatchShape
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.compute import Compute
@@ -35,14 +35,14 @@ def test_overlap_hides_nearly_all_communication(fixed: dict[str, object]) -> Non
     """
     request = Request(BIG, (Bucket(LATENT),), CLUSTER, 6144, shown=1, fixed=fixed)
     plan = tune(request, search(request).best).plan
-    played = whole(BIG, plan, Batch(1, LATENT), CLUSTER)
+    played = whole(BIG, plan, BatchShape(1, LATENT), CLUSTER)
     step = played.timeline.step_s
     free = play(price(played.program, Compute(CLUSTER), None, CLUSTER)).step_s
     assert 1.0 - free / step <= 0.06
     assert played.timeline.total_exposed_s / step <= 0.03
     off = Plan(plan.tp, plan.cp, plan.dp_shard, plan.dp_replicate, recompute=plan.recompute, prefetch=0)
     off = replace(off, order=plan.order, recompute_last=plan.recompute_last, last_blocks=plan.last_blocks)
-    plain = whole(BIG, off, Batch(1, LATENT), CLUSTER).timeline
+    plain = whole(BIG, off, BatchShape(1, LATENT), CLUSTER).timeline
     assert plain.total_exposed_s / plain.step_s >= 0.12
 
 
@@ -113,5 +113,7 @@ def test_gloo_takes_as_long_whatever_is_set() -> None:
     """It says that it ignores them; a price that moved would say otherwise."""
     plan = Plan(tp=2, cp=2, dtype="float32")
     asked = replace(plan, tp_ctas=1, unit_ctas=1, sm_margin=64, normal_priority=("tp", "cp"))
-    times = {whole(preset("tiny"), p, Batch(1, (2, 4, 4)), load("local-cpu")).timeline.step_s for p in (plan, asked)}
+    times = {
+        whole(preset("tiny"), p, BatchShape(1, (2, 4, 4)), load("local-cpu")).timeline.step_s for p in (plan, asked)
+    }
     assert len(times) == 1
