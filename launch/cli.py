@@ -11,6 +11,21 @@ from typing import Annotated
 import typer
 
 from ..errors import CinemeshError
+from .options import (
+    PLAN_HELP,
+    AsJson,
+    ClusterName,
+    ConfigFile,
+    Encoders,
+    GlobalBatch,
+    Latent,
+    Latents,
+    LocalProcesses,
+    ModelName,
+    PlanArgument,
+    PlanText,
+    Samples,
+)
 
 USER_ERROR = 2  # exit code of a mistake that the message says how to mend; also click's code for wrong usage
 
@@ -19,6 +34,7 @@ See what there is:      cinemesh model movie-gen-30b
                         cinemesh program --model movie-gen-30b --latent 32x96x96 \\
                             --plan tp=4,cp=2,dp_shard=768
 Choose a plan:          cinemesh plan --gpus 6144 --explain
+                        cinemesh compare tp=4,cp=2,dp_shard=768 tp=2,cp=4,dp_shard=768
 Prove a plan:           cinemesh verify --plan tp=2,cp=2,dp_shard=2
                         cinemesh lint --plan tp=4,cp=2,dp_shard=768 --model movie-gen-30b
 See a step run:         cinemesh trace --plan tp=2 --out trace.json
@@ -37,26 +53,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML recipe, for example configs/quickstart.yaml.")]
-PlanText = Annotated[
-    str,
-    typer.Option(
-        "--plan",
-        metavar="AXES",
-        help="Degree of each mesh axis, for example tp=2,cp=2,dp_shard=2; "
-        "axes are tp, cp, dp_shard, dp_replicate, and one left out is 1.",
-    ),
-]
-LocalProcesses = Annotated[
-    int | None,
-    typer.Option(
-        "--nproc",
-        min=1,
-        help="Start this many processes on this machine. Leave it out under torchrun.",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 @app.callback(epilog=EXAMPLES)
@@ -145,29 +141,19 @@ def model(
 @app.command()
 def plan(
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs of the job.")],
-    model: Annotated[str, typer.Option("--model", help="A preset, for example movie-gen-30b.")] = "movie-gen-30b",
-    cluster: Annotated[
-        str, typer.Option("--cluster", help="A cluster by name, or a file that ends in .yaml.")
-    ] = "grand-teton-h100",
-    latent: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--latent",
-            metavar="TxHxW[:SHARE]",
-            help="Sample shape, and its share of the steps; may be repeated. Default: 32x96x96.",
-        ),
-    ] = None,
-    global_batch: Annotated[
-        int | None, typer.Option("--global-batch", min=1, help="Samples of a step. Default: left to the plan.")
-    ] = None,
-    samples: Annotated[
-        int, typer.Option("--samples", min=1, help="Samples of one data rank, where no global batch is given.")
-    ] = 1,
+    model: ModelName = "movie-gen-30b",
+    cluster: ClusterName = "grand-teton-h100",
+    latent: Latents = None,
+    global_batch: GlobalBatch = None,
+    samples: Samples = 1,
     dtype: Annotated[str, typer.Option("--dtype", help="bf16, float32 or float64.")] = "bf16",
     fix: Annotated[str, typer.Option("--fix", metavar="FIELDS", help="Plan fields by hand: tp=4,cp=2,...")] = "",
-    encoders: Annotated[bool, typer.Option("--encoders", help="The frozen text encoders run in the loop.")] = False,
+    encoders: Encoders = False,
     top: Annotated[int, typer.Option("--top", min=1, help="Plans in the table.")] = 5,
-    tune: Annotated[bool, typer.Option("--tune", help="Set the overlap knobs of the plans shown, too.")] = False,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="Tune the plans shown: overlap, what is kept, streams; seconds each."),
+    ] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="What binds the best plan, what it duplicates, what would change it.")
     ] = False,
@@ -180,7 +166,12 @@ def plan(
 ) -> None:
     """Choose a sharding plan for a cluster, by predicted time and memory.
 
-    Searches the degrees, the shard group, the placement on the network, recompute and prefetch.
+    Searches tp, cp, the shard group and its replicas, how the axes lie on the network, what is
+    recomputed in which blocks and, for a given batch, micro-batches. Every other field of a plan
+    stays as it is (prefetch 1, nothing sliced) unless --fix gives it, or --tune tries it on the plans
+    shown: slices and chunks of K and V, token slices over tp, deferred weight gradients, prefetch 2,
+    smaller shard groups, kept activations, thread blocks, margin and priorities.
+
     Needs no GPU and no torch. Every number is predicted, none measured.
     """
     from .commands.plan import run
@@ -201,6 +192,66 @@ def plan(
         paper=paper,
         report=report,
         out=out,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def explain(
+    plan: PlanArgument,
+    model: ModelName = "movie-gen-30b",
+    cluster: ClusterName = "grand-teton-h100",
+    latent: Latent = "32x96x96",
+    global_batch: GlobalBatch = None,
+    samples: Samples = 1,
+    encoders: Encoders = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say why a plan takes as long as it does.
+
+    Plays every record of its step: what binds it, what is exposed, what is done twice, what beats it
+    on as many GPUs and why, and what other hardware would change. Needs no GPU and no torch.
+    """
+    from .commands.explain import run
+
+    run(
+        plan=plan,
+        model=model,
+        cluster=cluster,
+        latent=latent,
+        global_batch=global_batch,
+        samples=samples,
+        encoders=encoders,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def compare(
+    plans: Annotated[list[str], typer.Argument(metavar="PLAN PLAN ...", help=PLAN_HELP)],
+    model: ModelName = "movie-gen-30b",
+    cluster: ClusterName = "grand-teton-h100",
+    latent: Latent = "32x96x96",
+    global_batch: GlobalBatch = None,
+    samples: Samples = 1,
+    encoders: Encoders = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show plans side by side, and what each difference costs.
+
+    Plays every record of each step, and of the first plan's with each difference alone. Costs are
+    GPU seconds of a sample, so that jobs of other sizes and batches compare. Needs no GPU and no torch.
+    """
+    from .commands.compare import run
+
+    run(
+        plans=plans,
+        model=model,
+        cluster=cluster,
+        latent=latent,
+        global_batch=global_batch,
+        samples=samples,
+        encoders=encoders,
         as_json=as_json,
     )
 

@@ -19,6 +19,7 @@ from ...model.inputs import BatchShape
 from ...model.step import build_step, prepare, unit_layout
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
+from ..plans import read_plan
 from .show import new_console, parse_latent, plain_table, quantity
 
 TRITON_DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
@@ -61,10 +62,10 @@ def run(
     if target and tune:
         raise CinemeshError("--compile needs no GPU and --tune one", remedy="give one of the two")
     if target:
-        plans = [Plan.parse(plan)] if plan else [_compiled_plan(tp, cp) for tp, cp in COMPILED_DEGREES]
+        plans = [read_plan(plan)] if plan else [_compiled_plan(tp, cp) for tp, cp in COMPILED_DEGREES]
         _compile([sizes_of(config, each, BatchShape(batch, shape)) for each in plans], target, as_json)
         return
-    chosen = Plan.parse(DEFAULT_PLANS.get(model, "") if plan is None else plan)
+    chosen = read_plan(DEFAULT_PLANS.get(model, "") if plan is None else plan)
     program = prepare(build_step(config, chosen, BatchShape(batch, shape)), backend="nccl")
     if tune:
         from .tune import run as measure

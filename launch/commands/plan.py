@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import gc
 import json
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from ...errors import CinemeshError
 from ...files import atomic_file
 from ...model.config import preset
-from ...model.inputs import BatchShape
 from ...parallel.ir.plan import Plan
 from ...perf_model.clusters.cluster import load
 from ...perf_model.prices.startup import start_up
 from ...perf_model.published.paper import STAGES
 from ...perf_model.report import explain
-from ...perf_model.report.explain import Whole, describe, whole
+from ...perf_model.report.explain import describe, whole_of
 from ...perf_model.search.planner import ERROR_BAR, Search, search
 from ...perf_model.search.refusals import Refusal, RefusalKind
 from ...perf_model.search.space import Bucket, Choice, Request
+from .explain import Reasons, start_up_values
 from .show import new_console, parse_latent, plain_table
 
 NUMBERS = (
@@ -36,13 +37,22 @@ NUMBERS = (
     "tokens",
     "GPUs",
     "gain",
-    "ranks",
-    "MB",
-    "s",
 )  # right-aligned
-DISAGREES = 0.01  # relative difference between the search's step time and the whole step's that is told
 
 
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """Records are made once and live on: the garbage collector would walk them all again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@collector_off()
 def run(
     *,
     model: str,
@@ -66,7 +76,6 @@ def run(
 
     Raises CinemeshError for an unknown model or cluster, an illegal latent, and where no plan fits.
     """
-    gc.disable()  # records are made once and live on: the collector would walk them all again and again
     request = Request(
         config=preset(model),
         buckets=tuple(_bucket(text) for text in latents),
@@ -99,7 +108,7 @@ def run(
         "refused": [refusal.to_dict() for refusal in found.refused],
         "played": found.played,
         "bounded": found.bounded,
-        "start_up": _start_up(found.best.plan, request),
+        "start_up": start_up_values(start_up(found.best.plan, request.cluster)),
     }
     console = new_console()
     if not as_json:
@@ -110,10 +119,10 @@ def run(
         if not as_json:
             _print_paper(console, rows)
     if explain_it:
-        values["why"] = why = _why(request, found)
+        why = _why(request, found)
+        values["why"] = why.to_dict()
         if not as_json:
-            _print_why(console, why)
-            _print_start_up(console, values["start_up"])
+            why.print(console)
     if out is not None:
         with atomic_file(out) as unfinished:
             unfinished.write_text(found.best.plan.to_yaml())
@@ -123,11 +132,6 @@ def run(
         write(report, request, found)
     if as_json:
         print(json.dumps(values, indent=1))
-
-
-def whole_of(request: Request, choice: Choice) -> Whole:
-    batch = BatchShape(choice.samples, request.buckets[0].latent)
-    return whole(request.config, choice.plan, batch, request.cluster, choice.frozen)
 
 
 def _bucket(text: str) -> Bucket:
@@ -197,34 +201,16 @@ def paper_rows(request: Request) -> list[dict[str, object]]:
     return rows
 
 
-def _start_up(plan: Plan, request: Request) -> dict[str, Any]:
-    """The communicators that a rank holds under a plan, with their bytes and seconds, each and in all."""
-    rows = start_up(plan, request.cluster)
-    return {
-        "communicators": len(rows),
-        "bytes": sum(row.bytes for row in rows),
-        "seconds": sum(row.seconds for row in rows),
-        "each": [asdict(row) for row in rows],
-    }
-
-
-def _why(request: Request, found: Search) -> dict[str, object]:
-    best = whole_of(request, found.best)
-    runner_up = whole_of(request, found.choices[1]) if len(found.choices) > 1 else None
-    return {
-        "whole_step_s": best.step_s,
-        "searched_step_s": found.best.step_s,
-        "hfu": explain.hfu(best, request.cluster),
-        "utilisation": explain.utilisation(best),
-        "binds": explain.binds(best),
-        "exposed": [asdict(row) for row in explain.exposures(best) if row.exposed_s > 0],
-        "duplicates": [asdict(row) for row in explain.duplicates(best)],
-        "runner_up": explain.why_lost(best, runner_up) if runner_up else [],
-        "sensitivities": [
-            asdict(row) | {"plan": row.plan.to_dict() if row.plan else None}
-            for row in explain.sensitivities(request, found.best)
-        ],
-    }
+def _why(request: Request, found: Search) -> Reasons:
+    """Why the best plan of a search won."""
+    wholes = [whole_of(request, choice.plan, choice.samples, choice.frozen) for choice in found.choices[:2]]
+    return Reasons(
+        step=wholes[0],
+        cluster=request.cluster,
+        searched_s=found.best.step_s,
+        rival=wholes[1] if len(wholes) > 1 else None,
+        sensitivities=list(explain.sensitivities(request, found.best)),
+    )
 
 
 # -- as text ----------------------------------------------------------------------------------------------------------
@@ -288,63 +274,4 @@ def _print_paper(console: Console, rows: list[dict[str, object]]) -> None:
             f"{gain - 1:+.1%}",
         )
     console.print()
-    console.print(table)
-
-
-def _print_why(console: Console, values: dict[str, object]) -> None:
-    def lines(title: str, rows: list[str]) -> None:
-        if rows:
-            console.print(f"\n{title}")
-            for row in rows:
-                console.print(f"  {row}")
-
-    binds, runner_up = values["binds"], values["runner_up"]
-    exposed, duplicates, changes = values["exposed"], values["duplicates"], values["sensitivities"]
-    assert isinstance(binds, list) and isinstance(runner_up, list)
-    assert isinstance(exposed, list) and isinstance(duplicates, list) and isinstance(changes, list)
-    whole_s, searched_s = values["whole_step_s"], values["searched_step_s"]
-    assert isinstance(whole_s, float) and isinstance(searched_s, float)
-    difference = whole_s / searched_s - 1.0
-    told = "" if abs(difference) <= DISAGREES else ": trust the whole step"
-    console.print(f"\nbest plan, every record played: {whole_s:.3f} s, {difference:+.2%} from the search{told}")
-    lines("what binds", binds)
-    utilisation = values["utilisation"]
-    assert isinstance(utilisation, dict)
-    lines("busy share of the step", ["  ".join(f"{lane} {share:.1%}" for lane, share in utilisation.items())])
-    lines(
-        "exposed communication",
-        [
-            f"{e['name']} ({e['kind']}, {e['lane']}): {e['exposed_s']:.4f} s of {e['alone_s']:.4f} s"
-            for e in exposed[:12]
-        ],
-    )
-    lines(
-        "duplicates: what every rank of an axis does or holds identically",
-        [
-            f"{d['name']} on {d['axis']} ({d['ranks']} ranks, {d['count']} times): {d['flops'] / 1e9:.1f} GFLOP, "
-            f"{d['bytes'] / 1e9:.2f} GB written, {d['saved_s'] * 1e3:.2f} ms could be saved"
-            for d in duplicates[:8]
-        ],
-    )
-    lines("why the runner-up lost", runner_up)
-    lines("what would change it", [f"{c['change']}: {c['gain']:+.1%} samples/s; {c['note']}" for c in changes])
-
-
-def _print_start_up(console: Console, values: dict[str, Any]) -> None:
-    if not values["communicators"]:
-        return
-    console.print(
-        f"\ncommunicators of a rank: {values['communicators']}, {values['bytes'] / 1e9:.2f} GB, "
-        f"{values['seconds']:.1f} s to make when the job starts (from what is published of whole jobs)"
-    )
-    table = plain_table("communicator", "ranks", "thread blocks", "priority", "MB", "s", right=NUMBERS)
-    for row in values["each"]:
-        table.add_row(
-            row["name"],
-            f"{row['ranks']:,}",
-            str(row["ctas"]) if row["ctas"] else "NCCL's",
-            "high" if row["high_priority"] else "normal",
-            f"{row['bytes'] / 1e6:.0f}",
-            f"{row['seconds']:.1f}",
-        )
     console.print(table)

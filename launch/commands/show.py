@@ -18,11 +18,11 @@ from ...model.config import ModelConfig, parameters, preset
 from ...model.inputs import BatchShape
 from ...model.step import build_step, prepare
 from ...parallel.ir.collectives import FUSED
-from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import Op, Phase, Place
 from ...parallel.ir.units import Parameter
 from ...parallel.passes.liveness import lifetimes
+from ..plans import read_plan
 
 WIDTH = 130  # columns, where the output is no terminal
 DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
@@ -139,7 +139,7 @@ def program_listing(*, model: str, plan: str, latent: str, text_tokens: int, bat
     Raises CinemeshError for an unknown model, an illegal plan, and a plan that does not divide the model or ``latent``.
     """
     config = preset(model).with_text_tokens(text_tokens)
-    degrees = Plan.parse(plan)
+    degrees = read_plan(plan)
     size = parse_latent(latent)
     program = prepare(build_step(config, degrees, BatchShape(batch, size)), backend="nccl")
     if as_json:

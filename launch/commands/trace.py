@@ -35,6 +35,7 @@ from ...parallel.runtime.trace import Row, role, summary, traced_step
 from ...perf_model.clusters.cluster import Cluster, load
 from ...perf_model.report.explain import Whole, played
 from ...perf_model.report.trace import predicted, write
+from ..plans import read_plan
 from ..proof.parity import LR, OPTIMIZER, Case, load_batch
 
 WARM_UP_STEPS = 2
@@ -108,7 +109,7 @@ def predicted_rows(whole: Whole) -> dict[str, tuple[float, float]]:
 
 def run(*, plan: str, model: str, out: Path, steps: int, max_procs: int, cluster: str, as_json: bool) -> None:
     """Trace, write ``out`` and print the table. Raises CinemeshError when the plan does not suit model or machine."""
-    chosen, priced_on = Plan.parse(plan, dtype="float32"), load(cluster)
+    chosen, priced_on = read_plan(plan, dtype="float32"), load(cluster)
     if priced_on.gloo is None:
         raise CinemeshError(
             f"--cluster {cluster} has GPUs, and a trace runs on CPU processes",

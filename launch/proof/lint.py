@@ -39,6 +39,7 @@ from ...parallel.runtime.frozen import Frozen
 from ...parallel.runtime.guard import Guard
 from ...parallel.runtime.ledger import Entry, difference, expected
 from ...parallel.runtime.tape import same
+from ..plans import read_plan
 from .parity import OPTIMIZER, Case, load_batch
 from .verify import small_case
 
@@ -153,7 +154,7 @@ def lint(plan: Plan, model: str) -> list[Finding]:
 
 def run(*, plan: str, model: str, as_json: bool) -> int:
     """Print every check and its findings; the exit code: 0, or 1 when there is a finding."""
-    chosen = Plan.parse(plan)
+    chosen = read_plan(plan)
     found = lint(chosen, model)
     if as_json:
         print(json.dumps({"ok": not found, "plan": chosen.to_dict(), "findings": [asdict(f) for f in found]}, indent=2))

@@ -37,6 +37,7 @@ from ...parallel.passes.arena import place
 from ...parallel.passes.liveness import lifetimes
 from ...parallel.runtime.comm import gather_objects
 from ...parallel.runtime.mesh import Mesh
+from ..plans import read_plan
 from .parity import OPTIMIZER, QUANTITIES, Case, RankRun, Trajectory, bounds_of, run_rank, worst_of
 
 BLIND = 1e-6  # a reference gradient this much smaller than the largest would prove nothing
@@ -183,7 +184,7 @@ def run(*, plan: str, model: str, dtype: str, max_procs: int, steps: int, as_jso
 
     Raises CinemeshError for an illegal plan.
     """
-    case = small_case(Plan.parse(plan, dtype=dtype), model, max_procs=max_procs, steps=steps)
+    case = small_case(read_plan(plan, dtype=dtype), model, max_procs=max_procs, steps=steps)
     # Refused, or found broken by a pass, here rather than on every rank.
     prepare(build_step(case.config, case.plan, case.batch), backend="gloo", checked=True)
     report = _on_local_processes(case)

@@ -70,7 +70,7 @@ def draw_terms(figure: Figure, wholes: Sequence[Whole]) -> None:
 
 def _gpu_seconds(whole: Whole) -> dict[str, float]:
     """The terms of a step for one sample."""
-    each = whole.plan.world_size / whole.samples
+    each = whole.gpu_s_per_sample / whole.step_s
     return {name: seconds * each for name, seconds in terms(whole).items()}
 
 

@@ -22,7 +22,7 @@ from ..prices.footprint import Footprint, footprint
 from ..prices.network import Network
 from ..prices.timeline import Tape, Timeline, play, price
 from ..search.planner import survey
-from ..search.space import Choice, Request
+from ..search.space import Choice, Prices, Request
 
 SPELT_OUT = 4  # activations kept from which on only their number is shown
 
@@ -41,7 +41,13 @@ class Whole:
 
     @property
     def samples(self) -> int:
+        """Of the step, on all ranks."""
         return self.batch.samples * self.plan.data_ranks * self.plan.micro_batches
+
+    @property
+    def gpu_s_per_sample(self) -> float:
+        """What one sample costs, whatever the GPUs and the batch."""
+        return self.step_s * self.plan.world_size / self.samples
 
 
 def whole(
@@ -65,6 +71,21 @@ def played(program: Program, batch: BatchShape, cluster: Cluster, frozen: Frozen
         footprint(program, cluster, frozen.bytes if frozen else 0),
         (timeline.step_s + (frozen.seconds if frozen else 0.0)) * cluster.spread.factor(plan.world_size),
     )
+
+
+def whole_of(request: Request, plan: Plan, samples: int = 0, frozen: FrozenCost | None = None) -> Whole:
+    """The whole step of a plan on a request's first bucket; ``samples`` of a micro-batch, by default the request's.
+
+    With encoders in the loop and none given, they are held in the fastest way that fits, or in the smallest.
+    """
+    batch = BatchShape(samples or request.samples, request.buckets[0].latent)
+    step = whole(request.config, plan, batch, request.cluster, frozen)
+    if frozen is not None or not request.encoders:
+        return step
+    options = [option for option in Prices(request).frozen(plan, batch.samples) if option is not None]
+    spare = step.footprint.limit_bytes - step.footprint.peak_bytes
+    held = next((option for option in options if option.bytes <= spare), min(options, key=lambda o: o.bytes))
+    return played(step.program, batch, request.cluster, held)
 
 
 # -- FLOPs ------------------------------------------------------------------------------------------------------------
@@ -265,6 +286,16 @@ def sensitivities(request: Request, best: Choice) -> Iterator[Sensitivity]:
         same = (found.plan.tp, found.plan.cp) == (best.plan.tp, best.plan.cp)
         note = "same degrees" if same else f"then {describe(found.plan)}"
         yield Sensitivity(text, found.plan, found.samples_per_s, found.samples_per_s / best.samples_per_s - 1.0, note)
+
+
+def on_faster(request: Request, step: Whole) -> Iterator[Sensitivity]:
+    """The same plan with one thing twice as fast."""
+    now = step.samples / step.step_s
+    for text, scale in (("NIC", "nic_scale"), ("NVLink", "nvlink_scale"), ("GPU memory", "memory_scale")):
+        faster = replace(request, cluster=request.cluster.with_(**{scale: 2.0}))
+        again = whole_of(faster, step.plan, step.batch.samples)
+        then = again.samples / again.step_s
+        yield Sensitivity(f"{text} twice as fast", step.plan, then, then / now - 1.0, "the same plan")
 
 
 # -- words ------------------------------------------------------------------------------------------------------------

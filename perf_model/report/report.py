@@ -23,13 +23,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...errors import CinemeshError
 from ...files import atomic_file
-from ...model.inputs import BatchShape
 from ..search.planner import Search
-from ..search.space import Choice, Request
+from ..search.space import Request
 from . import explain, trace
 from .draw_plans import draw_landscape, draw_scaling, draw_terms
 from .draw_step import GREY, draw_block, draw_memory, draw_step
-from .explain import Sensitivity, Whole, describe, whole
+from .explain import Sensitivity, Whole, describe, whole_of
 from .landscape import deals, explore, scale, sizes
 from .page import Picture, Story, render
 
@@ -136,7 +135,7 @@ def write(folder: Path, request: Request, found: Search) -> None:
         wholes: list[Whole] = []
         for choice in compared:
             tick("playing whole steps")
-            wholes.append(_whole(request, choice))
+            wholes.append(whole_of(request, choice.plan, choice.samples, choice.frozen))
         sensitivities: list[Sensitivity] = []
         tick("what would change it")
         for row in explain.sensitivities(request, found.best):
@@ -159,11 +158,6 @@ def write(folder: Path, request: Request, found: Search) -> None:
         trace.write(folder / TRACE, {f"predicted, {describe(story.best.plan)}": story.spans}, story.best)
         with atomic_file(folder / PAGE) as unfinished:
             unfinished.write_text(render(story, pictures))
-
-
-def _whole(request: Request, choice: Choice) -> Whole:
-    batch = BatchShape(choice.samples, request.buckets[0].latent)
-    return whole(request.config, choice.plan, batch, request.cluster, choice.frozen)
 
 
 def drawn(sheet: Sheet, story: Story) -> Figure:

@@ -11,7 +11,7 @@ import pytest
 from cinemesh.errors import CinemeshError
 from cinemesh.launch import cli
 
-COMMANDS = ("train", "sample", "model", "verify", "program")
+COMMANDS = ("train", "sample", "model", "plan", "explain", "compare", "verify", "program")
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:

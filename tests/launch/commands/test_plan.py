@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import gc
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import pytest
+from typer.testing import CliRunner
 
+from cinemesh.launch.cli import app
 from cinemesh.launch.commands import plan as command
+from cinemesh.model.config import preset
 from cinemesh.parallel.ir.communicators import held
-from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.ir.plan import AXES, Plan
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.startup import start_up
 from cinemesh.perf_model.report.report import explain
+from cinemesh.perf_model.search import space
+from cinemesh.perf_model.search.planner import search
 
 
 def printed(capsys: pytest.CaptureFixture[str], **asked: object) -> str:
@@ -57,3 +62,25 @@ def test_communicators_are_told_with_their_bytes_and_seconds(
     assert said in text and "unit_ctas=4" in text
     for row in told["each"]:
         assert any(line.startswith(f"{row['name']} ") for line in text.splitlines()), row["name"]
+
+
+def test_help_says_what_is_searched_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all plans that brute force plays, what ever differs is in the help; prefetch, named there as fixed, never."""
+    played: list[Plan] = []
+    play = space.Prices.play
+
+    def noted(self: space.Prices, family: space.Family, variant: space.Variant) -> space.Choice:
+        played.append(variant.plan)
+        return play(self, family, variant)
+
+    monkeypatch.setattr(space.Prices, "play", noted)
+    cluster = load("grand-teton-h100").with_(memory_bytes=24e9)
+    bucket = space.Bucket((16, 24, 44))
+    search(space.Request(preset("movie-gen-5b"), (bucket,), cluster, 16, global_batch=8, prune=False))
+    differ = {f.name for f in fields(Plan) if len({getattr(plan, f.name) for plan in played}) > 1}
+    assert {"tp", "cp", "dp_shard", "dp_replicate", "order", "recompute", "micro_batches"} <= differ
+    # With one rank no unit gradient is reduced, so none can be while the next is computed.
+    assert differ <= {*AXES, "order", "recompute", "recompute_last", "last_blocks", "micro_batches", "grad_units"}
+    assert {plan.prefetch for plan in played} == {1}
+    shown = " ".join(CliRunner().invoke(app, ["plan", "--help"]).stdout.split())
+    assert "(prefetch 1, nothing sliced)" in shown and "prefetch 2" in shown

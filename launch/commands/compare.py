@@ -1,0 +1,190 @@
+"""``cinemesh compare``: plans side by side by their whole steps, and what each difference costs (torch-free)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from rich.console import Console
+
+from ...errors import CinemeshError
+from ...parallel.ir.plan import AXES, Plan
+from ...perf_model.report import explain
+from ...perf_model.report.explain import Whole, describe
+from ...perf_model.search.space import Request
+from ..plans import read_plan
+from .explain import heading, request_for, step_values
+from .show import new_console, plain_table
+
+LEAST = 5e-4  # of the cost of a sample: a smaller difference is shown as none
+# Fields that mean something only together; every other field of a plan is a difference of its own.
+TOGETHER = {"degrees": AXES, "recompute": ("recompute", "recompute_last", "last_blocks")}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing in which a plan differs from the first, and what that alone would cost there.
+
+    ``gain``: GPU seconds of a sample that the first plan would spend more, relative; None where it cannot be changed
+    alone, for the reason ``problem``.
+    """
+
+    name: str
+    before: str
+    after: str
+    gain: float | None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A plan beside the first one. ``gain``: GPU seconds of a sample that it spends more, relative."""
+
+    step: Whole
+    gain: float
+    differences: list[Difference]
+
+    @property
+    def together(self) -> float:
+        """What of ``gain`` the differences one by one do not explain."""
+        return self.gain - sum(difference.gain or 0.0 for difference in self.differences)
+
+
+def run(
+    *,
+    plans: list[str],
+    model: str,
+    cluster: str,
+    latent: str,
+    global_batch: int | None,
+    samples: int,
+    encoders: bool,
+    as_json: bool,
+) -> None:
+    """Play the whole step of every plan, and of the first one with each difference alone.
+
+    Raises CinemeshError for fewer than two plans, for what is no plan, and for a plan that the model, the batch or the
+    cluster cannot have.
+    """
+    if len(plans) < 2:
+        raise CinemeshError(f"compare: {len(plans)} plan given", remedy="name two or more, the one to start from first")
+    chosen = [read_plan(plan) for plan in plans]
+    requests = [request_for(plan, model, cluster, latent, global_batch, samples, encoders) for plan in chosen]
+    steps = [explain.whole_of(request, plan) for request, plan in zip(requests, chosen, strict=True)]
+    first, others = steps[0], [_beside(requests[0], steps[0], step) for step in steps[1:]]
+    if as_json:
+        values = {
+            "model": model,
+            "cluster": requests[0].cluster.name,
+            "predicted": True,
+            "plans": [
+                step_values(request, step) | {"gpus": request.gpus, "gpu_s_per_sample": step.gpu_s_per_sample}
+                for request, step in zip(requests, steps, strict=True)
+            ],
+            "against_the_first": [
+                {
+                    "gain": other.gain,
+                    "differences": [vars(difference) for difference in other.differences],
+                    "together": other.together,
+                }
+                for other in others
+            ],
+        }
+        print(json.dumps(values, indent=1))
+        return
+    console = new_console()
+    console.print(heading(requests[0]))
+    _print_steps(console, requests, steps)
+    for number, other in enumerate(others, 2):
+        _print_differences(console, number, first, other)
+
+
+# -- what differs -----------------------------------------------------------------------------------------------------
+
+
+def changes(first: Plan, other: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What differs between two plans: a name, and the other's values of the fields that belong to it."""
+    grouped = {name: group for group, names in TOGETHER.items() for name in names}
+    differ = [f.name for f in fields(Plan) if getattr(first, f.name) != getattr(other, f.name)]
+    for name in dict.fromkeys(grouped.get(field, field) for field in differ):
+        yield name, {field: getattr(other, field) for field in TOGETHER.get(name, (name,))}
+
+
+def _beside(request: Request, first: Whole, other: Whole) -> Beside:
+    cost = first.gpu_s_per_sample
+    differences = [_difference(request, first, name, values) for name, values in changes(first.plan, other.plan)]
+    return Beside(other, other.gpu_s_per_sample / cost - 1.0, differences)
+
+
+def _difference(request: Request, first: Whole, name: str, values: dict[str, Any]) -> Difference:
+    """One change alone on the first plan; degrees take along what they forbid, as ``Plan.with_degrees`` does."""
+    changed = {field: value for field, value in values.items() if getattr(first.plan, field) != value}
+    before = ", ".join(_text(field, getattr(first.plan, field)) for field in changed)
+    after = ", ".join(_text(field, value) for field, value in changed.items())
+    try:
+        degrees = tuple(values) == AXES
+        plan = first.plan.with_degrees(**values) if degrees else replace(first.plan, **values)
+        if request.global_batch is not None:
+            request = replace(request, samples=plan.local_batch(request.global_batch))
+        step = explain.whole_of(request, plan)
+    except CinemeshError as error:
+        return Difference(name, before, after, None, error.problem)
+    return Difference(name, before, after, step.gpu_s_per_sample / first.gpu_s_per_sample - 1.0)
+
+
+def _text(field: str, value: object) -> str:
+    """A field as ``Plan.parse`` reads it."""
+    if isinstance(value, tuple):
+        value = ":".join(map(str, value)) + (":" if len(value) == 1 else "")
+    return f"{field}={str(value).lower() if isinstance(value, bool) else value}"
+
+
+# -- as text ----------------------------------------------------------------------------------------------------------
+
+
+def _print_steps(console: Console, requests: list[Request], steps: list[Whole]) -> None:
+    for number, step in enumerate(steps, 1):
+        console.print(f"  {number}: {describe(step.plan)}")
+    console.print()
+    names = [str(number) for number in range(1, len(steps) + 1)]
+    table = plain_table("", *names, right=names)
+    rows = [step_values(request, step) for request, step in zip(requests, steps, strict=True)]
+    table.add_row("GPUs", *(f"{request.gpus:,}" for request in requests))
+    table.add_row("samples of a step", *(f"{step.samples:,}" for step in steps))
+    table.add_row("step, s", *(_seconds(step.step_s) for step in steps))
+    table.add_row("samples/s", *(f"{row['samples_per_s']:.2f}" for row in rows))
+    table.add_row("GPU seconds of a sample", *(_seconds(step.gpu_s_per_sample) for step in steps))
+    table.add_row("MFU", *(f"{row['mfu']:.1%}" for row in rows))
+    table.add_row("HFU", *(f"{row['hfu']:.1%}" for row in rows))
+    table.add_row("peak, GB", *(f"{row['peak_bytes'] / 1e9:.1f}" for row in rows))
+    table.add_row("fits", *("yes" if row["fits"] else "NO" for row in rows))
+    table.add_row("exposed, s", *(_seconds(row["exposed_s"]) for row in rows))
+    terms = dict.fromkeys(name for row in rows for name in row["terms"])
+    for name in sorted(terms, key=lambda name: -max(row["terms"].get(name, 0.0) for row in rows)):
+        table.add_row(f"  {name}, s", *(_seconds(row["terms"].get(name, 0.0)) for row in rows))
+    console.print(table)
+
+
+def _print_differences(console: Console, number: int, first: Whole, other: Beside) -> None:
+    console.print(f"\n{number} against 1: {_cost(other.gain)} for a sample")
+    if not other.differences:
+        console.print("  the same plan")
+        return
+    table = plain_table("  on its own", "in 1", f"in {number}", "costs", right=("costs",))
+    for row in other.differences:
+        table.add_row(f"  {row.name}", row.before, row.after, "not alone" if row.gain is None else _cost(row.gain))
+    table.add_row("  together", "", "", _cost(other.together))
+    console.print(table)
+    for row in other.differences:
+        if row.gain is None:
+            console.print(f"  {row.name} cannot be changed alone: {row.problem}")
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.4g}" if abs(value) >= 1e-6 else "0"
+
+
+def _cost(gain: float) -> str:
+    return "nothing" if abs(gain) < LEAST else f"{gain:+.1%}"

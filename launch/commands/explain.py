@@ -1,0 +1,247 @@
+"""``cinemesh explain``: why a plan takes as long as it does, by its whole step, as text or JSON (torch-free)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rich.console import Console
+
+from ...model.config import preset
+from ...parallel.ir.plan import Plan
+from ...perf_model.clusters.cluster import Cluster, load
+from ...perf_model.prices.startup import StartUp, start_up
+from ...perf_model.report import explain
+from ...perf_model.report.explain import Sensitivity, Whole, describe
+from ...perf_model.search.planner import survey
+from ...perf_model.search.space import Bucket, Request
+from ..plans import read_plan
+from .show import new_console, parse_latent, plain_table
+
+DISAGREES = 0.01  # relative difference between the search's step time and the whole step's that is told
+EXPOSED, DUPLICATES = 12, 8  # rows shown
+NUMBERS = ("ranks", "MB", "s")  # right-aligned
+
+
+@dataclass(frozen=True)
+class Reasons:
+    """A plan's whole step, and what it is held against.
+
+    ``searched_s``: the search's own step time of the plan, if it has one. ``rival``: the plan that lost to it, or that
+    it loses to.
+    """
+
+    step: Whole
+    cluster: Cluster
+    searched_s: float | None
+    rival: Whole | None
+    sensitivities: list[Sensitivity]
+
+    @property
+    def won(self) -> bool:
+        """Whether the plan takes less of every GPU for a sample than its rival."""
+        return self.rival is None or self.step.gpu_s_per_sample <= self.rival.gpu_s_per_sample
+
+    def against_rival(self) -> list[str]:
+        """Term by term, where the slower of the two spends more."""
+        if self.rival is None:
+            return []
+        winner, loser = (self.step, self.rival) if self.won else (self.rival, self.step)
+        return explain.why_lost(winner, loser)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``--json`` prints it."""
+        step = self.step
+        return {
+            "whole_step_s": step.step_s,
+            "searched_step_s": self.searched_s,
+            "hfu": explain.hfu(step, self.cluster),
+            "utilisation": explain.utilisation(step),
+            "binds": explain.binds(step),
+            "exposed": [asdict(row) for row in explain.exposures(step) if row.exposed_s > 0],
+            "duplicates": [asdict(row) for row in explain.duplicates(step)],
+            "runner_up": self.against_rival(),
+            "sensitivities": [
+                asdict(row) | {"plan": row.plan.to_dict() if row.plan else None} for row in self.sensitivities
+            ],
+        }
+
+    def print(self, console: Console) -> None:
+        """As text."""
+        step = self.step
+        if self.searched_s is not None:
+            difference = step.step_s / self.searched_s - 1.0
+            told = "" if abs(difference) <= DISAGREES else ": trust the whole step"
+            console.print(
+                f"\nbest plan, every record played: {step.step_s:.3f} s, {difference:+.2%} from the search{told}"
+            )
+        _lines(console, "what binds", explain.binds(step))
+        busy = "  ".join(f"{lane} {share:.1%}" for lane, share in explain.utilisation(step).items())
+        _lines(console, "busy share of the step", [busy])
+        _lines(
+            console,
+            "exposed communication",
+            [
+                f"{e.name} ({e.kind}, {e.lane}): {e.exposed_s:.4f} s of {e.alone_s:.4f} s"
+                for e in explain.exposures(step)[:EXPOSED]
+                if e.exposed_s > 0
+            ],
+        )
+        _lines(
+            console,
+            "duplicates: what every rank of an axis does or holds identically",
+            [
+                f"{d.name} on {d.axis} ({d.ranks} ranks, {d.count} times): {d.flops / 1e9:.1f} GFLOP, "
+                f"{d.bytes / 1e9:.2f} GB written, {d.saved_s * 1e3:.2f} ms could be saved"
+                for d in explain.duplicates(step)[:DUPLICATES]
+            ],
+        )
+        if self.rival is not None:
+            title = "why the runner-up lost" if self.won else f"where it loses to {describe(self.rival.plan)}"
+            _lines(console, title, self.against_rival())
+        changes = [f"{row.change}: {row.gain:+.1%} samples/s; {row.note}" for row in self.sensitivities]
+        _lines(console, "what would change it", changes)
+        print_start_up(console, start_up(step.plan, self.cluster))
+
+
+def _lines(console: Console, title: str, rows: list[str]) -> None:
+    if rows:
+        console.print(f"\n{title}")
+        for row in rows:
+            console.print(f"  {row}")
+
+
+def start_up_values(rows: list[StartUp]) -> dict[str, Any]:
+    """The communicators that a rank holds, with their bytes and seconds, each and in all."""
+    return {
+        "communicators": len(rows),
+        "bytes": sum(row.bytes for row in rows),
+        "seconds": sum(row.seconds for row in rows),
+        "each": [asdict(row) for row in rows],
+    }
+
+
+def print_start_up(console: Console, rows: list[StartUp]) -> None:
+    """The same as a table."""
+    if not rows:
+        return
+    console.print(
+        f"\ncommunicators of a rank: {len(rows)}, {sum(row.bytes for row in rows) / 1e9:.2f} GB, "
+        f"{sum(row.seconds for row in rows):.1f} s to make when the job starts (from what is published of whole jobs)"
+    )
+    table = plain_table("communicator", "ranks", "thread blocks", "priority", "MB", "s", right=NUMBERS)
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.ranks:,}",
+            str(row.ctas) if row.ctas else "NCCL's",
+            "high" if row.high_priority else "normal",
+            f"{row.bytes / 1e6:.0f}",
+            f"{row.seconds:.1f}",
+        )
+    console.print(table)
+
+
+# -- cinemesh explain -------------------------------------------------------------------------------------------------
+
+
+def run(
+    *,
+    plan: str,
+    model: str,
+    cluster: str,
+    latent: str,
+    global_batch: int | None,
+    samples: int,
+    encoders: bool,
+    as_json: bool,
+) -> None:
+    """Play the whole step of a plan, and say what it is made of and what beats it.
+
+    Raises CinemeshError for what is no plan, and for a plan that the model, the batch or the cluster cannot have.
+    """
+    chosen = read_plan(plan)
+    request = request_for(chosen, model, cluster, latent, global_batch, samples, encoders)
+    step = explain.whole_of(request, chosen)
+    found = survey(replace(request, shown=2))
+    rivals = [choice for choice in found.choices if choice.plan != chosen]
+    reasons = Reasons(
+        step=step,
+        cluster=request.cluster,
+        searched_s=None,
+        rival=explain.whole_of(request, rivals[0].plan, rivals[0].samples) if rivals else None,
+        sensitivities=list(explain.on_faster(request, step)),
+    )
+    if as_json:
+        values = {
+            "model": model,
+            "cluster": request.cluster.name,
+            "gpus": request.gpus,
+            "predicted": True,
+            **step_values(request, step),
+            "rival": None if reasons.rival is None else step_values(request, reasons.rival),
+            "why": reasons.to_dict(),
+            "start_up": start_up_values(start_up(chosen, request.cluster)),
+        }
+        print(json.dumps(values, indent=1))
+        return
+    console = new_console()
+    console.print(heading(request))
+    console.print(f"{describe(chosen)}: {summary(request, step)}")
+    reasons.print(console)
+
+
+def request_for(
+    plan: Plan, model: str, cluster: str, latent: str, global_batch: int | None, samples: int, encoders: bool
+) -> Request:
+    """What the planner would be asked, for as many GPUs and micro-batches as a plan has."""
+    return Request(
+        config=preset(model),
+        buckets=(Bucket(parse_latent(latent)),),
+        cluster=load(cluster),
+        gpus=plan.world_size,
+        global_batch=global_batch,
+        samples=samples if global_batch is None else plan.local_batch(global_batch),
+        dtype=plan.dtype,
+        fixed={} if global_batch is not None else {"micro_batches": plan.micro_batches},
+        encoders=encoders,
+    )
+
+
+def heading(request: Request) -> str:
+    """What is predicted, in a line."""
+    config, latent = request.config, request.buckets[0].latent
+    shape = f"{'x'.join(map(str, latent))} ({config.tokens(latent):,} tokens)"
+    return f"{config.name} on {request.cluster.name}, {shape}. Predicted, not measured."
+
+
+def step_values(request: Request, step: Whole) -> dict[str, Any]:
+    """One step's numbers, as ``--json`` prints them; bytes are of one rank."""
+    memory = step.footprint
+    return {
+        "plan": step.plan.to_dict(),
+        "samples": step.batch.samples,
+        "global_batch": step.samples,
+        "step_s": step.step_s,
+        "samples_per_s": step.samples / step.step_s,
+        "compute_s": step.tape.compute_s,
+        "exposed_s": step.timeline.total_exposed_s,
+        "mfu": explain.mfu(request.config, step, request.cluster),
+        "hfu": explain.hfu(step, request.cluster),
+        "peak_bytes": memory.peak_bytes,
+        "limit_bytes": memory.limit_bytes,
+        "fits": memory.peak_bytes <= memory.limit_bytes,
+        "terms": explain.terms(step),
+    }
+
+
+def summary(request: Request, step: Whole) -> str:
+    """The same in a line."""
+    memory = step.footprint
+    fits = "" if memory.peak_bytes <= memory.limit_bytes else ": IT DOES NOT FIT"
+    return (
+        f"{step.step_s:.3f} s a step of {step.samples:,} samples, {step.samples / step.step_s:.1f} samples/s, MFU "
+        f"{explain.mfu(request.config, step, request.cluster):.1%}, {memory.peak_bytes / 1e9:.1f} of "
+        f"{memory.limit_bytes / 1e9:.1f} GB{fits}"
+    )

@@ -1,0 +1,39 @@
+"""Options that several commands share (torch-free)."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML recipe, for example configs/quickstart.yaml.")]
+PLAN_HELP = (
+    "Degree of each mesh axis, for example tp=2,cp=2,dp_shard=2; axes are tp, cp, dp_shard, dp_replicate, and one left "
+    "out is 1. Other fields of a plan alike. Or a YAML file that holds a plan, as plan --out writes it."
+)
+PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help=PLAN_HELP)]
+PlanText = Annotated[str, typer.Option("--plan", metavar="PLAN", help=PLAN_HELP)]
+LocalProcesses = Annotated[
+    int | None,
+    typer.Option("--nproc", min=1, help="Start this many processes on this machine. Leave it out under torchrun."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+# What a plan is predicted on.
+ModelName = Annotated[str, typer.Option("--model", help="A preset, for example movie-gen-30b.")]
+ClusterName = Annotated[str, typer.Option("--cluster", help="A cluster by name, or a file that ends in .yaml.")]
+Latents = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--latent",
+        metavar="TxHxW[:SHARE]",
+        help="Sample shape, and its share of the steps; may be repeated. Default: 32x96x96.",
+    ),
+]
+Latent = Annotated[str, typer.Option("--latent", metavar="TxHxW", help="Sample shape: latent frames, height, width.")]
+GlobalBatch = Annotated[
+    int | None, typer.Option("--global-batch", min=1, help="Samples of a step. Default: left to the plan.")
+]
+Samples = Annotated[
+    int, typer.Option("--samples", min=1, help="Samples of one data rank, where no global batch is given.")
+]
+Encoders = Annotated[bool, typer.Option("--encoders", help="The frozen text encoders run in the loop.")]

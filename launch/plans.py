@@ -1,0 +1,38 @@
+"""Plans as a person names them: by degrees and fields, or by a file that holds one (torch-free)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import CinemeshError, in_a_line
+from ..parallel.ir.plan import Plan
+
+SUFFIXES = (".yaml", ".yml")
+
+
+def read_plan(given: str, **defaults: Any) -> Plan:
+    """``tp=4,cp=2,dp_shard=96``, or a YAML file: what ``plan --out`` wrote, or a recipe or resolved run with its plan.
+
+    ``defaults`` are fields that a text leaves out. A file leaves none out, so there they hold in place of its own.
+    Raises CinemeshError for a text that is no plan, and for a file that cannot be read or holds none.
+    """
+    if not given.endswith(SUFFIXES):
+        return Plan.parse(given, **defaults)
+    try:
+        values = yaml.load(Path(given).read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CinemeshError(
+            f"plan {given}: cannot be read: {in_a_line(error)}",
+            remedy="name a file that cinemesh plan --out wrote, or write tp=4,cp=2,dp_shard=96",
+        ) from None
+    plan = values.get("plan", values) if isinstance(values, dict) else values
+    if not isinstance(plan, dict) or not all(isinstance(name, str) for name in plan):
+        raise CinemeshError(
+            f"plan {given}: the plan there is {plan!r}",
+            remedy="it must be a mapping of fields, as cinemesh plan --out writes it",
+        )
+    return replace(Plan.from_dict(plan), **defaults)
