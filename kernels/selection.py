@@ -6,12 +6,11 @@ holds for every op that the package offers. One that cannot be met is an error, 
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import CinemeshError
+from ..errors import CinemeshError, did_you_mean
 from .catalogue import PACKAGES, Implementation, candidates, refusal, share
 from .ops import OPS
 from .packages import interpreter as interpreting
@@ -97,9 +96,9 @@ def overrides(of_recipe: Mapping[str, str] | None = None) -> dict[str, str]:
     for op, package in wanted.items():
         said = f"kernel override {op}={package}"
         if op != EVERY_OP and op not in OPS:
-            raise CinemeshError(f"{said}: unknown op {op!r}{_near(op, (*OPS, EVERY_OP))}")
+            raise CinemeshError(f"{said}: unknown op {op!r}", remedy=did_you_mean(op, (*OPS, EVERY_OP)))
         if package not in PACKAGES:
-            raise CinemeshError(f"{said}: unknown package {package!r}{_near(package, PACKAGES)}")
+            raise CinemeshError(f"{said}: unknown package {package!r}", remedy=did_you_mean(package, PACKAGES))
         offered = PACKAGES if op == EVERY_OP else tuple(dict.fromkeys(entry.package for entry in candidates(op)))
         if package not in offered:
             raise CinemeshError(f"{said}: {package} has no {op}", remedy=f"choose one of {', '.join(offered)}")
@@ -126,8 +125,3 @@ def parse_overrides(text: str) -> dict[str, str]:
             )
         wanted[op.strip()] = package.strip()
     return wanted
-
-
-def _near(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"

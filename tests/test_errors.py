@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from cinemesh.errors import CinemeshError, in_a_line
+from cinemesh.errors import CinemeshError, did_you_mean, in_a_line
 from cinemesh.parallel.ir.plan import Plan
 
 
@@ -35,3 +35,8 @@ def test_what_a_library_says_fits_in_a_line() -> None:
     assert in_a_line(error, lines=1) == "CUDA error: busy"
     assert in_a_line(error, most=4) == "CUDA..."
     assert in_a_line(KeyError()) == "KeyError"
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_and_all_known() -> None:
+    assert did_you_mean("tpp", ("tp", "cp")) == "did you mean 'tp'? Known: tp, cp"
+    assert did_you_mean(3, ("tp", "cp")) == "known: tp, cp"

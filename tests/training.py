@@ -15,8 +15,8 @@ from cinemesh.errors import CinemeshError
 from cinemesh.launch.cluster import processes
 from cinemesh.launch.training import checkpoint
 from cinemesh.launch.training import loop as train
-from cinemesh.launch.training.loop import Setting
 from cinemesh.launch.training.recipe import check_config
+from cinemesh.launch.training.setting import Setting
 from cinemesh.model.runner import StepRunner
 
 CAPTIONS = """

@@ -16,62 +16,30 @@ from pathlib import Path
 
 import torch
 
-from ...data.buckets import latents_of
-from ...data.cache import CACHE_FILE, Cache, build_cache, collate
+from ...data.cache import Cache, collate
 from ...data.order import Stream, balanced, turns
-from ...data.text import TextEncoder, build_encoders
 from ...errors import CinemeshError
 from ...kernels.registry import kernels_for
 from ...model.buckets import BucketRunner
-from ...model.codec import BlockDCTCodec, LatentCodec
-from ...model.config import ModelConfig
-from ...model.inputs import BatchShape
 from ...model.runner import StepRunner
-from ...model.step import check
 from ...model.weights import initial_values
 from ...parallel.runtime import comm
 from ..cluster.processes import Place, Stopped, StopSignal, joined, launch, rank_main, world_size
 from . import checkpoint
-from .recipe import Config, SampleSection, read_config
-from .sample import sample_clips
-from .showcase import CONTACT_SHEET, captions_of, show
+from .recipe import Config, read_config
+from .setting import Setting
+from .showcase import show_samples
 from .telemetry import Telemetry
 from .validation import Validation
 
 SKIPPED_LIMIT = 5  # updates in a row that were skipped for a gradient that is not finite, before a run gives up
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What a recipe stands for: codec, encoders, model, and the batch of each bucket. No video or latent is read."""
-
-    config: Config
-    codec: LatentCodec
-    encoders: list[TextEncoder]
-    model: ModelConfig
-    batches: list[BatchShape]
-
-    @classmethod
-    def of(cls, config: Config) -> Setting:
-        """Raises CinemeshError when the plan does not divide the model or a batch, or buckets do not fit the scenes."""
-        codec = BlockDCTCodec()
-        encoders = build_encoders(config.data.encoders)
-        model = config.model.build(codec, encoders)
-        samples = config.plan.local_batch(config.data.global_batch)
-        batches = [BatchShape(samples, latent) for latent in latents_of(config.data.shapes, codec)]
-        for batch in batches:
-            check(model, config.plan, batch)
-        config.data.scenes()
-        if config.sample is not None:
-            captions_of(config.sample, config.data, config.sampled)
-        return cls(config, codec, encoders, model, batches)
-
-
 def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
     """Train, on ``nproc`` processes of this machine or on those that torchrun started. Exits with the ranks' code."""
     recipe = read_config(config, overrides)
     recipe.plan.check_world_size(world_size(nproc))
-    Setting.of(recipe)
+    Setting.of(recipe).check_training()
     local = nproc or 1
     code = launch(local, train, recipe) if local > 1 else rank_main(lambda: train(recipe))
     if code:
@@ -82,12 +50,12 @@ def train(config: Config) -> None:
     """The work of one rank. Raises Stopped when a signal asked for it and the state is saved."""
     with joined(config.plan) as place:
         setting, stop = Setting.of(config), StopSignal()
-        cache = open_cache(setting, place)
+        cache = setting.open_cache(place)
         with stop:
             runner = train_steps(setting, place, cache, stop)
         done = runner.steps_done >= config.schedule.steps
         if done and config.sample is not None:
-            _show_samples(setting, config.sample, place, cache, runner)
+            show_samples(setting, place, cache, runner)
     if not done and stop.signum is not None:
         raise Stopped(stop.signum, f"stopped after step {runner.steps_done}; the same command goes on from there")
 
@@ -134,47 +102,6 @@ def train_steps(setting: Setting, place: Place, cache: Cache, stop: StopSignal) 
         if telemetry:
             telemetry.close()
     return runner
-
-
-def _show_samples(setting: Setting, section: SampleSection, place: Place, cache: Cache, runner: StepRunner) -> None:
-    """Sample clips with the EMA weights, write them and print how near they come to what was trained on."""
-    config, codec, bucket = setting.config, setting.codec, setting.config.sampled
-    captions = captions_of(section, config.data, bucket)
-    clips = sample_clips(
-        setting.model,
-        config.plan,
-        place.mesh,
-        runner.buffers["ema"],
-        codec,
-        setting.encoders,
-        list(captions.values()),
-        bucket.latent(codec),
-        section.steps,
-        section.guidance,
-        section.seed,
-        samples=runner.batch.samples,
-        device=place.device,
-    )
-    if place.rank:
-        return
-    folder = config.logging.directory / "samples"
-    shown = {scene: clip[: bucket.frames] for scene, clip in zip(captions, clips, strict=True)}
-    train = next(windows.train for windows in cache.buckets if windows.bucket == str(bucket))
-    for score in show(folder, shown, train, codec):
-        print(score)
-    print(
-        f"clips and {CONTACT_SHEET} are in {folder}; tensorboard --logdir {config.logging.directory} shows the curves"
-    )
-
-
-def open_cache(setting: Setting, place: Place) -> Cache:
-    """The latent cache: rank 0 builds it where it is missing or of other data, the others wait."""
-    data = setting.config.data
-    if place.rank == 0:
-        build_cache(data, setting.codec, setting.encoders, data.cache)
-    if place.mesh is not None:
-        comm.barrier()
-    return Cache.open(data.cache / CACHE_FILE)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ that names the key, the value and the rule. Relative paths are relative to the c
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import field, fields, is_dataclass, replace
@@ -14,16 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 from pydantic.dataclasses import dataclass
 
 from ...data.buckets import Bucket
 from ...data.cache import DataSettings
-from ...data.text import TextEncoder
-from ...errors import CinemeshError, in_a_line
-from ...model.codec import LatentCodec
+from ...data.encoding import BlockDCT, CodecSettings, Encoding, codec_kind
+from ...errors import CinemeshError, did_you_mean, in_a_line
 from ...model.config import Encoder, ModelConfig, preset
 from ...model.flow import CAPTION_DROPOUT
+from ...model.sampler import GUIDANCE
 from ...model.step import Optimizer
 from ...parallel.ir.plan import Plan
 
@@ -37,7 +36,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelSection:
-    """A preset, and what is changed in it. Channels and text encoders follow from the data."""
+    """A preset, and what is changed in it. Channels follow from the codec, text encoders from the data."""
 
     preset: str
     layers: Count | None = None
@@ -47,12 +46,12 @@ class ModelSection:
     patch: tuple[Count, Count, Count] | None = None
     position_lengths: tuple[Count, Count, Count] | None = None
 
-    def build(self, codec: LatentCodec, encoders: Sequence[TextEncoder]) -> ModelConfig:
+    def build(self, encoding: Encoding) -> ModelConfig:
         """The model for these latents and texts."""
         changed = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "preset"}
         changed = {name: value for name, value in changed.items() if value is not None}
-        texts = tuple(Encoder(e.name, e.width, e.tokens) for e in encoders)
-        return replace(preset(self.preset), channels=codec.channels, encoders=texts, **changed)
+        texts = tuple(Encoder(e.name, e.width, e.tokens) for e in encoding.encoders)
+        return replace(preset(self.preset), channels=encoding.codec.channels, encoders=texts, **changed)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -114,12 +113,23 @@ class SampleSection:
     scenes: tuple[str, ...] | None = None
     bucket: str | None = None  # FRAMESxHEIGHTxWIDTH, one of the data's; the first of them
     steps: Count = 50
-    guidance: Annotated[float, Field(ge=0)] = 7.5  # Movie Gen 3.1.2
+    guidance: Annotated[float, Field(ge=0)] = GUIDANCE
     seed: CountOrNone = 0
 
 
 def _plan(value: object) -> object:
     return Plan.from_dict(value) if isinstance(value, dict) else value
+
+
+def _codec(value: object) -> object:
+    """The settings of the kind that is named, as strict as any section."""
+    if not isinstance(value, dict):
+        return value
+    section: Any = create_model("CodecSection", __config__=STRICT, codec=codec_kind(value.get("kind", BlockDCT.kind)))
+    try:
+        return section(codec=value).codec
+    except ValidationError as error:
+        raise _refusal(error, section) from None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -128,6 +138,7 @@ class Config:
 
     model: ModelSection
     plan: Annotated[Plan, BeforeValidator(_plan)] = Plan()
+    codec: Annotated[CodecSettings, BeforeValidator(_codec)] = BlockDCT()
     data: DataSection
     optimizer: OptimizerSection
     schedule: ScheduleSection
@@ -177,7 +188,7 @@ def check_config(values: dict[str, Any], where: str) -> Config:
     try:
         return TypeAdapter(Config).validate_python(values)
     except ValidationError as error:
-        raise CinemeshError(f"{where}: {_explain(error)}") from None
+        raise _refusal(error, Config, f"{where}: ") from None
 
 
 class _Loader(yaml.CSafeLoader):
@@ -212,27 +223,28 @@ def _override(values: dict[str, Any], override: str) -> None:
     section[path[-1]] = value
 
 
-def _explain(error: ValidationError) -> str:
-    """The first complaint of pydantic: key path, value, rule and, for an unknown key, the nearest known one."""
+def _refusal(error: ValidationError, section: Any, where: str = "") -> CinemeshError:
+    """The first complaint of pydantic: key path, value, rule and, for an unknown key, the nearest known one.
+
+    ``section``: the class that was to be filled.
+    """
     complaints = error.errors(include_url=False)
     unknown = {"unexpected_keyword_argument", "extra_forbidden"}
     first = next((c for c in complaints if c["type"] in unknown), complaints[0])  # a typo also leaves a key missing
     path = tuple(first["loc"])
     key = ".".join(map(str, path))
     if first["type"] in unknown:
-        known = _keys(_type_at(path[:-1]))
-        near = difflib.get_close_matches(str(path[-1]), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        return f"unknown key {key!r}{hint} Known here: {', '.join(known)}"
+        known = _keys(_type_at(section, path[:-1]))
+        return CinemeshError(f"{where}unknown key {key!r}", remedy=did_you_mean(path[-1], known))
     if first["type"] in ("missing", "missing_argument"):
-        return f"the key {key!r} is missing; add it"
+        return CinemeshError(f"{where}the key {key!r} is missing", remedy="add it")
     rule = first["msg"][0].lower() + first["msg"][1:]
-    return f"{key} is {first['input']!r}: {rule}"
+    return CinemeshError(f"{where}{key} is {first['input']!r}: {rule}")
 
 
-def _type_at(path: tuple[int | str, ...]) -> Any:
-    """The section's class at a key path of the recipe."""
-    at: Any = Config
+def _type_at(section: Any, path: tuple[int | str, ...]) -> Any:
+    """The class at a key path below ``section``."""
+    at = section
     for part in path:
         if isinstance(part, str):
             at = get_type_hints(at)[part]

@@ -7,7 +7,6 @@ Training clips are decoded from their latents, so the codec's own loss is on bot
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,14 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...data.buckets import Bucket
-from ...data.cache import Samples
-from ...data.clips import read_captions, write_contact_sheet, write_mp4
-from ...errors import CinemeshError
+from ...data.cache import Cache, Samples
+from ...data.clips import write_contact_sheet, write_mp4
 from ...files import atomic_file
 from ...kernels.philox import Purpose, normal_
 from ...model.codec import LatentCodec, psnr
-from .recipe import DataSection, SampleSection
+from ...model.runner import StepRunner
+from ..cluster.processes import Place
+from .sample import sample_clips
+from .setting import Setting
 
 CONTACT_SHEET = "contact_sheet.png"
 SCORES = "samples.json"
@@ -45,27 +45,20 @@ class Score:
         )
 
 
-def captions_of(section: SampleSection, data: DataSection, bucket: Bucket) -> dict[str, str]:
-    """Caption by scene, of those that shall be sampled: all that ``bucket`` has windows of, or those that are named.
-
-    Raises CinemeshError for a scene that does not exist, or is too short for the bucket.
-    """
-    scenes = {scene.name: scene for scene in read_captions(data.captions)}
-    captions = {scene.name: scene.caption for scene in scenes.values() if scene.frames >= bucket.frames}
-    for name in section.scenes or ():
-        if name in scenes and name not in captions:
-            raise CinemeshError(
-                f"sample.scenes: {name} has {scenes[name].frames} frames, fewer than bucket {bucket} needs: there is "
-                "nothing to compare a clip with",
-                remedy="leave it out, or name a shorter sample.bucket",
-            )
-        if name not in captions:
-            near = difflib.get_close_matches(name, captions, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise CinemeshError(
-                f"sample.scenes: no scene {name!r}{hint} Scenes of {data.captions}: {', '.join(captions)}"
-            )
-    return {name: captions[name] for name in section.scenes or captions}
+def show_samples(setting: Setting, place: Place, cache: Cache, runner: StepRunner) -> None:
+    """Sample clips with the EMA weights, write them and print how near they come to what was trained on. Collective."""
+    config, bucket, captions = setting.config, setting.config.sampled, setting.captions
+    clips = sample_clips(setting, place, runner.buffers["ema"], list(captions.values()), samples=runner.batch.samples)
+    if place.rank:
+        return
+    folder = config.logging.directory / "samples"
+    shown = {scene: clip[: bucket.frames] for scene, clip in zip(captions, clips, strict=True)}
+    train = next(windows.train for windows in cache.buckets if windows.bucket == str(bucket))
+    for score in show(folder, shown, train, setting.encoding.codec):
+        print(score)
+    print(
+        f"clips and {CONTACT_SHEET} are in {folder}; tensorboard --logdir {config.logging.directory} shows the curves"
+    )
 
 
 def show(folder: Path, clips: dict[str, Tensor], train: Samples, codec: LatentCodec) -> list[Score]:

@@ -7,7 +7,6 @@ units once read.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, cast
 
 import yaml
 
-from ...errors import CinemeshError
+from ...errors import CinemeshError, did_you_mean
 from .constants import Fact, Reader
 from .grid import Grid, read_grid
 from .schema import Family, Gloo, Gpu, Launch, Matmul, Measured, Memory, Nccl, Overlap, Spread, Stream, Topology
@@ -125,11 +124,9 @@ def load(name_or_path: str) -> Cluster:
     else:
         path = FOLDER / f"{name_or_path}.yaml"
         if name_or_path.startswith("_") or not path.is_file():
-            near = difflib.get_close_matches(name_or_path, names(), n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
             raise CinemeshError(
                 f"cluster: {name_or_path!r} is unknown",
-                remedy=f"{hint}Known: {', '.join(names())}. Or give a .yaml file",
+                remedy=f"{did_you_mean(name_or_path, names())}. Or give a .yaml file",
             )
     return from_dict(_read(path), path.stem, path.parent)
 
@@ -183,12 +180,11 @@ _LIBRARIES: dict[str, Any] = {"nccl": Nccl, "gloo": Gloo}
 
 def from_dict(values: dict[str, Any], name: str, folder: Path = FOLDER) -> Cluster:
     """A cluster from the mapping that a file holds, its bases merged in."""
-    known = {"name", "about", "sources", "attention", "measured", *_SECTIONS, *_LIBRARIES}
+    known = ("name", "about", "sources", "attention", "measured", *_SECTIONS, *_LIBRARIES)
     reader = Reader(name, values.get("sources"))
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            raise reader.wrong(str(key), "is unknown", f"did you mean {near[0]!r}?" if near else "remove it")
+            raise reader.wrong(str(key), "is unknown", did_you_mean(key, known))
     read = {key: reader.section(kind, values.get(key), key) for key, kind in _SECTIONS.items()}
     libraries = [key for key in _LIBRARIES if key in values]
     if len(libraries) != 1:

@@ -7,13 +7,12 @@ A section is a dataclass whose fields have the types below (``Seconds``, ``Secon
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import lru_cache
 from typing import Annotated, Any, cast, get_args, get_type_hints
 
-from ...errors import CinemeshError
+from ...errors import CinemeshError, did_you_mean
 
 ORIGINS = ("datasheet", "measured", "fitted", "placeholder")
 
@@ -115,9 +114,7 @@ class Reader:
         hints = _hints(kind)
         for key in values:
             if key not in hints:
-                near = difflib.get_close_matches(str(key), hints, n=1)
-                remedy = f"did you mean {near[0]!r}?" if near else "remove it"
-                raise self.wrong(f"{path}.{key}", "is unknown", remedy)
+                raise self.wrong(f"{path}.{key}", "is unknown", did_you_mean(key, hints))
         read: dict[str, Any] = {}
         for f in fields(kind):
             where = f"{path}.{f.name}"

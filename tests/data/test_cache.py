@@ -1,5 +1,6 @@
 """Windows of one shape or several, the cache and the batch of a data rank."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,13 +16,14 @@ from cinemesh.data import cache as data
 from cinemesh.data.buckets import BucketSettings
 from cinemesh.data.cache import Cache, DataSettings, Sample, Windows, build_cache, collate, held_out, windows
 from cinemesh.data.clips import FRAME_RATE, read_frames, write_mp4
+from cinemesh.data.encoding import BlockDCT, Encoding
 from cinemesh.data.text import ByteEncoder
 from cinemesh.errors import CinemeshError
 from cinemesh.model.codec import BlockDCTCodec
 from cinemesh.model.inputs import IDS, LATENTS, MASK, text_input
 
 CODEC = BlockDCTCodec()
-ENCODERS = [ByteEncoder(6, 12, "words"), ByteEncoder(4, 5, "letters")]
+ENCODERS = (ByteEncoder(6, 12, "words"), ByteEncoder(4, 5, "letters"))
 CAPTIONS = """
 - {name: up, file: a.mp4, first_frame: 2, last_frame: 37, caption: "It brightens."}
 - {name: short, file: a.mp4, first_frame: 38, last_frame: 49, caption: "It goes on."}
@@ -38,7 +40,7 @@ def settings(tmp_path: Path) -> DataSettings:
 
 
 def build(settings: DataSettings, folder: Path, codec: BlockDCTCodec = CODEC) -> Path:
-    return build_cache(settings, codec, ENCODERS, folder, progress=False)
+    return build_cache(settings, Encoding(BlockDCT(), codec, ENCODERS), folder, progress=False)
 
 
 def opened(path: Path) -> Windows:
@@ -160,10 +162,10 @@ def test_a_cache_is_reused_until_what_it_is_made_of_changes(
     def made(**changes: object) -> bool:
         """Whether building with these changes wrote the file anew; then build as before again."""
         before = path.stat().st_ino
-        build_cache(replace(settings, **changes), codec, encoders, tmp_path, progress=False)
+        build_cache(replace(settings, **changes), Encoding(BlockDCT(), CODEC, encoders), tmp_path, progress=False)
         return path.stat().st_ino != before
 
-    codec, encoders = CODEC, ENCODERS
+    encoders = ENCODERS
     path = build(settings, tmp_path)
     assert not made()
     more = {"buckets": (BucketSettings(), BucketSettings(frames=16))}
@@ -171,12 +173,15 @@ def test_a_cache_is_reused_until_what_it_is_made_of_changes(
         assert made(**changes), changes
         assert made()
     assert not made(buckets=(BucketSettings(frames=8, weight=3.0),))  # the same windows, and nothing else counts
-    encoders = [ByteEncoder(6, 13, "words"), ENCODERS[1]]
+    encoders = (ByteEncoder(6, 13, "words"), ENCODERS[1])
     assert made() and not made()
     encoders = ENCODERS[::-1]
     assert made() and not made()
     monkeypatch.setattr(BlockDCTCodec, "fingerprint", "another")
     assert made() and not made()
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["cinemesh"])
+    assert header["codec"] == {"kind": "block-dct"} and header["recipe"]["codec"] == "another"
     settings.captions.write_text(CAPTIONS.replace("brightens", "glows"))
     assert made() and not made()
     write_mp4(tmp_path / "clips" / "a.mp4", torch.zeros(50, 16, 16, 3, dtype=torch.uint8))

@@ -25,8 +25,9 @@ from cinemesh.errors import CinemeshError
 from cinemesh.launch.cluster.processes import Place, StopSignal
 from cinemesh.launch.training import checkpoint, showcase
 from cinemesh.launch.training import loop as train
-from cinemesh.launch.training.loop import Setting, open_cache, train_steps
+from cinemesh.launch.training.loop import train_steps
 from cinemesh.launch.training.recipe import check_config
+from cinemesh.launch.training.setting import Setting
 from cinemesh.launch.training.telemetry import METRICS_FILE, Telemetry, read_metrics
 from cinemesh.launch.training.validation import SEED, Validation
 from cinemesh.model import flow
@@ -98,7 +99,7 @@ def run_rank(values: dict[str, Any], stop_on: tuple[int, int] | None) -> dict[st
 
     StepRunner.step = interrupted
     try:
-        runner = train_steps(setting, place, open_cache(setting, place), stop)
+        runner = train_steps(setting, place, setting.open_cache(place), stop)
     finally:
         StepRunner.step = step
         mesh.close()
@@ -190,7 +191,7 @@ def _tree(pid: int) -> list[int]:
 def steps_by_hand(values: dict[str, Any]) -> dict[str, Tensor]:
     """The states after the recipe's steps, each taken by a plain runner of its bucket's shape that knows no other."""
     setting = Setting.of(check_config(values, "test"))
-    config, cache = setting.config, open_cache(setting, Place(0, "cpu", None))
+    config, cache = setting.config, setting.open_cache(Place(0, "cpu", None))
     buckets, turn = turns(config.seed, config.schedule.steps, [bucket.weight for bucket in config.data.shapes])
     options: dict[str, Any] = {"seed": config.seed, "caption_dropout": config.caption_dropout}
     runners = [StepRunner(setting.model, config.plan, b, config.optimizer, None, **options) for b in setting.batches]
@@ -266,7 +267,7 @@ def faulty_rank(values: dict[str, Any], fault: str) -> str:
     mesh = Mesh(check_config(values, "test").plan)
     try:
         setting, place = Setting.of(check_config(values, "test")), Place(rank, "cpu", mesh)
-        train.train_steps(setting, place, open_cache(setting, place), StopSignal())
+        train.train_steps(setting, place, setting.open_cache(place), StopSignal())
     except CinemeshError as error:
         return str(error)
     finally:
@@ -298,7 +299,7 @@ def validation_loss(values: dict[str, Any]) -> float:
     """With weights that are nowhere zero, in the pool or alone."""
     setting = Setting.of(check_config(values, "test"))
     mesh = Mesh(setting.config.plan) if setting.config.plan.world_size > 1 else None
-    cache = open_cache(setting, Place(mesh.rank if mesh else 0, "cpu", mesh))
+    cache = setting.open_cache(Place(mesh.rank if mesh else 0, "cpu", mesh))
     runner = StepRunner(setting.model, setting.config.plan, setting.batches[0], setting.config.optimizer, mesh)
     fill_shard(runner.buffers["ema"], runner.units, runner.coordinates, probe_values(3))  # master stays zero
     loss = Validation(runner, cache.buckets[0].validation, 3).loss()
@@ -313,7 +314,7 @@ def test_validation_loss_is_the_plain_models_on_every_plan(pool: Pool, clips: Pa
     values = recipe(clips, tmp_path, dtype="float64")
     values["data"] |= {"global_batch": 4, "stride": 1, "validation_share": 0.5}
     setting = Setting.of(check_config(values, "test"))
-    cache = open_cache(setting, Place(0, "cpu", None))
+    cache = setting.open_cache(Place(0, "cpu", None))
     model = Reference(setting.model).double()
     model.load_state_dict(full(parameters(setting.model), probe_values(3), torch.float64))
     assert len(cache.buckets[0].validation) == 3
@@ -369,12 +370,12 @@ def test_a_finished_run_shows_a_clip_of_each_scene(
 def test_a_sampled_clip_is_compared_with_its_own_scene(values: dict[str, Any], tmp_path: Path) -> None:
     """A training clip itself must be found, at its frame, and not among the other scene's."""
     setting = Setting.of(check_config(values, "test"))
-    cache = open_cache(setting, Place(0, "cpu", None))
+    cache = setting.open_cache(Place(0, "cpu", None))
     window = cache.buckets[0].train[1]
     assert isinstance(window, Sample)
-    clip = setting.codec.decode(window.latent)
+    clip = setting.encoding.codec.decode(window.latent)
     own, other = showcase.show(
-        tmp_path / "samples", {"left": clip, "right": clip}, cache.buckets[0].train, setting.codec
+        tmp_path / "samples", {"left": clip, "right": clip}, cache.buckets[0].train, setting.encoding.codec
     )
     assert own.psnr_db == float("inf") and own.nearest_frame == window.first_frame == 2
     assert other.psnr_db < 40 and other.other_scenes_db == float("inf")

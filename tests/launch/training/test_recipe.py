@@ -3,15 +3,12 @@
 import math
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from cinemesh.data.text import build_encoders
 from cinemesh.errors import CinemeshError
-from cinemesh.launch.training.loop import Setting
 from cinemesh.launch.training.recipe import Config, DataSection, OptimizerSection, ScheduleSection, read_config
-from cinemesh.model.codec import BlockDCTCodec
+from cinemesh.launch.training.setting import Setting
 from cinemesh.model.config import Encoder, preset
 from cinemesh.model.step import Optimizer
 from cinemesh.parallel.ir.plan import Plan
@@ -51,8 +48,8 @@ def test_sections_become_what_the_run_uses(recipe: Path) -> None:
     for field in fields(Optimizer):
         if field.name != "ema_decay":
             assert getattr(config.optimizer, field.name) == getattr(Optimizer(), field.name)
-    codec, encoders = BlockDCTCodec(), build_encoders(config.data.encoders)
-    model = config.model.build(codec, encoders)
+    setting = Setting.of(config)
+    model, codec = setting.model, setting.encoding.codec
     assert (model.layers, model.width, model.channels) == (2, preset("tiny-video").width, 16)
     assert model.encoders == (Encoder("bytes", 64, 64),)  # the data's, not the preset's
     (bucket,) = config.data.shapes
@@ -95,7 +92,10 @@ def test_overrides_replace_one_value_each(recipe: Path) -> None:
         ("plan.tpp=2", "unknown key 'tpp'; did you mean 'tp'?"),
         ("data.encoders=[{name: a, widht: 3}]", "unknown key 'data.encoders.0.widht'; did you mean 'width'?"),
         ("sample.guidnce=2", "unknown key 'sample.guidnce'; did you mean 'guidance'?"),
-        ("zzz=1", "unknown key 'zzz'. Known here: model, plan"),
+        ("codec.kind=block-dtc", "codec.kind is 'block-dtc'; did you mean 'block-dct'? Known: block-dct"),
+        ("codec.path=x", "unknown key 'codec.path'; known: kind"),
+        ("codec=block-dct", "codec is 'block-dct': input should be a dictionary"),
+        ("zzz=1", "unknown key 'zzz'; known: model, plan, codec"),
         ("schedule.steps=many", "schedule.steps is 'many': input should be a valid integer"),
         ("schedule.steps=0", "schedule.steps is 0: input should be greater than or equal to 1"),
         ("optimizer.lr=.nan", "optimizer.lr is nan: input should be a finite number"),
@@ -136,11 +136,8 @@ def test_a_file_that_is_no_recipe(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_unknown_preset_and_model_overrides_are_refused_when_the_model_is_built(recipe: Path) -> None:
-    codec = BlockDCTCodec()
-
-    def build(*overrides: str) -> Any:
-        config = read_config(recipe, overrides)
-        return config.model.build(codec, build_encoders(config.data.encoders))
+    def build(*overrides: str) -> Setting:
+        return Setting.of(read_config(recipe, overrides))
 
     with pytest.raises(CinemeshError, match="did you mean 'tiny-video'"):
         build("model.preset=tiny-vidoe")

@@ -11,7 +11,10 @@ from torch import Tensor
 from cinemesh.data.clips import read_frames
 from cinemesh.data.text import ByteEncoder
 from cinemesh.errors import CinemeshError
+from cinemesh.launch.cluster.processes import Place
 from cinemesh.launch.training import checkpoint, sample
+from cinemesh.launch.training.recipe import check_config
+from cinemesh.launch.training.setting import Setting
 from cinemesh.model.codec import BlockDCTCodec, psnr
 from cinemesh.model.config import Encoder, ModelConfig
 from cinemesh.model.inputs import MASK, BatchShape, text_input
@@ -53,10 +56,10 @@ def clips(plan: Plan, mesh: Mesh | None, prompts: list[str], samples: int, seed:
     units = unit_layout(MODEL, plan)
     weights = torch.empty(1, units.flat_elements, dtype=torch.float64)
     fill_shard(weights, units, mesh.coordinates if mesh else coordinates(plan, 0), probe_values(2))
-    codec = BlockDCTCodec()
-    return sample.sample_clips(
-        MODEL, plan, mesh, weights, codec, ENCODERS, prompts, LATENT, 3, 2.0, seed, samples=samples
-    )
+    values = {**RECIPE, "plan": plan.to_dict(), "sample": {"steps": 3, "guidance": 2.0, "seed": seed}}
+    setting = Setting.of(check_config(values, "test"))
+    place = Place(mesh.rank if mesh else 0, "cpu", mesh)
+    return sample.sample_clips(setting, place, weights, prompts, samples=samples)
 
 
 def clips_on_rank(plan: Plan, prompts: list[str], samples: int) -> list[Tensor]:

@@ -1,0 +1,71 @@
+"""What clips and captions become: latents by a codec, embeddings by text encoders. Built here from a recipe's settings.
+
+A kind of codec is one dataclass below: its fields are the kind's settings, ``build`` makes it. It is listed in
+``CODECS`` and named nowhere else.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import CinemeshError, did_you_mean
+from ..model.codec import BlockDCTCodec, LatentCodec
+from ..model.inputs import MASK, text_input
+from .text import EncoderSettings, TextEncoder, build_encoders
+
+
+@dataclass(frozen=True)
+class CodecSettings(ABC):
+    """The section ``codec`` of a recipe: a kind, and that kind's settings."""
+
+    kind: str
+
+    @abstractmethod
+    def build(self) -> LatentCodec:
+        """The codec on this process. Raises CinemeshError for settings that make none."""
+
+
+@dataclass(frozen=True)
+class BlockDCT(CodecSettings):
+    """The fixed block DCT of ``model/codec.py``, which needs no training and has nothing to set."""
+
+    kind: Literal["block-dct"] = "block-dct"
+
+    def build(self) -> LatentCodec:
+        return BlockDCTCodec()
+
+
+CODECS: dict[str, type[CodecSettings]] = {settings.kind: settings for settings in (BlockDCT,)}
+
+
+def codec_kind(name: object) -> type[CodecSettings]:
+    """The settings that a kind of codec has. Raises CinemeshError for a kind that nobody knows."""
+    if name not in CODECS:
+        raise CinemeshError(f"codec.kind is {name!r}", remedy=did_you_mean(name, CODECS))
+    return CODECS[str(name)]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """The codec of a run, the settings that it was built from, and the text encoders in the recipe's order."""
+
+    settings: CodecSettings
+    codec: LatentCodec
+    encoders: tuple[TextEncoder, ...]
+
+    @classmethod
+    def of(cls, codec: CodecSettings, encoders: Sequence[EncoderSettings]) -> Self:
+        """Raises CinemeshError for a codec or an encoder that cannot be built."""
+        return cls(codec, codec.build(), tuple(build_encoders(encoders)))
+
+    def captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """By input name: embeddings of every encoder, float32 [L, B, W]; bool mask [B, sum of L], encoders in order."""
+        encoded = [[encoder.encode(caption) for encoder in self.encoders] for caption in captions]
+        text = {text_input(e.name): torch.stack([row[k][0] for row in encoded], 1) for k, e in enumerate(self.encoders)}
+        return {**text, MASK: torch.stack([torch.cat([valid for _, valid in row]) for row in encoded])}

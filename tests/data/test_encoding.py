@@ -1,0 +1,74 @@
+"""Codec and encoders of a run: built from a recipe's sections, and a kind of codec is added in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+from cinemesh.data import encoding
+from cinemesh.data.encoding import BlockDCT, CodecSettings, Encoding
+from cinemesh.data.text import EncoderSettings
+from cinemesh.errors import CinemeshError
+from cinemesh.launch.training.recipe import check_config
+from cinemesh.launch.training.setting import Setting
+from cinemesh.model.codec import BlockDCTCodec, LatentCodec
+from cinemesh.model.inputs import MASK, text_input
+
+RECIPE = {
+    "model": {"preset": "tiny-video"},
+    "data": {"cache": "cache", "global_batch": 2, "size": 64, "frames": 9},
+    "optimizer": {"lr": 1e-3},
+    "schedule": {"steps": 1},
+    "logging": {"directory": "run"},
+}
+
+
+def test_captions_are_encoded_as_a_batch() -> None:
+    made = Encoding.of(BlockDCT(), [EncoderSettings("a", 4, 6), EncoderSettings("b", 3, 2)])
+    inputs = made.captions(["on", "a"])
+    assert {name: value.shape for name, value in inputs.items()} == {
+        text_input("a"): (4, 2, 6),
+        text_input("b"): (3, 2, 2),
+        MASK: (2, 7),
+    }
+    assert inputs[MASK].tolist() == [[True] * 3 + [False] + [True] * 3, [True] * 2 + [False] * 2 + [True] * 2 + [False]]
+    assert torch.equal(inputs[text_input("b")][:, 1], made.encoders[1].encode("a")[0])
+
+
+class Wide(BlockDCTCodec):
+    """Stands for a learned autoencoder: other channels, from a file."""
+
+    channels = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned(CodecSettings):
+    path: Path
+    kind: Literal["learned"] = "learned"
+
+    def build(self) -> LatentCodec:
+        return Wide()
+
+
+def test_a_new_kind_of_codec_is_added_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipe, model and errors know it from the table of kinds."""
+    monkeypatch.setitem(encoding.CODECS, "learned", Learned)
+    setting = Setting.of(check_config({**RECIPE, "codec": {"kind": "learned", "path": "tae"}}, "test"))
+    assert setting.encoding.settings == Learned(path=Path("tae")) and setting.model.channels == 3
+    for codec, message in (
+        ({"kind": "learned"}, "the key 'codec.path' is missing; add it"),
+        ({"kind": "learned", "path": "a", "pth": "b"}, "unknown key 'codec.pth'; did you mean 'path'?"),
+        ({"kind": "lerned"}, "codec.kind is 'lerned'; did you mean 'learned'? Known: block-dct, learned"),
+    ):
+        with pytest.raises(CinemeshError) as refused:
+            check_config({**RECIPE, "codec": codec}, "test")
+        assert message in str(refused.value)
+
+
+def test_a_recipe_without_the_section_has_the_block_dct() -> None:
+    setting = Setting.of(check_config(RECIPE, "test"))
+    assert setting.encoding.settings == BlockDCT() and isinstance(setting.encoding.codec, BlockDCTCodec)
