@@ -180,7 +180,7 @@ def plan(
         model=model,
         gpus=gpus,
         cluster=cluster,
-        latents=latent or ["32x96x96"],
+        latents=latent or [],
         global_batch=global_batch,
         samples=samples,
         dtype=dtype,
@@ -201,7 +201,7 @@ def explain(
     plan: PlanArgument,
     model: ModelName = "movie-gen-30b",
     cluster: ClusterName = "grand-teton-h100",
-    latent: Latent = "32x96x96",
+    latent: Latent = None,
     global_batch: GlobalBatch = None,
     samples: Samples = 1,
     encoders: Encoders = False,
@@ -231,7 +231,7 @@ def compare(
     plans: Annotated[list[str], typer.Argument(metavar="PLAN PLAN ...", help=PLAN_HELP)],
     model: ModelName = "movie-gen-30b",
     cluster: ClusterName = "grand-teton-h100",
-    latent: Latent = "32x96x96",
+    latent: Latent = None,
     global_batch: GlobalBatch = None,
     samples: Samples = 1,
     encoders: Encoders = False,
@@ -350,13 +350,10 @@ def trace(
 def program(
     model: Annotated[str, typer.Option("--model", help="A preset, for example movie-gen-30b.")],
     plan: PlanText,
-    latent: Annotated[
-        str,
-        typer.Option("--latent", metavar="TxHxW", help="Latent frames, height, width: 32x96x96."),
-    ],
+    latent: Latent = None,
     text_tokens: Annotated[
-        int, typer.Option("--text-tokens", min=1, help="Text tokens of all encoders together.")
-    ] = 868,
+        int | None, typer.Option("--text-tokens", min=1, help="Text tokens of all encoders. Default: the model's.")
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Samples in a micro-batch of one data rank.")] = 1,
     as_json: AsJson = False,
 ) -> None:
@@ -381,7 +378,7 @@ def program(
 def kernels(
     model: Annotated[str, typer.Option("--model", help="A preset.")] = "movie-gen-30b",
     plan: Annotated[str | None, typer.Option("--plan", help="Default of the 30B: tp=4,cp=2,dp_shard=768.")] = None,
-    latent: Annotated[str | None, typer.Option("--latent", help="TxHxW; default: the preset's usual one.")] = None,
+    latent: Latent = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Samples of a data rank.")] = 1,
     device: Annotated[str | None, typer.Option("--device", help="cpu or sm_90; default: this machine's GPU.")] = None,
     target: Annotated[

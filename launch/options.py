@@ -26,10 +26,15 @@ Latents = Annotated[
     typer.Option(
         "--latent",
         metavar="TxHxW[:SHARE]",
-        help="Sample shape, and its share of the steps; may be repeated. Default: 32x96x96.",
+        help="Sample shape, and its share of the steps; may be repeated. Default: the model's usual one.",
     ),
 ]
-Latent = Annotated[str, typer.Option("--latent", metavar="TxHxW", help="Sample shape: latent frames, height, width.")]
+Latent = Annotated[
+    str | None,
+    typer.Option(
+        "--latent", metavar="TxHxW", help="Sample shape: latent frames, height, width. Default: the model's usual one."
+    ),
+]
 GlobalBatch = Annotated[
     int | None, typer.Option("--global-batch", min=1, help="Samples of a step. Default: left to the plan.")
 ]

@@ -57,7 +57,7 @@ def run(
     plans: list[str],
     model: str,
     cluster: str,
-    latent: str,
+    latent: str | None,
     global_batch: int | None,
     samples: int,
     encoders: bool,

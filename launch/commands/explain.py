@@ -17,7 +17,7 @@ from ...perf_model.report.explain import Sensitivity, Whole, describe
 from ...perf_model.search.planner import survey
 from ...perf_model.search.space import Bucket, Request
 from ..plans import read_plan
-from .show import new_console, parse_latent, plain_table
+from .show import latent_of, new_console, plain_table
 
 DISAGREES = 0.01  # relative difference between the search's step time and the whole step's that is told
 EXPOSED, DUPLICATES = 12, 8  # rows shown
@@ -151,7 +151,7 @@ def run(
     plan: str,
     model: str,
     cluster: str,
-    latent: str,
+    latent: str | None,
     global_batch: int | None,
     samples: int,
     encoders: bool,
@@ -193,12 +193,12 @@ def run(
 
 
 def request_for(
-    plan: Plan, model: str, cluster: str, latent: str, global_batch: int | None, samples: int, encoders: bool
+    plan: Plan, model: str, cluster: str, latent: str | None, global_batch: int | None, samples: int, encoders: bool
 ) -> Request:
     """What the planner would be asked, for as many GPUs and micro-batches as a plan has."""
     return Request(
         config=preset(model),
-        buckets=(Bucket(parse_latent(latent)),),
+        buckets=(Bucket(latent_of(model, latent)),),
         cluster=load(cluster),
         gpus=plan.world_size,
         global_batch=global_batch,

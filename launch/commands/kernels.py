@@ -14,13 +14,13 @@ from ...kernels.packages import missing
 from ...kernels.rates import rate
 from ...kernels.selection import Choice, override_of, overrides, select
 from ...kernels.spec import Sizes
-from ...model.config import LATENTS, ModelConfig, preset
+from ...model.config import ModelConfig, preset
 from ...model.inputs import BatchShape
 from ...model.step import build_step, prepare, unit_layout
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ..plans import read_plan
-from .show import new_console, parse_latent, plain_table, quantity
+from .show import latent_of, new_console, plain_table, quantity
 
 TRITON_DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 DEFAULT_PLANS = {"movie-gen-30b": "tp=4,cp=2,dp_shard=768"}  # others: one GPU
@@ -58,7 +58,7 @@ def run(
 ) -> None:
     """Body of the command; one of: the table of choices, the compile check, the tuning of this GPU's tiles."""
     config = preset(model)
-    shape = parse_latent(latent) if latent else LATENTS[config.name]
+    shape = latent_of(model, latent)
     if target and tune:
         raise CinemeshError("--compile needs no GPU and --tune one", remedy="give one of the two")
     if target:

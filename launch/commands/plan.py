@@ -25,7 +25,7 @@ from ...perf_model.search.planner import ERROR_BAR, Search, search
 from ...perf_model.search.refusals import Refusal, RefusalKind
 from ...perf_model.search.space import Bucket, Choice, Request
 from .explain import Reasons, start_up_values
-from .show import new_console, parse_latent, plain_table
+from .show import latent_of, new_console, parse_latent, plain_table
 
 NUMBERS = (
     "batch",
@@ -78,7 +78,7 @@ def run(
     """
     request = Request(
         config=preset(model),
-        buckets=tuple(_bucket(text) for text in latents),
+        buckets=tuple(map(_bucket, latents)) or (Bucket(latent_of(model, None)),),
         cluster=load(cluster),
         gpus=gpus,
         global_batch=global_batch,

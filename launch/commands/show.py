@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ...errors import CinemeshError
 from ...kernels.ops import OPS
-from ...model.config import ModelConfig, parameters, preset
+from ...model.config import LATENTS, ModelConfig, latent_text, parameters, preset
 from ...model.inputs import BatchShape
 from ...model.step import build_step, prepare
 from ...parallel.ir.collectives import FUSED
@@ -133,23 +133,28 @@ def model_table(name: str, as_json: bool) -> None:
 # -- cinemesh program: records ----------------------------------------------------------------------------------------
 
 
-def program_listing(*, model: str, plan: str, latent: str, text_tokens: int, batch: int, as_json: bool) -> None:
+def program_listing(
+    *, model: str, plan: str, latent: str | None, text_tokens: int | None, batch: int, as_json: bool
+) -> None:
     """Print the records of a training step as it runs on NCCL, and what they add up to, on one rank.
 
     Raises CinemeshError for an unknown model, an illegal plan, and a plan that does not divide the model or ``latent``.
     """
-    config = preset(model).with_text_tokens(text_tokens)
+    config = preset(model)
+    if text_tokens is not None:
+        config = config.with_text_tokens(text_tokens)
     degrees = read_plan(plan)
-    size = parse_latent(latent)
+    size = latent_of(model, latent)
     program = prepare(build_step(config, degrees, BatchShape(batch, size)), backend="nccl")
     if as_json:
-        given = {"model": model, "plan": degrees.to_dict(), "latent": size, "text_tokens": text_tokens, "batch": batch}
+        given = {"model": model, "plan": degrees.to_dict(), "latent": size, "batch": batch}
+        given["text_tokens"] = config.text_tokens
         print(json.dumps({**given, "records": [record(program, op) for op in program.ops], "totals": totals(program)}))
         return
     console = new_console()
     kept = degrees.recompute if isinstance(degrees.recompute, str) else f"all but {', '.join(degrees.recompute)}"
     console.print(
-        f"{model}, latent {latent} = {config.tokens(size):,} tokens, {text_tokens} text tokens, "
+        f"{model}, latent {latent_text(size)} = {config.tokens(size):,} tokens, {config.text_tokens} text tokens, "
         f"{batch} sample(s) a data rank and micro-batch\n"
         f"{degrees.equation()} ranks, {degrees.micro_batches} micro-batch(es), {degrees.dtype}, recompute {kept}\n"
         f"{len(program.ops):,} records of one rank, in the order of execution\n\n"
@@ -159,6 +164,11 @@ def program_listing(*, model: str, plan: str, latent: str, text_tokens: int, bat
     )
     _print_sections(console, program)
     _print_totals(console, program)
+
+
+def latent_of(model: str, text: str | None) -> tuple[int, int, int]:
+    """The latent that was asked for; by default the model's usual one. Raises CinemeshError for an unknown model."""
+    return parse_latent(text) if text else LATENTS[preset(model).name]
 
 
 def parse_latent(text: str) -> tuple[int, int, int]:

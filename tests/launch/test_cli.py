@@ -59,7 +59,7 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (("verify",), "--plan"),
         (("verify", "--plan", "tp=2", "--steps", "none"), "--steps"),
         (("train", "recipe.yaml", "--nproc", "0"), "--nproc"),
-        (("program", "--model", "tiny", "--plan", "tp=2"), "--latent"),
+        (("program", "--model", "tiny", "--latent", "3x4x12"), "--plan"),
         (("model", "tiny", "--yaml"), "--yaml"),
     ],
 )

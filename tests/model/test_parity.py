@@ -104,7 +104,7 @@ def job(case: Case, prices: int | None = None) -> tuple[Report, list[float]] | N
     mesh = Mesh(case.plan)
     built = build_step(case.config, case.plan, case.batch, OPTIMIZER, seed=case.seed)
     price = None if prices is None else partial(random_price, prices)
-    program = prepare(built, backend="gloo", price=price)
+    program = prepare(built, backend="gloo", price=price, checked=True)
     runner = StepRunner(case.config, case.plan, case.batch, OPTIMIZER, mesh, seed=case.seed, program=program)
     runs = [run for run in gather_objects(run_rank(case, mesh, runner)) if isinstance(run, RankRun)]
     mesh.close()
