@@ -154,7 +154,7 @@ def test_options_reach_train_sample_and_program(monkeypatch: pytest.MonkeyPatch)
         "model": "tiny",
         "plan": "tp=2",
         "latent": "4x8x8",
-        "text_tokens": 868,
+        "text_tokens": None,
         "batch": 2,
         "as_json": False,
     }
