@@ -81,7 +81,7 @@ def train(
     Started again, a run goes on from its last checkpoint. On a cluster, torchrun starts the same
     command on every node: torchrun ... -m cinemesh.launch.train CONFIG
     """
-    from .training.loop import run
+    from .train import run
 
     run(config=config, nproc=nproc, overrides=overrides or [])
 

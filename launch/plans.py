@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,3 +37,9 @@ def read_plan(given: str, **defaults: Any) -> Plan:
             remedy="it must be a mapping of fields, as cinemesh plan --out writes it",
         )
     return replace(Plan.from_dict(plan), **defaults)
+
+
+def held_fields(given: Mapping[str, Any]) -> dict[str, object]:
+    """Plan fields that are given by hand, as a plan has them; checked on degrees that allow every overlap."""
+    plan = Plan.from_dict({"tp": 2, "cp": 2, "dp_shard": 2} | dict(given))
+    return {name: getattr(plan, name) for name in given}

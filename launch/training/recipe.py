@@ -25,6 +25,9 @@ from ...model.flow import CAPTION_DROPOUT
 from ...model.sampler import GUIDANCE
 from ...model.step import Optimizer
 from ...parallel.ir.plan import Plan
+from ..plans import held_fields
+from .resolved import FILE as RESOLVED
+from .resolved import Resolved
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -117,6 +120,17 @@ class SampleSection:
     seed: CountOrNone = 0
 
 
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Auto:
+    """``plan: auto``, or a plan with ``auto: true``: the planner chooses, for a cluster. ``held``: fields by hand."""
+
+    cluster: str
+    held: dict[str, Any]
+
+
 def _plan(value: object) -> object:
     return Plan.from_dict(value) if isinstance(value, dict) else value
 
@@ -139,6 +153,7 @@ class Config:
     model: ModelSection
     plan: Annotated[Plan, BeforeValidator(_plan)] = Plan()
     codec: Annotated[CodecSettings, BeforeValidator(_codec)] = BlockDCT()
+    cluster: str | None = None  # whose devices the plan must fit, and for which ``plan: auto`` is chosen
     data: DataSection
     optimizer: OptimizerSection
     schedule: ScheduleSection
@@ -160,11 +175,25 @@ class Config:
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The recipe at ``path`` with ``a.b=value`` overrides, checked.
+    """The recipe at ``path`` with ``a.b=value`` overrides, checked; ``plan: auto`` as it was resolved.
 
-    Raises CinemeshError for a file that cannot be read, for keys that are unknown, missing or given twice, and for
-    values that break a rule.
+    Raises CinemeshError for a file that cannot be read, for keys that are unknown, missing or given twice, for values
+    that break a rule, and for a plan that nobody has chosen yet.
     """
+    config, auto = read_recipe(path, overrides)
+    if auto is None:
+        return config
+    resolved = Resolved.read(config.logging.directory)
+    if resolved is None:
+        raise CinemeshError(
+            f"{path}: plan is auto, and {config.logging.directory / RESOLVED} does not say yet which",
+            remedy="train with this recipe first, or give a plan",
+        )
+    return replace(config, plan=resolved.plan)
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Auto | None]:
+    """As ``read_config``; where the plan is left to the planner, with the plan of one process in its place."""
     try:
         text = path.read_text(encoding="utf-8")
         values = yaml.load(text, Loader=_Loader)
@@ -180,7 +209,17 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         )
     for override in overrides:
         _override(values, override)
-    return check_config(values, str(path))
+    plan = values.get("plan")
+    held = dict(plan) if isinstance(plan, dict) else {AUTO: True} if plan == AUTO else {}
+    if held.pop(AUTO, False) is not True:
+        return check_config(values, str(path)), None
+    config = check_config(values | {"plan": {}}, str(path))
+    if config.cluster is None:
+        raise CinemeshError(
+            f"{path}: plan is auto, and no cluster is named to choose it for",
+            remedy="add cluster: grand-teton-h100, or the file that cinemesh calibrate wrote",
+        )
+    return config, Auto(config.cluster, held_fields(held))
 
 
 def check_config(values: dict[str, Any], where: str) -> Config:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ...data.buckets import latents_of
@@ -10,9 +10,11 @@ from ...data.cache import CACHE_FILE, Cache, build_cache
 from ...data.clips import read_captions
 from ...data.encoding import Encoding
 from ...errors import CinemeshError, did_you_mean
+from ...model.buckets import Latent
 from ...model.config import ModelConfig
 from ...model.inputs import BatchShape
 from ...model.step import check
+from ...parallel.ir.plan import Plan
 from ...parallel.runtime.comm import barrier
 from ..cluster.processes import Place
 from .recipe import Config
@@ -32,12 +34,20 @@ class Setting:
         encoding = Encoding.of(config.codec, config.data.encoders)
         return cls(config, encoding, config.model.build(encoding))
 
+    def under(self, plan: Plan) -> Setting:
+        """The same with another plan."""
+        return replace(self, config=replace(self.config, plan=plan))
+
+    @cached_property
+    def latents(self) -> list[Latent]:
+        """(T, H, W) of every bucket. Raises CinemeshError for a bucket that the codec cannot make."""
+        return latents_of(self.config.data.shapes, self.encoding.codec)
+
     @cached_property
     def batches(self) -> list[BatchShape]:
         """One data rank's micro-batch of every bucket. Raises CinemeshError when the plan does not divide one."""
         samples = self.config.plan.local_batch(self.config.data.global_batch)
-        latents = latents_of(self.config.data.shapes, self.encoding.codec)
-        batches = [BatchShape(samples, latent) for latent in latents]
+        batches = [BatchShape(samples, latent) for latent in self.latents]
         for batch in batches:
             check(self.model, self.config.plan, batch)
         return batches

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...parallel.ir.communicators import held
+from ...parallel.ir.communicators import bytes_beside
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import BufferKind, Holds, Phase
@@ -78,12 +78,8 @@ class Footprint:
 
 
 def outside(cluster: Cluster, plan: Plan) -> dict[str, int]:
-    """Bytes that no program owns: CUDA context with its libraries, and NCCL's buffers of every communicator held."""
-    memory = cluster.memory
-    return {
-        "CUDA context": int(memory.context_bytes),
-        "NCCL": int(memory.communicator_bytes) * len(held(plan)),
-    }
+    """Bytes of a device that no program owns."""
+    return bytes_beside(plan, cluster.memory.context_bytes, cluster.memory.communicator_bytes)
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def test_options_reach_train_sample_and_program(monkeypatch: pytest.MonkeyPatch)
         seen.clear()
         seen.update(options)
 
-    stand_in(monkeypatch, "training.loop", "run", work)
+    stand_in(monkeypatch, "train", "run", work)
     args = ("train", "a.yaml", "--nproc", "4", "--set", "plan.tp=2", "--set", "seed=7")
     assert run_main(monkeypatch, *args) == 0
     assert seen == {"config": Path("a.yaml"), "nproc": 4, "overrides": ["plan.tp=2", "seed=7"]}
