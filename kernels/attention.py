@@ -34,6 +34,7 @@ from triton import knobs
 
 from .checks import check
 from .device import table_of
+from .dtypes import BY_TRITON_NAME
 from .spec import Sizes, Spec
 from .tiles import TRITON_DTYPES, Launch, cover
 from .tuning import shape_class, tile
@@ -237,7 +238,7 @@ def least_bytes(*tensors: Tensor | None) -> int:
 
 def problems(sizes: Sizes) -> dict[str, dict[str, Tensor]]:
     """Self- and cross-attention of a step of these sizes: every tensor by name, without storage."""
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[sizes.dtype]
+    dtype = BY_TRITON_NAME[sizes.dtype]
     t, b, h, k = sizes.context_tokens, sizes.batch, sizes.local_heads, sizes.head_dim
     found: dict[str, dict[str, Tensor]] = {}
     for op, s in (("attention", sizes.tokens), ("cross_attention", sum(sizes.text_tokens))):

@@ -15,22 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from .dtypes import BY_TRITON_NAME
 from .spec import Spec
 
 SAMPLES = 65  # programs that run: the first, the last, and some between
 HEAVY_SAMPLES = 5  # of programs that move more than HEAVY_BYTES each
 HEAVY_BYTES = 1 << 19
 COMPUTE_BOUND_SAMPLES = 1  # one program of attention walks every key
-
-KINDS = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "i1": torch.bool,
-    "i8": torch.int8,
-    "i32": torch.int32,
-    "i64": torch.int64,
-}
 
 
 def count_bytes(spec: Spec) -> int:
@@ -48,7 +39,7 @@ def count_bytes(spec: Spec) -> int:
         value = spec.arguments[name]
         if isinstance(value, tuple):  # zeroed lazily: a page that no program touches takes no memory
             kinds = (kind,) if isinstance(kind, str) else kind
-            zeros = tuple(torch.zeros(value, dtype=KINDS[each.removeprefix("*")]) for each in kinds)
+            zeros = tuple(torch.zeros(value, dtype=BY_TRITON_NAME[each.removeprefix("*")]) for each in kinds)
             arguments[name] = zeros[0] if isinstance(kind, str) else zeros
         else:
             arguments[name] = value

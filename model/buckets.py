@@ -10,7 +10,7 @@ from ..kernels.reference import Kernel
 from ..parallel.ir.plan import Plan
 from ..parallel.passes.arena import place
 from ..parallel.runtime.frozen import Frozen
-from ..parallel.runtime.mesh import Mesh
+from ..parallel.runtime.mesh import Mesh, backend_of
 from .config import CAPTION_DROPOUT, ModelConfig, latent_text
 from .inputs import LATENTS, BatchShape
 from .runner import Batch, Capture, StepRunner
@@ -44,7 +44,7 @@ class BucketRunner:
             raise CinemeshError(
                 f"buckets {[latent_text(b.latent) for b in batches]}", remedy="name at least one, each latent once"
             )
-        backend = "gloo" if device == "cpu" else "nccl"
+        backend = backend_of(device)
         programs = {
             batch: prepare(
                 build_step(config, plan, batch, optimizer, seed=seed, caption_dropout=caption_dropout), backend=backend

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from ..errors import CinemeshError
+from ..errors import CinemeshError, did_you_mean
 from ..parallel.ir.units import Parameter
 
 MODULATION_ROWS = 6  # shift, scale, gate of self-attention; shift, scale, gate of the FFN (Fig. 8)
@@ -288,9 +288,5 @@ LATENTS: dict[str, tuple[int, int, int]] = {
 def preset(name: str) -> ModelConfig:
     """Raises CinemeshError naming the nearest preset when ``name`` is unknown."""
     if name not in PRESETS:
-        import difflib
-
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise CinemeshError(f"unknown model {name!r}{hint} Known: {', '.join(PRESETS)}")
+        raise CinemeshError(f"unknown model {name!r}", remedy=did_you_mean(name, PRESETS))
     return PRESETS[name]

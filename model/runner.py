@@ -20,7 +20,7 @@ from ..parallel.runtime.comm import Communicator
 from ..parallel.runtime.executor import Executor
 from ..parallel.runtime.frozen import Frozen
 from ..parallel.runtime.graph import Graph, GraphPool, refuse
-from ..parallel.runtime.mesh import Mesh, coordinates
+from ..parallel.runtime.mesh import Mesh, backend_of, coordinates
 from ..parallel.runtime.watchdog import Heartbeat, vote
 from .config import CAPTION_DROPOUT, ModelConfig, latent_text
 from .inputs import LATENTS, BatchShape, InputSpec
@@ -60,7 +60,7 @@ class StepRunner:
         self.units = unit_layout(config, plan)
         if program is None:
             built = build_step(config, plan, batch, optimizer, seed=seed, caption_dropout=caption_dropout)
-            program = prepare(built, backend="gloo" if device == "cpu" else "nccl")
+            program = prepare(built, backend=backend_of(device))
         self.program = program
         self.coordinates = mesh.coordinates if mesh else coordinates(plan, 0)
         if beside is not None:
@@ -226,7 +226,3 @@ def _part(value: Tensor, placement: Placement, plan: Plan, position: dict[str, i
         split = tuple(axis for axis in axes if axis in over)
         value = value.chunk(plan.size(split), dim)[nested_index(plan, split, position)] if split else value
     return value
-
-
-def as_dtype(name: str) -> torch.dtype:
-    return {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -15,17 +15,18 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from ..kernels.dtypes import TORCH_DTYPES
 from ..kernels.philox import Purpose
 from ..parallel.ir.layout import TOKENS
 from ..parallel.ir.plan import Plan
 from ..parallel.ir.units import nested_index
 from ..parallel.runtime.comm import Communicator
 from ..parallel.runtime.executor import Executor
-from ..parallel.runtime.mesh import Mesh, coordinates
+from ..parallel.runtime.mesh import Mesh, backend_of, coordinates
 from .config import ModelConfig
 from .forward import build_unpatchify, build_velocity
 from .inputs import LATENTS, MASK, BatchShape, text_input
-from .runner import Batch, as_dtype, load_inputs, named_buffers
+from .runner import Batch, load_inputs, named_buffers
 from .step import prepare
 
 EMULATED_STEPS = 250  # 3.4.2: 50 linear-quadratic steps stand for 250 linear ones
@@ -62,7 +63,7 @@ class Sampler:
         self.config, self.plan, self.batch, self.device = config, plan, batch, device
         self.coordinates = mesh.coordinates if mesh else coordinates(plan, 0)
         comm = Communicator(mesh) if mesh else None
-        backend = "gloo" if device == "cpu" else "nccl"
+        backend = backend_of(device)
         velocity = prepare(build_velocity(config, plan, batch), backend=backend)
         # What was integrated in the statistics dtype is put together in it.
         exact = replace(plan, dtype=cast(Literal["float32", "float64"], plan.stat_dtype))
@@ -100,7 +101,7 @@ class Sampler:
     def _noise(self, seed: int, ids: Tensor) -> Tensor:
         """x at t = 0: this rank's tokens [T, B, P], in the statistics dtype."""
         shape = self._buffers["x_t"].shape
-        x = torch.empty(shape, dtype=as_dtype(self.plan.stat_dtype), device=self.device)
+        x = torch.empty(shape, dtype=TORCH_DTYPES[self.plan.stat_dtype], device=self.device)
         step = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.velocity.kernels["draw_noise"](
             [ids.to(self.device), step],

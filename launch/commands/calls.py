@@ -10,17 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.dtypes import TORCH_DTYPES
 from ...kernels.ops import OPS
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import Op
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "int64": torch.int64,
-    "bool": torch.bool,
-}
 RANK_ATTRIBUTES = ("rank_axes", "shard_axes")  # which rank's part a kernel computes: the first one's here
 
 Described = tuple[tuple[int, ...], str]  # local shape and dtype
@@ -92,7 +86,7 @@ def tensors(call: Call, device: str) -> tuple[list[Tensor], list[Tensor]]:
     """Random inputs, and outputs, as the executor would pass them. Values are of a usual size, nothing more."""
     inputs = list(_filled(call, device))
     outputs = [
-        inputs[call.in_place[i]] if i in call.in_place else torch.empty(shape, dtype=DTYPES[dtype], device=device)
+        inputs[call.in_place[i]] if i in call.in_place else torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=device)
         for i, (shape, dtype) in enumerate(call.outputs)
     ]
     if call.add:
@@ -103,7 +97,7 @@ def tensors(call: Call, device: str) -> tuple[list[Tensor], list[Tensor]]:
 def _filled(call: Call, device: str) -> Iterator[Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     for position, (shape, dtype) in enumerate(call.inputs):
-        x = torch.empty(shape, dtype=DTYPES[dtype], device=device)
+        x = torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=device)
         if dtype == "bool":
             yield x.fill_(True)
         elif dtype == "int64":

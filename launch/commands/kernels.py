@@ -16,7 +16,7 @@ from ...kernels.selection import Choice, override_of, overrides, select
 from ...kernels.spec import Sizes
 from ...model.config import ModelConfig, preset
 from ...model.inputs import BatchShape
-from ...model.step import build_step, prepare, unit_layout
+from ...model.step import build_step, check, prepare, unit_layout
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ..plans import read_plan
@@ -187,13 +187,7 @@ def sizes_of(config: ModelConfig, plan: Plan, batch: BatchShape) -> Sizes:
     """What one rank computes, as the kernels' compile check wants it. Raises CinemeshError for dtype float64."""
     if plan.compute_dtype not in TRITON_DTYPES:
         raise CinemeshError(f"dtype {plan.dtype}: Triton's kernels take bf16 and float32", remedy="choose one of them")
-    plan.check_model(
-        heads=config.heads,
-        ffn=config.ffn,
-        tokens=config.tokens(batch.latent),
-        text_widths={encoder.name: encoder.width for encoder in config.encoders},
-        latent="x".join(map(str, batch.latent)),
-    )
+    check(config, plan, batch)
     return Sizes(
         tokens=config.tokens(batch.latent),
         batch=batch.samples,

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...data.clips import write_mp4
 from ...errors import CinemeshError
+from ...kernels.dtypes import TORCH_DTYPES
 from ...model.inputs import BatchShape
-from ...model.runner import as_dtype
 from ...model.sampler import Sampler
 from ...model.step import unit_layout
 from ...parallel.runtime.comm import gather_objects
@@ -79,7 +79,7 @@ def sample(order: Order) -> None:
     with joined(plan) as place:
         units = unit_layout(setting.model, plan)
         position = place.mesh.coordinates if place.mesh else coordinates(plan, 0)
-        weights = torch.empty(1, units.flat_elements, dtype=as_dtype(plan.stat_dtype), device=place.device)
+        weights = torch.empty(1, units.flat_elements, dtype=TORCH_DTYPES[plan.stat_dtype], device=place.device)
         checkpoints.load_weights(order.checkpoint, "ema", weights, units, position)
         for clip in sample_clips(setting, place, weights, [order.prompt]):
             write_mp4(order.out, clip[: order.config.sampled.frames])

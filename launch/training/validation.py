@@ -17,6 +17,7 @@ from ...parallel.ir.layout import TOKENS
 from ...parallel.ir.units import nested_index
 from ...parallel.runtime.comm import sum_over_ranks
 from ...parallel.runtime.executor import Executor
+from ...parallel.runtime.mesh import backend_of
 
 SEED = 1  # of the draws: fixed, so that losses of different runs can be compared
 
@@ -31,7 +32,7 @@ class Validation:
     def __init__(self, runner: StepRunner, samples: Sequence[Sample], draws: int) -> None:
         self._runner, self._samples = runner, samples
         self._items = [(index, draw) for draw in range(draws) for index in range(len(samples))]
-        backend = "gloo" if runner.executor.device == "cpu" else "nccl"
+        backend = backend_of(runner.executor.device)
         program = prepare(build_velocity(runner.config, runner.plan, runner.batch), backend=backend)
         shared = {program.states["master"]: runner.buffers["ema"]}
         train = runner.executor  # never runs while this does: the same arena serves

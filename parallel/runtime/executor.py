@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.dtypes import TORCH_DTYPES
 from ...kernels.ops import OPS
 from ...kernels.reference import Kernel, product_of
 from ...kernels.registry import kernels_for, leave_sms
@@ -25,14 +26,6 @@ from ..ir.units import communicator_order, nested_index
 from ..passes.arena import place
 from ..passes.liveness import persistent
 from .comm import BoundCollective, Communicator
-
-_DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "int64": torch.int64,
-    "bool": torch.bool,
-}
 
 
 @dataclass(slots=True)
@@ -93,15 +86,15 @@ class Executor:
             tensor = (shared or {}).get(name)
             if buffer.kind is BufferKind.WORKSPACE:  # through which ranks of a tp group read each other's rows
                 assert comm is not None
-                tensor = comm.symmetric_memory(HEADS, program.bytes(name)).view(_DTYPES[buffer.dtype])
+                tensor = comm.symmetric_memory(HEADS, program.bytes(name)).view(TORCH_DTYPES[buffer.dtype])
             if tensor is None:
-                tensor = torch.zeros(program.local_shape(name), dtype=_DTYPES[buffer.dtype], device=device)
-            assert tensor.shape == program.local_shape(name) and tensor.dtype == _DTYPES[buffer.dtype], name
+                tensor = torch.zeros(program.local_shape(name), dtype=TORCH_DTYPES[buffer.dtype], device=device)
+            assert tensor.shape == program.local_shape(name) and tensor.dtype == TORCH_DTYPES[buffer.dtype], name
             self.buffers[name] = tensor
             self._flat[name] = tensor.view(-1)
         for name, offset in self.placement.offsets.items():
             part = arena[offset : offset + program.bytes(name)]
-            self._flat[name] = part.view(_DTYPES[program.buffers[name].dtype])
+            self._flat[name] = part.view(TORCH_DTYPES[program.buffers[name].dtype])
         self.records = [self._bind(op) for op in program.ops]
 
     # -- binding ------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import itertools
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,11 @@ def group_ranks(plan: Plan, axes: Axes, rank: int) -> list[int]:
     here = coordinates(plan, rank)
     free = [range(plan.size(axis)) if axis in axes else (here[axis],) for axis in AXES]
     return sorted(rank_at(plan, dict(zip(AXES, position, strict=True))) for position in itertools.product(*free))
+
+
+def backend_of(device: str) -> Literal["gloo", "nccl"]:
+    """What carries the collectives of steps on a device."""
+    return "gloo" if device == "cpu" else "nccl"
 
 
 def options(held: Held, timeout: timedelta, make: Callable[[], Any]) -> Any:

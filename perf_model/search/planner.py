@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...errors import CinemeshError
+from ...model.config import latent_text
 from .refusals import FamilyKey, Refusal, RefusalKind
 from .space import Choice, Family, Mode, Prices, Request, Variant, divisors
 
@@ -44,7 +45,7 @@ class Search:
     def nothing(self) -> str:
         """Where no plan fits: what came nearest, in a sentence."""
         request, near = self.request, self.nearest
-        shapes = ", ".join("x".join(map(str, b.latent)) for b in request.buckets)
+        shapes = ", ".join(latent_text(b.latent) for b in request.buckets)
         why = f" (nearest: {near.family}: {near.reason})" if near else ""
         return f"no plan of {request.gpus} GPUs of {request.cluster.name} runs {request.config.name} on {shapes}{why}"
 
