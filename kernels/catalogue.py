@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 from ..errors import CinemeshError
+from .op_spec import OpSpec
 from .ops import OPS
 from .rates import rate
 from .signature import Sizes
-from .tiles import SCRATCH_BYTES
+from .tiles import flat_sums, gate_slices, layer_norm_slices, norm_slices
 from .tuning import DEFAULT_DEVICE
 
 PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "apex", "triton", "torch", "reference")
@@ -82,6 +84,10 @@ def _apex_norm(z: Sizes, item: int) -> int:
     return rows * (2 * z["d"] * item + 8) + 2 * z["d"] * item
 
 
+def _nothing(z: Sizes) -> int:
+    return 0
+
+
 # -- the list ------------------------------------------------------------------------------------------------------
 
 
@@ -89,10 +95,9 @@ def _attention_entries() -> Iterable[Implementation]:
     flash_dims = (("k", "a multiple of 8, at most 256", lambda k: k % 8 == 0 and k <= 256),)
     cute_dims = (("k", "a multiple of 8, at most 128", lambda k: k % 8 == 0 and k <= 128),)
     triton_dims = (("k", "64 or 128", lambda k: k in (64, 128)),)
-    for op in ("attention", "attention_backward", "cross_attention", "cross_attention_backward"):
-        backward = op.endswith("backward")
-        masked = op.startswith("cross_")
-        plain = op.removeprefix("cross_")
+    for plain, masked in product(("attention", "attention_backward"), (False, True)):
+        op = f"cross_{plain}" if masked else plain
+        backward = OPS[op].backward
         direction = "backward" if backward else "forward"
         held = _flash_backward if backward else _outputs
         if not masked:  # none of the three takes a key mask
@@ -143,50 +148,44 @@ def _apex_entries() -> Iterable[Implementation]:
         )  # fmt: skip
 
 
-# Module of each op that Triton runs; attention apart. Only fp32 is summed, so float64 is for the reference.
-TRITON_OPS = {
-    "modulate_norm": "modulate_norm",
-    "position_modulate_norm": "modulate_norm",
-    "modulate_norm_backward": "modulate_norm",
-    "layer_norm": "layer_norm",
-    "layer_norm_backward": "layer_norm",
-    "gated_residual": "gated_residual",
-    "gated_residual_backward": "gated_residual",
-    "swiglu": "swiglu",
-    "swiglu_backward": "swiglu",
-    "merge_attention": "merge",
-    "sum_parts": "merge",
-    "interpolate": "velocity",
-    "velocity_loss": "velocity",
-    "velocity_loss_backward": "velocity",
-    "patchify": "patches",
-    "unpatchify": "patches",
-    "sum_of_squares": "adamw",
-    "adamw": "adamw",
-    "draw_noise": "noise",
-}
+# Op, its module, and bytes of fp32 partial sums that its kernels take besides its outputs; attention apart.
+_TRITON: tuple[tuple[str, str, Callable[[Sizes], int]], ...] = (
+    ("modulate_norm", "modulate_norm", _nothing),
+    ("position_modulate_norm", "modulate_norm", _nothing),
+    ("modulate_norm_backward", "modulate_norm", lambda z: 8 * norm_slices(z["t"], z["b"]) * z["b"] * z["d"]),
+    ("layer_norm", "layer_norm", _nothing),
+    ("layer_norm_backward", "layer_norm", lambda z: 8 * layer_norm_slices(z["l"] * z["b"]) * z["d"]),
+    ("gated_residual", "gated_residual", _nothing),
+    ("gated_residual_backward", "gated_residual", lambda z: 4 * gate_slices(z["t"]) * z["b"] * z["d"]),
+    ("swiglu", "swiglu", _nothing),
+    ("swiglu_backward", "swiglu", _nothing),
+    ("merge_attention", "merge", _nothing),
+    ("sum_parts", "merge", _nothing),
+    ("interpolate", "velocity", _nothing),
+    ("velocity_loss", "velocity", lambda z: 4 * flat_sums(z["t"] * z["b"] * z["p"])),
+    ("velocity_loss_backward", "velocity", _nothing),
+    ("patchify", "patches", _nothing),
+    ("unpatchify", "patches", _nothing),
+    ("sum_of_squares", "adamw", lambda z: 4 * flat_sums(z["n"])),  # of the flat shard [1, n]
+    ("adamw", "adamw", _nothing),
+    ("draw_noise", "noise", _nothing),
+)
 
 
 def _triton_entries() -> Iterable[Implementation]:
-    for op, module in TRITON_OPS.items():
+    """Only fp32 is summed, so float64 is for the reference."""
+    for op, module, scratch in _TRITON:
         yield Implementation(
             op, "triton", module, op, ("cuda",), "memory.fused", "our Triton kernel, one pass over memory",
-            (8, 0), None, ("bfloat16", "float32"), workspace=_scratch(op),
+            (8, 0), None, ("bfloat16", "float32"), workspace=lambda sizes, item, scratch=scratch: scratch(sizes),
         )  # fmt: skip
 
 
-def _scratch(op: str) -> Workspace:
-    """Partial sums of the op's kernels."""
-    taken = SCRATCH_BYTES.get(op)
-    return lambda sizes, item: taken(sizes) if taken else 0
-
-
-# Ops whose plain torch is one kernel on CUDA already: nothing is left to fuse.
-ONE_PASS = (
-    *("add_position", "add", "residual", "gated_residual", "silu", "time_features", "add_table", "sum_to"),
-    *("drop_caption", "drop_mask", "cast", "copy", "accumulate", "zero_gaps", "clip_factor"),
-)
-ATTENTION = ("attention", "attention_backward", "cross_attention", "cross_attention_backward")
+def _reference_class(spec: OpSpec) -> str:
+    """A product's, or that of a memory-bound op that is one kernel of torch already or several."""
+    if spec.is_product:
+        return "matmul" if spec.law == "matmul" else "attention.reference"
+    return "memory.one_pass" if spec.plain_bytes is None else "memory.passes"
 
 
 def _entries() -> Iterable[Implementation]:
@@ -197,13 +196,9 @@ def _entries() -> Iterable[Implementation]:
         "matmul", "torch", "torch_cuda", "matmul", ("cuda",), "matmul",
         "cuBLAS through torch, fp32 written from bf16 factors", (8, 0), None, HALF,
     )  # fmt: skip
-    for op in OPS:
-        if op in ATTENTION:
-            rate_class = "attention.reference"
-        else:
-            rate_class = "matmul" if op == "matmul" else "memory.one_pass" if op in ONE_PASS else "memory.passes"
-        plain = op.removeprefix("cross_") if op in ATTENTION else op
-        yield Implementation(op, "reference", "reference", plain, ("cpu", "cuda"), rate_class, "plain torch, any dtype")
+    for op, spec in OPS.items():
+        rate_class = _reference_class(spec)
+        yield Implementation(op, "reference", "reference", op, ("cpu", "cuda"), rate_class, "plain torch, any dtype")
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = tuple(_entries())
@@ -284,7 +279,7 @@ def choose(
 
 def share(entry: Implementation, tuned: str = DEFAULT_DEVICE) -> float:
     """Share of the limit (tensor cores or memory) that the implementation's rate class reaches on a tuned device."""
-    return rate(entry.rate_class, tuned).share(entry.op.endswith("backward"))
+    return rate(entry.rate_class, tuned).share(OPS[entry.op].backward)
 
 
 def _digits(capability: tuple[int, int]) -> str:

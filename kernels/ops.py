@@ -1,343 +1,398 @@
 """The op table: one row says all that holds for every record of an op (torch-free).
 
 What an op computes stands under the same name in ``reference.py``, what else can run it in ``catalogue.py``; every
-other list of ops derives from these rows. Labels of signatures:
+other list of ops derives from these rows. To add one: a row, the function, and an example in tests/kernels/examples.py,
+on which values and every column are checked. Labels of signatures:
 
     t local or gathered video tokens   s all tokens (keys)   b samples   d width   h heads   k head dim   f ffn
     l text tokens   w encoder width    p values of a patch   r modulation rows    c the K,V pair   n flat elements
-
-Shapes are local when FLOPs and bytes are asked for: they are what one rank computes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
-from .signature import Signature, Sizes, parse
-
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "int64": 8, "bool": 1}
+from .counts import NONE, Count, Operands, count, sized
+from .op_spec import OpSpec
+from .signature import Signature, parse
 
 # Draws run in chunks of this many elements: philox keeps some twenty 64-bit temporaries as large as its output.
 DRAW_CHUNK = 1 << 14
 # AdamW and the sum of squares walk the flat shard in chunks of this many elements: temporaries stay in cache.
 FLAT_CHUNK = 1 << 16
 
-Shape = tuple[int, ...]
+
+# -- counts that depend on more than labels ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class OpSpec:
-    """What holds for every record of one kind.
-
-    signature    input and output labels; None: each record brings its own in ``attrs["signature"]``
-    linear       groups of inputs in which the op is (jointly) linear: where a Partial may enter
-    whole        labels that no axis may split
-    in_place     {output: input}: the output is the input's storage, updated
-    fresh        it fills parts of its input, of which nothing need be written yet
-    statistics   outputs that only backward needs; they may go unread in a forward program
-    adds         the record may carry one more, last, input that is added into output 0 in place
-    flops        of the local labels; matmul and attention count 2 per multiply-add
-    matmul       the FLOPs run on tensor cores and count in MFU
-    leaves_sms   leaves ``plan.sm_margin`` SMs to communication: its kernels would hold every SM from start to end. The
-                 others run blocks that end soon and make room
-    workspace    bytes that the CPU implementation may allocate besides its outputs, an upper bound
-    unfused_passes   tensors of the first input's size that the formula reads and writes when each elementary torch
-                 operation is a kernel: (in that input's dtype, in the statistics'); None: it is one such operation
-    capturable   may run inside a CUDA Graph: no value is read back to the host, no shape depends on data
-    """
-
-    signature: str | None
-    linear: tuple[tuple[int, ...], ...] = ()
-    whole: str = ""
-    in_place: dict[int, int] = field(default_factory=dict)
-    statistics: tuple[int, ...] = ()
-    fresh: bool = False
-    adds: bool = False
-    flops: Callable[[Sizes], int] = lambda sizes: 0
-    matmul: bool = False
-    leaves_sms: bool = False
-    workspace: Callable[[list[Shape], list[str], list[Shape], list[str], Sizes], int] = lambda *_: 0
-    unfused_passes: tuple[int, int] | None = None
-    capturable: bool = True
+def _is_cast(o: Operands) -> bool:
+    """fp32 out of bf16 factors: torch's CPU matmul cannot, so both factors are cast first."""
+    return o.inputs[0].dtype != o.outputs[0].dtype
 
 
-def _product(sizes: Sizes) -> int:
-    return math.prod(sizes.values())
+def _cast_factors(o: Operands) -> int:
+    """Bytes of both factors, cast."""
+    return sum(x.elements for x in o.inputs[:2]) * o.item_bytes[1] if _is_cast(o) else 0
 
 
-def _labels(*names: str, per: int) -> Callable[[Sizes], int]:
-    return lambda sizes: per * math.prod(sizes.get(name, 1) for name in "".join(names))
-
-
-def _matmul_workspace(
-    ins: list[Shape], in_dtypes: list[str], outs: list[Shape], out_dtypes: list[str], _: Sizes
-) -> int:
-    """fp32 out of bf16 factors: torch's CPU matmul cannot, so both factors are cast (declared here)."""
-    if out_dtypes[0] == in_dtypes[0]:
-        return 0
-    return sum(math.prod(shape) for shape in ins[:2]) * DTYPE_BYTES[out_dtypes[0]]
-
-
-def _attention_workspace(
-    ins: list[Shape], in_dtypes: list[str], outs: list[Shape], out_dtypes: list[str], sizes: Sizes
-) -> int:
+def _fused_attention(o: Operands) -> int:
     """Torch's fused kernel on a CPU: its own outputs, before they are copied into ours, and a key mask as floats."""
-    produced = sum(math.prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in zip(outs, out_dtypes, strict=True))
-    mask = sizes["b"] * sizes["s"] * (DTYPE_BYTES[in_dtypes[0]] + 1) if in_dtypes[-1] == "bool" else 0
-    return produced + mask
+    masked = o.inputs[-1].dtype == "bool"
+    return sum(x.bytes for x in o.outputs) + (o.inputs[-1].elements * (o.item_bytes[0] + 1) if masked else 0)
 
 
-def _attention_backward_workspace(
-    ins: list[Shape], in_dtypes: list[str], outs: list[Shape], out_dtypes: list[str], sizes: Sizes
-) -> int:
-    """As forward, and the log-sum-exp in the kernel's layout."""
-    logsumexp = math.prod(ins[4]) * DTYPE_BYTES[in_dtypes[4]]
-    return _attention_workspace(ins, in_dtypes, outs, out_dtypes, sizes) + logsumexp
+def _each(times: Count, each: Count, first: Count = NONE) -> Count:
+    """``each`` so many times, besides ``first``."""
+    return lambda o: first(o) + times(o) * each(o)
 
 
-_INDEX_BYTES = 6 * 8  # of a token: its number and its (t, h, w) position as int64, and what they are computed from
-_SCALARS_BYTES = 128  # a few 0-d tensors
+def _inputs(o: Operands) -> int:
+    return len(o.inputs)
 
 
-def _temporaries(*terms: str, cast: tuple[str, ...] = (), tokens: bool = False) -> Callable[..., int]:
-    """One temporary for each term, of the size of its labels, in the widest dtype met.
-
-    ``cast``: more of them, where the compute dtype is not that of the statistics. ``tokens``: indices of local tokens.
-    """
-
-    def bound(ins: list[Shape], in_dtypes: list[str], outs: list[Shape], out_dtypes: list[str], sizes: Sizes) -> int:
-        items = {DTYPE_BYTES[d] for d in (*in_dtypes, *out_dtypes) if d.startswith(("float", "bfloat"))}
-        held = terms + cast if len(items) > 1 else terms
-        elements = sum(math.prod(sizes[label] for label in labels) for labels in held)
-        return max(items) * elements + (_INDEX_BYTES * sizes["t"] if tokens else 0) + _SCALARS_BYTES
-
-    return bound
+def _pairs(o: Operands) -> int:
+    return len(o.inputs) // 2
 
 
-def _sum_workspace(ins: list[Shape], in_dtypes: list[str], outs: list[Shape], out_dtypes: list[str], _: Sizes) -> int:
-    """The sum, before it is permuted into the output."""
-    return math.prod(outs[0]) * DTYPE_BYTES[out_dtypes[0]]
+def _flat_chunks(o: Operands) -> int:
+    return -(-o.sizes["n"] // FLAT_CHUNK)
 
 
-def _wide_sum_workspace(
-    ins: list[Shape], in_dtypes: list[str], outs: list[Shape], out_dtypes: list[str], _: Sizes
-) -> int:
-    """bf16 is summed in fp32: the sum, and one addend."""
-    return 8 * math.prod(outs[0]) if out_dtypes[0] == "bfloat16" else 0
+def _drawn_rows(o: Operands) -> int:
+    """Tokens that are drawn at once."""
+    return min(o.sizes["t"], max(1, DRAW_CHUNK // (o.sizes["b"] * o.sizes["p"])))
 
 
-def _draw_workspace(
-    ins: list[Shape], in_dtypes: list[str], outs: list[Shape], out_dtypes: list[str], sizes: Sizes
-) -> int:
-    """Philox keeps 16 64-bit temporaries as large as what is drawn at once: a chunk, or at least one token's values."""
-    drawn = math.prod(outs[0])
-    token = drawn // sizes["t"] if "t" in sizes else drawn
-    at_once = max(min(DRAW_CHUNK, drawn), token)
-    return 16 * 8 * at_once + _INDEX_BYTES * (sizes.get("t", 0) + sizes.get("p", 0)) + _SCALARS_BYTES
+def _draws(o: Operands) -> int:
+    return -(-o.sizes["t"] // _drawn_rows(o))
 
 
-def _flat_workspace(count: int) -> Callable[..., int]:
-    """``count`` temporaries of one chunk of the flat shard."""
-
-    def bound(ins: list[Shape], in_dtypes: list[str], outs: list[Shape], out_dtypes: list[str], _: Sizes) -> int:
-        return count * DTYPE_BYTES[in_dtypes[0]] * min(FLAT_CHUNK, math.prod(ins[0])) + _SCALARS_BYTES
-
-    return bound
+def _out(o: Operands) -> int:
+    return o.outputs[0].elements
 
 
-_NORM = "tbd,d,bd,bd->tbd,tb"
-_POSITION_NORM = "tbd,td,d,bd,bd->tbd,tbd,tb"
-_NORM_BACKWARD = "tbd,tbd,tb,d,bd->tbd,d,bd,bd"
+def _is_sum(o: Operands) -> bool:
+    """Not a permutation alone."""
+    return o.inputs[0].elements > _out(o)
 
-OPS: dict[str, OpSpec] = {
+
+def _gaps(o: Operands) -> int:
+    """Bytes of a flat gradient's gaps."""
+    return sum(stop - start for start, stop in o.attrs["gaps"]) * o.item_bytes[0]
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+OPS: Mapping[str, OpSpec] = {
     # -- products -----------------------------------------------------------------------------------------------
     "matmul": OpSpec(
         None,
         linear=((0,), (1,)),
         adds=True,
-        flops=lambda z: 2 * _product(z),
-        matmul=True,
+        law="matmul",
         leaves_sms=True,
-        workspace=_matmul_workspace,
+        flops=lambda o: 2 * math.prod(o.sizes.values()),
+        kernels=lambda o: 3 if _is_cast(o) else 1,
+        plain_bytes=lambda o: sum(x.bytes for x in (*o.inputs[:2], *o.outputs)) + 2 * _cast_factors(o),
+        workspace=_cast_factors,
     ),
     # q, kv (gathered over cp), [key mask] -> o, log-sum-exp.  o = softmax(q k^T / sqrt(K)) v; no causal mask, ever
     "attention": OpSpec(
         "tbhk,sbchk->tbhk,bht",
         whole="sck",
         statistics=(1,),
-        matmul=True,
+        law="attention",
         leaves_sms=True,
-        flops=_labels("tsbhk", per=4),
-        workspace=_attention_workspace,
+        flops=count(tsbhk=4),
+        kernels=count(10),
+        plain_bytes=sized(count(tbhk=2, sbhk=3), count(tsbh=7, tbhk=4, sbhk=7, tbh=1)),
+        workspace=_fused_attention,
     ),
     "cross_attention": OpSpec(
         "tbhk,sbchk,bs->tbhk,bht",
         whole="sck",
         statistics=(1,),
-        matmul=True,
-        flops=_labels("tsbhk", per=4),
-        workspace=_attention_workspace,
+        law="attention",
+        flops=count(tsbhk=4),
+        kernels=count(12),
+        plain_bytes=sized(count(tbhk=2, sbhk=3), count(tsbh=9, tbhk=4, sbhk=7, tbh=1), own=count(bs=3)),
+        workspace=_fused_attention,
     ),
     # do, q, kv, o, lse -> dq, dkv.  Five products: scores again, dv, dp, dq, dk
     "attention_backward": OpSpec(
         "tbhk,tbhk,sbchk,tbhk,bht->tbhk,sbchk",
         linear=((0,),),
         whole="sck",
-        matmul=True,
+        law="attention",
+        backward=True,
         leaves_sms=True,
-        flops=_labels("tsbhk", per=10),
-        workspace=_attention_backward_workspace,
+        flops=count(tsbhk=10),
+        kernels=count(23),
+        plain_bytes=sized(count(tbhk=4, sbhk=4), count(tsbh=18, tbhk=13, sbhk=15, tbh=3)),
+        workspace=lambda o: _fused_attention(o) + o.inputs[4].bytes,  # the log-sum-exp in the kernel's layout
     ),
     "cross_attention_backward": OpSpec(
         "tbhk,tbhk,sbchk,tbhk,bht,bs->tbhk,sbchk",
         linear=((0,),),
         whole="sck",
-        matmul=True,
-        flops=_labels("tsbhk", per=10),
-        workspace=_attention_backward_workspace,
+        law="attention",
+        backward=True,
+        flops=count(tsbhk=10),
+        kernels=count(25),
+        plain_bytes=sized(count(tbhk=4, sbhk=4), count(tsbh=20, tbhk=13, sbhk=15, tbh=3), own=count(bs=3)),
+        workspace=lambda o: _fused_attention(o) + o.inputs[4].bytes,
     ),
     # o and log-sum-exp over parts of the keys, one pair after the other -> over all keys
     "merge_attention": OpSpec(
-        None, statistics=(1,), workspace=_temporaries("tbhk", "tbh", "tbh", "tbh", cast=("tbhk", "tbhk"))
+        None,
+        statistics=(1,),
+        flops=_each(_pairs, count(tbhk=2, tbh=6), count(tbh=-4)),
+        kernels=_each(_pairs, count(7), count(4)),
+        plain_bytes=_each(
+            _pairs,
+            sized(count(tbhk=3), count(tbhk=4, tbh=10), own=count(tbh=2)),
+            sized(count(tbhk=1), count(tbhk=2, tbh=2), own=count(tbh=2)),
+        ),
+        workspace=sized(count(tbhk=1), count(tbh=2), own=count(tbh=1), cast=count(tbhk=2)),
     ),
-    "sum_parts": OpSpec(None, workspace=_wide_sum_workspace),  # addends of one shape -> their sum
+    # addends of one shape -> their sum, of bf16 in fp32
+    "sum_parts": OpSpec(
+        None,
+        flops=_each(_inputs, _out, lambda o: -_out(o)),
+        kernels=_each(_inputs, count(1), count(1)),
+        plain_bytes=_each(_inputs, sized(_out, own=lambda o: 8 * _out(o)), sized(_out)),
+        workspace=lambda o: 4 * _out(o) if o.outputs[0].dtype == "bfloat16" else 0,
+    ),
     # -- norms --------------------------------------------------------------------------------------------------
     # x, gain, scale, shift -> x / rms(x) * gain * (1 + scale) + shift, 1 / rms(x)
     "modulate_norm": OpSpec(
-        _NORM,
+        "tbd,d,bd,bd->tbd,tb",
         whole="d",
         statistics=(1,),
-        flops=_labels("tbd", per=6),
-        workspace=_temporaries("bd", "bd", cast=("tbd", "tbd", "tbd")),
-        unfused_passes=(2, 13),
+        flops=count(tbd=5, tb=5, bd=2),
+        kernels=count(12),
+        plain_bytes=sized(count(tbd=2, bd=6, d=1), count(tbd=9, tb=10)),
+        workspace=sized(wide=count(bd=2), cast=count(tbd=3)),
     ),
     # x, position, gain, scale, shift -> x0 = x + position, the modulated norm of x0, 1 / rms(x0)
     "position_modulate_norm": OpSpec(
-        _POSITION_NORM,
+        "tbd,td,d,bd,bd->tbd,tbd,tb",
         whole="d",
         statistics=(2,),
-        flops=_labels("tbd", per=7),
-        workspace=_temporaries("bd", "bd", cast=("tbd", "tbd", "tbd")),
-        unfused_passes=(5, 13),
+        flops=count(tbd=6, tb=5, bd=2),
+        kernels=count(13),
+        plain_bytes=sized(count(tbd=4, td=1, bd=6, d=1), count(tbd=9, tb=10)),
+        workspace=sized(wide=count(bd=2), cast=count(tbd=3)),
     ),
     # dy, x, rstd, gain, scale -> dx (+ residual gradient), dgain, dscale, dshift
     "modulate_norm_backward": OpSpec(
-        _NORM_BACKWARD,
+        "tbd,tbd,tb,d,bd->tbd,d,bd,bd",
         linear=((0,),),
         whole="d",
         adds=True,
-        flops=_labels("tbd", per=14),
-        workspace=_temporaries("tbd", "tbd", "tb", "tb", "bd", "bd", "bd", "bd", cast=("tbd", "bd")),
-        unfused_passes=(2, 32),
+        backward=True,
+        flops=count(tbd=10, tb=1, bd=6),
+        kernels=count(20),
+        plain_bytes=sized(count(tbd=3, bd=1, d=1), count(tbd=18, tb=6, bd=17, d=4)),
+        workspace=sized(wide=count(tbd=2, tb=2, bd=3), cast=count(tbd=1, bd=1, d=1)),
     ),
     # x, gain, bias -> layer norm, mean, 1 / std
     "layer_norm": OpSpec(
         "lbd,d,d->lbd,lb,lb",
         whole="d",
         statistics=(1, 2),
-        flops=_labels("lbd", per=7),
-        workspace=_temporaries("lbd", "lb", cast=("lbd",)),
+        flops=count(lbd=7, lb=6),
+        kernels=count(12),
+        plain_bytes=sized(count(lbd=2, d=2), count(lbd=12, lb=12)),
+        workspace=sized(wide=count(lbd=1), cast=count(lbd=1)),
     ),
-    # dy, x, mean, rstd, gain -> dx, dgain, dbias
+    # dy, x, mean, rstd, gain -> dx, dgain, dbias; dy comes in the statistics' dtype
     "layer_norm_backward": OpSpec(
         "lbd,lbd,lb,lb,d->lbd,d,d",
         linear=((0,),),
         whole="d",
-        flops=_labels("lbd", per=12),
-        workspace=_temporaries("lbd", "lbd", "lbd", "lb", "lb", cast=("lbd",)),
+        backward=True,
+        flops=count(lbd=13, lb=2),
+        kernels=count(14),
+        plain_bytes=sized(count(lbd=2, d=1), count(lbd=25, lb=7, d=2)),
+        workspace=sized(wide=count(lbd=3, lb=1)),
     ),
     # -- token-local --------------------------------------------------------------------------------------------
-    "add_position": OpSpec("tbd,td->tbd", flops=_labels("tbd", per=1)),
-    "add": OpSpec("tbd->tbd", linear=((0,),), adds=True, flops=_labels("tbd", per=1)),  # the added input comes last
-    "residual": OpSpec("tbd,tbd->tbd", linear=((0, 1),), flops=_labels("tbd", per=1)),
-    # x, y, gate -> x + gate * y
-    "gated_residual": OpSpec("tbd,tbd,bd->tbd", flops=_labels("tbd", per=2), unfused_passes=(5, 0)),
+    "add_position": OpSpec("tbd,td->tbd", flops=count(tbd=1)),
+    "add": OpSpec("tbd->tbd", linear=((0,),), adds=True),  # onto the last input
+    "residual": OpSpec("tbd,tbd->tbd", linear=((0, 1),), flops=count(tbd=1)),
+    "gated_residual": OpSpec("tbd,tbd,bd->tbd", flops=count(tbd=2)),  # x, y, gate -> x + gate * y
     # dout, y, gate -> dy, dgate
     "gated_residual_backward": OpSpec(
         "tbd,tbd,bd->tbd,bd",
         linear=((0,),),
-        flops=_labels("tbd", per=3),
-        workspace=_temporaries("tbd", cast=("tbd",)),
-        unfused_passes=(6, 0),
+        backward=True,
+        flops=count(tbd=3),
+        kernels=count(4),
+        plain_bytes=sized(count(tbd=4, bd=1), count(tbd=4, bd=1)),
+        workspace=sized(wide=count(tbd=1), cast=count(tbd=1)),
     ),
-    "swiglu": OpSpec("tbf,tbf->tbf", flops=_labels("tbf", per=5), unfused_passes=(5, 0)),  # silu(gate) * up
+    # gate, up -> silu(gate) * up
+    "swiglu": OpSpec("tbf,tbf->tbf", flops=count(tbf=4), kernels=count(2), plain_bytes=sized(count(tbf=5))),
     # dy, gate, up -> dgate, dup
     "swiglu_backward": OpSpec(
         "tbf,tbf,tbf->tbf,tbf",
         linear=((0,),),
-        flops=_labels("tbf", per=12),
-        unfused_passes=(9, 0),
+        backward=True,
+        flops=count(tbf=13),
+        kernels=count(4),
+        plain_bytes=sized(count(tbf=11)),
     ),
     # -- embeddings and conditioning ----------------------------------------------------------------------------
+    # a rank takes the tokens that it holds
     "patchify": OpSpec(
-        "bcfyx->tbp", whole="cfyx", workspace=_temporaries("tbp", tokens=True)
-    ),  # a rank takes the tokens that it holds
+        "bcfyx->tbp",
+        whole="cfyx",
+        bytes=sized(count(tbp=2)),
+        kernels=count(7),
+        plain_bytes=sized(count(tbp=4), own=count(t=96)),
+        workspace=sized(count(tbp=1), own=count(t=32)),
+    ),
     "unpatchify": OpSpec("tbp->bcfyx", whole="tp"),
     "position": OpSpec(
         "id,jd,kd->td",
         whole="ijkd",
-        flops=_labels("td", per=2),
-        workspace=_temporaries("td", tokens=True),
+        flops=count(td=2),
+        kernels=count(10),
+        plain_bytes=sized(count(td=12), own=count(t=96)),
+        workspace=sized(count(td=1), own=count(t=32)),
     ),
     "position_backward": OpSpec(
         "td->id,jd,kd",
         linear=((0,),),
         whole="ijkd",
-        flops=_labels("td", per=3),
-        workspace=_temporaries(tokens=True),
+        backward=True,
+        flops=count(td=3),
+        kernels=count(11),
+        plain_bytes=sized(count(td=9, id=1, jd=1, kd=1), own=count(t=96)),
+        workspace=count(t=32),
     ),
-    "time_features": OpSpec("b->bw", flops=_labels("bw", per=4), workspace=_temporaries("bw", "w", "w")),
-    "silu": OpSpec("bd->bd", flops=_labels("bd", per=4)),
+    "time_features": OpSpec(
+        "b->bw",
+        flops=count(bw=1.5, w=1, b=1),
+        kernels=count(9),
+        plain_bytes=sized(count(bw=1), count(bw=3.5, w=3, b=3)),
+        workspace=sized(wide=count(bw=1, w=0.5, b=1)),
+    ),
+    "silu": OpSpec("bd->bd", flops=count(bd=3)),
     "silu_backward": OpSpec(
         "bd,bd->bd",
         linear=((0,),),
         adds=True,
-        flops=_labels("bd", per=7),
-        workspace=_temporaries("bd", cast=("bd",)),
+        backward=True,
+        flops=count(bd=8),
+        kernels=count(3),
+        plain_bytes=sized(count(bd=1), count(bd=6)),
+        workspace=sized(wide=count(bd=1), cast=count(bd=1)),
     ),
-    "add_table": OpSpec(None),  # modulation shared by the layers + this layer's table, e.g. "drb,rd->rbd"
-    "sum_to": OpSpec(None, linear=((0,),), adds=True, workspace=_sum_workspace),  # sum or permute: "rbd->rd"
-    "drop_caption": OpSpec("lbw,b->lbw"),  # zero the embeddings of a dropped caption
+    # modulation shared by the layers + this layer's table, e.g. "drb,rd->rbd"
+    "add_table": OpSpec(None, flops=_out),
+    # sum or permute: "rbd->rd"
+    "sum_to": OpSpec(
+        None,
+        linear=((0,),),
+        adds=True,
+        flops=lambda o: o.inputs[0].elements if _is_sum(o) else 0,
+        kernels=lambda o: 2 if _is_sum(o) else 1,
+        plain_bytes=lambda o: o.inputs[0].bytes + (3 if _is_sum(o) else 1) * o.outputs[0].bytes,
+        workspace=lambda o: o.outputs[0].bytes if _is_sum(o) else 0,
+    ),
+    "drop_caption": OpSpec("lbw,b->lbw", flops=count(lbw=1)),  # zero the embeddings of a dropped caption
     "drop_mask": OpSpec("bs,b->bs"),  # every key of a dropped caption is valid
     # -- flow matching ------------------------------------------------------------------------------------------
-    "draw_time": OpSpec("b,n->b", workspace=_draw_workspace),
-    "draw_noise": OpSpec("b,n->tbp", workspace=_draw_workspace),
-    "draw_keep_caption": OpSpec("b,n->b", workspace=_draw_workspace),
+    "draw_time": OpSpec(
+        "b,n->b",
+        flops=count(b=14),
+        kernels=count(288),
+        plain_bytes=sized(count(b=1), own=count(32, b=5069)),
+        workspace=count(b=120),
+    ),
+    "draw_noise": OpSpec(
+        "b,n->tbp",
+        flops=count(tbp=11),
+        kernels=_each(_draws, count(287), count(23)),
+        plain_bytes=_each(_draws, count(32, b=24, p=8), sized(count(tbp=1), own=count(tbp=4904, tp=117, t=176, p=224))),
+        workspace=lambda o: count(t=32, p=48)(o) + _drawn_rows(o) * count(bp=104, p=16)(o),
+    ),
+    "draw_keep_caption": OpSpec(
+        "b,n->b", flops=count(b=2), kernels=count(278), plain_bytes=count(32, b=4881), workspace=count(b=120)
+    ),
     # x1, x0, t -> x_t, velocity
     "interpolate": OpSpec(
-        "tbp,tbp,b->tbp,tbp", flops=_labels("tbp", per=5), workspace=_temporaries("tbp", "tbp", "b", "b")
+        "tbp,tbp,b->tbp,tbp",
+        flops=count(tbp=5, b=2),
+        kernels=count(7),
+        plain_bytes=sized(count(tbp=1), count(tbp=11, b=6)),
+        workspace=sized(wide=count(tbp=2, b=1)),
     ),
     # prediction, velocity -> sum of squares / (elements of the GLOBAL buffer * micro-batches): Partial over every axis
     "velocity_loss": OpSpec(
-        "tbp,tbp->", adds=True, flops=_labels("tbp", per=3), workspace=_temporaries("tbp", cast=("tbp",))
+        "tbp,tbp->",
+        adds=True,
+        flops=count(1, tbp=3),
+        kernels=count(6),
+        plain_bytes=sized(count(tbp=1), count(5, tbp=7)),
+        workspace=sized(wide=count(1, tbp=1), cast=count(tbp=1)),
     ),
     "velocity_loss_backward": OpSpec(
-        "tbp,tbp->tbp", flops=_labels("tbp", per=2), workspace=_temporaries("tbp", cast=("tbp",))
+        "tbp,tbp->tbp",
+        backward=True,
+        flops=count(tbp=2),
+        kernels=count(4),
+        plain_bytes=sized(count(tbp=2), count(tbp=7)),
+        workspace=sized(wide=count(tbp=1), cast=count(tbp=1)),
     ),
     # -- flat units and the optimizer ---------------------------------------------------------------------------
     "cast": OpSpec(None, linear=((0,),)),
     "copy": OpSpec(None, linear=((0,),)),
-    "accumulate": OpSpec(None, linear=((0,),), adds=True),  # addend, [total]: total += addend
+    "accumulate": OpSpec(None, linear=((0,),), adds=True),  # addend, total: total += addend
+    # alignment gaps and tail padding of a flat gradient
     "zero_gaps": OpSpec(
-        None, linear=((0,),), in_place={0: 0}, fresh=True
-    ),  # alignment gaps and tail padding of a flat gradient
-    "sum_of_squares": OpSpec("rn->", workspace=lambda *_: _SCALARS_BYTES),
+        None,
+        linear=((0,),),
+        in_place={0: 0},
+        fresh=True,
+        bytes=_gaps,
+        kernels=lambda o: len(o.attrs["gaps"]),
+        counted=("gaps",),
+    ),
+    "sum_of_squares": OpSpec(
+        "rn->",
+        flops=_each(_flat_chunks, count(1), count(n=2)),
+        kernels=_each(_flat_chunks, count(2), count(1)),
+        plain_bytes=sized(_each(_flat_chunks, count(4), count(1, n=1))),
+        workspace=sized(count(1)),
+    ),
     # sum of squares, counters -> gradient norm, clip factor, finite?, counters (step + 1, updates + finite)
-    "clip_factor": OpSpec(",n->,,,n", in_place={3: 1}, workspace=lambda *_: _SCALARS_BYTES),
-    # master, m, v, ema, gradient, clip factor, finite?, counters, lr -> master, m, v, ema
+    "clip_factor": OpSpec(
+        ",n->,,,n",
+        in_place={3: 1},
+        flops=count(4),
+        kernels=count(13),
+        plain_bytes=sized(count(16), own=count(40)),
+        workspace=sized(count(3)),
+    ),
+    # master, m, v, ema, gradient, clip factor, finite?, counters, lr -> master, m, v, ema. Counted for a shard that
+    # decays whole, or not at all: where that changes within it, one chunk more is begun
     "adamw": OpSpec(
         "rn,rn,rn,rn,rn,,,q,->rn,rn,rn,rn",
         in_place={0: 0, 1: 1, 2: 2, 3: 3},
-        workspace=_flat_workspace(2),
+        flops=count(16, n=18),
+        kernels=_each(_flat_chunks, count(13), count(19)),
+        plain_bytes=sized(_each(_flat_chunks, count(8), count(38, n=31)), own=_each(_flat_chunks, count(1), count(25))),
+        workspace=lambda o: sized(count(9))(o) + 2 * o.item_bytes[0] * min(FLAT_CHUNK, o.sizes["n"]),
     ),
 }
-
 LEAVE_SMS = tuple(op for op, spec in OPS.items() if spec.leaves_sms)
 
 
-def signature_of(kind: str, attrs: dict[str, Any]) -> Signature:
+def signature_of(kind: str, attrs: Mapping[str, Any]) -> Signature:
     text = OPS[kind].signature or attrs["signature"]
     return parse(text)

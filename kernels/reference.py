@@ -405,8 +405,7 @@ def draw_noise(
     rows = max(1, DRAW_CHUNK // (samples * values))
     for start in range(0, tokens, rows):
         element = corner[start : start + rows, None, None] + inside
-        drawn = normal(seed, purpose, counters[STEP], ids[None, :, None], element)
-        out[start : start + rows].copy_(drawn)
+        out[start : start + rows].copy_(normal(seed, purpose, counters[STEP], ids[None, :, None], element))
 
 
 def interpolate(inputs: Tensors, outputs: Tensors, *, sigma_min: float) -> None:
@@ -496,13 +495,14 @@ def adamw(
     flat = [x.view(-1) for x in (master, exp_avg, exp_avg_sq, ema, gradient)]
     edges = [0, boundary, flat[0].numel()]
     for decay, begin, end in zip((weight_decay, 0.0), edges[:-1], edges[1:], strict=True):
+        kept = 1 - taken * lr * decay
         for start in range(begin, end, FLAT_CHUNK):
             w, m, v, average, g = (x[start : min(start + FLAT_CHUNK, end)] for x in flat)
             g = torch.where(finite, g * clip, 0.0)
             m.lerp_(g, rate1)
             v.lerp_(g.mul_(g), rate2)
             denominator = torch.sqrt(v, out=g).div_(root_correction).add_(eps)
-            w.mul_(1 - taken * lr * decay).sub_(torch.div(m, denominator, out=g).mul_(step_size))
+            w.mul_(kept).sub_(torch.div(m, denominator, out=g).mul_(step_size))
             average.lerp_(w, rate_ema)
             del g, denominator  # else the last chunk's temporary lives while the next one's two are made
 

@@ -1,7 +1,7 @@
 """Attention on a CPU through torch's fused kernel: the reference's mathematics without the score matrix in memory.
 
 ``aten::_scaled_dot_product_flash_attention_for_cpu`` (torch 2.13) returns the log-sum-exp that a hand-written backward
-needs. It allocates its outputs, which are then copied to ours; ``parallel/ir/ops.py`` declares that workspace.
+needs. It allocates its outputs, which are then copied to ours; ``ops.py`` declares that workspace.
 """
 
 from __future__ import annotations

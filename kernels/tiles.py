@@ -10,7 +10,7 @@ The number of programs follows from shapes alone, never from the device: sums th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,13 +112,3 @@ def flat_sums(elements: int) -> int:
     """Programs that sum a flat tensor, eight to a multiprocessor at most, each as many blocks of ``SUM_BLOCK``."""
     blocks = cover(elements, SUM_BLOCK)
     return cover(blocks, cover(blocks, 1024))
-
-
-# Bytes of fp32 partial sums that an op's kernels take besides its outputs; sizes by label of the op table.
-SCRATCH_BYTES: Mapping[str, Callable[[Mapping[str, int]], int]] = {
-    "modulate_norm_backward": lambda z: 8 * norm_slices(z["t"], z["b"]) * z["b"] * z["d"],
-    "layer_norm_backward": lambda z: 8 * layer_norm_slices(z["l"] * z["b"]) * z["d"],
-    "gated_residual_backward": lambda z: 4 * gate_slices(z["t"]) * z["b"] * z["d"],
-    "velocity_loss": lambda z: 4 * flat_sums(z["t"] * z["b"] * z["p"]),
-    "sum_of_squares": lambda z: 4 * flat_sums(z["n"]),  # of the flat shard [1, n]
-}

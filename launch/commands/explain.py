@@ -227,7 +227,7 @@ def step_values(request: Request, step: Whole) -> dict[str, Any]:
         "samples_per_s": step.samples / step.step_s,
         "compute_s": step.tape.compute_s,
         "exposed_s": step.timeline.total_exposed_s,
-        "mfu": explain.mfu(request.config, step, request.cluster),
+        "mfu": explain.mfu(step, request.cluster),
         "hfu": explain.hfu(step, request.cluster),
         "peak_bytes": memory.peak_bytes,
         "limit_bytes": memory.limit_bytes,
@@ -242,6 +242,6 @@ def summary(request: Request, step: Whole) -> str:
     fits = "" if memory.peak_bytes <= memory.limit_bytes else ": IT DOES NOT FIT"
     return (
         f"{step.step_s:.3f} s a step of {step.samples:,} samples, {step.samples / step.step_s:.1f} samples/s, MFU "
-        f"{explain.mfu(request.config, step, request.cluster):.1%}, {memory.peak_bytes / 1e9:.1f} of "
+        f"{explain.mfu(step, request.cluster):.1%}, {memory.peak_bytes / 1e9:.1f} of "
         f"{memory.limit_bytes / 1e9:.1f} GB{fits}"
     )

@@ -9,7 +9,8 @@ from typing import Any
 
 from ...errors import CinemeshError
 from ...kernels.catalogue import OPTIONAL, PACKAGES, share
-from ...kernels.ops import DTYPE_BYTES, OPS
+from ...kernels.counts import DTYPE_BYTES
+from ...kernels.ops import OPS
 from ...kernels.packages import missing
 from ...kernels.rates import rate
 from ...kernels.selection import Choice, override_of, overrides, select

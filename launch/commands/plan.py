@@ -96,7 +96,7 @@ def run(
 
         console = Console(stderr=True)
         found = tuned(request, found, partial(track, description="tuning", console=console, transient=True))
-    flops = explain.mean_model_flops(request)
+    flops = explain.mean_sample_flops(request)
     values = {
         "model": model,
         "cluster": request.cluster.name,

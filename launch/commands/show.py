@@ -18,6 +18,7 @@ from ...model.config import LATENTS, ModelConfig, latent_text, parameters, prese
 from ...model.inputs import BatchShape
 from ...model.step import build_step, prepare
 from ...parallel.ir.collectives import FUSED
+from ...parallel.ir.flops import model_flops
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import Op, Phase, Place
 from ...parallel.ir.units import Parameter
@@ -209,7 +210,7 @@ def record(program: Program, op: Op) -> dict[str, object]:
 
 
 def totals(program: Program) -> dict[str, object]:
-    """Of one rank: collectives and compute by lane, and the peak with the record at which it is reached."""
+    """Of one rank: collectives and compute by lane, its share of model FLOPs, the peak and where it is reached."""
     compute = [op for op in program.ops if op.kind in OPS or op.kind in FUSED]
     lanes: dict[str, dict[str, float]] = {}
     for op in program.ops:
@@ -223,7 +224,8 @@ def totals(program: Program) -> dict[str, object]:
         "records": len(program.ops),
         "compute": {
             "records": len(compute),
-            "model_flops": sum(program.flops(op) for op in compute if not op.clone),
+            "flops": sum(program.flops(op) for op in compute),
+            "model_flops": model_flops(program) / program.plan.world_size,
             "recompute_flops": sum(program.flops(op) for op in compute if op.clone),
             "bytes": sum(program.bytes_moved(op) for op in compute),
         },
@@ -295,7 +297,7 @@ def _row(program: Program, op: Op, section: Section) -> tuple[str, str, str, str
         outputs = []
     elif op.kind in OPS:
         flops = program.flops(op)
-        work = quantity(flops, "FLOP") if OPS[op.kind].matmul else quantity(program.bytes_moved(op), "B")
+        work = quantity(flops, "FLOP") if OPS[op.kind].is_product else quantity(program.bytes_moved(op), "B")
     else:
         work = f"{quantity(program.payload_bytes(op), 'B')} > {quantity(program.wire_bytes(op), 'B')}"
         if op.kind in FUSED:
@@ -379,23 +381,19 @@ def _print_totals(console: Console, program: Program) -> None:
     found = totals(program)
     compute, lanes = found["compute"], found["collectives"]
     assert isinstance(compute, dict) and isinstance(lanes, dict)
-    table = plain_table(
-        "lane",
-        "collectives",
-        "payload",
-        "wire, sent by one rank",
-        right=("collectives", "payload", "wire, sent by one rank"),
-    )
+    numbers = ("collectives", "payload", "wire, sent by one rank")
+    table = plain_table("lane", *numbers, right=numbers)
     for lane, values in lanes.items():
         payload, wire = quantity(values["payload_bytes"], "B"), quantity(values["wire_bytes"], "B")
         table.add_row(lane, f"{values['collectives']:,}", payload, wire)
     if lanes:
         console.print(table)
         console.print()
-    hardware = compute["model_flops"] + compute["recompute_flops"]
+    ran, model, again = (compute[name] for name in ("flops", "model_flops", "recompute_flops"))
+    parts = [quantity(flops, "FLOP") for flops in (ran, model, again, ran - model - again)]
     console.print(
-        f"compute: {compute['records']:,} records, {quantity(hardware, 'FLOP')} = model "
-        f"{quantity(compute['model_flops'], 'FLOP')} + recompute {quantity(compute['recompute_flops'], 'FLOP')}, "
+        f"compute: {compute['records']:,} records, {parts[0]} = model {parts[1]} + recompute {parts[2]} + {parts[3]} "
+        "of scores that attention's backward makes again, element-wise work and what ranks do alike; "
         f"{quantity(compute['bytes'], 'B')} read and written"
     )
     peak, persistent = found["peak_bytes"], found["persistent_bytes"]

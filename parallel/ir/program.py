@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from ...kernels.ops import DTYPE_BYTES, OPS, signature_of
+from ...kernels.counts import DTYPE_BYTES, Operand, Operands
+from ...kernels.ops import OPS, signature_of
 from ...kernels.signature import Signature
 from .collectives import FUSED
 from .layout import local_shape
@@ -35,6 +36,7 @@ class Program:
         self._split: dict[object, tuple[int, ...]] = {}  # local shapes by global shape and axes: few are distinct
         self._elements: dict[str, int] = {}
         self._bytes: dict[str, int] = {}
+        self._counted: dict[object, tuple[int, int, int]] = {}  # by the op table, of a record's kind, shapes and dtypes
         self._root: dict[str, tuple[str, int]] = {}
 
     def local_shape(self, name: str) -> tuple[int, ...]:
@@ -96,31 +98,42 @@ class Program:
         shapes += [self.local_shape(name) for name in op.outputs[: len(signature.outputs)]]
         return {label: shapes[i][dim] for label, i, dim in signature.places}
 
+    def operands(self, op: Op) -> Operands:
+        """Local shapes and dtypes of a compute op."""
+        inputs, outputs = (
+            [Operand(self.local_shape(name), self.buffers[name].dtype) for name in names]
+            for names in (op.inputs, op.outputs)
+        )
+        attrs = {name: op.attrs[name] for name in OPS[op.kind].counted}
+        return Operands.of(signature_of(op.kind, op.attrs), inputs, outputs, attrs)
+
+    def _counts(self, op: Op) -> tuple[int, int, int]:
+        """FLOPs, bytes and workspace of a compute op by the op table, kept: few records differ in shapes and dtypes."""
+        shown = [(self.local_shape(name), self.buffers[name].dtype) for name in (*op.inputs, *op.outputs)]
+        spec = OPS[op.kind]
+        key = (op.kind, op.attrs.get("signature"), len(op.inputs), *shown, *[op.attrs[name] for name in spec.counted])
+        found = self._counted.get(key)
+        if found is None:
+            o = self.operands(op)
+            found = self._counted[key] = spec.flops_of(o), spec.bytes_of(o), spec.workspace(o)
+        return found
+
     def flops(self, op: Op) -> int:
         """FLOPs of one rank. Collectives and waits have none."""
         if op.kind in FUSED:
             return sum(self.flops(part) for part in op.parts)
-        return OPS[op.kind].flops(self.label_sizes(op)) if op.kind in OPS else 0
+        return self._counts(op)[0] if op.kind in OPS else 0
 
     def bytes_moved(self, op: Op) -> int:
-        """Bytes that a compute op reads and writes at least: every input and output once."""
+        """Bytes that a compute op reads and writes at least."""
         if op.kind in FUSED:
             return sum(self.bytes_moved(part) for part in op.parts)
-        return sum(self.bytes(name) for name in (*op.inputs, *op.outputs)) if op.kind in OPS else 0
+        return self._counts(op)[1] if op.kind in OPS else 0
 
     def workspace_bytes(self, op: Op) -> int:
         if op.kind in FUSED:
             return max(self.workspace_bytes(part) for part in op.parts)
-        if op.kind not in OPS:
-            return 0
-        ins, outs = list(op.inputs), list(op.outputs)
-        return OPS[op.kind].workspace(
-            [self.local_shape(n) for n in ins],
-            [self.buffers[n].dtype for n in ins],
-            [self.local_shape(n) for n in outs],
-            [self.buffers[n].dtype for n in outs],
-            self.label_sizes(op),
-        )
+        return self._counts(op)[2] if op.kind in OPS else 0
 
     def payload_bytes(self, op: Op) -> int:
         """Full gathered size of a collective: the larger side."""
@@ -135,7 +148,7 @@ class Program:
     def with_ops(self, ops: list[Op], extra: dict[str, Buffer] | None = None) -> Program:
         """The same buffers, and ``extra``, under other records; what is known of the buffers is handed on."""
         made = replace(self, buffers={**self.buffers, **(extra or {})}, ops=ops)
-        made._split = self._split
+        made._split, made._counted = self._split, self._counted
         made._local, made._elements, made._bytes = dict(self._local), dict(self._elements), dict(self._bytes)
         for name in extra or ():
             for known in (made._local, made._elements, made._bytes):

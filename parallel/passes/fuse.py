@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ...kernels.ops import DTYPE_BYTES, OPS
 from ..ir.program import Program
 from ..ir.records import Op
 
@@ -42,19 +41,3 @@ def _norm_behind(program: Program, i: int) -> int | None:
 
 def _meet(one: tuple[str, int, int], other: tuple[str, int, int]) -> bool:
     return one[0] == other[0] and one[1] < other[2] and other[1] < one[2]
-
-
-def unfused_bytes(program: Program, op: Op) -> int:
-    """Bytes that ``op`` moves on one rank when every elementary torch operation of its formula is a kernel.
-
-    ``Program.bytes_moved`` is what it moves as one. Equal where it is one operation; 0 for collectives.
-    """
-    passes = OPS[op.kind].unfused_passes if op.kind in OPS else None
-    if passes is None:
-        return program.bytes_moved(op)
-    item_bytes = DTYPE_BYTES[program.buffers[op.inputs[0]].dtype]
-    in_stream, in_statistics = passes
-    if len(op.inputs) > len(program.label_signature(op).inputs):
-        in_stream += 3  # the result and what it is added to are read, the sum is written
-    of_element = in_stream * item_bytes + in_statistics * DTYPE_BYTES[program.plan.stat_dtype]
-    return of_element * program.local_elements(op.inputs[0])

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ...kernels.ops import OPS
 from ..ir.collectives import FUSED
 from ..ir.communicators import communicator
 from ..ir.dependencies import accesses, dependencies, families
@@ -187,9 +188,6 @@ class _Memory:
                     self.live -= self.bytes[root]
 
 
-TOKEN_LOCAL = ("add_position", "modulate_norm", "position_modulate_norm", "gated_residual", "residual")
-
-
 class _Window:
     """One stretch of records, those left over from the one before in front, ordered as if nothing were in flight."""
 
@@ -223,7 +221,7 @@ class _Window:
             line: str | Slice | None
             if self.is_wait[i]:
                 line = None
-            elif op.kind in TOKEN_LOCAL and not op.clone and op.slice:
+            elif op.slice and not op.clone and op.kind in OPS and OPS[op.kind].token_local:
                 line = op.slice  # one slice may wait for its sum over tp while another is multiplied
             elif self.is_issue[i]:
                 line = communicator(op) if op.axes == FSDP else None

@@ -16,12 +16,13 @@ from typing import Any, Literal, cast, get_args, get_type_hints
 import yaml
 
 from ...files import atomic_file
+from ...kernels.ops import OPS
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import Op
 from ..clusters.cluster import Cluster, load
 from ..clusters.constants import LIMITS, UNITS, Fact, Rule
 from ..clusters.schema import Measured
-from ..prices.compute import ATTENTION, Compute, matmul_shape
+from ..prices.compute import Compute, matmul_shape
 from ..prices.network import Group, Network, ring_group
 
 Key = tuple[int, ...]
@@ -59,14 +60,15 @@ class Samples:
         getattr(self, part).setdefault(name, {}).setdefault(key, []).append(seconds)
 
     def add_op(self, program: Program, op: Op, seconds: float) -> None:
-        z = program.label_sizes(op)
-        if op.kind == "matmul":
+        z, spec = program.label_sizes(op), OPS[op.kind]
+        if spec.law == "matmul":
             signature = program.label_signature(op)
             shape = matmul_shape(signature.inputs, signature.outputs[0], z)
             accumulates = len(op.inputs) > len(signature.inputs)
             self.add("matmul", program.buffers[op.inputs[0]].dtype, (*shape, int(accumulates)), seconds)
-        elif op.kind in ATTENTION:
-            self.add("attention", ATTENTION[op.kind], tuple(z[label] for label in "btshk"), seconds)
+        elif spec.law == "attention":
+            direction = "backward" if spec.backward else "forward"
+            self.add("attention", direction, tuple(z[label] for label in "btshk"), seconds)
         else:
             self.add("stream", op.kind, (program.bytes_moved(op),), seconds)
 

@@ -4,8 +4,8 @@ matmul      small tiles of the output run in waves over the SMs; each costs its 
             among larger tiles and may split k, which shortens the last wave: only ``tail`` of what it leaves idle is
             paid. Never faster than its bytes from memory. Residual of the law by shape: a small measured grid.
 attention   blocks of rows of one head run in waves over the SMs and walk all keys; by family of kernels and head dim.
-others      bytes over the achieved part of the memory's rate. An op that has no kernel of its own runs as the plain
-            reference, which moves its bytes several times (``REFERENCE``).
+others      bytes over the achieved part of the memory's rate. An op that has no kernel of its own runs in its plain
+            form: the kernels, and the bytes that they move, are columns of the op table.
 Products and self-attention run on the SMs that ``plan.sm_margin`` leaves them: as fast a wave, more waves.
 All run at the clock that a long step sustains under the power limit: ``gpu.sustained``, fitted, apart from the laws,
 which hold for short isolated kernels (``clock="isolated"``).
@@ -20,7 +20,8 @@ from typing import Literal
 
 from ...errors import CinemeshError
 from ...kernels.catalogue import candidates, choose
-from ...kernels.ops import DTYPE_BYTES, LEAVE_SMS
+from ...kernels.counts import DTYPE_BYTES, Operands
+from ...kernels.ops import LEAVE_SMS, OPS
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import Op
@@ -30,44 +31,18 @@ from ..clusters.constants import Table
 Bound = Literal["compute", "memory", "launch"]
 
 ITEM_BYTES = {**DTYPE_BYTES, "float16": 2, "float8": 1}
-FORWARD_FLOPS = 4  # of attention, for each query, key and head element: scores and values
-BACKWARD_FLOPS = 10  # five products
-# Ops whose plain reference is more than one kernel: (kernels, bytes moved over those of one fused kernel), counted from
-# kernels/reference.py in bf16 with fp32 statistics: casts, products and sums each read and write whole activations.
-REFERENCE: dict[str, tuple[int, float]] = {
-    "modulate_norm": (9, 10.0),
-    "position_modulate_norm": (10, 8.0),
-    "modulate_norm_backward": (18, 11.0),
-    "layer_norm": (11, 13.0),
-    "layer_norm_backward": (16, 18.0),
-    "gated_residual_backward": (4, 4.0),
-    "merge_attention": (32, 9.8),  # of four parts
-    "sum_parts": (5, 4.2),  # of four
-    "swiglu": (2, 1.7),
-    "swiglu_backward": (4, 2.2),
-    "silu_backward": (3, 3.0),
-    "adamw": (14, 3.0),
-    "sum_of_squares": (2, 1.0),
-    "draw_noise": (40, 20.0),
-    "interpolate": (5, 2.5),
-    "velocity_loss": (4, 3.0),
-    "velocity_loss_backward": (2, 1.5),
+# FLOPs of attention for each query, key and head element, by whether it is a backward.
+_PER_ELEMENT = {
+    OPS[op].backward: OPS[op].flops(Operands(dict.fromkeys("tsbhk", 1), (), (), {}, False))
+    for op in ("attention", "attention_backward")
 }
-ATTENTION = {
-    "attention": "forward",
-    "cross_attention": "forward",
-    "attention_backward": "backward",
-    "cross_attention_backward": "backward",
-}
-
-
 # Families of attention kernels that can leave SMs alone.
 LEAVING = tuple(entry.rate_class.removeprefix("attention.") for entry in candidates("attention") if entry.margin)
 
 
 def reference_ops(device: str) -> frozenset[str]:
-    """Ops that run as their plain reference on ``device`` in a plain install (kernels/catalogue.py)."""
-    return frozenset(kind for kind in REFERENCE if choose(kind, device) is None)
+    """Memory-bound ops that run in their plain form on ``device`` in a plain install (kernels/catalogue.py)."""
+    return frozenset(op for op, spec in OPS.items() if not spec.is_product and choose(op, device) is None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +61,8 @@ class Price:
 class Compute:
     """Prices the ops of one cluster's GPU.
 
-    ``attention``: family of kernels, the cluster file's first if None. ``unfused``: ops that run as their plain
-    reference; None: as the catalogue tells for the cluster's device.
+    ``attention``: family of kernels, the cluster file's first if None. ``unfused``: ops that run in their plain form;
+    None: as the catalogue tells for the cluster's device.
     """
 
     def __init__(
@@ -124,6 +99,7 @@ class Compute:
         key = (
             op.kind,
             op.attrs.get("signature"),
+            *[op.attrs[name] for name in OPS[op.kind].counted],
             *[program.local_shape(name) for name in names],
             *[program.buffers[name].dtype for name in names],
             margin := self.margin(program, op),
@@ -156,7 +132,8 @@ class Compute:
 
     def _price(self, program: Program, op: Op, margin: int) -> Price:
         dtype = program.buffers[op.inputs[0]].dtype
-        if op.kind == "matmul":
+        spec = OPS[op.kind]
+        if spec.law == "matmul":
             signature = program.label_signature(op)
             batch, m, n, k = matmul_shape(signature.inputs, signature.outputs[0], program.label_sizes(op))
             accumulate = len(op.inputs) > len(signature.inputs)
@@ -165,19 +142,22 @@ class Compute:
                 m, n, k, dtype, out_dtype=out, accumulate=accumulate, batch=batch, margin=margin
             )
             return self._priced(work, memory, floor, 1)
-        if op.kind in ATTENTION:
-            z = program.label_sizes(op)
+        if spec.law == "attention":
+            z, direction = program.label_sizes(op), "backward" if spec.backward else "forward"
             work, memory, floor = self._attention(
-                ATTENTION[op.kind], z["b"], z["t"], z["s"], z["h"], z["k"], dtype, self.family, False, False, margin
+                direction, z["b"], z["t"], z["s"], z["h"], z["k"], dtype, self.family, False, False, margin
             )
             return self._priced(work, memory, floor, 1)
         measured = self.cluster.measured
         if measured is not None and op.kind in measured.bytes_per_s:
             memory = program.bytes_moved(op) / measured.bytes_per_s[op.kind]
             return self._priced(0.0, memory, measured.floor_s[op.kind], 0)
-        kernels, passes = REFERENCE.get(op.kind, (1, 1.0)) if op.kind in self.unfused else (1, 1.0)
+        kernels, moved = 1, program.bytes_moved(op)
+        if op.kind in self.unfused:
+            operands = program.operands(op)
+            kernels, moved = spec.kernels(operands), spec.plain_bytes_of(operands)
         stream = self.cluster.stream
-        memory = program.bytes_moved(op) * passes / (self.cluster.gpu.memory_bytes_per_s * stream.fraction)
+        memory = moved / (self.cluster.gpu.memory_bytes_per_s * stream.fraction)
         return self._priced(0.0, memory, kernels * stream.floor_s, kernels)
 
     def _priced(self, work: float, memory: float, floor: float, kernels: int) -> Price:
@@ -303,7 +283,7 @@ class Compute:
         own, walked = (queries, keys) if direction == "forward" else (keys, queries)
         if causal:
             walked = min(walked, (walked + law.rows) / 2)
-        per_element = FORWARD_FLOPS if direction == "forward" else BACKWARD_FLOPS
+        per_element = _PER_ELEMENT[direction == "backward"]
         _, sustained = self._speed(dtype)
         block = per_element * law.rows * walked * padded * sms / speed / sustained + law.prologue_s
         work = _waves(batch * heads * math.ceil(own / law.rows) / (sms - margin), law.tail) * block

@@ -10,8 +10,8 @@ from ...kernels.ops import OPS
 from ...model.config import ModelConfig
 from ...model.inputs import BatchShape
 from ...model.step import build_step, prepare
-from ...parallel.ir.collectives import FUSED
 from ...parallel.ir.communicators import communicator
+from ...parallel.ir.flops import hardware_flops, model_flops
 from ...parallel.ir.plan import AXES, Plan
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import Op, Phase
@@ -91,24 +91,19 @@ def whole_of(request: Request, plan: Plan, samples: int = 0, frozen: FrozenCost 
 # -- FLOPs ------------------------------------------------------------------------------------------------------------
 
 
-def model_flops(config: ModelConfig, latent: tuple[int, int, int]) -> int:
-    """FLOPs of forward and backward of one sample: three times the products of forward, recompute left out.
-
-    Counted from the program of one rank, where nothing is computed twice.
-    """
-    counted: list[int] = []
-    for layers in (1, 2):
-        program = build_step(replace(config, layers=layers), Plan(dtype="bf16"), BatchShape(1, latent))
-        forward = (op for op in program.ops if op.kind in OPS and OPS[op.kind].matmul)
-        counted.append(sum(program.flops(op) for op in forward if op.place.phase is Phase.FORWARD))
-    one, two = counted
-    return 3 * (one + (config.layers - 1) * (two - one))
+def sample_flops(config: ModelConfig, latent: tuple[int, int, int]) -> int:
+    """Model FLOPs of one sample: blocks are alike, so programs of one and of two tell those of all."""
+    one, two = (
+        model_flops(build_step(replace(config, layers=layers), Plan(dtype="bf16"), BatchShape(1, latent)))
+        for layers in (1, 2)
+    )
+    return one + (config.layers - 1) * (two - one)
 
 
-def mean_model_flops(request: Request) -> float:
+def mean_sample_flops(request: Request) -> float:
     """Model FLOPs of a sample, averaged over the buckets by their weights."""
     total = sum(bucket.weight for bucket in request.buckets)
-    return sum(b.weight * model_flops(request.config, b.latent) for b in request.buckets) / total
+    return sum(b.weight * sample_flops(request.config, b.latent) for b in request.buckets) / total
 
 
 def mfu_of(request: Request, choice: Choice, flops: float) -> float:
@@ -117,15 +112,11 @@ def mfu_of(request: Request, choice: Choice, flops: float) -> float:
     return flops * choice.samples_per_s / (request.gpus * peak)
 
 
-def hardware_flops(program: Program) -> int:
-    """FLOPs of one rank as executed: recompute, and work that several ranks do, counted."""
-    return sum(program.flops(op) for op in program.ops if op.kind in FUSED or (op.kind in OPS and OPS[op.kind].matmul))
-
-
-def mfu(config: ModelConfig, whole: Whole, cluster: Cluster) -> float:
+def mfu(whole: Whole, cluster: Cluster) -> float:
     """Model FLOPs over what the GPUs could do in the step."""
-    flops = model_flops(config, whole.batch.latent) * whole.samples
-    return flops / (whole.step_s * whole.plan.world_size * cluster.gpu.peak_flops[whole.plan.compute_dtype])
+    return model_flops(whole.program) / (
+        whole.step_s * whole.plan.world_size * cluster.gpu.peak_flops[whole.plan.compute_dtype]
+    )
 
 
 def hfu(whole: Whole, cluster: Cluster) -> float:

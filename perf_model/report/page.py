@@ -104,7 +104,7 @@ def render(story: Story, pictures: list[Picture]) -> str:
         pictures={picture.name: picture for picture in pictures},
         ties={id(choice) for choice in story.found.near_ties()},
         identity=id,
-        mfu=explain.mfu(request.config, best, request.cluster),
+        mfu=explain.mfu(best, request.cluster),
         hfu=explain.hfu(best, request.cluster),
         binds=explain.binds(best),
         families=FAMILIES,

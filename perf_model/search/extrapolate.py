@@ -13,7 +13,8 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ...kernels.ops import DTYPE_BYTES, LEAVE_SMS, OPS
+from ...kernels.counts import DTYPE_BYTES
+from ...kernels.ops import LEAVE_SMS, OPS
 from ...model.step import prepare
 from ...parallel.ir.communicators import communicator
 from ...parallel.ir.layout import Axes

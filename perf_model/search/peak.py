@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...kernels.ops import DTYPE_BYTES
+from ...kernels.counts import DTYPE_BYTES
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import BufferKind, Phase

@@ -95,7 +95,7 @@ def row(name: str, plan: Plan) -> Row:
         played.step_s,
         1.0 - free / step,
         played.timeline.total_exposed_s / step,
-        mfu(CONFIG, played, CLUSTER),
+        mfu(played, CLUSTER),
     )
 
 

@@ -13,6 +13,7 @@ from cinemesh.model.config import preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.model.step import build_step, prepare
 from cinemesh.parallel.ir.collectives import FUSED
+from cinemesh.parallel.ir.flops import hardware_flops
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.passes.fuse_tp import pipelined_s
 from cinemesh.parallel.passes.liveness import lifetimes
@@ -21,7 +22,7 @@ from cinemesh.perf_model.prices.compute import Compute
 from cinemesh.perf_model.prices.network import Cost, Network, group_of, groups_of
 from cinemesh.perf_model.prices.timeline import COMPUTE, FUSE, ISSUE, WAIT, Record, Tape, play, price
 from cinemesh.perf_model.report.draw_step import STYLES, style_of
-from cinemesh.perf_model.report.explain import describe, exposures, hardware_flops, whole
+from cinemesh.perf_model.report.explain import describe, exposures, whole
 from cinemesh.perf_model.report.trace import predicted
 from cinemesh.perf_model.search.extrapolate import STEADY_BLOCKS, Skeleton
 from cinemesh.perf_model.search.few_blocks import Shallow

@@ -12,8 +12,10 @@ from cinemesh.launch.commands import show
 from cinemesh.model.config import parameters, preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.model.step import build_step, prepare
+from cinemesh.parallel.ir.flops import model_flops
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
+from cinemesh.perf_model.report.explain import sample_flops
 
 Capture = pytest.CaptureFixture[str]
 
@@ -109,7 +111,8 @@ def test_json_has_every_record_and_its_totals(capsys: Capture) -> None:
     assert [record["name"] for record in records] == [op.name for op in program.ops]
     compute = totals["compute"]
     flops = sum(record.get("flops", 0) for record in records)
-    assert compute["model_flops"] + compute["recompute_flops"] == flops
+    assert compute["flops"] == flops > compute["model_flops"] + compute["recompute_flops"]
+    assert compute["model_flops"] == model_flops(program) / 8
     assert compute["recompute_flops"] == sum(record.get("flops", 0) for record in records if record["recomputed"]) > 0
     wire = {lane: values["wire_bytes"] for lane, values in totals["collectives"].items()}
     assert sum(wire.values()) == pytest.approx(sum(record.get("wire_bytes", 0) for record in records))
@@ -122,6 +125,17 @@ def test_json_has_every_record_and_its_totals(capsys: Capture) -> None:
     assert by_lane["cp"] == 2 * tokens * c.width / tp * item * (cp - 1) / cp
     assert totals["peak_at"] in {record["name"] for record in records}
     assert totals["peak_bytes"] > totals["persistent_bytes"] > 0
+
+
+def test_the_model_flops_are_those_of_mfu(capsys: Capture) -> None:
+    """30.7 PFLOP a sample over the eight ranks that share it, whatever is run again or by several ranks."""
+    asked = {"model": "movie-gen-30b", "latent": "32x96x96", "text_tokens": 868}
+    shown = call(capsys, **asked, plan="tp=2,cp=4,recompute=full")
+    share = sample_flops(preset("movie-gen-30b"), (32, 96, 96)) / 8
+    assert share == pytest.approx(30.7e15 / 8, rel=0.005)
+    assert f"= model {show.quantity(share, 'FLOP')} + recompute" in " ".join(shown.split())
+    found = json.loads(call(capsys, **asked, plan="tp=2,cp=4", as_json=True))
+    assert found["totals"]["compute"]["model_flops"] == share
 
 
 def test_local_shapes_name_the_axes_that_split_them(capsys: Capture) -> None:

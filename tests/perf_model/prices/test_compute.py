@@ -19,7 +19,7 @@ from cinemesh.model.step import Optimizer, build_step
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.perf_model.clusters.cluster import load
-from cinemesh.perf_model.prices.compute import REFERENCE, Compute, matmul_shape, reference_ops
+from cinemesh.perf_model.prices.compute import Compute, matmul_shape, reference_ops
 
 DATA = Path(__file__).parent / "data"
 H100 = load("grand-teton-h100")
@@ -264,13 +264,13 @@ def test_eager_is_bound_by_the_host_where_kernels_are_short() -> None:
 def test_the_plain_reference_costs_more_than_a_fused_kernel() -> None:
     """Unless said otherwise, the catalogue tells what has a kernel of its own."""
     program = tiny_step()
-    plain, fused = Compute(H100, unfused=frozenset(REFERENCE)), Compute(H100, unfused=())
-    for op in program.ops:
-        if op.kind in REFERENCE:
-            assert plain.op_s(program, op) > fused.op_s(program, op) or REFERENCE[op.kind] == (1, 1.0)
-    assert Compute(load("local-cpu")).unfused == reference_ops("cpu") == frozenset(REFERENCE)
-    assert "swiglu" not in STEP.unfused and "silu_backward" in STEP.unfused
-    assert set(REFERENCE) <= set(OPS)
+    plain, fused = Compute(H100, unfused=OPS), Compute(H100, unfused=())
+    for op in (op for op in program.ops if op.kind in OPS):
+        operands, spec = program.operands(op), OPS[op.kind]
+        several = not spec.is_product and spec.kernels(operands) > 1
+        assert (plain.op_s(program, op) > fused.op_s(program, op)) == several, op.kind
+    assert Compute(load("local-cpu")).unfused == reference_ops("cpu") == {k for k in OPS if not OPS[k].is_product}
+    assert "swiglu" not in STEP.unfused and {"silu_backward", "clip_factor", "cast"} <= set(STEP.unfused)
 
 
 def test_unfused_attention_is_bound_by_its_scores() -> None:

@@ -16,7 +16,7 @@ from cinemesh.model.config import preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.published.paper import STAGES
-from cinemesh.perf_model.report.explain import model_flops, whole, why_lost
+from cinemesh.perf_model.report.explain import sample_flops, whole, why_lost
 from cinemesh.perf_model.search.planner import search
 from cinemesh.perf_model.search.space import Bucket, Request
 from cinemesh.perf_model.search.tune import tune
@@ -76,7 +76,7 @@ def test_planning_6144_gpus_loads_no_torch_and_fits_in_200_mb() -> None:
 
 def test_derived_flops_agree_with_the_papers_shapes() -> None:
     """10.23 PFLOP forward and 30.7 PFLOP a step and sample at 73,728 tokens: 48 layers of 6144, from Table 1."""
-    assert model_flops(BIG, (32, 96, 96)) == pytest.approx(30.7e15, rel=0.005)
+    assert sample_flops(BIG, (32, 96, 96)) == pytest.approx(30.7e15, rel=0.005)
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda s: f"tp{s.tp}cp{s.cp}x{s.gpus}-{s.samples}")
