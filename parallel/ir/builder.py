@@ -621,6 +621,7 @@ class Builder:
             while ancestor is not None:
                 self._unread.discard(ancestor)
                 ancestor = self.buffers[ancestor].base
+            self._unread.difference_update(self._related(buffer.name))  # its parts, where it was written in parts
         if self._unread:
             raise PlacementError(f"nobody reads {sorted(self._unread)[:5]} ({len(self._unread)} outputs)")
         made = {name: buffer.name for name, (buffer, _) in outputs.items()}

@@ -51,10 +51,11 @@ from cinemesh.model.weights import probe_values
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.ir.records import Op
+from cinemesh.parallel.ir.span import Span
 from cinemesh.parallel.passes.prices import Price
 from cinemesh.parallel.runtime.comm import Communicator, gather_objects
 from cinemesh.parallel.runtime.mesh import Mesh
-from cinemesh.parallel.runtime.trace import Span, traced_step
+from cinemesh.parallel.runtime.trace import traced_step
 from cinemesh.perf_model.calibration.calibrate import fit, residuals, write
 from cinemesh.perf_model.clusters.cluster import Cluster, load
 from cinemesh.perf_model.prices.compute import Compute
