@@ -73,6 +73,7 @@ class Block:
         return w[f"{self.unit}.{name}"]
 
     def forward(self, w: Weights, x: Buffer, cond: Conditioning) -> Buffer:
+        """x [T, B, D] split by (cp, tp), by ``w`` of this block's unit and what all blocks share -> the same placed."""
         b, stat = self.b, self.b.plan.stat_dtype
         eps = self.c.norm_eps
         (self.x0,) = tensor.token_local(b, "add_position", [x, cond.position], ["x0"], (0, 1))

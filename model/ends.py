@@ -221,6 +221,7 @@ class FinalLayer:
         self.b, self.c = b, c
 
     def forward(self, w: Weights, x: Buffer, cond: Conditioning) -> Buffer:
+        """x [T, B, D] -> the velocity's patches [T, B, P], both split by (cp, tp)."""
         b = self.b
         self.x = x
         (self.modulation,) = b.op("add_table", [cond.time, w["final.table"]], "modulation", signature="bd,rd->rbd")
@@ -243,6 +244,7 @@ class FinalLayer:
         cond: Conditioning,
         shared: SharedGradients,
     ) -> Buffer:
+        """The gradient of x; those of weights go to ``dw``, that of the time embedding begins ``shared.time``."""
         b, stat = self.b, self.b.plan.stat_dtype
         dh = tensor.linear_input_backward(b, dvelocity, self.velocity, w["final.weight"], "dh")
         tensor.linear_weight_backward(b, dvelocity, self.velocity, self.h, dw["final.weight"])

@@ -194,6 +194,7 @@ class ByTokens(KVSplit):
         return self.o
 
     def backward(self, do: Buffer) -> Buffer:
+        """dK and dV of a chunk are whole at once; dq is the sum over the chunks."""
         b = self.b
         merge = b.producers(self.o)
         self.dkv = b.buffer("dkv", self.kv.shape, do.dtype, self.kv.placement)

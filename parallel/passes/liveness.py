@@ -47,6 +47,7 @@ def persistent(program: Program) -> list[str]:
 
 
 def lifetimes(program: Program) -> Lifetimes:
+    """When every storage is taken and given back, and the bytes that are live at every record of one rank."""
     allocate: list[list[str]] = [[] for _ in program.ops]
     free: list[list[str]] = [[] for _ in program.ops]
     for root, (first, last) in accesses(program).items():
