@@ -86,11 +86,11 @@ class ModelConfig:
         names = [condition.name for condition in self.latent_conditions]
         if len({*names, "weight"}) <= len(names) or not all(name.isidentifier() for name in names):
             raise CinemeshError(
-                f"model {self.name}: latent conditions are named {names}; parameters are called after them: give each "
-                "a name of its own, of letters, digits and underscores, not 'weight'"
+                f"model {self.name}: latent conditions are named {names}, and parameters are called after them",
+                remedy="give each a name of its own, of letters, digits and underscores, not 'weight'",
             )
         if any(condition.channels < 1 for condition in self.latent_conditions):
-            raise CinemeshError(f"model {self.name}: a latent condition has no channels; it must have at least 1")
+            raise CinemeshError(f"model {self.name}: a latent condition has no channels", remedy="give it at least 1")
         if not self.encoders:
             raise CinemeshError(f"model {self.name}: no text encoder", remedy="cross-attention needs at least one")
 

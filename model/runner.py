@@ -96,8 +96,8 @@ class StepRunner:
         wanted = [given.name for given in self.program.inputs if given.micro_batch == micro_batch]
         if missing := [name for name in wanted if name not in batch]:
             raise CinemeshError(
-                f"a batch without {', '.join(missing)}: model {self.config.name} takes {', '.join(wanted)}; give it "
-                "data that hold them, or train a model without them"
+                f"a batch without {', '.join(missing)}: model {self.config.name} takes {', '.join(wanted)}",
+                remedy="give it data that hold them, or train a model without them",
             )
         load_inputs(self.executor, batch, micro_batch)
 
