@@ -9,12 +9,13 @@ from ..errors import CinemeshError
 from ..kernels.reference import Kernel
 from ..parallel.ir.plan import Plan
 from ..parallel.passes.arena import place
+from ..parallel.passes.pipeline import prepare
 from ..parallel.runtime.frozen import Frozen
 from ..parallel.runtime.mesh import Mesh, backend_of
 from .config import CAPTION_DROPOUT, ModelConfig, latent_text
 from .inputs import LATENTS, BatchShape
 from .runner import Batch, Capture, StepRunner
-from .step import Optimizer, build_step, prepare
+from .step import Optimizer, build_step
 
 Latent = tuple[int, int, int]
 

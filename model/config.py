@@ -276,7 +276,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 # Latent (T, H, W) at which a preset is usually run: 256 frames of 768x768 px; 3.6.2; 14 frames of 1088x1920 px; tests;
 # 16 frames of 128x128 px.
-LATENTS: dict[str, tuple[int, int, int]] = {
+USUAL_LATENTS: dict[str, tuple[int, int, int]] = {
     "movie-gen-30b": (32, 96, 96),
     "movie-gen-5b": (16, 24, 44),
     "movie-gen-upsampler-7b": (14, 136, 240),

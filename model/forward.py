@@ -9,8 +9,7 @@ from ..parallel.ir.program import Program
 from ..parallel.ir.records import Phase, Place
 from ..parallel.layers.sharded import ShardedUnits
 from .backbone import Block
-from .config import CONDITIONING_UNIT, ModelConfig, block_unit
-from .config import REPLICATED_UNIT as ONCE
+from .config import CONDITIONING_UNIT, REPLICATED_UNIT, ModelConfig, block_unit
 from .ends import Embedding, FinalLayer
 from .inputs import LATENTS, BatchShape, condition_inputs, declare
 from .step import check, unit_layout
@@ -32,8 +31,8 @@ def build_velocity(config: ModelConfig, plan: Plan, batch: BatchShape) -> Progra
     t = b.input("t", (samples,), plan.stat_dtype, Placement((BATCH,)))
     velocity = b.state("velocity", patches, plan.compute_dtype, x_t.placement)
     units.cast_weights()
-    with b.scope("replicated.weights", Place(Phase.WEIGHTS, unit=ONCE)):
-        once = units.gather(ONCE)
+    with b.scope("replicated.weights", Place(Phase.WEIGHTS, unit=REPLICATED_UNIT)):
+        once = units.gather(REPLICATED_UNIT)
     with b.scope("conditioning.weights", Place(Phase.WEIGHTS, unit=CONDITIONING_UNIT)):
         conditioning = units.gather(CONDITIONING_UNIT)
     with b.scope("embedding.forward", Place(Phase.FORWARD, unit=CONDITIONING_UNIT)):
@@ -45,7 +44,7 @@ def build_velocity(config: ModelConfig, plan: Plan, batch: BatchShape) -> Progra
             weights = units.gather(unit)
         with b.scope(f"{unit}.forward", Place(Phase.FORWARD, None, layer, unit)):
             x = Block(b, c, unit).forward({**once, **weights}, x, cond)
-    with b.scope("final.forward", Place(Phase.FORWARD, unit=ONCE)):
+    with b.scope("final.forward", Place(Phase.FORWARD, unit=REPLICATED_UNIT)):
         result = FinalLayer(b, c).forward(once, x, cond)
         (velocity,) = b.op("copy", [result], "copied", signature="tbp->tbp", into={0: velocity})
     return b.finish({"velocity": (velocity, x_t.placement)}, blocks=c.layers)

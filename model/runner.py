@@ -16,6 +16,7 @@ from ..parallel.ir.plan import AXES, Plan
 from ..parallel.ir.program import Program
 from ..parallel.ir.units import nested_index
 from ..parallel.passes.arena import check_fits
+from ..parallel.passes.pipeline import prepare
 from ..parallel.runtime.comm import Communicator
 from ..parallel.runtime.executor import Executor
 from ..parallel.runtime.frozen import Frozen
@@ -24,7 +25,7 @@ from ..parallel.runtime.mesh import Mesh, backend_of, coordinates
 from ..parallel.runtime.watchdog import Heartbeat, vote
 from .config import CAPTION_DROPOUT, ModelConfig, latent_text
 from .inputs import LATENTS, BatchShape, InputSpec
-from .step import Optimizer, build_step, prepare, unit_layout
+from .step import Optimizer, build_step, unit_layout
 from .weights import Values, fill_shard
 
 Capture = Literal["auto", "off", "required"]

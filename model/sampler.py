@@ -20,6 +20,7 @@ from ..kernels.philox import Purpose
 from ..parallel.ir.layout import TOKENS
 from ..parallel.ir.plan import Plan
 from ..parallel.ir.units import nested_index
+from ..parallel.passes.pipeline import prepare
 from ..parallel.runtime.comm import Communicator
 from ..parallel.runtime.executor import Executor
 from ..parallel.runtime.mesh import Mesh, backend_of, coordinates
@@ -27,7 +28,6 @@ from .config import ModelConfig
 from .forward import build_unpatchify, build_velocity
 from .inputs import LATENTS, MASK, BatchShape, text_input
 from .runner import Batch, load_inputs, named_buffers
-from .step import prepare
 
 EMULATED_STEPS = 250  # 3.4.2: 50 linear-quadratic steps stand for 250 linear ones
 GUIDANCE = 7.5  # 3.1.2, text-to-video

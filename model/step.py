@@ -5,48 +5,36 @@
                                    backward through all of it, reducing each unit's gradient as it completes
              reduce the replicated unit; sum over replicas; global norm; clip; AdamW and EMA on the shards
 
-Nothing of a step happens outside its program. ``build_step`` checks; ``prepare`` runs the passes.
+Nothing of a step happens outside its program. ``build_step`` checks it; the passes follow (``passes/pipeline.py``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from ..parallel.ir.builder import Builder
-from ..parallel.ir.check import refuse_broken
-from ..parallel.ir.layout import REPLICATED_UNIT, TOKENS, WORLD, Placement, replicated
+from ..parallel.ir.layout import REPLICATED_AXES, TOKENS, WORLD, Placement, replicated
 from ..parallel.ir.plan import Plan
 from ..parallel.ir.program import Program
 from ..parallel.ir.records import Buffer, Phase, Place
 from ..parallel.ir.units import Units, lay_out
 from ..parallel.layers.sharded import ShardedUnits, decay_attributes
-from ..parallel.passes.elide import elide
-from ..parallel.passes.fuse import fuse
-from ..parallel.passes.fuse_tp import fuse_tp
-from ..parallel.passes.prefetch import prefetch
-from ..parallel.passes.prices import RATES, Price
-from ..parallel.passes.recompute import rematerialize
-from ..parallel.passes.schedule import schedule
-from ..parallel.passes.staging import stage_for_gloo, stage_symmetric
 from .backbone import Block, SharedGradients
 from .config import (
     CAPTION_DROPOUT,
     CONDITIONING_UNIT,
+    REPLICATED_UNIT,
     SIGMA_MIN,
     ModelConfig,
     block_unit,
     latent_text,
     parameters_by_unit,
 )
-from .config import REPLICATED_UNIT as ONCE
 from .ends import Embedding, FinalLayer
 from .inputs import IDS, LATENTS, MASK, BatchShape, declare, text_input, training_inputs
-
-Pass = Callable[[Program], Program]
 
 
 @dataclass(frozen=True)
@@ -101,8 +89,8 @@ def build_step(
     norm = b.state("gradient_norm", (), stat, replicated(0))
 
     units.cast_weights()
-    with b.scope("replicated.weights", Place(Phase.WEIGHTS, unit=ONCE)):
-        once = units.gather(ONCE)
+    with b.scope("replicated.weights", Place(Phase.WEIGHTS, unit=REPLICATED_UNIT)):
+        once = units.gather(REPLICATED_UNIT)
     loss_sum: Buffer | None = None
     once_total: Buffer | None = None
     for micro_batch in range(plan.micro_batches):
@@ -111,7 +99,7 @@ def build_step(
         loss_sum = micro.loss
         with b.backward():
             flat = micro.backward(once)
-            with micro.scope("replicated", Phase.BACKWARD, ONCE):
+            with micro.scope("replicated", Phase.BACKWARD, REPLICATED_UNIT):
                 once_total = (
                     flat
                     if once_total is None
@@ -120,10 +108,10 @@ def build_step(
     assert loss_sum is not None and once_total is not None
 
     with b.scope("optimizer", Place(Phase.UPDATE)), b.backward():
-        units.reduce(ONCE, once_total, last=True)
+        units.reduce(REPLICATED_UNIT, once_total, last=True)
         gradient = units.reduced_gradient()
         (squares,) = b.op("sum_of_squares", [gradient], "sum_of_squares")
-        squares = b.all_reduce(squares, REPLICATED_UNIT, "sum_of_squares_total")
+        squares = b.all_reduce(squares, REPLICATED_AXES, "sum_of_squares_total")
         _, factor, finite, advanced = b.op(
             "clip_factor",
             [squares, counters],
@@ -245,7 +233,7 @@ class _MicroBatch:
                 block = Block(b, c, unit)
                 x = block.forward({**once, **weights}, x, self.cond)
             self.blocks.append((block, weights))
-        with self.scope("final", Phase.FORWARD, ONCE):
+        with self.scope("final", Phase.FORWARD, REPLICATED_UNIT):
             self.final = FinalLayer(b, c)
             self.velocity = self.final.forward(once, x, self.cond)
             (self.loss,) = b.op(
@@ -264,9 +252,9 @@ class _MicroBatch:
         """Reduces every unit but the replicated one, whose flat gradient is returned."""
         b, c = self.b, self.c
         shared = SharedGradients()
-        with self.scope("replicated", Phase.GRADIENT, ONCE):
-            donce = self.units.new_gradient(ONCE)
-        with self.scope("final", Phase.BACKWARD, ONCE):
+        with self.scope("replicated", Phase.GRADIENT, REPLICATED_UNIT):
+            donce = self.units.new_gradient(REPLICATED_UNIT)
+        with self.scope("final", Phase.BACKWARD, REPLICATED_UNIT):
             (dvelocity,) = b.op(
                 "velocity_loss_backward",
                 [self.velocity, self.target],
@@ -297,32 +285,3 @@ class _MicroBatch:
     def _reduce(self, unit: str, weights: dict[str, Buffer], gradients: dict[str, Buffer]) -> None:
         self.units.check(weights, gradients)
         self.units.reduce(unit, self.units.flat_of(gradients), last=self.last)
-
-
-def passes(plan: Plan, *, backend: str, price: Price | None = None) -> Iterator[Pass]:
-    """From a built program to the one that runs or is priced: recompute, fusion, order, degree-1 aliases, staging.
-
-    ``backend`` is ``nccl`` or ``gloo``; gloo's reduce-scatter needs a staging buffer, which is then listed. ``price``
-    gives the seconds of a record where the plan asks for overlap; every rank must pass one that says the same. Without
-    it, the backend's ``RATES`` do.
-    """
-    yield from (rematerialize, fuse, prefetch, elide)
-    if plan.fused_tp:
-        yield fuse_tp
-    if plan.overlaps:
-
-        def scheduled(program: Program) -> Program:
-            return schedule(program, price or RATES[backend].price)
-
-        yield scheduled
-    yield stage_for_gloo if backend == "gloo" else stage_symmetric
-
-
-def prepare(program: Program, *, backend: str, price: Price | None = None, checked: bool = False) -> Program:
-    """All ``passes``. With ``checked`` each is looked at: raises BrokenProgram, which is a bug of the pass it names."""
-    built = program
-    for run in passes(program.plan, backend=backend, price=price):
-        program = run(program)
-        if checked:
-            refuse_broken(run.__name__, program, built)
-    return program

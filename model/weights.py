@@ -84,7 +84,7 @@ def global_elements(parameter: Parameter, tp: int, tp_index: int, start: int, st
 def fill_shard(flat: Tensor, units: Units, coordinates: dict[str, int], values: Values) -> None:
     """Fill a rank's flat shard; padding becomes zero."""
     flat = flat.view(-1).zero_()
-    for slot, start, stop, position in held(units, coordinates):
+    for slot, start, stop, position in held_parts(units, coordinates):
         for first in range(start, stop, _CHUNK):
             last = min(first + _CHUNK, stop)
             element = global_elements(slot.parameter, units.plan.tp, coordinates["tp"], first, last)
@@ -92,7 +92,7 @@ def fill_shard(flat: Tensor, units: Units, coordinates: dict[str, int], values: 
             flat[where : where + last - first] = values(slot.parameter, element).to(flat.dtype)
 
 
-def held(units: Units, coordinates: dict[str, int]) -> list[tuple[Slot, int, int, int]]:
+def held_parts(units: Units, coordinates: dict[str, int]) -> list[tuple[Slot, int, int, int]]:
     """Every (slot, start, stop, position) of a rank: see ``Unit.overlaps``."""
     return [part for unit in units.units for part in unit.overlaps(units.shard_index(unit, coordinates))]
 
@@ -106,7 +106,7 @@ def collect(shards: list[tuple[dict[str, int], Tensor]], units: Units) -> dict[s
     }
     for coordinates, flat in shards:
         flat = flat.view(-1)
-        for slot, start, stop, position in held(units, coordinates):
+        for slot, start, stop, position in held_parts(units, coordinates):
             element = global_elements(slot.parameter, units.plan.tp, coordinates["tp"], start, stop)
             weights[slot.parameter.name][element] = flat[position : position + stop - start]
     shapes = {slot.parameter.name: slot.parameter.shape for unit in units.units for slot in unit.slots}

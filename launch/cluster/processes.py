@@ -73,7 +73,7 @@ def world_size(nproc: int | None) -> int:
 
 
 @dataclass(frozen=True)
-class Place:
+class Joined:
     """Where a rank runs; ``mesh`` is None in a job of one process."""
 
     rank: int
@@ -82,7 +82,7 @@ class Place:
 
 
 @contextmanager
-def joined(plan: Plan) -> Iterator[Place]:
+def joined(plan: Plan) -> Iterator[Joined]:
     """This process as a rank of its job: threads, device, process group and mesh.
 
     One process a GPU where there are as many GPUs as local processes (NCCL), else CPU (gloo). Raises CinemeshError when
@@ -97,7 +97,7 @@ def joined(plan: Plan) -> Iterator[Place]:
         torch.cuda.set_device(device)
     if not launched():
         plan.check_world_size(1)
-        yield Place(0, device, None)
+        yield Joined(0, device, None)
         return
     meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
@@ -119,7 +119,7 @@ def joined(plan: Plan) -> Iterator[Place]:
         timeout=timedelta(seconds=ANSWER_S),
     )
     mesh = Mesh(plan, ANSWER_S)
-    yield Place(rank, device, mesh)
+    yield Joined(rank, device, mesh)
     mesh.close()  # after a failure the groups may hang: the process ends anyway
     dist.destroy_process_group()
 

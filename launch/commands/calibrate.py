@@ -27,9 +27,10 @@ from ...kernels.ops import OPS
 from ...kernels.registry import kernels_for
 from ...model.config import Encoder, ModelConfig
 from ...model.inputs import BatchShape
-from ...model.step import build_step, prepare
+from ...model.step import build_step
 from ...parallel.ir.layout import Axes
 from ...parallel.ir.plan import Plan
+from ...parallel.passes.pipeline import prepare
 from ...parallel.runtime.comm import BoundCollective, Communicator, barrier, gather_objects, summing
 from ...parallel.runtime.executor import Executor
 from ...parallel.runtime.frozen import Frozen

@@ -21,7 +21,7 @@ Described = tuple[tuple[int, ...], str]  # local shape and dtype
 
 
 @dataclass(frozen=True)
-class Call:
+class DistinctCall:
     """One op at one combination of shapes and dtypes, on one rank. ``times``: how often a step makes it."""
 
     op: str
@@ -46,19 +46,19 @@ class Call:
         return " ".join(f"{label}={size}" for label, size in self.sizes.items())
 
 
-def calls_of(program: Program) -> list[Call]:
+def calls_of(program: Program) -> list[DistinctCall]:
     """In the order of their first appearance."""
-    found: dict[tuple[object, ...], Call] = {}
+    found: dict[tuple[object, ...], DistinctCall] = {}
     for op in program.ops:
         if op.kind in OPS:
             call = _call(program, op)
             key = (call.op, call.inputs, call.outputs, call.add, op.attrs.get("signature"))
             times = found[key].times + 1 if key in found else 1
-            found[key] = Call(**{**vars(call), "times": times})
+            found[key] = DistinctCall(**{**vars(call), "times": times})
     return list(found.values())
 
 
-def _call(program: Program, op: Op) -> Call:
+def _call(program: Program, op: Op) -> DistinctCall:
     attrs = {name: value for name, value in op.attrs.items() if name not in RANK_ATTRIBUTES}
     if len(attrs) < len(op.attrs):
         attrs["rank"] = 0
@@ -69,7 +69,7 @@ def _call(program: Program, op: Op) -> Call:
         tuple((program.local_shape(name), program.buffers[name].dtype) for name in names)
         for names in (op.inputs, op.outputs)
     )
-    return Call(
+    return DistinctCall(
         op.kind,
         inputs,
         outputs,
@@ -82,7 +82,7 @@ def _call(program: Program, op: Op) -> Call:
     )
 
 
-def tensors(call: Call, device: str) -> tuple[list[Tensor], list[Tensor]]:
+def tensors(call: DistinctCall, device: str) -> tuple[list[Tensor], list[Tensor]]:
     """Random inputs, and outputs, as the executor would pass them. Values are of a usual size, nothing more."""
     inputs = list(_filled(call, device))
     outputs = [
@@ -94,7 +94,7 @@ def tensors(call: Call, device: str) -> tuple[list[Tensor], list[Tensor]]:
     return inputs, outputs
 
 
-def _filled(call: Call, device: str) -> Iterator[Tensor]:
+def _filled(call: DistinctCall, device: str) -> Iterator[Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     for position, (shape, dtype) in enumerate(call.inputs):
         x = torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=device)

@@ -17,9 +17,10 @@ from ...kernels.selection import Choice, override_of, overrides, select
 from ...kernels.spec import Sizes
 from ...model.config import ModelConfig, preset
 from ...model.inputs import BatchShape
-from ...model.step import build_step, check, prepare, unit_layout
+from ...model.step import build_step, check, unit_layout
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
+from ...parallel.passes.pipeline import prepare
 from ..plans import read_plan
 from .show import latent_of, new_console, plain_table, quantity
 

@@ -14,15 +14,16 @@ from rich.text import Text
 
 from ...errors import CinemeshError
 from ...kernels.ops import OPS
-from ...model.config import LATENTS, ModelConfig, latent_text, parameters, preset
+from ...model.config import USUAL_LATENTS, ModelConfig, latent_text, parameters, preset
 from ...model.inputs import BatchShape
-from ...model.step import build_step, prepare
+from ...model.step import build_step
 from ...parallel.ir.collectives import FUSED
 from ...parallel.ir.flops import model_flops
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import Op, Phase, Place
 from ...parallel.ir.units import Parameter
 from ...parallel.passes.liveness import lifetimes
+from ...parallel.passes.pipeline import prepare
 from ..plans import read_plan
 
 WIDTH = 130  # columns, where the output is no terminal
@@ -169,7 +170,7 @@ def program_listing(
 
 def latent_of(model: str, text: str | None) -> tuple[int, int, int]:
     """The latent that was asked for; by default the model's usual one. Raises CinemeshError for an unknown model."""
-    return parse_latent(text) if text else LATENTS[preset(model).name]
+    return parse_latent(text) if text else USUAL_LATENTS[preset(model).name]
 
 
 def parse_latent(text: str) -> tuple[int, int, int]:

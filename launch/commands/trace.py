@@ -22,16 +22,17 @@ from rich.table import Table
 from torch.multiprocessing.spawn import start_processes
 
 from ...errors import CinemeshError
-from ...model.config import LATENTS, preset
+from ...model.config import USUAL_LATENTS, preset
 from ...model.runner import StepRunner
-from ...model.step import build_step, check, prepare
+from ...model.step import build_step, check
 from ...model.weights import probe_values
 from ...parallel.ir.collectives import FUSED
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.span import Span
+from ...parallel.passes.pipeline import prepare
 from ...parallel.runtime.comm import gather_objects
 from ...parallel.runtime.mesh import Mesh
-from ...parallel.runtime.trace import Row, role, summary, traced_step
+from ...parallel.runtime.trace import OverlapRow, role, summary, traced_step
 from ...perf_model.clusters.cluster import Cluster, load
 from ...perf_model.report.explain import Whole, played
 from ...perf_model.report.trace import predicted, write
@@ -119,7 +120,7 @@ def run(*, plan: str, model: str, out: Path, steps: int, max_procs: int, cluster
         raise CinemeshError(
             f"{chosen.equation()} processes > --max-procs {max_procs}", remedy="trace a smaller plan, or allow as many"
         )
-    case = Case(chosen, preset(model), 1, LATENTS[model], steps)
+    case = Case(chosen, preset(model), 1, USUAL_LATENTS[model], steps)
     check(case.config, chosen, case.batch)
     whole = predict(case, priced_on)
     by_rank = trace(case)
@@ -135,7 +136,7 @@ def run(*, plan: str, model: str, out: Path, steps: int, max_procs: int, cluster
     print(f"{out}: {sum(map(len, by_rank))} spans of {len(by_rank)} ranks; open it at https://ui.perfetto.dev")
 
 
-def _predicted_of(row: Row, whole: Whole, steps: int) -> dict[str, float]:
+def _predicted_of(row: OverlapRow, whole: Whole, steps: int) -> dict[str, float]:
     """Of as many steps as the row counts."""
     ran, exposed = predicted_rows(whole)[row.role]
     return {"predicted_ran_s": ran * steps, "predicted_exposed_s": exposed * steps}

@@ -22,7 +22,7 @@ from ...kernels.packages import missing
 from ...kernels.rates import H100_DENSE_BF16_FLOPS_PER_S
 from ...kernels.registry import function
 from ...parallel.ir.program import Program
-from .calls import Call, calls_of, tensors
+from .calls import DistinctCall, calls_of, tensors
 
 NOISE = 0.02  # share of the time below which two timings are the same
 REPETITIONS = 5
@@ -67,13 +67,13 @@ def run(program: Program) -> None:
     print(f"wrote {path}")
 
 
-def usable(call: Call, device: str) -> list[Implementation]:
+def usable(call: DistinctCall, device: str) -> list[Implementation]:
     """Implementations that can run a call here."""
     given = {"dtype": call.dtype, "sizes": call.sizes, "missing": missing()}
     return [entry for entry in candidates(call.op) if refusal(entry, device, **given) is None]
 
 
-def launcher(entry: Implementation, call: Call, device: str = "cuda") -> Callable[[], None]:
+def launcher(entry: Implementation, call: DistinctCall, device: str = "cuda") -> Callable[[], None]:
     """One call of an implementation on tensors of its own."""
     inputs, outputs = tensors(call, device)
     return partial(function(entry), inputs, outputs, **call.attrs)

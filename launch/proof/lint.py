@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ...kernels.ops import OPS
 from ...kernels.reference import Kernel
-from ...model.config import LATENTS, preset
+from ...model.config import USUAL_LATENTS, preset
 from ...model.inputs import BatchShape
 from ...model.runner import StepRunner
-from ...model.step import build_step, passes
+from ...model.step import build_step
 from ...model.weights import probe_values
 from ...parallel.ir.check import Finding, check, disjoint
 from ...parallel.ir.collectives import FUSED
@@ -34,6 +34,7 @@ from ...parallel.ir.program import Program
 from ...parallel.ir.records import lane_name
 from ...parallel.passes.arena import place
 from ...parallel.passes.liveness import lifetimes
+from ...parallel.passes.pipeline import passes
 from ...parallel.runtime.comm import BoundCollective, Communicator
 from ...parallel.runtime.frozen import Frozen
 from ...parallel.runtime.guard import Guard
@@ -147,7 +148,9 @@ def lint(plan: Plan, model: str) -> list[Finding]:
     Raises CinemeshError when the plan does not divide the model; ``tiny`` is grown until it does.
     """
     case = small_case(plan, model, max_procs=plan.world_size)
-    config, batch = (case.config, case.batch) if model == "tiny" else (preset(model), BatchShape(1, LATENTS[model]))
+    config, batch = case.config, case.batch
+    if model != "tiny":
+        config, batch = preset(model), BatchShape(1, USUAL_LATENTS[model])
     found = lint_program(build_step(config, plan, batch))
     return found + [f for f in lint_step(case) if f not in found]
 

@@ -27,14 +27,15 @@ from rich.table import Table
 from torch.multiprocessing.spawn import start_processes
 
 from ...errors import CinemeshError
-from ...model.config import LATENTS, preset
+from ...model.config import USUAL_LATENTS, preset
 from ...model.inputs import BatchShape
 from ...model.runner import StepRunner
-from ...model.step import build_step, check, prepare
+from ...model.step import build_step, check
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.passes.arena import place
 from ...parallel.passes.liveness import lifetimes
+from ...parallel.passes.pipeline import prepare
 from ...parallel.runtime.comm import gather_objects
 from ...parallel.runtime.mesh import Mesh
 from ..plans import read_plan
@@ -92,7 +93,7 @@ def small_case(plan: Plan, model: str = "tiny", *, max_procs: int = 8, steps: in
             remarks.append(f"{name} {degree} -> {smaller}: more than {max_procs} processes")
     full, tiny = preset(model), preset("tiny")
     if full != tiny:  # tiny grows until the plan divides it; a model that is asked for is what it is
-        check(full, plan, BatchShape(1, LATENTS[model]))
+        check(full, plan, BatchShape(1, USUAL_LATENTS[model]))
     heads = 6 if 6 % (shrunk.tp * shrunk.kv_slices) == 0 else shrunk.tp * shrunk.kv_slices
     text_width = math.lcm(24, shrunk.tp)
     counts = [3] + [2] * (len(full.encoders) - 1)

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWrite
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ...errors import CinemeshError
-from ...model.weights import held
+from ...model.weights import held_parts
 from ...parallel.ir.units import Units
 
 OTHER_MODEL = "load it with the recipe that wrote it, or name another checkpoint or output directory"
@@ -86,7 +86,7 @@ def chunks(state: str, flat: Tensor, units: Units, coordinates: dict[str, int]) 
     """All that a rank holds of one state, as boxes of the parameters' global shapes."""
     flat = flat.view(-1)
     found: list[Chunk] = []
-    for slot, start, stop, position in held(units, coordinates):
+    for slot, start, stop, position in held_parts(units, coordinates):
         row = slot.parameter
         local = row.local_shape(units.plan.tp)
         for offsets, sizes in boxes(local, start, stop):

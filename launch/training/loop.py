@@ -24,7 +24,7 @@ from ...model.buckets import BucketRunner
 from ...model.runner import StepRunner
 from ...model.weights import initial_values
 from ...parallel.runtime import comm
-from ..cluster.processes import Place, Stopped, StopSignal, joined, launch, rank_main, world_size
+from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, rank_main, world_size
 from . import checkpoint
 from .recipe import Config, read_config
 from .setting import Setting
@@ -60,7 +60,7 @@ def train(config: Config) -> None:
         raise Stopped(stop.signum, f"stopped after step {runner.steps_done}; the same command goes on from there")
 
 
-def train_steps(setting: Setting, place: Place, cache: Cache, stop: StopSignal) -> StepRunner:
+def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal) -> StepRunner:
     """From the newest checkpoint, if there is one, to the last step or until ``stop``; what was reached is saved.
 
     The answer holds the states.

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from ...errors import CinemeshError
 from ...model.buckets import latent_text
-from ...model.step import build_step, prepare
+from ...model.step import build_step
 from ...parallel.ir.plan import Plan
+from ...parallel.passes.pipeline import prepare
 from ...perf_model.clusters.cluster import Cluster, load
 from ...perf_model.prices.footprint import footprint
 from ...perf_model.report.explain import describe

@@ -18,7 +18,7 @@ from ...model.sampler import Sampler
 from ...model.step import unit_layout
 from ...parallel.runtime.comm import gather_objects
 from ...parallel.runtime.mesh import coordinates
-from ..cluster.processes import Place, joined, launch, rank_main, world_size
+from ..cluster.processes import Joined, joined, launch, rank_main, world_size
 from . import checkpoint as checkpoints
 from .recipe import Config, read_config
 from .setting import Setting
@@ -87,7 +87,7 @@ def sample(order: Order) -> None:
 
 
 def sample_clips(
-    setting: Setting, place: Place, weights: Tensor, prompts: Sequence[str], *, samples: int = 1
+    setting: Setting, place: Joined, weights: Tensor, prompts: Sequence[str], *, samples: int = 1
 ) -> list[Tensor]:
     """A clip of each prompt, uint8 [T, H, W, 3], as the recipe's section ``sample`` says; on rank 0, none elsewhere.
 

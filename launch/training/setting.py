@@ -16,7 +16,7 @@ from ...model.inputs import BatchShape
 from ...model.step import check
 from ...parallel.ir.plan import Plan
 from ...parallel.runtime.comm import barrier
-from ..cluster.processes import Place
+from ..cluster.processes import Joined
 from .recipe import Config
 
 
@@ -86,7 +86,7 @@ class Setting:
         """Raises CinemeshError when the plan does not divide the model or a sampled clip."""
         check(self.model, self.config.plan, BatchShape(1, self.config.sampled.latent(self.encoding.codec)))
 
-    def open_cache(self, place: Place) -> Cache:
+    def open_cache(self, place: Joined) -> Cache:
         """The latent cache: rank 0 builds it where it is missing or of other data, the others wait."""
         data = self.config.data
         if place.rank == 0:

@@ -20,7 +20,7 @@ from ...files import atomic_file
 from ...kernels.philox import Purpose, normal_
 from ...model.codec import LatentCodec, psnr
 from ...model.runner import StepRunner
-from ..cluster.processes import Place
+from ..cluster.processes import Joined
 from .sample import sample_clips
 from .setting import Setting
 
@@ -45,7 +45,7 @@ class Score:
         )
 
 
-def show_samples(setting: Setting, place: Place, cache: Cache, runner: StepRunner) -> None:
+def show_samples(setting: Setting, place: Joined, cache: Cache, runner: StepRunner) -> None:
     """Sample clips with the EMA weights, write them and print how near they come to what was trained on. Collective."""
     config, bucket, captions = setting.config, setting.config.sampled, setting.captions
     clips = sample_clips(setting, place, runner.buffers["ema"], list(captions.values()), samples=runner.batch.samples)

@@ -12,9 +12,9 @@ from ...model.flow import draw_noise, draw_time, interpolate
 from ...model.forward import build_velocity
 from ...model.inputs import IDS, LATENTS
 from ...model.runner import StepRunner, load_inputs, named_buffers
-from ...model.step import prepare
 from ...parallel.ir.layout import TOKENS
 from ...parallel.ir.units import nested_index
+from ...parallel.passes.pipeline import prepare
 from ...parallel.runtime.comm import sum_over_ranks
 from ...parallel.runtime.executor import Executor
 from ...parallel.runtime.mesh import backend_of

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .layout import FSDP, REPLICATED_UNIT, WORLD, Axes
+from .layout import FSDP, REPLICATED_AXES, WORLD, Axes
 from .plan import Plan
 from .records import Op, lane_name
 
@@ -19,7 +19,7 @@ GROUPS: tuple[tuple[Axes, str], ...] = (
     (("cp",), ""),
     (FSDP, "all_gather"),
     (FSDP, "reduce_scatter"),
-    (REPLICATED_UNIT, ""),
+    (REPLICATED_AXES, ""),
     (("dp_replicate",), ""),
     (WORLD, ""),
 )

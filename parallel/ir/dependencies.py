@@ -13,13 +13,13 @@ from .layout import FSDP, TOKENS_GATHERED, Axes
 from .program import Program
 from .records import Op
 
-Span = tuple[int, int, int]  # first element, behind the last, position of the record
+Extent = tuple[int, int, int]  # first element, behind the last, position of the record
 
 
 def dependencies(program: Program, ops: Sequence[Op]) -> list[set[int]]:
     """For each of ``ops``, which stand in a correct order, the positions of those that must stay before it."""
-    writers: dict[str, list[Span]] = {}
-    readers: dict[str, list[Span]] = {}
+    writers: dict[str, list[Extent]] = {}
+    readers: dict[str, list[Extent]] = {}
     issued: dict[str, int] = {}
     before: list[set[int]] = []
     for i, op in enumerate(ops):

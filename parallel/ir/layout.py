@@ -30,7 +30,7 @@ TOKENS_GATHERED: Axes = ("cp",)  # between the tp gather and the tp reduce-scatt
 BATCH: Axes = ("dp_replicate", "dp_shard")
 HEADS: Axes = ("tp",)
 FSDP: Axes = ("dp_shard", "cp")
-REPLICATED_UNIT: Axes = ("dp_shard", "cp", "tp")
+REPLICATED_AXES: Axes = ("dp_shard", "cp", "tp")
 WORLD: Axes = ("dp_replicate", "dp_shard", "cp", "tp")
 
 

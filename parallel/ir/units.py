@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from .layout import FSDP, REPLICATED_UNIT, Axes, Placement
+from .layout import FSDP, REPLICATED_AXES, Axes, Placement
 from .plan import Plan
 
 ALIGN = 128  # elements: 256 bytes in bf16, what wide loads and NCCL want
@@ -144,7 +144,7 @@ class Units:
     @property
     def ranks(self) -> int:
         """Ranks over which everything is split once."""
-        return self.plan.size(REPLICATED_UNIT)
+        return self.plan.size(REPLICATED_AXES)
 
     def shard_index(self, unit: Unit, coordinates: dict[str, int]) -> int:
         """Which shard of ``unit`` the rank with these mesh coordinates holds."""
@@ -177,7 +177,7 @@ def lay_out(parameters_by_unit: dict[str, Sequence[Parameter]], plan: Plan) -> U
     units: list[tuple[str, tuple[Slot, ...], Axes]] = []
     for name, rows in ordered:
         assert len({row.tp_dim is None for row in rows}) == 1, f"unit {name} mixes TP-sharded and TP-replicated"
-        axes = REPLICATED_UNIT if rows[0].tp_dim is None else FSDP
+        axes = REPLICATED_AXES if rows[0].tp_dim is None else FSDP
         slots: list[Slot] = []
         offset = 0
         for row in sorted(rows, key=lambda row: not row.decay):

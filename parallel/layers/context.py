@@ -19,7 +19,7 @@ Movie Gen 3.1.6: softmax attention depends on the sequence only through its keys
 
 How K and V travel is one object, made by :func:`split`, with ``forward``, ``backward`` and ``join``:
 
-    Whole     one collective
+    Unsplit     one collective
     ByHeads   ``plan.kv_slices`` = n > 1: a rank's H heads in n parts, each with a collective of its own. K and V lie
               slice-major, [slice][T][B][K,V][H/n][K]; q, o and their gradients are read and written by strides. The
               next slice is gathered while attention runs on this one (the prefetch of ring-flash-attention's
@@ -103,7 +103,7 @@ class KVSplit(ABC):
         return self.b.reduce_scatter(dgathered, TOKENS_GATHERED, name, of=of, into=into, part=which)
 
 
-class Whole(KVSplit):
+class Unsplit(KVSplit):
     """All of K and V in one collective."""
 
     def forward(self, q: Buffer) -> Buffer:
@@ -218,4 +218,4 @@ def split(b: Builder, kv: Buffer) -> KVSplit:
     """How K and V [T, B, 2, H, K] travel under the plan."""
     if b.plan.kv_chunks > 1:
         return ByTokens(b, kv)
-    return ByHeads(b, kv) if b.plan.kv_slices > 1 else Whole(b, kv)
+    return ByHeads(b, kv) if b.plan.kv_slices > 1 else Unsplit(b, kv)

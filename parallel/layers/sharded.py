@@ -17,12 +17,12 @@ from __future__ import annotations
 from typing import Any
 
 from ..ir.builder import Builder
-from ..ir.layout import BATCH, NONE, REPLICATED_UNIT, Placement
+from ..ir.layout import BATCH, NONE, REPLICATED_AXES, Placement
 from ..ir.records import Buffer, Holds
 from ..ir.units import Unit, Units
 
-SHARDED = Placement((REPLICATED_UNIT, NONE))  # [ranks, elements]: every rank holds other elements
-REPLICA_PARTIAL = Placement((REPLICATED_UNIT, NONE), frozenset({"dp_replicate"}))
+SHARDED = Placement((REPLICATED_AXES, NONE))  # [ranks, elements]: every rank holds other elements
+REPLICA_PARTIAL = Placement((REPLICATED_AXES, NONE), frozenset({"dp_replicate"}))
 OPTIMIZER_STATES = {"master": Holds.MASTER, "exp_avg": Holds.MOMENT, "exp_avg_sq": Holds.MOMENT, "ema": Holds.EMA}
 
 
@@ -132,11 +132,11 @@ class ShardedUnits:
 def decay_attributes(units: Units) -> dict[str, Any]:
     """For AdamW: how to find the element of a rank's flat shard before which everything decays."""
     last = units.units[-1]
-    assert last.axes == REPLICATED_UNIT and all(
+    assert last.axes == REPLICATED_AXES and all(
         u.decayed == u.slots[-1].offset + u.slots[-1].elements for u in units.units[:-1]
     )
     return {
-        "shard_axes": REPLICATED_UNIT,
+        "shard_axes": REPLICATED_AXES,
         "last_offset": last.flat_offset,
         "last_elements": last.shard_elements,
         "last_decayed": last.decayed,

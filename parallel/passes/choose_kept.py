@@ -58,7 +58,7 @@ class Maker:
 
 
 @dataclass(frozen=True)
-class Point:
+class KeptPoint:
     """One choice for one block: what is kept, its bytes, and the seconds of what is made again."""
 
     keep: Roles
@@ -67,15 +67,15 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Choice:
+class KeptChoice:
     """For all blocks: the ``first`` ones keep less than the ``last_blocks`` last ones.
 
     ``seconds`` and ``kept_bytes`` are sums over the blocks of one micro-batch; no choice takes less than
     ``bound_seconds``.
     """
 
-    first: Point
-    last: Point
+    first: KeptPoint
+    last: KeptPoint
     last_blocks: int
     seconds: float
     kept_bytes: int
@@ -91,13 +91,13 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockCosts:
     """What the choice is made from."""
 
     activations: tuple[Activation, ...]
     makers: tuple[Maker, ...]
 
-    def point(self, keep: Sequence[str] | str) -> Point:
+    def point(self, keep: Sequence[str] | str) -> KeptPoint:
         """What a choice costs: a list of roles, or ``none``, ``selective``, ``full``. Needless roles are dropped."""
         everything = keep == "none"
         roles = set(KEPT.get(keep, ()) if isinstance(keep, str) else keep)
@@ -114,13 +114,13 @@ class Block:
                 again.add(activation.maker)
                 pending.extend(self.makers[activation.maker].reads)
         kept = [a for i, a in enumerate(self.activations) if i in needed and (everything or roles & set(a.roles))]
-        return Point(
+        return KeptPoint(
             tuple(role for a in kept for role in a.roles),
             sum(a.bytes for a in kept),
             sum(self.makers[m].seconds for m in again),
         )
 
-    def best(self, seconds_per_byte: float) -> Point:
+    def best(self, seconds_per_byte: float) -> KeptPoint:
         """The choice that minimises seconds + bytes * ``seconds_per_byte``."""
         count, source, sink = len(self.activations), -1, -2
         cut = _Network()
@@ -136,10 +136,10 @@ class Block:
         kept = [a for i, a in enumerate(self.activations) if i in inside and count + a.maker not in inside]
         return self.point([role for a in kept for role in a.roles])
 
-    def hull(self) -> list[Point]:
+    def hull(self) -> list[KeptPoint]:
         """All choices that are best for some weight, from the fewest bytes to the least time."""
 
-        def between(low: Point, high: Point) -> list[Point]:
+        def between(low: KeptPoint, high: KeptPoint) -> list[KeptPoint]:
             if low.kept_bytes >= high.kept_bytes or low.seconds <= high.seconds:
                 return []
             weight = (low.seconds - high.seconds) / (high.kept_bytes - low.kept_bytes)
@@ -190,7 +190,7 @@ class _Network:
         return set(parent)
 
 
-def block_of(program: Program, price: Price) -> Block:
+def block_of(program: Program, price: Price) -> BlockCosts:
     """A middle block of a training step that no pass has touched. ``price`` gives the seconds of a record."""
     known = activations(program)
     program = elide(program)
@@ -235,11 +235,11 @@ def block_of(program: Program, price: Price) -> Block:
         for m, read in enumerate(read_by)
     ]
     seconds = [sum(price(program, op) for op in ops) for ops in records]
-    return Block(tuple(found), tuple(Maker(s, r) for s, r in zip(seconds, reads, strict=True)))
+    return BlockCosts(tuple(found), tuple(Maker(s, r) for s, r in zip(seconds, reads, strict=True)))
 
 
 def _connected(groups: Iterable[Sequence[str]]) -> dict[str, str]:
-    """Member -> the first member of its group; groups that share one are one group."""
+    """Member -> the first member of its group; groups that share_budget one are one group."""
     first: dict[str, str] = {}
     for group in groups:
         known = {first[member] for member in group if member in first}
@@ -252,7 +252,7 @@ def _connected(groups: Iterable[Sequence[str]]) -> dict[str, str]:
 # -- all blocks -------------------------------------------------------------------------------------------------------
 
 
-def share(block: Block, blocks: int, budget_bytes: int) -> Choice | None:
+def share_budget(block: BlockCosts, blocks: int, budget_bytes: int) -> KeptChoice | None:
     """The best use of a budget for the kept activations of ``blocks`` blocks; None when even ``full`` needs more."""
     hull = block.hull()
     if blocks * hull[0].kept_bytes > budget_bytes:
@@ -265,7 +265,7 @@ def share(block: Block, blocks: int, budget_bytes: int) -> Choice | None:
         step = high.kept_bytes - low.kept_bytes
         bound -= blocks * (mean - low.kept_bytes) / step * (low.seconds - high.seconds)
         many = (budget_bytes - blocks * low.kept_bytes) // step
-    mixed = Choice(
+    mixed = KeptChoice(
         low,
         high,
         many,
@@ -274,11 +274,11 @@ def share(block: Block, blocks: int, budget_bytes: int) -> Choice | None:
         bound,
     )
     named = [block.point(name) for name in ("none", "selective", "full")]
-    uniform = [Choice(p, p, 0, blocks * p.seconds, blocks * p.kept_bytes, bound) for p in named]
+    uniform = [KeptChoice(p, p, 0, blocks * p.seconds, blocks * p.kept_bytes, bound) for p in named]
     return min((c for c in (mixed, *uniform) if c.kept_bytes <= budget_bytes), key=lambda c: (c.seconds, c.kept_bytes))
 
 
-def choose(
+def choose_kept(
     plan: Plan,
     program: Program,
     price: Price,
@@ -286,7 +286,7 @@ def choose(
     peak_bytes: Callable[[Plan], int],
     *,
     blocks: int | None = None,
-) -> tuple[Plan, Choice]:
+) -> tuple[Plan, KeptChoice]:
     """The plan with the fastest choice whose peak is at most ``limit_bytes``, and that choice.
 
     ``program`` is the step as it was built, ``peak_bytes`` the peak of a plan after all passes: what a choice keeps and
@@ -303,12 +303,12 @@ def choose(
             f"recompute full peaks at {least:,} B > {limit_bytes:,} B allowed",
             remedy=f"use more ranks (tp, cp, dp_shard), or allow {least - limit_bytes:,} B more",
         )
-    best = share(block, blocks, blocks * block.point("full").kept_bytes)
+    best = share_budget(block, blocks, blocks * block.point("full").kept_bytes)
     assert best is not None
     low, high = best.kept_bytes, blocks * block.point("none").kept_bytes
     guess = min(high, low + limit_bytes - least)  # exact where the transients do not change
     for _ in range(_BISECTIONS):
-        tried = share(block, blocks, guess)
+        tried = share_budget(block, blocks, guess)
         assert tried is not None
         if peak_bytes(tried.applied(plan)) <= limit_bytes:
             if tried.seconds <= best.seconds:
@@ -321,7 +321,7 @@ def choose(
         guess = (low + high) // 2
     for name in ("none", "selective"):
         point = block.point(name)
-        uniform = Choice(point, point, 0, blocks * point.seconds, blocks * point.kept_bytes, best.bound_seconds)
+        uniform = KeptChoice(point, point, 0, blocks * point.seconds, blocks * point.kept_bytes, best.bound_seconds)
         if uniform.seconds < best.seconds and peak_bytes(uniform.applied(plan)) <= limit_bytes:
             best = uniform
     return best.applied(plan), best

@@ -29,7 +29,7 @@ from .comm import BoundCollective, Communicator
 
 
 @dataclass(slots=True)
-class Record:
+class BoundRecord:
     """One record bound to tensors. ``attrs``: what its kernel is called with; empty for collectives and waits.
 
     ``parts``: of a fused record that runs as its parts, those; else none.
@@ -40,10 +40,10 @@ class Record:
     outputs: list[Tensor]
     attrs: dict[str, Any]
     run: Callable[[], object]
-    parts: tuple[Record, ...] = ()
+    parts: tuple[BoundRecord, ...] = ()
 
 
-def _run_all(parts: tuple[Record, ...]) -> None:
+def _run_all(parts: tuple[BoundRecord, ...]) -> None:
     for part in parts:
         part.run()
 
@@ -99,10 +99,10 @@ class Executor:
 
     # -- binding ------------------------------------------------------------------------------------------------
 
-    def _bind(self, op: Op) -> Record:
+    def _bind(self, op: Op) -> BoundRecord:
         inputs, outputs = [self.tensor(name) for name in op.inputs], [self.tensor(name) for name in op.outputs]
         if op.is_wait:
-            return Record(op, inputs, outputs, {}, self._collectives.pop(op.waits_for).wait)
+            return BoundRecord(op, inputs, outputs, {}, self._collectives.pop(op.waits_for).wait)
         if op.kind in FUSED:
             return self._bind_fused(op, inputs, outputs)
         if op.kind not in OPS:
@@ -110,7 +110,7 @@ class Executor:
             staging = outputs[1] if len(outputs) > 1 else None
             collective = self.comm.bind(op.kind, op.axes, inputs[0], outputs[0], staging)
             self._collectives[op.name] = collective
-            return Record(op, inputs, outputs, {}, collective.issue)
+            return BoundRecord(op, inputs, outputs, {}, collective.issue)
         attrs = {key: value for key, value in op.attrs.items() if key not in ("rank_axes", "shard_axes")}
         for key in ("rank_axes", "shard_axes"):
             if key in op.attrs:
@@ -119,13 +119,13 @@ class Executor:
                 attrs["rank"] = nested_index(self.program.plan, ordered, self.coordinates)
         if len(op.inputs) > len(self.program.label_signature(op).inputs):
             attrs["add"] = True
-        return Record(op, inputs, outputs, attrs, partial(self.kernels[op.kind], inputs, outputs, **attrs))
+        return BoundRecord(op, inputs, outputs, attrs, partial(self.kernels[op.kind], inputs, outputs, **attrs))
 
-    def _bind_fused(self, op: Op, inputs: list[Tensor], outputs: list[Tensor]) -> Record:
+    def _bind_fused(self, op: Op, inputs: list[Tensor], outputs: list[Tensor]) -> BoundRecord:
         """On a CPU its parts, one after the other; on CUDA one call of ``comm.py``."""
         parts = tuple(self._bind(part) for part in op.parts)
         if self.device == "cpu":
-            return Record(op, inputs, outputs, {}, partial(_run_all, parts), parts)
+            return BoundRecord(op, inputs, outputs, {}, partial(_run_all, parts), parts)
         assert self.comm is not None
         products = [part for part in parts if part.op.kind == "matmul"]
         matrices = [
@@ -137,7 +137,7 @@ class Executor:
         else:
             added = inputs[2] if len(inputs) > 2 else None
             run = self.comm.bind_product_scatter(op.axes, matrices[0], added, outputs[-1], outputs[0])
-        return Record(op, inputs, outputs, {}, run)
+        return BoundRecord(op, inputs, outputs, {}, run)
 
     # -- running ------------------------------------------------------------------------------------------------
 

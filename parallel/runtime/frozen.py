@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ...kernels.ops import OPS
-from .executor import Executor, Record
-from .tape import Recorder, Segment, compile_calls, ready, storage_key
+from .executor import BoundRecord, Executor
+from .tape import CallRecorder, Segment, compile_calls, ready, storage_key
 
 
 class Frozen:
@@ -25,7 +25,7 @@ class Frozen:
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
         self.hazards: list[str] = []
-        self.parts: list[Record] = []  # the executor's records, fused ones taken apart
+        self.parts: list[BoundRecord] = []  # the executor's records, fused ones taken apart
         self.segments: list[Segment | None] = []  # one a part; None: a collective or a wait
         self.workspace = torch.empty(0, dtype=torch.uint8)
         self.constant_bytes = 0
@@ -43,7 +43,7 @@ class Frozen:
             parts = whole.parts or (whole,)
             for record in parts:
                 if record.op.kind in OPS:
-                    with Recorder() as recorder:
+                    with CallRecorder() as recorder:
                         record.run()
                     self.hazards += [f"{record.op.name} ({record.op.kind}): {found}" for found in recorder.hazards]
                     self.segments.append(compile_calls(recorder.calls, known))

@@ -15,14 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ...kernels.ops import OPS
 from ..ir.check import Finding
 from ..ir.collectives import FUSED
-from .executor import Record
+from .executor import BoundRecord
 from .tape import hazard, tensors_in, written_tensors
 
 
 class Guard(TorchDispatchMode):
     """``with Guard(record, workspace_bytes): record.run()``, then read ``findings``."""
 
-    def __init__(self, record: Record, workspace_bytes: int) -> None:
+    def __init__(self, record: BoundRecord, workspace_bytes: int) -> None:
         super().__init__()
         self.findings: list[Finding] = []
         self._op = f"{record.op.name} ({record.op.kind})"

@@ -66,7 +66,7 @@ def hazard(op: OpOverload, args: Sequence[Any]) -> str | None:
     return None
 
 
-class Call:
+class TapedCall:
     """One call that the dispatcher saw, with the tensors that it was given, wrote of those, and returned."""
 
     __slots__ = ("args", "given", "kwargs", "made", "op", "result", "results", "touched", "written")
@@ -89,12 +89,12 @@ class Call:
         return bool(self.made) and not self.written and self.made <= self.given
 
 
-class Recorder(TorchDispatchMode):
+class CallRecorder(TorchDispatchMode):
     """Lists every call that is dispatched; ``hazards`` are sentences."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[Call] = []
+        self.calls: list[TapedCall] = []
         self.hazards: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -102,7 +102,7 @@ class Recorder(TorchDispatchMode):
         if (reason := hazard(func, args)) is not None:
             self.hazards.append(f"{func} {reason}")
         result = func(*args, **kwargs)
-        self.calls.append(Call(func, args, kwargs, result))
+        self.calls.append(TapedCall(func, args, kwargs, result))
         return result
 
 
@@ -142,7 +142,7 @@ class Segment:
     constant_bytes: int
 
 
-def compile_calls(calls: list[Call], known: set[int]) -> Segment:
+def compile_calls(calls: list[TapedCall], known: set[int]) -> Segment:
     """``known``: storages (``storage_key``) that belong to the executor."""
     calls = [call for call in calls if not call.is_view]
     created: set[int] = set()
@@ -177,7 +177,7 @@ def _name(op: OpOverload) -> str:
     return op._schema.name.removeprefix("aten::")
 
 
-def _varying(calls: list[Call], known: set[int], created: set[int]) -> set[int]:
+def _varying(calls: list[TapedCall], known: set[int], created: set[int]) -> set[int]:
     """Storages whose content may change from step to step, or in the course of the record."""
     varying = set(known)
     before = -1
@@ -231,7 +231,7 @@ def _out_variant(op: OpOverload) -> tuple[OpOverload, tuple[str, ...], frozenset
     return None
 
 
-def _prepare(calls: list[Call], placed: Callable[[Any], Any]) -> Iterator[Prepared]:
+def _prepare(calls: list[TapedCall], placed: Callable[[Any], Any]) -> Iterator[Prepared]:
     skipped: set[int] = set()
     for i, call in enumerate(calls):
         if i in skipped:
@@ -262,7 +262,7 @@ def _prepare(calls: list[Call], placed: Callable[[Any], Any]) -> Iterator[Prepar
             yield Prepared(call.op, args, kwargs, targets)
 
 
-def _used_elsewhere(result: Tensor, calls: list[Call], made: int, copied: int) -> bool:
+def _used_elsewhere(result: Tensor, calls: list[TapedCall], made: int, copied: int) -> bool:
     key = storage_key(result)
     return any(key in calls[j].given for j in range(made + 1, len(calls)) if j != copied)
 

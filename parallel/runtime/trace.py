@@ -55,7 +55,7 @@ def traced_step(executor: Executor) -> list[Span]:
 
 
 @dataclass(frozen=True)
-class Row:
+class OverlapRow:
     """Collectives of one role, of all layers and steps: totals in seconds."""
 
     role: str
@@ -67,14 +67,14 @@ class Row:
     exposed_s: float
 
 
-def summary(spans: Sequence[Span]) -> list[Row]:
+def summary(spans: Sequence[Span]) -> list[OverlapRow]:
     """Overlapped and exposed time of every collective, layers and micro-batches together; the most exposed first."""
     groups: dict[tuple[str, str, str], list[Span]] = {}
     for span in spans:
         if span.lane != COMPUTE_LANE:
             groups.setdefault((role(span), span.kind, span.lane), []).append(span)
     rows = [
-        Row(
+        OverlapRow(
             *key,
             len(group),
             sum(s.ran_s for s in group),

@@ -9,12 +9,13 @@ from ...errors import CinemeshError
 from ...kernels.ops import OPS
 from ...model.config import ModelConfig
 from ...model.inputs import BatchShape
-from ...model.step import build_step, prepare
+from ...model.step import build_step
 from ...parallel.ir.communicators import communicator
 from ...parallel.ir.flops import hardware_flops, model_flops
 from ...parallel.ir.plan import AXES, Plan
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import Op, Phase
+from ...parallel.passes.pipeline import prepare
 from ..clusters.cluster import Cluster
 from ..prices.compute import Compute
 from ..prices.encoders import FrozenCost

@@ -15,12 +15,12 @@ from functools import cached_property
 
 from ...kernels.counts import DTYPE_BYTES
 from ...kernels.ops import LEAVE_SMS, OPS
-from ...model.step import prepare
 from ...parallel.ir.communicators import communicator
 from ...parallel.ir.layout import Axes
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import Phase
+from ...parallel.passes.pipeline import prepare
 from ..clusters.cluster import Cluster
 from ..prices.compute import Compute
 from ..prices.footprint import FLAT, class_of

@@ -21,7 +21,7 @@ from ...model.step import check
 from ...parallel.ir.plan import STREAMS, Plan
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import Op
-from ...parallel.passes.choose_kept import choose
+from ...parallel.passes.choose_kept import choose_kept
 from ..clusters.cluster import Cluster
 from ..prices.network import Network, group_of, groups_of
 from .extrapolate import STEADY_BLOCKS, NotSteady, Priced, Skeleton
@@ -183,7 +183,7 @@ def _keeping(prices: Prices, request: Request, choice: Choice) -> tuple[Choice, 
 
     limit = prices.limit_bytes(choice.plan) - (choice.frozen.bytes if choice.frozen else 0)
     try:
-        plan, _ = choose(pure, shallow.program, seconds, int(limit), peak_bytes, blocks=layers)
+        plan, _ = choose_kept(pure, shallow.program, seconds, int(limit), peak_bytes, blocks=layers)
     except CinemeshError:
         return None
     return _price(prices, request, choice, plan)

@@ -15,10 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-from cinemesh.model.config import LATENTS, preset
+from cinemesh.model.config import USUAL_LATENTS, preset
 from cinemesh.model.inputs import BatchShape
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.passes.recompute import rematerialize
 
 NAME = "movie-gen-30b"
@@ -36,12 +37,12 @@ def peak_rss_bytes() -> int:
 def measure() -> dict[str, float | bool]:
     """One build at TP4, CP2, dp_shard 768, from a cold cache."""
     start_s = time.perf_counter()
-    built = build_step(preset(NAME), Plan(tp=4, cp=2, dp_shard=768), BatchShape(1, LATENTS[NAME]))
+    built = build_step(preset(NAME), Plan(tp=4, cp=2, dp_shard=768), BatchShape(1, USUAL_LATENTS[NAME]))
     built_s = time.perf_counter()
     program = rematerialize(built)
     done_s = time.perf_counter()
     plan = Plan(tp=4, cp=2, dp_shard=768, **OVERLAP)
-    sliced = build_step(preset(NAME), plan, BatchShape(1, LATENTS[NAME]))
+    sliced = build_step(preset(NAME), plan, BatchShape(1, USUAL_LATENTS[NAME]))
     sliced_s = time.perf_counter()
     scheduled = prepare(sliced, backend="nccl")
     scheduled_s = time.perf_counter()

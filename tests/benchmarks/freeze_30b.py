@@ -22,11 +22,12 @@ import torch
 
 from cinemesh.kernels.reference import REFERENCE
 from cinemesh.launch.proof.lint import Alone
-from cinemesh.model.config import LATENTS, preset
+from cinemesh.model.config import USUAL_LATENTS, preset
 from cinemesh.model.inputs import BatchShape
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.passes.arena import place
+from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.runtime.executor import Executor
 from cinemesh.parallel.runtime.mesh import coordinates
 
@@ -37,7 +38,7 @@ def measure(text: str) -> dict[str, float | str]:
     """One pass over a plan, in processor seconds; binding places once more, which is not taken off."""
     plan = Plan.parse(text)
     times_s = [time.process_time()]
-    built = build_step(preset(NAME), plan, BatchShape(1, LATENTS[NAME]))
+    built = build_step(preset(NAME), plan, BatchShape(1, USUAL_LATENTS[NAME]))
     times_s.append(time.process_time())
     program = prepare(built, backend="nccl")
     times_s.append(time.process_time())

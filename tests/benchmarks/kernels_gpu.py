@@ -40,11 +40,12 @@ from cinemesh.kernels.reference import REFERENCE
 from cinemesh.kernels.registry import function
 from cinemesh.kernels.selection import select
 from cinemesh.kernels.tuning import device_key
-from cinemesh.launch.commands.calls import Call, calls_of, tensors
-from cinemesh.model.config import LATENTS, preset
+from cinemesh.launch.commands.calls import DistinctCall, calls_of, tensors
+from cinemesh.model.config import USUAL_LATENTS, preset
 from cinemesh.model.inputs import BatchShape
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.passes.pipeline import prepare
 
 REPETITIONS = 7
 SLOW_S = 0.5  # a launch that takes longer is timed once
@@ -91,12 +92,12 @@ def largest_error(got: list[Tensor], want: list[Tensor]) -> float:
     return worst
 
 
-def scores_bytes(call: Call) -> int:
+def scores_bytes(call: DistinctCall) -> int:
     z = call.sizes
     return 4 * z["b"] * z["h"] * z["t"] * z["s"] if call.op in SEARCHED else 0
 
 
-def contestants(call: Call, device: str) -> dict[str, Callable[..., None]]:
+def contestants(call: DistinctCall, device: str) -> dict[str, Callable[..., None]]:
     """Package -> kernel, of all that can run this call here; the plain reference also as torch compiles it."""
     found: dict[str, Callable[..., None]] = {}
     for entry in candidates(call.op):
@@ -109,7 +110,7 @@ def contestants(call: Call, device: str) -> dict[str, Callable[..., None]]:
     return found
 
 
-def measure(call: Call, device: str, limits: dict[str, float], flush: Tensor) -> list[dict[str, Any]]:
+def measure(call: DistinctCall, device: str, limits: dict[str, float], flush: Tensor) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     chosen = select(
         call.op,
@@ -181,7 +182,7 @@ def main() -> None:
         print(f"{package}: {reason}")
 
     config = preset(given.model)
-    program = build_step(config, Plan.parse(given.plan), BatchShape(1, LATENTS[given.model]))
+    program = build_step(config, Plan.parse(given.plan), BatchShape(1, USUAL_LATENTS[given.model]))
     calls = calls_of(prepare(program, backend="nccl"))
     if given.only:
         calls = [call for call in calls if call.op in given.only]

@@ -46,12 +46,13 @@ from cinemesh.launch.commands.trace import beside
 from cinemesh.launch.proof.parity import LR, OPTIMIZER, Case, load_batch
 from cinemesh.model.config import Encoder, ModelConfig
 from cinemesh.model.runner import StepRunner
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.model.weights import probe_values
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.ir.records import Op
 from cinemesh.parallel.ir.span import Span
+from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.passes.prices import Price
 from cinemesh.parallel.runtime.comm import Communicator, gather_objects
 from cinemesh.parallel.runtime.mesh import Mesh

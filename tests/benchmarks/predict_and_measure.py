@@ -46,9 +46,10 @@ from benchmarks.step_against_torch import Shape
 from cinemesh.launch.commands.calibrate import Samples, machine_of, measure
 from cinemesh.model.inputs import IDS, LATENTS, MASK, BatchShape, text_input, training_inputs
 from cinemesh.model.runner import StepRunner, data_share
-from cinemesh.model.step import Optimizer, build_step, prepare
+from cinemesh.model.step import Optimizer, build_step
 from cinemesh.model.weights import probe_values
 from cinemesh.parallel.ir.plan import AXES, Plan
+from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.runtime.comm import Communicator
 from cinemesh.parallel.runtime.mesh import Mesh
 from cinemesh.perf_model.calibration.calibrate import fit, residuals, write

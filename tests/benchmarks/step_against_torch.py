@@ -37,9 +37,10 @@ from benchmarks.torch_baseline import TorchBaseline
 from cinemesh.model.config import Encoder, ModelConfig
 from cinemesh.model.inputs import IDS, LATENTS, MASK, BatchShape, text_input, training_inputs
 from cinemesh.model.runner import StepRunner, data_share
-from cinemesh.model.step import Optimizer, build_step, prepare
+from cinemesh.model.step import Optimizer, build_step
 from cinemesh.model.weights import probe_values
 from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.runtime.comm import Communicator, gather_objects
 from cinemesh.parallel.runtime.mesh import Mesh
 

@@ -10,9 +10,9 @@ from harness import Pool
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from cinemesh.model.config import LATENTS, PRESETS
+from cinemesh.model.config import PRESETS, USUAL_LATENTS
 
-CONFIG, LATENT, SAMPLES = PRESETS["tiny"], LATENTS["tiny"], 4
+CONFIG, LATENT, SAMPLES = PRESETS["tiny"], USUAL_LATENTS["tiny"], 4
 
 
 def gradients(sizes: dict[str, int], recompute: Recompute) -> dict[str, Tensor]:

@@ -19,12 +19,12 @@ from cinemesh.errors import CinemeshError
 from cinemesh.kernels import compile as compiling
 from cinemesh.kernels.traffic import extrapolate, sample
 from cinemesh.launch.commands.kernels import sizes_of
-from cinemesh.model.config import LATENTS, preset
+from cinemesh.model.config import USUAL_LATENTS, preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.parallel.ir.plan import Plan
 
 MODEL = "movie-gen-30b"
-SIZES = sizes_of(preset(MODEL), Plan(tp=4, cp=2, dp_shard=768), BatchShape(1, LATENTS[MODEL]))
+SIZES = sizes_of(preset(MODEL), Plan(tp=4, cp=2, dp_shard=768), BatchShape(1, USUAL_LATENTS[MODEL]))
 REDUCTION = 1 << 20  # bytes: a second stage adds partial sums of a few programs, too small to matter
 # Least share of wide accesses. Noise: two stores; two scalars are read. Merge: with each 16 bytes of a part, a thread
 # reads the four of its row's log-sum-exp, out of L1 but for the first that does.

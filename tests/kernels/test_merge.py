@@ -14,8 +14,9 @@ from cinemesh.kernels.reference import REFERENCE
 from cinemesh.launch.commands.calls import calls_of, tensors
 from cinemesh.model.config import Encoder, ModelConfig
 from cinemesh.model.inputs import BatchShape
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.passes.pipeline import prepare
 
 from .against_float64 import BOUND, DTYPES, check, poisoned, rand, relative_error
 

@@ -24,8 +24,9 @@ from cinemesh.launch.proof.parity import OPTIMIZER
 from cinemesh.model.config import preset
 from cinemesh.model.forward import build_unpatchify
 from cinemesh.model.inputs import BatchShape
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.passes.pipeline import prepare
 
 from .counting import Counter, allocated, operands_of
 from .examples import EXAMPLES, Example

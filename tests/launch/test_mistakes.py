@@ -17,7 +17,7 @@ from training import cinemesh, failure, recipe, refusal, start, states
 from cinemesh.data.cache import CACHE_FILE
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.cluster import processes
-from cinemesh.launch.cluster.processes import Place
+from cinemesh.launch.cluster.processes import Joined
 from cinemesh.launch.training import checkpoint
 from cinemesh.launch.training.recipe import check_config
 from cinemesh.launch.training.setting import Setting
@@ -151,7 +151,7 @@ def test_a_cache_that_is_truncated_or_holds_a_nan(
     values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     setting = Setting.of(check_config(values, "test"))
-    setting.open_cache(Place(0, "cpu", None))
+    setting.open_cache(Joined(0, "cpu", None))
     path = tmp_path / "cache" / CACHE_FILE
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])

@@ -23,13 +23,13 @@ from oracle import (
 )
 from torch import Tensor, nn
 
-from cinemesh.model.config import LATENTS, PRESETS, parameters
+from cinemesh.model.config import PRESETS, USUAL_LATENTS, parameters
 from cinemesh.model.reference import Reference, training_loss
 
 Run = tuple[list[float], dict[str, Tensor], dict[str, Tensor]]  # losses, first gradients, last weights
 
 CONFIG = PRESETS["tiny"]
-LATENT = LATENTS["tiny"]
+LATENT = USUAL_LATENTS["tiny"]
 SAMPLES = 2
 STEPS = 3
 LR = 1e-3

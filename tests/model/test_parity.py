@@ -32,10 +32,11 @@ from cinemesh.launch.proof.parity import (
 from cinemesh.launch.proof.verify import Report, compare, small_case
 from cinemesh.model.config import ModelConfig
 from cinemesh.model.runner import StepRunner
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.plan import AXES, Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.ir.records import Op
+from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.runtime.comm import gather_objects
 from cinemesh.parallel.runtime.mesh import Mesh
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from cinemesh.kernels.philox import Purpose, normal, normal_, philox_words, uniform
 from cinemesh.model import flow
-from cinemesh.model.config import LATENTS as LATENT_SHAPES
-from cinemesh.model.config import PRESETS, ModelConfig, parameters
+from cinemesh.model.config import PRESETS, USUAL_LATENTS, ModelConfig, parameters
 from cinemesh.model.inputs import IDS, LATENTS, MASK, text_input
 from cinemesh.model.reference import Reference, attention, patchify, rms_norm, time_features, training_loss, unpatchify
 
@@ -243,7 +242,7 @@ def test_table_is_in_the_order_that_units_rely_on(name: str) -> None:
     for row in parameters(PRESETS[name]):
         assert last.get(row.unit, True) or not row.decay, f"{row.name} is decayed after one that is not"
         last[row.unit] = row.decay
-    PRESETS[name].grid(LATENT_SHAPES[name])  # the usual latent of a preset fits its tables
+    PRESETS[name].grid(USUAL_LATENTS[name])  # the usual latent of a preset fits its tables
 
 
 # --- Philox ---------------------------------------------------------------------------------------

@@ -16,8 +16,7 @@ from cinemesh.launch.proof.lint import lint
 from cinemesh.launch.proof.parity import FLOAT64_BOUND, OPTIMIZER, Case, global_batch, load_batch
 from cinemesh.launch.proof.verify import Report, small_case, verify_on_rank
 from cinemesh.model import flow
-from cinemesh.model.config import LATENTS as USUAL
-from cinemesh.model.config import PRESETS, LatentCondition, ModelConfig, parameters, preset
+from cinemesh.model.config import PRESETS, USUAL_LATENTS, LatentCondition, ModelConfig, parameters, preset
 from cinemesh.model.inputs import IDS, LATENTS, training_inputs
 from cinemesh.model.reference import Reference
 from cinemesh.model.runner import StepRunner, data_share
@@ -123,13 +122,13 @@ def test_the_small_case_is_the_model_that_was_asked_for(model: str) -> None:
     named = [condition.name for condition in asked.latent_conditions]
     assert [condition.name for condition in case.config.latent_conditions] == named
     assert [encoder.name for encoder in case.config.encoders] == [encoder.name for encoder in asked.encoders]
-    assert case.config.tokens(case.latent) > 0 and asked.tokens(USUAL[model]) > 0
+    assert case.config.tokens(case.latent) > 0 and asked.tokens(USUAL_LATENTS[model]) > 0
 
 
 def test_an_image_model_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """No time axis: one position in time, whatever the plan asks of the tokens."""
     monkeypatch.setitem(PRESETS, "images", replace(preset("movie-gen-5b"), name="images", position_lengths=(1, 64, 64)))
-    monkeypatch.setitem(USUAL, "images", (1, 128, 128))
+    monkeypatch.setitem(USUAL_LATENTS, "images", (1, 128, 128))
     case = small_case(Plan.parse("tp=2,cp=2,kv_chunks=2"), "images")
     assert case.latent[0] == 1 and case.config.position_lengths[0] <= 2
 

@@ -16,12 +16,13 @@ import pytest
 from cinemesh.kernels.ops import OPS
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model.forward import build_velocity
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.collectives import COLLECTIVES
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program, contiguous_strides
 from cinemesh.parallel.ir.records import Op
 from cinemesh.parallel.passes.liveness import persistent
+from cinemesh.parallel.passes.pipeline import prepare
 
 Runs = tuple[tuple[int, int], ...]
 

@@ -25,11 +25,12 @@ from cinemesh.launch.proof.verify import Report, small_case, verify_on_rank
 from cinemesh.model import weights
 from cinemesh.model.inputs import LATENTS
 from cinemesh.model.runner import StepRunner
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.layout import FSDP, WORLD, Axes
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.ir.records import Collective, Op, Wait
+from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.runtime.comm import BoundCollective, Communicator
 from cinemesh.parallel.runtime.mesh import Mesh
 

@@ -27,12 +27,13 @@ from cinemesh.launch.proof.parity import LR, OPTIMIZER, load_batch
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model import weights
 from cinemesh.model.runner import StepRunner
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.collectives import FUSED
 from cinemesh.parallel.ir.communicators import communicator
 from cinemesh.parallel.ir.layout import Axes
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
+from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.runtime.comm import BoundCollective, Communicator
 from cinemesh.parallel.runtime.mesh import Mesh, group_ranks
 

@@ -22,14 +22,15 @@ from cinemesh.kernels.registry import kernels_for
 from cinemesh.launch.proof.parity import OPTIMIZER, QUANTITIES, Trajectory, run_rank, run_reference, worst_of
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model.runner import StepRunner
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.builder import Builder
 from cinemesh.parallel.ir.collectives import COLLECTIVES
-from cinemesh.parallel.ir.layout import FSDP, REPLICATED_UNIT, WORLD, Axes, PlacementError
+from cinemesh.parallel.ir.layout import FSDP, REPLICATED_AXES, WORLD, Axes, PlacementError
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.ir.records import Buffer, Op
 from cinemesh.parallel.ir.records import Collective as Sent
+from cinemesh.parallel.passes.pipeline import prepare
 
 ONE_RANK = small_case(Plan(micro_batches=2, dtype="float64"), steps=2)
 # Typing must not lean on a degree of 1, nor on one above it.
@@ -39,7 +40,7 @@ PLANS = {
     "chunks": Plan(tp=2, cp=2, dp_shard=2, kv_chunks=3, micro_batches=2, dtype="float64"),
     "slices": Plan(tp=2, cp=2, dp_shard=2, kv_slices=3, tp_slices=3, dtype="float64"),
 }
-AXES: tuple[Axes, ...] = (("tp",), ("cp",), ("dp_shard",), ("dp_replicate",), FSDP, REPLICATED_UNIT, WORLD)
+AXES: tuple[Axes, ...] = (("tp",), ("cp",), ("dp_shard",), ("dp_replicate",), FSDP, REPLICATED_AXES, WORLD)
 
 # Refused with anything else, a mutation would only have tripped over an accident of the builder.
 REFUSAL = PlacementError

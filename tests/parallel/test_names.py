@@ -16,12 +16,13 @@ from cinemesh.model import weights
 from cinemesh.model.config import ModelConfig, preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.model.runner import StepRunner
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.ir.records import Buffer, Fused, Op, Place, Wait
 from cinemesh.parallel.passes.arena import place
 from cinemesh.parallel.passes.choose_kept import block_of
+from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.passes.prices import RATES
 from cinemesh.parallel.runtime.mesh import Mesh
 from cinemesh.parallel.runtime.trace import role

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from cinemesh.errors import CinemeshError
 from cinemesh.model.config import preset
 from cinemesh.model.inputs import BatchShape
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.collectives import FUSED
 from cinemesh.parallel.ir.flops import hardware_flops
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.passes.fuse_tp import pipelined_s
 from cinemesh.parallel.passes.liveness import lifetimes
+from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.compute import Compute
 from cinemesh.perf_model.prices.network import Cost, Network, group_of, groups_of

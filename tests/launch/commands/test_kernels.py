@@ -16,7 +16,7 @@ from cinemesh.kernels.reference import REFERENCE
 from cinemesh.launch.commands import kernels
 from cinemesh.launch.commands.calls import calls_of, tensors
 from cinemesh.launch.commands.tune import search
-from cinemesh.model.config import LATENTS, preset
+from cinemesh.model.config import USUAL_LATENTS, preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.plan import Plan
@@ -47,7 +47,7 @@ def test_choices_of_the_30b_step_without_torch() -> None:
     assert {"flash-attn", "flash-attn-3", "flash-attn-4", "torch", "reference"} == attention["others"].keys()
     assert "below attention.triton" in attention["others"]["torch"]
     config = preset("movie-gen-30b")
-    program = build_step(config, Plan(tp=4, cp=2, dp_shard=768), BatchShape(1, LATENTS["movie-gen-30b"]))
+    program = build_step(config, Plan(tp=4, cp=2, dp_shard=768), BatchShape(1, USUAL_LATENTS["movie-gen-30b"]))
     assert {row["op"] for row in shown["ops"]} <= set(REFERENCE)
     assert sum(row["bytes"] for row in shown["ops"]) >= sum(program.bytes_moved(op) for op in program.ops)
 
@@ -80,7 +80,7 @@ def test_tune_wants_a_gpu() -> None:
 
 def test_calls_of_a_step_run() -> None:
     """Every distinct call runs alone on tensors made for it, and the counts add up to the step's."""
-    program = build_step(preset("tiny"), Plan(dtype="float32"), BatchShape(1, LATENTS["tiny"]))
+    program = build_step(preset("tiny"), Plan(dtype="float32"), BatchShape(1, USUAL_LATENTS["tiny"]))
     calls = calls_of(program)
     assert sum(call.times for call in calls) == len([op for op in program.ops if op.kind in REFERENCE])
     for call in calls:

@@ -11,10 +11,11 @@ from cinemesh.errors import CinemeshError
 from cinemesh.launch.commands import show
 from cinemesh.model.config import parameters, preset
 from cinemesh.model.inputs import BatchShape
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.flops import model_flops
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
+from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.perf_model.report.explain import sample_flops
 
 Capture = pytest.CaptureFixture[str]

@@ -160,7 +160,7 @@ def test_a_pass_that_breaks_the_program_is_found(monkeypatch: pytest.MonkeyPatch
 
     assert lint_program(built("tp=2")) == []
     for fault, check in ((losing, "order"), (swapping, "same")):
-        monkeypatch.setattr("cinemesh.model.step.fuse", fault)
+        monkeypatch.setattr("cinemesh.parallel.passes.pipeline.fuse", fault)
         assert check in {f.check for f in lint_program(built("tp=2"))}
 
 

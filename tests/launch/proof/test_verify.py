@@ -17,8 +17,9 @@ from cinemesh.launch.proof import verify
 from cinemesh.launch.proof.parity import QUANTITIES, RankRun, global_batch, run_rank, run_reference
 from cinemesh.launch.proof.verify import Report, compare, small_case
 from cinemesh.model.inputs import MASK
-from cinemesh.model.step import build_step, check, prepare
+from cinemesh.model.step import build_step, check
 from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.passes.pipeline import prepare
 
 
 def command(*args: str) -> subprocess.CompletedProcess[str]:

@@ -22,7 +22,7 @@ from cinemesh.data.cache import Sample, collate
 from cinemesh.data.clips import read_frames
 from cinemesh.data.order import Stream, turns
 from cinemesh.errors import CinemeshError
-from cinemesh.launch.cluster.processes import Place, StopSignal
+from cinemesh.launch.cluster.processes import Joined, StopSignal
 from cinemesh.launch.training import checkpoint, showcase
 from cinemesh.launch.training import loop as train
 from cinemesh.launch.training.loop import train_steps
@@ -89,7 +89,7 @@ def run_rank(values: dict[str, Any], stop_on: tuple[int, int] | None) -> dict[st
     """One rank of a run in the pool; a signal reaches rank ``stop_on[0]`` alone, in step ``stop_on[1]``."""
     setting = Setting.of(check_config(values, "test"))
     mesh = Mesh(setting.config.plan)
-    place, stop = Place(mesh.rank, "cpu", mesh), StopSignal()
+    place, stop = Joined(mesh.rank, "cpu", mesh), StopSignal()
     step = StepRunner.step
 
     def interrupted(self: StepRunner, lr: float, watch: Callable[[int], None] | None = None) -> None:
@@ -191,7 +191,7 @@ def _tree(pid: int) -> list[int]:
 def steps_by_hand(values: dict[str, Any]) -> dict[str, Tensor]:
     """The states after the recipe's steps, each taken by a plain runner of its bucket's shape that knows no other."""
     setting = Setting.of(check_config(values, "test"))
-    config, cache = setting.config, setting.open_cache(Place(0, "cpu", None))
+    config, cache = setting.config, setting.open_cache(Joined(0, "cpu", None))
     buckets, turn = turns(config.seed, config.schedule.steps, [bucket.weight for bucket in config.data.shapes])
     options: dict[str, Any] = {"seed": config.seed, "caption_dropout": config.caption_dropout}
     runners = [StepRunner(setting.model, config.plan, b, config.optimizer, None, **options) for b in setting.batches]
@@ -266,7 +266,7 @@ def faulty_rank(values: dict[str, Any], fault: str) -> str:
         train.collate = narrow if fault == "shape" else train.collate
     mesh = Mesh(check_config(values, "test").plan)
     try:
-        setting, place = Setting.of(check_config(values, "test")), Place(rank, "cpu", mesh)
+        setting, place = Setting.of(check_config(values, "test")), Joined(rank, "cpu", mesh)
         train.train_steps(setting, place, setting.open_cache(place), StopSignal())
     except CinemeshError as error:
         return str(error)
@@ -299,7 +299,7 @@ def validation_loss(values: dict[str, Any]) -> float:
     """With weights that are nowhere zero, in the pool or alone."""
     setting = Setting.of(check_config(values, "test"))
     mesh = Mesh(setting.config.plan) if setting.config.plan.world_size > 1 else None
-    cache = setting.open_cache(Place(mesh.rank if mesh else 0, "cpu", mesh))
+    cache = setting.open_cache(Joined(mesh.rank if mesh else 0, "cpu", mesh))
     runner = StepRunner(setting.model, setting.config.plan, setting.batches[0], setting.config.optimizer, mesh)
     fill_shard(runner.buffers["ema"], runner.units, runner.coordinates, probe_values(3))  # master stays zero
     loss = Validation(runner, cache.buckets[0].validation, 3).loss()
@@ -314,7 +314,7 @@ def test_validation_loss_is_the_plain_models_on_every_plan(pool: Pool, clips: Pa
     values = recipe(clips, tmp_path, dtype="float64")
     values["data"] |= {"global_batch": 4, "stride": 1, "validation_share": 0.5}
     setting = Setting.of(check_config(values, "test"))
-    cache = setting.open_cache(Place(0, "cpu", None))
+    cache = setting.open_cache(Joined(0, "cpu", None))
     model = Reference(setting.model).double()
     model.load_state_dict(full(parameters(setting.model), probe_values(3), torch.float64))
     assert len(cache.buckets[0].validation) == 3
@@ -370,7 +370,7 @@ def test_a_finished_run_shows_a_clip_of_each_scene(
 def test_a_sampled_clip_is_compared_with_its_own_scene(values: dict[str, Any], tmp_path: Path) -> None:
     """A training clip itself must be found, at its frame, and not among the other scene's."""
     setting = Setting.of(check_config(values, "test"))
-    cache = setting.open_cache(Place(0, "cpu", None))
+    cache = setting.open_cache(Joined(0, "cpu", None))
     window = cache.buckets[0].train[1]
     assert isinstance(window, Sample)
     clip = setting.encoding.codec.decode(window.latent)

@@ -12,7 +12,7 @@ from training import recipe
 
 from cinemesh.errors import CinemeshError
 from cinemesh.launch import train as entry
-from cinemesh.launch.cluster.processes import Place, StopSignal
+from cinemesh.launch.cluster.processes import Joined, StopSignal
 from cinemesh.launch.training import checkpoint, resolve, resolved
 from cinemesh.launch.training.loop import train_steps
 from cinemesh.launch.training.recipe import read_config, read_recipe
@@ -38,7 +38,7 @@ def train_rank(path: Path, steps: int) -> tuple[int, Plan]:
     """One rank of a run in the pool, as the loop reads its recipe: steps done, and the plan that did them."""
     setting = Setting.of(read_config(path, [f"schedule.steps={steps}"]))
     mesh = Mesh(setting.config.plan)
-    place = Place(mesh.rank, "cpu", mesh)
+    place = Joined(mesh.rank, "cpu", mesh)
     runner = train_steps(setting, place, setting.open_cache(place), StopSignal())
     mesh.close()
     return runner.steps_done, runner.plan

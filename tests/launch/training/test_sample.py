@@ -11,7 +11,7 @@ from torch import Tensor
 from cinemesh.data.clips import read_frames
 from cinemesh.data.text import ByteEncoder
 from cinemesh.errors import CinemeshError
-from cinemesh.launch.cluster.processes import Place
+from cinemesh.launch.cluster.processes import Joined
 from cinemesh.launch.training import checkpoint, sample
 from cinemesh.launch.training.recipe import check_config
 from cinemesh.launch.training.setting import Setting
@@ -58,7 +58,7 @@ def clips(plan: Plan, mesh: Mesh | None, prompts: list[str], samples: int, seed:
     fill_shard(weights, units, mesh.coordinates if mesh else coordinates(plan, 0), probe_values(2))
     values = {**RECIPE, "plan": plan.to_dict(), "sample": {"steps": 3, "guidance": 2.0, "seed": seed}}
     setting = Setting.of(check_config(values, "test"))
-    place = Place(mesh.rank if mesh else 0, "cpu", mesh)
+    place = Joined(mesh.rank if mesh else 0, "cpu", mesh)
     return sample.sample_clips(setting, place, weights, prompts, samples=samples)
 
 

@@ -8,15 +8,16 @@ from functools import cache
 
 import pytest
 
-from cinemesh.model.config import LATENTS, preset
+from cinemesh.model.config import USUAL_LATENTS, preset
 from cinemesh.model.inputs import BatchShape
-from cinemesh.model.step import build_step, passes
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.check import check, disjoint
 from cinemesh.parallel.ir.layout import Placement
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.ir.records import Op
 from cinemesh.parallel.passes.arena import Arena, place
+from cinemesh.parallel.passes.pipeline import passes
 
 PLANS = {
     "recompute": "tp=2,cp=2,dp_shard=2,recompute=full,prefetch=2",
@@ -64,7 +65,7 @@ def test_what_the_passes_return_holds(text: str, backend: str) -> None:
 @pytest.mark.parametrize("text", ["tp=4,cp=2,dp_shard=768,recompute=full,kv_slices=3,tp_slices=4,grad_units=2"])
 def test_the_30b_step_holds(text: str) -> None:
     model = "movie-gen-30b"
-    built = program = build_step(preset(model), Plan.parse(text), BatchShape(1, LATENTS[model]))
+    built = program = build_step(preset(model), Plan.parse(text), BatchShape(1, USUAL_LATENTS[model]))
     for run in passes(built.plan, backend="nccl"):
         program = run(program)
     assert check(program, built) == []

@@ -18,9 +18,10 @@ from cinemesh.launch.proof.parity import OPTIMIZER, Case, load_batch
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model import weights
 from cinemesh.model.runner import StepRunner
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.communicators import GROUPS, JOB, communicator, communicators, held
 from cinemesh.parallel.ir.plan import STREAMS, Plan
+from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.runtime.mesh import Mesh, options
 
 

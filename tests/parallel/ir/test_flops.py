@@ -10,10 +10,11 @@ import pytest
 from cinemesh.launch.proof.parity import OPTIMIZER
 from cinemesh.model.config import TIME_FEATURES, ModelConfig, preset
 from cinemesh.model.inputs import BatchShape
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.flops import hardware_flops, model_flops
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
+from cinemesh.parallel.passes.pipeline import prepare
 
 TINY, LATENT = preset("tiny"), (6, 4, 12)
 PLANS = (

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cinemesh.errors import CinemeshError
-from cinemesh.model.config import LATENTS, preset
+from cinemesh.model.config import USUAL_LATENTS, preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.model.step import build_step, check
 from cinemesh.parallel.ir.plan import AXES, Plan
@@ -164,7 +164,7 @@ def test_a_model_that_the_degrees_do_not_divide_is_refused(plan: Plan, message: 
     name = "movie-gen-30b"
     for refuse in (check, build_step):  # by itself, and before a single record is built
         with pytest.raises(CinemeshError, match=re.escape(message)):
-            refuse(preset(name), plan, BatchShape(1, LATENTS[name]))
+            refuse(preset(name), plan, BatchShape(1, USUAL_LATENTS[name]))
 
 
 def test_text_width_must_divide() -> None:
@@ -173,4 +173,4 @@ def test_text_width_must_divide() -> None:
 
 
 def test_degrees_need_not_be_powers_of_two() -> None:
-    check(preset("movie-gen-30b"), Plan(tp=4, cp=9, dp_shard=13), BatchShape(1, LATENTS["movie-gen-30b"]))
+    check(preset("movie-gen-30b"), Plan(tp=4, cp=9, dp_shard=13), BatchShape(1, USUAL_LATENTS["movie-gen-30b"]))

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from cinemesh.model import weights
 from cinemesh.model.config import REPLICATED_UNIT, parameters, preset
 from cinemesh.model.step import unit_layout
-from cinemesh.parallel.ir.layout import FSDP
-from cinemesh.parallel.ir.layout import REPLICATED_UNIT as REPLICATED_AXES
+from cinemesh.parallel.ir.layout import FSDP, REPLICATED_AXES
 from cinemesh.parallel.ir.plan import AXES, Plan
 from cinemesh.parallel.ir.units import ALIGN, Parameter, Units, lay_out
 from cinemesh.parallel.runtime.mesh import coordinates, group_ranks, rank_at
@@ -65,7 +64,7 @@ def test_every_element_is_held_exactly_once_per_replica(plan: Plan, table: dict[
         held: dict[str, list[np.ndarray]] = {}
         for position in (p for p in ranks_of(plan) if p["dp_replicate"] == replica):
             taken = np.zeros(units.flat_elements, dtype=np.int64)
-            for slot, start, stop, at in weights.held(units, position):
+            for slot, start, stop, at in weights.held_parts(units, position):
                 elements = weights.global_elements(slot.parameter, plan.tp, position["tp"], start, stop)
                 held.setdefault(slot.parameter.name, []).append(elements.numpy())
                 taken[at : at + stop - start] += 1

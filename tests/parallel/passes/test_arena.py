@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.proof.verify import small_case
-from cinemesh.model.config import LATENTS, preset
+from cinemesh.model.config import USUAL_LATENTS, preset
 from cinemesh.model.inputs import BatchShape
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.passes.arena import (
@@ -25,6 +25,7 @@ from cinemesh.parallel.passes.arena import (
     storages,
 )
 from cinemesh.parallel.passes.liveness import lifetimes
+from cinemesh.parallel.passes.pipeline import prepare
 
 NAME = "movie-gen-30b"
 
@@ -87,7 +88,7 @@ def test_programs_are_placed_whole(text: str) -> None:
 
 
 def movie_gen(text: str) -> Program:
-    return prepare(build_step(preset(NAME), Plan.parse(text), BatchShape(1, LATENTS[NAME])), backend="nccl")
+    return prepare(build_step(preset(NAME), Plan.parse(text), BatchShape(1, USUAL_LATENTS[NAME])), backend="nccl")
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,16 @@ import pytest
 
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.proof.verify import small_case
-from cinemesh.model.config import LATENTS, preset
+from cinemesh.model.config import USUAL_LATENTS, preset
 from cinemesh.model.inputs import BatchShape
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.ir.records import Phase
-from cinemesh.parallel.passes.choose_kept import Activation, Block, Maker, block_of, choose, share
+from cinemesh.parallel.passes.choose_kept import Activation, BlockCosts, Maker, block_of, choose_kept, share_budget
 from cinemesh.parallel.passes.elide import elide
 from cinemesh.parallel.passes.liveness import lifetimes
+from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.passes.prices import RATES
 from cinemesh.parallel.passes.recompute import rematerialize
 
@@ -60,7 +61,7 @@ def test_the_model_is_what_rematerialize_does(text: str, choice: str | tuple[str
 # -- the optimum ------------------------------------------------------------------------------------------------------
 
 
-def random_block(seed: int, activations: int) -> Block:
+def random_block(seed: int, activations: int) -> BlockCosts:
     """Makers read what earlier ones made; some make two activations."""
     draw = random.Random(seed)
     makers: list[Maker] = []
@@ -70,10 +71,10 @@ def random_block(seed: int, activations: int) -> Block:
         makers.append(Maker(draw.randint(1, 20), reads))
         for _ in range(draw.choice((1, 1, 2))):
             found.append(Activation((f"a{len(found)}",), draw.randint(1, 9), len(makers) - 1, draw.random() < 0.5))
-    return Block(tuple(found), tuple(makers))
+    return BlockCosts(tuple(found), tuple(makers))
 
 
-def every_choice(block: Block) -> list[tuple[int, float]]:
+def every_choice(block: BlockCosts) -> list[tuple[int, float]]:
     """(bytes, seconds) of all subsets."""
     roles = [role for a in block.activations for role in a.roles]
     subsets = itertools.chain.from_iterable(itertools.combinations(roles, n) for n in range(len(roles) + 1))
@@ -94,13 +95,13 @@ def test_sharing_a_budget_is_within_its_bound_of_the_best_of_all(seed: int) -> N
     """Three blocks, each with any subset: the exact optimum by exhaustive search."""
     block, blocks = random_block(seed, 6), 3
     choices = set(every_choice(block))
-    least: dict[int, float] = {}  # bytes -> seconds, over all ways to choose for the three
+    least: dict[int, float] = {}  # bytes -> seconds, over all ways to choose_kept for the three
     for combination in itertools.combinations_with_replacement(sorted(choices), blocks):
         size = sum(b for b, _ in combination)
         least[size] = min(least.get(size, float("inf")), sum(s for _, s in combination))
     fastest = block.point("none")
     for budget in range(0, blocks * fastest.kept_bytes + 3, 2):
-        choice = share(block, blocks, budget)
+        choice = share_budget(block, blocks, budget)
         assert choice is not None and choice.kept_bytes <= budget
         optimum = min(seconds for size, seconds in least.items() if size <= budget)
         assert choice.bound_seconds <= optimum + 1e-9 <= choice.seconds + 2e-9
@@ -117,18 +118,18 @@ NAME = "movie-gen-30b"
 @lru_cache
 def step_30b(layers: int = 48) -> Program:
     plan = Plan(tp=4, cp=2, dp_shard=768)
-    return build_step(replace(preset(NAME), layers=layers), plan, BatchShape(1, LATENTS[NAME]))
+    return build_step(replace(preset(NAME), layers=layers), plan, BatchShape(1, USUAL_LATENTS[NAME]))
 
 
 @lru_cache
-def block_30b() -> Block:
+def block_30b() -> BlockCosts:
     return block_of(step_30b(), default_price)
 
 
 @pytest.mark.parametrize("budget", [2e9, 12e9, 40e9, 79e9, 160e9])
 def test_the_30b_blocks_at_five_memory_bounds(budget: float) -> None:
     block = block_30b()
-    choice = share(block, 48, int(budget))
+    choice = share_budget(block, 48, int(budget))
     assert choice is not None and choice.kept_bytes <= budget
     fitting = [p for p in map(block.point, ("none", "selective", "full")) if 48 * p.kept_bytes <= budget]
     assert choice.seconds <= 48 * min(p.seconds for p in fitting)
@@ -166,7 +167,7 @@ def test_no_subset_of_the_30b_block_beats_the_hull() -> None:
 
 
 def peak_bytes(plan: Plan) -> int:
-    program = build_step(replace(preset(NAME), layers=6), plan, BatchShape(1, LATENTS[NAME]))
+    program = build_step(replace(preset(NAME), layers=6), plan, BatchShape(1, USUAL_LATENTS[NAME]))
     return lifetimes(prepare(program, backend="nccl")).peak_bytes
 
 
@@ -175,7 +176,7 @@ def test_a_plan_is_chosen_that_fits_its_peak(share_of_range: float) -> None:
     program = step_30b(layers=6)
     least, most = (peak_bytes(replace(program.plan, recompute=name)) for name in ("full", "none"))
     limit = int(least + share_of_range * (most - least))
-    plan, choice = choose(program.plan, program, default_price, limit, peak_bytes)
+    plan, choice = choose_kept(program.plan, program, default_price, limit, peak_bytes)
     assert peak_bytes(plan) <= limit
     block = block_of(program, default_price)
     for name in ("none", "selective", "full"):
@@ -186,4 +187,4 @@ def test_a_plan_is_chosen_that_fits_its_peak(share_of_range: float) -> None:
 def test_what_even_full_does_not_fit_is_refused() -> None:
     program = step_30b(layers=6)
     with pytest.raises(CinemeshError, match=re.escape("recompute full peaks at ")):
-        choose(program.plan, program, default_price, 10**9, peak_bytes)
+        choose_kept(program.plan, program, default_price, 10**9, peak_bytes)

@@ -9,7 +9,7 @@ import torch
 
 from cinemesh.kernels.ops import OPS
 from cinemesh.kernels.reference import REFERENCE
-from cinemesh.model.config import LATENTS, preset
+from cinemesh.model.config import USUAL_LATENTS, preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.model.step import Optimizer, build_step
 from cinemesh.parallel.ir.builder import Builder
@@ -80,7 +80,7 @@ def block_30b(plan: Plan) -> Program:
     """Two blocks of the 30B model with all else that a step has."""
     config = replace(preset("movie-gen-30b"), layers=2)
     optimizer = Optimizer((0.9, 0.95), 1e-8, 0.1, 1.0, 0.9999)
-    return rematerialize(build_step(config, plan, BatchShape(1, LATENTS["movie-gen-30b"]), optimizer))
+    return rematerialize(build_step(config, plan, BatchShape(1, USUAL_LATENTS["movie-gen-30b"]), optimizer))
 
 
 @pytest.mark.parametrize("recompute", ("none", "selective", "full"))

@@ -35,7 +35,7 @@ from cinemesh.launch.proof.parity import OPTIMIZER, load_batch
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model import weights
 from cinemesh.model.runner import StepRunner
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.builder import Builder
 from cinemesh.parallel.ir.collectives import FUSED
 from cinemesh.parallel.ir.dependencies import dependencies
@@ -46,6 +46,7 @@ from cinemesh.parallel.ir.records import Buffer, Op, Phase
 from cinemesh.parallel.passes.arena import place
 from cinemesh.parallel.passes.fuse_tp import fuse_tp, pipelined_s
 from cinemesh.parallel.passes.liveness import lifetimes, persistent
+from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.passes.prices import Rates
 from cinemesh.parallel.passes.schedule import schedule
 from cinemesh.parallel.passes.staging import SYMMETRIC, stage_for_gloo, stage_symmetric

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 
 from cinemesh.launch.proof.verify import small_case
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.layout import replicated
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.ir.records import Buffer, BufferKind, Op
 from cinemesh.parallel.passes.liveness import lifetimes, persistent
+from cinemesh.parallel.passes.pipeline import prepare
 
 
 def by_hand() -> Program:

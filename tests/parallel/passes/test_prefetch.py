@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 
 from cinemesh.launch.proof.verify import small_case
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.passes.elide import elide
 from cinemesh.parallel.passes.liveness import lifetimes
+from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.passes.prefetch import prefetch
 from cinemesh.parallel.passes.recompute import rematerialize
 from cinemesh.parallel.passes.staging import stage_for_gloo

@@ -17,9 +17,9 @@ import pytest
 
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.proof.verify import small_case
-from cinemesh.model.config import LATENTS, preset
+from cinemesh.model.config import USUAL_LATENTS, preset
 from cinemesh.model.inputs import BatchShape
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.communicators import communicator
 from cinemesh.parallel.ir.dependencies import dependencies
 from cinemesh.parallel.ir.flops import hardware_flops
@@ -28,6 +28,7 @@ from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.ir.records import Op, Phase
 from cinemesh.parallel.passes.elide import elide
 from cinemesh.parallel.passes.liveness import lifetimes
+from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.passes.prefetch import prefetch
 from cinemesh.parallel.passes.prices import RATES, Price
 from cinemesh.parallel.passes.recompute import rematerialize
@@ -78,9 +79,10 @@ def test_it_moves_records_and_keeps_what_depends_on_what(text: str) -> None:
 
 ORDER = """
 import sys
-from cinemesh.model.config import LATENTS, preset
+from cinemesh.model.config import USUAL_LATENTS, preset
 from cinemesh.model.inputs import BatchShape
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
+from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.ir.plan import Plan
 program = prepare(build_step(preset("tiny-video"), Plan.parse(sys.argv[1]), BatchShape(1, (2, 16, 16))), backend="nccl")
 print(*(op.name for op in program.ops))
@@ -265,7 +267,7 @@ def play(program: Program) -> Played:
 def step_30b(**fields: object) -> Program:
     plan = replace(Plan(tp=4, cp=2, dp_shard=768), **fields)  # pyright: ignore[reportArgumentType]
     config = replace(preset("movie-gen-30b"), layers=8)  # the middle blocks are equal: eight tell
-    return prepare(build_step(config, plan, BatchShape(1, LATENTS["movie-gen-30b"])), backend="nccl")
+    return prepare(build_step(config, plan, BatchShape(1, USUAL_LATENTS["movie-gen-30b"])), backend="nccl")
 
 
 def test_the_paper_plan_hides_what_it_can() -> None:
@@ -336,7 +338,7 @@ def test_an_overlap_that_cannot_happen_is_refused(text: str, said: str) -> None:
 )
 def test_slices_that_do_not_divide_are_refused(text: str, said: str) -> None:
     with pytest.raises(CinemeshError, match=re.escape(said)):
-        build_step(preset("movie-gen-30b"), Plan.parse(text), BatchShape(1, LATENTS["movie-gen-30b"]))
+        build_step(preset("movie-gen-30b"), Plan.parse(text), BatchShape(1, USUAL_LATENTS["movie-gen-30b"]))
 
 
 def test_more_last_blocks_than_blocks_are_refused() -> None:

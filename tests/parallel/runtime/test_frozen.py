@@ -24,7 +24,7 @@ from cinemesh.parallel.passes.liveness import lifetimes, persistent
 from cinemesh.parallel.runtime.comm import gather_objects
 from cinemesh.parallel.runtime.frozen import Frozen
 from cinemesh.parallel.runtime.mesh import Mesh
-from cinemesh.parallel.runtime.tape import Recorder, compile_calls, ready, storage_key, tensors_in
+from cinemesh.parallel.runtime.tape import CallRecorder, compile_calls, ready, storage_key, tensors_in
 
 STEPS = 6
 
@@ -148,7 +148,7 @@ def replayed(
     kernel: Callable[[Tensor, Tensor], object], x: Tensor, out: Tensor
 ) -> tuple[list[Any], Callable[[], None]]:
     """The prepared calls of a kernel that was recorded once, and a function that makes them."""
-    with Recorder() as recorder:
+    with CallRecorder() as recorder:
         kernel(x, out)
     segment = compile_calls(recorder.calls, {storage_key(x), storage_key(out)})
     workspace = torch.empty(segment.workspace_bytes, dtype=torch.uint8).fill_(0xFF)

@@ -14,13 +14,14 @@ from fractions import Fraction
 import pytest
 
 from cinemesh.launch.proof.verify import small_case
-from cinemesh.model.config import LATENTS, ModelConfig, preset
+from cinemesh.model.config import USUAL_LATENTS, ModelConfig, preset
 from cinemesh.model.inputs import BatchShape
-from cinemesh.model.step import build_step, prepare, unit_layout
+from cinemesh.model.step import build_step, unit_layout
 from cinemesh.parallel.ir.collectives import COLLECTIVES
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.ir.records import Op, Phase
+from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.runtime.ledger import Entry, by_lane, difference, expected
 
 BYTES = {"bf16": 2, "float32": 4, "float64": 8}
@@ -114,7 +115,7 @@ def test_a_block_sends_what_the_closed_forms_say(plan: Plan, recompute: str) -> 
 PLAN = Plan(tp=4, cp=2, dp_shard=768)
 CONFIG = preset("movie-gen-30b")
 LAYERS = 48
-SHAPE = BatchShape(1, LATENTS["movie-gen-30b"])
+SHAPE = BatchShape(1, USUAL_LATENTS["movie-gen-30b"])
 
 
 @pytest.fixture(scope="module")

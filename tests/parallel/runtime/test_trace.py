@@ -12,11 +12,12 @@ from cinemesh.launch.proof.parity import OPTIMIZER, Case, load_batch
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model import weights
 from cinemesh.model.runner import StepRunner
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.records import Phase, Place
 from cinemesh.parallel.ir.span import Span
 from cinemesh.parallel.passes.liveness import persistent
+from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.runtime.mesh import Mesh
 from cinemesh.parallel.runtime.trace import role, summary, traced_step
 

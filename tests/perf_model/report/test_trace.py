@@ -10,11 +10,12 @@ from cinemesh.files import atomic_file
 from cinemesh.kernels.ops import OPS
 from cinemesh.model.config import preset
 from cinemesh.model.inputs import BatchShape
-from cinemesh.model.step import build_step, prepare
+from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.communicators import communicator
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.records import Phase, Place
 from cinemesh.parallel.ir.span import Span
+from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.perf_model.prices.footprint import Footprint, stack
 from cinemesh.perf_model.prices.network import Cost
 from cinemesh.perf_model.prices.timeline import COMPUTE, ISSUE, WAIT, Record, Tape, play
