@@ -1,7 +1,7 @@
 """An example of every op: inputs, and what its formula makes of them in float64.
 
-Whoever adds an op adds its example here: values (``test_reference.py``), counts (``test_ops.py``) and every faster
-implementation are checked on it.
+Whoever adds an op adds its example here, a function of its name: values (``test_reference.py``), counts
+(``test_ops.py``) and every faster implementation are checked on it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cinemesh.kernels.ops import FLAT_CHUNK
+from cinemesh.kernels.ops import FLAT_CHUNK, OPS
 from cinemesh.model import flow
 from cinemesh.model import reference as model
 
@@ -428,16 +428,4 @@ def state_of(optimizer: torch.optim.Optimizer, parts: list[torch.nn.Parameter]) 
     return [torch.cat([x.detach() for x in xs]) for xs in ([*parts], *moments)]
 
 
-EXAMPLES: dict[str, Callable[[int, int, int], Iterator[Example]]] = {
-    maker.__name__: maker
-    for maker in (
-        *(matmul, attention, attention_backward, cross_attention, cross_attention_backward, merge_attention, sum_parts),
-        *(modulate_norm, position_modulate_norm, modulate_norm_backward, layer_norm, layer_norm_backward),
-        *(add_position, add, residual),
-        *(gated_residual, gated_residual_backward, swiglu, swiglu_backward, silu, silu_backward),
-        *(patchify, unpatchify, position, position_backward, time_features, add_table, sum_to),
-        *(drop_caption, drop_mask, draw_time, draw_keep_caption, draw_noise, interpolate),
-        *(velocity_loss, velocity_loss_backward, cast, copy, accumulate, zero_gaps, sum_of_squares),
-        *(clip_factor, adamw),
-    )
-}
+EXAMPLES: dict[str, Callable[[int, int, int], Iterator[Example]]] = {op: globals()[op] for op in OPS}

@@ -135,23 +135,24 @@ def test_products_are_told_from_the_rest(kind: str) -> None:
     assert OPS[kind].backward == kind.endswith("_backward")
 
 
+def some_tokens(xs: list[Tensor], labels: tuple[str, ...], first: int, last: int) -> list[Tensor]:
+    """Those of each tensor that has tokens."""
+    return [
+        x.narrow(names.index("t"), first, last - first).contiguous() if "t" in names else x
+        for x, names in zip(xs, labels, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("kind", [kind for kind, spec in OPS.items() if spec.token_local])
 def test_a_token_of_a_token_local_op_needs_no_other(kind: str) -> None:
     """Its outputs for some tokens are those of the op on these tokens alone: so a slice may run ahead of the others."""
     torch.manual_seed(5)
     signature = signature_of(kind, {})
     for example in EXAMPLES[kind](*SHAPE):
-        for first, last in ((0, 11), (11, SHAPE[0])):
-
-            def cut(xs: list[Tensor], labels: tuple[str, ...]) -> list[Tensor]:
-                return [
-                    x.narrow(names.index("t"), first, last - first).contiguous() if "t" in names else x  # noqa: B023
-                    for x, names in zip(xs, labels, strict=True)
-                ]
-
-            wanted = cut(example.wanted, signature.outputs)
+        for tokens in ((0, 11), (11, SHAPE[0])):
+            wanted = some_tokens(example.wanted, signature.outputs, *tokens)
+            inputs = some_tokens(example.inputs, signature.inputs, *tokens)
             outputs = [torch.zeros_like(x) for x in wanted]
-            inputs = cut(example.inputs, signature.inputs)
             attrs = {**example.attrs, **({"add": True} if example.add else {})}
             REFERENCE[kind]([*inputs, *outputs[: example.add]], outputs, **attrs)
             for got, want in zip(outputs, wanted, strict=True):
@@ -182,10 +183,8 @@ def dtypes_in_a_step() -> dict[str, set[str]]:
 
 def test_examples_have_the_dtypes_of_a_step() -> None:
     """Of merges as many parts as the plan has; of the other ops every combination that is counted."""
-    of_steps = dtypes_in_a_step()
-    assert of_steps.keys() == OPS.keys()
-    for kind, maker in EXAMPLES.items():
-        written = {example.dtypes for example in maker(*SHAPE)}
-        assert written & of_steps[kind], kind
+    for kind, of_steps in dtypes_in_a_step().items():
+        written = {example.dtypes for example in EXAMPLES[kind](*SHAPE)}
+        assert written & of_steps, kind
         if kind not in ("merge_attention", "sum_parts"):
-            assert written <= of_steps[kind], kind
+            assert written <= of_steps, kind
