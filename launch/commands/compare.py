@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from ...errors import CinemeshError
-from ...parallel.ir.plan import AXES, Plan
+from ...parallel.ir.fields import AXES
+from ...parallel.ir.plan import Plan
 from ...perf_model.report import explain
 from ...perf_model.report.explain import Whole, describe
 from ...perf_model.search.space import Request
