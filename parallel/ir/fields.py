@@ -29,9 +29,10 @@ STREAMS: dict[str, tuple[str, ...]] = {"tp": ("tp",), "cp": ("cp",), "unit": ("d
 
 DtypePolicy = Literal["bf16", "float32", "float64"]
 
+MOST_BLOCKS = 1024  # of a model
 MOST_RANKS, NO_CLUSTER = 2**24, "more ranks than any cluster has GPUs"
 _ranks = partial(Whole, least=1, most=MOST_RANKS, why=NO_CLUSTER)
-_units = partial(Whole, most=1024, why="more units than any model has: one a block")
+_units = partial(Whole, most=MOST_BLOCKS, why="more units than any model has: one a block")
 _parts = partial(Whole, least=1, most=1024, why="more parts of an exchange than can pay: each is a collective")
 _ctas = partial(
     Whole,

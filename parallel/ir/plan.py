@@ -6,7 +6,6 @@ rule and its numbers before any tensor exists. Its fields stand in ``fields.py``
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ...errors import CinemeshError, in_a_line
+from ...errors import CinemeshError, did_you_mean, in_a_line
 from .fields import AXES, Degrees, Memory, Overlap, Streams
 from .knobs import Axes, Knob, Size, knobs, written
 
@@ -124,9 +123,7 @@ class Plan(Streams, Overlap, Memory, Degrees):  # a dataclass takes the fields o
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:
         for name in values:
             if name not in KNOBS:
-                near = difflib.get_close_matches(str(name), KNOBS, n=1)
-                known = f"nown keys: {', '.join(sorted(KNOBS))}"
-                remedy = f"did you mean {near[0]!r}? K{known}" if near else f"k{known}"
+                remedy = did_you_mean(name, KNOBS)
                 raise CinemeshError(f"plan: unknown key {name!r}", remedy=remedy, what="key", value=name)
         given: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
         return cls(**given)

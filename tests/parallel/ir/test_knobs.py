@@ -188,7 +188,7 @@ def test_everything_else_is_of_its_kind(name: str) -> None:
         ("cp=2,kv_first=1", "plan: kv_first is 1; it must be true or false"),
         ("tp=2,tp=4", "plan: tp is given twice; leave one of them out"),
         ("tp=2,cp=2, tp =2", "plan: tp is given twice"),
-        ("=4", "plan: unknown key ''; known keys: cp, "),
+        ("=4", "plan: unknown key ''; known: tp, cp, "),
         ("order=tp:cp", "plan: order is ['tp', 'cp']; it must name each of tp, cp, dp_shard, dp_replicate once"),
         ("recompute=a b:", "plan: recompute is ['a b']; choose one of none, selective, full, or list the activations"),
     ],
