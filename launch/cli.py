@@ -13,6 +13,7 @@ import typer
 from ..errors import CinemeshError
 from .options import (
     PLAN_HELP,
+    TRIED,
     AsJson,
     ClusterName,
     ConfigFile,
@@ -152,7 +153,7 @@ def plan(
     top: Annotated[int, typer.Option("--top", min=1, help="Plans in the table.")] = 5,
     tune: Annotated[
         bool,
-        typer.Option("--tune", help="Tune the plans shown: overlap, what is kept, streams; seconds each."),
+        typer.Option("--tune", help=f"Tune the plans shown, seconds each: what is kept, smaller shards, {TRIED}."),
     ] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="What binds the best plan, what it duplicates, what would change it.")
@@ -169,8 +170,7 @@ def plan(
     Searches tp, cp, the shard group and its replicas, how the axes lie on the network, what is
     recomputed in which blocks and, for a given batch, micro-batches. Every other field of a plan
     stays as it is (prefetch 1, nothing sliced) unless --fix gives it, or --tune tries it on the plans
-    shown: slices and chunks of K and V, token slices over tp, deferred weight gradients, prefetch 2,
-    smaller shard groups, kept activations, thread blocks, margin and priorities.
+    shown.
 
     Needs no GPU and no torch. Every number is predicted, none measured.
     """

@@ -5,10 +5,19 @@ from typing import Annotated
 
 import typer
 
+from ..parallel.ir.fields import Degrees, Memory, Overlap, Streams
+from ..parallel.ir.knobs import knobs
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML recipe, for example configs/quickstart.yaml.")]
 PLAN_HELP = (
-    "Degree of each mesh axis, for example tp=2,cp=2,dp_shard=2; axes are tp, cp, dp_shard, dp_replicate, and one left "
-    "out is 1. Other fields of a plan alike. Or a YAML file that holds a plan, as plan --out writes it."
+    "Fields of the plan, for example tp=2,cp=2,dp_shard=2; one left out keeps its default, a degree 1. "
+    + " ".join(f"{group.__name__}: {', '.join(knobs(group))}." for group in (Degrees, Memory, Overlap, Streams))
+    + " Or a YAML file that holds a plan, as plan --out writes it."
+)
+TRIED = ", ".join(  # what plan --tune tries, from the plan's own table: "prefetch 2"
+    f"{name} {' '.join(knob.write(value) for value in knob.tries)}"
+    for name, knob in (knobs(Overlap) | knobs(Streams)).items()
+    if knob.tries
 )
 PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help=PLAN_HELP)]
 PlanText = Annotated[str, typer.Option("--plan", metavar="PLAN", help=PLAN_HELP)]

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import CinemeshError, in_a_line
 from ..parallel.ir.plan import Plan
 
@@ -24,19 +22,13 @@ def read_plan(given: str, **defaults: Any) -> Plan:
     if not given.endswith(SUFFIXES):
         return Plan.parse(given, **defaults)
     try:
-        values = yaml.load(Path(given).read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = Path(given).read_text()
+    except (OSError, UnicodeDecodeError) as error:
         raise CinemeshError(
             f"plan {given}: cannot be read: {in_a_line(error)}",
             remedy="name a file that cinemesh plan --out wrote, or write tp=4,cp=2,dp_shard=96",
         ) from None
-    plan = values.get("plan", values) if isinstance(values, dict) else values
-    if not isinstance(plan, dict) or not all(isinstance(name, str) for name in plan):
-        raise CinemeshError(
-            f"plan {given}: the plan there is {plan!r}",
-            remedy="it must be a mapping of fields, as cinemesh plan --out writes it",
-        )
-    return replace(Plan.from_dict(plan), **defaults)
+    return replace(Plan.from_yaml(text), **defaults)
 
 
 def held_fields(given: Mapping[str, Any]) -> dict[str, object]:

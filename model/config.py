@@ -14,9 +14,11 @@ from functools import lru_cache
 from typing import Literal
 
 from ..errors import CinemeshError, did_you_mean
+from ..parallel.ir.fields import MOST_BLOCKS
 from ..parallel.ir.units import Parameter
 
 MODULATION_ROWS = 6  # shift, scale, gate of self-attention; shift, scale, gate of the FFN (Fig. 8)
+MOST_SIZE = 2**24  # of a width, of tokens, of positions
 SIGMA_MIN = 1e-5  # of the flow-matching path, 3.1.2
 CAPTION_DROPOUT = 0.1  # ours: the paper gives no rate for video; guidance needs an unconditional model
 TIME_FEATURES = 256  # sinusoidal features of t, as in DiT; the paper gives no number
@@ -73,10 +75,17 @@ class ModelConfig:
     latent_conditions: tuple[LatentCondition, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in ("layers", "width", "heads", "ffn", "channels"):
-            if getattr(self, field) < 1:
+        for what, value, most in self._sizes():
+            if type(value) is not int or value < 1:  # True is no size
                 raise CinemeshError(
-                    f"model {self.name}: {field} is {getattr(self, field)}", remedy="it must be at least 1"
+                    f"model {self.name}: {what} is {value!r:.200}", remedy="it must be a whole number of at least 1"
+                )
+            if value > most:
+                raise CinemeshError(
+                    f"model {self.name}: {what}({value}) > {most}, more than any model has",
+                    remedy=f"use {most} or fewer",
+                    what=what,
+                    value=value,
                 )
         if self.width % self.heads:
             raise CinemeshError(
@@ -89,10 +98,22 @@ class ModelConfig:
                 f"model {self.name}: latent conditions are named {names}, and parameters are called after them",
                 remedy="give each a name of its own, of letters, digits and underscores, not 'weight'",
             )
-        if any(condition.channels < 1 for condition in self.latent_conditions):
-            raise CinemeshError(f"model {self.name}: a latent condition has no channels", remedy="give it at least 1")
         if not self.encoders:
             raise CinemeshError(f"model {self.name}: no text encoder", remedy="cross-attention needs at least one")
+
+    def _sizes(self) -> Iterator[tuple[str, int, int]]:
+        """Every whole number of a model, in words, with the most that it may be."""
+        yield "layers", self.layers, MOST_BLOCKS
+        for name in ("width", "heads", "ffn", "channels"):
+            yield name, getattr(self, name), MOST_SIZE
+        for dim, step, length in zip("THW", self.patch, self.position_lengths, strict=True):
+            yield f"patch of {dim}", step, MOST_SIZE
+            yield f"positions of {dim}", length, MOST_SIZE
+        for encoder in self.encoders:
+            yield f"width of text encoder {encoder.name}", encoder.width, MOST_SIZE
+            yield f"tokens of text encoder {encoder.name}", encoder.tokens, MOST_SIZE
+        for condition in self.latent_conditions:
+            yield f"channels of latent condition {condition.name}", condition.channels, MOST_SIZE
 
     @property
     def head_dim(self) -> int:

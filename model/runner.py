@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..errors import CinemeshError
 from ..kernels.reference import Kernel
+from ..parallel.ir.fields import AXES
 from ..parallel.ir.layout import BATCH, Axes, Placement
-from ..parallel.ir.plan import AXES, Plan
+from ..parallel.ir.plan import Plan
 from ..parallel.ir.program import Program
 from ..parallel.ir.units import nested_index
 from ..parallel.passes.arena import check_fits

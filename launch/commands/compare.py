@@ -10,13 +10,14 @@ from typing import Any
 from rich.console import Console
 
 from ...errors import CinemeshError
-from ...parallel.ir.plan import AXES, Plan
+from ...parallel.ir.fields import AXES
+from ...parallel.ir.plan import Plan
 from ...perf_model.report import explain
 from ...perf_model.report.explain import Whole, describe
 from ...perf_model.search.space import Request
 from ..plans import read_plan
 from .explain import heading, request_for, step_values
-from .show import new_console, plain_table
+from .tables import new_console, plain_table
 
 LEAST = 5e-4  # of the cost of a sample: a smaller difference is shown as none
 # Fields that mean something only together; every other field of a plan is a difference of its own.

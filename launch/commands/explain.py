@@ -17,7 +17,8 @@ from ...perf_model.report.explain import Sensitivity, Whole, describe
 from ...perf_model.search.planner import survey
 from ...perf_model.search.space import Bucket, Request
 from ..plans import read_plan
-from .show import latent_of, new_console, plain_table
+from .show import latent_of
+from .tables import new_console, plain_table
 
 DISAGREES = 0.01  # relative difference between the search's step time and the whole step's that is told
 EXPOSED, DUPLICATES = 12, 8  # rows shown

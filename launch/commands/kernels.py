@@ -22,7 +22,8 @@ from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.passes.pipeline import prepare
 from ..plans import read_plan
-from .show import latent_of, new_console, plain_table, quantity
+from .show import latent_of
+from .tables import new_console, plain_table, quantity
 
 TRITON_DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 DEFAULT_PLANS = {"movie-gen-30b": "tp=4,cp=2,dp_shard=768"}  # others: one GPU

@@ -25,7 +25,8 @@ from ...perf_model.search.planner import ERROR_BAR, Search, search
 from ...perf_model.search.refusals import Refusal, RefusalKind
 from ...perf_model.search.space import Bucket, Choice, Request
 from .explain import Reasons, start_up_values
-from .show import latent_of, new_console, parse_latent, plain_table
+from .show import latent_of, parse_latent
+from .tables import new_console, plain_table
 
 NUMBERS = (
     "batch",

@@ -12,7 +12,7 @@ from ...perf_model.calibration import fit
 from ...perf_model.published import validate
 from ...perf_model.published.rows import TRUSTED, Unpredictable, case_of, read
 from ...perf_model.published.validate import Prediction, Report, Summary, by_source, source_means, summarise
-from .show import new_console, plain_table
+from .tables import new_console, plain_table
 
 SOURCE_WIDTH = 58
 NUMBERS = (

@@ -94,12 +94,12 @@ def small_case(plan: Plan, model: str = "tiny", *, max_procs: int = 8, steps: in
     full, tiny = preset(model), preset("tiny")
     if full != tiny:  # tiny grows until the plan divides it; a model that is asked for is what it is
         check(full, plan, BatchShape(1, USUAL_LATENTS[model]))
-    heads = 6 if 6 % (shrunk.tp * shrunk.kv_slices) == 0 else shrunk.tp * shrunk.kv_slices
-    text_width = math.lcm(24, shrunk.tp)
+    by = math.lcm(*shrunk.divisors("heads"))
+    heads = 6 if 6 % by == 0 else by
+    text_width = math.lcm(24, *shrunk.divisors("text"))
     counts = [3] + [2] * (len(full.encoders) - 1)
     encoders = tuple(replace(e, width=text_width, tokens=n) for e, n in zip(full.encoders, counts, strict=True))
-    parts = (6, shrunk.tp * shrunk.cp * shrunk.tp_slices, shrunk.cp * shrunk.kv_chunks)
-    columns = math.lcm(*parts)
+    columns = math.lcm(6, *shrunk.divisors("tokens"))
     grid = (min(3, full.position_lengths[0]), 2, columns)
     config = replace(
         full,  # whatever else it has, a variant's own fields too, stays

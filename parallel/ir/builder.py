@@ -22,8 +22,9 @@ from dataclasses import replace
 from typing import Any
 
 from ...kernels.ops import OPS, signature_of
+from .fields import AXES
 from .layout import Axes, Placement, PlacementError, infer, local_shape
-from .plan import AXES, Plan
+from .plan import Plan
 from .program import Program, contiguous_strides
 from .records import WAIT, Buffer, BufferKind, Collective, Holds, Input, Op, Place, Slice, SliceOf, Wait
 

@@ -9,8 +9,9 @@ from ...kernels.counts import DTYPE_BYTES, Operand, Operands
 from ...kernels.ops import OPS, signature_of
 from ...kernels.signature import Signature
 from .collectives import FUSED
+from .fields import AXES
 from .layout import local_shape
-from .plan import AXES, Plan
+from .plan import Plan
 from .records import Buffer, Input, Op
 
 

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 
 from ..ir.communicators import Held, communicator_name, communicators
+from ..ir.fields import AXES
 from ..ir.layout import Axes
-from ..ir.plan import AXES, Plan
+from ..ir.plan import Plan
 
 
 def coordinates(plan: Plan, rank: int) -> dict[str, int]:

@@ -11,8 +11,10 @@ from ...model.config import ModelConfig
 from ...model.inputs import BatchShape
 from ...model.step import build_step
 from ...parallel.ir.communicators import communicator
+from ...parallel.ir.fields import AXES, Overlap
 from ...parallel.ir.flops import hardware_flops, model_flops
-from ...parallel.ir.plan import AXES, Plan
+from ...parallel.ir.knobs import knobs, written
+from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import Op, Phase
 from ...parallel.passes.pipeline import prepare
@@ -26,6 +28,7 @@ from ..search.planner import survey
 from ..search.space import Choice, Prices, Request
 
 SPELT_OUT = 4  # activations kept from which on only their number is shown
+SEARCHED_WITH = "grad_units=2"  # what the search gives every plan that can have it: not worth a word each time
 
 
 @dataclass(frozen=True)
@@ -294,7 +297,7 @@ def on_faster(request: Request, step: Whole) -> Iterator[Sensitivity]:
 
 
 def describe(plan: Plan) -> str:
-    """A plan in one line: degrees above one, recompute, prefetch, and the order where it is not the default."""
+    """A plan in one line: degrees above one, recompute, and every other field that is not as the search has it."""
     parts = [f"{axis}={plan.size(axis)}" for axis in AXES if plan.size(axis) > 1]
     if plan.micro_batches > 1:
         parts.append(f"micro_batches={plan.micro_batches}")
@@ -302,17 +305,7 @@ def describe(plan: Plan) -> str:
     if plan.recompute_last is not None:
         keep += f" (last {plan.last_blocks} blocks {_keep(plan.recompute_last)})"
     parts.append(f"recompute={keep}")
-    parts += [
-        f"{name}={getattr(plan, name)}" for name in ("kv_slices", "kv_chunks", "tp_slices") if getattr(plan, name) > 1
-    ]
-    if plan.prefetch != 1:
-        parts.append(f"prefetch={plan.prefetch}")
-    if plan.fused_tp:
-        parts.append("fused tp")
-    if plan.kv_first:
-        parts.append("K and V first")
-    if plan.defer_weight_gradients:
-        parts.append("deferred weight gradients")
+    parts += [text for text in written(plan, knobs(Overlap)) if text != SEARCHED_WITH]
     parts += plan.streams
     split = [axis for axis in plan.order if plan.size(axis) > 1]
     if split != [axis for axis in AXES if plan.size(axis) > 1]:

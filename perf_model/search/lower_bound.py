@@ -47,16 +47,7 @@ class Floor:
 
     def __init__(self, shallow: Shallow, compute: Compute, network: Network, cluster: Cluster) -> None:
         self.compute, self.network, self.cluster = compute, network, cluster
-        plain = replace(
-            shallow.plan,
-            grad_units=1,
-            kv_slices=1,
-            kv_chunks=1,
-            kv_first=False,
-            tp_slices=1,
-            fused_tp=False,
-            defer_weight_gradients=False,
-        )
+        plain = shallow.plan.without_overlap()
         self._fused = shallow.plan.fused_tp  # products hide what they hold: all of it, for what a floor can tell
         self._plain = shallow.on(plain.with_degrees(tp=2, cp=2))
         self._one = shallow.on(plain.with_degrees(tp=1, cp=1))

@@ -17,8 +17,9 @@ from typing import Any
 from ...model.config import ModelConfig
 from ...model.inputs import BatchShape
 from ...model.step import check
+from ...parallel.ir.fields import AXES, DtypePolicy
 from ...parallel.ir.layout import HEADS
-from ...parallel.ir.plan import AXES, DtypePolicy, Plan
+from ...parallel.ir.plan import Plan
 from ..clusters.cluster import Cluster
 from ..prices.compute import Compute
 from ..prices.encoders import FrozenCost, frozen_options

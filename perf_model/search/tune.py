@@ -10,6 +10,7 @@ leaves something to win.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,9 @@ from ...errors import CinemeshError
 from ...kernels.ops import OPS
 from ...model.inputs import BatchShape
 from ...model.step import check
-from ...parallel.ir.plan import STREAMS, Plan
+from ...parallel.ir.fields import Overlap, Streams
+from ...parallel.ir.knobs import knobs
+from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import Op
 from ...parallel.passes.choose_kept import choose_kept
@@ -32,28 +35,23 @@ from .space import Choice, Prices, Request, mixed_peak_bytes, parts
 
 WORTH = 1e-3  # relative gain below which a knob stays as it was: slices cost kernels and launches that no model sees
 ROUGHLY = 0.02  # relative difference of two blocks' times up to which a shallow step tells what pays
-SLICES = ((2, 3, 4, 6, 12), (2, 3, 4, 6, 9), (2, 3, 4, 8))  # of heads of K and V; of their tokens; of tokens over tp
 SMALLER = (2, 4, 8, 16, 32, 48)  # parts of the shard group
-SHARING: dict[str, tuple[object, ...]] = {  # NCCL's own: up to 24 thread blocks, with priority, and no margin
-    "tp_ctas": (4, 8, 16),
-    "cp_ctas": (4, 8, 16),
-    "unit_ctas": (2, 4, 8),
-    "sm_margin": (4, 8, 16),
-    "normal_priority": tuple((name,) for name in STREAMS),
-}
+# NCCL's own: up to 24 thread blocks, with priority, and no margin.
+SHARING = {name: knob.tries for name, knob in knobs(Streams).items()}
 
 
 Change = dict[str, Any]
 
 
 def _changes() -> Iterator[list[Change]]:
-    """What may be changed, the like together."""
-    heads, tokens, over_tp = SLICES
-    yield [{"kv_slices": n, "kv_chunks": 1} for n in heads]
-    yield [{"kv_slices": 1, "kv_chunks": n, "kv_first": first} for first in (False, True) for n in tokens]
-    yield [{"tp_slices": n} for n in over_tp]
-    yield [{"defer_weight_gradients": True}]
-    yield [{"prefetch": 2}]
+    """What may be changed of the overlap, one knob after the other: its values, those of the knobs tried with it."""
+    table = knobs(Overlap)
+    beside = {name for knob in table.values() for name in knob.tried_with}
+    for name, knob in table.items():
+        if name not in beside:
+            tried = {other: table[other].tries for other in (*knob.tried_with, name)}
+            off = {other: table[other].off for other in knob.rivals}
+            yield [off | dict(zip(tried, values, strict=True)) for values in itertools.product(*tried.values())]
 
 
 def _changed(prices: Prices, plan: Plan, change: Change) -> Plan | None:

@@ -48,7 +48,8 @@ from cinemesh.model.inputs import IDS, LATENTS, MASK, BatchShape, text_input, tr
 from cinemesh.model.runner import StepRunner, data_share
 from cinemesh.model.step import Optimizer, build_step
 from cinemesh.model.weights import probe_values
-from cinemesh.parallel.ir.plan import AXES, Plan
+from cinemesh.parallel.ir.fields import AXES
+from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.runtime.comm import Communicator
 from cinemesh.parallel.runtime.mesh import Mesh

@@ -30,10 +30,11 @@ def test_a_text_gives_what_it_says_over_the_defaults() -> None:
     ("content", "told"),
     [
         (None, "No such file"),
-        ("a: [", "cannot be read"),
+        ("a: [", "not valid YAML"),
         ("plan: auto", "the plan there is 'auto'"),
         ("[tp, 2]", "must be a mapping of fields"),
-        ("{1: 2}", "must be a mapping of fields"),
+        ("{1: 2}", "unknown key '1'; known: tp"),
+        ("tp: 2\ntp: 4", "tp is given twice"),
         ("ttp: 2", "did you mean 'tp'"),
         ("tp: two", "tp is 'two'"),
     ],

@@ -33,7 +33,8 @@ from cinemesh.launch.proof.verify import Report, compare, small_case
 from cinemesh.model.config import ModelConfig
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step
-from cinemesh.parallel.ir.plan import AXES, Plan
+from cinemesh.parallel.ir.fields import AXES
+from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.ir.records import Op
 from cinemesh.parallel.passes.pipeline import prepare

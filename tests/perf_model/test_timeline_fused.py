@@ -143,7 +143,7 @@ def test_a_step_shows_it() -> None:
     assert made.timeline.step_s < plain.timeline.step_s
     assert made.timeline.step_s == pytest.approx(made.timeline.compute_busy_s + made.timeline.total_exposed_s)
     assert hardware_flops(made.program) == hardware_flops(plain.program)
-    assert "fused tp" in describe(PLAN)
+    assert "fused_tp=true" in describe(PLAN)
     assert {"gather_matmul", "matmul_scatter"} <= {row.kind for row in exposures(made)}
     assert made.footprint.by_class["workspace"] >= 2 * made.program.bytes("mb0/blocks.0.forward/y1")
     lanes = {span.lane for span in predicted(made) if span.kind == "gather_matmul"}

@@ -13,7 +13,8 @@ from cinemesh.launch.cli import app
 from cinemesh.launch.commands import plan as command
 from cinemesh.model.config import preset
 from cinemesh.parallel.ir.communicators import held
-from cinemesh.parallel.ir.plan import AXES, Plan
+from cinemesh.parallel.ir.fields import AXES
+from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.startup import start_up
 from cinemesh.perf_model.report.report import explain

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from cinemesh.errors import CinemeshError
-from cinemesh.launch.commands import show
+from cinemesh.launch.commands import show, tables
 from cinemesh.model.config import parameters, preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.model.step import build_step
@@ -48,7 +48,7 @@ def test_model_table_adds_up(capsys: Capture) -> None:
 def test_model_table_reads_well(capsys: Capture) -> None:
     show.model_table("movie-gen-30b", as_json=False)
     shown = capsys.readouterr().out
-    assert max(map(len, shown.splitlines())) <= show.WIDTH and "…" not in shown
+    assert max(map(len, shown.splitlines())) <= tables.WIDTH and "…" not in shown
     (ffn,) = [line for line in shown.splitlines() if line.startswith("FFN ")]
     assert ffn.split()[1:5] == ["sharded", "14,495,514,624", "49.47", "%"] and "blocks.*.gate [6144, 16384]" in ffn
     assert shown.count("blocks.*.norm1") == 1 and "29,303,494,656" in shown
@@ -94,7 +94,7 @@ def test_a_block_that_differs_is_told() -> None:
 def test_listing_fits_and_is_not_cut(capsys: Capture, changed: dict[str, object]) -> None:
     """Every column of every line: names and shapes go on below rather than end in an ellipsis."""
     shown = call(capsys, **changed)
-    assert max(map(len, shown.splitlines())) <= show.WIDTH
+    assert max(map(len, shown.splitlines())) <= tables.WIDTH
     assert "…" not in shown
     told = "".join(shown.split())
     json_of = json.loads(call(capsys, **changed, as_json=True))
@@ -165,7 +165,7 @@ def test_mistakes_are_told(capsys: Capture, changed: dict[str, object], message:
     ("value", "shown"), [(0, "0 B"), (999, "999 B"), (999.6, "1.00 kB"), (12_345, "12.3 kB"), (4.25e15, "4.25 PB")]
 )
 def test_quantities(value: float, shown: str) -> None:
-    assert show.quantity(value, "B") == shown
+    assert tables.quantity(value, "B") == shown
 
 
 def test_listing_needs_no_torch() -> None:

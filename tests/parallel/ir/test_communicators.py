@@ -20,7 +20,8 @@ from cinemesh.model import weights
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.communicators import GROUPS, JOB, communicator, communicators, held
-from cinemesh.parallel.ir.plan import STREAMS, Plan
+from cinemesh.parallel.ir.fields import STREAMS
+from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.runtime.mesh import Mesh, options
 

@@ -13,7 +13,8 @@ from cinemesh.errors import CinemeshError
 from cinemesh.model.config import USUAL_LATENTS, preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.model.step import build_step, check
-from cinemesh.parallel.ir.plan import AXES, Plan
+from cinemesh.parallel.ir.fields import AXES
+from cinemesh.parallel.ir.plan import Plan
 
 degrees = st.integers(1, 64)
 plans = st.builds(

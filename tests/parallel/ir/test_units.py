@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from cinemesh.model import weights
 from cinemesh.model.config import REPLICATED_UNIT, parameters, preset
 from cinemesh.model.step import unit_layout
+from cinemesh.parallel.ir.fields import AXES
 from cinemesh.parallel.ir.layout import FSDP, REPLICATED_AXES
-from cinemesh.parallel.ir.plan import AXES, Plan
+from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.units import ALIGN, Parameter, Units, lay_out
 from cinemesh.parallel.runtime.mesh import coordinates, group_ranks, rank_at
 

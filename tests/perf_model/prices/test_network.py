@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cinemesh.parallel.ir.plan import AXES, Plan
+from cinemesh.parallel.ir.fields import AXES
+from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.network import FREE, KINDS, Candidate, Group, Network, group_of, groups_of, ring_group
 
