@@ -125,7 +125,11 @@ def joined(plan: Plan) -> Iterator[Joined]:
 
 
 def rank_main(work: Callable[[], None]) -> int:
-    """Run ``work`` on this rank; the exit code. Of a failing job, the first rank to fail speaks, and only that one."""
+    """Run ``work`` on this rank; the exit code. Of a failing job, the first rank to fail speaks, and only that one.
+
+    All ranks that fail end with its code: the launcher reports whichever process it finds ended first, and that may be
+    one that failed because the first did.
+    """
     try:
         work()
     except Stopped as stop:
@@ -133,23 +137,26 @@ def rank_main(work: Callable[[], None]) -> int:
             print(stop, file=sys.stderr)
         return stop.exit_code
     except CinemeshError as error:
-        if _first_to_fail():
-            print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return _failed(USER_ERROR, f"error: {error}")
     except Exception:  # noqa: BLE001  a bug: shown whole, once; the others fail because this one did
-        if _first_to_fail():
-            print(f"[rank {os.environ.get('RANK', '0')}] {traceback.format_exc()}", file=sys.stderr)
-        return BUG
+        return _failed(BUG, f"[rank {os.environ.get('RANK', '0')}] {traceback.format_exc()}")
     return 0
 
 
-def _first_to_fail() -> bool:
+def _failed(code: int, message: str) -> int:
+    """The exit code of the first rank to fail; if that is this one, it speaks."""
     if _store is None:  # before the ranks met, all fail alike
-        return int(os.environ.get("LOCAL_RANK", "0")) == 0
-    try:
-        return _store.add(_CLAIM, 1) == 1
-    except dist.DistError:  # the store's host is gone: nobody can tell
-        return True
+        speaks, code_of_all = int(os.environ.get("LOCAL_RANK", "0")) == 0, code
+    else:
+        mine = f"{os.environ.get('RANK', '0')} {code}"
+        try:
+            claimed = _store.compare_set(_CLAIM, "", mine).decode()
+        except dist.DistError:  # the store's host is gone: nobody can tell
+            claimed = mine
+        speaks, code_of_all = claimed == mine, int(claimed.split()[1])
+    if speaks:
+        print(message, file=sys.stderr)
+    return code_of_all
 
 
 class StopSignal:
