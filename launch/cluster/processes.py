@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
+from torch.multiprocessing.spawn import start_processes
 
 from ...errors import CinemeshError, in_a_line
 from ...parallel.ir.plan import Plan
-from ...parallel.runtime.comm import set_up_nccl
+from ...parallel.runtime.comm import barrier, set_up_nccl
 from ...parallel.runtime.mesh import Mesh
 
 USER_ERROR = 2  # exit code of a CinemeshError, see cli.py
@@ -36,6 +41,8 @@ GRACE_S = 120  # what ranks get to save once the launcher was asked to stop
 MEETING_S = 600.0  # how long ranks wait for one another when they start
 ANSWER_S = 1800.0  # and in a collective
 _CLAIM = "cinemesh/first_failure"
+
+T = TypeVar("T")
 
 _store: Store | None = None  # of this rank's job; outlives the process group, for the claim of a failure
 
@@ -195,7 +202,7 @@ def launch(nproc: int, work: Callable[..., None], *args: object) -> int:
         if name.startswith("torch.distributed.elastic"):  # ranks report for themselves, see rank_main
             logging.getLogger(name).setLevel(logging.CRITICAL)
     port = _free_port(os.environ.get("MASTER_PORT"))
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    _over_loopback()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -222,6 +229,30 @@ def launch(nproc: int, work: Callable[..., None], *args: object) -> int:
     except SignalException as stopped:  # the ranks have saved meanwhile
         return 128 + stopped.sigval
     return 0
+
+
+def forked(ranks: int, work: Callable[[], T]) -> list[T]:
+    """What ``work`` answers on every rank of a gloo job of forked processes: no port, and torch is loaded once.
+
+    Not for a process that has begun to use CUDA. Answers are pickled.
+    """
+    _over_loopback()
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(_forked, (ranks, Path(folder), work), ranks, start_method="fork")
+        return [pickle.loads((Path(folder) / f"answer{rank}").read_bytes()) for rank in range(ranks)]
+
+
+def _forked(rank: int, ranks: int, folder: Path, work: Callable[[], object]) -> None:
+    torch.set_num_threads(1)
+    meeting = dist.FileStore(str(folder / "store"), ranks)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=ranks)
+    (folder / f"answer{rank}").write_bytes(pickle.dumps(work()))
+    barrier()  # nobody leaves while another still receives
+    dist.destroy_process_group()
+
+
+def _over_loopback() -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
 
 
 def _rank(work: Callable[..., None], *args: object) -> None:
