@@ -307,7 +307,6 @@ class Windows:
     bucket: str  # as str(Bucket)
     train: Samples
     validation: Samples
-    latent_shape: tuple[int, int, int, int]  # (C, T, H, W)
 
 
 class Cache:
@@ -321,8 +320,7 @@ class Cache:
             for split in SPLITS:
                 splits.append(Samples(file, header, bucket, split, first_id, range(len(rows[split]))))
                 first_id += len(rows[split])
-            shape = tuple(file.get_slice(_tensor(bucket, "train")).get_shape()[1:])
-            self.buckets.append(Windows(bucket, *splits, latent_shape=shape))
+            self.buckets.append(Windows(bucket, *splits))
 
     @classmethod
     def open(cls, path: Path) -> Self:

@@ -24,6 +24,7 @@ STATISTICS = (torch.float32,)
 
 
 def modulate_norm(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, eps: float) -> None:
+    """As the reference: apex normalises and applies the gain, torch the scale and the shift."""
     x, gain, scale, shift = inputs
     h, rstd = outputs
     check(
@@ -43,6 +44,7 @@ def modulate_norm(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, eps: f
 
 
 def layer_norm(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, eps: float) -> None:
+    """As the reference; apex gives new tensors, which are copied to the outputs."""
     x, gain, bias = inputs
     y, mean, rstd = outputs
     check(
@@ -63,6 +65,7 @@ def layer_norm(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, eps: floa
 
 
 def layer_norm_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """As the reference, with dy rounded to the dtype of x, which is what apex takes."""
     dy, x, mean, rstd, gain = inputs
     dx, dgain, dbias = outputs
     check(

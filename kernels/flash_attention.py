@@ -94,6 +94,7 @@ def attention_2(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
 
 
 def attention_backward_2(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """As the reference, written in place; sums run in a fixed order."""
     package = import_module("flash_attn.flash_attn_interface")
     do, q, k, v, o, dq, dk, dv = _backward_views(inputs, outputs)
     package._flash_attn_backward(
@@ -123,6 +124,7 @@ def attention_3(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, sm_margi
 
 
 def attention_backward_3(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, sm_margin: int = 0) -> None:
+    """As the reference, written in place; sums run in a fixed order. ``sm_margin``: SMs that it leaves free."""
     package = import_module("flash_attn_interface")
     do, q, k, v, o, dq, dk, dv = _backward_views(inputs, outputs)
     scale = q.shape[-1] ** -0.5

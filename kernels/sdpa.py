@@ -38,6 +38,7 @@ def attention(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
 
 
 def attention_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """As the reference, from o and lse; torch gives new tensors, which are copied to the outputs."""
     do, q, kv, o, lse, *mask = inputs
     k, v = _heads_first(kv[:, :, 0]), _heads_first(kv[:, :, 1])
     dq, dk, dv = _backward(

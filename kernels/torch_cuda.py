@@ -50,6 +50,7 @@ def attention(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
 
 
 def attention_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """As the reference, from o and lse, with sums in a fixed order; copied to the outputs."""
     do, q_rows, kv, o, lse = inputs
     q, k, v = _samples_first(q_rows, kv)
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a generator that no dropout asks

@@ -51,10 +51,6 @@ def _drawn(seed: int, purpose: Purpose, name: str, element: Tensor) -> Tensor:
     return normal(seed, purpose, zero, zero + zlib.crc32(name.encode()), element)
 
 
-def from_full(weights: dict[str, Tensor]) -> Values:
-    return lambda parameter, element: weights[parameter.name].reshape(-1)[element]
-
-
 def full(parameters: tuple[Parameter, ...], values: Values, dtype: torch.dtype) -> dict[str, Tensor]:
     """Whole tensors by name, on one process."""
     weights: dict[str, Tensor] = {}

@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
+from torch.multiprocessing.spawn import start_processes
 
 from ...errors import CinemeshError, in_a_line
 from ...parallel.ir.plan import Plan
-from ...parallel.runtime.comm import set_up_nccl
+from ...parallel.runtime.comm import barrier, set_up_nccl
 from ...parallel.runtime.mesh import Mesh
 
 USER_ERROR = 2  # exit code of a CinemeshError, see cli.py
@@ -36,6 +41,8 @@ GRACE_S = 120  # what ranks get to save once the launcher was asked to stop
 MEETING_S = 600.0  # how long ranks wait for one another when they start
 ANSWER_S = 1800.0  # and in a collective
 _CLAIM = "cinemesh/first_failure"
+
+T = TypeVar("T")
 
 _store: Store | None = None  # of this rank's job; outlives the process group, for the claim of a failure
 
@@ -125,7 +132,11 @@ def joined(plan: Plan) -> Iterator[Joined]:
 
 
 def rank_main(work: Callable[[], None]) -> int:
-    """Run ``work`` on this rank; the exit code. Of a failing job, the first rank to fail speaks, and only that one."""
+    """Run ``work`` on this rank; the exit code. Of a failing job, the first rank to fail speaks, and only that one.
+
+    All ranks that fail end with its code: the launcher reports whichever process it finds ended first, and that may be
+    one that failed because the first did.
+    """
     try:
         work()
     except Stopped as stop:
@@ -133,23 +144,26 @@ def rank_main(work: Callable[[], None]) -> int:
             print(stop, file=sys.stderr)
         return stop.exit_code
     except CinemeshError as error:
-        if _first_to_fail():
-            print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return _failed(USER_ERROR, f"error: {error}")
     except Exception:  # noqa: BLE001  a bug: shown whole, once; the others fail because this one did
-        if _first_to_fail():
-            print(f"[rank {os.environ.get('RANK', '0')}] {traceback.format_exc()}", file=sys.stderr)
-        return BUG
+        return _failed(BUG, f"[rank {os.environ.get('RANK', '0')}] {traceback.format_exc()}")
     return 0
 
 
-def _first_to_fail() -> bool:
+def _failed(code: int, message: str) -> int:
+    """The exit code of the first rank to fail; if that is this one, it speaks."""
     if _store is None:  # before the ranks met, all fail alike
-        return int(os.environ.get("LOCAL_RANK", "0")) == 0
-    try:
-        return _store.add(_CLAIM, 1) == 1
-    except dist.DistError:  # the store's host is gone: nobody can tell
-        return True
+        speaks, code_of_all = int(os.environ.get("LOCAL_RANK", "0")) == 0, code
+    else:
+        mine = f"{os.environ.get('RANK', '0')} {code}"
+        try:
+            claimed = _store.compare_set(_CLAIM, "", mine).decode()
+        except dist.DistError:  # the store's host is gone: nobody can tell
+            claimed = mine
+        speaks, code_of_all = claimed == mine, int(claimed.split()[1])
+    if speaks:
+        print(message, file=sys.stderr)
+    return code_of_all
 
 
 class StopSignal:
@@ -188,7 +202,7 @@ def launch(nproc: int, work: Callable[..., None], *args: object) -> int:
         if name.startswith("torch.distributed.elastic"):  # ranks report for themselves, see rank_main
             logging.getLogger(name).setLevel(logging.CRITICAL)
     port = _free_port(os.environ.get("MASTER_PORT"))
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    _over_loopback()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -215,6 +229,30 @@ def launch(nproc: int, work: Callable[..., None], *args: object) -> int:
     except SignalException as stopped:  # the ranks have saved meanwhile
         return 128 + stopped.sigval
     return 0
+
+
+def forked(ranks: int, work: Callable[[], T]) -> list[T]:
+    """What ``work`` answers on every rank of a gloo job of forked processes: no port, and torch is loaded once.
+
+    Not for a process that has begun to use CUDA. Answers are pickled.
+    """
+    _over_loopback()
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(_forked, (ranks, Path(folder), work), ranks, start_method="fork")
+        return [pickle.loads((Path(folder) / f"answer{rank}").read_bytes()) for rank in range(ranks)]
+
+
+def _forked(rank: int, ranks: int, folder: Path, work: Callable[[], object]) -> None:
+    torch.set_num_threads(1)
+    meeting = dist.FileStore(str(folder / "store"), ranks)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=ranks)
+    (folder / f"answer{rank}").write_bytes(pickle.dumps(work()))
+    barrier()  # nobody leaves while another still receives
+    dist.destroy_process_group()
+
+
+def _over_loopback() -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
 
 
 def _rank(work: Callable[..., None], *args: object) -> None:

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import typer
-from torch import Tensor
 
 from ...errors import CinemeshError
 from ...kernels.ops import OPS
@@ -31,6 +30,7 @@ from ...model.step import build_step
 from ...parallel.ir.layout import Axes
 from ...parallel.ir.plan import Plan
 from ...parallel.passes.pipeline import prepare
+from ...parallel.runtime.alone import Silent
 from ...parallel.runtime.comm import BoundCollective, Communicator, barrier, gather_objects, summing
 from ...parallel.runtime.executor import Executor
 from ...parallel.runtime.frozen import Frozen
@@ -86,16 +86,6 @@ CASES = (
 # -- one rank ---------------------------------------------------------------------------------------------------------
 
 
-class _Silent(Communicator):
-    """Collectives that do nothing: the compute of one rank, without the others."""
-
-    def __init__(self) -> None:
-        self.record = False
-
-    def bind(self, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None) -> BoundCollective:
-        return BoundCollective(lambda: None, lambda: None)
-
-
 def _together() -> None:
     if torch.distributed.is_initialized():
         barrier()
@@ -107,7 +97,7 @@ def measure_compute(case: Case, repetitions: int = REPETITIONS) -> tuple[Samples
     Every process of the job runs it at the same time.
     """
     program = prepare(build_step(case.config, case.plan, case.batch), backend="gloo")
-    executor = Executor(program, coordinates(case.plan, 0), _Silent(), "cpu", kernels_for("cpu"))
+    executor = Executor(program, coordinates(case.plan, 0), Silent(), "cpu", kernels_for("cpu"))
     generator = torch.Generator().manual_seed(0)
     for tensor in (executor.arena[: executor.arena.numel() // 4 * 4].view(torch.float32), *executor.buffers.values()):
         if tensor.is_floating_point():

@@ -14,21 +14,18 @@ from ...kernels.ops import OPS
 from ...kernels.packages import missing
 from ...kernels.rates import rate
 from ...kernels.selection import Choice, override_of, overrides, select
-from ...kernels.spec import Sizes
-from ...model.config import ModelConfig, preset
+from ...model.config import preset
 from ...model.inputs import BatchShape
-from ...model.step import build_step, check, unit_layout
+from ...model.step import build_step
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.passes.pipeline import prepare
 from ..plans import read_plan
-from .show import latent_of
+from . import compile_check
+from .show import DTYPES, latent_of
 from .tables import new_console, plain_table, quantity
 
-TRITON_DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 DEFAULT_PLANS = {"movie-gen-30b": "tp=4,cp=2,dp_shard=768"}  # others: one GPU
-COMPILED_DEGREES = tuple((tp, cp) for tp in (1, 2, 4, 8) for cp in (1, 2))
-COMPILED_GPUS = 6144  # over which the flat states of the compiled shapes are sharded, as in the paper's largest run
 SHAPE_LABELS = "tsblhkdfpn"  # labels shown of a call: tokens, keys, samples, text tokens, heads, head dim, width, ...
 
 
@@ -65,8 +62,8 @@ def run(
     if target and tune:
         raise CinemeshError("--compile needs no GPU and --tune one", remedy="give one of the two")
     if target:
-        plans = [read_plan(plan)] if plan else [_compiled_plan(tp, cp) for tp, cp in COMPILED_DEGREES]
-        _compile([sizes_of(config, each, BatchShape(batch, shape)) for each in plans], target, as_json)
+        given = read_plan(plan) if plan else None
+        compile_check.run(config, given, BatchShape(batch, shape), target=target, as_json=as_json)
         return
     chosen = read_plan(DEFAULT_PLANS.get(model, "") if plan is None else plan)
     program = prepare(build_step(config, chosen, BatchShape(batch, shape)), backend="nccl")
@@ -164,7 +161,7 @@ def _print(found: list[Line], device: str, origin: str, model: str, plan: Plan) 
     first = {line.op: i for i, line in reversed(list(enumerate(found)))}
     for line in sorted(found, key=lambda line: first[line.op]):
         entry = line.choice.entry
-        dtype = TRITON_DTYPES.get(line.dtype, line.dtype)
+        dtype = DTYPES.get(line.dtype, line.dtype)
         rated = f"{share(entry):.2f} {rate(entry.rate_class).limit}"
         table.add_row(line.op, f"{line.calls:,}", line.shape, dtype, entry.package, entry.rate_class, rated)
         for package, reason in _reasons(line).items():
@@ -177,64 +174,3 @@ def _print(found: list[Line], device: str, origin: str, model: str, plan: Plan) 
     out.print(table)
     total = sum(line.bytes for line in found)
     out.print(f"\n{sum(line.calls for line in found):,} calls a step, {quantity(total, 'B')} read and written at least")
-
-
-# -- compile check ----------------------------------------------------------------------------------------------------
-
-
-def _compiled_plan(tp: int, cp: int) -> Plan:
-    return Plan(tp=tp, cp=cp, dp_shard=COMPILED_GPUS // (tp * cp))
-
-
-def sizes_of(config: ModelConfig, plan: Plan, batch: BatchShape) -> Sizes:
-    """What one rank computes, as the kernels' compile check wants it. Raises CinemeshError for dtype float64."""
-    if plan.compute_dtype not in TRITON_DTYPES:
-        raise CinemeshError(f"dtype {plan.dtype}: Triton's kernels take bf16 and float32", remedy="choose one of them")
-    check(config, plan, batch)
-    return Sizes(
-        tokens=config.tokens(batch.latent),
-        batch=batch.samples,
-        width=config.width,
-        heads=config.heads,
-        head_dim=config.head_dim,
-        ffn=config.ffn,
-        text_tokens=tuple(encoder.tokens for encoder in config.encoders),
-        text_widths=tuple(encoder.width for encoder in config.encoders),
-        latent=(config.channels, *batch.latent),
-        patch=config.patch,
-        shard_elements=unit_layout(config, plan).flat_elements,
-        tp=plan.tp,
-        cp=plan.cp,
-        dtype=TRITON_DTYPES[plan.compute_dtype],
-    )
-
-
-def _compile(sizes: list[Sizes], target: str, as_json: bool) -> None:
-    from ...kernels.compile import as_json as reports_as_json
-    from ...kernels.compile import compile_check
-
-    reports = compile_check(sizes, target)
-    if as_json:
-        print(json.dumps(reports_as_json(reports, target), indent=1))
-        return
-    out = new_console()
-    right = ("regs", "spilled", "shared", "tensor", "16-byte", "occupancy", "over least")
-    table = plain_table("kernel", "local shape", *right, right=right)
-    for report in reports:
-        table.add_row(
-            report.name,
-            report.shape,
-            str(report.registers),
-            f"{report.spilled_bytes} B",
-            f"{report.shared_bytes / 1024:.0f} KiB",
-            f"{report.tensor_core_instructions}" + (" wgmma" if report.wgmma_instructions else ""),
-            f"{100 * report.wide_accesses:.0f} %",
-            f"{100 * report.occupancy:.0f} %",
-            f"{report.bytes_over_least:.3f}",
-        )
-    out.print(table)
-    out.print(
-        f"\n{target}, {len(reports)} kernels. regs and spilled of a thread, shared of a block; tensor: tensor-core "
-        "instructions in the binary; 16-byte: global accesses that move 16 bytes a thread; over least: bytes of all "
-        "loads and stores, counted, over every input and output once."
-    )

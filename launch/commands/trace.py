@@ -7,72 +7,28 @@ writes both to one trace: a process for each rank, and one for the prediction.
 from __future__ import annotations
 
 import json
-import os
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch.multiprocessing.spawn import start_processes
 
 from ...errors import CinemeshError
 from ...model.config import USUAL_LATENTS, preset
-from ...model.runner import StepRunner
 from ...model.step import build_step, check
-from ...model.weights import probe_values
 from ...parallel.ir.collectives import FUSED
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.span import Span
 from ...parallel.passes.pipeline import prepare
-from ...parallel.runtime.comm import gather_objects
-from ...parallel.runtime.mesh import Mesh
-from ...parallel.runtime.trace import OverlapRow, role, summary, traced_step
+from ...parallel.runtime.trace import OverlapRow, role, summary
 from ...perf_model.clusters.cluster import Cluster, load
 from ...perf_model.report.explain import Whole, played
 from ...perf_model.report.trace import predicted, write
 from ..plans import read_plan
-from ..proof.parity import LR, OPTIMIZER, Case, load_batch
-
-WARM_UP_STEPS = 2
-
-
-def trace(case: Case) -> list[list[Span]]:
-    """The spans of ``case.steps`` steps, by rank, after two that are not looked at. Runs local processes."""
-    ranks = case.plan.world_size
-    if ranks == 1:
-        return [_spans(case, None)]
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    with tempfile.TemporaryDirectory() as folder:
-        start_processes(_worker, (str(Path(folder) / "store"), case, folder), ranks, start_method="fork")
-        return torch.load(Path(folder) / "spans.pt", weights_only=False)
-
-
-def _worker(rank: int, store: str, case: Case, folder: str) -> None:
-    torch.set_num_threads(1)
-    ranks = case.plan.world_size
-    meeting = dist.FileStore(store, ranks)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=ranks)
-    mesh = Mesh(case.plan)
-    spans = gather_objects(_spans(case, mesh))
-    if rank == 0:
-        torch.save(spans, Path(folder) / "spans.pt")
-    mesh.close()
-    dist.destroy_process_group()
-
-
-def _spans(case: Case, mesh: Mesh | None) -> list[Span]:
-    runner = StepRunner(case.config, case.plan, case.batch, OPTIMIZER, mesh, seed=case.seed)
-    runner.initialise(probe_values(case.seed))
-    load_batch(case, runner, 0)
-    for _ in range(WARM_UP_STEPS):
-        runner.step(LR)
-    return [span for _ in range(case.steps) for span in traced_step(runner.executor)]
+from ..proof.parity import OPTIMIZER, Case
+from ..proof.traced import traced
 
 
 def predict(case: Case, cluster: Cluster) -> Whole:
@@ -123,7 +79,7 @@ def run(*, plan: str, model: str, out: Path, steps: int, max_procs: int, cluster
     case = Case(chosen, preset(model), 1, USUAL_LATENTS[model], steps)
     check(case.config, chosen, case.batch)
     whole = predict(case, priced_on)
-    by_rank = trace(case)
+    by_rank = traced(case)
     write(out, beside(by_rank, whole))
     rows = summary(by_rank[0])
     if as_json:

@@ -10,21 +10,14 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
-import os
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch.multiprocessing.spawn import start_processes
 
 from ...errors import CinemeshError
 from ...model.config import USUAL_LATENTS, preset
@@ -38,6 +31,7 @@ from ...parallel.passes.liveness import lifetimes
 from ...parallel.passes.pipeline import prepare
 from ...parallel.runtime.comm import gather_objects
 from ...parallel.runtime.mesh import Mesh
+from ..cluster.processes import forked
 from ..plans import read_plan
 from .parity import OPTIMIZER, QUANTITIES, Case, RankRun, Trajectory, bounds_of, run_rank, worst_of
 
@@ -188,37 +182,13 @@ def run(*, plan: str, model: str, dtype: str, max_procs: int, steps: int, as_jso
     case = small_case(read_plan(plan, dtype=dtype), model, max_procs=max_procs, steps=steps)
     # Refused, or found broken by a pass, here rather than on every rank.
     prepare(build_step(case.config, case.plan, case.batch), backend="gloo", checked=True)
-    report = _on_local_processes(case)
+    report = forked(case.plan.world_size, lambda: verify_on_rank(case))[0]
+    assert report is not None
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
         _show(report)
     return 0 if report.ok else 1
-
-
-def _on_local_processes(case: Case) -> Report:
-    """Forked workers that meet at a file: no port, and torch is loaded once."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    answers = multiprocessing.get_context("fork").SimpleQueue()
-    with tempfile.TemporaryDirectory() as folder:
-        start_processes(
-            _worker,
-            (str(Path(folder) / "store"), case, answers),
-            nprocs=case.plan.world_size,
-            start_method="fork",
-        )
-    return answers.get()
-
-
-def _worker(rank: int, store: str, case: Case, answers: Any) -> None:
-    torch.set_num_threads(1)
-    ranks = case.plan.world_size
-    meeting = dist.FileStore(store, ranks)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=ranks)
-    report = verify_on_rank(case)
-    if report is not None:
-        answers.put(report)
-    dist.destroy_process_group()
 
 
 def _show(report: Report) -> None:

@@ -108,6 +108,7 @@ class ChunkSavePlanner(DefaultSavePlanner):
         self.chunks = {chunk.index: chunk for chunk in mine}
 
     def create_local_plan(self) -> SavePlan:
+        """One item to write for every chunk, under its tensor's name and offsets."""
         self.plan = SavePlan(
             [
                 WriteItem(
@@ -148,6 +149,7 @@ class ChunkLoadPlanner(DefaultLoadPlanner):
         }
 
     def create_local_plan(self) -> LoadPlan:
+        """Items to read for every chunk. Raises CinemeshError when names, shapes or dtypes are not this model's."""
         states = {key.partition("/")[0] for key in self.shapes}
         stored = {key: tuple(e.size) for key, e in self.stored.items() if key.partition("/")[0] in states}
         for key in (*self.shapes, *stored):

@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 
 from cinemesh.kernels.reference import REFERENCE
-from cinemesh.launch.proof.lint import Alone
 from cinemesh.model.config import USUAL_LATENTS, preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.passes.arena import place
 from cinemesh.parallel.passes.pipeline import prepare
+from cinemesh.parallel.runtime.alone import Alone
 from cinemesh.parallel.runtime.executor import Executor
 from cinemesh.parallel.runtime.mesh import coordinates
 

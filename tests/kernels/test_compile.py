@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels import compile as compiling
 from cinemesh.kernels.traffic import extrapolate, sample
-from cinemesh.launch.commands.kernels import sizes_of
+from cinemesh.launch.commands.compile_check import sizes_of
 from cinemesh.model.config import USUAL_LATENTS, preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.parallel.ir.plan import Plan

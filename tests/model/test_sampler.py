@@ -15,7 +15,7 @@ from cinemesh.model.reference import Reference
 from cinemesh.model.runner import data_share
 from cinemesh.model.sampler import Sampler, linear_quadratic
 from cinemesh.model.step import unit_layout
-from cinemesh.model.weights import Values, fill_shard, from_full, full, probe_values
+from cinemesh.model.weights import Values, fill_shard, full, probe_values
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.runtime.mesh import Mesh, coordinates
 
@@ -137,7 +137,7 @@ def test_constant_velocity_is_integrated_exactly(steps: int) -> None:
     tile = v.view(1, TINY.channels, *TINY.patch)
     want = noise() + tile.repeat(1, 1, 3, 2, 6)
     assert v.abs().max() > 0.1
-    got = sampled(Plan(dtype="float64"), from_full(weights), 4.0, steps=steps)
+    got = sampled(Plan(dtype="float64"), lambda p, element: weights[p.name].reshape(-1)[element], 4.0, steps=steps)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 

@@ -16,13 +16,15 @@ from cinemesh.errors import CinemeshError
 from cinemesh.kernels import reference
 from cinemesh.kernels.reference import Kernel
 from cinemesh.kernels.registry import kernels_for
-from cinemesh.launch.proof.lint import CHECKS, Alone, lint, lint_program, lint_step, run
+from cinemesh.launch.proof.lint import CHECKS, lint, lint_program, run
+from cinemesh.launch.proof.lint_step import lint_step
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.layout import Axes
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.passes.arena import Arena, place
+from cinemesh.parallel.runtime.alone import Alone
 from cinemesh.parallel.runtime.comm import BoundCollective
 from cinemesh.parallel.runtime.guard import Finding
 

@@ -73,7 +73,7 @@ def options(plan: str, **changed: Any) -> dict[str, Any]:
 def test_an_illegal_plan_is_refused_before_any_process_starts(
     asked: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(verify, "_on_local_processes")
+    monkeypatch.delattr(verify, "forked")
     with pytest.raises(CinemeshError, match=re.escape(message)):
         verify.run(**asked)
 
@@ -98,7 +98,7 @@ def test_exit_code_1_when_a_bound_does_not_hold(
     run.gradients[0][7] += 1
     broken = report(case, [run])
     assert not broken.ok
-    monkeypatch.setattr(verify, "_on_local_processes", lambda case: broken)
+    monkeypatch.setattr(verify, "forked", lambda ranks, work: [broken])
     assert verify.run(**options("tp=1")) == 1
     assert capsys.readouterr().out.rstrip().endswith("NOT ok")
     assert verify.run(**options("tp=1", as_json=True)) == 1

@@ -110,7 +110,7 @@ def test_filling_and_collecting_undo_each_other(plan: Plan, table: dict[str, lis
     shards = []
     for position in (p for p in ranks_of(plan) if not p["dp_replicate"]):
         flat = torch.full((units.flat_elements,), torch.nan, dtype=torch.float64)
-        weights.fill_shard(flat, units, position, weights.from_full(wanted))
+        weights.fill_shard(flat, units, position, lambda p, element: wanted[p.name].view(-1)[element])
         shards.append((position, flat))
     total = sum(int(flat.count_nonzero()) for _, flat in shards)
     tp_sharded = sum(p.elements for rows in table.values() for p in rows)

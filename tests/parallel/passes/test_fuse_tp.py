@@ -30,7 +30,7 @@ from cinemesh.errors import CinemeshError
 from cinemesh.kernels import reference
 from cinemesh.kernels.reference import product_of
 from cinemesh.kernels.registry import kernels_for
-from cinemesh.launch.proof.lint import lint_step
+from cinemesh.launch.proof.lint_step import lint_step
 from cinemesh.launch.proof.parity import OPTIMIZER, load_batch
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model import weights
