@@ -12,9 +12,10 @@ from rich.console import Console
 from ...errors import CinemeshError
 from ...parallel.ir.fields import AXES
 from ...parallel.ir.plan import Plan
-from ...perf_model.report import explain
-from ...perf_model.report.explain import Whole, describe
-from ...perf_model.search.space import Request
+from ...perf_model.prices.played import PlayedStep
+from ...perf_model.report.explain import describe
+from ...perf_model.search.evaluator import Evaluator
+from ...perf_model.search.request import Request
 from ..plans import read_plan
 from .explain import heading, request_for, step_values
 from .tables import new_console, plain_table
@@ -43,7 +44,7 @@ class Difference:
 class Beside:
     """A plan beside the first one. ``gain``: GPU seconds of a sample that it spends more, relative."""
 
-    step: Whole
+    step: PlayedStep
     gain: float
     differences: list[Difference]
 
@@ -73,8 +74,9 @@ def run(
         raise CinemeshError(f"compare: {len(plans)} plan given", remedy="name two or more, the one to start from first")
     chosen = [read_plan(plan) for plan in plans]
     requests = [request_for(plan, model, cluster, latent, global_batch, samples, encoders) for plan in chosen]
-    steps = [explain.whole_of(request, plan) for request, plan in zip(requests, chosen, strict=True)]
-    first, others = steps[0], [_beside(requests[0], steps[0], step) for step in steps[1:]]
+    evaluator = Evaluator(requests[0])
+    steps = [evaluator.play_held(plan, of.samples)[0] for of, plan in zip(requests, chosen, strict=True)]
+    first, others = steps[0], [_beside(evaluator, steps[0], step) for step in steps[1:]]
     if as_json:
         values = {
             "model": model,
@@ -113,13 +115,13 @@ def changes(first: Plan, other: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, {field: getattr(other, field) for field in TOGETHER.get(name, (name,))}
 
 
-def _beside(request: Request, first: Whole, other: Whole) -> Beside:
+def _beside(evaluator: Evaluator, first: PlayedStep, other: PlayedStep) -> Beside:
     cost = first.gpu_s_per_sample
-    differences = [_difference(request, first, name, values) for name, values in changes(first.plan, other.plan)]
+    differences = [_difference(evaluator, first, name, values) for name, values in changes(first.plan, other.plan)]
     return Beside(other, other.gpu_s_per_sample / cost - 1.0, differences)
 
 
-def _difference(request: Request, first: Whole, name: str, values: dict[str, Any]) -> Difference:
+def _difference(evaluator: Evaluator, first: PlayedStep, name: str, values: dict[str, Any]) -> Difference:
     """One change alone on the first plan; degrees take along what they forbid, as ``Plan.with_degrees`` does."""
     changed = {field: value for field, value in values.items() if getattr(first.plan, field) != value}
     before = ", ".join(_text(field, getattr(first.plan, field)) for field in changed)
@@ -127,9 +129,9 @@ def _difference(request: Request, first: Whole, name: str, values: dict[str, Any
     try:
         degrees = tuple(values) == AXES
         plan = first.plan.with_degrees(**values) if degrees else replace(first.plan, **values)
-        if request.global_batch is not None:
-            request = replace(request, samples=plan.local_batch(request.global_batch))
-        step = explain.whole_of(request, plan)
+        batch = evaluator.request.global_batch
+        samples = first.batch.samples if batch is None else plan.local_batch(batch)
+        (step,) = evaluator.play_held(plan, samples)
     except CinemeshError as error:
         return Difference(name, before, after, None, error.problem)
     return Difference(name, before, after, step.gpu_s_per_sample / first.gpu_s_per_sample - 1.0)
@@ -145,7 +147,7 @@ def _text(field: str, value: object) -> str:
 # -- as text ----------------------------------------------------------------------------------------------------------
 
 
-def _print_steps(console: Console, requests: list[Request], steps: list[Whole]) -> None:
+def _print_steps(console: Console, requests: list[Request], steps: list[PlayedStep]) -> None:
     for number, step in enumerate(steps, 1):
         console.print(f"  {number}: {describe(step.plan)}")
     console.print()
@@ -168,7 +170,7 @@ def _print_steps(console: Console, requests: list[Request], steps: list[Whole]) 
     console.print(table)
 
 
-def _print_differences(console: Console, number: int, first: Whole, other: Beside) -> None:
+def _print_differences(console: Console, number: int, first: PlayedStep, other: Beside) -> None:
     console.print(f"\n{number} against 1: {_cost(other.gain)} for a sample")
     if not other.differences:
         console.print("  the same plan")

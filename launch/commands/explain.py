@@ -11,11 +11,13 @@ from rich.console import Console
 from ...model.config import preset
 from ...parallel.ir.plan import Plan
 from ...perf_model.clusters.cluster import Cluster, load
+from ...perf_model.prices.played import PlayedStep
 from ...perf_model.prices.startup import StartUp, start_up
 from ...perf_model.report import explain
-from ...perf_model.report.explain import Sensitivity, Whole, describe
+from ...perf_model.report.explain import Sensitivity, describe
+from ...perf_model.search.evaluator import Evaluator
 from ...perf_model.search.planner import survey
-from ...perf_model.search.space import Bucket, Request
+from ...perf_model.search.request import LatentBucket, Request
 from ..plans import read_plan
 from .show import latent_of
 from .tables import new_console, plain_table
@@ -29,14 +31,15 @@ NUMBERS = ("ranks", "MB", "s")  # right-aligned
 class Reasons:
     """A plan's whole step, and what it is held against.
 
-    ``searched_s``: the search's own step time of the plan, if it has one. ``rival``: the plan that lost to it, or that
-    it loses to.
+    ``step``: on the first of the buckets; ``whole_s``: the mean over all of them. ``searched_s``: the search's own step
+    time of the plan, if it has one. ``rival``: the plan that lost to it, or that it loses to.
     """
 
-    step: Whole
+    step: PlayedStep
+    whole_s: float
     cluster: Cluster
     searched_s: float | None
-    rival: Whole | None
+    rival: PlayedStep | None
     sensitivities: list[Sensitivity]
 
     @property
@@ -55,7 +58,7 @@ class Reasons:
         """As ``--json`` prints it."""
         step = self.step
         return {
-            "whole_step_s": step.step_s,
+            "whole_step_s": self.whole_s,
             "searched_step_s": self.searched_s,
             "hfu": explain.hfu(step, self.cluster),
             "utilisation": explain.utilisation(step),
@@ -72,10 +75,10 @@ class Reasons:
         """As text."""
         step = self.step
         if self.searched_s is not None:
-            difference = step.step_s / self.searched_s - 1.0
+            difference = self.whole_s / self.searched_s - 1.0
             told = "" if abs(difference) <= DISAGREES else ": trust the whole step"
             console.print(
-                f"\nbest plan, every record played: {step.step_s:.3f} s, {difference:+.2%} from the search{told}"
+                f"\nbest plan, every record played: {self.whole_s:.3f} s, {difference:+.2%} from the search{told}"
             )
         _lines(console, "what binds", explain.binds(step))
         busy = "  ".join(f"{lane} {share:.1%}" for lane, share in explain.utilisation(step).items())
@@ -164,14 +167,16 @@ def run(
     """
     chosen = read_plan(plan)
     request = request_for(chosen, model, cluster, latent, global_batch, samples, encoders)
-    step = explain.whole_of(request, chosen)
+    evaluator = Evaluator(request)
+    (step,) = evaluator.play_held(chosen, request.samples)
     found = survey(replace(request, shown=2))
     rivals = [choice for choice in found.choices if choice.plan != chosen]
     reasons = Reasons(
         step=step,
+        whole_s=step.step_s,
         cluster=request.cluster,
         searched_s=None,
-        rival=explain.whole_of(request, rivals[0].plan, rivals[0].samples) if rivals else None,
+        rival=evaluator.play_held(rivals[0].plan, rivals[0].samples)[0] if rivals else None,
         sensitivities=list(explain.on_faster(request, step)),
     )
     if as_json:
@@ -199,7 +204,7 @@ def request_for(
     """What the planner would be asked, for as many GPUs and micro-batches as a plan has."""
     return Request(
         config=preset(model),
-        buckets=(Bucket(latent_of(model, latent)),),
+        buckets=(LatentBucket(latent_of(model, latent)),),
         cluster=load(cluster),
         gpus=plan.world_size,
         global_batch=global_batch,
@@ -217,7 +222,7 @@ def heading(request: Request) -> str:
     return f"{config.name} on {request.cluster.name}, {shape}. Predicted, not measured."
 
 
-def step_values(request: Request, step: Whole) -> dict[str, Any]:
+def step_values(request: Request, step: PlayedStep) -> dict[str, Any]:
     """One step's numbers, as ``--json`` prints them; bytes are of one rank."""
     memory = step.footprint
     return {
@@ -237,7 +242,7 @@ def step_values(request: Request, step: Whole) -> dict[str, Any]:
     }
 
 
-def summary(request: Request, step: Whole) -> str:
+def summary(request: Request, step: PlayedStep) -> str:
     """The same in a line."""
     memory = step.footprint
     fits = "" if memory.peak_bytes <= memory.limit_bytes else ": IT DOES NOT FIT"

@@ -20,10 +20,11 @@ from ...perf_model.clusters.cluster import load
 from ...perf_model.prices.startup import start_up
 from ...perf_model.published.paper import STAGES
 from ...perf_model.report import explain
-from ...perf_model.report.explain import describe, whole_of
+from ...perf_model.report.explain import describe
+from ...perf_model.search.evaluator import Evaluator
 from ...perf_model.search.planner import ERROR_BAR, Search, search
 from ...perf_model.search.refusals import Refusal, RefusalKind
-from ...perf_model.search.space import Bucket, Choice, Request
+from ...perf_model.search.request import LatentBucket, PricedPlan, Request
 from .explain import Reasons, start_up_values
 from .show import latent_of, parse_latent
 from .tables import new_console, plain_table
@@ -79,7 +80,7 @@ def run(
     """
     request = Request(
         config=preset(model),
-        buckets=tuple(map(_bucket, latents)) or (Bucket(latent_of(model, None)),),
+        buckets=tuple(map(_bucket, latents)) or (LatentBucket(latent_of(model, None)),),
         cluster=load(cluster),
         gpus=gpus,
         global_batch=global_batch,
@@ -135,7 +136,7 @@ def run(
         print(json.dumps(values, indent=1))
 
 
-def _bucket(text: str) -> Bucket:
+def _bucket(text: str) -> LatentBucket:
     latent, colon, weight = text.partition(":")
     try:
         share = float(weight) if colon else 1.0
@@ -145,7 +146,7 @@ def _bucket(text: str) -> Bucket:
         raise CinemeshError(
             f"latent {text!r}: the weight {weight!r} is no positive number", remedy=f"write for example {latent}:0.5"
         )
-    return Bucket(parse_latent(latent), share)
+    return LatentBucket(parse_latent(latent), share)
 
 
 def _fixed(text: str) -> dict[str, object]:
@@ -160,7 +161,7 @@ def _fixed(text: str) -> dict[str, object]:
 # -- as data ----------------------------------------------------------------------------------------------------------
 
 
-def _choice(choice: Choice) -> dict[str, object]:
+def _choice(choice: PricedPlan) -> dict[str, object]:
     return {
         "plan": choice.plan.to_dict(),
         "samples": choice.samples,
@@ -181,7 +182,7 @@ def paper_rows(request: Request) -> list[dict[str, object]]:
     for stage in STAGES:
         asked = replace(
             request,
-            buckets=(Bucket(stage.latent),),
+            buckets=(LatentBucket(stage.latent),),
             gpus=stage.gpus,
             samples=stage.samples,
             global_batch=None,
@@ -204,12 +205,14 @@ def paper_rows(request: Request) -> list[dict[str, object]]:
 
 def _why(request: Request, found: Search) -> Reasons:
     """Why the best plan of a search won."""
-    wholes = [whole_of(request, choice.plan, choice.samples, choice.frozen) for choice in found.choices[:2]]
+    evaluator = Evaluator(request)
+    best, *others = (evaluator.play(choice.plan, choice.samples, choice.frozen) for choice in found.choices[:2])
     return Reasons(
-        step=wholes[0],
+        step=best[0],
+        whole_s=evaluator.cost_of(best).step_s,
         cluster=request.cluster,
         searched_s=found.best.step_s,
-        rival=wholes[1] if len(wholes) > 1 else None,
+        rival=others[0][0] if others else None,
         sensitivities=list(explain.sensitivities(request, found.best)),
     )
 

@@ -24,20 +24,20 @@ from ...parallel.ir.span import Span
 from ...parallel.passes.pipeline import prepare
 from ...parallel.runtime.trace import OverlapRow, role, summary
 from ...perf_model.clusters.cluster import Cluster, load
-from ...perf_model.report.explain import Whole, played
+from ...perf_model.prices.played import PlayedStep, play_program
 from ...perf_model.report.trace import predicted, write
 from ..plans import read_plan
 from ..proof.parity import OPTIMIZER, Case
 from ..proof.traced import traced
 
 
-def predict(case: Case, cluster: Cluster) -> Whole:
+def predict(case: Case, cluster: Cluster) -> PlayedStep:
     """The program that the ranks run, played on a cluster."""
     built = build_step(case.config, case.plan, case.batch, OPTIMIZER, seed=case.seed)
-    return played(prepare(built, backend="gloo"), case.batch, cluster)
+    return play_program(prepare(built, backend="gloo"), case.batch, cluster)
 
 
-def beside(by_rank: Sequence[Sequence[Span]], whole: Whole) -> dict[str, Sequence[Span]]:
+def beside(by_rank: Sequence[Sequence[Span]], whole: PlayedStep) -> dict[str, Sequence[Span]]:
     """One recording a rank and the prediction, from the start of the first step; waits are drawn from ``waited_s``."""
     first = min(span.issued_s for spans in by_rank for span in spans)
     recordings: dict[str, Sequence[Span]] = {
@@ -51,7 +51,7 @@ def beside(by_rank: Sequence[Sequence[Span]], whole: Whole) -> dict[str, Sequenc
     return {**recordings, "predicted": predicted(whole)}
 
 
-def predicted_rows(whole: Whole) -> dict[str, tuple[float, float]]:
+def predicted_rows(whole: PlayedStep) -> dict[str, tuple[float, float]]:
     """By role: seconds that its collectives run in one step, and of those exposed."""
     rows: dict[str, tuple[float, float]] = {}
     for i, op in enumerate(whole.program.ops):
@@ -92,13 +92,13 @@ def run(*, plan: str, model: str, out: Path, steps: int, max_procs: int, cluster
     print(f"{out}: {sum(map(len, by_rank))} spans of {len(by_rank)} ranks; open it at https://ui.perfetto.dev")
 
 
-def _predicted_of(row: OverlapRow, whole: Whole, steps: int) -> dict[str, float]:
+def _predicted_of(row: OverlapRow, whole: PlayedStep, steps: int) -> dict[str, float]:
     """Of as many steps as the row counts."""
     ran, exposed = predicted_rows(whole)[row.role]
     return {"predicted_ran_s": ran * steps, "predicted_exposed_s": exposed * steps}
 
 
-def _show(plan: Plan, spans: list[Span], whole: Whole, cluster: Cluster, steps: int) -> None:
+def _show(plan: Plan, spans: list[Span], whole: PlayedStep, cluster: Cluster, steps: int) -> None:
     """Means of one step, on rank 0."""
     console = Console(highlight=False)
     total_s = (max(s.end_s for s in spans) - spans[0].issued_s) / steps

@@ -19,7 +19,7 @@ from ...perf_model.clusters.cluster import Cluster, load
 from ...perf_model.prices.footprint import footprint
 from ...perf_model.report.explain import describe
 from ...perf_model.search.planner import search
-from ...perf_model.search.space import Bucket, Request
+from ...perf_model.search.request import LatentBucket, Request
 from ...perf_model.search.tune import tune
 from ..cluster.processes import MEETING_S
 from .recipe import Auto, Config
@@ -73,7 +73,7 @@ def planned(world: int, auto: Auto, setting: Setting) -> Resolved:
     data = setting.config.data
     request = Request(
         config=setting.model,
-        buckets=tuple(Bucket(at, of.weight) for at, of in zip(setting.latents, data.shapes, strict=True)),
+        buckets=tuple(LatentBucket(at, of.weight) for at, of in zip(setting.latents, data.shapes, strict=True)),
         cluster=load(auto.cluster),
         gpus=world,
         global_batch=data.global_batch,

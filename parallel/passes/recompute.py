@@ -8,6 +8,7 @@ the gather in backward is the forward gather, cloned.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 from ...errors import CinemeshError
 from ..ir.program import Program
@@ -101,8 +102,9 @@ class _Rematerializer:
 
     def run(self) -> Program:
         place, made = None, {}
+        again = cache(self._again)
         for op in self.program.ops:
-            if op.place.phase is Phase.BACKWARD and (allowed := self._again(op.place)):
+            if op.place.phase is Phase.BACKWARD and (allowed := again(op.place)):
                 if op.place != place:
                     place, made = op.place, {}
                 inputs = tuple(self._resolve(name, allowed, made) for name in op.inputs)

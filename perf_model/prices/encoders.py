@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...parallel.ir.plan import Plan
-from ..clusters.cluster import Cluster
-from .compute import Compute
-from .network import Network, group_of
+from .models import PriceModels
+from .network import group_of
 
 WEIGHT_BYTES = 2  # bf16
 
@@ -50,15 +49,13 @@ class FrozenCost:
     sharded: tuple[str, ...]
 
 
-def frozen_options(
-    plan: Plan, tokens: dict[str, int], samples: int, compute: Compute, network: Network, cluster: Cluster
-) -> list[FrozenCost]:
+def frozen_options(plan: Plan, tokens: dict[str, int], samples: int, models: PriceModels) -> list[FrozenCost]:
     """Ways to hold the encoders, the fastest first: from all replicated to all FSDP-only, the largest sharded first.
 
     ``tokens`` of each encoder for one sample; ``samples`` of one data rank in one step. A sharded encoder gathers its
     next layer while it computes this one, and holds two.
     """
-    group = group_of(cluster, plan, ("dp_shard",))
+    group = group_of(models.cluster, plan, ("dp_shard",))
     options: list[FrozenCost] = []
     by_size = sorted(FROZEN, key=lambda encoder: -encoder.bytes)
     for count in range(len(by_size) + 1):
@@ -67,10 +64,10 @@ def frozen_options(
             rows = tokens.get(encoder.name, 0) * samples
             # A layer's products, as one matmul with as many weights.
             width = 4096
-            layer_s = compute.matmul_s(max(rows, 1), encoder.layer_parameters // width, width, "bfloat16")
+            layer_s = models.compute.matmul_s(max(rows, 1), encoder.layer_parameters // width, width, "bfloat16")
             if i < count and plan.dp_shard > 1:
                 layer = WEIGHT_BYTES * encoder.layer_parameters
-                gather_s = network.collective("all_gather", layer, group).seconds
+                gather_s = models.network.collective("all_gather", layer, group).seconds
                 bytes_ += encoder.bytes // plan.dp_shard + 2 * layer
                 seconds += gather_s + encoder.layers * max(layer_s, gather_s)
             else:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...parallel.ir.plan import Plan
-from ..search.space import Choice
-from .explain import Whole, describe, terms
+from ..prices.played import PlayedStep
+from ..search.request import PricedPlan
+from .explain import describe, terms
 from .landscape import Group, Landscape, Point
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ SHADES = {1: "#ffffff", 2: "#cfe6d2", 4: "#6f9bc8", 8: "#27496d"}  # by cp, up t
 LABELLED = 8  # plans of the landscape that carry their degrees
 
 
-def draw_terms(figure: Figure, wholes: Sequence[Whole]) -> None:
+def draw_terms(figure: Figure, wholes: Sequence[PlayedStep]) -> None:
     """Where the time of one sample goes under several plans: GPU-seconds by term, the cheapest plan on top."""
     axes = figure.subplots()
     rows = [_gpu_seconds(whole) for whole in wholes]
@@ -68,7 +69,7 @@ def draw_terms(figure: Figure, wholes: Sequence[Whole]) -> None:
     axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=4, frameon=False)
 
 
-def _gpu_seconds(whole: Whole) -> dict[str, float]:
+def _gpu_seconds(whole: PlayedStep) -> dict[str, float]:
     """The terms of a step for one sample."""
     each = whole.gpu_s_per_sample / whole.step_s
     return {name: seconds * each for name, seconds in terms(whole).items()}
@@ -88,7 +89,7 @@ def degrees(plan: Plan) -> str:
 # -- over batches -----------------------------------------------------------------------------------------------------
 
 
-def draw_landscape(figure: Figure, found: Landscape, best: Choice) -> None:
+def draw_landscape(figure: Figure, found: Landscape, best: PricedPlan) -> None:
     """Throughput against global batch, with neutral groups; below, which families fit into memory at which batch."""
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.1, 1.0])
     _draw_throughput(upper, found, best)
@@ -112,7 +113,7 @@ def _last_tick(batches: Sequence[int]) -> int:
     return last
 
 
-def _draw_throughput(axes: Axes, found: Landscape, best: Choice) -> None:
+def _draw_throughput(axes: Axes, found: Landscape, best: PricedPlan) -> None:
     for i, group in enumerate(found.groups):
         _draw_group(axes, group, i, found.error)
     for choice in found.choices:

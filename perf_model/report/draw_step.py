@@ -13,8 +13,8 @@ from ...parallel.ir.collectives import FUSED
 from ...parallel.ir.records import Phase
 from ...parallel.ir.span import Span
 from ..prices.footprint import stack
+from ..prices.played import PlayedStep
 from . import trace
-from .explain import Whole
 from .trace import COMPUTE, WAIT
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def _phases(axes: Axes, spans: Sequence[Span]) -> None:
     axes.axis("off")
 
 
-def draw_memory(figure: Figure, whole: Whole) -> None:
+def draw_memory(figure: Figure, whole: PlayedStep) -> None:
     """Live bytes of one rank over the step, stacked by class, below what the device offers."""
     stacked = stack(whole.program)
     points = trace.highest(whole, stacked, POINTS)

@@ -15,81 +15,15 @@ from ...parallel.ir.fields import AXES, Overlap
 from ...parallel.ir.flops import hardware_flops, model_flops
 from ...parallel.ir.knobs import knobs, written
 from ...parallel.ir.plan import Plan
-from ...parallel.ir.program import Program
 from ...parallel.ir.records import Op, Phase
-from ...parallel.passes.pipeline import prepare
 from ..clusters.cluster import Cluster
-from ..prices.compute import Compute
-from ..prices.encoders import FrozenCost
-from ..prices.footprint import Footprint, footprint
-from ..prices.network import Network
-from ..prices.timeline import Tape, Timeline, play, price
+from ..prices.played import PlayedStep
+from ..search.evaluator import Evaluator
 from ..search.planner import survey
-from ..search.space import Choice, Prices, Request
+from ..search.request import PricedPlan, Request
 
 SPELT_OUT = 4  # activations kept from which on only their number is shown
 SEARCHED_WITH = "grad_units=2"  # what the search gives every plan that can have it: not worth a word each time
-
-
-@dataclass(frozen=True)
-class Whole:
-    """The whole step of one plan, built and played: no extrapolation."""
-
-    plan: Plan
-    batch: BatchShape
-    program: Program
-    tape: Tape
-    timeline: Timeline
-    footprint: Footprint
-    step_s: float
-
-    @property
-    def samples(self) -> int:
-        """Of the step, on all ranks."""
-        return self.batch.samples * self.plan.data_ranks * self.plan.micro_batches
-
-    @property
-    def gpu_s_per_sample(self) -> float:
-        """What one sample costs, whatever the GPUs and the batch."""
-        return self.step_s * self.plan.world_size / self.samples
-
-
-def whole(
-    config: ModelConfig, plan: Plan, batch: BatchShape, cluster: Cluster, frozen: FrozenCost | None = None
-) -> Whole:
-    """Build, price and play every record of a step."""
-    return played(prepare(build_step(config, plan, batch), backend="nccl"), batch, cluster, frozen)
-
-
-def played(program: Program, batch: BatchShape, cluster: Cluster, frozen: FrozenCost | None = None) -> Whole:
-    """Price and play a program that was prepared."""
-    plan = program.plan
-    tape = price(program, Compute(cluster), Network(cluster), cluster)
-    timeline = play(tape)
-    return Whole(
-        plan,
-        batch,
-        program,
-        tape,
-        timeline,
-        footprint(program, cluster, frozen.bytes if frozen else 0),
-        (timeline.step_s + (frozen.seconds if frozen else 0.0)) * cluster.spread.factor(plan.world_size),
-    )
-
-
-def whole_of(request: Request, plan: Plan, samples: int = 0, frozen: FrozenCost | None = None) -> Whole:
-    """The whole step of a plan on a request's first bucket; ``samples`` of a micro-batch, by default the request's.
-
-    With encoders in the loop and none given, they are held in the fastest way that fits, or in the smallest.
-    """
-    batch = BatchShape(samples or request.samples, request.buckets[0].latent)
-    step = whole(request.config, plan, batch, request.cluster, frozen)
-    if frozen is not None or not request.encoders:
-        return step
-    options = [option for option in Prices(request).frozen(plan, batch.samples) if option is not None]
-    spare = step.footprint.limit_bytes - step.footprint.peak_bytes
-    held = next((option for option in options if option.bytes <= spare), min(options, key=lambda o: o.bytes))
-    return played(step.program, batch, request.cluster, held)
 
 
 # -- FLOPs ------------------------------------------------------------------------------------------------------------
@@ -110,20 +44,20 @@ def mean_sample_flops(request: Request) -> float:
     return sum(b.weight * sample_flops(request.config, b.latent) for b in request.buckets) / total
 
 
-def mfu_of(request: Request, choice: Choice, flops: float) -> float:
+def mfu_of(request: Request, choice: PricedPlan, flops: float) -> float:
     """MFU of a plan of the table; ``flops``: those of a sample."""
     peak = request.cluster.gpu.peak_flops[choice.plan.compute_dtype]
     return flops * choice.samples_per_s / (request.gpus * peak)
 
 
-def mfu(whole: Whole, cluster: Cluster) -> float:
+def mfu(whole: PlayedStep, cluster: Cluster) -> float:
     """Model FLOPs over what the GPUs could do in the step."""
     return model_flops(whole.program) / (
         whole.step_s * whole.plan.world_size * cluster.gpu.peak_flops[whole.plan.compute_dtype]
     )
 
 
-def hfu(whole: Whole, cluster: Cluster) -> float:
+def hfu(whole: PlayedStep, cluster: Cluster) -> float:
     return hardware_flops(whole.program) / (whole.step_s * cluster.gpu.peak_flops[whole.plan.compute_dtype])
 
 
@@ -153,7 +87,7 @@ def role(op: Op) -> str:
     return f"{op.place.phase}/{op.label}"
 
 
-def exposures(whole: Whole) -> list[Exposure]:
+def exposures(whole: PlayedStep) -> list[Exposure]:
     """Exposed communication by collective, the most exposed first."""
     rows: dict[tuple[str, str, str], list[float]] = {}
     for i, op in enumerate(whole.program.ops):
@@ -171,7 +105,7 @@ def exposures(whole: Whole) -> list[Exposure]:
     return sorted(made, key=lambda e: -e.exposed_s)
 
 
-def terms(whole: Whole) -> dict[str, float]:
+def terms(whole: PlayedStep) -> dict[str, float]:
     """The step's seconds, split: compute alone, compute slowed by communication, exposed time by lane, stragglers."""
     lanes: dict[str, float] = {}
     for i, seconds in whole.timeline.exposed_s.items():
@@ -183,7 +117,7 @@ def terms(whole: Whole) -> dict[str, float]:
     return parts
 
 
-def utilisation(whole: Whole) -> dict[str, float]:
+def utilisation(whole: PlayedStep) -> dict[str, float]:
     """Share of the step in which compute, and every communicator, is busy."""
     busy: dict[str, float] = {"compute": whole.timeline.compute_busy_s}
     for i, op in enumerate(whole.program.ops):
@@ -209,7 +143,7 @@ class Duplicate:
     saved_s: float
 
 
-def duplicates(whole: Whole) -> list[Duplicate]:
+def duplicates(whole: PlayedStep) -> list[Duplicate]:
     """Compute records on which an axis splits nothing, found by their placements; the dearest first.
 
     ``bytes`` is what one rank writes in them, ``saved_s`` what splitting them over the axis would save at most.
@@ -252,7 +186,7 @@ class Sensitivity:
     note: str = ""
 
 
-def sensitivities(request: Request, best: Choice) -> Iterator[Sensitivity]:
+def sensitivities(request: Request, best: PricedPlan) -> Iterator[Sensitivity]:
     """The search again: a faster NIC, more memory, a faster NVLink, one more server."""
     cluster = request.cluster
     changes: list[tuple[str, Callable[[], Request]]] = [
@@ -283,12 +217,12 @@ def sensitivities(request: Request, best: Choice) -> Iterator[Sensitivity]:
         yield Sensitivity(text, found.plan, found.samples_per_s, found.samples_per_s / best.samples_per_s - 1.0, note)
 
 
-def on_faster(request: Request, step: Whole) -> Iterator[Sensitivity]:
+def on_faster(request: Request, step: PlayedStep) -> Iterator[Sensitivity]:
     """The same plan with one thing twice as fast."""
     now = step.samples / step.step_s
     for text, scale in (("NIC", "nic_scale"), ("NVLink", "nvlink_scale"), ("GPU memory", "memory_scale")):
-        faster = replace(request, cluster=request.cluster.with_(**{scale: 2.0}))
-        again = whole_of(faster, step.plan, step.batch.samples)
+        faster = Evaluator(replace(request, cluster=request.cluster.with_(**{scale: 2.0})))
+        again = faster.play_held(step.plan, step.batch.samples)[0]
         then = again.samples / again.step_s
         yield Sensitivity(f"{text} twice as fast", step.plan, then, then / now - 1.0, "the same plan")
 
@@ -319,7 +253,7 @@ def _keep(recompute: str | tuple[str, ...]) -> str:
     return f"keep {':'.join(recompute)}" if len(recompute) < SPELT_OUT else f"keep {len(recompute)} activations"
 
 
-def binds(whole: Whole) -> list[str]:
+def binds(whole: PlayedStep) -> list[str]:
     """What keeps the plan from being faster, in sentences with their numbers, the largest first."""
     parts = sorted(terms(whole).items(), key=lambda item: -item[1])
     total = whole.step_s
@@ -332,7 +266,7 @@ def binds(whole: Whole) -> list[str]:
     return lines
 
 
-def why_lost(winner: Whole, loser: Whole) -> list[str]:
+def why_lost(winner: PlayedStep, loser: PlayedStep) -> list[str]:
     """Term by term, per sample: where the loser spends more, the largest difference first."""
     ours, theirs = terms(winner), terms(loser)
     per = {

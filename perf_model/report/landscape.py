@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from ..search.planner import Search, survey
 from ..search.refusals import Refusal, RefusalKind
-from ..search.space import Choice, Request
+from ..search.request import PricedPlan, Request
 from .explain import sample_flops
 
 DEALS = ((1, 1), (2, 1), (4, 1), (1, 2))  # samples of one micro-batch on one data rank, micro-batches
@@ -21,7 +21,7 @@ Tick = Callable[[str], object]  # told what was done
 class Group:
     """Neutral plans: about equal throughput over different global batches, the highest throughput first."""
 
-    choices: tuple[Choice, ...]
+    choices: tuple[PricedPlan, ...]
 
     @property
     def batches(self) -> list[int]:
@@ -45,15 +45,15 @@ class Landscape:
 
     gpus: int
     error: float = 0.0
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[PricedPlan] = field(default_factory=list)
     misfits: list[Refusal] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     nothing: list[str] = field(default_factory=list)
     other: int = 0
 
-    def frontier(self) -> list[Choice]:
+    def frontier(self) -> list[PricedPlan]:
         """The fastest plan of every global batch, by batch."""
-        best: dict[int, Choice] = {}
+        best: dict[int, PricedPlan] = {}
         for choice in self.choices:
             batch = choice.global_batch
             if batch not in best or choice.samples_per_s > best[batch].samples_per_s:
@@ -61,12 +61,12 @@ class Landscape:
         return [best[batch] for batch in sorted(best)]
 
 
-def neutral_groups(choices: list[Choice], error: float) -> list[Group]:
+def neutral_groups(choices: list[PricedPlan], error: float) -> list[Group]:
     """Sets of plans over two or more global batches whose throughput differs by less than ``error`` (relative).
 
     One plan a batch. The fastest plan that is in no group yet leads the next one.
     """
-    best: dict[int, Choice] = {}
+    best: dict[int, PricedPlan] = {}
     for choice in choices:
         batch = choice.global_batch
         if batch not in best or choice.samples_per_s > best[batch].samples_per_s:
@@ -74,8 +74,8 @@ def neutral_groups(choices: list[Choice], error: float) -> list[Group]:
     left = sorted(best.values(), key=lambda choice: -choice.samples_per_s)
     groups: list[Group] = []
     while left:
-        floor = (1.0 - error) * left[0].samples_per_s
-        group = [choice for choice in left if choice.samples_per_s >= floor]
+        least = (1.0 - error) * left[0].samples_per_s
+        group = [choice for choice in left if choice.samples_per_s >= least]
         left = left[len(group) :]
         if len(group) > 1:
             groups.append(Group(tuple(group)))
@@ -116,7 +116,7 @@ def _add(found: Landscape, asked: Request, micro_batches: int) -> None:
     found.other += len(outcome.refused) - len(misfits)
 
 
-def _distinct(choices: list[Choice]) -> list[Choice]:
+def _distinct(choices: list[PricedPlan]) -> list[PricedPlan]:
     kept = {(choice.family, choice.global_batch): choice for choice in choices}
     return list(kept.values())
 
@@ -129,7 +129,7 @@ class Point:
     """The best plan of one number of GPUs, or None. ``mfu``: model FLOPs over the peak of all GPUs."""
 
     gpus: int
-    choice: Choice | None
+    choice: PricedPlan | None
     mfu: float
 
     @property

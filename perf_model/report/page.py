@@ -9,11 +9,12 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ..prices.played import PlayedStep
 from ..prices.startup import StartUp, start_up
 from ..search.planner import Search
-from ..search.space import Request
+from ..search.request import Request
 from . import explain
-from .explain import Duplicate, Exposure, Sensitivity, Whole, describe
+from .explain import Duplicate, Exposure, Sensitivity, describe
 from .landscape import FAMILIES, Landscape, Point
 from .trace import Span, predicted
 
@@ -45,18 +46,18 @@ class Story:
 
     request: Request
     found: Search
-    wholes: list[Whole]
+    wholes: list[PlayedStep]
     landscape: Landscape
     scaling: list[Point]
     sensitivities: list[Sensitivity]
     trace: str
 
     @property
-    def best(self) -> Whole:
+    def best(self) -> PlayedStep:
         return self.wholes[0]
 
     @property
-    def runner_up(self) -> Whole | None:
+    def runner_up(self) -> PlayedStep | None:
         return self.wholes[1] if len(self.wholes) > 1 else None
 
     @cached_property

@@ -23,12 +23,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...errors import CinemeshError
 from ...files import atomic_file
+from ..prices.played import PlayedStep
+from ..search.evaluator import Evaluator
 from ..search.planner import Search
-from ..search.space import Request
+from ..search.request import Request
 from . import explain, trace
 from .draw_plans import draw_landscape, draw_scaling, draw_terms
 from .draw_step import GREY, draw_block, draw_memory, draw_step
-from .explain import Sensitivity, Whole, describe, whole_of
+from .explain import Sensitivity, describe
 from .landscape import deals, explore, scale, sizes
 from .page import Picture, Story, render
 
@@ -132,10 +134,10 @@ def write(folder: Path, request: Request, found: Search) -> None:
         def tick(what: str) -> None:
             progress.update(task, advance=1, description=what)
 
-        wholes: list[Whole] = []
+        evaluator, wholes = Evaluator(request), list[PlayedStep]()
         for choice in compared:
             tick("playing whole steps")
-            wholes.append(whole_of(request, choice.plan, choice.samples, choice.frozen))
+            wholes.append(evaluator.play(choice.plan, choice.samples, choice.frozen)[0])
         sensitivities: list[Sensitivity] = []
         tick("what would change it")
         for row in explain.sensitivities(request, found.best):

@@ -20,13 +20,13 @@ from ...parallel.ir.records import COMPUTE_LANE as COMPUTE
 from ...parallel.ir.records import WAIT, Phase
 from ...parallel.ir.span import Span
 from ..prices.footprint import Stack, stack
-from .explain import Whole
+from ..prices.played import PlayedStep
 
 MEMORY_POINTS = 2000  # samples of the memory counter in a trace
 _LANES = (COMPUTE, "tp", "cp", "dp_shard")  # from the innermost; other lanes follow
 
 
-def predicted(whole: Whole) -> list[Span]:
+def predicted(whole: PlayedStep) -> list[Span]:
     """Spans of a played step, in the order of its program. Records that take no time are left out.
 
     A fused record is on both its lanes; what it waits for lies within it.
@@ -47,7 +47,7 @@ def predicted(whole: Whole) -> list[Span]:
     return spans
 
 
-def reached_s(whole: Whole) -> list[float]:
+def reached_s(whole: PlayedStep) -> list[float]:
     """When compute reached each record. A collective may start later than it is issued."""
     clock = 0.0
     reached: list[float] = []
@@ -154,7 +154,7 @@ def _events(process: int, name: str, spans: Sequence[Span]) -> Iterator[dict[str
         yield event
 
 
-def _counters(process: int, whole: Whole, stacked: Stack) -> Iterator[dict[str, Any]]:
+def _counters(process: int, whole: PlayedStep, stacked: Stack) -> Iterator[dict[str, Any]]:
     """Live bytes by class as a counter track."""
     for i, seconds in highest(whole, stacked, MEMORY_POINTS):
         yield {
@@ -166,7 +166,7 @@ def _counters(process: int, whole: Whole, stacked: Stack) -> Iterator[dict[str, 
         }
 
 
-def highest(whole: Whole, stacked: Stack, points: int) -> list[tuple[int, float]]:
+def highest(whole: PlayedStep, stacked: Stack, points: int) -> list[tuple[int, float]]:
     """Records that stand for the step's memory, with their times in seconds, in the order of the program.
 
     Of each of ``points`` equal pieces of time it is the one with most live bytes: the peak is always among them.
@@ -180,7 +180,7 @@ def highest(whole: Whole, stacked: Stack, points: int) -> list[tuple[int, float]
     return sorted(best.values())
 
 
-def chrome(processes: Mapping[str, Sequence[Span]], whole: Whole | None = None) -> dict[str, Any]:
+def chrome(processes: Mapping[str, Sequence[Span]], whole: PlayedStep | None = None) -> dict[str, Any]:
     """Trace events of one or several recordings, each a process of its own by its name.
 
     ``whole`` adds its memory to the first process. Times are microseconds, as the format wants.
@@ -193,7 +193,7 @@ def chrome(processes: Mapping[str, Sequence[Span]], whole: Whole | None = None) 
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def write(path: Path, processes: Mapping[str, Sequence[Span]], whole: Whole | None = None) -> None:
+def write(path: Path, processes: Mapping[str, Sequence[Span]], whole: PlayedStep | None = None) -> None:
     """Write a trace file. The final name appears when the file is complete."""
     with atomic_file(path) as unfinished:
         unfinished.write_text(json.dumps(chrome(processes, whole)))

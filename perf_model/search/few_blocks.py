@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ...model.config import ModelConfig, block_unit
 from ...model.inputs import BatchShape
 from ...model.step import build_step, unit_layout
 from ...parallel.ir.plan import Plan
+from ...parallel.ir.program import Program
 from ...parallel.ir.units import Units
 
-BLOCKS = 3  # of the shallow program, and one for each unit prefetched: lanes fill in the first, run dry in the last
+BLOCKS = 3  # of the program, and one for each unit prefetched: lanes fill in the first, run dry in the last
 
 
 def canonical(plan: Plan) -> Plan:
-    """The plan of the shallow program that serves this one: two replicas, shard groups of one or of two ranks.
+    """The plan of the few-block program that serves this one: two replicas, shard groups of one or of two ranks.
 
     A collective over one rank costs nothing, so more ranks than the plan has change no price; but a unit that is never
     gathered has other records than one that is.
@@ -24,81 +24,59 @@ def canonical(plan: Plan) -> Plan:
     return replace(plan, order=Plan().order).with_degrees(dp_shard=1 if alone else 2, dp_replicate=2)
 
 
-@dataclass(frozen=True)
-class Collective:
-    """One collective of a shallow step.
-
-    ``unit``: the unit whose size it has, or whose shard's size if it sums over replicas; "" the whole flat shard; None
-    neither. ``split``: the other of tp and cp splits what it moves.
-    """
-
-    kind: str
-    axes: tuple[str, ...]
-    communicator: str
-    bytes: int
-    unit: str | None
-    width: int
-    split: bool
-
-    def payload(self, units: Units, flat_elements: int) -> int:
-        """Bytes under another shard group."""
-        if self.unit is None:
-            return self.bytes
-        if not self.unit:
-            return flat_elements * self.width
-        unit = units.by_name[self.unit]
-        return (unit.shard_elements if self.axes == ("dp_replicate",) else unit.elements) * self.width
-
-
-class Shallow:
-    """The program of a few blocks, built and checked once for all degrees.
+@dataclass(frozen=True, eq=False)
+class FewBlocks:
+    """The program of a few blocks of a model, before its passes.
 
     Shapes are global and placements typed, so another tp or cp changes the local size of every buffer and the layout of
-    the flat units, but no record.
+    the flat units, but no record. ``units``: of the few blocks, under ``plan``.
     """
 
-    def __init__(self, config: ModelConfig, plan: Plan, batch: BatchShape, blocks: int = 0) -> None:
-        self.config, self.batch = config, batch
-        self.plan = canonical(plan)
-        self.blocks = min(config.layers, blocks or BLOCKS + plan.prefetch)
-        self.model = replace(config, layers=self.blocks)
-        self.program = build_step(self.model, self.plan, batch)
-        self.units = unit_layout(self.model, self.plan)
-        self._units: dict[int, Units] = {}
+    config: ModelConfig
+    batch: BatchShape
+    plan: Plan
+    blocks: int
+    program: Program
+    units: Units
+    _units: dict[int, Units] = field(default_factory=dict, init=False, repr=False)  # by ranks of the shard group
 
-    def on(self, plan: Plan) -> Shallow:
+    @classmethod
+    def build(cls, config: ModelConfig, plan: Plan, batch: BatchShape, blocks: int = 0) -> FewBlocks:
+        """``blocks``: as many as a plan's prefetch needs, if 0; never more than the model has."""
+        plan, blocks = canonical(plan), min(config.layers, blocks or BLOCKS + plan.prefetch)
+        model = replace(config, layers=blocks)
+        return cls(config, batch, plan, blocks, build_step(model, plan, batch), unit_layout(model, plan))
+
+    def on(self, plan: Plan) -> FewBlocks:
         """The same program under other degrees of tp and cp, with the flat units laid out for them."""
         plan = canonical(plan)
         if plan.data_ranks != self.plan.data_ranks:
             raise ValueError(f"a program of {self.plan.data_ranks} data ranks cannot serve {plan.data_ranks}")
-        other = copy.copy(self)
-        other.plan, other.units, other._units = plan, unit_layout(self.model, plan), {}
+        units = unit_layout(replace(self.config, layers=self.blocks), plan)
         shapes: dict[tuple[int, ...], tuple[int, int]] = {
-            (self.units.ranks, self.units.flat_elements): (other.units.ranks, other.units.flat_elements)
+            (self.units.ranks, self.units.flat_elements): (units.ranks, units.flat_elements)
         }
-        for ours, theirs in zip(self.units.units, other.units.units, strict=True):
+        for ours, theirs in zip(self.units.units, units.units, strict=True):
             tp = (self.plan.tp, plan.tp) if ours.tp_sharded else (1, 1)
             shapes[tp[0], ours.elements] = (tp[1], theirs.elements)
-        built = self.program
         buffers = {
             name: replace(buffer, shape=shapes[buffer.shape]) if buffer.shape in shapes else buffer
-            for name, buffer in built.buffers.items()
+            for name, buffer in self.program.buffers.items()
         }
-        other.program = replace(built, plan=plan, buffers=buffers)
-        return other
+        return replace(self, plan=plan, program=replace(self.program, plan=plan, buffers=buffers), units=units)
 
     @property
     def more(self) -> int:
-        """Blocks of the deep model that the shallow one leaves out."""
+        """Blocks of the model that the program leaves out."""
         return self.config.layers - self.blocks
 
     def units_of(self, plan: Plan) -> Units:
-        """The shallow model's units under another shard group."""
+        """The few blocks' units under another shard group."""
         if plan.dp_shard not in self._units:
             self._units[plan.dp_shard] = self.units.over(plan)
         return self._units[plan.dp_shard]
 
     def flat_elements(self, plan: Plan) -> int:
-        """Elements of a rank's flat shard of the deep model."""
+        """Elements of a rank's flat shard of the whole model."""
         units = self.units_of(plan)
         return units.flat_elements + self.more * units.by_name[block_unit(0)].shard_elements

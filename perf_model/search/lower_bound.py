@@ -1,7 +1,7 @@
 """Lower bounds of a family's time and memory before anything of it is built (torch-free).
 
-One program serves (``Shallow``): under another tp and cp its records have other local sizes, so the compute of a block
-can be priced without a pass being run. Compute keeps the builder's order (``plan.defer_weight_gradients`` aside), so
+One program serves (``FewBlocks``): under another tp and cp its records have other local sizes, so the compute of a
+block can be priced without a pass being run. Compute keeps the builder's order (``defer_weight_gradients`` aside), so
 nothing hides a collective but what stands between the record that makes its input and the first that reads its output.
 Memory: no rank's share of anything is less than 1 / (tp * cp) of what one rank with all tokens and heads needs. The
 bounds only cut the search; tests hold them against built and played steps.
@@ -15,11 +15,10 @@ from dataclasses import dataclass, replace
 from ...kernels.ops import OPS
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
-from ..clusters.cluster import Cluster
-from ..prices.compute import Compute
-from ..prices.network import Network, ring_group
-from .extrapolate import Skeleton
-from .few_blocks import Shallow
+from ..prices.models import PriceModels
+from ..prices.network import ring_group
+from .extrapolate import Extrapolation
+from .few_blocks import FewBlocks
 
 Recompute = str | tuple[str, ...]
 
@@ -37,21 +36,21 @@ class _Exchange:
 class _Block:
     """What one more block adds under one recompute mode."""
 
-    skeleton: Skeleton
+    step: Extrapolation
     compute: tuple[int, ...]
     exchanges: tuple[_Exchange, ...]
 
 
-class Floor:
-    """Floors of one model on one latent, from a program that serves all degrees."""
+class LowerBound:
+    """Lower bounds of all families of one model on one latent, from a program that serves all degrees."""
 
-    def __init__(self, shallow: Shallow, compute: Compute, network: Network, cluster: Cluster) -> None:
-        self.compute, self.network, self.cluster = compute, network, cluster
-        plain = shallow.plan.without_overlap()
-        self._fused = shallow.plan.fused_tp  # products hide what they hold: all of it, for what a floor can tell
-        self._plain = shallow.on(plain.with_degrees(tp=2, cp=2))
-        self._one = shallow.on(plain.with_degrees(tp=1, cp=1))
-        self._alone: dict[Recompute, Skeleton] = {}
+    def __init__(self, few: FewBlocks, models: PriceModels) -> None:
+        self.models = models
+        plain = few.plan.without_overlap()
+        self._fused = few.plan.fused_tp  # products hide what they hold: all of it, for what a bound can tell
+        self._plain = few.on(plain.with_degrees(tp=2, cp=2))
+        self._one = few.on(plain.with_degrees(tp=1, cp=1))
+        self._alone: dict[Recompute, Extrapolation] = {}
         self._peaks: dict[tuple[Recompute, int], int] = {}
         self._blocks: dict[Recompute, _Block | None] = {}
 
@@ -64,26 +63,26 @@ class Floor:
         block = self._blocks[recompute]
         if block is None:
             return 0.0
-        built = block.skeleton.program
-        plan = block.skeleton.plan.with_degrees(tp=tp, cp=cp)
+        built = block.step.program
+        plan = block.step.plan.with_degrees(tp=tp, cp=cp)
         program = replace(built, plan=plan)
-        seconds = {i: self.compute.op_s(program, built.ops[i]) for i in block.compute}
+        seconds = {i: self.models.compute.op_s(program, built.ops[i]) for i in block.compute}
         waited = {"tp": 0.0, "cp": 0.0}
         busy = {"tp": 0.0, "cp": 0.0}
         unhidable = 0.0
-        groups = {axis: ring_group(self.cluster, ranks) for axis, ranks in (("tp", tp), ("cp", cp)) if ranks > 1}
+        groups = {axis: ring_group(self.models.cluster, ranks) for axis, ranks in (("tp", tp), ("cp", cp)) if ranks > 1}
         for exchange in block.exchanges:
             if exchange.axis not in groups:
                 continue
             op = built.ops[exchange.index]
-            cost = self.network.collective(op.kind, program.payload_bytes(op), groups[exchange.axis])
+            cost = self.models.network.collective(op.kind, program.payload_bytes(op), groups[exchange.axis])
             if ctas := plan.ctas(op.axes):  # as fast as without the limit: it slows groups of other places by less
                 cost = replace(cost, sms=min(cost.sms, ctas))
             busy[exchange.axis] += cost.seconds
             if exchange.axis == "tp" and self._fused:
                 continue
             if exchange.between:
-                taken = cost.seconds * block.skeleton.taken(cost)
+                taken = cost.seconds * block.step.taken(plan, cost)
                 hidden = sum(seconds.get(i, 0.0) for i in exchange.between)
                 waited[exchange.axis] += max(0.0, cost.seconds - hidden - taken)
                 unhidable += taken
@@ -93,15 +92,15 @@ class Floor:
         return max(added, *busy.values()) * self._one.config.layers * micro_batches
 
     def _block(self, recompute: Recompute) -> _Block | None:
-        """None: a model of so few blocks is built whole, and needs no floor."""
+        """None: a model of so few blocks is built whole, and needs no bound."""
         if self._plain.more == 0:
             return None
-        skeleton = Skeleton(self._plain, replace(self._plain.plan, recompute=recompute), self.compute, self.cluster)
-        program = skeleton.program
-        forward, backward = skeleton.period[:2]  # of the first micro-batch, which the others repeat
+        step = Extrapolation(self._plain, replace(self._plain.plan, recompute=recompute), self.models)
+        program = step.program
+        forward, backward = step.period[:2]  # of the first micro-batch, which the others repeat
         within = [*range(*forward), *range(*backward)]
         compute = tuple(i for i in within if program.ops[i].kind in OPS)
-        return _Block(skeleton, compute, tuple(self._exchanges(program, within)))
+        return _Block(step, compute, tuple(self._exchanges(program, within)))
 
     def _exchanges(self, program: Program, within: list[int]) -> Iterator[_Exchange]:
         made: dict[str, int] = {}
@@ -124,10 +123,10 @@ class Floor:
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
-    def _one_rank(self, recompute: Recompute) -> Skeleton:
+    def _one_rank(self, recompute: Recompute) -> Extrapolation:
         if recompute not in self._alone:
             plan = replace(self._one.plan, recompute=recompute)
-            self._alone[recompute] = Skeleton(self._one, plan, self.compute, self.cluster)
+            self._alone[recompute] = Extrapolation(self._one, plan, self.models)
         return self._alone[recompute]
 
     def kept_bytes(self, recompute: Recompute) -> int:

@@ -1,4 +1,4 @@
-"""Peak bytes of a deep step from its shallow one, under any shard group (torch-free)."""
+"""Peak bytes of a step from a few of its blocks, under any shard group (torch-free)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ...parallel.ir.program import Program
 from ...parallel.ir.records import BufferKind, Phase
 from ...parallel.passes.liveness import lifetimes
 from ..prices.footprint import FLAT, UNIT, class_of
-from .few_blocks import Shallow
+from .few_blocks import FewBlocks
 
 Sized = tuple[str, int]  # of a buffer that the shard group sizes: its unit, "" for the flat shard; bytes of an element
 
@@ -19,13 +19,13 @@ class Peak:
     ``kept_bytes``: what one more block keeps from forward to backward.
     """
 
-    def __init__(self, program: Program, shallow: Shallow, marks: dict[tuple[int | None, Phase], list[int]]) -> None:
-        self.shallow = shallow
+    def __init__(self, program: Program, few: FewBlocks, marks: dict[tuple[int | None, Phase], list[int]]) -> None:
+        self.few = few
         lives = lifetimes(program)
         self.kept_bytes = 0
         deeper: list[tuple[int, int]] = []  # records during which the blocks left out hold kept bytes
         for (micro_batch, direction), starts in marks.items():
-            if direction is Phase.FORWARD and shallow.more:
+            if direction is Phase.FORWARD and few.more:
                 self.kept_bytes = lives.live_bytes[starts[2]] - lives.live_bytes[starts[1]]
                 deeper.append((starts[1], marks[micro_batch, Phase.BACKWARD][-1]))
         first: dict[str, int] = {}
@@ -61,9 +61,9 @@ class Peak:
     def bytes(self, plan: Plan) -> int:
         """Most bytes that the deep step's own buffers hold at once on one rank under a plan's shard group."""
         if plan.dp_shard not in self._peaks:
-            ours, theirs = self.shallow.units, self.shallow.units_of(plan)
-            deep = self.shallow.flat_elements(plan) - ours.flat_elements
-            kept = self.shallow.more * self.kept_bytes
+            ours, theirs = self.few.units, self.few.units_of(plan)
+            deep = self.few.flat_elements(plan) - ours.flat_elements
+            kept = self.few.more * self.kept_bytes
             peak = 0
             for (held, deeper), live in self._highest.items():
                 grown = kept if deeper else 0

@@ -3,8 +3,8 @@
 A family is a choice of tp, cp, samples and micro-batches. Within a family the search goes through every size of the
 FSDP shard group, every placement of the axes on the network, and the lightest recompute that fits. Families, then their
 recompute modes, then their variants are opened in the order of their lower bounds (``lower_bound.py``,
-``Skeleton.bound_s``), until no bound can reach the table. With ``prune`` off everything is played: the truth that tests
-compare with.
+``Extrapolation.bound_s``), until no bound can reach the table. With ``prune`` off everything is played: the truth that
+tests compare with.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from ...errors import CinemeshError
 from ...model.config import latent_text
 from .refusals import FamilyKey, Refusal, RefusalKind
-from .space import Choice, Family, Mode, Prices, Request, Variant, divisors
+from .request import PricedPlan, Request
+from .space import Family, Mode, SearchSpace, Variant, divisors
 
 # Relative errors on published runs of other trainers (perf_model/published, ``cinemesh validate``, 2026-11-23).
 ERROR_BAR = 0.054  # of a step time: mean over sources that were left out of the fit
@@ -31,14 +31,14 @@ class Search:
     """Ranked plans, the best first, and what was refused. ``error``: relative error of a difference between plans."""
 
     request: Request
-    choices: list[Choice]
+    choices: list[PricedPlan]
     refused: list[Refusal]
     error: float
     played: int = 0
     bounded: int = 0
 
     @property
-    def best(self) -> Choice:
+    def best(self) -> PricedPlan:
         return self.choices[0]
 
     @property
@@ -55,13 +55,13 @@ class Search:
         too_big = [refusal for refusal in self.refused if refusal.kind is RefusalKind.MEMORY]
         return min(too_big, key=lambda r: r.needs_bytes) if too_big else self.refused[0] if self.refused else None
 
-    def near_ties(self) -> list[Choice]:
+    def near_ties(self) -> list[PricedPlan]:
         """Plans whose throughput the model cannot tell from the best one's."""
         return [c for c in self.choices[1:] if c.samples_per_s >= (1.0 - self.error) * self.best.samples_per_s]
 
 
-def _families(prices: Prices, refused: list[Refusal]) -> list[Family]:
-    request = prices.request
+def _families(space: SearchSpace, refused: list[Refusal]) -> list[Family]:
+    request = space.request
     families: list[Family] = []
     fixed = request.fixed
     for tp in divisors(request.gpus):
@@ -70,7 +70,7 @@ def _families(prices: Prices, refused: list[Refusal]) -> list[Family]:
         for cp in divisors(request.gpus // tp):
             if fixed.get("cp", cp) != cp:
                 continue
-            family = Family(prices, FamilyKey(tp, cp))
+            family = Family(space, FamilyKey(tp, cp))
             try:
                 family.check_placement()
             except CinemeshError as error:
@@ -83,18 +83,18 @@ def _families(prices: Prices, refused: list[Refusal]) -> list[Family]:
                 if error.what != "tokens":
                     break  # no cp mends it
                 continue
-            families.extend(_batches(prices, tp, cp, refused))
+            families.extend(_batches(space, tp, cp, refused))
     return families
 
 
-def _batches(prices: Prices, tp: int, cp: int, refused: list[Refusal]) -> Iterator[Family]:
+def _batches(space: SearchSpace, tp: int, cp: int, refused: list[Refusal]) -> Iterator[Family]:
     """Families of one (tp, cp): how the samples of a step are dealt out."""
-    request = prices.request
+    request = space.request
     data_ranks = request.gpus // (tp * cp)
     fixed = request.fixed
     if request.global_batch is None:
         micro_batches = int(fixed.get("micro_batches", 1))  # type: ignore[arg-type]
-        yield Family(prices, FamilyKey(tp, cp, request.samples, micro_batches))
+        yield Family(space, FamilyKey(tp, cp, request.samples, micro_batches))
         return
     if request.global_batch % data_ranks:
         rule = f"global batch({request.global_batch}) % data ranks({data_ranks}) != 0"
@@ -103,7 +103,48 @@ def _batches(prices: Prices, tp: int, cp: int, refused: list[Refusal]) -> Iterat
     share = request.global_batch // data_ranks
     for micro_batches in divisors(share):
         if fixed.get("micro_batches", micro_batches) == micro_batches:
-            yield Family(prices, FamilyKey(tp, cp, share // micro_batches, micro_batches))
+            yield Family(space, FamilyKey(tp, cp, share // micro_batches, micro_batches))
+
+
+def search(request: Request) -> Search:
+    """Ranked plans for a request: the best variant of each family.
+
+    Raises CinemeshError when no plan fits: it says which came nearest and what would fit.
+    """
+    found = survey(request)
+    if not found.choices:
+        raise CinemeshError(found.nothing, remedy=_remedy(found))
+    return found
+
+
+def survey(request: Request) -> Search:
+    """As ``search``; where no plan fits, a search without choices.
+
+    Raises CinemeshError for more GPUs than the cluster has, and for latents that the model cannot take.
+    """
+    cluster = request.cluster
+    for bucket in request.buckets:
+        request.config.tokens(bucket.latent)
+    if not request.gpus <= cluster.gpus:
+        raise CinemeshError(
+            f"{request.gpus} GPUs > {cluster.gpus} of {cluster.name} "
+            f"({cluster.topology.servers} servers of {cluster.gpus_per_server})",
+            remedy="use fewer, or another cluster",
+        )
+    space = SearchSpace(request)
+    refused: list[Refusal] = []
+    families = _families(space, refused)
+    opened = _Frontier(space, families)
+    opened.exhaust()
+    ranked = sorted(opened.best.items(), key=lambda item: (_per_sample_s(item[1]), repr(item[1].plan)))
+    shown = {family for family, _ in ranked[: request.shown]}
+    refused += [opened.refusal(family) for family in families if family not in shown]
+    choices = [choice for _, choice in ranked[: request.shown]]
+    return Search(request, choices, refused, NEAR, space.evaluator.played, space.evaluator.bounded)
+
+
+def _per_sample_s(choice: PricedPlan) -> float:
+    return choice.step_s / choice.global_batch
 
 
 @dataclass(order=True)
@@ -121,98 +162,79 @@ class _Todo:
     variant: Variant | None = field(compare=False, default=None)
 
 
-def search(request: Request) -> Search:
-    """Ranked plans for a request: the best variant of each family.
+class _Frontier:
+    """What may still be opened, by its lower bound, and the best variant of each family so far."""
 
-    Raises CinemeshError when no plan fits: it says which came nearest and what would fit.
-    """
-    found = survey(request)
-    if not found.choices:
-        raise CinemeshError(found.nothing, remedy=_remedy(found))
-    return found
+    def __init__(self, space: SearchSpace, families: list[Family]) -> None:
+        self.space, self.request = space, space.request
+        self.best: dict[Family, PricedPlan] = {}
+        self._bounds: dict[Family, float] = {}  # of families that were cut off
+        self._last_shown_s = math.inf  # a sample of the last plan shown, as far as known
+        self._numbers = itertools.count()
+        self._heap: list[_Todo] = []
+        for family in reversed(families):  # of equal bounds, what splits most is opened first: it is the first to fit
+            self._push(family, family.modes(), family.shard_groups())
 
+    def _push(self, family: Family, modes: tuple[Mode, ...], groups: list[int]) -> None:
+        bound_s = family.bound_s(modes[0]) / family.global_batch
+        heapq.heappush(self._heap, _Todo(bound_s, next(self._numbers), family, modes, groups))
 
-def survey(request: Request) -> Search:
-    """As ``search``; where no plan fits, a search without choices.
+    def exhaust(self) -> None:
+        """Open whatever has the lowest bound, until no bound is below the last plan shown."""
+        while self._heap:
+            todo = heapq.heappop(self._heap)
+            if self.request.prune and todo.per_sample_s >= self._last_shown_s:
+                self._bounds.setdefault(todo.family, todo.per_sample_s)
+            elif todo.variant is not None:
+                self._play(todo, todo.variant)
+            else:
+                self._expand(todo)
 
-    Whatever has the lowest bound is opened first; the search ends when no bound is below the last plan shown.
-    Raises CinemeshError for more GPUs than the cluster has, and for latents that the model cannot take.
-    """
-    for bucket in request.buckets:
-        request.config.tokens(bucket.latent)
-    if not request.gpus <= request.cluster.gpus:
-        raise CinemeshError(
-            f"{request.gpus} GPUs > {request.cluster.gpus} of {request.cluster.name} "
-            f"({request.cluster.topology.servers} servers of {request.cluster.gpus_per_server})",
-            remedy="use fewer, or another cluster",
-        )
-    prices = Prices(request)
-    refused: list[Refusal] = []
-    spread = request.cluster.spread.factor(request.gpus)
-    number = itertools.count()
-    heap: list[_Todo] = []
-
-    def push(family: Family, step_s: float, **what: Any) -> None:
-        per_sample_s = step_s * spread / family.global_batch
-        heapq.heappush(heap, _Todo(per_sample_s, next(number), family, **what))
-
-    families = _families(prices, refused)
-    for family in reversed(families):  # of equal floors, what splits most is opened first: it is the first to fit
-        modes = family.modes()
-        push(family, family.floor_s(modes[0]), modes=modes, groups=family.shard_groups())
-    best: dict[Family, Choice] = {}
-
-    def last_shown_s() -> float:
-        """Seconds a sample of the last plan shown, as far as known."""
-        times = sorted(choice.step_s / choice.global_batch for choice in best.values())
-        return times[request.shown - 1] if len(times) >= request.shown else math.inf
-
-    worst = math.inf
-    bounds: dict[Family, float] = {}
-    while heap:
-        todo = heapq.heappop(heap)
+    def _expand(self, todo: _Todo) -> None:
+        """The variants of a mode that fit; what does not, under the next heavier mode."""
         family = todo.family
-        if request.prune and todo.per_sample_s >= worst:
-            bounds.setdefault(family, todo.per_sample_s)
-            continue
-        if todo.variant is not None:
-            known = best.get(family)
-            if request.prune and known and todo.per_sample_s >= known.step_s / known.global_batch:
-                continue
-            choice = prices.play(family, todo.variant)
-            if known is None or (choice.step_s, repr(choice.plan)) < (known.step_s, repr(known.plan)):
-                best[family] = choice
-                worst = last_shown_s()
-            continue
         if family.too_big(todo.modes[0][0]):
             variants, unfit = [], todo.groups
         else:
             variants, unfit = family.expand(todo.modes[0], todo.groups)
         for variant in variants:
-            push(family, variant.bound_s, variant=variant)
+            bound_s = variant.bound_s / family.global_batch
+            heapq.heappush(self._heap, _Todo(bound_s, next(self._numbers), family, variant=variant))
         if unfit and todo.modes[1:]:
-            push(family, family.floor_s(todo.modes[1]), modes=todo.modes[1:], groups=unfit)
-    ranked = sorted(best.items(), key=lambda item: (item[1].step_s / item[1].global_batch, repr(item[1].plan)))
-    shown = {family for family, _ in ranked[: request.shown]}
-    for family in families:
-        if family in shown:
-            continue
-        if family in best:
-            behind = best[family].step_s / best[family].global_batch / worst - 1.0
-            refused.append(Refusal(RefusalKind.SLOWER, family.key, slower=behind))
-        elif family in bounds:
-            behind = bounds[family] / worst - 1.0
-            refused.append(Refusal(RefusalKind.SLOWER, family.key, slower=behind, at_least=True))
-        else:
-            refused.append(_too_big(prices, family))
-    choices = [choice for _, choice in ranked[: request.shown]]
-    return Search(request, choices, refused, NEAR, prices.played, prices.bounded)
+            self._push(family, todo.modes[1:], unfit)
 
+    def _play(self, todo: _Todo, variant: Variant) -> None:
+        family = todo.family
+        known = self.best.get(family)
+        if self.request.prune and known and todo.per_sample_s >= _per_sample_s(known):
+            return
+        built, cost = variant.built, self.space.evaluator.cost(variant.built)
+        choice = PricedPlan(
+            plan=built.plan,
+            samples=family.samples,
+            step_s=cost.step_s,
+            compute_s=cost.compute_s,
+            bound_s=variant.bound_s,
+            peak_bytes=cost.peak_bytes,
+            global_batch=family.global_batch,
+            frozen=built.held,
+        )
+        if known is None or (choice.step_s, repr(choice.plan)) < (known.step_s, repr(known.plan)):
+            self.best[family] = choice
+            times = sorted(map(_per_sample_s, self.best.values()))
+            self._last_shown_s = times[self.request.shown - 1] if len(times) >= self.request.shown else math.inf
 
-def _too_big(prices: Prices, family: Family) -> Refusal:
-    need = family.least_peak or family.floor_bytes("full")
-    free = prices.limit_bytes(family.plan)
-    return Refusal(RefusalKind.MEMORY, family.key, needs_bytes=need, free_bytes=free)
+    def refusal(self, family: Family) -> Refusal:
+        """Why a family is not shown."""
+        if family in self.best:
+            behind = _per_sample_s(self.best[family]) / self._last_shown_s - 1.0
+            return Refusal(RefusalKind.SLOWER, family.key, slower=behind)
+        if family in self._bounds:
+            behind = self._bounds[family] / self._last_shown_s - 1.0
+            return Refusal(RefusalKind.SLOWER, family.key, slower=behind, at_least=True)
+        need = family.needed_bytes or family.least_bytes("full")
+        free = self.space.evaluator.limit_bytes(family.plan)
+        return Refusal(RefusalKind.MEMORY, family.key, needs_bytes=need, free_bytes=free)
 
 
 def _remedy(found: Search) -> str:

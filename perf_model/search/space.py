@@ -1,4 +1,4 @@
-"""Families and their variants: what the search opens (torch-free).
+"""The search space: families of plans and their variants, which the search opens (torch-free).
 
 A family is a choice of tp, cp, samples and micro-batches. Its variants differ in the size of the FSDP shard group, the
 placement of the axes on the network, and how much is recomputed: the lightest mode that fits, and in as many of the
@@ -10,92 +10,32 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ...model.config import ModelConfig
 from ...model.inputs import BatchShape
 from ...model.step import check
-from ...parallel.ir.fields import AXES, DtypePolicy
+from ...parallel.ir.fields import AXES
 from ...parallel.ir.layout import HEADS
 from ...parallel.ir.plan import Plan
-from ..clusters.cluster import Cluster
-from ..prices.compute import Compute
-from ..prices.encoders import FrozenCost, frozen_options
-from ..prices.footprint import outside
-from ..prices.network import Groups, Network, groups_of
+from ..prices.network import Groups, groups_of
 from ..prices.timeline import beyond_server, check_fused
-from .extrapolate import Skeleton
-from .few_blocks import Shallow
-from .lower_bound import Floor, Recompute
+from .evaluator import BuiltPlan, Evaluator, mixed_peak_bytes, split_modes
+from .extrapolate import Extrapolation
+from .few_blocks import FewBlocks
+from .lower_bound import LowerBound, Recompute
 from .refusals import FamilyKey
+from .request import Request
 
 Mode = tuple[Recompute, Recompute | None]  # how blocks recompute, and what as many of the last ones as fit do instead
-ATTENTION: Recompute = ("o", "lse")  # self-attention is what costs most to run again, and its output is small
+KEEPS_ATTENTION: Recompute = ("o", "lse")  # it is what costs most to run again, and its output is small
 MODES: tuple[Mode, ...] = (  # most kept bytes first
     ("none", None),
     ("selective", "none"),
-    (ATTENTION, "selective"),
-    ("full", ATTENTION),
+    (KEEPS_ATTENTION, "selective"),
+    ("full", KEEPS_ATTENTION),
 )
-SHOWN = 5  # families ranked
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """A sample shape: latent (T, H, W), and its share of the steps."""
-
-    latent: tuple[int, int, int]
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to plan for.
-
-    ``fixed`` holds plan fields that are given by hand; ``samples`` those of one micro-batch on one data rank, used when
-    no global batch is asked for; ``encoders``: the frozen text encoders run in the loop.
-    """
-
-    config: ModelConfig
-    buckets: tuple[Bucket, ...]
-    cluster: Cluster
-    gpus: int
-    global_batch: int | None = None
-    samples: int = 1
-    dtype: DtypePolicy = "bf16"
-    fixed: dict[str, object] = field(default_factory=dict)
-    encoders: bool = False
-    shown: int = SHOWN
-    prune: bool = True
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One plan with its price. ``step_s`` is the mean over the buckets by weight; bytes are of one rank."""
-
-    plan: Plan
-    samples: int
-    step_s: float
-    compute_s: float
-    bound_s: float
-    peak_bytes: int
-    global_batch: int
-    frozen: FrozenCost | None = None
-
-    @property
-    def samples_per_s(self) -> float:
-        return self.global_batch / self.step_s
-
-    @property
-    def exposed(self) -> float:
-        """Share of the step that compute alone does not explain."""
-        return 1.0 - self.compute_s / self.step_s
-
-    @property
-    def family(self) -> FamilyKey:
-        return FamilyKey(self.plan.tp, self.plan.cp, self.samples, self.plan.micro_batches)
 
 
 def divisors(value: int) -> list[int]:
@@ -111,49 +51,60 @@ def everywhere(request: Request) -> Plan:
     return Plan(tp=2, cp=2, dp_shard=2, **values)
 
 
-def parts(plan: Plan, layers: int) -> list[tuple[float, Plan]]:
-    """A plan of two recompute modes as plans of one each, with their share of the blocks."""
-    if plan.recompute_last is None:
-        return [(1.0, plan)]
-    share = plan.last_blocks / layers
-    first = replace(plan, recompute_last=None, last_blocks=0)
-    return [(1.0 - share, first), (share, replace(first, recompute=plan.recompute_last))]
+class SearchSpace:
+    """What all families of one request share: the evaluator, the programs of a few blocks and the lower bounds.
 
-
-def mixed_peak_bytes(heavy: Skeleton, light: Skeleton, plan: Plan, blocks: int, layers: int) -> int:
-    """Peak of a step whose last ``blocks`` blocks recompute as ``light`` does and the others as ``heavy``.
-
-    What each mode needs beside kept bytes is taken from the mode that needs more.
+    Raises CinemeshError when the fixed fields share the GPU as it cannot be shared.
     """
-    peak = heavy.peak_bytes(plan)
-    above = light.peak_bytes(plan) - layers * light.kept_bytes - (peak - layers * heavy.kept_bytes)
-    return peak + blocks * (light.kept_bytes - heavy.kept_bytes) + max(above, 0)
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.evaluator = Evaluator(request)
+        self.evaluator.models.compute.check(everywhere(request))
+        self.too_big: dict[object, int] = {}  # the largest cp that did not fit, by all else that families differ in
+        self._few: dict[object, list[FewBlocks]] = {}
+        self._bounds: dict[int, list[LowerBound]] = {}
+
+    def few(self, plan: Plan, samples: int) -> list[FewBlocks]:
+        """The programs that serve all families with as many samples and micro-batches; one for each bucket."""
+        alone = plan.dp_shard * plan.cp == 1
+        key = (alone, samples, plan.micro_batches)
+        if key not in self._few:
+            base = everywhere(self.request).with_degrees(**({"cp": 1, "dp_shard": 1} if alone else {}))
+            base = replace(base, micro_batches=plan.micro_batches)
+            batches = [BatchShape(samples, bucket.latent) for bucket in self.request.buckets]
+            self._few[key] = [FewBlocks.build(self.request.config, base, batch) for batch in batches]
+        return self._few[key]
+
+    def bounds(self, samples: int) -> list[LowerBound]:
+        """One for each bucket."""
+        if samples not in self._bounds:
+            few, models = self.few(everywhere(self.request), samples), self.evaluator.models
+            self._bounds[samples] = [LowerBound(one, models) for one in few]
+        return self._bounds[samples]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A plan that can be played: a lower bound of its step, and its peak with the frozen encoders."""
+    """A plan that can be played, and a lower bound of its step."""
 
     bound_s: float
-    plan: Plan
-    peak_bytes: int
-    frozen: FrozenCost | None
+    built: BuiltPlan
 
 
 class Family:
     """Variants of one choice of tp, cp, samples and micro-batches."""
 
-    def __init__(self, prices: Prices, key: FamilyKey) -> None:
-        self.prices = prices
-        self.request = prices.request
+    def __init__(self, space: SearchSpace, key: FamilyKey) -> None:
+        self.space, self.evaluator, self.request = space, space.evaluator, space.request
         self.key, self.samples = key, key.samples
         self.data_ranks = self.request.gpus // key.model_parallel
         self.plan = everywhere(self.request).with_degrees(tp=key.tp, cp=key.cp, dp_shard=self.data_ranks)
         self.plan = replace(self.plan, micro_batches=key.micro_batches)
-        self.least_peak = 0
+        self.needed_bytes = 0  # of its own buffers and encoders, by the last mode opened and the largest shard group
         self._placements: dict[tuple[int, int], list[tuple[tuple[str, ...], Groups]]] = {}
-        self._shallow: dict[bool, list[Shallow]] = {}
-        self._skeletons: dict[tuple[object, ...], list[Skeleton]] = {}
+        self._few: dict[bool, list[FewBlocks]] = {}
+        self._steps: dict[tuple[bool, Recompute], list[Extrapolation]] = {}
 
     @property
     def global_batch(self) -> int:
@@ -169,21 +120,58 @@ class Family:
         for bucket in self.request.buckets:
             check(self.request.config, self.plan, BatchShape(self.samples, bucket.latent))
 
-    def skeletons(self, plan: Plan) -> list[Skeleton]:
-        """One for each bucket."""
+    def steps(self, plan: Plan) -> list[Extrapolation]:
+        """Of a plan of one recompute mode, one for each bucket."""
         alone = plan.dp_shard * plan.cp == 1
-        if alone not in self._shallow:
-            self._shallow[alone] = [shallow.on(plan) for shallow in self.prices.shallow(plan, self.samples)]
-        key = (alone, plan.recompute, plan.prefetch)
-        if key not in self._skeletons:
-            self._skeletons[key] = [
-                Skeleton(shallow, plan, self.prices.compute, self.request.cluster) for shallow in self._shallow[alone]
-            ]
-        return self._skeletons[key]
+        if alone not in self._few:
+            self._few[alone] = [few.on(plan) for few in self.space.few(plan, self.samples)]
+        key = (alone, plan.recompute)
+        if key not in self._steps:
+            self._steps[key] = [Extrapolation(few, plan, self.evaluator.models) for few in self._few[alone]]
+        return self._steps[key]
+
+    def built(self, plan: Plan) -> BuiltPlan:
+        """A plan of this family with the programs that price it."""
+        split = split_modes(plan, self.request.config.layers)
+        return BuiltPlan(plan, self.samples, tuple(self.steps(of) for _, of in split))
+
+    # -- before anything is built ---------------------------------------------------------------------------------
+
+    def modes(self) -> tuple[Mode, ...]:
+        """From the least added work to the least kept bytes; those that cannot fit, whatever is sharded, left out."""
+        fixed = self.request.fixed
+        if "recompute" in fixed:
+            return ((fixed["recompute"], None),)  # type: ignore[return-value]
+        limit = self.evaluator.limit_bytes(self.plan)
+        return tuple(mode for mode in MODES[:-1] if self.least_bytes(mode[0]) <= limit) + MODES[-1:]
+
+    def least_bytes(self, recompute: Recompute) -> float:
+        """A lower bound of what the program's own buffers need."""
+        return max(bound.peak_bytes(recompute, self.plan) for bound in self.space.bounds(self.samples))
+
+    def bound_s(self, mode: Mode) -> float:
+        """A lower bound of the step of every variant of a mode."""
+        recompute, lighter = mode
+        if lighter is None:
+            least = self._bound_s(recompute)
+        else:
+            spare = self.evaluator.limit_bytes(self.plan) - self.least_bytes(recompute)
+            bounds = self.space.bounds(self.samples)
+            each = min(bound.kept_bytes(lighter) - bound.kept_bytes(recompute) for bound in bounds)
+            blocks = spare * self.plan.tp * self.plan.cp / each
+            share = min(1.0, max(0.0, blocks / self.request.config.layers))
+            shares = ((1.0 - share, recompute), (share, lighter))
+            least = sum(part * self._bound_s(of) for part, of in shares if part > 0.0)
+        return least * self.request.cluster.spread.factor(self.request.gpus)
+
+    def _bound_s(self, recompute: Recompute) -> float:
+        plan, bounds = self.plan, self.space.bounds(self.samples)
+        return self.evaluator.mean(b.step_s(recompute, plan.tp, plan.cp, plan.micro_batches) for b in bounds)
 
     # -- variants -------------------------------------------------------------------------------------------------
 
     def shard_groups(self) -> list[int]:
+        """Sizes of the shard group that may be."""
         fixed = self.request.fixed
         if "dp_shard" in fixed:
             return [n for n in divisors(self.data_ranks) if n == fixed["dp_shard"]]
@@ -212,55 +200,13 @@ class Family:
             self._placements[key] = list(distinct.values())
         return self._placements[key]
 
-    def modes(self) -> tuple[Mode, ...]:
-        """From the least added work to the least kept bytes; those that cannot fit, whatever is sharded, left out."""
-        fixed = self.request.fixed
-        if "recompute" in fixed:
-            return ((fixed["recompute"], None),)  # type: ignore[return-value]
-        limit = self.prices.limit_bytes(self.plan)
-        return tuple(mode for mode in MODES[:-1] if self.floor_bytes(mode[0]) <= limit) + MODES[-1:]
-
-    def floor_bytes(self, recompute: Recompute) -> float:
-        return max(floor.peak_bytes(recompute, self.plan) for floor in self.prices.floors(self.samples))
-
-    def floor_s(self, mode: Mode) -> float:
-        """A lower bound of the step of every variant of a mode, before any of them is built."""
-        recompute, lighter = mode
-        if lighter is None:
-            return self._floor_s(recompute)
-        spare = self.prices.limit_bytes(self.plan) - self.floor_bytes(recompute)
-        each = min(f.kept_bytes(lighter) - f.kept_bytes(recompute) for f in self.prices.floors(self.samples))
-        blocks = spare * self.plan.tp * self.plan.cp / each
-        share = min(1.0, max(0.0, blocks / self.request.config.layers))
-        return sum(part * self._floor_s(of) for part, of in ((1.0 - share, recompute), (share, lighter)) if part > 0.0)
-
-    def _floor_s(self, recompute: Recompute) -> float:
-        plan, floors = self.plan, self.prices.floors(self.samples)
-        return self.prices.mean(f.step_s(recompute, plan.tp, plan.cp, plan.micro_batches) for f in floors)
-
-    def lightened(self, plan: Plan, lighter: Recompute, limit: float) -> tuple[Plan, int]:
-        """The plan with as many last blocks on the lighter mode as fit, and its peak bytes."""
-        layers = self.request.config.layers
-        pairs = list(zip(self.skeletons(plan), self.skeletons(replace(plan, recompute=lighter)), strict=True))
-        heavy = self.peak_bytes(plan)
-        each = max(light.kept_bytes - heavy.kept_bytes for heavy, light in pairs)
-        blocks = 0
-        if each > 0:
-            above = max(mixed_peak_bytes(heavy, light, plan, 1, layers) for heavy, light in pairs) - heavy
-            blocks = max(0, min(layers - 1, 1 + int((limit - heavy - above) // each)))
-        if blocks == 0:
-            return plan, heavy
-        peak = max(mixed_peak_bytes(heavy, light, plan, blocks, layers) for heavy, light in pairs)
-        return replace(plan, recompute_last=lighter, last_blocks=blocks), peak
-
-    def peak_bytes(self, plan: Plan) -> int:
-        return max(skeleton.peak_bytes(plan) for skeleton in self.skeletons(plan))
-
     def too_big(self, recompute: Recompute) -> bool:
         """Whether a family with the same tp that splits further did not fit either: then this one is not built."""
-        plan = self.plan
-        key = (plan.tp, self.samples, plan.micro_batches, recompute)
-        return plan.cp <= self.prices.too_big.get(key, 0)
+        return self.plan.cp <= self.space.too_big.get(self._alike(recompute), 0)
+
+    def _alike(self, recompute: Recompute) -> object:
+        """What families that differ in cp alone have in common."""
+        return (self.plan.tp, self.samples, self.plan.micro_batches, recompute)
 
     def expand(self, mode: Mode, groups: list[int]) -> tuple[list[Variant], list[int]]:
         """Variants of one mode over shard groups of these sizes, and the sizes that do not fit.
@@ -272,125 +218,45 @@ class Family:
         plans = [base.with_degrees(dp_shard=n, dp_replicate=self.data_ranks // n) for n in groups]
 
         def held(plan: Plan) -> int:
-            return min(o.bytes if o else 0 for o in self.prices.frozen(plan, self.samples))
+            return min(way.bytes if way else 0 for way in self.evaluator.encoders(plan, self.samples))
 
-        def need(plan: Plan) -> int:
-            return self.peak_bytes(plan) + held(plan)
+        def needs(plan: Plan) -> int:
+            return self._peak_bytes(plan) + held(plan)
 
-        self.least_peak = need(plans[-1])
-        first = bisect_left(plans, True, key=lambda plan: need(plan) <= self.prices.limit_bytes(plan))
+        self.needed_bytes = needs(plans[-1])
+        first = bisect_left(plans, True, key=lambda plan: needs(plan) <= self.evaluator.limit_bytes(plan))
         if first == len(plans):
-            key = (self.plan.tp, self.samples, self.plan.micro_batches, recompute)
-            self.prices.too_big[key] = max(self.plan.cp, self.prices.too_big.get(key, 0))
+            alike = self._alike(recompute)
+            self.space.too_big[alike] = max(self.plan.cp, self.space.too_big.get(alike, 0))
         variants: list[Variant] = []
         for plan in plans[first:]:
-            peak, limit = self.peak_bytes(plan), self.prices.limit_bytes(plan)
+            limit = self.evaluator.limit_bytes(plan)
             if lighter is not None:
-                plan, peak = self.lightened(plan, lighter, limit - held(plan))
-            variants += self._placed(plan, peak, limit)
+                plan = self._lightened(plan, lighter, limit - held(plan))
+            variants += self._placed(plan, limit)
         return variants, groups[:first]
 
-    def _placed(self, plan: Plan, peak: int, limit: float) -> Iterator[Variant]:
+    def _peak_bytes(self, plan: Plan) -> int:
+        return max(step.peak_bytes(plan) for step in self.steps(plan))
+
+    def _lightened(self, plan: Plan, lighter: Recompute, limit: float) -> Plan:
+        """The plan with as many last blocks on the lighter mode as fit."""
+        pairs = list(zip(self.steps(plan), self.steps(replace(plan, recompute=lighter)), strict=True))
+        peak = self._peak_bytes(plan)
+        each = max(light.kept_bytes - heavy.kept_bytes for heavy, light in pairs)
+        if each <= 0:
+            return plan
+        above = max(mixed_peak_bytes(heavy, light, plan, 1) for heavy, light in pairs) - peak
+        blocks = max(0, min(self.request.config.layers - 1, 1 + int((limit - peak - above) // each)))
+        return replace(plan, recompute_last=lighter, last_blocks=blocks) if blocks else plan
+
+    def _placed(self, plan: Plan, limit: float) -> Iterator[Variant]:
         """One plan in every placement that differs on the network, with the fastest way to hold the encoders."""
-        shares = [(share, part, self.skeletons(part)) for share, part in parts(plan, self.request.config.layers)]
+        built = self.built(plan)
+        peak = built.program_bytes
         for order, groups in self.placements(plan):
             placed = replace(plan, order=order)
-            fits = [o for o in self.prices.frozen(placed, self.samples) if peak + (o.bytes if o else 0) <= limit]
-            option = fits[0]
-            seconds, bytes_ = (option.seconds, option.bytes) if option else (0.0, 0)
-            yield Variant(self.prices.bound_s(shares, groups) + seconds, placed, peak + bytes_, option)
-
-
-class Prices:
-    """What all families of one request share: the models, floors, shallow programs.
-
-    Raises CinemeshError when the fixed fields share the GPU as it cannot be shared.
-    """
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.compute = Compute(request.cluster)
-        self.compute.check(everywhere(request))
-        self.network = Network(request.cluster)
-        self.played = 0
-        self.bounded = 0
-        self._frozen: dict[object, list[FrozenCost]] = {}
-        self._floors: dict[int, list[Floor]] = {}
-        self._shallow: dict[object, list[Shallow]] = {}
-        self.too_big: dict[object, int] = {}
-
-    def limit_bytes(self, plan: Plan) -> float:
-        """What the program's own buffers may take of one device."""
-        return self.request.cluster.memory.usable_bytes - self.outside_bytes(plan)
-
-    def outside_bytes(self, plan: Plan) -> int:
-        """What no program owns."""
-        return sum(outside(self.request.cluster, plan).values())
-
-    def frozen(self, plan: Plan, samples: int) -> Sequence[FrozenCost | None]:
-        """Ways to hold the frozen encoders, the fastest first."""
-        if not self.request.encoders:
-            return (None,)
-        key = (plan.dp_shard, plan.order, samples * plan.micro_batches, plan.tp, plan.cp)
-        if key not in self._frozen:
-            tokens = {encoder.name: encoder.tokens for encoder in self.request.config.encoders}
-            self._frozen[key] = frozen_options(
-                plan, tokens, samples * plan.micro_batches, self.compute, self.network, self.request.cluster
-            )
-        return self._frozen[key]
-
-    def bound_s(self, shares: list[tuple[float, Plan, list[Skeleton]]], groups: Groups) -> float:
-        """A lower bound of the step of a plan's ``parts`` where its groups lie so on the network."""
-        self.bounded += 1
-        return sum(
-            share * self.mean(skeleton.bound_s(part, self.network, groups) for skeleton in skeletons)
-            for share, part, skeletons in shares
-        )
-
-    def shallow(self, plan: Plan, samples: int) -> list[Shallow]:
-        """The programs that serve all families with as many samples and micro-batches; one for each bucket."""
-        alone = plan.dp_shard * plan.cp == 1
-        key = (alone, samples, plan.micro_batches)
-        if key not in self._shallow:
-            model = everywhere(self.request).with_degrees(**({"cp": 1, "dp_shard": 1} if alone else {}))
-            model = replace(model, micro_batches=plan.micro_batches)
-            self._shallow[key] = [
-                Shallow(self.request.config, model, BatchShape(samples, bucket.latent))
-                for bucket in self.request.buckets
-            ]
-        return self._shallow[key]
-
-    def floors(self, samples: int) -> list[Floor]:
-        """One for each bucket."""
-        if samples not in self._floors:
-            plan = everywhere(self.request)
-            self._floors[samples] = [
-                Floor(shallow, self.compute, self.network, self.request.cluster)
-                for shallow in self.shallow(plan, samples)
-            ]
-        return self._floors[samples]
-
-    def mean(self, values: Iterator[float]) -> float:
-        weights = [bucket.weight for bucket in self.request.buckets]
-        return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
-
-    def play(self, family: Family, variant: Variant) -> Choice:
-        self.played += 1
-        plan, request = variant.plan, self.request
-        step_s = compute_s = 0.0
-        for share, part in parts(plan, self.request.config.layers):
-            priced = [s.price(part, self.network, request.cluster) for s in family.skeletons(part)]
-            step_s += share * self.mean(p.step_s for p in priced)
-            compute_s += share * self.mean(p.compute_s for p in priced)
-        held = variant.frozen.seconds if variant.frozen else 0.0
-        spread = request.cluster.spread.factor(plan.world_size)
-        return Choice(
-            plan=plan,
-            samples=family.samples,
-            step_s=(step_s + held) * spread,
-            compute_s=compute_s,
-            bound_s=variant.bound_s * spread,
-            peak_bytes=variant.peak_bytes + self.outside_bytes(plan),
-            global_batch=family.global_batch,
-            frozen=variant.frozen,
-        )
+            ways = self.evaluator.encoders(placed, self.samples)
+            held = next(way for way in ways if peak + (way.bytes if way else 0) <= limit)
+            bound_s = self.evaluator.placed_bound_s(built, groups, held)
+            yield Variant(bound_s, BuiltPlan(placed, self.samples, built.steps, held))

@@ -61,8 +61,8 @@ from cinemesh.perf_model.calibration.calibrate import fit, residuals, write
 from cinemesh.perf_model.clusters.cluster import Cluster, load
 from cinemesh.perf_model.prices.compute import Compute
 from cinemesh.perf_model.prices.network import Network, group_of
+from cinemesh.perf_model.prices.played import PlayedStep, play_program
 from cinemesh.perf_model.prices.timeline import Timeline
-from cinemesh.perf_model.report.explain import Whole, played
 from cinemesh.perf_model.report.trace import write as write_trace
 
 SKIPPED = 2  # first rounds
@@ -269,11 +269,11 @@ def total(row: Mapping[str, Any], side: str, what: str) -> float:
     return sum(row[side][what].values())
 
 
-def predict(axis: str, cluster: Cluster) -> Whole:
+def predict(axis: str, cluster: Cluster) -> PlayedStep:
     """The step with overlap, as the ranks scheduled it."""
     case = case_of(axis, replace(without(axis), **RUNS[axis].overlaps))
     built = build_step(case.config, case.plan, case.batch, OPTIMIZER)
-    return played(prepare(built, backend="gloo", price=pricing(cluster)), case.batch, cluster)
+    return play_program(prepare(built, backend="gloo", price=pricing(cluster)), case.batch, cluster)
 
 
 def summarise(axis: str, rows: Sequence[Mapping[str, Any]], timeline: Timeline) -> dict[str, Any]:

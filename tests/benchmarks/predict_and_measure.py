@@ -59,7 +59,7 @@ from cinemesh.perf_model.prices.compute import Compute
 from cinemesh.perf_model.prices.network import Network
 from cinemesh.perf_model.prices.timeline import play, price
 from cinemesh.perf_model.search.planner import search
-from cinemesh.perf_model.search.space import Bucket, Request
+from cinemesh.perf_model.search.request import LatentBucket, Request
 
 PLACES: dict[str, float | None] = {"loopback": None, "fast": 4000.0, "slow": 200.0}  # Mb/s of the link between servers
 SHAPES = {name: replace(shape, config=replace(shape.config, layers=2)) for name, shape in DEEP.items()}
@@ -110,7 +110,7 @@ def planned(cluster: Cluster, shape: Shape) -> Plan:
     """What the planner chooses."""
     request = Request(
         shape.config,
-        (Bucket(shape.latent),),
+        (LatentBucket(shape.latent),),
         cluster,
         RANKS,
         global_batch=shape.samples,

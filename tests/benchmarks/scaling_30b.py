@@ -21,12 +21,15 @@ from cinemesh.model.inputs import BatchShape
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.compute import Compute
+from cinemesh.perf_model.prices.models import PriceModels
+from cinemesh.perf_model.prices.played import PlayedStep, play_step
 from cinemesh.perf_model.prices.timeline import play, price
-from cinemesh.perf_model.report.explain import Whole, describe, mfu, terms, whole
-from cinemesh.perf_model.search.extrapolate import Skeleton
-from cinemesh.perf_model.search.few_blocks import Shallow
+from cinemesh.perf_model.report.explain import describe, mfu, terms
+from cinemesh.perf_model.search.evaluator import split_modes
+from cinemesh.perf_model.search.extrapolate import Extrapolation
+from cinemesh.perf_model.search.few_blocks import FewBlocks
 from cinemesh.perf_model.search.planner import search
-from cinemesh.perf_model.search.space import Bucket, Choice, Prices, Request, parts
+from cinemesh.perf_model.search.request import LatentBucket, PricedPlan, Request
 from cinemesh.perf_model.search.tune import tune
 
 MODEL, LATENT, GPUS = "movie-gen-30b", (32, 96, 96), 6144
@@ -70,7 +73,7 @@ class Point:
     limits: dict[str, float]
 
 
-def lost(played: Whole, first: Whole) -> dict[str, float]:
+def lost(played: PlayedStep, first: PlayedStep) -> dict[str, float]:
     """Shares of a step that the first point's step, split over more ranks, would not have."""
     fewer = played.plan.tp * played.plan.cp / (first.plan.tp * first.plan.cp)
     ideal = terms(first)
@@ -79,14 +82,14 @@ def lost(played: Whole, first: Whole) -> dict[str, float]:
     return {name: share for name, share in sorted(shares.items(), key=lambda item: -item[1]) if share > 0.002}
 
 
-def nic_share(played: Whole) -> float:
+def nic_share(played: PlayedStep) -> float:
     """Seconds that the bytes of all collectives over NICs take alone, over those of the step."""
     costs = (record.cost for record in played.tape.records)
     return sum(cost.transfer_s for cost in costs if cost.link == "nic") / played.step_s
 
 
 def row(name: str, plan: Plan) -> Row:
-    played = whole(CONFIG, plan, BatchShape(1, LATENT), CLUSTER)
+    played = play_step(CONFIG, plan, BatchShape(1, LATENT), CLUSTER)
     free = play(price(played.program, Compute(CLUSTER), None, CLUSTER)).step_s
     step = played.timeline.step_s
     return Row(
@@ -99,7 +102,7 @@ def row(name: str, plan: Plan) -> Row:
     )
 
 
-def overlapped(request: Request) -> Choice:
+def overlapped(request: Request) -> PricedPlan:
     return tune(request, search(request).best)
 
 
@@ -108,7 +111,7 @@ def table() -> list[Row]:
     rows: list[Row] = []
     asked: tuple[tuple[str, dict[str, object]], ...] = (("planner's", {}), ("paper's TP4 CP2", {"tp": 4, "cp": 2}))
     for name, fixed in asked:
-        request = Request(CONFIG, (Bucket(LATENT),), CLUSTER, GPUS, shown=5, fixed=fixed)
+        request = Request(CONFIG, (LatentBucket(LATENT),), CLUSTER, GPUS, shown=5, fixed=fixed)
         choices = [tune(request, choice) for choice in search(request).choices]
         best = min(choices, key=lambda c: c.step_s / c.global_batch)
         plan = best.plan
@@ -120,22 +123,21 @@ def table() -> list[Row]:
 
 def scaling() -> list[Point]:
     points: list[Point] = []
-    base: tuple[Whole, int, int] | None = None
+    base: tuple[PlayedStep, int, int] | None = None
     for tp, cp in SCALING:
         request = Request(
             CONFIG,
-            (Bucket(LATENT),),
+            (LatentBucket(LATENT),),
             CLUSTER.with_(**{"memory.usable_bytes": 1e12}),
             GPUS,
             shown=1,
             fixed={"tp": tp, "cp": cp, "recompute": "selective"},
         )
         best = overlapped(request)
-        prices = Prices(request)
-        (_, pure), *_ = parts(best.plan, CONFIG.layers)
-        skeleton = Skeleton(Shallow(CONFIG, pure, BatchShape(1, LATENT)), pure, prices.compute, CLUSTER)
-        kept = skeleton.kept_bytes * CONFIG.layers
-        played = whole(CONFIG, best.plan, BatchShape(1, LATENT), CLUSTER)
+        (_, pure), *_ = split_modes(best.plan, CONFIG.layers)
+        few = FewBlocks.build(CONFIG, pure, BatchShape(1, LATENT))
+        kept = Extrapolation(few, pure, PriceModels.of(CLUSTER)).kept_bytes * CONFIG.layers
+        played = play_step(CONFIG, best.plan, BatchShape(1, LATENT), CLUSTER)
         ranks = tp * cp
         if base is None:
             base = (played, kept, ranks)

@@ -28,7 +28,7 @@ from cinemesh.parallel.runtime.mesh import Mesh
 from cinemesh.parallel.runtime.trace import role
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.footprint import stack
-from cinemesh.perf_model.report.explain import played
+from cinemesh.perf_model.prices.played import play_program
 from cinemesh.perf_model.report.trace import block_starts, predicted
 
 # Together they use every knob that a pass reads.
@@ -121,7 +121,7 @@ def test_passes_and_prices_read_no_name(text: str, backend: str) -> None:
     programs = [prepare(program, backend=backend) for program in (built, other)]
     assert told(programs[0]) == told(programs[1])
     if backend == "nccl":
-        one, two = (played(program, SHAPE, load("grand-teton-h100")) for program in programs)
+        one, two = (play_program(program, SHAPE, load("grand-teton-h100")) for program in programs)
         assert one.timeline.start == two.timeline.start and one.footprint.by_class == two.footprint.by_class
         assert stack(one.program) == stack(two.program)
         assert [role(op) for op in one.program.ops] == [role(op) for op in two.program.ops]

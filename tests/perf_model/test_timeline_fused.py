@@ -20,15 +20,17 @@ from cinemesh.parallel.passes.liveness import lifetimes
 from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.compute import Compute
+from cinemesh.perf_model.prices.models import PriceModels
 from cinemesh.perf_model.prices.network import Cost, Network, group_of, groups_of
+from cinemesh.perf_model.prices.played import play_step
 from cinemesh.perf_model.prices.timeline import COMPUTE, FUSE, ISSUE, WAIT, Record, Tape, play, price
 from cinemesh.perf_model.report.draw_step import STYLES, style_of
-from cinemesh.perf_model.report.explain import describe, exposures, whole
+from cinemesh.perf_model.report.explain import describe, exposures
 from cinemesh.perf_model.report.trace import predicted
-from cinemesh.perf_model.search.extrapolate import STEADY_BLOCKS, Skeleton
-from cinemesh.perf_model.search.few_blocks import Shallow
+from cinemesh.perf_model.search.extrapolate import STEADY_BLOCKS, Extrapolation
+from cinemesh.perf_model.search.few_blocks import FewBlocks
 from cinemesh.perf_model.search.planner import search
-from cinemesh.perf_model.search.space import Bucket, Request
+from cinemesh.perf_model.search.request import LatentBucket, Request
 
 EXACT = 1e-12
 TP, CP = 0, 1
@@ -138,8 +140,8 @@ def test_on_gloo_nothing_runs_beside() -> None:
 
 def test_a_step_shows_it() -> None:
     config = replace(BIG, layers=4)
-    made = whole(config, PLAN, BatchShape(1, LATENT), CLUSTER)
-    plain = whole(config, replace(PLAN, fused_tp=False), BatchShape(1, LATENT), CLUSTER)
+    made = play_step(config, PLAN, BatchShape(1, LATENT), CLUSTER)
+    plain = play_step(config, replace(PLAN, fused_tp=False), BatchShape(1, LATENT), CLUSTER)
     assert made.timeline.step_s < plain.timeline.step_s
     assert made.timeline.step_s == pytest.approx(made.timeline.compute_busy_s + made.timeline.total_exposed_s)
     assert hardware_flops(made.program) == hardware_flops(plain.program)
@@ -152,29 +154,29 @@ def test_a_step_shows_it() -> None:
 
 
 @pytest.mark.parametrize("defer", [False, True])
-def test_the_shallow_step_says_what_the_whole_48_layers_take(defer: bool) -> None:
+def test_a_few_blocks_say_what_the_whole_48_layers_take(defer: bool) -> None:
     plan = replace(PLAN, dp_shard=768, defer_weight_gradients=defer)
-    shallow = Shallow(BIG, plan, BatchShape(1, LATENT), blocks=STEADY_BLOCKS + plan.prefetch)
-    compute, network = Compute(CLUSTER), Network(CLUSTER)
-    skeleton = Skeleton(shallow, plan, compute, CLUSTER)
-    priced = skeleton.price(plan, network, CLUSTER)
-    made = whole(BIG, plan, BatchShape(1, LATENT), CLUSTER)
-    assert priced.step_s == pytest.approx(made.timeline.step_s, rel=0.01), "the shallow step is ordered by other prices"
+    few = FewBlocks.build(BIG, plan, BatchShape(1, LATENT), blocks=STEADY_BLOCKS + plan.prefetch)
+    models = PriceModels.of(CLUSTER)
+    step = Extrapolation(few, plan, models)
+    priced = step.price(plan)
+    made = play_step(BIG, plan, BatchShape(1, LATENT), CLUSTER)
+    assert priced.step_s == pytest.approx(made.timeline.step_s, rel=0.01), "the few blocks are ordered by other prices"
     peak = lifetimes(made.program).peak_with_workspace_bytes
-    assert skeleton.peak_bytes(plan) == pytest.approx(peak, rel=1e-3)
+    assert step.peak_bytes(plan) == pytest.approx(peak, rel=1e-3)
     assert priced.compute_s == pytest.approx(made.tape.compute_s, rel=1e-4)
-    assert skeleton.bound_s(plan, network, groups_of(plan, CLUSTER)) <= priced.step_s
+    assert step.bound_s(plan, groups_of(plan, CLUSTER)) <= priced.step_s
 
 
 def test_an_sm_margin_reaches_its_products() -> None:
     plan = replace(PLAN, dp_shard=768)
-    shallow = Shallow(BIG, plan, BatchShape(1, LATENT), blocks=STEADY_BLOCKS + plan.prefetch)
-    compute, network = Compute(CLUSTER), Network(CLUSTER)
-    without = Skeleton(shallow, plan, compute, CLUSTER)
+    few = FewBlocks.build(BIG, plan, BatchShape(1, LATENT), blocks=STEADY_BLOCKS + plan.prefetch)
+    models = PriceModels.of(CLUSTER)
+    without = Extrapolation(few, plan, models)
     left = replace(plan, sm_margin=16)
-    priced = without.under(left).price(left, network, CLUSTER)
-    assert priced == Skeleton(shallow, left, compute, CLUSTER).price(left, network, CLUSTER)
-    assert priced.compute_s > 1.05 * without.price(plan, network, CLUSTER).compute_s
+    priced = without.price(left)
+    assert priced == Extrapolation(few, left, models).price(left)
+    assert priced.compute_s > 1.05 * without.price(plan).compute_s
 
 
 # -- the planner ------------------------------------------------------------------------------------------------------
@@ -182,7 +184,11 @@ def test_an_sm_margin_reaches_its_products() -> None:
 
 def request(**fixed: object) -> Request:
     return Request(
-        config=BIG, buckets=(Bucket(LATENT, 1.0),), cluster=CLUSTER, gpus=256, fixed={"recompute": "full", **fixed}
+        config=BIG,
+        buckets=(LatentBucket(LATENT, 1.0),),
+        cluster=CLUSTER,
+        gpus=256,
+        fixed={"recompute": "full", **fixed},
     )
 
 
@@ -209,4 +215,4 @@ def test_pruning_finds_what_brute_force_finds() -> None:
 def test_over_two_servers_it_is_refused_with_its_ranks() -> None:
     plan = replace(PLAN, tp=4, cp=8, order=("cp", "tp", "dp_shard", "dp_replicate"))
     with pytest.raises(CinemeshError, match="ranks 0, 8, 16, 24 of one tp group lie on 4 servers of 8 GPUs"):
-        whole(replace(BIG, layers=1), plan, BatchShape(1, LATENT), CLUSTER)
+        play_step(replace(BIG, layers=1), plan, BatchShape(1, LATENT), CLUSTER)

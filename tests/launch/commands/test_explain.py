@@ -16,7 +16,8 @@ from cinemesh.model.config import preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
-from cinemesh.perf_model.report.explain import Whole, exposures, terms, whole
+from cinemesh.perf_model.prices.played import PlayedStep, play_step
+from cinemesh.perf_model.report.explain import exposures, terms
 
 CONFIG, LATENT, CLUSTER = preset("tiny"), (4, 12, 12), load("grand-teton-h100")
 SHAPE = ("--model", "tiny", "--latent", "4x12x12")
@@ -29,8 +30,8 @@ def cinemesh(*args: str, code: int = 0) -> str:
     return ran.stdout
 
 
-def played(plan: Plan, samples: int = 1) -> Whole:
-    return whole(CONFIG, plan, BatchShape(samples, LATENT), CLUSTER)
+def played(plan: Plan, samples: int = 1) -> PlayedStep:
+    return play_step(CONFIG, plan, BatchShape(samples, LATENT), CLUSTER)
 
 
 def test_explain_plays_the_plan_it_is_given_as_text_or_as_a_file(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.startup import start_up
 from cinemesh.perf_model.report.report import explain
-from cinemesh.perf_model.search import space
+from cinemesh.perf_model.search.evaluator import BuiltPlan, Cost, Effort, Evaluator
 from cinemesh.perf_model.search.planner import search
+from cinemesh.perf_model.search.request import LatentBucket, Request
 
 
 def printed(capsys: pytest.CaptureFixture[str], **asked: object) -> str:
@@ -68,16 +69,16 @@ def test_communicators_are_told_with_their_bytes_and_seconds(
 def test_help_says_what_is_searched_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all plans that brute force plays, what ever differs is in the help; prefetch, named there as fixed, never."""
     played: list[Plan] = []
-    play = space.Prices.play
+    cost = Evaluator.cost
 
-    def noted(self: space.Prices, family: space.Family, variant: space.Variant) -> space.Choice:
-        played.append(variant.plan)
-        return play(self, family, variant)
+    def noted(self: Evaluator, built: BuiltPlan, effort: Effort = Effort.FAST) -> Cost:
+        played.append(built.plan)
+        return cost(self, built, effort)
 
-    monkeypatch.setattr(space.Prices, "play", noted)
+    monkeypatch.setattr(Evaluator, "cost", noted)
     cluster = load("grand-teton-h100").with_(memory_bytes=24e9)
-    bucket = space.Bucket((16, 24, 44))
-    search(space.Request(preset("movie-gen-5b"), (bucket,), cluster, 16, global_batch=8, prune=False))
+    bucket = LatentBucket((16, 24, 44))
+    search(Request(preset("movie-gen-5b"), (bucket,), cluster, 16, global_batch=8, prune=False))
     differ = {f.name for f in fields(Plan) if len({getattr(plan, f.name) for plan in played}) > 1}
     assert {"tp", "cp", "dp_shard", "dp_replicate", "order", "recompute", "micro_batches"} <= differ
     # With one rank no unit gradient is reduced, so none can be while the next is computed.

@@ -10,9 +10,10 @@ from cinemesh.parallel.ir.communicators import JOB, held
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.footprint import outside
+from cinemesh.perf_model.prices.played import play_step
 from cinemesh.perf_model.prices.startup import init_s, start_up
-from cinemesh.perf_model.report.explain import whole
-from cinemesh.perf_model.search.space import Bucket, Prices, Request
+from cinemesh.perf_model.search.evaluator import Evaluator
+from cinemesh.perf_model.search.request import LatentBucket, Request
 
 CLUSTER = load("grand-teton-h100")
 PAPER = Plan(tp=4, cp=2, dp_shard=768, unit_ctas=4, normal_priority=("unit",))
@@ -50,7 +51,7 @@ def test_planner_footprint_and_report_count_the_same_communicators(plan: Plan) -
     """They used to count apart, and differed by one."""
     wanted = sum(row.bytes for row in start_up(plan, CLUSTER))
     assert outside(CLUSTER, plan)["NCCL"] == wanted
-    prices = Prices(Request(preset("tiny"), (Bucket((2, 4, 4)),), CLUSTER, 8))
-    assert prices.outside_bytes(plan) == wanted + int(CLUSTER.memory.context_bytes)
-    played = whole(preset("tiny"), plan, BatchShape(1, (2, 4, 4)), CLUSTER)
+    evaluator = Evaluator(Request(preset("tiny"), (LatentBucket((2, 4, 4)),), CLUSTER, 8))
+    assert evaluator.outside_bytes(plan) == wanted + int(CLUSTER.memory.context_bytes)
+    played = play_step(preset("tiny"), plan, BatchShape(1, (2, 4, 4)), CLUSTER)
     assert played.footprint.by_class.get("NCCL", 0) == wanted

@@ -25,20 +25,21 @@ from cinemesh.model.inputs import BatchShape
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.footprint import CLASSES, outside
+from cinemesh.perf_model.prices.played import play_step
 from cinemesh.perf_model.report import draw_plans, draw_step, landscape, report
-from cinemesh.perf_model.report.explain import describe, whole
+from cinemesh.perf_model.report.explain import describe
 from cinemesh.perf_model.report.landscape import Landscape, neutral_groups
 from cinemesh.perf_model.report.page import Story
 from cinemesh.perf_model.search.planner import Search, search
 from cinemesh.perf_model.search.refusals import RefusalKind
-from cinemesh.perf_model.search.space import Bucket, Choice, Request
+from cinemesh.perf_model.search.request import LatentBucket, PricedPlan, Request
 
 PICTURES = ["plans", "step", "block", "memory", "landscape", "scaling"]
 
 
-def choice(batch: int, samples_per_s: float, tp: int = 1) -> Choice:
+def choice(batch: int, samples_per_s: float, tp: int = 1) -> PricedPlan:
     step_s = batch / samples_per_s
-    return Choice(Plan(tp=tp, dp_shard=8 // tp), 1, step_s, 0.9 * step_s, 0.8 * step_s, 10**9, batch)
+    return PricedPlan(Plan(tp=tp, dp_shard=8 // tp), 1, step_s, 0.9 * step_s, 0.8 * step_s, 10**9, batch)
 
 
 # -- what is told -----------------------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ def test_frontier_is_the_fastest_of_each_batch() -> None:
 
 
 def test_sizes_hold_the_request_and_end_with_the_cluster() -> None:
-    request = Request(preset("tiny"), (Bucket((2, 4, 4)),), load("grand-teton-h100"), 24)
+    request = Request(preset("tiny"), (LatentBucket((2, 4, 4)),), load("grand-teton-h100"), 24)
     assert landscape.sizes(request) == sorted({*landscape.SIZES, 24})
     assert max(landscape.sizes(request)) == 6144 == request.cluster.topology.servers * 8
 
@@ -72,7 +73,7 @@ def test_what_does_not_fit_is_crossed_out_at_its_batch(monkeypatch: pytest.Monke
     """
     config, latent, cluster = preset("movie-gen-30b"), (32, 96, 96), load("grand-teton-h100")
     monkeypatch.setattr(landscape, "DEALS", ((1, 1), (2, 1)))
-    found = landscape.explore(Request(config, (Bucket(latent),), cluster, 64, fixed={"tp": 1}), 0.02)
+    found = landscape.explore(Request(config, (LatentBucket(latent),), cluster, 64, fixed={"tp": 1}), 0.02)
     figure = Figure()
     draw_plans.draw_landscape(figure, found, found.choices[0])
     feasible = figure.axes[1]
@@ -85,7 +86,7 @@ def test_what_does_not_fit_is_crossed_out_at_its_batch(monkeypatch: pytest.Monke
     told = {(note.xy[0], size[int(note.xy[1])]): float(note.get_text()) for note in notes}
     for samples, cp in itertools.product((1, 2), (1, 2)):
         plan = Plan(cp=cp, dp_shard=64 // cp, recompute="full", grad_units=2)
-        least = whole(config, plan, BatchShape(samples, latent), cluster).footprint
+        least = play_step(config, plan, BatchShape(samples, latent), cluster).footprint
         cell = (plan.data_ranks * samples, cp)
         if least.peak_bytes <= least.limit_bytes:
             assert cell in marked["o"] - marked["x"]
@@ -99,7 +100,9 @@ def test_what_does_not_fit_is_crossed_out_at_its_batch(monkeypatch: pytest.Monke
 def test_families_of_a_size_at_which_nothing_fits_are_crossed_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(landscape, "DEALS", ((1, 1), (4, 1)))
     config, cluster = preset("movie-gen-30b"), load("grand-teton-h100")
-    found = landscape.explore(Request(config, (Bucket((32, 96, 96)),), cluster, 64, fixed={"tp": 2, "cp": 2}), 0.02)
+    found = landscape.explore(
+        Request(config, (LatentBucket((32, 96, 96)),), cluster, 64, fixed={"tp": 2, "cp": 2}), 0.02
+    )
     assert [choice.samples for choice in found.choices] == [1]
     assert [(refusal.family, refusal.kind) for refusal in found.misfits] == [((2, 2, 4, 1), RefusalKind.MEMORY)]
     assert found.misfits[0].needs_bytes > found.misfits[0].free_bytes and len(found.nothing) == 1
@@ -111,7 +114,7 @@ def test_families_of_a_size_at_which_nothing_fits_are_crossed_out_too(monkeypatc
 @pytest.fixture(scope="module")
 def request_and_search() -> tuple[Request, Search]:
     config = replace(preset("tiny"), layers=6)
-    request = Request(config, (Bucket((2, 8, 8)),), load("grand-teton-h100"), 16, shown=3, fixed={"cp": 2})
+    request = Request(config, (LatentBucket((2, 8, 8)),), load("grand-teton-h100"), 16, shown=3, fixed={"cp": 2})
     return request, search(request)
 
 

@@ -18,14 +18,14 @@ from cinemesh.parallel.ir.span import Span
 from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.perf_model.prices.footprint import Footprint, stack
 from cinemesh.perf_model.prices.network import Cost
+from cinemesh.perf_model.prices.played import PlayedStep
 from cinemesh.perf_model.prices.timeline import COMPUTE, ISSUE, WAIT, Record, Tape, play
-from cinemesh.perf_model.report.explain import Whole
 from cinemesh.perf_model.report.report import trace
 
 LATENT = (2, 4, 4)
 
 
-def hand_made(plan: Plan) -> Whole:
+def hand_made(plan: Plan) -> PlayedStep:
     """The tiny model's step with hand-made prices: compute 1 ms a record, collectives 2 ms, those of units 30 ms."""
     config, batch = preset("tiny"), BatchShape(1, LATENT)
     program = prepare(build_step(config, plan, batch), backend="nccl")
@@ -50,15 +50,15 @@ def hand_made(plan: Plan) -> Whole:
     at_peak = stacked.total.index(peak)
     by_class = {name: values[at_peak] for name, values in stacked.by_class.items()} | {"NCCL": 2**20}
     print_of = Footprint(sum(by_class.values()), by_class, program.ops[at_peak].name, 2.0 * peak)
-    return Whole(plan, batch, program, tape, timeline, print_of, timeline.step_s)
+    return PlayedStep(plan, batch, program, tape, timeline, print_of, timeline.step_s)
 
 
 @pytest.fixture(scope="module")
-def whole() -> Whole:
+def whole() -> PlayedStep:
     return hand_made(Plan(tp=2, cp=2, dp_shard=2, dtype="float32", prefetch=2))
 
 
-def test_spans_hold_the_whole_timeline(whole: Whole) -> None:
+def test_spans_hold_the_whole_timeline(whole: PlayedStep) -> None:
     """Nothing is lost or told twice: busy time of compute, and the exposed time."""
     spans = trace.predicted(whole)
     compute = sum(span.end_s - span.start_s for span in spans if span.lane == trace.COMPUTE)
@@ -67,7 +67,7 @@ def test_spans_hold_the_whole_timeline(whole: Whole) -> None:
     assert len(spans) == sum(not op.is_wait for op in whole.program.ops)
 
 
-def test_waits_lie_where_compute_stands_still(whole: Whole) -> None:
+def test_waits_lie_where_compute_stands_still(whole: PlayedStep) -> None:
     """Waits are derived (they end with their collective); a wrong end would overlap compute or leave the lane idle."""
     spans = trace.predicted(whole)
     lane = sorted(
@@ -78,13 +78,13 @@ def test_waits_lie_where_compute_stands_still(whole: Whole) -> None:
         assert after.start_s == pytest.approx(before.end_s, abs=1e-12)
 
 
-def test_collectives_start_after_their_issue(whole: Whole) -> None:
+def test_collectives_start_after_their_issue(whole: PlayedStep) -> None:
     spans = [span for span in trace.predicted(whole) if span.lane != trace.COMPUTE]
     assert all(span.issued_s <= span.start_s + 1e-12 for span in spans)
     assert any(span.issued_s < span.start_s - 1e-6 for span in spans), "nothing queued: the test would show nothing"
 
 
-def test_lanes_are_named_as_in_the_program(whole: Whole) -> None:
+def test_lanes_are_named_as_in_the_program(whole: PlayedStep) -> None:
     assert trace.lanes(trace.predicted(whole)) == [
         "compute",
         "tp",
@@ -96,7 +96,7 @@ def test_lanes_are_named_as_in_the_program(whole: Whole) -> None:
     ]
 
 
-def test_block_windows_follow_each_other(whole: Whole) -> None:
+def test_block_windows_follow_each_other(whole: PlayedStep) -> None:
     """Forward goes up, backward goes down, and a window with its recompute begins before its first gradient."""
     spans = trace.predicted(whole)
     first, second = (trace.block_window(spans, block, Phase.FORWARD) for block in (0, 1))
@@ -110,7 +110,7 @@ def test_block_windows_follow_each_other(whole: Whole) -> None:
         trace.block_window(spans, 99, Phase.FORWARD)
 
 
-def test_memory_samples_keep_the_peak(whole: Whole) -> None:
+def test_memory_samples_keep_the_peak(whole: PlayedStep) -> None:
     """However few the samples."""
     stacked = stack(whole.program)
     for points in (1, 3, 1000):
@@ -120,7 +120,7 @@ def test_memory_samples_keep_the_peak(whole: Whole) -> None:
         assert kept == sorted(kept)
 
 
-def test_chrome_trace(whole: Whole, tmp_path: Path) -> None:
+def test_chrome_trace(whole: PlayedStep, tmp_path: Path) -> None:
     """What Perfetto needs: a named thread for each lane, microseconds, no two events of a thread at once."""
     spans = trace.predicted(whole)
     path = tmp_path / "step.json"

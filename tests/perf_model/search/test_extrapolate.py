@@ -1,4 +1,4 @@
-"""A deep step priced from a shallow one, against the whole step built and played."""
+"""A whole step priced from a few blocks, against the whole step built and played."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from cinemesh.model.inputs import BatchShape
 from cinemesh.model.step import build_step, unit_layout
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
-from cinemesh.perf_model.prices.compute import Compute
 from cinemesh.perf_model.prices.footprint import outside
-from cinemesh.perf_model.prices.network import Network, groups_of
-from cinemesh.perf_model.report.explain import whole
-from cinemesh.perf_model.search.extrapolate import STEADY_BLOCKS, Skeleton
-from cinemesh.perf_model.search.few_blocks import Shallow
-from cinemesh.perf_model.search.lower_bound import Floor
+from cinemesh.perf_model.prices.models import PriceModels
+from cinemesh.perf_model.prices.network import groups_of
+from cinemesh.perf_model.prices.played import play_step
+from cinemesh.perf_model.search.extrapolate import STEADY_BLOCKS, Extrapolation
+from cinemesh.perf_model.search.few_blocks import FewBlocks
+from cinemesh.perf_model.search.lower_bound import LowerBound
 
 CLUSTER = load("grand-teton-h100")
-COMPUTE, NETWORK = Compute(CLUSTER), Network(CLUSTER)
+MODELS = PriceModels.of(CLUSTER)
 BIG = preset("movie-gen-30b")
 LATENT = (32, 96, 96)
-# The schedule pass orders by prices of its own, which see the shallow program's small shard group: another order of a
+# The schedule pass orders by prices of its own, which see the few blocks' small shard group: another order of a
 # few collectives, worth some tenths of a percent. The demand is 1 %.
 WHOLE_STEP = 0.005
 
@@ -42,17 +42,17 @@ PLANS = [
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"tp{plan.tp}cp{plan.cp}")
-def test_the_shallow_step_says_what_the_whole_48_layers_take(plan: Plan) -> None:
+def test_a_few_blocks_say_what_the_whole_48_layers_take(plan: Plan) -> None:
     """Only this catches a block counted twice or left out, and lanes that are not steady yet."""
-    shallow = Shallow(BIG, plan, BatchShape(1, LATENT), blocks=STEADY_BLOCKS + plan.prefetch)
-    skeleton = Skeleton(shallow, plan, COMPUTE, CLUSTER)
-    priced = skeleton.price(plan, NETWORK, CLUSTER)
-    deep = whole(BIG, plan, BatchShape(1, LATENT), CLUSTER)
+    few = FewBlocks.build(BIG, plan, BatchShape(1, LATENT), blocks=STEADY_BLOCKS + plan.prefetch)
+    step = Extrapolation(few, plan, MODELS)
+    priced = step.price(plan)
+    deep = play_step(BIG, plan, BatchShape(1, LATENT), CLUSTER)
     assert priced.step_s == pytest.approx(deep.timeline.step_s, rel=WHOLE_STEP)
     assert priced.compute_s == pytest.approx(deep.tape.compute_s, rel=1e-3)
     own = deep.footprint.peak_bytes - sum(deep.footprint.by_class.get(name, 0) for name in outside(CLUSTER, plan))
     # 100 MB of 66 GB: where the order differs, one gathered K or V may live a little longer.
-    assert skeleton.peak_bytes(plan) == pytest.approx(own, abs=1e8)
+    assert step.peak_bytes(plan) == pytest.approx(own, abs=1e8)
 
 
 DEGREES = st.tuples(st.sampled_from((1, 2, 4, 8, 16)), st.sampled_from((1, 2, 3, 4, 6, 8, 12)))
@@ -61,7 +61,7 @@ DEGREES = st.tuples(st.sampled_from((1, 2, 4, 8, 16)), st.sampled_from((1, 2, 3,
 @settings(max_examples=8, deadline=None)
 @given(DEGREES, st.sampled_from(("none", "selective", "full")))
 def test_one_program_serves_all_degrees(degrees: tuple[int, int], recompute: str) -> None:
-    """``Shallow.on`` against a fresh build: the local bytes of every buffer, and so every price and peak.
+    """``FewBlocks.on`` against a fresh build: the local bytes of every buffer, and so every price and peak.
 
     Alone the zeroing of alignment gaps comes and goes with tp: some kilobytes of a flat gradient.
     """
@@ -69,8 +69,8 @@ def test_one_program_serves_all_degrees(degrees: tuple[int, int], recompute: str
     model = replace(BIG, layers=4)
     base = Plan(tp=2, cp=2, dp_shard=2, recompute=recompute)
     plan = base.with_degrees(tp=tp, cp=cp)
-    moved = Shallow(model, base, BatchShape(1, LATENT)).on(plan)
-    fresh = Shallow(model, plan, BatchShape(1, LATENT))
+    moved = FewBlocks.build(model, base, BatchShape(1, LATENT)).on(plan)
+    fresh = FewBlocks.build(model, plan, BatchShape(1, LATENT))
     assert not [n for n in {*moved.program.buffers} ^ {*fresh.program.buffers} if "gradient/" not in n]
     for name in {*moved.program.buffers} & {*fresh.program.buffers}:
         assert moved.program.local_shape(name) == fresh.program.local_shape(name), name
@@ -99,13 +99,13 @@ def test_no_step_is_shorter_than_its_bounds(
     plan = replace(base, recompute=recompute).with_degrees(tp=tp, cp=cp, dp_shard=shards, dp_replicate=2)
     alone = shards * cp == 1
     model = base.with_degrees(cp=1, dp_shard=1) if alone else base
-    shallow = Shallow(BIG, model, BatchShape(1, LATENT)).on(plan)
-    skeleton = Skeleton(shallow, plan, COMPUTE, CLUSTER)
-    step_s = skeleton.price(plan, NETWORK, CLUSTER).step_s
-    assert skeleton.bound_s(plan, NETWORK, groups_of(plan, CLUSTER)) <= step_s * (1 + 1e-9)
-    floor = Floor(Shallow(BIG, base, BatchShape(1, LATENT)), COMPUTE, NETWORK, CLUSTER)
-    assert floor.step_s(recompute, tp, cp, 1) <= step_s * (1 + 1e-9)
-    assert floor.peak_bytes(recompute, plan) <= skeleton.peak_bytes(plan)
+    few = FewBlocks.build(BIG, model, BatchShape(1, LATENT)).on(plan)
+    step = Extrapolation(few, plan, MODELS)
+    step_s = step.price(plan).step_s
+    assert step.bound_s(plan, groups_of(plan, CLUSTER)) <= step_s * (1 + 1e-9)
+    least = LowerBound(FewBlocks.build(BIG, base, BatchShape(1, LATENT)), MODELS)
+    assert least.step_s(recompute, tp, cp, 1) <= step_s * (1 + 1e-9)
+    assert least.peak_bytes(recompute, plan) <= step.peak_bytes(plan)
 
 
 @settings(max_examples=10, deadline=None)
@@ -115,22 +115,21 @@ def test_other_stream_settings_need_no_other_program(built: dict[str, Any], aske
     model = replace(BIG, layers=12)
     plan = Plan(tp=4, cp=2, dp_shard=96, dp_replicate=8, recompute="full", grad_units=2, tp_slices=2)
     first, wanted = replace(plan, **built), replace(plan, **asked)
-    shallow = Shallow(model, first, BatchShape(1, LATENT))
-    moved = Skeleton(shallow, first, COMPUTE, CLUSTER)
-    before = moved.price(first, NETWORK, CLUSTER)
-    moved = moved.under(wanted)
-    fresh = Skeleton(Shallow(model, wanted, BatchShape(1, LATENT)), wanted, COMPUTE, CLUSTER)
-    assert moved.steady_price(wanted, NETWORK, CLUSTER) == fresh.steady_price(wanted, NETWORK, CLUSTER)
+    few = FewBlocks.build(model, first, BatchShape(1, LATENT))
+    moved = Extrapolation(few, first, MODELS)
+    before = moved.price(first)
+    fresh = Extrapolation(FewBlocks.build(model, wanted, BatchShape(1, LATENT)), wanted, MODELS)
+    assert moved.steady_price(wanted) == fresh.steady_price(wanted)
     groups = groups_of(wanted, CLUSTER)
-    assert moved.bound_s(wanted, NETWORK, groups) == fresh.bound_s(wanted, NETWORK, groups)
+    assert moved.bound_s(wanted, groups) == fresh.bound_s(wanted, groups)
     assert moved.peak_bytes(wanted) == fresh.peak_bytes(wanted)
-    assert moved.under(first).price(first, NETWORK, CLUSTER) == before
+    assert moved.price(first) == before
 
 
 def test_degree_one_axes_cost_nothing() -> None:
     plan = Plan(tp=1, cp=1, dp_shard=1, dp_replicate=1, recompute="full")
     program = build_step(replace(preset("tiny"), layers=2), plan, BatchShape(1, (2, 4, 4)))
     assert any(op.comm is not None for op in program.ops)
-    played = whole(preset("tiny"), plan, BatchShape(1, (2, 4, 4)), CLUSTER)
+    played = play_step(preset("tiny"), plan, BatchShape(1, (2, 4, 4)), CLUSTER)
     assert played.timeline.total_exposed_s == 0.0
     assert played.timeline.step_s == pytest.approx(played.tape.compute_s, rel=1e-12)

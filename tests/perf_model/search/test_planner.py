@@ -15,10 +15,11 @@ from cinemesh.errors import CinemeshError
 from cinemesh.model.config import preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.perf_model.clusters.cluster import load
+from cinemesh.perf_model.prices.played import play_step
 from cinemesh.perf_model.published.paper import STAGES
-from cinemesh.perf_model.report.explain import sample_flops, whole, why_lost
+from cinemesh.perf_model.report.explain import sample_flops, why_lost
 from cinemesh.perf_model.search.planner import search
-from cinemesh.perf_model.search.space import Bucket, Request
+from cinemesh.perf_model.search.request import LatentBucket, Request
 from cinemesh.perf_model.search.tune import tune
 
 CLUSTER = load("grand-teton-h100")
@@ -27,15 +28,15 @@ MIDDLE = preset("movie-gen-5b")
 
 
 def ask(**changes: object) -> Request:
-    base = Request(config=BIG, buckets=(Bucket((32, 96, 96)),), cluster=CLUSTER, gpus=6144, shown=3)
+    base = Request(config=BIG, buckets=(LatentBucket((32, 96, 96)),), cluster=CLUSTER, gpus=6144, shown=3)
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
 SMALLER = [
-    ask(config=MIDDLE, buckets=(Bucket((16, 24, 44)),), gpus=16),
-    ask(config=MIDDLE, buckets=(Bucket((16, 24, 44)),), gpus=8, global_batch=8),
-    ask(config=MIDDLE, buckets=(Bucket((16, 24, 44), 0.7), Bucket((8, 24, 44), 0.3)), gpus=8, samples=2),
-    ask(gpus=64, buckets=(Bucket((16, 96, 96)),), fixed={"tp": 4}),
+    ask(config=MIDDLE, buckets=(LatentBucket((16, 24, 44)),), gpus=16),
+    ask(config=MIDDLE, buckets=(LatentBucket((16, 24, 44)),), gpus=8, global_batch=8),
+    ask(config=MIDDLE, buckets=(LatentBucket((16, 24, 44), 0.7), LatentBucket((8, 24, 44), 0.3)), gpus=8, samples=2),
+    ask(gpus=64, buckets=(LatentBucket((16, 96, 96)),), fixed={"tp": 4}),
 ]
 
 
@@ -84,7 +85,7 @@ def test_the_papers_own_plans_are_feasible(stage: object) -> None:
     """Table 3: every stage's degrees fit with the recompute that they need, and give the paper's global batch."""
     found = search(
         ask(
-            buckets=(Bucket(stage.latent),),  # type: ignore[attr-defined]
+            buckets=(LatentBucket(stage.latent),),  # type: ignore[attr-defined]
             gpus=stage.gpus,  # type: ignore[attr-defined]
             samples=stage.samples,  # type: ignore[attr-defined]
             fixed=stage.fixed,  # type: ignore[attr-defined]
@@ -101,7 +102,7 @@ def test_more_resources_never_hurt(gpus: int, faster: float, more: float) -> Non
 
     A percent of slack: a collective that ends sooner lets the next one start sooner and share its link elsewhere.
     """
-    request = ask(config=MIDDLE, buckets=(Bucket((16, 24, 44)),), gpus=gpus, shown=40)
+    request = ask(config=MIDDLE, buckets=(LatentBucket((16, 24, 44)),), gpus=gpus, shown=40)
     base = search(request)
     wide = search(replace(request, cluster=CLUSTER.with_(nic_scale=faster, nvlink_scale=faster)))
     assert wide.best.samples_per_s >= base.best.samples_per_s * 0.99
@@ -129,7 +130,7 @@ def test_encoders_in_the_loop_take_memory_and_time() -> None:
 
 def test_the_runner_up_lost_by_what_its_terms_say() -> None:
     found = search(ask(gpus=96))
-    first, second = (whole(BIG, c.plan, BatchShape(1, (32, 96, 96)), CLUSTER) for c in found.choices[:2])
+    first, second = (play_step(BIG, c.plan, BatchShape(1, (32, 96, 96)), CLUSTER) for c in found.choices[:2])
     lines = why_lost(first, second)
     shares = [float(line.rpartition("(")[2].partition("%")[0]) for line in lines]
     assert sum(shares) == pytest.approx(100.0, abs=2.0)  # rounded to whole percents, small terms left out
@@ -140,7 +141,7 @@ def test_the_runner_up_lost_by_what_its_terms_say() -> None:
     [
         ({"gpus": 1}, "GPUs fit"),
         ({"fixed": {"tp": 4, "cp": 5}}, "no plan"),
-        ({"buckets": (Bucket((64, 96, 96)),)}, "positions"),
+        ({"buckets": (LatentBucket((64, 96, 96)),)}, "positions"),
         ({"global_batch": 7, "fixed": {"tp": 4, "cp": 2}}, "no plan"),
     ],
 )

@@ -13,11 +13,12 @@ from cinemesh.model.inputs import BatchShape
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.compute import Compute
+from cinemesh.perf_model.prices.played import play_step
 from cinemesh.perf_model.prices.timeline import play, price
-from cinemesh.perf_model.report.explain import whole
 from cinemesh.perf_model.search import tune as tuning
+from cinemesh.perf_model.search.evaluator import Evaluator
 from cinemesh.perf_model.search.planner import search
-from cinemesh.perf_model.search.space import Bucket, Prices, Request
+from cinemesh.perf_model.search.request import LatentBucket, Request
 from cinemesh.perf_model.search.tune import tune
 
 CLUSTER = load("grand-teton-h100")
@@ -33,16 +34,16 @@ def test_overlap_hides_nearly_all_communication(fixed: dict[str, object]) -> Non
 
     Without the overlap it is four times as much, so a knob that silently does nothing shows here.
     """
-    request = Request(BIG, (Bucket(LATENT),), CLUSTER, 6144, shown=1, fixed=fixed)
+    request = Request(BIG, (LatentBucket(LATENT),), CLUSTER, 6144, shown=1, fixed=fixed)
     plan = tune(request, search(request).best).plan
-    played = whole(BIG, plan, BatchShape(1, LATENT), CLUSTER)
+    played = play_step(BIG, plan, BatchShape(1, LATENT), CLUSTER)
     step = played.timeline.step_s
     free = play(price(played.program, Compute(CLUSTER), None, CLUSTER)).step_s
     assert 1.0 - free / step <= 0.06
     assert played.timeline.total_exposed_s / step <= 0.03
     off = Plan(plan.tp, plan.cp, plan.dp_shard, plan.dp_replicate, recompute=plan.recompute, prefetch=0)
     off = replace(off, order=plan.order, recompute_last=plan.recompute_last, last_blocks=plan.last_blocks)
-    plain = whole(BIG, off, BatchShape(1, LATENT), CLUSTER).timeline
+    plain = play_step(BIG, off, BatchShape(1, LATENT), CLUSTER).timeline
     assert plain.total_exposed_s / plain.step_s >= 0.12
 
 
@@ -70,14 +71,13 @@ def test_how_the_gpu_is_shared_is_what_brute_force_finds(slowdown: float, monkey
     monkeypatch.setattr(tuning, "SHARING", SHARING)
     cluster = CLUSTER.with_(**{"overlap.compute_slowdown": slowdown})
     fixed: dict[str, object] = {"tp": 4, "cp": 4, **NO_OVERLAP}
-    request = Request(replace(MIDDLE, layers=6), (Bucket((8, 96, 96)),), cluster, 64, shown=1, fixed=fixed)
-    choice, prices = search(request).best, Prices(request)
-    tuned = tune(request, choice, prices)
+    request = Request(replace(MIDDLE, layers=6), (LatentBucket((8, 96, 96)),), cluster, 64, shown=1, fixed=fixed)
+    choice, evaluator = search(request).best, Evaluator(request)
+    tuned = tune(request, choice, evaluator)
     found: list[tuple[float, list[str]]] = []
     for values in itertools.product(*((Plan.__dataclass_fields__[name].default, *v) for name, v in SHARING.items())):
-        priced = tuning._price(prices, request, choice, replace(choice.plan, **dict(zip(SHARING, values, strict=True))))
-        assert priced is not None
-        found.append((priced[0].step_s, priced[0].plan.streams))
+        plan = replace(choice.plan, **dict(zip(SHARING, values, strict=True)))
+        found.append((evaluator.cost(evaluator.build(plan, choice.samples)).step_s, plan.streams))
     assert len(found) == 24
     step_s, streams = min(found, key=lambda one: (one[0], len(one[1])))
     assert tuned.plan.streams == streams == ([] if slowdown < 1 else ["sm_margin=4"])
@@ -87,13 +87,13 @@ def test_how_the_gpu_is_shared_is_what_brute_force_finds(slowdown: float, monkey
 def test_what_is_given_by_hand_stays() -> None:
     fixed: dict[str, object] = {"tp": 4, "cp": 4, "tp_ctas": 8, "sm_margin": 0, **NO_OVERLAP}
     cluster = CLUSTER.with_(**{"overlap.compute_slowdown": 2.0})
-    request = Request(replace(MIDDLE, layers=6), (Bucket((8, 96, 96)),), cluster, 64, shown=1, fixed=fixed)
+    request = Request(replace(MIDDLE, layers=6), (LatentBucket((8, 96, 96)),), cluster, 64, shown=1, fixed=fixed)
     plan = tune(request, search(request).best).plan
     assert (plan.tp_ctas, plan.sm_margin) == (8, 0)
 
 
 def test_more_than_the_gpu_has_is_refused_before_it_is_priced() -> None:
-    request = Request(MIDDLE, (Bucket((8, 96, 96)),), CLUSTER, 64, fixed={"tp": 4, "cp": 4, "sm_margin": 132})
+    request = Request(MIDDLE, (LatentBucket((8, 96, 96)),), CLUSTER, 64, fixed={"tp": 4, "cp": 4, "sm_margin": 132})
     with pytest.raises(CinemeshError, match=r"sm_margin\(132\) leaves none of the 132 SMs of H100 SXM to compute"):
         search(request)
 
@@ -102,7 +102,7 @@ def test_a_margin_is_neither_asked_for_nor_chosen_where_attention_takes_every_sm
     """FlashAttention 2 on an A100: priced as if it left SMs, the plan would be refused where it is to run."""
     a100 = load("dgx-a100-hdr200").with_(**{"overlap.compute_slowdown": 3.0})
     fixed: dict[str, object] = {"tp": 4, "cp": 2, **NO_OVERLAP}
-    request = Request(replace(MIDDLE, layers=6), (Bucket((8, 96, 96)),), a100, 64, shown=1, fixed=fixed)
+    request = Request(replace(MIDDLE, layers=6), (LatentBucket((8, 96, 96)),), a100, 64, shown=1, fixed=fixed)
     choice = search(request).best
     assert tune(request, choice).plan.sm_margin == 0
     with pytest.raises(CinemeshError, match=r"sm_margin\(4\): attention on .* is priced as fa2, which takes every SM"):
@@ -114,6 +114,6 @@ def test_gloo_takes_as_long_whatever_is_set() -> None:
     plan = Plan(tp=2, cp=2, dtype="float32")
     asked = replace(plan, tp_ctas=1, unit_ctas=1, sm_margin=64, normal_priority=("tp", "cp"))
     times = {
-        whole(preset("tiny"), p, BatchShape(1, (2, 4, 4)), load("local-cpu")).timeline.step_s for p in (plan, asked)
+        play_step(preset("tiny"), p, BatchShape(1, (2, 4, 4)), load("local-cpu")).timeline.step_s for p in (plan, asked)
     }
     assert len(times) == 1

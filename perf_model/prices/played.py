@@ -1,0 +1,66 @@
+"""The whole step of one plan, built, priced and played record by record: no extrapolation (torch-free)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...model.config import ModelConfig
+from ...model.inputs import BatchShape
+from ...model.step import build_step
+from ...parallel.ir.plan import Plan
+from ...parallel.ir.program import Program
+from ...parallel.passes.pipeline import prepare
+from ..clusters.cluster import Cluster
+from .encoders import FrozenCost
+from .footprint import Footprint, footprint
+from .models import PriceModels
+from .timeline import Tape, Timeline, play, price
+
+
+@dataclass(frozen=True)
+class PlayedStep:
+    """``step_s``: with the frozen encoders, and the stragglers of the plan's ranks."""
+
+    plan: Plan
+    batch: BatchShape
+    program: Program
+    tape: Tape
+    timeline: Timeline
+    footprint: Footprint
+    step_s: float
+
+    @property
+    def samples(self) -> int:
+        """Of the step, on all ranks."""
+        return self.batch.samples * self.plan.data_ranks * self.plan.micro_batches
+
+    @property
+    def gpu_s_per_sample(self) -> float:
+        """What one sample costs, whatever the GPUs and the batch."""
+        return self.step_s * self.plan.world_size / self.samples
+
+
+def play_step(
+    config: ModelConfig, plan: Plan, batch: BatchShape, on: Cluster | PriceModels, frozen: FrozenCost | None = None
+) -> PlayedStep:
+    """Build, price and play every record of a step. Raises CinemeshError for a plan that cannot run it."""
+    return play_program(prepare(build_step(config, plan, batch), backend="nccl"), batch, on, frozen)
+
+
+def play_program(
+    program: Program, batch: BatchShape, on: Cluster | PriceModels, frozen: FrozenCost | None = None
+) -> PlayedStep:
+    """Price and play a program that was prepared."""
+    models = on if isinstance(on, PriceModels) else PriceModels.of(on)
+    cluster, plan = models.cluster, program.plan
+    tape = price(program, models.compute, models.network, cluster)
+    timeline = play(tape)
+    return PlayedStep(
+        plan,
+        batch,
+        program,
+        tape,
+        timeline,
+        footprint(program, cluster, frozen.bytes if frozen else 0),
+        (timeline.step_s + (frozen.seconds if frozen else 0.0)) * cluster.spread.factor(plan.world_size),
+    )

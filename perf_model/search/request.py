@@ -1,0 +1,70 @@
+"""What the planner is asked, and a plan that it answers with (torch-free)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ...model.config import ModelConfig
+from ...parallel.ir.fields import DtypePolicy
+from ...parallel.ir.plan import Plan
+from ..clusters.cluster import Cluster
+from ..prices.encoders import FrozenCost
+from .refusals import FamilyKey
+
+SHOWN = 5  # families ranked
+
+
+@dataclass(frozen=True)
+class LatentBucket:
+    """A sample shape: latent (T, H, W), and its share of the steps."""
+
+    latent: tuple[int, int, int]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to plan for.
+
+    ``fixed`` holds plan fields that are given by hand; ``samples`` those of one micro-batch on one data rank, used when
+    no global batch is asked for; ``encoders``: the frozen text encoders run in the loop.
+    """
+
+    config: ModelConfig
+    buckets: tuple[LatentBucket, ...]
+    cluster: Cluster
+    gpus: int
+    global_batch: int | None = None
+    samples: int = 1
+    dtype: DtypePolicy = "bf16"
+    fixed: dict[str, object] = field(default_factory=dict)
+    encoders: bool = False
+    shown: int = SHOWN
+    prune: bool = True
+
+
+@dataclass(frozen=True)
+class PricedPlan:
+    """One plan with its price. ``step_s`` is the mean over the buckets by weight; bytes are of one rank."""
+
+    plan: Plan
+    samples: int
+    step_s: float
+    compute_s: float
+    bound_s: float
+    peak_bytes: int
+    global_batch: int
+    frozen: FrozenCost | None = None
+
+    @property
+    def samples_per_s(self) -> float:
+        return self.global_batch / self.step_s
+
+    @property
+    def exposed(self) -> float:
+        """Share of the step that compute alone does not explain."""
+        return 1.0 - self.compute_s / self.step_s
+
+    @property
+    def family(self) -> FamilyKey:
+        return FamilyKey(self.plan.tp, self.plan.cp, self.samples, self.plan.micro_batches)
