@@ -46,7 +46,7 @@ THREADS = 32  # of a warp
 
 
 @dataclass(frozen=True)
-class Report:
+class CompileReport:
     """What one kernel is at one shape. Registers and spilled bytes (its stack) are a thread's, shared bytes a block's.
 
     ``wide_accesses``: share of the global loads and stores in the binary that move 16 bytes a thread or more.
@@ -82,7 +82,7 @@ def compile_check(
     workers: int | None = None,
     count: bool = True,
     cache: Path | None = None,
-) -> list[Report]:
+) -> list[CompileReport]:
     """Build every kernel of ``modules`` (default: all) at ``sizes``; identical (kernel, shape) pairs once.
 
     ``count=False`` leaves out the bytes (0 in the report). Raises CinemeshError without Triton, or for a target that is
@@ -99,7 +99,7 @@ def compile_check(
     with _pool(workers, interpret=False) as builders, _pool(workers, interpret=True) as counters:
         built = [builders.submit(_build_all, module, size, target, folder) for module, size in jobs]
         moved = [counters.submit(_count_all, module, size, folder) if count else None for module, size in jobs]
-        found: dict[tuple[str, str], Report] = {}
+        found: dict[tuple[str, str], CompileReport] = {}
         for reports, bytes_moved in zip(built, moved, strict=True):
             traffic = bytes_moved.result() if bytes_moved is not None else None
             for i, report in enumerate(reports.result()):
@@ -110,7 +110,7 @@ def compile_check(
     return list(found.values())
 
 
-def as_json(reports: Sequence[Report], target: str) -> dict[str, Any]:
+def as_json(reports: Sequence[CompileReport], target: str) -> dict[str, Any]:
     return {"target": target, "kernels": [asdict(report) for report in reports]}
 
 
@@ -151,18 +151,18 @@ def _cached(folder: Path, key: str, make: Callable[[], dict[str, Any]]) -> dict[
 # -- build ------------------------------------------------------------------------------------------------------------
 
 
-def _build_all(module: str, sizes: Sizes, target: str, folder: Path) -> list[Report]:
+def _build_all(module: str, sizes: Sizes, target: str, folder: Path) -> list[CompileReport]:
     return [_build(spec, target, folder) for spec in _specs(module, sizes)]
 
 
-def _build(spec: Spec, target: str, folder: Path) -> Report:
+def _build(spec: Spec, target: str, folder: Path) -> CompileReport:
     import triton
 
     signature, constexprs, attributes = specialise(spec)
     key = repr((spec.kernel.cache_key, signature, constexprs, attributes, spec.num_warps, spec.num_stages, target))
     binary = _cached(folder, f"build {triton.__version__} {key}", partial(_binary, spec, target))
     programs = math.prod(spec.grid)
-    return Report(
+    return CompileReport(
         name=spec.name,
         shape=" ".join(f"{label}={size}" for label, size in spec.shape.items()),
         **binary,

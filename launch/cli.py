@@ -19,13 +19,13 @@ from .options import (
     ConfigFile,
     Encoders,
     GlobalBatch,
-    Latent,
+    LatentOption,
     Latents,
     LocalProcesses,
     ModelName,
     PlanArgument,
     PlanText,
-    Samples,
+    SamplesOption,
 )
 
 USER_ERROR = 2  # exit code of a mistake that the message says how to mend; also click's code for wrong usage
@@ -146,7 +146,7 @@ def plan(
     cluster: ClusterName = "grand-teton-h100",
     latent: Latents = None,
     global_batch: GlobalBatch = None,
-    samples: Samples = 1,
+    samples: SamplesOption = 1,
     dtype: Annotated[str, typer.Option("--dtype", help="bf16, float32 or float64.")] = "bf16",
     fix: Annotated[str, typer.Option("--fix", metavar="FIELDS", help="Plan fields by hand: tp=4,cp=2,...")] = "",
     encoders: Encoders = False,
@@ -201,9 +201,9 @@ def explain(
     plan: PlanArgument,
     model: ModelName = "movie-gen-30b",
     cluster: ClusterName = "grand-teton-h100",
-    latent: Latent = None,
+    latent: LatentOption = None,
     global_batch: GlobalBatch = None,
-    samples: Samples = 1,
+    samples: SamplesOption = 1,
     encoders: Encoders = False,
     as_json: AsJson = False,
 ) -> None:
@@ -231,9 +231,9 @@ def compare(
     plans: Annotated[list[str], typer.Argument(metavar="PLAN PLAN ...", help=PLAN_HELP)],
     model: ModelName = "movie-gen-30b",
     cluster: ClusterName = "grand-teton-h100",
-    latent: Latent = None,
+    latent: LatentOption = None,
     global_batch: GlobalBatch = None,
-    samples: Samples = 1,
+    samples: SamplesOption = 1,
     encoders: Encoders = False,
     as_json: AsJson = False,
 ) -> None:
@@ -350,7 +350,7 @@ def trace(
 def program(
     model: Annotated[str, typer.Option("--model", help="A preset, for example movie-gen-30b.")],
     plan: PlanText,
-    latent: Latent = None,
+    latent: LatentOption = None,
     text_tokens: Annotated[
         int | None, typer.Option("--text-tokens", min=1, help="Text tokens of all encoders. Default: the model's.")
     ] = None,
@@ -378,7 +378,7 @@ def program(
 def kernels(
     model: Annotated[str, typer.Option("--model", help="A preset.")] = "movie-gen-30b",
     plan: Annotated[str | None, typer.Option("--plan", help="Default of the 30B: tp=4,cp=2,dp_shard=768.")] = None,
-    latent: Latent = None,
+    latent: LatentOption = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Samples of a data rank.")] = 1,
     device: Annotated[str | None, typer.Option("--device", help="cpu or sm_90; default: this machine's GPU.")] = None,
     target: Annotated[

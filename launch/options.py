@@ -38,7 +38,7 @@ Latents = Annotated[
         help="Sample shape, and its share of the steps; may be repeated. Default: the model's usual one.",
     ),
 ]
-Latent = Annotated[
+LatentOption = Annotated[
     str | None,
     typer.Option(
         "--latent", metavar="TxHxW", help="Sample shape: latent frames, height, width. Default: the model's usual one."
@@ -47,7 +47,7 @@ Latent = Annotated[
 GlobalBatch = Annotated[
     int | None, typer.Option("--global-batch", min=1, help="Samples of a step. Default: left to the plan.")
 ]
-Samples = Annotated[
+SamplesOption = Annotated[
     int, typer.Option("--samples", min=1, help="Samples of one data rank, where no global batch is given.")
 ]
 Encoders = Annotated[bool, typer.Option("--encoders", help="The frozen text encoders run in the loop.")]

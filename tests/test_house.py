@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cinemesh.kernels.ops import OPS
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = (
     "kernels",
@@ -23,6 +25,34 @@ LONGER_WITH_REASON: dict[str, str] = {  # path -> why it is not two files
     "kernels/reference.py": "the truth of every op, in the order of the op table",
     "parallel/ir/builder.py": "one class: the records and their checks share all of its state",
     "launch/cli.py": "one function a command, its options and its help: what --help prints, in its order",
+}
+
+# Rooms of a folder, from the left: each imports from its left only, and from itself.
+ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "parallel": (("ir",), ("layers", "passes"), ("runtime",)),
+    "perf_model": (("clusters",), ("prices",), ("search", "published"), ("report", "calibration")),
+    "launch": (("cluster",), ("training", "proof"), ("commands",)),
+}
+# Code lines of kernels without Triton, parallel and model without its autoencoder: 8,000, and what stands in the core so
+# that nothing else need state it: check() (230 lines), and the counts of the op table, which price and proof read (180).
+CORE_LINES = 8410
+FAN_OUT = 15  # modules of the package that a file imports
+WIDER_WITH_REASON: dict[str, str] = {  # path -> why
+    "model/runner.py": "one rank of a step: where program, executor, capture and model meet",
+    "perf_model/report/explain.py": "asks every price and the search, and computes nothing itself",
+    "launch/commands/calibrate.py": "measures compute and links, fits, and writes: a line of each",
+    "launch/commands/kernels.py": "a command with three modes: show, compile, tune",
+    "launch/commands/plan.py": "the command that searches, tunes, explains, reports and writes",
+}
+TOLD_FROM = 12  # lines from which a public function has a docstring
+TWICE_WITH_REASON: dict[str, str] = {  # public name -> why it stands in more than one file
+    "Block": "the block as records and as its specification: the same thing twice is what parity compares",
+    **dict.fromkeys(("check", "fit", "launch", "load", "sample", "search", "write"), "a verb, told by its module"),
+    **dict.fromkeys(
+        ("BLOCK", "DTYPES", "FOLDER", "GREY", "GROUPS", "HALF", "ITEM_BYTES", "OPTIMIZER", "RATES", "ROUNDS", "STAGES"),
+        "a file's own constant; where a neighbour imports one, it says from where",
+    ),
+    **dict.fromkeys(("TOKENS", "UNIT"), "a tile of Triton's beside an axis or a class of memory"),
 }
 
 # Planning runs where no torch is installed. A module outside this list joins it by ending the first
@@ -111,6 +141,26 @@ def check_imports(root: Path) -> list[str]:
                 found.append(f"{place(path, root, line)}: import of {target} is not relative")
             elif inside and top in FOLDERS and top not in allowed:
                 found.append(f"{place(path, root, line)}: {folder} may not import {top}")
+    return found
+
+
+def check_rooms(root: Path) -> list[str]:
+    """Rooms of a folder import what stands to their left in ROOMS; data and perf_model do not know each other."""
+    found = []
+    for path in sources(root):
+        folder, *rest = path.relative_to(root).parts
+        order = ROOMS.get(folder, ())
+        here = next((i for i, rooms in enumerate(order) if rest and rest[0] in rooms), len(order))
+        for line, target, inside in imports(path, root):
+            top, *parts = target.split(".")
+            if not inside:
+                continue
+            if {folder, top} == {"data", "perf_model"}:
+                found.append(f"{place(path, root, line)}: {folder} may not import {top}")
+            if top == folder and parts and parts[0] != (rest[0] if rest else ""):
+                there = next((i for i, rooms in enumerate(order) if parts[0] in rooms), -1)
+                if there >= here or (there < 0 and here < len(order) and (root / folder / parts[0]).is_dir()):
+                    found.append(f"{place(path, root, line)}: {folder}/{rest[0]} may not import {folder}/{parts[0]}")
     return found
 
 
@@ -258,6 +308,93 @@ def check_lengths(root: Path) -> list[str]:
     ]
 
 
+def code_lines(path: Path) -> int:
+    """Lines that are neither blank nor comment nor docstring."""
+    told: set[int] = set()
+    for node in ast.walk(tree_of(path)):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if documented and ast.get_docstring(node) is not None:
+            told.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    lines = enumerate(path.read_text().splitlines(), 1)
+    return sum(1 for i, line in lines if line.strip() and not line.strip().startswith("#") and i not in told)
+
+
+def check_core_size(root: Path) -> list[str]:
+    """The core, kernels without Triton, parallel and model, stays small enough to be read."""
+    core = [path for path in sources(root) if path.relative_to(root).parts[0] in ("kernels", "parallel", "model")]
+    core = [path for path in core if "import triton" not in path.read_text() and "tae" not in path.parts]
+    lines = sum(map(code_lines, core))
+    return [f"the core has {lines} code lines, {CORE_LINES} are its ceiling"] if lines > CORE_LINES else []
+
+
+def check_fan_out(root: Path) -> list[str]:
+    """A file that imports many others has more than one purpose, or stands in the wrong room."""
+    found = []
+    modules = {name_of(path, root) for path in sources(root)}
+    for path in sources(root):
+        inside = [target for _, target, own in imports(path, root) if own]
+        known = {target if target in modules else target.rpartition(".")[0] for target in inside}
+        name = str(path.relative_to(root))
+        if len(known) > FAN_OUT and name not in WIDER_WITH_REASON:
+            found.append(f"{name} imports {len(known)} modules of the package; {FAN_OUT} are allowed")
+    return found
+
+
+def check_docstrings(root: Path) -> list[str]:
+    """A public function of more than TOLD_FROM lines says what it takes, gives and raises."""
+
+    def untold(body: list[ast.stmt], owner: str) -> Iterator[tuple[str, int]]:
+        for node in body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                yield from untold(node.body, f"{owner}{node.name}.")
+            elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                lines = (node.end_lineno or 0) - node.body[0].lineno + 1
+                if lines > TOLD_FROM and ast.get_docstring(node) is None:
+                    yield owner + node.name, node.lineno
+
+    return [
+        f"{place(path, root, line)}: {name} has no docstring"
+        for path in sources(root)
+        for name, line in untold(tree_of(path).body, "")
+    ]
+
+
+def public_names(path: Path) -> Iterator[str]:
+    """What a module defines at its top."""
+    for node in tree_of(path).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found = [node.name]
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found = [target.id for target in targets if isinstance(target, ast.Name)]
+        else:
+            continue
+        yield from (name for name in found if not name.startswith("_"))
+
+
+def check_names_once(root: Path) -> list[str]:
+    """A public name has one meaning in the package, or stands in TWICE_WITH_REASON.
+
+    Not counted: what an op's implementations are called, in kernels and in the specification; a command and what does
+    its work; constants that no other file imports.
+    """
+    where: dict[str, list[str]] = {}
+    imported: set[str] = set()
+    for path in sources(root):
+        imported |= {target.rpartition(".")[2] for _, target, inside in imports(path, root) if inside}
+        if path != root / "launch" / "cli.py":
+            for name in dict.fromkeys(public_names(path)):
+                where.setdefault(name, []).append(str(path.relative_to(root)))
+    return [
+        f"{name} is defined in {', '.join(paths)}"
+        for name, paths in where.items()
+        if len(paths) > 1
+        and name not in (*TWICE_WITH_REASON, *OPS, "run")
+        and not (name.isupper() and name not in imported)
+        and not all(path.startswith("kernels/") for path in paths)
+    ]
+
+
 def check_package_files(root: Path) -> list[str]:
     """An ``__init__.py`` is a docstring: a name has one address, and a part loads alone."""
     return [
@@ -310,6 +447,11 @@ for name in names:
 CHECKS = (
     check_imports,
     check_cycles,
+    check_rooms,
+    check_core_size,
+    check_fan_out,
+    check_docstrings,
+    check_names_once,
     check_collectives,
     check_runtime_ignores_prices,
     check_errors,
@@ -333,6 +475,18 @@ def test_something_is_checked() -> None:
 
 
 PLANTED = [
+    (check_rooms, {"parallel/ir/a.py": "from ..passes import b\n", "parallel/passes/b.py": ""}),
+    (check_rooms, {"parallel/layers/a.py": "from ..runtime import b\n", "parallel/runtime/b.py": ""}),
+    (check_rooms, {"perf_model/a.py": "from ..data import clips\n"}),
+    (check_core_size, {"parallel/a.py": "x = 1\n" * (CORE_LINES + 1)}),
+    (
+        check_fan_out,
+        {"model/a.py": "".join(f"from ..kernels import k{i}\n" for i in range(FAN_OUT + 1))}
+        | {f"kernels/k{i}.py": "" for i in range(FAN_OUT + 1)},
+    ),
+    (check_docstrings, {"model/a.py": "def f() -> None:\n" + "    x = 1\n" * (TOLD_FROM + 1)}),
+    (check_docstrings, {"model/a.py": "class A:\n    def f(self) -> None:\n" + "        x = 1\n" * (TOLD_FROM + 1)}),
+    (check_names_once, {"parallel/a.py": "class Twice: ...\n", "model/b.py": "class Twice: ...\n"}),
     (check_imports, {"kernels/a.py": "from ..parallel import plan\n"}),
     (check_imports, {"model/a.py": "def f():\n    from ..launch.train import run\n"}),
     (check_imports, {"kernels/a.py": "from .. import model\n"}),

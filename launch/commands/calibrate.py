@@ -35,7 +35,7 @@ from ...parallel.runtime.comm import BoundCollective, Communicator, barrier, gat
 from ...parallel.runtime.executor import Executor
 from ...parallel.runtime.frozen import Frozen
 from ...parallel.runtime.mesh import Mesh, coordinates
-from ...perf_model.calibration.calibrate import Machine, Samples, fit, residuals, write
+from ...perf_model.calibration.calibrate import Machine, TimedSamples, fit, residuals, write
 from ..cluster.processes import joined, launch, launched, rank_main, world_size
 
 DTYPE = "float32"
@@ -53,7 +53,7 @@ WORK_S = 1e-3  # compute before each collective, of one process that has a core 
 
 
 @dataclass(frozen=True)
-class Case:
+class TimedCase:
     """A one-block model and the degrees whose local shapes are run, without their communication."""
 
     config: ModelConfig
@@ -63,10 +63,10 @@ class Case:
 
 def _case(
     width: int, heads: int, ffn: int, latent: tuple[int, int, int], samples: int, tp: int = 1, cp: int = 1
-) -> Case:
+) -> TimedCase:
     config = ModelConfig("calibration", 1, width, heads, ffn, (Encoder("text", 64, 24),), position_lengths=(4, 32, 32))
     plan = Plan(tp=tp, cp=cp, dtype=DTYPE, recompute="none", prefetch=0)
-    return Case(config, BatchShape(samples, latent), plan)
+    return TimedCase(config, BatchShape(samples, latent), plan)
 
 
 # Head dims 16, 32, 64 and 128, the smallest with short and long rows; products from slim to square; flat shards of
@@ -91,7 +91,7 @@ def _together() -> None:
         barrier()
 
 
-def measure_compute(case: Case, repetitions: int = REPETITIONS) -> tuple[Samples, float]:
+def measure_compute(case: TimedCase, repetitions: int = REPETITIONS) -> tuple[TimedSamples, float]:
     """Seconds of this thread in every compute record of a case, and how many times as long the step takes.
 
     Every process of the job runs it at the same time.
@@ -122,17 +122,17 @@ def measure_compute(case: Case, repetitions: int = REPETITIONS) -> tuple[Samples
     medians = [statistics.median(seconds) for seconds in own]
     level = statistics.median(whole) / sum(medians)
     _together()
-    samples = Samples()
+    samples = TimedSamples()
     for op, seconds in zip(program.ops, medians, strict=True):
         if op.kind in OPS:
             samples.add_op(program, op, seconds)
     return samples, level
 
 
-def measure_collectives(sizes: tuple[int, ...] = SIZES) -> Samples:
+def measure_collectives(sizes: tuple[int, ...] = SIZES) -> TimedSamples:
     """Seconds of every collective by kind, bytes and group, beyond the compute that goes before it."""
     world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    samples = Samples()
+    samples = TimedSamples()
     compute = _some_compute()
     hosts = gather_objects(platform.node())
     crowd = hosts.count(platform.node()) / len(os.sched_getaffinity(0))  # processes a core
@@ -254,16 +254,20 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure() -> Samples | None:
+def measure() -> TimedSamples | None:
     """Everything, on every rank of the job; the samples of all, on rank 0."""
     compute = [measure_compute(case) for case in CASES]
-    mine = (Samples.joined(samples for samples, _ in compute), measure_collectives(), [level for _, level in compute])
+    mine = (
+        TimedSamples.joined(samples for samples, _ in compute),
+        measure_collectives(),
+        [level for _, level in compute],
+    )
     everyones: Any = gather_objects(mine)
     if torch.distributed.get_rank() > 0:
         return None
     by_case = zip(*(levels for _, _, levels in everyones), strict=True)
     level = statistics.quantiles(map(statistics.median, by_case), n=4)[0]  # where other jobs disturbed least
-    return Samples.joined([samples.scaled(level) for samples, _, _ in everyones] + [c for _, c, _ in everyones])
+    return TimedSamples.joined([samples.scaled(level) for samples, _, _ in everyones] + [c for _, c, _ in everyones])
 
 
 def machine_of(name: str) -> Machine:

@@ -194,7 +194,7 @@ def run(
         return
     console = new_console()
     console.print(heading(request))
-    console.print(f"{describe(chosen)}: {summary(request, step)}")
+    console.print(f"{describe(chosen)}: {summary_line(request, step)}")
     reasons.print(console)
 
 
@@ -242,7 +242,7 @@ def step_values(request: Request, step: PlayedStep) -> dict[str, Any]:
     }
 
 
-def summary(request: Request, step: PlayedStep) -> str:
+def summary_line(request: Request, step: PlayedStep) -> str:
     """The same in a line."""
     memory = step.footprint
     fits = "" if memory.peak_bytes <= memory.limit_bytes else ": IT DOES NOT FIT"

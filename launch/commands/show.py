@@ -296,16 +296,16 @@ def _local(program: Program, name: str) -> str:
     return f"[{', '.join(dims)}] {dtype}" + (f" Partial{{{','.join(partial)}}}" if partial else "")
 
 
-Rows = tuple[tuple[str, str, str, str, str], ...]
+ListedRows = tuple[tuple[str, str, str, str, str], ...]
 
 
-def listing(program: Program) -> Iterator[tuple[str, Rows]]:
+def listing(program: Program) -> Iterator[tuple[str, ListedRows]]:
     """(heading, rows) to print. A section like an earlier one is told in its heading and has the rows it adds."""
-    first: dict[Rows, str] = {}  # where rows were printed in full
+    first: dict[ListedRows, str] = {}  # where rows were printed in full
     pending: list[str] = []
     like = ""
 
-    def told() -> Iterator[tuple[str, Rows]]:
+    def told() -> Iterator[tuple[str, ListedRows]]:
         if pending:
             span = pending[0] if len(pending) == 1 else f"{pending[0]} .. {pending[-1]}"
             yield f"{span}: as {like}", ()

@@ -11,7 +11,7 @@ from rich.console import Console
 from ...perf_model.calibration import fit
 from ...perf_model.published import validate
 from ...perf_model.published.rows import TRUSTED, Unpredictable, case_of, read
-from ...perf_model.published.validate import Prediction, Report, Summary, by_source, source_means, summarise
+from ...perf_model.published.validate import Prediction, Summary, ValidationReport, by_source, source_means, summarise
 from .tables import new_console, plain_table
 
 SOURCE_WIDTH = 58
@@ -65,7 +65,7 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _print_rows(console: Console, report: Report) -> None:
+def _print_rows(console: Console, report: ValidationReport) -> None:
     table = plain_table("row", "unit", "measured", "predicted", "error", right=NUMBERS)
     for p in (*report.times, *report.memory):
         table.add_row(p.id, p.unit, f"{p.measured:.4g}", f"{p.predicted:.4g}", f"{100 * p.error:+.1f} %")
@@ -87,7 +87,7 @@ def _line(summary: Summary) -> tuple[str, ...]:
     return (str(summary.rows), *map(_percent, errors), f"{100 * summary.bias:+.1f} %")
 
 
-def _print_sources(console: Console, report: Report) -> None:
+def _print_sources(console: Console, report: ValidationReport) -> None:
     columns = ("rows", "mean", "median", "95th", "worst", "bias")
     table = plain_table("absolute error of time, by source", *columns, right=NUMBERS)
     for source, predictions in by_source(report.times).items():
@@ -113,7 +113,7 @@ def _print_sources(console: Console, report: Report) -> None:
     console.print(f"{len(report.skipped)} rows are not predicted; --rows shows which, and why")
 
 
-def _print_choices(console: Console, report: Report) -> None:
+def _print_choices(console: Console, report: ValidationReport) -> None:
     console.print()
     table = plain_table("plans of one job", "plans", "Spearman", "chosen plan loses", right=(*NUMBERS, "Spearman"))
     for choice in report.choices:

@@ -31,7 +31,7 @@ from .resolved import Resolved
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-Count = Annotated[int, Field(ge=1)]
+AtLeastOne = Annotated[int, Field(ge=1)]
 CountOrNone = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -42,12 +42,12 @@ class ModelSection:
     """A preset, and what is changed in it. Channels follow from the codec, text encoders from the data."""
 
     preset: str
-    layers: Count | None = None
-    width: Count | None = None
-    heads: Count | None = None
-    ffn: Count | None = None
-    patch: tuple[Count, Count, Count] | None = None
-    position_lengths: tuple[Count, Count, Count] | None = None
+    layers: AtLeastOne | None = None
+    width: AtLeastOne | None = None
+    heads: AtLeastOne | None = None
+    ffn: AtLeastOne | None = None
+    patch: tuple[AtLeastOne, AtLeastOne, AtLeastOne] | None = None
+    position_lengths: tuple[AtLeastOne, AtLeastOne, AtLeastOne] | None = None
 
     def build(self, encoding: Encoding) -> ModelConfig:
         """The model for these latents and texts."""
@@ -62,7 +62,7 @@ class DataSection(DataSettings):
     """The data's settings, the directory of their cache, and what one optimizer step takes of them."""
 
     cache: Path
-    global_batch: Count  # samples of a step, whatever its bucket
+    global_batch: AtLeastOne  # samples of a step, whatever its bucket
     balance: Annotated[float, Field(ge=0, le=1)] = 0.0  # of scenes: see order.balanced
 
 
@@ -82,7 +82,7 @@ class OptimizerSection(Optimizer):
 class ScheduleSection:
     """``steps`` updates; the learning rate rises linearly over ``warmup_steps``, then falls or stays."""
 
-    steps: Count
+    steps: AtLeastOne
     warmup_steps: CountOrNone = 0
     decay: Literal["cosine", "constant"] = "cosine"
     final_share: Annotated[float, Field(ge=0, le=1)] = 0.0  # of the peak, at the end of a cosine
@@ -102,11 +102,11 @@ class LoggingSection:
     """Where a run writes, and how often, in steps. 0: never (a checkpoint is written at the end all the same)."""
 
     directory: Path
-    every: Count = 10
+    every: AtLeastOne = 10
     validate_every: CountOrNone = 100
-    validation_draws: Count = 4  # fixed (t, noise) of every validation sample
+    validation_draws: AtLeastOne = 4  # fixed (t, noise) of every validation sample
     checkpoint_every: CountOrNone = 500
-    keep: Count = 2  # newest checkpoints that stay on disk
+    keep: AtLeastOne = 2  # newest checkpoints that stay on disk
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -115,7 +115,7 @@ class SampleSection:
 
     scenes: tuple[str, ...] | None = None
     bucket: str | None = None  # FRAMESxHEIGHTxWIDTH, one of the data's; the first of them
-    steps: Count = 50
+    steps: AtLeastOne = 50
     guidance: Annotated[float, Field(ge=0)] = GUIDANCE
     seed: CountOrNone = 0
 

@@ -25,7 +25,7 @@ from .setting import Setting
 
 
 @dataclass(frozen=True)
-class Order:
+class ClipOrder:
     """One clip to make, by the recipe's plan and its section ``sample``: everything that a rank needs."""
 
     config: Config
@@ -67,13 +67,13 @@ def run(
     setting = Setting.of(recipe)
     setting.check_sampling()
     checkpoints.check_model(newest, setting.model)
-    order = Order(recipe, newest, prompt, out)
+    order = ClipOrder(recipe, newest, prompt, out)
     code = launch(nproc, sample, order) if nproc and nproc > 1 else rank_main(lambda: sample(order))
     if code:
         sys.exit(code)
 
 
-def sample(order: Order) -> None:
+def sample(order: ClipOrder) -> None:
     """The work of one rank; rank 0 writes the file and prints its path."""
     setting, plan = Setting.of(order.config), order.config.plan
     with joined(plan) as place:

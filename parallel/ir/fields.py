@@ -12,7 +12,7 @@ from functools import partial
 from typing import Literal, cast
 
 from ...errors import CinemeshError
-from .knobs import Divides, Group, Kept, OneOf, Order, SomeOf, Switch, Whole, knob, knobs, written
+from .knobs import Divides, Kept, KnobGroup, OneOf, Order, SomeOf, Switch, Whole, knob, knobs, written
 
 AXES = ("tp", "cp", "dp_shard", "dp_replicate")
 DTYPES: dict[str, tuple[str, str]] = {
@@ -50,7 +50,7 @@ OVER_TP = "activations are gathered and scattered over tp"
 
 
 @dataclass(frozen=True)
-class Degrees(Group):
+class Degrees(KnobGroup):
     """How many ranks there are, what each is given, and how they lie beside each other."""
 
     tp: int = knob(
@@ -134,7 +134,7 @@ class Degrees(Group):
 
 
 @dataclass(frozen=True)
-class Memory(Group):
+class Memory(KnobGroup):
     """How values are stored, and which of them live from forward to backward. The last blocks may keep others."""
 
     dtype: DtypePolicy = knob("bf16", OneOf(does="how a step computes and what its states are", words=tuple(DTYPES)))
@@ -172,7 +172,7 @@ class Memory(Group):
 
 
 @dataclass(frozen=True)
-class Overlap(Group):
+class Overlap(KnobGroup):
     """What runs beside what. What is asked for and cannot happen is refused, never ignored."""
 
     grad_units: int = knob(
@@ -281,7 +281,7 @@ class Overlap(Group):
 
 
 @dataclass(frozen=True)
-class Streams(Group):
+class Streams(KnobGroup):
     """How communication and compute share a GPU (``unit``: gathers and reductions over dp_shard * cp).
 
     These fields change no record of a step and no result, only its time; without NCCL they are without effect.

@@ -17,8 +17,8 @@ from functools import cache
 from typing import Any, Literal, TypeVar, cast
 
 from ...errors import CinemeshError
+from .layout import Axes
 
-Axes = tuple[str, ...]
 Size = Literal["heads", "ffn", "text", "tokens"]  # of a model or a sample
 T = TypeVar("T")
 
@@ -257,7 +257,7 @@ def knobs(of: type) -> dict[str, Knob]:
     return made
 
 
-class Group:
+class KnobGroup:
     """Settings that check themselves, each by its knob."""
 
     def __post_init__(self) -> None:

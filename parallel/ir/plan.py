@@ -15,7 +15,8 @@ import yaml
 
 from ...errors import CinemeshError, did_you_mean, in_a_line
 from .fields import AXES, Degrees, Memory, Overlap, Streams
-from .knobs import Axes, Knob, Size, knobs, written
+from .knobs import Knob, Size, knobs, written
+from .layout import Axes
 
 
 @dataclass(frozen=True)

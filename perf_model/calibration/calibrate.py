@@ -27,7 +27,7 @@ from ..prices.network import Group, Network, ring_group
 
 Key = tuple[int, ...]
 Times = dict[str, dict[Key, list[float]]]
-Rows = Sequence[tuple[str, Key, float]]
+FitRows = Sequence[tuple[str, Key, float]]
 PARTS = ("matmul", "attention", "stream", "collectives")
 TILES = (4, 8, 16, 32)  # sides of a tile that a matmul's law may have
 ROWS = (8, 16, 32, 64, 128)  # of a block of attention
@@ -38,7 +38,7 @@ LEAST_S = 1e-5  # a shorter collective was lost in the compute that it was measu
 
 
 @dataclass
-class Samples:
+class TimedSamples:
     """Seconds by name and shape; several where several ranks measured the same.
 
     matmul       by dtype: (batch, m, n, k, accumulates)
@@ -73,7 +73,7 @@ class Samples:
             self.add("stream", op.kind, (program.bytes_moved(op),), seconds)
 
     @classmethod
-    def joined(cls, parts: Iterable[Samples]) -> Samples:
+    def joined(cls, parts: Iterable[TimedSamples]) -> TimedSamples:
         whole = cls()
         for part in parts:
             for where in (*PARTS, "copying", "slowdown"):
@@ -82,9 +82,9 @@ class Samples:
                         getattr(whole, where).setdefault(name, {}).setdefault(key, []).extend(seconds)
         return whole
 
-    def scaled(self, factor: float) -> Samples:
+    def scaled(self, factor: float) -> TimedSamples:
         """All times multiplied."""
-        scaled = Samples(slowdown=self.slowdown)
+        scaled = TimedSamples(slowdown=self.slowdown)
         for part in (*PARTS, "copying"):
             for name, times in getattr(self, part).items():
                 for key, seconds in times.items():
@@ -144,7 +144,7 @@ def price_of(cluster: Cluster) -> Callable[[str, str, Key], float]:
     return price
 
 
-def residuals(samples: Samples, cluster: Cluster) -> dict[str, float]:
+def residuals(samples: TimedSamples, cluster: Cluster) -> dict[str, float]:
     """Mean relative error of the cluster's prices over the samples, by part and name; ``stream`` as one."""
     price = price_of(cluster)
     errors: dict[str, list[float]] = {}
@@ -159,13 +159,13 @@ def residuals(samples: Samples, cluster: Cluster) -> dict[str, float]:
 # -- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def error_of(cluster: Cluster, part: str, rows: Rows) -> float:
+def error_of(cluster: Cluster, part: str, rows: FitRows) -> float:
     """Mean of |log(predicted / measured)|."""
     price = price_of(cluster)
     return fmean(abs(math.log(price(part, name, key) / seconds)) for name, key, seconds in rows)
 
 
-def _descend(cluster: Cluster, names: Sequence[str], part: str, rows: Rows, most: float = math.inf) -> Cluster:
+def _descend(cluster: Cluster, names: Sequence[str], part: str, rows: FitRows, most: float = math.inf) -> Cluster:
     """Move the constants ``names`` (dotted), none above ``most``, until no step helps."""
     if not rows:
         return cluster
@@ -202,7 +202,7 @@ def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return sa / saa, 0.0
 
 
-def fit(samples: Samples, machine: Machine) -> Cluster:
+def fit(samples: TimedSamples, machine: Machine) -> Cluster:
     """A cluster whose prices follow the samples. It starts from the placeholders of ``local-cpu``."""
     cluster = load("local-cpu")
     matmuls, attention, collectives = (samples.rows(part) for part in ("matmul", "attention", "collectives"))
@@ -256,7 +256,7 @@ def fit(samples: Samples, machine: Machine) -> Cluster:
     return cluster.with_(**{"overlap.communication_slowdown": median(slowdowns)}) if slowdowns else cluster
 
 
-def _fit_compute(cluster: Cluster, matmuls: Rows, attention: Rows) -> Cluster:
+def _fit_compute(cluster: Cluster, matmuls: FitRows, attention: FitRows) -> Cluster:
     names = ["matmul.floor_s", "matmul.prologue_s", "matmul.memory_fraction"]
     names += [f"matmul.efficiency.{dtype}" for dtype in cluster.matmul.efficiency]
     tiled = (cluster.with_(**{"matmul.tile": tile}) for tile in TILES)
@@ -273,7 +273,7 @@ def _fit_compute(cluster: Cluster, matmuls: Rows, attention: Rows) -> Cluster:
     return cluster
 
 
-def _fit_network(cluster: Cluster, collectives: Rows, servers: int) -> Cluster:
+def _fit_network(cluster: Cluster, collectives: FitRows, servers: int) -> Cluster:
     primitives = ("all_gather", "all_reduce", "all_to_all")
     names = [f"gloo.{constant}.{name}" for name in primitives for constant in ("message_s", "bytes_per_s")]
     inside = [row for row in collectives if row[1][2] == 1]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..clusters.cluster import Cluster
-from ..published.rows import Case
+from ..published.rows import RowCase
 from ..published.validate import Prediction, Predictor, timed
 
 FIRST_STEP, LEAST_STEP = 0.08, 0.008  # of a constant's range
@@ -113,12 +113,14 @@ def changed(cluster: Cluster, constants: Sequence[Constant], values: Mapping[str
     return cluster.with_(**{path: values[c.name] for c in constants for path in c.paths})
 
 
-def predictions(cases: Sequence[Case], constants: Sequence[Constant], values: Mapping[str, float]) -> list[Prediction]:
+def predictions(
+    cases: Sequence[RowCase], constants: Sequence[Constant], values: Mapping[str, float]
+) -> list[Prediction]:
     predictor = Predictor(lambda cluster: changed(cluster, constants, values))
     return [timed(case, predictor.seconds(case)) for case in cases]
 
 
-def loss(cases: Sequence[Case], constants: Sequence[Constant], values: Mapping[str, float]) -> float:
+def loss(cases: Sequence[RowCase], constants: Sequence[Constant], values: Mapping[str, float]) -> float:
     """Half the mean absolute error over rows, half that averaged by source, and a tenth of the 95th percentile."""
     found = predictions(cases, constants, values)
     errors = sorted(abs(p.error) for p in found)
@@ -130,7 +132,7 @@ def loss(cases: Sequence[Case], constants: Sequence[Constant], values: Mapping[s
 
 
 def fit(
-    cases: Sequence[Case], constants: Sequence[Constant], values: Mapping[str, float], step: float = FIRST_STEP
+    cases: Sequence[RowCase], constants: Sequence[Constant], values: Mapping[str, float], step: float = FIRST_STEP
 ) -> tuple[dict[str, float], float]:
     """The constants with the least loss over ``cases``, searched from ``values`` on."""
     best = {c.name: min(max(values[c.name], c.low), c.high) for c in constants}
@@ -149,9 +151,9 @@ def fit(
     return best, least
 
 
-def refit(cases: Sequence[Case]) -> list[Fit]:
+def refit(cases: Sequence[RowCase]) -> list[Fit]:
     """Every hardware kind fitted to its rows, then with each source left out. Minutes for the project's rows."""
-    kinds: dict[str, list[Case]] = {}
+    kinds: dict[str, list[RowCase]] = {}
     for case in cases:
         kinds.setdefault(kind_of(case.cluster), []).append(case)
     found: list[Fit] = []

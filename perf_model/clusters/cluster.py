@@ -17,7 +17,20 @@ import yaml
 from ...errors import CinemeshError, did_you_mean
 from .constants import Fact, Reader
 from .grid import Grid, read_grid
-from .schema import Family, Gloo, Gpu, Launch, Matmul, Measured, Memory, Nccl, Overlap, Spread, Stream, Topology
+from .schema import (
+    AttentionFamily,
+    Gloo,
+    Gpu,
+    LaunchConstants,
+    Matmul,
+    Measured,
+    MemoryConstants,
+    Nccl,
+    OverlapConstants,
+    Spread,
+    StreamConstants,
+    Topology,
+)
 
 FOLDER = Path(__file__).parent
 
@@ -30,12 +43,12 @@ class Cluster:
     about: str
     gpu: Gpu
     matmul: Matmul
-    attention: Mapping[str, Family]
-    stream: Stream
-    launch: Launch
-    memory: Memory
+    attention: Mapping[str, AttentionFamily]
+    stream: StreamConstants
+    launch: LaunchConstants
+    memory: MemoryConstants
     topology: Topology
-    overlap: Overlap
+    overlap: OverlapConstants
     spread: Spread
     nccl: Nccl | None = None
     gloo: Gloo | None = None
@@ -168,11 +181,11 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 _SECTIONS: dict[str, Any] = {
     "gpu": Gpu,
     "matmul": Matmul,
-    "stream": Stream,
-    "launch": Launch,
-    "memory": Memory,
+    "stream": StreamConstants,
+    "launch": LaunchConstants,
+    "memory": MemoryConstants,
     "topology": Topology,
-    "overlap": Overlap,
+    "overlap": OverlapConstants,
     "spread": Spread,
 }
 _LIBRARIES: dict[str, Any] = {"nccl": Nccl, "gloo": Gloo}
@@ -195,6 +208,8 @@ def from_dict(values: dict[str, Any], name: str, folder: Path = FOLDER) -> Clust
     families = values.get("attention")
     if not isinstance(families, dict) or not families:
         raise reader.wrong("attention", "is missing", "give at least one family of kernels")
-    read["attention"] = {key: reader.section(Family, value, f"attention.{key}") for key, value in families.items()}
+    read["attention"] = {
+        key: reader.section(AttentionFamily, value, f"attention.{key}") for key, value in families.items()
+    }
     title, about = values.get("name", name), values.get("about", "")
     return Cluster(name=str(title), about=str(about), **read, facts=reader.facts, folder=folder)

@@ -67,12 +67,12 @@ class Rule:
     most: float = 0.0
 
 
-Table = Mapping[str, float]
+YamlTable = Mapping[str, float]
 Seconds = Annotated[float, Rule("time")]
 Bytes = Annotated[float, Rule("size")]
 BytesPerSecond = Annotated[float, Rule("rate")]
 Watts = Annotated[float, Rule("power")]
-Count = Annotated[int, Rule("count")]
+WholeCount = Annotated[int, Rule("count")]
 Fraction = Annotated[float, Rule("fraction")]
 Ratio = Annotated[float, Rule("ratio")]
 
@@ -80,10 +80,10 @@ Duration = Annotated[float, Rule("time", most=1e3)]  # of what happens once in a
 SecondsOrZero = Annotated[float, Rule("time", zero=True)]
 BytesOrZero = Annotated[float, Rule("size", zero=True)]
 FractionOrZero = Annotated[float, Rule("fraction", zero=True)]
-SecondsTable = Annotated[Table, Rule("time", table=True)]
-BytesPerSecondTable = Annotated[Table, Rule("rate", table=True)]
-FlopsTable = Annotated[Table, Rule("speed", table=True)]
-FractionTable = Annotated[Table, Rule("fraction", table=True)]
+SecondsTable = Annotated[YamlTable, Rule("time", table=True)]
+BytesPerSecondTable = Annotated[YamlTable, Rule("rate", table=True)]
+FlopsTable = Annotated[YamlTable, Rule("speed", table=True)]
+FractionTable = Annotated[YamlTable, Rule("fraction", table=True)]
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ class Reader:
         return CinemeshError(f"cluster {self.cluster}: {path} {what}", remedy=remedy)
 
     def section(self, kind: Any, values: Any, path: str) -> Any:
+        """One section as its dataclass. Raises CinemeshError for a key that is missing or unknown, by its path."""
         if not isinstance(values, dict):
             raise self.wrong(path, "is missing or no mapping", "write its numbers under it")
         hints = _hints(kind)
@@ -136,6 +137,7 @@ class Reader:
         return kind(**read)
 
     def number(self, given: Any, path: str, rule: Rule, *, whole: bool) -> Any:
+        """A number in SI units, its origin noted. Raises CinemeshError for a wrong unit, origin or value."""
         if not isinstance(given, dict) or "value" not in given:
             raise self.wrong(path, f"is {given!r}", "write {value: ..., unit: ..., origin: ..., source: ...}")
         unit, origin, source = given.get("unit"), given.get("origin"), given.get("source")

@@ -29,6 +29,7 @@ class Grid:
         return cls(axes, {tuple(at[i][math.log(x)] for i, x in enumerate(point)): value for point, value in points})
 
     def at(self, *point: float) -> float:
+        """The value at a point, linear in the logarithms; outside of the grid that of its edge."""
         corners: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
         for axis, coordinate in zip(self.axes, point, strict=True):
             x = math.log(coordinate)

@@ -10,7 +10,6 @@ from .constants import (
     BytesOrZero,
     BytesPerSecond,
     BytesPerSecondTable,
-    Count,
     Duration,
     FlopsTable,
     Fraction,
@@ -21,6 +20,7 @@ from .constants import (
     SecondsOrZero,
     SecondsTable,
     Watts,
+    WholeCount,
 )
 
 
@@ -29,7 +29,7 @@ class Gpu:
     """One GPU. ``sustained``: clock of a long step under its power limit over that of a short isolated kernel."""
 
     name: str
-    sms: Count
+    sms: WholeCount
     power_w: Watts
     memory_bytes: Bytes
     memory_bytes_per_s: BytesPerSecond
@@ -45,7 +45,7 @@ class Matmul:
     """
 
     efficiency: FractionTable
-    tile: Count
+    tile: WholeCount
     tail: FractionOrZero
     prologue_s: SecondsOrZero
     floor_s: Seconds
@@ -54,26 +54,26 @@ class Matmul:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pass:
+class PassConstants:
     """One attention kernel (``compute.attention_s``). ``speed`` by head dim: what a full chip reaches on long rows."""
 
     speed: FlopsTable
-    rows: Count
+    rows: WholeCount
     tail: FractionOrZero
     prologue_s: SecondsOrZero
     floor_s: Seconds
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
+class AttentionFamily:
     """A family of attention kernels."""
 
-    forward: Pass
-    backward: Pass
+    forward: PassConstants
+    backward: PassConstants
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stream:
+class StreamConstants:
     """Memory-bound kernels: ``floor_s`` + bytes / (``fraction`` of the memory's rate)."""
 
     fraction: Fraction
@@ -82,14 +82,14 @@ class Stream:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Ops whose own time was measured, by name: ``floor_s`` + bytes / ``bytes_per_s``. The others follow ``Stream``."""
+    """Ops whose own time was measured, by name: ``floor_s`` + bytes / ``bytes_per_s``; others: ``StreamConstants``."""
 
     floor_s: SecondsTable
     bytes_per_s: BytesPerSecondTable
 
 
 @dataclass(frozen=True, kw_only=True)
-class Launch:
+class LaunchConstants:
     """Host time of one kernel launched by torch, and the gap between two nodes of a replayed graph."""
 
     eager_s: Seconds
@@ -97,7 +97,7 @@ class Launch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory:
+class MemoryConstants:
     """What a process may allocate, and what the program does not own."""
 
     usable_bytes: Bytes
@@ -113,15 +113,15 @@ class Topology:
     1 / ``pod_oversubscription`` of their rate.
     """
 
-    gpus_per_server: Count
-    servers: Count
+    gpus_per_server: WholeCount
+    servers: WholeCount
     nvlink_bytes_per_s: BytesPerSecond
-    nics_per_server: Count
+    nics_per_server: WholeCount
     nic_bytes_per_s: BytesPerSecond
     nic_latency_s: SecondsOrZero
     switch_latency_s: SecondsOrZero
-    servers_per_leaf: Count
-    servers_per_pod: Count
+    servers_per_leaf: WholeCount
+    servers_per_pod: WholeCount
     pod_oversubscription: Ratio
 
 
@@ -149,7 +149,7 @@ class Nccl:
     pat_efficiency: Fraction
     post_s: Seconds
     ring_plateau: Ratio
-    server_channels: Count
+    server_channels: WholeCount
     server_channel_bytes_per_s: BytesPerSecond
     nic_fraction: Fraction
     p2p_fraction: Fraction
@@ -162,12 +162,12 @@ class Nccl:
     ring_ll128_cap_bytes_per_s: BytesPerSecondTable
     tree_ll128_cap_bytes_per_s: BytesPerSecondTable
     tree_cap_bytes_per_s: BytesPerSecondTable
-    nvls_channels: Count
+    nvls_channels: WholeCount
     nvls_channel_bytes_per_s: BytesPerSecond
     nvls_efficiency: Fraction
     nvls_tree_cap_bytes_per_s: BytesPerSecondTable
-    nvls_least_ranks: Count
-    ctas_per_channel: Count
+    nvls_least_ranks: WholeCount
+    ctas_per_channel: WholeCount
     ring_reach: FractionTable
     tree_reach: FractionTable
     init_base_s: Duration
@@ -190,7 +190,7 @@ class Gloo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Overlap:
+class OverlapConstants:
     """Slowdown beyond the SMs and the bandwidth that a collective takes while compute runs, and the reverse."""
 
     compute_slowdown: Ratio

@@ -26,7 +26,7 @@ from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import Op
 from ..clusters.cluster import Cluster
-from ..clusters.constants import Table
+from ..clusters.constants import YamlTable
 
 Bound = Literal["compute", "memory", "launch"]
 
@@ -46,7 +46,7 @@ def reference_ops(device: str) -> frozenset[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Price:
+class OpPrice:
     """``kernel_s`` on the device, ``host_s`` to launch it, and what sets the pace."""
 
     kernel_s: float
@@ -81,7 +81,7 @@ class Compute:
         self.clock = clock
         self._grid = cluster.grid(cluster.matmul.grid)
         self._on_gpus = cluster.device == "cuda"
-        self._prices: dict[tuple[object, ...], Price] = {}
+        self._prices: dict[tuple[object, ...], OpPrice] = {}
 
     # -- ops ----------------------------------------------------------------------------------------------------------
 
@@ -93,7 +93,7 @@ class Compute:
         """What sets the op's pace."""
         return self.price(program, op).bound
 
-    def price(self, program: Program, op: Op) -> Price:
+    def price(self, program: Program, op: Op) -> OpPrice:
         """Price of a compute op, kept by kind, local shapes and dtypes."""
         names = (*op.inputs, *op.outputs)
         key = (
@@ -130,7 +130,7 @@ class Compute:
         """SMs that products and self-attention leave under a plan: none where there is no NCCL to take them."""
         return plan.sm_margin if self._on_gpus else 0
 
-    def _price(self, program: Program, op: Op, margin: int) -> Price:
+    def _price(self, program: Program, op: Op, margin: int) -> OpPrice:
         dtype = program.buffers[op.inputs[0]].dtype
         spec = OPS[op.kind]
         if spec.law == "matmul":
@@ -160,11 +160,11 @@ class Compute:
         memory = moved / (self.cluster.gpu.memory_bytes_per_s * stream.fraction)
         return self._priced(0.0, memory, kernels * stream.floor_s, kernels)
 
-    def _priced(self, work: float, memory: float, floor: float, kernels: int) -> Price:
+    def _priced(self, work: float, memory: float, floor: float, kernels: int) -> OpPrice:
         kernel, host = max(work, memory) + floor, kernels * self.launch_s
         if max(work, memory) < max(floor, host):
-            return Price(kernel, host, "launch")
-        return Price(kernel, host, "compute" if work >= memory else "memory")
+            return OpPrice(kernel, host, "launch")
+        return OpPrice(kernel, host, "compute" if work >= memory else "memory")
 
     # -- laws ---------------------------------------------------------------------------------------------------------
 
@@ -321,7 +321,7 @@ def _waves(full: float, tail: float) -> float:
     return max(1.0, full + tail * (math.ceil(full) - full))
 
 
-def _head(speed: Table, head_dim: int) -> tuple[int, float]:
+def _head(speed: YamlTable, head_dim: int) -> tuple[int, float]:
     """The smallest head dim with a kernel that holds ``head_dim``, and its speed; beyond the largest, its speed."""
     dims = sorted((int(name), value) for name, value in speed.items())
     for dim, value in dims:

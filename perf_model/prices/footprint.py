@@ -83,14 +83,14 @@ def outside(cluster: Cluster, plan: Plan) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Stack:
+class ByteStack:
     """Live bytes by class while every record runs: what the memory picture shows."""
 
     by_class: dict[str, list[int]]
     total: list[int]
 
 
-def stack(program: Program) -> Stack:
+def stack(program: Program) -> ByteStack:
     """Live bytes by class, record by record (the program's own bytes; workspace as a class of its own)."""
     lives = lifetimes(program)
     kept = _kept(program)
@@ -112,7 +112,7 @@ def stack(program: Program) -> Stack:
         totals.append(sum(current.values()))
         for root in lives.free[i]:
             current[classes[root]] -= program.bytes(root)
-    return Stack({name: values for name, values in series.items() if any(values)}, totals)
+    return ByteStack({name: values for name, values in series.items() if any(values)}, totals)
 
 
 def footprint(program: Program, cluster: Cluster, frozen_bytes: int = 0) -> Footprint:

@@ -25,7 +25,7 @@ from ...parallel.ir.communicators import GROUPS
 from ...parallel.ir.layout import Axes
 from ...parallel.ir.plan import Plan
 from ..clusters.cluster import Cluster
-from ..clusters.constants import Table
+from ..clusters.constants import YamlTable
 from ..clusters.grid import Grid, read_grids
 from ..clusters.schema import Gloo, Nccl, Topology
 
@@ -358,6 +358,6 @@ class Network:
         return Cost(latency, transfer, link, cores * gpu.sms, cores * gpu.memory_bytes_per_s, primitive, "gloo")
 
 
-def _by_bytes(reach: Table) -> Grid:
+def _by_bytes(reach: YamlTable) -> Grid:
     """A table of fractions by MiB."""
     return Grid.of([((float(size) * 2**20,), value) for size, value in reach.items()])

@@ -28,7 +28,7 @@ STEADY_MICRO_BATCHES = 3
 
 
 @dataclass(frozen=True)
-class Part:
+class PeerPart:
     """Records that a schedule repeats; ``begin``: where the first copy stood, which its waits refer to."""
 
     records: list[Record]
@@ -47,11 +47,13 @@ class Schedule(Blocks):
         network: Network,
         cluster: Cluster,
         layers: int,
-        parts: dict[str, Part] | None = None,
+        parts: dict[str, PeerPart] | None = None,
     ) -> None:
         super().__init__(run, compute, network, cluster)
         self.layers = layers
-        self.parts: dict[str, Part] = {} if parts is None else parts  # emitted once, repeated by schedules of one run
+        self.parts: dict[str, PeerPart] = (
+            {} if parts is None else parts
+        )  # emitted once, repeated by schedules of one run
         self.sharded = self.stack.shard in ("fsdp", "grad_op")
         self.block_bytes = self.m.block_parameters / run.tp * (1 if run.fp8_gather else HALF)
         self.end_bytes = self.m.end_parameters / run.tp * HALF
@@ -79,7 +81,7 @@ class Schedule(Blocks):
             emit()
             r.host_bound(seconds, kernels)
             r.flush()
-            self.parts[name] = Part(r.records[begin:], begin, r.compute_s - seconds, r.kernels - kernels)
+            self.parts[name] = PeerPart(r.records[begin:], begin, r.compute_s - seconds, r.kernels - kernels)
             return
         part = self.parts[name]
         shift = begin - part.begin
@@ -160,7 +162,7 @@ class Schedule(Blocks):
 
 def step_s(run: Run, compute: Compute, network: Network, cluster: Cluster) -> float:
     """Seconds of one step: few blocks and micro-batches are played, equal ones beyond them added at the steady rate."""
-    parts: dict[str, Part] = {}
+    parts: dict[str, PeerPart] = {}
 
     def played(layers: int, micro_batches: int) -> float:
         return Schedule(run, compute, network, cluster, layers, parts).play(micro_batches)

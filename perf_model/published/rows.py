@@ -35,7 +35,7 @@ class Unpredictable(Exception):
 
 
 @dataclass(frozen=True)
-class Case:
+class RowCase:
     """A row ready to be predicted. ``measured``: seconds of a step, of a layer or of the attention core, or None."""
 
     id: str
@@ -354,11 +354,11 @@ def measured_s(row: dict[str, Any], run: Run) -> float:
     raise Unpredictable("it prints a rate in FLOP/s, whose count is not sure, and no time")
 
 
-def case_of(row: dict[str, Any]) -> Case:
+def case_of(row: dict[str, Any]) -> RowCase:
     run = run_of(row)
     cluster = cluster_of(row)
     measured = measured_s(row, run) if row["kind"] in TIMED else None
     title = str(row["source"].get("title"))
-    return Case(
+    return RowCase(
         row["id"], row["kind"], title, row.get("trust") or "", run, cluster, row["hardware"]["gpus"], measured, row
     )

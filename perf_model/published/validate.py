@@ -19,12 +19,12 @@ from ..prices.compute import Compute
 from ..prices.network import Network
 from .peer_memory import activation_bytes, fits, peak_bytes, state_bytes
 from .peer_step import attention_s, layer_s, step_s
-from .rows import BLOCK, FOLDER, TIMED, TRUSTED, Case, Unpredictable, case_of, cluster_of, read, run_of
+from .rows import BLOCK, FOLDER, TIMED, TRUSTED, RowCase, Unpredictable, case_of, cluster_of, read, run_of
 
 ROWS = FOLDER / "rows.yaml"
 GROUPS = FOLDER / "groups.yaml"
 GIB = 2.0**30
-Change = Callable[[Cluster], Cluster]
+RowChange = Callable[[Cluster], Cluster]
 Clock = Literal["sustained", "isolated"]
 
 
@@ -56,7 +56,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Choice:
+class GroupChoice:
     """A group of plans: rank correlation of predicted and measured cost, and what the chosen plan loses to the best."""
 
     name: str
@@ -66,11 +66,11 @@ class Choice:
 
 
 @dataclass
-class Report:
+class ValidationReport:
     times: list[Prediction] = field(default_factory=list)
     memory: list[Prediction] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[GroupChoice] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)  # id, why
 
     @property
@@ -103,7 +103,7 @@ class CachedCompute(Compute):
 class Predictor:
     """Prices of clusters, kept by identity; ``change`` is applied to each cluster first."""
 
-    def __init__(self, change: Change | None = None) -> None:
+    def __init__(self, change: RowChange | None = None) -> None:
         self._change = change
         self._known: dict[tuple[int, Clock], tuple[Cluster, Cluster, Compute, Network]] = {}
 
@@ -114,7 +114,7 @@ class Predictor:
             self._known[key] = (cluster, used, CachedCompute(used, clock), Network(used))
         return self._known[key][1:]
 
-    def seconds(self, case: Case) -> float:
+    def seconds(self, case: RowCase) -> float:
         """Of a step, a layer or the attention core. A benchmark of one kernel runs at the clock of one."""
         clock: Clock = "isolated" if case.kind == "attention_layer" else "sustained"
         cluster, compute, network = self.prices(case.cluster, clock)
@@ -127,9 +127,9 @@ class Predictor:
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-def validate(path: Path | None = None, change: Change | None = None) -> Report:
+def validate(path: Path | None = None, change: RowChange | None = None) -> ValidationReport:
     """Predict the rows of a file (the project's own by default)."""
-    report, predictor = Report(), Predictor(change)
+    report, predictor = ValidationReport(), Predictor(change)
     for row in read(path or ROWS):
         try:
             _predict(row, report, predictor)
@@ -139,7 +139,7 @@ def validate(path: Path | None = None, change: Change | None = None) -> Report:
     return report
 
 
-def _predict(row: dict[str, Any], report: Report, predictor: Predictor) -> None:
+def _predict(row: dict[str, Any], report: ValidationReport, predictor: Predictor) -> None:
     kind = row["kind"]
     if kind in TIMED:
         case = case_of(row)
@@ -156,7 +156,7 @@ def _predict(row: dict[str, Any], report: Report, predictor: Predictor) -> None:
         raise Unpredictable("a microbenchmark is no training step; the laws of a cluster file are fitted to such")
 
 
-def timed(case: Case, predicted_s: float) -> Prediction:
+def timed(case: RowCase, predicted_s: float) -> Prediction:
     run, measured_s = case.run, case.measured
     assert measured_s is not None
     share = case.gpus / (run.samples * run.micro_batches * run.replicas * run.shard / run.cp)
@@ -213,15 +213,15 @@ def _korthikanti(row: dict[str, Any]) -> list[Prediction]:
 # -- choosing ---------------------------------------------------------------------------------------------------------
 
 
-def choices(times: Sequence[Prediction], groups: Sequence[Mapping[str, Any]]) -> list[Choice]:
+def choices(times: Sequence[Prediction], groups: Sequence[Mapping[str, Any]]) -> list[GroupChoice]:
     """For every group with at least two predicted plans. Plans are compared by GPU seconds a sample."""
     by_id = {p.id: p.gpu_s_per_sample for p in times}
-    found: list[Choice] = []
+    found: list[GroupChoice] = []
     for group in groups:
         costs = [by_id[name] for name in group["rows"] if name in by_id]
         if len(costs) > 1:
             best, chosen = min(m for m, _ in costs), min(costs, key=lambda cost: cost[1])[0]
-            found.append(Choice(group["name"], len(costs), _spearman(costs), chosen / best - 1.0))
+            found.append(GroupChoice(group["name"], len(costs), _spearman(costs), chosen / best - 1.0))
     return found
 
 
@@ -267,7 +267,7 @@ def source_means(predictions: Sequence[Prediction]) -> tuple[float, float]:
     return statistics.mean(s.mean for s in summaries), statistics.mean(s.p95 for s in summaries)
 
 
-def to_json(report: Report) -> dict[str, Any]:
+def to_json(report: ValidationReport) -> dict[str, Any]:
     """What ``cinemesh validate --json`` prints."""
     shown = report.headline or report.times
 

@@ -13,7 +13,7 @@ from ...parallel.ir.plan import Plan
 from ..prices.played import PlayedStep
 from ..search.request import PricedPlan
 from .explain import describe, terms
-from .landscape import Group, Landscape, Point
+from .landscape import Landscape, NeutralGroup, Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -168,7 +168,7 @@ def _cp_class(cp: int) -> int:
     return max(known for known in SHADES if known <= cp)
 
 
-def _draw_group(axes: Axes, group: Group, number: int, error: float) -> None:
+def _draw_group(axes: Axes, group: NeutralGroup, number: int, error: float) -> None:
     """A band of the throughputs that the model cannot tell from the fastest plan's of a neutral group."""
     fastest = group.choices[0].samples_per_s
     batches = group.batches

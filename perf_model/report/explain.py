@@ -82,7 +82,7 @@ class Exposure:
         return 1.0 - self.exposed_s / self.alone_s if self.alone_s else 0.0
 
 
-def role(op: Op) -> str:
+def alike(op: Op) -> str:
     """What a record is called in all blocks and micro-batches."""
     return f"{op.place.phase}/{op.label}"
 
@@ -93,7 +93,7 @@ def exposures(whole: PlayedStep) -> list[Exposure]:
     for i, op in enumerate(whole.program.ops):
         if op.kind in OPS or op.is_wait:
             continue
-        row = rows.setdefault((role(op), op.kind, op.lane), [0, 0.0, 0.0, 0.0])
+        row = rows.setdefault((alike(op), op.kind, op.lane), [0, 0.0, 0.0, 0.0])
         row[0] += 1
         row[1] += whole.program.payload_bytes(op)
         row[2] += whole.tape.records[i].cost.seconds
@@ -160,7 +160,7 @@ def duplicates(whole: PlayedStep) -> list[Duplicate]:
             if any(axis in axes for p in placements for axes in (*p.dims, tuple(p.partial))):
                 continue
             seconds = whole.tape.records[i].seconds
-            row = found.setdefault((role(op), axis), [0, 0, 0, 0.0])
+            row = found.setdefault((alike(op), axis), [0, 0, 0, 0.0])
             row[0] += 1
             row[1] += program.flops(op)
             row[2] += sum(program.bytes(name) for name in op.outputs)

@@ -18,7 +18,7 @@ Tick = Callable[[str], object]  # told what was done
 
 
 @dataclass(frozen=True)
-class Group:
+class NeutralGroup:
     """Neutral plans: about equal throughput over different global batches, the highest throughput first."""
 
     choices: tuple[PricedPlan, ...]
@@ -47,7 +47,7 @@ class Landscape:
     error: float = 0.0
     choices: list[PricedPlan] = field(default_factory=list)
     misfits: list[Refusal] = field(default_factory=list)
-    groups: list[Group] = field(default_factory=list)
+    groups: list[NeutralGroup] = field(default_factory=list)
     nothing: list[str] = field(default_factory=list)
     other: int = 0
 
@@ -61,7 +61,7 @@ class Landscape:
         return [best[batch] for batch in sorted(best)]
 
 
-def neutral_groups(choices: list[PricedPlan], error: float) -> list[Group]:
+def neutral_groups(choices: list[PricedPlan], error: float) -> list[NeutralGroup]:
     """Sets of plans over two or more global batches whose throughput differs by less than ``error`` (relative).
 
     One plan a batch. The fastest plan that is in no group yet leads the next one.
@@ -72,13 +72,13 @@ def neutral_groups(choices: list[PricedPlan], error: float) -> list[Group]:
         if batch not in best or choice.samples_per_s > best[batch].samples_per_s:
             best[batch] = choice
     left = sorted(best.values(), key=lambda choice: -choice.samples_per_s)
-    groups: list[Group] = []
+    groups: list[NeutralGroup] = []
     while left:
         least = (1.0 - error) * left[0].samples_per_s
         group = [choice for choice in left if choice.samples_per_s >= least]
         left = left[len(group) :]
         if len(group) > 1:
-            groups.append(Group(tuple(group)))
+            groups.append(NeutralGroup(tuple(group)))
     return groups
 
 

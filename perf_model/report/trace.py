@@ -19,7 +19,7 @@ from ...parallel.ir.communicators import communicator
 from ...parallel.ir.records import COMPUTE_LANE as COMPUTE
 from ...parallel.ir.records import WAIT, Phase
 from ...parallel.ir.span import Span
-from ..prices.footprint import Stack, stack
+from ..prices.footprint import ByteStack, stack
 from ..prices.played import PlayedStep
 
 MEMORY_POINTS = 2000  # samples of the memory counter in a trace
@@ -154,7 +154,7 @@ def _events(process: int, name: str, spans: Sequence[Span]) -> Iterator[dict[str
         yield event
 
 
-def _counters(process: int, whole: PlayedStep, stacked: Stack) -> Iterator[dict[str, Any]]:
+def _counters(process: int, whole: PlayedStep, stacked: ByteStack) -> Iterator[dict[str, Any]]:
     """Live bytes by class as a counter track."""
     for i, seconds in highest(whole, stacked, MEMORY_POINTS):
         yield {
@@ -166,7 +166,7 @@ def _counters(process: int, whole: PlayedStep, stacked: Stack) -> Iterator[dict[
         }
 
 
-def highest(whole: PlayedStep, stacked: Stack, points: int) -> list[tuple[int, float]]:
+def highest(whole: PlayedStep, stacked: ByteStack, points: int) -> list[tuple[int, float]]:
     """Records that stand for the step's memory, with their times in seconds, in the order of the program.
 
     Of each of ``points`` equal pieces of time it is the one with most live bytes: the peak is always among them.

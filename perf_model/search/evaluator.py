@@ -39,7 +39,7 @@ class Effort(Enum):
 
 
 @dataclass(frozen=True)
-class Cost:
+class PlanCost:
     """Of one step: mean seconds over the buckets by weight, encoders and stragglers included; bytes of one rank."""
 
     step_s: float
@@ -122,7 +122,7 @@ class Evaluator:
         steps = tuple([Extrapolation(one, of, self.models) for one in few] for of in modes)
         return BuiltPlan(plan, samples, steps, held)
 
-    def cost(self, built: BuiltPlan, effort: Effort = Effort.FAST) -> Cost:
+    def cost(self, built: BuiltPlan, effort: Effort = Effort.FAST) -> PlanCost:
         """Seconds and bytes of a step. Raises NotSteady where so little effort cannot tell."""
         self.played += 1
         if effort is Effort.EXACT:
@@ -136,7 +136,7 @@ class Evaluator:
                 priced = [step.steady_price(plan, steady) for step in steps]
             step_s += share * self.mean(p.step_s for p in priced)
             compute_s += share * self.mean(p.compute_s for p in priced)
-        return Cost(self._whole_s(built.plan, step_s, built.held), compute_s, self.peak_bytes(built))
+        return PlanCost(self._whole_s(built.plan, step_s, built.held), compute_s, self.peak_bytes(built))
 
     def play(self, plan: Plan, samples: int, held: FrozenCost | None = None) -> list[PlayedStep]:
         """The whole step on every bucket, record by record. Raises CinemeshError for a plan that cannot be."""
@@ -153,9 +153,9 @@ class Evaluator:
         smallest = min(ways, key=lambda way: way.bytes)
         return self.play(plan, samples, next((way for way in ways if way.bytes <= spare), smallest))
 
-    def cost_of(self, steps: Sequence[PlayedStep]) -> Cost:
+    def cost_of(self, steps: Sequence[PlayedStep]) -> PlanCost:
         """Of what ``play`` gave."""
-        return Cost(
+        return PlanCost(
             self.mean(step.step_s for step in steps),
             self.mean(step.tape.compute_s for step in steps),
             max(step.footprint.peak_bytes for step in steps),

@@ -43,7 +43,7 @@ from benchmarks.box import RANKS, Box, NotAllowed
 from benchmarks.step_against_torch import SHAPES as DEEP
 from benchmarks.step_against_torch import Shape
 
-from cinemesh.launch.commands.calibrate import Samples, machine_of, measure
+from cinemesh.launch.commands.calibrate import TimedSamples, machine_of, measure
 from cinemesh.model.inputs import IDS, LATENTS, MASK, BatchShape, text_input, training_inputs
 from cinemesh.model.runner import StepRunner, data_share
 from cinemesh.model.step import Optimizer, build_step
@@ -165,7 +165,7 @@ def rank_main(arguments: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
     samples = measure()
     if samples is not None:
-        assert isinstance(samples, Samples)
+        assert isinstance(samples, TimedSamples)
         machine = machine_of(arguments.name)
         cluster = write(fit(samples, machine), machine, arguments.folder / "cluster.yaml")
         (arguments.folder / "residuals.json").write_text(json.dumps(residuals(samples, cluster)))

@@ -32,31 +32,31 @@ NARROW = {"noise.draw": 0.5, "merge.attention": 0.4}
 
 
 @pytest.fixture(scope="module")
-def reports() -> list[compiling.Report]:
+def reports() -> list[compiling.CompileReport]:
     return compiling.compile_check([SIZES], "sm_90", workers=2)
 
 
-def test_every_kernel_of_the_30b_step_is_there(reports: list[compiling.Report]) -> None:
+def test_every_kernel_of_the_30b_step_is_there(reports: list[compiling.CompileReport]) -> None:
     """A module whose kernels nobody lists would be built by nobody."""
     modules = {name for report in reports for name in (report.name.partition(".")[0],)}
     assert {"attention", "cross_attention", "modulate_norm", "swiglu", "adamw"} <= modules
     assert len({(report.name, report.shape) for report in reports}) == len(reports)
 
 
-def test_no_kernel_spills(reports: list[compiling.Report]) -> None:
+def test_no_kernel_spills(reports: list[compiling.CompileReport]) -> None:
     for report in reports:
         assert report.spilled_bytes == 0, report
         assert 0 < report.registers <= 255 and report.shared_bytes <= 227 * 1024 and report.occupancy > 0, report
 
 
-def test_memory_bound_kernels_move_what_they_must(reports: list[compiling.Report]) -> None:
+def test_memory_bound_kernels_move_what_they_must(reports: list[compiling.CompileReport]) -> None:
     for report in (report for report in reports if report.memory_bound):
         assert 0.97 <= report.bytes_over_least <= 1.05, report
         wide = NARROW.get(report.name, 0.8)
         assert report.least_bytes < REDUCTION or report.wide_accesses >= wide, report
 
 
-def test_attention_runs_on_wgmma(reports: list[compiling.Report]) -> None:
+def test_attention_runs_on_wgmma(reports: list[compiling.CompileReport]) -> None:
     found = [report for report in reports if not report.memory_bound]
     assert len(found) >= 4  # self and cross, forward and backward
     for report in found:

@@ -12,7 +12,16 @@ from cinemesh.model.config import preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.plan import Plan
-from cinemesh.perf_model.calibration.calibrate import PARTS, Machine, Samples, fit, line, price_of, residuals, write
+from cinemesh.perf_model.calibration.calibrate import (
+    PARTS,
+    Machine,
+    TimedSamples,
+    fit,
+    line,
+    price_of,
+    residuals,
+    write,
+)
 from cinemesh.perf_model.clusters.cluster import Cluster, load
 from cinemesh.perf_model.clusters.schema import Measured
 from cinemesh.perf_model.prices.compute import Compute
@@ -35,9 +44,9 @@ TRUTH = load("local-cpu").with_(
 )
 
 
-def times_of(cluster: Cluster) -> Samples:
+def times_of(cluster: Cluster) -> TimedSamples:
     """What would be measured on a machine that the cluster's prices hold for."""
-    samples, price = Samples(), price_of(cluster)
+    samples, price = TimedSamples(), price_of(cluster)
     shapes = {
         "matmul": {"float32": [(1, m, n, 256, 0) for m, n in itertools.product((2, 64, 512), repeat=2)]},
         "attention": {

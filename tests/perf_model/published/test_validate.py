@@ -29,7 +29,7 @@ PUBLISHED = {row["id"]: row for row in rows.read(validate.ROWS)}
 
 
 @pytest.fixture(scope="module")
-def report() -> validate.Report:
+def report() -> validate.ValidationReport:
     return validate.validate()
 
 
@@ -48,7 +48,7 @@ def prices(cluster: Cluster) -> tuple[Compute, Network, Cluster]:
 # -- the errors that the project states -------------------------------------------------------------------------------
 
 
-def test_headline_errors_are_those_reached(report: validate.Report) -> None:
+def test_headline_errors_are_those_reached(report: validate.ValidationReport) -> None:
     """Only this sees a constant, a price or a stack that drifts from what was fitted and reported."""
     summary = validate.summarise(report.headline)
     by_source, _ = validate.source_means(report.headline)
@@ -58,14 +58,14 @@ def test_headline_errors_are_those_reached(report: validate.Report) -> None:
     assert by_source < SOURCE_MEAN
 
 
-def test_attention_with_context_parallelism(report: validate.Report) -> None:
+def test_attention_with_context_parallelism(report: validate.ValidationReport) -> None:
     """Rings, gathers and all-to-alls of keys and values: priced wrongly, these rows move and steps hardly do."""
     alone = [p for p in report.times if p.kind == "attention_layer"]
     assert len(alone) >= 20
     assert validate.summarise(alone).mean < 0.055
 
 
-def test_memory_and_out_of_memory(report: validate.Report) -> None:
+def test_memory_and_out_of_memory(report: validate.ValidationReport) -> None:
     """Kept activations, states and logits against allocator readings; verdicts against runs that died."""
     assert validate.summarise(report.memory).mean < 0.055
     assert report.right_verdicts() >= 0.9
@@ -84,7 +84,7 @@ def test_runs_that_lived_are_predicted_to_fit() -> None:
     assert lived / (lived + dead) > 0.94
 
 
-def test_choosing_among_plans(report: validate.Report) -> None:
+def test_choosing_among_plans(report: validate.ValidationReport) -> None:
     """The order of plans of one job, which levels alone cannot show."""
     assert sum(c.spearman for c in report.choices) / len(report.choices) > 0.9
     assert sum(c.regret for c in report.choices) / len(report.choices) < 0.01
@@ -110,7 +110,7 @@ def short_clock(cluster: Cluster) -> Cluster:
 
 
 @pytest.mark.parametrize(("fault", "least"), [(one_nic, 0.03), (slow_attention, 0.05), (short_clock, 0.02)])
-def test_planted_faults_show(report: validate.Report, fault: validate.Change, least: float) -> None:
+def test_planted_faults_show(report: validate.ValidationReport, fault: validate.RowChange, least: float) -> None:
     """The rows must be able to tell a wrong NIC count, attention work or clock from the right one."""
     faulty = validate.validate(change=fault)
     assert validate.summarise(faulty.headline).mean > validate.summarise(report.headline).mean + least
