@@ -11,7 +11,7 @@ from ...model.config import ModelConfig
 from ...model.inputs import BatchShape
 from ...model.step import check, unit_layout
 from ...parallel.ir.plan import Plan
-from .show import new_console, plain_table
+from .tables import new_console, plain_table
 
 DEGREES = tuple((tp, cp) for tp in (1, 2, 4, 8) for cp in (1, 2))
 GPUS = 6144  # over which the flat states of the compiled shapes are sharded, as in the paper's largest run

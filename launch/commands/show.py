@@ -25,9 +25,8 @@ from ...parallel.ir.units import Parameter
 from ...parallel.passes.liveness import lifetimes
 from ...parallel.passes.pipeline import prepare
 from ..plans import read_plan
-from .tables import new_console, plain_table, quantity
+from .tables import DTYPES, new_console, plain_table, quantity
 
-DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 NAME_WIDTH = 28  # columns; a longer name goes on below
 OUTPUTS = 3  # which column gets the space that others leave
 MOST_DIFFERENCES = 8  # records in which a block may differ from another to be shown as "as that one, but"

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 WIDTH = 130  # columns, where the output is no terminal
+DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 
 
 def new_console() -> Console:

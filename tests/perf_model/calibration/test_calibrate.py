@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from cinemesh.errors import CinemeshError
-from cinemesh.launch.commands.calibrate import CASES, measure_compute, run
+from cinemesh.launch.commands.calibrate import run
+from cinemesh.launch.commands.measure_compute import CASES, measure_compute
 from cinemesh.model.config import preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.model.step import build_step
