@@ -20,7 +20,7 @@ from ..model.inputs import MASK, text_input
 from .text import EncoderSettings, TextEncoder, build_encoders
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CodecSettings(ABC):
     """The section ``codec`` of a recipe: a kind, and that kind's settings."""
 
@@ -31,7 +31,7 @@ class CodecSettings(ABC):
         """The codec on this process. Raises CinemeshError for settings that make none."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockDCT(CodecSettings):
     """The fixed block DCT of ``model/codec.py``, which needs no training and has nothing to set."""
 

@@ -61,10 +61,10 @@ class Operands:
         return min(floating, default=0), max(floating, default=0)
 
 
-Count = Callable[[Operands], int]
+Measure = Callable[[Operands], int]
 
 
-def count(constant: float = 0, **per: float) -> Count:
+def count(constant: float = 0, **per: float) -> Measure:
     """``count(3, tbd=5, d=1)``: 3 + 5 t b d + d, by the sizes of the labels."""
 
     def counted(o: Operands) -> int:
@@ -76,7 +76,7 @@ def count(constant: float = 0, **per: float) -> Count:
 NONE, ONE = count(), count(1)
 
 
-def sized(narrow: Count = NONE, wide: Count = NONE, own: Count = NONE, cast: Count = NONE) -> Count:
+def sized(narrow: Measure = NONE, wide: Measure = NONE, own: Measure = NONE, cast: Measure = NONE) -> Measure:
     """Bytes of tensors with so many elements in the narrowest and in the widest floating dtype of the record.
 
     ``own``: bytes of what has its own dtype under every policy: indices, masks, what Philox works in. ``cast``:

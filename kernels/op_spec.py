@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .counts import NONE, ONE, Count, Operands
+from .counts import NONE, ONE, Measure, Operands
 from .signature import parse
 
 
@@ -42,11 +42,11 @@ class OpSpec:
     law: Literal["memory", "matmul", "attention"] = "memory"
     backward: bool = False
     leaves_sms: bool = False
-    flops: Count = NONE
-    bytes: Count | None = None
-    kernels: Count = ONE
-    plain_bytes: Count | None = None
-    workspace: Count = NONE
+    flops: Measure = NONE
+    bytes: Measure | None = None
+    kernels: Measure = ONE
+    plain_bytes: Measure | None = None
+    workspace: Measure = NONE
     counted: tuple[str, ...] = ()
 
     @property

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .counts import NONE, Count, Operands, count, sized
+from .counts import NONE, Measure, Operands, count, sized
 from .op_spec import OpSpec
 from .signature import Signature, parse
 
@@ -43,7 +43,7 @@ def _fused_attention(o: Operands) -> int:
     return sum(x.bytes for x in o.outputs) + (o.inputs[-1].elements * (o.item_bytes[0] + 1) if masked else 0)
 
 
-def _each(times: Count, each: Count, first: Count = NONE) -> Count:
+def _each(times: Measure, each: Measure, first: Measure = NONE) -> Measure:
     """``each`` so many times, besides ``first``."""
     return lambda o: first(o) + times(o) * each(o)
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from ...errors import CinemeshError
 from ...files import atomic_file
 from ...model.config import preset
-from ...parallel.ir.plan import Plan
+from ...parallel.ir.plan import Plan, fields_of
 from ...perf_model.clusters.cluster import load
 from ...perf_model.prices.startup import start_up
 from ...perf_model.published.paper import STAGES
@@ -25,6 +25,7 @@ from ...perf_model.search.evaluator import Evaluator
 from ...perf_model.search.planner import ERROR_BAR, Search, search
 from ...perf_model.search.refusals import Refusal, RefusalKind
 from ...perf_model.search.request import LatentBucket, PricedPlan, Request
+from ..plans import held_fields
 from .explain import Reasons, start_up_values
 from .show import latent_of, parse_latent
 from .tables import new_console, plain_table
@@ -86,7 +87,7 @@ def run(
         global_batch=global_batch,
         samples=samples,
         dtype=dtype,  # type: ignore[arg-type]  # Plan checks it
-        fixed=_fixed(fix),
+        fixed=held_fields(fields_of(fix)),
         encoders=encoders,
         shown=top,
     )
@@ -147,15 +148,6 @@ def _bucket(text: str) -> LatentBucket:
             f"latent {text!r}: the weight {weight!r} is no positive number", remedy=f"write for example {latent}:0.5"
         )
     return LatentBucket(parse_latent(latent), share)
-
-
-def _fixed(text: str) -> dict[str, object]:
-    """Plan fields given by hand, checked by the plan itself."""
-    if not text:
-        return {}
-    plan = Plan.parse(text, tp=2, cp=2, dp_shard=2)  # degrees left open allow every overlap
-    given = {item.partition("=")[0].strip() for item in text.split(",")}
-    return {name: getattr(plan, name) for name in given}
 
 
 # -- as data ----------------------------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ that names the key, the value and the rule. Relative paths are relative to the c
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, create_model
@@ -230,8 +231,19 @@ def check_config(values: dict[str, Any], where: str) -> Config:
         raise _refusal(error, Config, f"{where}: ") from None
 
 
+DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]*)$")
+
+
 class _Loader(yaml.CSafeLoader):
-    """PyYAML keeps the last of two equal keys in silence; here that is an error."""
+    """PyYAML keeps the last of two equal keys in silence; here that is an error.
+
+    Whole numbers are decimal, as they look: YAML 1.1 makes 90 of 1:30 and 8 of 010. What is none stays text.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, DECIMAL if tag == "tag:yaml.org,2002:int" else pattern) for tag, pattern in resolvers]
+        for first, resolvers in yaml.CSafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()

@@ -142,29 +142,32 @@ class Plan(Streams, Overlap, Memory, Degrees):  # a dataclass takes the fields o
         plan = next((value for key, value in file.value if key.value == "plan"), file)
         if not isinstance(plan, yaml.MappingNode):
             raise CinemeshError(f"plan: the plan there is {_plain(plan)!r}", remedy=remedy)
-        return cls._read((str(_plain(key)), _plain(value)) for key, value in plan.value)
+        return cls.from_dict(_read((str(_plain(key)), _plain(value)) for key, value in plan.value))
 
     @classmethod
     def parse(cls, text: str, **defaults: Any) -> Plan:
         """From the command line: ``tp=4,cp=2,dp_shard=96``. What is left out is as in ``defaults``."""
-        items: list[tuple[str, str]] = []
-        for item in filter(None, text.split(",")):
-            key, equals, value = item.partition("=")
-            if not equals:
-                raise CinemeshError(
-                    f"plan: {item!r} is not key=value", remedy="write for example tp=4,cp=2,dp_shard=96"
-                )
-            items.append((key.strip(), value.strip()))
-        return cls._read(items, **defaults)
+        return cls.from_dict(defaults | fields_of(text))
 
-    @classmethod
-    def _read(cls, items: Iterable[tuple[str, Any]], **defaults: Any) -> Plan:
-        values: dict[str, Any] = {}
-        for key, value in items:
-            if key in values:
-                raise CinemeshError(f"plan: {key} is given twice", remedy="leave one of them out", what=key)
-            values[key] = KNOBS[key].read(value) if key in KNOBS and isinstance(value, str) else value
-        return cls.from_dict(defaults | values)
+
+def fields_of(text: str) -> dict[str, Any]:
+    """What the command line gives of a plan, each value as its knob reads it; no knob has checked it."""
+    items: list[tuple[str, str]] = []
+    for item in filter(None, text.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise CinemeshError(f"plan: {item!r} is not key=value", remedy="write for example tp=4,cp=2,dp_shard=96")
+        items.append((key.strip(), value.strip()))
+    return _read(items)
+
+
+def _read(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in items:
+        if key in values:
+            raise CinemeshError(f"plan: {key} is given twice", remedy="leave one of them out", what=key)
+        values[key] = KNOBS[key].read(value) if key in KNOBS and isinstance(value, str) else value
+    return values
 
 
 def _plain(node: yaml.Node) -> Any:
