@@ -56,7 +56,7 @@ def condition_inputs(c: ModelConfig, plan: Plan, shape: BatchShape) -> list[Inpu
             for e in c.encoders
         ),
         *(
-            InputSpec(condition.input, (samples, condition.channels, *shape.latent), plan.stat_dtype, by_sample)
+            InputSpec(condition.input, (samples, condition.channels, *shape.latent), plan.compute_dtype, by_sample)
             for condition in c.latent_conditions
         ),
     ]
