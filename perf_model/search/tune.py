@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from ...errors import CinemeshError
 from ...model.inputs import BatchShape
@@ -57,8 +57,14 @@ class _Tried:
 
 
 def tune(request: Request, choice: PricedPlan, evaluator: Evaluator | None = None) -> PricedPlan:
-    """The same degrees of tp and cp and the same placement, with what pays."""
-    return _Tuner(evaluator or Evaluator(request)).tuned(choice)
+    """The same degrees of tp and cp and the same placement, with what pays.
+
+    Raises CinemeshError where the GPU cannot be shared as it was fixed by hand.
+    """
+    evaluator = evaluator or Evaluator(request)
+    by_hand = {name: value for name, value in request.fixed.items() if name in SHARING}
+    evaluator.models.compute.check(replace(choice.plan, **cast(dict[str, Any], by_hand)))
+    return _Tuner(evaluator).tuned(choice)
 
 
 class _Tuner:
