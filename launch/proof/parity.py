@@ -1,10 +1,11 @@
 """Parity: what a plan's program computed against what the plain autograd model computes.
 
-[Note: bounds] In float64 the reference goes its own way for all steps. In float32 and bf16 it starts every step from
-the weights that the plan holds, and applies AdamW to the plan's own gradient: AdamW's first updates are the gradient's
-sign, so that one rounded element near zero would move a weight by twice the learning rate and every later number with
-it. What is left to bound is the rounding of one step (float32) and, in bf16, twice the error that one rank makes by
-itself.
+[Note: bounds] Both start from the same weights. Then the reference starts every step from the weights that the plan
+holds, and applies AdamW, with moments of its own, to the plan's gradient. AdamW divides an element by its own size: one
+rounded element near zero moves a weight by twice the learning rate (float32), or by as many digits fewer as the element
+is small (float64, 1e-10 once in some hundred runs), and every later number with it. Step by step nothing is left out:
+a step that is right from where it started, whatever the step, is a run that is right. What is left to bound is the
+rounding of one step and, in bf16, twice the error that one rank makes by itself.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ...parallel.runtime.frozen import Frozen
 from ...parallel.runtime.mesh import Mesh
 from ...parallel.runtime.witness import Witness
 
-FLOAT64_BOUND = 1e-10  # the design's, over the whole run
+FLOAT64_BOUND = 1e-10  # the design's
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "bf16": 2.0**-9}
 LR = 1e-2
 OPTIMIZER = Optimizer(clip_norm=0.5, ema_decay=0.5)  # clipping is active, and the EMA moves visibly, on these shapes
@@ -222,15 +223,19 @@ def _ema(name: str) -> str:
     return f"EMA of {name}"
 
 
-def run_reference(case: Case, followed: Trajectory | None = None) -> Trajectory:
+def starting_weights(case: Case) -> Named:
+    """What every plan of the case begins with, EMA included, in float64."""
+    values = weights_by_name.full(parameters(case.config), weights_by_name.probe_values(case.seed), torch.float64)
+    return values | {_ema(name): value.clone() for name, value in values.items()}
+
+
+def run_reference(case: Case, followed: Trajectory) -> Trajectory:
     """Autograd, ``clip_grad_norm_``, ``torch.optim.AdamW`` and EMA in float64 on one process.
 
-    With ``followed``, every step starts from its weights and AdamW gets its gradients: see [Note: bounds].
+    Every step starts from the weights of ``followed``, and AdamW gets its gradients: see [Note: bounds].
     """
     model = Reference(case.config).double()
     table = parameters(case.config)
-    now = weights_by_name.full(table, weights_by_name.probe_values(case.seed), torch.float64)
-    now |= {_ema(name): value.clone() for name, value in now.items()}
     named = dict(model.named_parameters())
     groups = [
         {"params": [named[r.name] for r in table if r.decay == decay], "weight_decay": rate}
@@ -238,8 +243,7 @@ def run_reference(case: Case, followed: Trajectory | None = None) -> Trajectory:
     ]
     adamw = torch.optim.AdamW(groups, lr=LR, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
     run = Trajectory()
-    for step in range(case.steps):
-        before = now if followed is None else followed.weights[step]
+    for step, before in enumerate(followed.weights):
         model.load_state_dict({name: before[name] for name in named})
         adamw.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
@@ -250,10 +254,10 @@ def run_reference(case: Case, followed: Trajectory | None = None) -> Trajectory:
             total += loss.detach()
         run.losses.append(total.item())
         run.gradients.append({n: p.grad.detach().clone() for n, p in named.items() if p.grad is not None})
-        if followed is not None:
-            for name, parameter in named.items():
-                parameter.grad = followed.gradients[step][name].clone()
-        run.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm).item())
+        run.norms.append(math.hypot(*(gradient.norm().item() for gradient in run.gradients[-1].values())))
+        for name, parameter in named.items():
+            parameter.grad = followed.gradients[step][name].clone()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm)
         adamw.step()
         now = {name: parameter.detach().clone() for name, parameter in named.items()}
         now |= {_ema(n): torch.lerp(before[_ema(n)], now[n], 1 - OPTIMIZER.ema_decay) for n in named}
@@ -281,19 +285,21 @@ class Worst:
             self.error[what], self.where[what] = error, where
 
 
-def worst_of(case: Case, runs: list[RankRun], reference: Trajectory | None = None) -> tuple[Worst, Trajectory]:
-    """The plan's run against the reference, which is computed unless given; and that reference."""
+def worst_of(case: Case, runs: list[RankRun]) -> tuple[Worst, Trajectory]:
+    """The plan's run against the reference; and the reference's, which followed the first replica."""
     replicas = [
         whole(case, [run for run in runs if run.coordinates["dp_replicate"] == replica])
         for replica in range(case.plan.dp_replicate)
     ]
-    reference = reference or run_reference(case, None if case.plan.dtype == "float64" else replicas[0])
+    reference = run_reference(case, replicas[0])
     worst = Worst()
     for run in runs:
         for step, (loss, norm) in enumerate(zip(run.losses, run.norms, strict=True)):
             worst.note("loss", f"step {step}", loss, reference.losses[step])
             worst.note("gradient", f"global norm, step {step}", norm, reference.norms[step])
     for ran in replicas:
+        for name, value in starting_weights(case).items():
+            worst.note("weight", f"{name}, at the start", ran.weights[0][name], value)
         for step in range(case.steps):
             for name, gradient in reference.gradients[step].items():
                 worst.note("gradient", f"{name}, step {step}", ran.gradients[step][name], gradient)

@@ -33,7 +33,7 @@ from ...parallel.runtime.comm import gather_objects
 from ...parallel.runtime.mesh import Mesh
 from ..cluster.processes import forked
 from ..plans import read_plan
-from .parity import OPTIMIZER, QUANTITIES, Case, RankRun, Trajectory, bounds_of, run_rank, worst_of
+from .parity import OPTIMIZER, QUANTITIES, Case, RankRun, bounds_of, run_rank, worst_of
 
 BLIND = 1e-6  # a reference gradient this much smaller than the largest would prove nothing
 
@@ -113,9 +113,9 @@ def small_case(plan: Plan, model: str = "tiny", *, max_procs: int = 8, steps: in
     return Case(shrunk, config, samples=2, latent=(latent[0], latent[1], latent[2]), steps=steps, remarks=remarks)
 
 
-def compare(case: Case, runs: list[RankRun], program: Program, reference: Trajectory | None = None) -> Report:
+def compare(case: Case, runs: list[RankRun], program: Program) -> Report:
     """Errors against their bounds, and what the ranks witnessed."""
-    worst, reference = worst_of(case, runs, reference)
+    worst, reference = worst_of(case, runs)
     bounds = bounds_of(case, reference)
     largest = max(g.abs().max().item() for g in reference.gradients[0].values())
     blind = [n for n, g in reference.gradients[0].items() if g.abs().max().item() < BLIND * largest]

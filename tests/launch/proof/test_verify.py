@@ -14,7 +14,7 @@ import torch
 
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.proof import verify
-from cinemesh.launch.proof.parity import QUANTITIES, RankRun, global_batch, run_rank, run_reference
+from cinemesh.launch.proof.parity import QUANTITIES, RankRun, global_batch, run_rank
 from cinemesh.launch.proof.verify import Report, compare, small_case
 from cinemesh.model.inputs import MASK
 from cinemesh.model.step import build_step, check
@@ -87,7 +87,7 @@ def test_an_illegal_plan_is_one_line_and_exit_code_2() -> None:
 
 def report(case: verify.Case, runs: list[RankRun]) -> Report:
     program = prepare(build_step(case.config, case.plan, case.batch), backend="gloo")
-    return compare(case, runs, program, run_reference(case))
+    return compare(case, runs, program)
 
 
 def test_exit_code_1_when_a_bound_does_not_hold(
