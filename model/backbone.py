@@ -200,26 +200,16 @@ class Block:
         return dbranch, dskip
 
     def _norm_backward(
-        self,
-        dh: Buffer,
-        h: Buffer,
-        x: Buffer,
-        rstd: Buffer,
-        gain: Buffer,
-        dgain: Buffer,
-        scale: Buffer,
-        dscale: Buffer,
-        dshift: Buffer,
-        dskip: Buffer,
-        name: str,
+        self, dh: Buffer, h: Buffer, given: tuple[Buffer, ...], into: tuple[Buffer, ...], dskip: Buffer, name: str
     ) -> Buffer:
+        """``given``: x, rstd, gain, scale of the forward norm; ``into``: the gradients of gain, scale and shift."""
         b, stat = self.b, self.b.plan.stat_dtype
         dx, _, _, _ = b.op(
             "modulate_norm_backward",
-            [dh, x, rstd, gain, scale],
+            [dh, *given],
             (name, f"{name}_gain", f"{name}_scale", f"{name}_shift"),
             dtypes=(dh.dtype, stat, stat, stat),
-            into={1: dgain, 2: dscale, 3: dshift},
+            into=dict(enumerate(into, 1)),
             add_to=dskip,
             of=b.producers(h),
             gradient=dh,
@@ -250,13 +240,8 @@ class Block:
         return self._norm_backward(
             dh2,
             self.h2,
-            self.x2,
-            self.rstd2,
-            self._weight(w, "norm2"),
-            self._weight(dw, "norm2"),
-            r[SCALE2],
-            drows[SCALE2],
-            drows[SHIFT2],
+            (self.x2, self.rstd2, self._weight(w, "norm2"), r[SCALE2]),
+            (self._weight(dw, "norm2"), drows[SCALE2], drows[SHIFT2]),
             dskip,
             "dx2",
         )
@@ -306,13 +291,8 @@ class Block:
         return self._norm_backward(
             dh1,
             self.h1,
-            self.x0,
-            self.rstd1,
-            self._weight(w, "norm1"),
-            self._weight(dw, "norm1"),
-            r[SCALE1],
-            drows[SCALE1],
-            drows[SHIFT1],
+            (self.x0, self.rstd1, self._weight(w, "norm1"), r[SCALE1]),
+            (self._weight(dw, "norm1"), drows[SCALE1], drows[SHIFT1]),
             dskip,
             "dx0",
         )

@@ -28,7 +28,7 @@ class BucketRunner:
     have the same latent, and as StepRunner does.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  what a runner takes, the batches in place of the batch
         self,
         config: ModelConfig,
         plan: Plan,

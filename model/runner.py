@@ -41,7 +41,7 @@ class StepRunner:
     runner of the same model and plan on other shapes: states, arena and graph pool are its own.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  a step is five things; the rest are choices and doors with defaults
         self,
         config: ModelConfig,
         plan: Plan,

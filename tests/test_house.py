@@ -598,6 +598,11 @@ TOOLS = {
     "ruff format": ("ruff", "format", "--check", "--no-cache"),
 }
 TIDY = '"""One."""\n\nx = 1\n'
+UNTYPED = "\n\ndef f(x):\n    return x\n"
+WIDE = f"\n\ndef f({', '.join(f'x{i}: int' for i in range(9))}) -> None: ...\n"  # nine parameters
+TANGLED = (
+    "\n\ndef f(x: int) -> int:\n" + "".join(f"    if x == {i}:\n        x += 1\n" for i in range(20)) + "    return x\n"
+)
 
 
 def judge(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -614,7 +619,7 @@ def test_ruff_is_content(tool: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("tool", "fault"),
-    [("ruff check", TIDY + "\n\ndef f(x):\n    return x\n"), ("ruff format", TIDY + "y = 'a'\n")],
+    [*(("ruff check", TIDY + fault) for fault in (UNTYPED, WIDE, TANGLED)), ("ruff format", TIDY + "y = 'a'\n")],
 )
 def test_ruff_finds_planted_fault(tool: str, fault: str, tmp_path: Path) -> None:
     """A configuration that is not read, or selects nothing, is content with everything."""

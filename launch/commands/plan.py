@@ -56,7 +56,7 @@ def collector_off() -> Iterator[None]:
 
 
 @collector_off()
-def run(
+def run(  # noqa: PLR0913  the options of the command
     *,
     model: str,
     gpus: int,

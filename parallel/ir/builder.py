@@ -256,7 +256,7 @@ class Builder:
 
     # -- records ------------------------------------------------------------------------------------------------
 
-    def _record(
+    def _record(  # noqa: PLR0913  the fields of a record
         self,
         kind: str,
         inputs: Sequence[Buffer],
@@ -286,7 +286,7 @@ class Builder:
         self._writer.update((output, op) for output in op.outputs)
         return op
 
-    def op(
+    def op(  # noqa: PLR0913  what one record may state; all but three have defaults
         self,
         kind: str,
         inputs: Sequence[Buffer],
@@ -517,7 +517,7 @@ class Builder:
     def all_reduce(self, x: Buffer, axes: Axes, name: str, **kwargs: Any) -> Buffer:
         return self.collective("all_reduce", x, axes, 0, name, **kwargs)
 
-    def collective(
+    def collective(  # noqa: PLR0913  as for op
         self,
         kind: str,
         x: Buffer,

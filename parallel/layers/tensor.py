@@ -76,7 +76,7 @@ def linear_weight_backward(b: Builder, dy: Buffer, y: Buffer | Sequence[Buffer],
     )
 
 
-def linear_input_backward(
+def linear_input_backward(  # noqa: PLR0913  operands, and four ways to write the result
     b: Builder,
     dy: Buffer,
     y: Buffer | Sequence[Buffer],

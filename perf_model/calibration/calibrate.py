@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, Literal, cast, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 import yaml
 
@@ -22,7 +22,7 @@ from ...parallel.ir.records import Op
 from ..clusters.cluster import Cluster, load
 from ..clusters.constants import LIMITS, UNITS, Fact, Rule
 from ..clusters.schema import Measured
-from ..prices.compute import Compute, matmul_shape
+from ..prices.compute import AttentionCall, Compute, Direction, matmul_shape
 from ..prices.network import Group, Network, ring_group
 
 Key = tuple[int, ...]
@@ -127,9 +127,16 @@ def price_of(cluster: Cluster) -> Callable[[str, str, Key], float]:
             return compute.matmul_s(m, n, k, name, batch=batch, accumulate=bool(accumulates))
         if part == "attention":
             batch, queries, keys, heads, head_dim = key
-            direction = cast(Literal["forward", "backward"], name)
             return compute.attention_s(
-                direction, batch=batch, queries=queries, keys=keys, heads=heads, head_dim=head_dim, dtype="float32"
+                AttentionCall(
+                    direction=cast(Direction, name),
+                    batch=batch,
+                    queries=queries,
+                    keys=keys,
+                    heads=heads,
+                    head_dim=head_dim,
+                    dtype="float32",
+                )
             )
         if part == "stream":
             measured = cluster.measured

@@ -16,10 +16,10 @@ import yaml
 from ...errors import CinemeshError
 from ...files import atomic_file
 from ..clusters.cluster import Cluster, load
-from ..prices.compute import Compute
+from ..prices.compute import AttentionCall, Compute, Direction
 
 SIDE = 8192  # of the square product that the benchmark times
-DIRECTIONS = {"attention": "forward", "attention_backward": "backward"}
+DIRECTIONS: dict[str, Direction] = {"attention": "forward", "attention_backward": "backward"}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -54,13 +54,15 @@ def _attention(values: dict[str, Any], compute: Compute) -> dict[str, float]:
         seconds = min(row["seconds"] for row in rows if row["flops"] == longest)
         z = next(row["sizes"] for row in rows if row["flops"] == longest)
         predicted = compute.attention_s(
-            direction,  # type: ignore[arg-type]
-            batch=z["b"],
-            queries=z["t"],
-            keys=z["s"],
-            heads=z["h"],
-            head_dim=z["k"],
-            dtype="bfloat16",
+            AttentionCall(
+                direction=direction,
+                batch=z["b"],
+                queries=z["t"],
+                keys=z["s"],
+                heads=z["h"],
+                head_dim=z["k"],
+                dtype="bfloat16",
+            )
         )
         ratios[direction] = predicted / seconds
     return ratios

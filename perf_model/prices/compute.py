@@ -29,6 +29,7 @@ from ..clusters.cluster import Cluster
 from ..clusters.constants import YamlTable
 
 Bound = Literal["compute", "memory", "launch"]
+Direction = Literal["forward", "backward"]
 
 ITEM_BYTES = {**DTYPE_BYTES, "float16": 2, "float8": 1}
 # FLOPs of attention for each query, key and head element, by whether it is a backward.
@@ -43,6 +44,21 @@ LEAVING = tuple(entry.rate_class.removeprefix("attention.") for entry in candida
 def reference_ops(device: str) -> frozenset[str]:
     """Memory-bound ops that run in their plain form on ``device`` in a plain install (kernels/catalogue.py)."""
     return frozenset(op for op, spec in OPS.items() if not spec.is_product and choose(op, device) is None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionCall:
+    """One attention kernel: ``heads`` query heads of ``batch`` samples, ``queries`` against ``keys`` tokens each."""
+
+    direction: Direction
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+    dtype: str
+    causal: bool = False
+    dropout: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +159,17 @@ class Compute:
             )
             return self._priced(work, memory, floor, 1)
         if spec.law == "attention":
-            z, direction = program.label_sizes(op), "backward" if spec.backward else "forward"
-            work, memory, floor = self._attention(
-                direction, z["b"], z["t"], z["s"], z["h"], z["k"], dtype, self.family, False, False, margin
+            z = program.label_sizes(op)
+            call = AttentionCall(
+                direction="backward" if spec.backward else "forward",
+                batch=z["b"],
+                queries=z["t"],
+                keys=z["s"],
+                heads=z["h"],
+                head_dim=z["k"],
+                dtype=dtype,
             )
+            work, memory, floor = self._attention(call, self.family, margin)
             return self._priced(work, memory, floor, 1)
         measured = self.cluster.measured
         if measured is not None and op.kind in measured.bytes_per_s:
@@ -189,29 +212,13 @@ class Compute:
         )
         return max(work, memory) + floor
 
-    def attention_s(
-        self,
-        direction: Literal["forward", "backward"],
-        *,
-        batch: int,
-        queries: int,
-        keys: int,
-        heads: int,
-        head_dim: int,
-        dtype: str,
-        family: str | None = None,
-        causal: bool = False,
-        dropout: bool = False,
-        margin: int = 0,
-    ) -> float:
-        """Attention of ``heads`` query heads, on the device, without launch. ``margin``: SMs left alone.
+    def attention_s(self, call: AttentionCall, *, family: str | None = None, margin: int = 0) -> float:
+        """An attention kernel on the device, without launch. ``margin``: SMs left alone.
 
         ``unfused`` is the one family that every cluster has: products with the scores in memory, a softmax kernel and,
         with ``dropout``, one more kernel over the scores.
         """
-        work, memory, floor = self._attention(
-            direction, batch, queries, keys, heads, head_dim, dtype, family or self.family, causal, dropout, margin
-        )
+        work, memory, floor = self._attention(call, family or self.family, margin)
         return max(work, memory) + floor
 
     def stream_s(self, bytes_moved: float) -> float:
@@ -253,56 +260,41 @@ class Compute:
         memory = batch * moved / (gpu.memory_bytes_per_s * law.memory_fraction)
         return work / sustained, memory, law.floor_s
 
-    def _attention(
-        self,
-        direction: str,
-        batch: int,
-        queries: int,
-        keys: int,
-        heads: int,
-        head_dim: int,
-        dtype: str,
-        family: str,
-        causal: bool,
-        dropout: bool,
-        margin: int,
-    ) -> tuple[float, float, float]:
+    def _attention(self, call: AttentionCall, family: str, margin: int) -> tuple[float, float, float]:
         """(work, memory, floor) seconds."""
         if family == "unfused":
-            return self._unfused(direction, batch * heads, queries, keys, head_dim, dtype, dropout)
+            return self._unfused(call)
         if family not in self.cluster.attention:
             known = ", ".join((*self.cluster.attention, "unfused"))
             raise CinemeshError(
                 f"cluster {self.cluster.name}: no attention kernels {family!r}", remedy=f"choose one of {known}"
             )
-        kernels = self.cluster.attention[family]
-        law = kernels.forward if direction == "forward" else kernels.backward
+        kernels, forward = self.cluster.attention[family], call.direction == "forward"
+        law = kernels.forward if forward else kernels.backward
         sms = self.cluster.gpu.sms
-        padded, speed = _head(law.speed, head_dim)
+        padded, speed = _head(law.speed, call.head_dim)
         # Forward blocks are rows of queries that walk the keys, backward blocks rows of keys that walk the queries.
-        own, walked = (queries, keys) if direction == "forward" else (keys, queries)
-        if causal:
+        own, walked = (call.queries, call.keys) if forward else (call.keys, call.queries)
+        if call.causal:
             walked = min(walked, (walked + law.rows) / 2)
-        per_element = _PER_ELEMENT[direction == "backward"]
-        _, sustained = self._speed(dtype)
+        per_element = _PER_ELEMENT[not forward]
+        _, sustained = self._speed(call.dtype)
         block = per_element * law.rows * walked * padded * sms / speed / sustained + law.prologue_s
-        work = _waves(batch * heads * math.ceil(own / law.rows) / (sms - margin), law.tail) * block
-        tensors = 2 if direction == "forward" else 4  # q and o; with gradients of both. k and v alike
-        moved = tensors * batch * heads * (queries + keys) * head_dim * ITEM_BYTES[dtype]
+        heads = call.batch * call.heads
+        work = _waves(heads * math.ceil(own / law.rows) / (sms - margin), law.tail) * block
+        tensors = 2 if forward else 4  # q and o; with gradients of both. k and v alike
+        moved = tensors * heads * (call.queries + call.keys) * call.head_dim * ITEM_BYTES[call.dtype]
         memory = moved / (self.cluster.gpu.memory_bytes_per_s * self.cluster.stream.fraction)
         return work, memory, law.floor_s
 
-    def _unfused(
-        self, direction: str, batch: int, queries: int, keys: int, head_dim: int, dtype: str, dropout: bool
-    ) -> tuple[float, float, float]:
+    def _unfused(self, call: AttentionCall) -> tuple[float, float, float]:
         """Scores in memory: products as batched matmuls, softmax and dropout as passes over the scores."""
-        scores = batch * queries * keys * ITEM_BYTES[dtype]
-        if direction == "forward":
+        batch, queries, keys, head_dim = call.batch * call.heads, call.queries, call.keys, call.head_dim
+        scores, dropout = batch * queries * keys * ITEM_BYTES[call.dtype], call.dropout
+        kernels = 1 + dropout
+        if call.direction == "forward":
             products = [(queries, keys, head_dim), (queries, head_dim, keys)]
-            passes, kernels = (
-                2 + 2.5 * dropout,
-                1 + dropout,
-            )  # read and write; dropout also writes its mask, a byte each
+            passes = 2 + 2.5 * dropout  # read and write; dropout also writes its mask, a byte each
         else:
             products = [
                 (keys, head_dim, queries),
@@ -310,8 +302,8 @@ class Compute:
                 (queries, head_dim, keys),
                 (keys, head_dim, queries),
             ]
-            passes, kernels = 3 + 2.5 * dropout, 1 + dropout  # read the probabilities and their gradient, write
-        matmuls = sum(self.matmul_s(m, n, k, dtype, batch=batch) for m, n, k in products)
+            passes = 3 + 2.5 * dropout  # read the probabilities and their gradient, write
+        matmuls = sum(self.matmul_s(m, n, k, call.dtype, batch=batch) for m, n, k in products)
         softmax = self.stream_s(passes * scores) + (kernels - 1) * self.cluster.stream.floor_s
         return 0.0, matmuls + softmax, 0.0
 

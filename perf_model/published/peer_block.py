@@ -8,16 +8,14 @@ blocks, the eager decompositions of PyTorch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 from ..clusters.cluster import Cluster
-from ..prices.compute import Compute
+from ..prices.compute import AttentionCall, Compute, Direction
 from ..prices.network import Network
 from .peers import FLOAT, HALF, Recorder, Run
 
 Site = tuple[float, int]  # bytes an element, kernels
 Pair = tuple[Site, Site]  # fused, unfused
-Direction = Literal["forward", "backward"]
 
 # An unfused RMSNorm works in fp32: cast, square, mean, scale, cast, gain, and the same again in backward.
 RMS_NORM: dict[Direction, Pair] = {"forward": ((4, 1), (34, 6)), "backward": ((6, 1), (78, 11))}
@@ -170,18 +168,18 @@ class Blocks:
     # -- attention ----------------------------------------------------------------------------------------------
 
     def _kernel(self, direction: Direction, queries: int, keys: int, causal: bool, heads: int | None = None) -> None:
-        seconds = self.r.compute.attention_s(
-            direction,
+        call = AttentionCall(
+            direction=direction,
             batch=self.run.samples,
             queries=queries,
             keys=keys,
             heads=heads or self.heads,
             head_dim=self.m.head_dim,
             dtype=self.run.dtype,
-            family=self.stack.attention,
             causal=causal,
             dropout=self.stack.dropout,
         )
+        seconds = self.r.compute.attention_s(call, family=self.stack.attention)
         self.r.add(seconds, True, ATTENTION_KERNELS[self.stack.attention == "unfused"])
 
     def core(self, direction: Direction) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from cinemesh.errors import CinemeshError
-from cinemesh.perf_model.calibration.card import SIDE, write
+from cinemesh.perf_model.calibration.card import DIRECTIONS, SIDE, write
 from cinemesh.perf_model.clusters.cluster import load
-from cinemesh.perf_model.prices.compute import Compute
+from cinemesh.perf_model.prices.compute import AttentionCall, Compute
 
 BASE = "grand-teton-h100"
 CALL = {"b": 1, "t": 36864, "s": 73728, "h": 12, "k": 128}
@@ -20,16 +20,22 @@ CALL = {"b": 1, "t": 36864, "s": 73728, "h": 12, "k": 128}
 def benchmark(folder: Path, **changes: Any) -> Path:
     """What kernels_gpu.py writes, of a card whose products reach 700 TFLOP/s and whose attention is 20 % slower."""
     compute = Compute(load(BASE), clock="isolated")
-    shape = {"batch": 1, "queries": CALL["t"], "keys": CALL["s"], "heads": CALL["h"], "head_dim": CALL["k"]}
+    shape: dict[str, Any] = {
+        "batch": 1,
+        "queries": CALL["t"],
+        "keys": CALL["s"],
+        "heads": CALL["h"],
+        "head_dim": CALL["k"],
+    }
     rows = [
         {
             "op": op,
             "package": package,
             "sizes": CALL,
             "flops": 10**15,
-            "seconds": slower * compute.attention_s(direction, dtype="bfloat16", **shape),  # type: ignore[arg-type]
+            "seconds": slower * compute.attention_s(AttentionCall(direction=direction, dtype="bfloat16", **shape)),
         }
-        for op, direction in (("attention", "forward"), ("attention_backward", "backward"))
+        for op, direction in DIRECTIONS.items()
         for package, slower in (("triton", 1.2), ("torch", 3.0))
     ]
     values = {
@@ -50,9 +56,9 @@ def test_what_was_measured_is_what_is_predicted(tmp_path: Path) -> None:
     # The law adds a prologue and a floor of microseconds that do not scale: a percent of milliseconds.
     assert 2.0 * SIDE**3 / after.matmul_s(SIDE, SIDE, SIDE, "bfloat16") == pytest.approx(700e12, rel=0.02)
     shape: dict[str, Any] = {"batch": 1, "queries": 36864, "keys": 73728, "heads": 12, "head_dim": 128}
-    for direction in ("forward", "backward"):
-        slow = after.attention_s(direction, dtype="bfloat16", **shape)  # type: ignore[arg-type]
-        assert slow == pytest.approx(1.2 * before.attention_s(direction, dtype="bfloat16", **shape), rel=0.02)  # type: ignore[arg-type]
+    for direction in DIRECTIONS.values():
+        call = AttentionCall(direction=direction, dtype="bfloat16", **shape)
+        assert after.attention_s(call) == pytest.approx(1.2 * before.attention_s(call), rel=0.02)
     assert after.stream_s(1e12) == pytest.approx(1e12 / 2.7e12, rel=1e-3)
     assert made.topology == load(BASE).topology
     assert made.facts["stream.fraction"].origin == "measured"

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,7 +20,7 @@ from cinemesh.model.step import Optimizer, build_step
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.perf_model.clusters.cluster import load
-from cinemesh.perf_model.prices.compute import Compute, matmul_shape, reference_ops
+from cinemesh.perf_model.prices.compute import AttentionCall, Compute, matmul_shape, reference_ops
 
 DATA = Path(__file__).parent / "data"
 H100 = load("grand-teton-h100")
@@ -56,8 +57,9 @@ def test_a_margin_leaves_fewer_sms_for_as_many_tiles(margin: int) -> None:
     full = 2 * 12 * math.ceil(9216 / fa3.rows) / (132 - margin)
     waves = full + fa3.tail * (math.ceil(full) - full)
     block_s = 4 * fa3.rows * 73728 * 128 / (fa3.speed["128"] / 132) + fa3.prologue_s
-    sizes = {"batch": 2, "queries": 9216, "keys": 73728, "heads": 12, "head_dim": 128, "dtype": "bfloat16"}
-    assert bare.attention_s("forward", **sizes, margin=margin) == pytest.approx(
+    sizes: dict[str, Any] = {"batch": 2, "queries": 9216, "keys": 73728, "heads": 12, "head_dim": 128}
+    sizes |= {"dtype": "bfloat16", "direction": "forward"}
+    assert bare.attention_s(AttentionCall(**sizes), margin=margin) == pytest.approx(
         waves * block_s + fa3.floor_s, rel=1e-12
     )
 
@@ -108,9 +110,16 @@ def test_attention_times_are_those_measured() -> None:
     """FlashAttention 3 forward, head dims 64, 72 and 80 (the last two run on the kernel for 96)."""
     errors = []
     for b, s, h, k, ms in held("h100_fa3_forward.csv"):
-        price = ISOLATED.attention_s(
-            "forward", batch=int(b), queries=int(s), keys=int(s), heads=int(h), head_dim=int(k), dtype="bfloat16"
+        call = AttentionCall(
+            direction="forward",
+            batch=int(b),
+            queries=int(s),
+            keys=int(s),
+            heads=int(h),
+            head_dim=int(k),
+            dtype="bfloat16",
         )
+        price = ISOLATED.attention_s(call)
         errors.append(abs(price / (ms * 1e-3) - 1))
     assert median(errors) <= 0.05
     assert fmean(errors) <= 0.08
@@ -135,17 +144,17 @@ FIGURES = {
 def test_attention_families(family: str, direction: str, causal: bool) -> None:
     for tokens, shown in zip((4096, 8192, 16384, 32768), FIGURES[family, direction, causal], strict=True):
         flops = (4 if direction == "forward" else 10) * 64 * tokens * tokens * 128 / (2 if causal else 1)
-        price = ISOLATED.attention_s(
-            "forward" if direction == "forward" else "backward",
+        call = AttentionCall(
+            direction="forward" if direction == "forward" else "backward",
             batch=1,
             queries=tokens,
             keys=tokens,
             heads=64,
             head_dim=128,
             dtype="bfloat16",
-            family=family,
             causal=causal,
         )
+        price = ISOLATED.attention_s(call, family=family)
         assert flops / price / 1e12 == pytest.approx(shown, rel=0.13)
 
 
@@ -205,8 +214,8 @@ def test_a_narrower_matmul_is_never_slower_than_memory_and_peak_allow(m: int, n:
 @given(st.sampled_from(["forward", "backward"]), st.integers(1, 8), st.integers(1, 1 << 15), st.integers(1, 1 << 15))
 def test_attention_grows_with_its_lengths(direction: str, heads: int, queries: int, keys: int) -> None:
     def price(q: int, k: int, *, causal: bool = False) -> float:
-        return STEP.attention_s(
-            "forward" if direction == "forward" else "backward",
+        call = AttentionCall(
+            direction="forward" if direction == "forward" else "backward",
             batch=1,
             queries=q,
             keys=k,
@@ -215,6 +224,7 @@ def test_attention_grows_with_its_lengths(direction: str, heads: int, queries: i
             dtype="bfloat16",
             causal=causal,
         )
+        return STEP.attention_s(call)
 
     flops = (4 if direction == "forward" else 10) * heads * queries * keys * 128
     kernels = H100.attention[STEP.family]
@@ -276,18 +286,9 @@ def test_the_plain_reference_costs_more_than_a_fused_kernel() -> None:
 def test_unfused_attention_is_bound_by_its_scores() -> None:
     """Korthikanti 2022: recomputing the core of 8 heads, 2,048 tokens, micro-batch 4: about 1.3 ms on an A100."""
     compute = Compute(A100, attention="fa2")
-    core = compute.attention_s(
-        "forward",
-        batch=4,
-        queries=2048,
-        keys=2048,
-        heads=8,
-        head_dim=96,
-        dtype="float16",
-        family="unfused",
-        dropout=True,
-    )
-    flash = compute.attention_s("forward", batch=4, queries=2048, keys=2048, heads=8, head_dim=96, dtype="float16")
+    call = AttentionCall(direction="forward", batch=4, queries=2048, keys=2048, heads=8, head_dim=96, dtype="float16")
+    core = compute.attention_s(replace(call, dropout=True), family="unfused")
+    flash = compute.attention_s(call)
     assert 0.7e-3 <= core <= 1.6e-3
     assert core > 2 * flash
 
@@ -302,7 +303,7 @@ def test_matmul_shape() -> None:
 def test_unknown_family_and_dtype() -> None:
     with pytest.raises(CinemeshError, match="no attention kernels 'fa4'; choose one of fa3"):
         Compute(H100, attention="fa4").attention_s(
-            "forward", batch=1, queries=8, keys=8, heads=1, head_dim=64, dtype="bfloat16"
+            AttentionCall(direction="forward", batch=1, queries=8, keys=8, heads=1, head_dim=64, dtype="bfloat16")
         )
     with pytest.raises(CinemeshError, match="A100 SXM has no float8 rate; use one of bfloat16"):
         Compute(A100).matmul_s(8, 8, 8, "float8")
