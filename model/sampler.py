@@ -65,8 +65,10 @@ class Sampler:
         comm = Communicator(mesh) if mesh else None
         backend = backend_of(device)
         velocity = prepare(build_velocity(config, plan, batch), backend=backend)
-        # What was integrated in the statistics dtype is put together in it.
-        exact = replace(plan, dtype=cast(Literal["float32", "float64"], plan.stat_dtype))
+        # What was integrated in the statistics dtype is put together in it, by a program without blocks.
+        exact = replace(
+            plan, dtype=cast(Literal["float32", "float64"], plan.stat_dtype), recompute_last=None, last_blocks=0
+        )
         whole = prepare(build_unpatchify(config, exact, batch), backend=backend)
         shared = {velocity.states["master"]: master.view(1, -1)}
         self.velocity = Executor(velocity, self.coordinates, comm, device, shared=shared)

@@ -228,8 +228,9 @@ def test_float32(pool: Pool, text: str) -> None:
 @pytest.mark.parametrize("text", ["tp=2,cp=2", "cp=4,recompute=none", "tp=2,dp_shard=2,micro_batches=2", "tp=3,cp=2"])
 def test_bf16_errs_at_most_twice_what_one_rank_does(pool: Pool, text: str) -> None:
     # bounds_of runs the same batch on one rank and doubles its error: partial sums over tp are rounded once more.
-    bounds = check(pool, text, "bf16").bounds
-    assert bounds["gradient"] < 0.2
+    # And absolutely, against float64: 2**-8 a rounding, 60 records of each of 2 blocks on the way of a gradient, in
+    # quadrature; the worst of some 10**4 elements lies at 4 sigma. Measured: 0.03.
+    assert check(pool, text, "bf16").worst["gradient"] < 4 * 2.0**-8 / math.sqrt(3) * math.sqrt(2 * 60)
 
 
 def weights_at_start(case: Case) -> RankRun:

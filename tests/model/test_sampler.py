@@ -113,10 +113,11 @@ def test_one_process_is_euler_on_the_reference(guidance: float) -> None:
 
 
 SLICED = "tp=2,cp=2,kv_slices=3,tp_slices=3"
+LAST = "tp=2,recompute_last=full,last_blocks=1"  # of the blocks, which not every program of a sampler has
 
 
 @pytest.mark.parametrize(
-    "text", ["tp=2", "cp=2", "dp_shard=2", "tp=2,cp=2", "dp_replicate=2,tp=2", SLICED, "tp=2,fused_tp=true"]
+    "text", ["tp=2", "cp=2", "dp_shard=2", "tp=2,cp=2", "dp_replicate=2,tp=2", SLICED, "tp=2,fused_tp=true", LAST]
 )
 def test_every_plan_samples_the_same(pool: Pool, text: str) -> None:
     """Noise, tokens and captions are each rank's own part; every rank of a sample ends with all of it."""
