@@ -42,6 +42,7 @@ WIDER_WITH_REASON: dict[str, str] = {  # path -> why
     "perf_model/report/explain.py": "asks every price and the search, and computes nothing itself",
     "launch/commands/calibrate.py": "measures compute and links, fits, and writes: a line of each",
     "launch/commands/kernels.py": "a command with three modes: show, compile, tune",
+    "launch/training/loop.py": "where data, steps, reports, validation and checkpoints of a run meet",
     "launch/commands/plan.py": "the command that searches, tunes, explains, reports and writes",
 }
 TOLD_FROM = 12  # lines from which a public function has a docstring

@@ -24,6 +24,7 @@ from ...parallel.ir.span import Span
 from ...parallel.passes.pipeline import prepare
 from ...parallel.runtime.trace import OverlapRow, role, summary
 from ...perf_model.clusters.cluster import Cluster, load
+from ...perf_model.clusters.constants import PLACEHOLDER
 from ...perf_model.prices.played import PlayedStep, play_program
 from ...perf_model.report.trace import predicted, write
 from ..plans import read_plan
@@ -106,7 +107,7 @@ def _show(plan: Plan, spans: list[Span], whole: PlayedStep, cluster: Cluster, st
         f"plan {plan.equation()}, rank 0: a step took {total_s * 1e3:.1f} ms (mean of {steps}, measured); "
         f"{whole.timeline.step_s * 1e3:.1f} ms were predicted by {cluster.name}"
     )
-    if any(fact.origin == "placeholder" for path, fact in cluster.facts.items() if path.startswith("gloo")):
+    if any(fact.origin == PLACEHOLDER for path, fact in cluster.facts.items() if path.startswith("gloo")):
         console.print("Its numbers are placeholders: calibrate this machine and give the file with --cluster.")
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("collective, ms a step", overflow="fold", min_width=24)

@@ -7,11 +7,9 @@ All samples of a step are of one bucket; the steps of all buckets are captured w
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +25,7 @@ from ...parallel.runtime import comm
 from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, rank_main, world_size
 from . import checkpoint
 from .recipe import Config, read_config
+from .reports import Done, Reports
 from .setting import Setting
 from .showcase import show_samples
 from .telemetry import Telemetry
@@ -104,20 +103,6 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
     return runner
 
 
-@dataclass(frozen=True)
-class _Done:
-    """One step that is over."""
-
-    bucket: int
-    seconds: float
-    loss: float
-    gradient_norm: float
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
-
-
 class _Loop:
     """Steps, with what is reported, validated and saved between them."""
 
@@ -147,7 +132,7 @@ class _Loop:
         step = saved = runner.steps_done
         if step == 0:
             self._validate(0)
-        done: list[_Done] = []  # since the last report
+        reports = Reports.of(self.config, self.runners, self.latents, step, self.telemetry)
         skipped = 0  # updates in a row
         while step < steps:
             begun = time.perf_counter()
@@ -157,23 +142,24 @@ class _Loop:
             lr = self.config.schedule.lr(self.config.optimizer.lr, step)
             self.runners.step(lr)
             loss, norm = runner.loss.item(), runner.gradient_norm.item()  # between steps: the step itself reads nothing
-            done.append(_Done(self.bucket[step], time.perf_counter() - begun, loss, norm))
+            done = Done(self.bucket[step], lr, time.perf_counter() - begun, loss, norm)
+            reports.add(done)
             step += 1
-            if done[-1].finite:
+            if done.finite:
                 skipped = 0
             else:
                 skipped += 1
                 self._skipped(step, skipped, loss, norm, ids)
             if self.telemetry:
                 self.telemetry.advance()
-            if step % log.every == 0:
-                self._report(step, done, lr)
-                done = []
+            if step % log.every == 0 or step == steps:
+                reports.report(step)
             if log.validate_every and (step % log.validate_every == 0 or step == steps):
                 self._validate(step)
             if log.checkpoint_every and step % log.checkpoint_every == 0:
                 self._save()
                 saved = step
+        reports.report(step)
         if saved != step:
             self._save()
 
@@ -231,27 +217,6 @@ class _Loop:
         if self.telemetry:
             self.telemetry.say(what)
 
-    def _report(self, step: int, done: Sequence[_Done], lr: float) -> None:
-        """Means over the steps since the last report; of loss and norm, over those whose update was not skipped."""
-        if self.telemetry is None:
-            return
-        config, samples = self.runner.config, self.config.data.global_batch
-        tokens = [config.tokens(self.latents[one.bucket]) * samples for one in done]
-        values = {
-            "lr": lr,
-            "step_s": _mean(one.seconds for one in done),
-            "tokens_per_step": _mean(tokens),
-            "tokens_per_s": sum(tokens) / sum(one.seconds for one in done),
-        }
-        if finite := [one for one in done if one.finite]:
-            values["loss"] = _mean(one.loss for one in finite)
-            values["gradient_norm"] = _mean(one.gradient_norm for one in finite)
-        if len(self.latents) > 1:
-            for bucket in sorted({one.bucket for one in done}):
-                name = self.cache.buckets[bucket].bucket
-                values[f"step_s/{name}"] = _mean(one.seconds for one in done if one.bucket == bucket)
-        self.telemetry.scalars(step, values)
-
     def _validate(self, step: int) -> None:
         """The mean over the buckets by weight; a bucket whose scenes are too short for held-out windows has no part."""
         if not self.validations:
@@ -272,8 +237,3 @@ class _Loop:
         )
         if self.telemetry:
             self.telemetry.say(f"saved {path}")
-
-
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed)

@@ -1,7 +1,8 @@
-"""What a run settles before its mesh exists, once, on rank 0: the plan of ``plan: auto``, and that a plan fits.
+"""What a run settles before its mesh exists, once, on rank 0: the plan of ``plan: auto``, that a plan fits, its price.
 
-The planner's answer stands in ``resolved.yaml`` beside the run, and the training loop reads it there: nothing that runs
-a step knows the planner. A resume on as many processes keeps its plan.
+The planner's answer stands in ``resolved.yaml`` beside the run, what the cost model says of its steps in
+``predicted.yaml``, and the training loop reads both there: nothing that runs a step knows the planner. A resume on as
+many processes keeps its plan.
 """
 
 from __future__ import annotations
@@ -11,17 +12,14 @@ import time
 from pathlib import Path
 
 from ...errors import CinemeshError
-from ...model.buckets import latent_text
-from ...model.step import build_step
 from ...parallel.ir.plan import Plan
-from ...parallel.passes.pipeline import prepare
-from ...perf_model.clusters.cluster import Cluster, load
-from ...perf_model.prices.footprint import footprint
+from ...perf_model.clusters.cluster import load
 from ...perf_model.report.explain import describe
 from ...perf_model.search.planner import search
 from ...perf_model.search.request import LatentBucket, Request
 from ...perf_model.search.tune import tune
 from ..cluster.processes import MEETING_S
+from .predict import predict_run
 from .recipe import Auto, Config
 from .resolved import FILE, Resolved
 from .setting import Setting
@@ -37,17 +35,21 @@ def resolve(config: Config, auto: Auto | None, world: int, rank: int) -> None:
     """
     assert config.cluster is not None
     directory, setting = config.logging.directory, Setting.of(config)
-    if auto is None:
-        if rank == 0:
-            check_memory(config.plan, setting, load(config.cluster))
-        return
     if rank != 0:
-        _wait(directory, world, auto, setting)
+        if auto is not None:
+            _wait(directory, world, auto, setting)
         return
+    if auto is not None:
+        setting = setting.under(_settled(directory, world, auto, setting))
+    predict_run(setting, load(config.cluster), must_fit=auto is None).write(directory)
+
+
+def _settled(directory: Path, world: int, auto: Auto, setting: Setting) -> Plan:
+    """The plan of ``plan: auto``: that of the run's directory where it still holds, else the planner's, written."""
     known = Resolved.read(directory)
     if known is not None and holds(known.plan, world, auto, setting):
         _say(f"keeps {describe(known.plan)} of {directory / FILE}")
-        return
+        return known.plan
     if known is not None and known.plan.world_size != world:
         _say(f"{directory / FILE} is of {known.plan.world_size} processes, this job of {world}: planned again")
     elif known is not None:
@@ -55,6 +57,7 @@ def resolve(config: Config, auto: Auto | None, world: int, rank: int) -> None:
     chosen = planned(world, auto, setting)
     chosen.write(directory)
     _say(f"{describe(chosen.plan)}, predicted {chosen.step_s:.3g} s a step; written to {directory / FILE}")
+    return chosen.plan
 
 
 def holds(plan: Plan, world: int, auto: Auto, setting: Setting) -> bool:
@@ -82,23 +85,6 @@ def planned(world: int, auto: Auto, setting: Setting) -> Resolved:
     )
     best = tune(request, search(request).best)
     return Resolved(best.plan, request.cluster.name, best.step_s, best.peak_bytes)
-
-
-def check_memory(plan: Plan, setting: Setting, cluster: Cluster) -> None:
-    """Raise CinemeshError when a step of some bucket needs more memory than a device of the cluster has.
-
-    Counted as the planner counts.
-    """
-    for batch in setting.under(plan).batches:
-        program = prepare(build_step(setting.model, plan, batch), backend="gloo" if cluster.nccl is None else "nccl")
-        needs = footprint(program, cluster)
-        if needs.peak_bytes > needs.limit_bytes:
-            classes = ", ".join(f"{name} {bytes_ / 1e9:.2f}" for name, bytes_ in needs.by_class.items())
-            raise CinemeshError(
-                f"a step of {latent_text(batch.latent)} latents needs {needs.peak_bytes / 1e9:.2f} GB on each device "
-                f"({classes}), more than the {needs.limit_bytes / 1e9:.2f} GB of {cluster.name}",
-                remedy="let the planner choose with plan: auto, recompute more, or raise tp, cp or dp_shard",
-            )
 
 
 def _wait(directory: Path, world: int, auto: Auto, setting: Setting) -> None:

@@ -1,7 +1,7 @@
-"""Telemetry: what a run reports, on rank 0: TensorBoard scalars, a JSON line for each report, a progress bar.
+"""Telemetry: where a run's reports go, on rank 0: TensorBoard, a JSON line each, a log, standard output or a bar.
 
-Below ``logging.directory``: ``tensorboard/``, one event file for each start of the run, and ``metrics.jsonl``, whose
-lines read ``{"step": 10, "loss": 1.2, ...}``.
+Below ``logging.directory``: ``tensorboard/``, one event file for each start of the run; ``metrics.jsonl``, whose
+lines read ``{"step": 10, "loss": 1.2, ...}``; and ``train.log``, all that was said, with its time.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ from tqdm import tqdm
 from ...files import atomic_file
 
 METRICS_FILE = "metrics.jsonl"
+LOG_FILE = "train.log"
+BESIDE = {  # charts of TensorBoard that show what was measured and what was predicted
+    "step, s": ["Multiline", ["step_s", "predicted_step_s"]],
+    "memory, bytes": ["Multiline", ["memory_bytes", "predicted_memory_bytes"]],
+}
 
 
 class Telemetry:
@@ -30,6 +36,8 @@ class Telemetry:
         self._metrics = directory / METRICS_FILE
         _drop_after(self._metrics, first)
         self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first + 1 if first else None)
+        self._writer.add_custom_scalars({"measured and predicted": BESIDE})
+        self._log = (directory / LOG_FILE).open("a", encoding="utf-8", buffering=1)
         self._bar = tqdm(total=steps, initial=first, desc="training", unit="step", dynamic_ncols=True, disable=None)
 
     def advance(self) -> None:
@@ -47,13 +55,25 @@ class Telemetry:
             self._bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.2e}")
 
     def say(self, text: str) -> None:
-        """A line above the progress bar."""
+        """A line above the progress bar, and in the log."""
+        self._write(text)
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+
+    def say_step(self, text: str) -> None:
+        """A line on the steps: in the log, and on standard output unless that is the terminal that shows the bar."""
+        if self._bar.disable or not sys.stdout.isatty():
+            self.say(text)
+        else:
+            self._write(text)
+
+    def _write(self, text: str) -> None:
+        self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
 
     def close(self) -> None:
         self._bar.close()
         self._writer.close()
+        self._log.close()
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,8 @@ from typing import Annotated, Any, cast, get_args, get_type_hints
 
 from ...errors import CinemeshError, did_you_mean
 
-ORIGINS = ("datasheet", "measured", "fitted", "placeholder")
+PLACEHOLDER = "placeholder"
+ORIGINS = ("datasheet", "measured", "fitted", PLACEHOLDER)
 
 # unit: (quantity, in SI)
 UNITS: dict[str, tuple[str, float]] = {

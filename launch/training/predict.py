@@ -1,0 +1,54 @@
+"""What the cost model says of the steps of a run that is about to start.
+
+Asked on rank 0, before the run has a mesh; the loop reads the answer from its file and never loads this.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from ...errors import CinemeshError
+from ...model.config import latent_text
+from ...model.step import build_step
+from ...parallel.passes.pipeline import prepare
+from ...perf_model.clusters.cluster import Cluster
+from ...perf_model.clusters.constants import PLACEHOLDER
+from ...perf_model.prices.models import PriceModels
+from ...perf_model.prices.played import PlayedStep, play_program
+from .predicted import Predicted
+from .setting import Setting
+
+
+def predict_run(setting: Setting, cluster: Cluster, *, must_fit: bool) -> Predicted:
+    """What the cost model says of the recipe's plan: the whole step of every bucket, played.
+
+    ``must_fit``: raise CinemeshError when a step needs more memory, as the planner counts, than a device has.
+    """
+    plan, backend = setting.config.plan, "gloo" if cluster.nccl is None else "nccl"
+    models = PriceModels.of(cluster)
+    step_s: dict[str, float] = {}
+    peak_bytes = 0
+    for batch in setting.batches:
+        step = play_program(prepare(build_step(setting.model, plan, batch), backend=backend), batch, models)
+        if must_fit:
+            _check_memory(step, cluster)
+        step_s[latent_text(batch.latent)] = step.step_s
+        peak_bytes = max(peak_bytes, step.footprint.peak_bytes)
+    peak_flops_per_s = cluster.gpu.peak_flops[plan.compute_dtype]
+    if cluster.facts["gpu.peak_flops"].origin == PLACEHOLDER:
+        print(
+            f"the prices of {cluster.name} are placeholders: calibrate this machine and name its file", file=sys.stderr
+        )
+        peak_flops_per_s = None
+    return Predicted(plan, cluster.name, cluster.device, step_s, peak_bytes, peak_flops_per_s)
+
+
+def _check_memory(step: PlayedStep, cluster: Cluster) -> None:
+    needs = step.footprint
+    if needs.peak_bytes > needs.limit_bytes:
+        classes = ", ".join(f"{name} {bytes_ / 1e9:.2f}" for name, bytes_ in needs.by_class.items())
+        raise CinemeshError(
+            f"a step of {latent_text(step.batch.latent)} latents needs {needs.peak_bytes / 1e9:.2f} GB on each device "
+            f"({classes}), more than the {needs.limit_bytes / 1e9:.2f} GB of {cluster.name}",
+            remedy="let the planner choose with plan: auto, recompute more, or raise tp, cp or dp_shard",
+        )

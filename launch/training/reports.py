@@ -1,0 +1,164 @@
+"""What a run says of its steps: means over one interval, beside what was predicted, as numbers and as a line.
+
+Nothing here asks the cost model: what it predicts comes from the file that was written before the run had a mesh.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from ...model.buckets import BucketRunner, Latent
+from ...model.config import latent_text
+from ...parallel.ir.flops import model_flops
+from .predicted import Predicted
+from .recipe import Config
+from .telemetry import Telemetry
+
+MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of getrusage's ru_maxrss
+
+
+@dataclass(frozen=True)
+class Done:
+    """One step that is over: the place of its bucket, its learning rate, and what was measured."""
+
+    bucket: int
+    lr: float
+    seconds: float
+    loss: float
+    gradient_norm: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+
+
+@dataclass(frozen=True)
+class StepOf:
+    """What every step of one bucket is, on all ranks together."""
+
+    name: str
+    tokens: int
+    model_flops: int
+    predicted_s: float | None
+
+
+class Reports:
+    """Gathers the steps of a start of a run, from step ``first`` of ``steps``, and reports them interval by interval.
+
+    Every step is in exactly one report. Without ``telemetry``, on ranks that do not speak, none is given.
+    """
+
+    def __init__(
+        self,
+        buckets: Sequence[StepOf],
+        predicted: Predicted | None,
+        config: Config,
+        device: str,
+        first: int,
+        telemetry: Telemetry | None,
+    ) -> None:
+        self.buckets, self.predicted, self.device, self.telemetry = buckets, predicted, device, telemetry
+        self.first, self.steps, self.world_size = first, config.schedule.steps, config.plan.world_size
+        self._begun_s, self._done = time.monotonic(), list[Done]()
+
+    @classmethod
+    def of(
+        cls, config: Config, runners: BucketRunner, latents: Sequence[Latent], first: int, telemetry: Telemetry | None
+    ) -> Reports:
+        """Those of a run, whose buckets have these latents; with what was predicted of its plan on its device."""
+        device = runners.first.executor.device
+        predicted = Predicted.read(config.logging.directory) if config.cluster and telemetry else None
+        if telemetry and predicted and (predicted.plan != config.plan or not device.startswith(predicted.device)):
+            telemetry.say(f"what is predicted of {predicted.cluster} is not of this run on {device}: left out")
+            predicted = None
+        buckets = [
+            StepOf(
+                str(bucket),
+                runners.first.config.tokens(latent) * config.data.global_batch,
+                model_flops(runners.runners[latent].program),
+                predicted.step_s[latent_text(latent)] if predicted else None,
+            )
+            for bucket, latent in zip(config.data.shapes, latents, strict=True)
+        ]
+        return cls(buckets, predicted, config, device, first, telemetry)
+
+    def add(self, done: Done) -> None:
+        """One more step of this interval."""
+        self._done.append(done)
+
+    def report(self, step: int) -> None:
+        """The interval that ends with ``step``, if it holds any; the next one begins."""
+        done, self._done = self._done, []
+        if self.telemetry and done:
+            values = self.values(done)
+            self.telemetry.scalars(step, values)
+            self.telemetry.say_step(self.line(step, values))
+
+    def values(self, done: Sequence[Done]) -> dict[str, float]:
+        """Means over these steps; of loss and norm, over those whose update was not skipped. The last learning rate."""
+        seconds = sum(one.seconds for one in done)
+        of = [self.buckets[one.bucket] for one in done]
+        values = {
+            "lr": done[-1].lr,
+            "step_s": seconds / len(done),
+            "tokens_per_step": _mean(step.tokens for step in of),
+            "tokens_per_s": sum(step.tokens for step in of) / seconds,
+            "memory_bytes": float(memory_bytes(self.device)),
+        }
+        if finite := [one for one in done if one.finite]:
+            values["loss"] = _mean(one.loss for one in finite)
+            values["gradient_norm"] = _mean(one.gradient_norm for one in finite)
+        if self.predicted is not None:
+            values["predicted_step_s"] = _mean(step.predicted_s for step in of if step.predicted_s is not None)
+            values["predicted_memory_bytes"] = float(self.predicted.peak_bytes)
+            if self.predicted.peak_flops_per_s is not None:
+                could = self.predicted.peak_flops_per_s * self.world_size * seconds
+                values["mfu"] = sum(step.model_flops for step in of) / could
+        if len(self.buckets) > 1:
+            for bucket in sorted({one.bucket for one in done}):
+                times = (one.seconds for one in done if one.bucket == bucket)
+                values[f"step_s/{self.buckets[bucket].name}"] = _mean(times)
+        return values
+
+    def line(self, step: int, values: dict[str, float]) -> str:
+        """The same in a line, with the time that is left at the pace of this start of the run, validation included."""
+
+        def beside(name: str, unit: float = 1.0) -> str:
+            return f" (predicted {values[name] / unit:.3g})" if name in values else ""
+
+        learnt = "loss not finite"
+        if "loss" in values:
+            learnt = f"loss {values['loss']:.4f}, gradient norm {values['gradient_norm']:.3g}"
+        parts = [
+            learnt,
+            f"lr {values['lr']:.2e}",
+            f"{values['step_s']:.3g} s a step{beside('predicted_step_s')}",
+            f"{values['tokens_per_s']:,.0f} tokens/s",
+            f"{values['memory_bytes'] / 1e9:.3g} GB{beside('predicted_memory_bytes', 1e9)}",
+        ]
+        if "mfu" in values:
+            parts.append(f"MFU {values['mfu']:.1%}")
+        left_s = (time.monotonic() - self._begun_s) / (step - self.first) * (self.steps - step)
+        parts.append(f"{timedelta(seconds=round(left_s))} left")
+        return f"step {step}/{self.steps}: {', '.join(parts)}"
+
+
+def memory_bytes(device: str) -> int:
+    """What a rank holds. Of a GPU: all in use, CUDA context and NCCL included. Of a CPU: the most that was resident."""
+    if device != "cpu":
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
