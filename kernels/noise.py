@@ -1,10 +1,10 @@
 """Philox 4x32-10 in Triton, and the normals that training noise is made of: the integers of ``philox.py``, bit for bit.
 
-    key = (seed low, seed high)      counter = (element // 4, sample id, step, purpose)      word = element % 4
+    key = (seed low, seed high)   counter = (element // 4, sample id, step, purpose + 256 * place)   word = element % 4
     u = (word + 1/2) / 2^32          n = sqrt(-2 log u_even) * (cos, sin)(2 pi u_odd)        (Box-Muller)
 
-Shapes   out [T, B, P], this rank's patches; ids [B] and counters [2] int64, on the device. ``element`` is the C-order
-         index in the whole (C, T, H, W) latent, so any split of the tokens draws the same numbers.
+Shapes   out [T, B, P], this rank's patches; ids [B], places [B] and counters [2] int64, on the device. ``element`` is
+         the C-order index in the whole (C, T, H, W) latent, so any split of the tokens draws the same numbers.
 Bytes    least: every value written once.
 Tiling   elements are alone: a program draws 16 tokens of one sample, and each thread stores 16 bytes at once. Every
          element runs the rounds itself, though four share a counter: 4.7 million elements a sample, some 200
@@ -47,13 +47,19 @@ COSINE = tl.constexpr(tuple((-1) ** k / math.factorial(2 * k) for k in reversed(
 
 @triton.jit
 def philox(
-    block: tl.tensor, sample: tl.tensor, step: tl.tensor, PURPOSE: tl.constexpr, KEY0: tl.constexpr, KEY1: tl.constexpr
+    block: tl.tensor,
+    sample: tl.tensor,
+    step: tl.tensor,
+    place: tl.tensor,
+    PURPOSE: tl.constexpr,
+    KEY0: tl.constexpr,
+    KEY1: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Four uint32 words for every counter; ``block`` int64 tensor, ``sample`` and ``step`` int64 scalars."""
+    """Four uint32 words for every counter; ``block`` int64 tensor, ``sample``, ``step``, ``place`` int64 scalars."""
     c0 = block.to(tl.uint32)
     c1 = tl.zeros_like(c0) + sample.to(tl.uint32)
     c2 = tl.zeros_like(c0) + step.to(tl.uint32)
-    c3 = tl.full(c0.shape, PURPOSE, tl.uint32)
+    c3 = tl.zeros_like(c0) + ((place << 8) | PURPOSE).to(tl.uint32)
     k0 = tl.full((), KEY0, tl.uint32)
     k1 = tl.full((), KEY1, tl.uint32)
     multiplier0 = tl.full(c0.shape, MULTIPLIER0, tl.uint32)
@@ -110,6 +116,7 @@ def words_kernel(
     out: tl.tensor,
     sample: tl.tensor,
     step: tl.tensor,
+    place: tl.tensor,
     count: int,
     PURPOSE: tl.constexpr,
     KEY0: tl.constexpr,
@@ -120,7 +127,7 @@ def words_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     index = tl.load(element + at, mask=mask, other=0)
-    w0, w1, w2, w3 = philox(index >> 2, tl.load(sample), tl.load(step), PURPOSE, KEY0, KEY1)
+    w0, w1, w2, w3 = philox(index >> 2, tl.load(sample), tl.load(step), tl.load(place), PURPOSE, KEY0, KEY1)
     lane = index & 3
     word = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
     tl.store(out + at, word.to(tl.int64), mask=mask)
@@ -129,6 +136,7 @@ def words_kernel(
 @triton.jit
 def noise_kernel(
     ids: tl.tensor,
+    places: tl.tensor,
     counters: tl.tensor,
     out: tl.tensor,
     first: int,
@@ -150,8 +158,8 @@ def noise_kernel(
     """``TOKENS`` tokens of one sample, of the rank's tokens ``first`` to ``first + count``."""
     VALUES: tl.constexpr = C * KT * KH * KW
     sample = tl.program_id(1).to(tl.int64)
-    place = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    token = (first + place).to(tl.int64)
+    row = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    token = (first + row).to(tl.int64)
     i = token // ((H // KH) * (W // KW))
     j = token // (W // KW) % (H // KH)
     k = token % (W // KW)
@@ -162,11 +170,12 @@ def noise_kernel(
     r = value // KW % KH
     inside = c * (T * H * W) + a * (H * W) + r * W + value % KW
     element = corner[:, None] + inside[None, :]
-    w0, w1, w2, w3 = philox(element >> 2, tl.load(ids + sample), tl.load(counters + STEP), PURPOSE, KEY0, KEY1)
+    step, place = tl.load(counters + STEP), tl.load(places + sample)
+    w0, w1, w2, w3 = philox(element >> 2, tl.load(ids + sample), step, place, PURPOSE, KEY0, KEY1)
     late = (element & 2) != 0
     drawn = box_muller(tl.where(late, w2, w0), tl.where(late, w3, w1), (element & 1) != 0)
-    at = (place.to(tl.int64) * batch + sample)[:, None] * VALUES + value[None, :]
-    mask = (place < count)[:, None] & (value < VALUES)[None, :]
+    at = (row.to(tl.int64) * batch + sample)[:, None] * VALUES + value[None, :]
+    mask = (row < count)[:, None] & (value < VALUES)[None, :]
     tl.store(out + at, drawn.to(tl.float32), mask=mask)
 
 
@@ -197,24 +206,28 @@ def draw_noise(
     rank: int,
     purpose: int = Purpose.NOISE,
 ) -> None:
-    """ids, counters -> normals of this rank's patches; CUDA or interpreted. Raises CinemeshError for a bad tensor."""
-    ids, counters = inputs
+    """ids, places, counters -> normals of this rank's patches; CUDA or interpreted.
+
+    Raises CinemeshError for a bad tensor.
+    """
+    ids, places, counters = inputs
     (out,) = outputs
+    integers = {"ids": (ids, "b"), "places": (places, "b"), "counters": (counters, "n")}
     check(
         "draw_noise",
-        {"ids": (ids, "b", (torch.int64,)), "counters": (counters, "n", (torch.int64,)), "out": (out, "tbp", DTYPES)},
-        unaligned=("ids", "counters"),
+        {name: (*given, (torch.int64,)) for name, given in integers.items()} | {"out": (out, "tbp", DTYPES)},
+        unaligned=tuple(integers),
     )
     tokens, batch = out.shape[:2]
     launch = _launch(tokens, batch, latent, patch, seed, purpose)
-    launch.run(noise_kernel, ids, counters, out, rank * tokens, tokens, batch)
+    launch.run(noise_kernel, ids, places, counters, out, rank * tokens, tokens, batch)
 
 
-def words(seed: int, purpose: int, step: Tensor, sample: Tensor, element: Tensor) -> Tensor:
-    """The word of every int64 ``element`` (flat), as int64; ``step`` and ``sample`` are int64 scalars."""
+def words(seed: int, purpose: int, step: Tensor, sample: Tensor, element: Tensor, place: Tensor) -> Tensor:
+    """The word of every int64 ``element`` (flat), as int64; ``step``, ``sample`` and ``place`` are int64 scalars."""
     out = torch.empty_like(element)
     launch = Launch((cover(element.numel(), 1024),), {"PURPOSE": int(purpose), "BLOCK": 1024, **_key(seed)})
-    launch.run(words_kernel, element, out, sample, step, element.numel())
+    launch.run(words_kernel, element, out, sample, step, place, element.numel())
     return out
 
 
@@ -229,9 +242,9 @@ def compile_specs(sizes: Sizes) -> list[Spec]:
         _launch(t, b, latent, patch, 0, Purpose.NOISE).spec(
             "noise.draw",
             noise_kernel,
-            {"ids": ("i64", (b,)), "counters": ("i64", (2,)), "out": ("fp32", (t, b, p))},
+            {"ids": ("i64", (b,)), "places": ("i64", (b,)), "counters": ("i64", (2,)), "out": ("fp32", (t, b, p))},
             {"first": ("i32", 0), "count": ("i32", t), "batch": ("i32", b)},
             {"T": t, "B": b, "P": p},
-            ITEM_BYTES["fp32"] * t * b * p + 8 * b + 8,
+            ITEM_BYTES["fp32"] * t * b * p + 16 * b + 8,
         )
     ]

@@ -20,6 +20,8 @@ from .signature import Signature, parse
 
 # Draws run in chunks of this many elements: philox keeps some twenty 64-bit temporaries as large as its output.
 DRAW_CHUNK = 1 << 14
+# The last word of a draw's counter is purpose + PURPOSES * place: 32 bits.
+PURPOSES, MOST_PLACES = 1 << 8, 1 << 24
 # AdamW and the sum of squares walk the flat shard in chunks of this many elements: temporaries stay in cache.
 FLAT_CHUNK = 1 << 16
 
@@ -308,21 +310,21 @@ OPS: Mapping[str, OpSpec] = {
     "drop_mask": OpSpec("bs,b->bs"),  # every key of a dropped caption is valid
     # -- flow matching ------------------------------------------------------------------------------------------
     "draw_time": OpSpec(
-        "b,n->b",
+        "b,b,n->b",
         flops=count(b=14),
-        kernels=count(288),
-        plain_bytes=sized(count(b=1), own=count(32, b=5069)),
+        kernels=count(289),
+        plain_bytes=sized(count(b=1), own=count(32, b=5085)),
         workspace=count(b=120),
     ),
     "draw_noise": OpSpec(
-        "b,n->tbp",
+        "b,b,n->tbp",
         flops=count(tbp=11),
-        kernels=_each(_draws, count(287), count(23)),
-        plain_bytes=_each(_draws, count(32, b=24, p=8), sized(count(tbp=1), own=count(tbp=4904, tp=117, t=176, p=224))),
+        kernels=_each(_draws, count(288), count(23)),
+        plain_bytes=_each(_draws, count(32, b=64, p=8), sized(count(tbp=1), own=count(tbp=4888, tp=109, t=176, p=224))),
         workspace=lambda o: count(t=32, p=48)(o) + _drawn_rows(o) * count(bp=104, p=16)(o),
     ),
     "draw_keep_caption": OpSpec(
-        "b,n->b", flops=count(b=2), kernels=count(278), plain_bytes=count(32, b=4881), workspace=count(b=120)
+        "b,b,n->b", flops=count(b=2), kernels=count(279), plain_bytes=count(32, b=4897), workspace=count(b=120)
     ),
     # x1, x0, t -> x_t, velocity
     "interpolate": OpSpec(

@@ -1,10 +1,12 @@
 """Counter-based randomness: Philox 4x32-10 and what is drawn from it.
 
-Every random number of a run is a pure function of (seed, purpose, step, sample id, element), never of a generator's
-state, so any shard draws exactly its slice and any plan sees the same noise.
+Every random number of a run is a pure function of (seed, purpose, place, step, sample id, element), never of a
+generator's state, so any shard draws exactly its slice and any plan sees the same noise. ``place`` is the sample's
+index in the step's global batch, over its micro-batches and data ranks: a sample that occurs twice in a step draws
+twice. What belongs to no batch (validation, sampling, initial weights) has place 0.
 
     key     = (seed low 32 bits, seed high 32 bits)
-    counter = (element // 4, sample id, step, purpose);  word = element % 4
+    counter = (element // 4, sample id, step, purpose + 256 * place);  word = element % 4
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC'11), constants and rounds of Philox 4x32-10.
 """
@@ -17,6 +19,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from .ops import PURPOSES
+
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
@@ -24,7 +28,7 @@ ROUNDS = 10
 
 
 class Purpose(IntEnum):
-    """The last word of the counter: two purposes never share a random number."""
+    """The low byte of the counter's last word: two purposes never share a random number."""
 
     NOISE = 1  # x0 of training
     TIME = 2  # t of training
@@ -42,11 +46,15 @@ def _high_low(multiplier: int, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def philox_words(
-    seed: int, purpose: int, step: Tensor, sample: Tensor, block: Tensor
+    seed: int, purpose: int, step: Tensor, sample: Tensor, block: Tensor, place: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four words in [0, 2**32) for each counter. ``step``, ``sample``, ``block`` are int64 and broadcast together."""
-    c0, c1, c2 = torch.broadcast_tensors(block & _MASK, sample & _MASK, step & _MASK)
-    c3 = torch.full_like(c0, int(purpose))
+    """Four words in [0, 2**32) for each counter. ``step``, ``sample``, ``block`` are int64 and broadcast together.
+
+    So does ``place``, below 2**24; None is 0.
+    """
+    assert 0 <= purpose < PURPOSES, f"purpose {purpose}: the counter has room for {PURPOSES}"
+    c3 = torch.full_like(step, int(purpose)) if place is None else (place << 8) | int(purpose)
+    c0, c1, c2, c3 = torch.broadcast_tensors(block & _MASK, sample & _MASK, step & _MASK, c3)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(ROUNDS):
         high0, low0 = _high_low(_MULTIPLIERS[0], c0)
@@ -61,9 +69,11 @@ def _unit(word: Tensor) -> Tensor:
     return (word.to(torch.float64) + 0.5) * 2.0**-32
 
 
-def uniform(seed: int, purpose: int, step: Tensor, sample: Tensor, element: Tensor) -> Tensor:
+def uniform(
+    seed: int, purpose: int, step: Tensor, sample: Tensor, element: Tensor, place: Tensor | None = None
+) -> Tensor:
     """float64 in (0, 1); arguments as in :func:`normal`."""
-    words = philox_words(seed, purpose, step, sample, element >> 2)
+    words = philox_words(seed, purpose, step, sample, element >> 2, place)
     lane = element & 3
     word = torch.where(
         lane < 2,
@@ -73,13 +83,15 @@ def uniform(seed: int, purpose: int, step: Tensor, sample: Tensor, element: Tens
     return _unit(word)
 
 
-def normal(seed: int, purpose: int, step: Tensor, sample: Tensor, element: Tensor) -> Tensor:
+def normal(
+    seed: int, purpose: int, step: Tensor, sample: Tensor, element: Tensor, place: Tensor | None = None
+) -> Tensor:
     """Standard normals, float64, by Box-Muller: words (0, 1) make elements 0 and 1 of a block, (2, 3) make 2 and 3.
 
-    ``step``, ``sample`` and ``element`` are int64 tensors that broadcast together. ``element`` is the C-order index
-    in the whole (unsharded) tensor.
+    ``step``, ``sample``, ``element`` and ``place`` are int64 tensors that broadcast together. ``element`` is the
+    C-order index in the whole (unsharded) tensor.
     """
-    words = philox_words(seed, purpose, step, sample, element >> 2)
+    words = philox_words(seed, purpose, step, sample, element >> 2, place)
     second_pair = (element & 2) != 0
     radius = torch.sqrt(-2.0 * torch.log(_unit(torch.where(second_pair, words[2], words[0]))))
     angle = (2.0 * math.pi) * _unit(torch.where(second_pair, words[3], words[1]))

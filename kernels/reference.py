@@ -367,13 +367,13 @@ UPDATES = 1
 
 def draw_time(inputs: Tensors, outputs: Tensors, *, seed: int) -> None:
     """t = sigmoid(n): logit-normal."""
-    ids, counters = inputs
-    outputs[0].copy_(torch.sigmoid(normal(seed, Purpose.TIME, counters[STEP], ids, torch.zeros_like(ids))))
+    ids, places, counters = inputs
+    outputs[0].copy_(torch.sigmoid(normal(seed, Purpose.TIME, counters[STEP], ids, torch.zeros_like(ids), places)))
 
 
 def draw_keep_caption(inputs: Tensors, outputs: Tensors, *, seed: int, dropout: float) -> None:
-    ids, counters = inputs
-    outputs[0].copy_(uniform(seed, Purpose.CAPTION, counters[STEP], ids, torch.zeros_like(ids)) >= dropout)
+    ids, places, counters = inputs
+    outputs[0].copy_(uniform(seed, Purpose.CAPTION, counters[STEP], ids, torch.zeros_like(ids), places) >= dropout)
 
 
 def draw_noise(
@@ -387,7 +387,7 @@ def draw_noise(
     purpose: int = Purpose.NOISE,
 ) -> None:
     """Normals of this rank's tokens, by their C-order index in the whole (C, T, H, W) latent."""
-    ids, counters = inputs
+    ids, places, counters = inputs
     out = outputs[0]
     tokens, samples, values = out.shape
     (_, t, h, w), (kt, kh, kw) = latent, patch
@@ -405,7 +405,7 @@ def draw_noise(
     rows = max(1, DRAW_CHUNK // (samples * values))
     for start in range(0, tokens, rows):
         element = corner[start : start + rows, None, None] + inside
-        out[start : start + rows].copy_(normal(seed, purpose, counters[STEP], ids[None, :, None], element))
+        out[start : start + rows].copy_(normal(seed, purpose, counters[STEP], ids[:, None], element, places[:, None]))
 
 
 def interpolate(inputs: Tensors, outputs: Tensors, *, sigma_min: float) -> None:

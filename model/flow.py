@@ -3,7 +3,7 @@
     X_t = t * X_1 + (1 - (1 - sigma_min) * t) * X_0        V_t = X_1 - (1 - sigma_min) * X_0
     t = sigmoid(n), n ~ N(0, 1)                            loss = mean over a sample's elements, then over samples
 
-t = 0 is pure noise. Draws are functions of (seed, step, sample id, element): see ``kernels/philox.py``.
+t = 0 is pure noise. Draws are functions of (seed, step, sample id, place, element): see ``kernels/philox.py``.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from ..kernels.philox import Purpose, normal, uniform
 from .config import CAPTION_DROPOUT, SIGMA_MIN
 
 
-def draw_time(seed: int, step: Tensor, ids: Tensor) -> Tensor:
-    """Logit-normal t, float64 [B]. ``step`` int64 scalar tensor, ``ids`` int64 [B]."""
-    return torch.sigmoid(normal(seed, Purpose.TIME, step, ids, torch.zeros_like(ids)))
+def draw_time(seed: int, step: Tensor, ids: Tensor, places: Tensor) -> Tensor:
+    """Logit-normal t, float64 [B]. ``step`` int64 scalar tensor, ``ids`` and ``places`` int64 [B]."""
+    return torch.sigmoid(normal(seed, Purpose.TIME, step, ids, torch.zeros_like(ids), places))
 
 
 def draw_noise(
-    seed: int, step: Tensor, ids: Tensor, shape: tuple[int, ...], purpose: Purpose = Purpose.NOISE
+    seed: int, step: Tensor, ids: Tensor, places: Tensor, shape: tuple[int, ...], purpose: Purpose = Purpose.NOISE
 ) -> Tensor:
     """X_0, float64 [B, *shape]; the element index is the C-order index in ``shape`` = (C, T, H, W)."""
     element = torch.arange(math.prod(shape), device=ids.device)
-    return normal(seed, purpose, step, ids[:, None], element[None, :]).view(len(ids), *shape)
+    return normal(seed, purpose, step, ids[:, None], element[None, :], places[:, None]).view(len(ids), *shape)
 
 
-def draw_keep_caption(seed: int, step: Tensor, ids: Tensor, dropout: float = CAPTION_DROPOUT) -> Tensor:
+def draw_keep_caption(seed: int, step: Tensor, ids: Tensor, places: Tensor, dropout: float = CAPTION_DROPOUT) -> Tensor:
     """Bool [B]: False where the caption is dropped for classifier-free guidance."""
-    return uniform(seed, Purpose.CAPTION, step, ids, torch.zeros_like(ids)) >= dropout
+    return uniform(seed, Purpose.CAPTION, step, ids, torch.zeros_like(ids), places) >= dropout
 
 
 def interpolate(x1: Tensor, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from ..parallel.ir.records import Buffer
 from .config import ModelConfig
 
 IDS = "ids"
+PLACES = "places"
 LATENTS = "latents"
 MASK = "mask"
 
@@ -63,11 +64,14 @@ def condition_inputs(c: ModelConfig, plan: Plan, shape: BatchShape) -> list[Inpu
 
 
 def training_inputs(c: ModelConfig, plan: Plan, shape: BatchShape) -> list[InputSpec]:
-    """Those, and what is noised: sample ids [B], latents [B, C, T, H, W]."""
+    """Those, and what is noised: sample ids [B], latents [B, C, T, H, W].
+
+    ``places`` [B]: indices in the step's global batch, by which a sample that occurs twice in it is drawn for twice.
+    """
     samples = shape.samples * plan.data_ranks
     by_sample = Placement((BATCH, NONE, NONE, NONE, NONE))
     return [
-        InputSpec(IDS, (samples,), "int64", Placement((BATCH,))),
+        *(InputSpec(name, (samples,), "int64", Placement((BATCH,))) for name in (IDS, PLACES)),
         *condition_inputs(c, plan, shape),
         InputSpec(LATENTS, (samples, c.channels, *shape.latent), plan.stat_dtype, by_sample),
     ]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import flow
 from .config import CAPTION_DROPOUT, MODULATION_ROWS, TIME_FEATURES, ModelConfig
-from .inputs import IDS, LATENTS, MASK, text_input
+from .inputs import IDS, LATENTS, MASK, PLACES, text_input
 
 
 def patchify(latent: Tensor, patch: tuple[int, int, int]) -> Tensor:
@@ -157,11 +157,11 @@ def training_loss(
     model: Reference, batch: Mapping[str, Tensor], seed: int, step: int, caption_dropout: float = CAPTION_DROPOUT
 ) -> Tensor:
     """Velocity loss of one micro-batch: mean over a sample's elements, then over samples. ``batch``: by input name."""
-    latent, ids, mask = batch[LATENTS], batch[IDS], batch[MASK]
+    latent, ids, places, mask = batch[LATENTS], batch[IDS], batch[PLACES], batch[MASK]
     counter = torch.tensor(step)
-    t = flow.draw_time(seed, counter, ids).to(latent.dtype)
-    x0 = flow.draw_noise(seed, counter, ids, tuple(latent.shape[1:])).to(latent.dtype)
-    keep = flow.draw_keep_caption(seed, counter, ids, caption_dropout)
+    t = flow.draw_time(seed, counter, ids, places).to(latent.dtype)
+    x0 = flow.draw_noise(seed, counter, ids, places, tuple(latent.shape[1:])).to(latent.dtype)
+    keep = flow.draw_keep_caption(seed, counter, ids, places, caption_dropout)
     conditions = dict(batch)
     for encoder in model.config.encoders:
         name = text_input(encoder.name)

@@ -25,7 +25,7 @@ from ..parallel.runtime.graph import Graph, GraphPool, refuse
 from ..parallel.runtime.mesh import Mesh, backend_of, coordinates
 from ..parallel.runtime.watchdog import Heartbeat, vote
 from .config import CAPTION_DROPOUT, ModelConfig, latent_text
-from .inputs import LATENTS, BatchShape, InputSpec
+from .inputs import LATENTS, PLACES, BatchShape, InputSpec
 from .step import Optimizer, build_step, unit_layout
 from .weights import Values, fill_shard
 
@@ -100,6 +100,12 @@ class StepRunner:
             raise CinemeshError(
                 f"a batch without {', '.join(missing)}: model {self.config.name} takes {', '.join(wanted)}",
                 remedy="give it data that hold them, or train a model without them",
+            )
+        size = self.batch.samples * self.plan.data_ranks * self.plan.micro_batches
+        if PLACES in wanted and not 0 <= batch[PLACES].min() <= batch[PLACES].max() < size:
+            raise CinemeshError(
+                f"places {batch[PLACES].tolist()} in a step's global batch of {size} samples",
+                remedy="a place is a sample's index there, over all micro-batches and data ranks",
             )
         load_inputs(self.executor, batch, micro_batch)
 

@@ -79,7 +79,8 @@ class Sampler:
         """Latents [B, C, T, H, W] of this data rank's samples, on every rank that has a part in them.
 
         ``conditions``: those of ``condition_inputs`` by name, not split over tp; ``ids`` int64 [B]. A sample's noise
-        depends on (``seed``, its id) alone. ``guidance`` 1 is the model with the caption, 0 that without.
+        depends on (``seed``, its id) alone: step and place are 0. ``guidance`` 1 is the model with the caption, 0 that
+        without.
         """
         x = self._noise(seed, ids)
         null = dict(conditions) | {MASK: torch.ones_like(conditions[MASK])}
@@ -104,9 +105,9 @@ class Sampler:
         """x at t = 0: this rank's tokens [T, B, P], in the statistics dtype."""
         shape = self._buffers["x_t"].shape
         x = torch.empty(shape, dtype=TORCH_DTYPES[self.plan.stat_dtype], device=self.device)
-        step = torch.zeros(2, dtype=torch.int64, device=self.device)
+        ids, step = ids.to(self.device), torch.zeros(2, dtype=torch.int64, device=self.device)
         self.velocity.kernels["draw_noise"](
-            [ids.to(self.device), step],
+            [ids, torch.zeros_like(ids), step],
             [x],
             seed=seed,
             patch=self.config.patch,

@@ -15,6 +15,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import CinemeshError
+from ..kernels.ops import MOST_PLACES
 from ..parallel.ir.builder import Builder
 from ..parallel.ir.layout import REPLICATED_AXES, TOKENS, WORLD, Placement, replicated
 from ..parallel.ir.plan import Plan
@@ -34,7 +36,7 @@ from .config import (
     parameters_by_unit,
 )
 from .ends import Embedding, FinalLayer
-from .inputs import IDS, LATENTS, MASK, BatchShape, declare, text_input, training_inputs
+from .inputs import IDS, LATENTS, MASK, PLACES, BatchShape, declare, text_input, training_inputs
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,13 @@ def check(config: ModelConfig, plan: Plan, batch: BatchShape) -> None:
         text_widths={encoder.name: encoder.width for encoder in config.encoders},
         latent=latent_text(batch.latent),
     )
+    samples = batch.samples * plan.data_ranks * plan.micro_batches
+    if samples > MOST_PLACES:
+        raise CinemeshError(
+            f"samples({batch.samples}) * data ranks({plan.data_ranks}) * micro_batches({plan.micro_batches}) = "
+            f"{samples} > {MOST_PLACES}, the places of a step's global batch that draws can tell apart",
+            remedy="take fewer samples a step",
+        )
 
 
 def unit_layout(config: ModelConfig, plan: Plan) -> Units:
@@ -176,13 +185,13 @@ class _MicroBatch:
         """x_t and velocity [T, B, P], t [B], and the conditions, captions after dropout."""
         b, c, inputs = self.b, self.c, self.inputs
         compute, stat = b.plan.compute_dtype, b.plan.stat_dtype
-        ids, latents = inputs[IDS], inputs[LATENTS]
+        drawn_for, latents = [inputs[IDS], inputs[PLACES], self.counters], inputs[LATENTS]
         patches = (c.tokens(self.latent), latents.shape[0], c.patch_features)
         geometry: dict[str, Any] = {"patch": c.patch, "latent": latents.shape[1:], "rank_axes": TOKENS}
-        (t,) = b.op("draw_time", [ids, self.counters], "t", dtypes=stat, **self.draw)
+        (t,) = b.op("draw_time", drawn_for, "t", dtypes=stat, **self.draw)
         (keep,) = b.op(
             "draw_keep_caption",
-            [ids, self.counters],
+            drawn_for,
             "keep_caption",
             dtypes="bool",
             dropout=self.dropout,
@@ -204,7 +213,7 @@ class _MicroBatch:
         )
         (x0,) = b.op(
             "draw_noise",
-            [ids, self.counters],
+            drawn_for,
             "x0",
             shapes={0: patches},
             place={"t": TOKENS},

@@ -48,7 +48,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cinemesh.model import flow
 from cinemesh.model.config import ModelConfig, parameters
-from cinemesh.model.inputs import IDS, LATENTS, MASK, text_input
+from cinemesh.model.inputs import IDS, LATENTS, MASK, PLACES, text_input
 
 # It reports every reduction over two axes as slow; here only the result matters.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -260,7 +260,14 @@ def random_batch(
     text = {text_input(e.name): noise(e.tokens, samples, e.width) for e in config.encoders}
     mask = torch.ones(samples, config.text_tokens, dtype=torch.bool)
     mask[0, -1] = mask[-1, 1] = False
-    return {LATENTS: noise(samples, config.channels, *latent), IDS: 3 + torch.arange(samples), MASK: mask, **text}
+    places = torch.arange(samples)
+    return {
+        LATENTS: noise(samples, config.channels, *latent),
+        IDS: 3 + places // 2,  # a window may occur twice in a step
+        PLACES: places,
+        MASK: mask,
+        **text,
+    }
 
 
 # --- the parallel model ---------------------------------------------------------------------------
@@ -372,11 +379,11 @@ def oracle_loss(
     rank = mesh["dp_replicate"].get_local_rank() * mesh["dp_shard"].size() + mesh["dp_shard"].get_local_rank()
     mine = torch.arange(batch[LATENTS].shape[0]).chunk(ranks)[rank]
 
-    latent, ids, mask = batch[LATENTS][mine], batch[IDS][mine], batch[MASK][mine]
+    latent, ids, places, mask = (batch[name][mine] for name in (LATENTS, IDS, PLACES, MASK))
     counter = torch.tensor(step)
-    t = flow.draw_time(seed, counter, ids).to(latent.dtype)
-    x0 = flow.draw_noise(seed, counter, ids, tuple(latent.shape[1:])).to(latent.dtype)
-    keep = flow.draw_keep_caption(seed, counter, ids, caption_dropout)
+    t = flow.draw_time(seed, counter, ids, places).to(latent.dtype)
+    x0 = flow.draw_noise(seed, counter, ids, places, tuple(latent.shape[1:])).to(latent.dtype)
+    keep = flow.draw_keep_caption(seed, counter, ids, places, caption_dropout)
     amount = t[:, None, None, None, None]
     x_t = torch.lerp(x0, latent, amount) + 1e-5 * amount * x0
     patches, target = _patches(x_t, c.patch), _patches(latent - x0 + 1e-5 * x0, c.patch)

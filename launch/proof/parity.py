@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ...model import weights as weights_by_name
 from ...model.config import ModelConfig, parameters
-from ...model.inputs import BatchShape, training_inputs
+from ...model.inputs import PLACES, BatchShape, training_inputs
 from ...model.reference import Reference, training_loss
 from ...model.runner import StepRunner, data_share
 from ...model.step import Optimizer, unit_layout
@@ -66,13 +66,15 @@ class Case:
 
 
 def global_batch(case: Case, step: int, micro_batch: int) -> Named:
-    """Every input of the whole micro-batch, by name: the same on every rank."""
+    """Every input of the whole micro-batch, by name: the same on every rank. Every sample id comes twice in it."""
     generator = torch.Generator().manual_seed(1000 * step + micro_batch)
     batch: Named = {}
     for given in training_inputs(case.config, case.plan, case.batch):
-        if given.dtype == "int64":  # sample ids: no two alike in a run
+        if given.name == PLACES:
+            batch[PLACES] = torch.arange(given.shape[0]) + given.shape[0] * micro_batch
+        elif given.dtype == "int64":
             first = given.shape[0] * (step * case.plan.micro_batches + micro_batch)
-            batch[given.name] = torch.arange(given.shape[0]) + first
+            batch[given.name] = torch.arange(given.shape[0]) // 2 + first
         elif given.dtype == "bool":  # keys that count, at least one a sample
             batch[given.name] = torch.rand(given.shape, generator=generator) > 0.3
             batch[given.name][:, 0] = True

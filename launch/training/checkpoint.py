@@ -36,7 +36,9 @@ from .chunks import OTHER_MODEL, Chunk, ChunkLoadPlanner, ChunkSavePlanner, chun
 
 STATES = ("master", "exp_avg", "exp_avg_sq", "ema")
 COUNTERS = "counters"
-FORMAT = 1  # raise it when names, or what they mean, change
+# Raise it when names or what they mean change, or what the next step does with them. Before 2, draws of a sample did
+# not depend on its place in the batch: such weights can be read, but no run goes on from them.
+FORMAT = 2
 FOLDER = "checkpoints"  # where a run keeps them, below its directory
 MANIFEST = "cinemesh.json"
 METADATA = ".metadata"  # DCP writes it last
@@ -182,8 +184,8 @@ def manifest(path: Path) -> dict[str, Any]:
             f"{path} is no complete checkpoint: {MANIFEST} cannot be read ({error})",
             remedy="name a step-* folder of a run",
         ) from error
-    if found["format"] != FORMAT:
-        raise CinemeshError(f"checkpoint {path} has format {found['format']}, this version reads {FORMAT}")
+    if found["format"] not in range(1, FORMAT + 1):
+        raise CinemeshError(f"checkpoint {path} has format {found['format']}, this version reads 1 to {FORMAT}")
     for name, size in found["files"].items():
         there = (path / name).stat().st_size if (path / name).is_file() else None
         if there != size:
@@ -201,13 +203,20 @@ _DAMAGED = "restore the file, or remove this checkpoint to go on from an earlier
 def load(path: Path, runner: StepRunner) -> None:
     """Read a checkpoint, written under any plan, into the states and counters of ``runner``, bit by bit; collective.
 
-    Raises CinemeshError, on all ranks, when the checkpoint is damaged or of another model; the states are then
-    undefined.
+    Raises CinemeshError, on all ranks, when the checkpoint is damaged, of another model, or of a format from which no
+    run goes on; the states are then undefined.
     """
 
     def check() -> None:
         if runner.mesh is None or runner.mesh.rank == 0:
             check_model(path, runner.config)
+            if (written := manifest(path)["format"]) < FORMAT:
+                raise CinemeshError(
+                    f"checkpoint {path} has format {written}, and steps since format {FORMAT} draw other noise: a "
+                    "sample's draws depend on its place in the batch too",
+                    remedy="end this run with the version that began it, or begin another in an empty "
+                    "logging.directory; cinemesh sample takes these weights",
+                )
 
     def read() -> None:
         counters = runner.buffers[COUNTERS]

@@ -202,7 +202,7 @@ class _Loop:
         indices = self.streams[bucket].take(self.turn[step] * size, size)
         for micro_batch in range(plan.micro_batches):
             samples = train.select(indices[micro_batch * share : (micro_batch + 1) * share])
-            batch = collate(samples, rank, plan.data_ranks)
+            batch = collate(samples, rank, plan.data_ranks, micro_batch * share)
             self.runners.load(micro_batch, batch)
         return [train.first_id + index for index in indices]
 

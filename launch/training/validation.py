@@ -61,8 +61,9 @@ class Validation:
         mine = range(rank * share, (rank + 1) * share)
         steps = torch.tensor([items[position][1] for position in mine])
         shape = tuple(batch[LATENTS].shape[1:])
-        t = draw_time(SEED, steps, batch[IDS])
-        x0 = draw_noise(SEED, steps[:, None], batch[IDS], shape)
+        nowhere = torch.zeros_like(batch[IDS])  # in no step's batch
+        t = draw_time(SEED, steps, batch[IDS], nowhere)
+        x0 = draw_noise(SEED, steps[:, None], batch[IDS], nowhere, shape)
         x_t, velocity = interpolate(batch[LATENTS].double(), x0, t)
 
         wanted = torch.empty(self._buffers["x_t"].shape, dtype=torch.float64)

@@ -44,7 +44,7 @@ from benchmarks.step_against_torch import SHAPES as DEEP
 from benchmarks.step_against_torch import Shape
 
 from cinemesh.launch.commands.calibrate import TimedSamples, machine_of, measure
-from cinemesh.model.inputs import IDS, LATENTS, MASK, BatchShape, text_input, training_inputs
+from cinemesh.model.inputs import IDS, LATENTS, MASK, PLACES, BatchShape, text_input, training_inputs
 from cinemesh.model.runner import StepRunner, data_share
 from cinemesh.model.step import Optimizer, build_step
 from cinemesh.model.weights import probe_values
@@ -61,7 +61,7 @@ from cinemesh.perf_model.prices.timeline import play, price
 from cinemesh.perf_model.search.planner import search
 from cinemesh.perf_model.search.request import LatentBucket, Request
 
-PLACES: dict[str, float | None] = {"loopback": None, "fast": 4000.0, "slow": 200.0}  # Mb/s of the link between servers
+LINKS: dict[str, float | None] = {"loopback": None, "fast": 4000.0, "slow": 200.0}  # Mb/s of the link between servers
 SHAPES = {name: replace(shape, config=replace(shape.config, layers=2)) for name, shape in DEEP.items()}
 SKIPPED = 1  # rounds
 TURNED = ("dp_replicate", "dp_shard", "cp", "tp")  # what speaks most crosses the servers
@@ -134,7 +134,7 @@ def runner_of(shape: Shape, plan: Plan, mesh: Mesh) -> StepRunner:
     mask = torch.ones(samples, config.text_tokens, dtype=torch.bool)
     mask[:, -1] = False
     runner.capture("required")
-    whole = {LATENTS: latents, IDS: torch.arange(samples), MASK: mask, **text}
+    whole = {LATENTS: latents, **dict.fromkeys((IDS, PLACES), torch.arange(samples)), MASK: mask, **text}
     runner.load(0, data_share(whole, training_inputs(config, plan, batch), plan, runner.coordinates))
     return runner
 
@@ -184,7 +184,7 @@ def run_place(arguments: argparse.Namespace, name: str, folder: Path) -> None:
     """Raises NotAllowed."""
     command = [__file__, "--rank", "--name", name, "--folder", str(folder), "--rounds", str(arguments.rounds)]
     command += ["--shapes", *arguments.shapes]
-    rate = PLACES[name]
+    rate = LINKS[name]
     if rate is not None:
         with Box(rate) as box:
             box.run(command)
@@ -211,7 +211,7 @@ def score(predicted: Sequence[float], measured: Sequence[float], chosen: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--where", nargs="+", default=list(PLACES), choices=list(PLACES))
+    parser.add_argument("--where", nargs="+", default=list(LINKS), choices=list(LINKS))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--json", type=Path)
@@ -255,7 +255,7 @@ def evaluate(arguments: argparse.Namespace, name: str, folder: Path) -> Iterator
             print(f"  {row['plan']:66}{p * 1e3:10.1f}{m * 1e3:10.1f} ms{p / m - 1:+8.1%}", flush=True)
         yield {
             "place": name,
-            "mbit": PLACES[name],
+            "mbit": LINKS[name],
             "shape": shape,
             "date": datetime.now().isoformat(timespec="minutes"),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}",

@@ -35,7 +35,7 @@ from benchmarks.live_bytes import LiveBytes
 from benchmarks.torch_baseline import TorchBaseline
 
 from cinemesh.model.config import Encoder, ModelConfig
-from cinemesh.model.inputs import IDS, LATENTS, MASK, BatchShape, text_input, training_inputs
+from cinemesh.model.inputs import IDS, LATENTS, MASK, PLACES, BatchShape, text_input, training_inputs
 from cinemesh.model.runner import StepRunner, data_share
 from cinemesh.model.step import Optimizer, build_step
 from cinemesh.model.weights import probe_values
@@ -83,7 +83,7 @@ class Ours:
         }
         mask = torch.ones(samples, config.text_tokens, dtype=torch.bool)
         mask[:, -1] = False
-        whole = {LATENTS: latents, IDS: torch.arange(samples), MASK: mask, **text}
+        whole = {LATENTS: latents, **dict.fromkeys((IDS, PLACES), torch.arange(samples)), MASK: mask, **text}
         share = data_share(whole, training_inputs(config, plan, batch), plan, self.runner.coordinates)
         self.runner.load(0, share)
 

@@ -20,7 +20,7 @@ from cinemesh.data.encoding import BlockDCT, Encoding
 from cinemesh.data.text import ByteEncoder
 from cinemesh.errors import CinemeshError
 from cinemesh.model.codec import BlockDCTCodec
-from cinemesh.model.inputs import IDS, LATENTS, MASK, text_input
+from cinemesh.model.inputs import IDS, LATENTS, MASK, PLACES, text_input
 
 CODEC = BlockDCTCodec()
 ENCODERS = (ByteEncoder(6, 12, "words"), ByteEncoder(4, 5, "letters"))
@@ -264,13 +264,15 @@ def test_settings_that_cannot_be_met_give_their_numbers(settings: DataSettings, 
 def test_data_ranks_share_a_micro_batch_in_order(settings: DataSettings, tmp_path: Path) -> None:
     cache = opened(build(settings, tmp_path))
     picked = [8, 0, 3, 3, 5, 1]
-    parts = [collate(cache.train.select(picked), rank, 3) for rank in range(3)]
+    parts = [collate(cache.train.select(picked), rank, 3, first_place=12) for rank in range(3)]
     assert torch.cat([part[IDS] for part in parts]).tolist() == picked
-    assert parts[0][IDS].dtype == torch.int64
+    assert torch.cat([part[PLACES] for part in parts]).tolist() == [12, 13, 14, 15, 16, 17]
+    assert parts[0][IDS].dtype == parts[0][PLACES].dtype == torch.int64
     for part in parts:
         words, letters = text_input("words"), text_input("letters")
         assert {name: list(t.shape) for name, t in part.items()} == {
             IDS: [2],
+            PLACES: [2],
             LATENTS: [2, 16, 1, 2, 2],
             MASK: [2, 17],
             words: [12, 2, 6],

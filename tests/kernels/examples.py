@@ -300,32 +300,33 @@ def drop_mask(t: int, b: int, d: int) -> Iterator[Example]:
 SEED = (7 << 32) + 3
 
 
-def drawn_from(b: int) -> tuple[Tensor, Tensor]:
-    """Sample ids, and counters (step, updates)."""
-    return torch.randint(1 << 40, (b,)), torch.tensor([5, 3])
+def drawn_for(b: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample ids, places in the batch, and counters (step, updates)."""
+    return torch.randint(1 << 40, (b,)), (1 << 24) - 1 - torch.arange(b), torch.tensor([5, 3])
 
 
 def draw_time(t: int, b: int, d: int) -> Iterator[Example]:
-    ids, counters = drawn_from(b)
-    yield Example("ii->s", [ids, counters], [flow.draw_time(SEED, counters[0], ids)], {"seed": SEED})
+    ids, places, counters = drawn_for(b)
+    drawn = flow.draw_time(SEED, counters[0], ids, places)
+    yield Example("iii->s", [ids, places, counters], [drawn], {"seed": SEED})
 
 
 def draw_keep_caption(t: int, b: int, d: int) -> Iterator[Example]:
-    ids, counters = drawn_from(max(b, 40))
-    kept = flow.draw_keep_caption(SEED, counters[0], ids, 0.4)
+    ids, places, counters = drawn_for(max(b, 40))
+    kept = flow.draw_keep_caption(SEED, counters[0], ids, places, 0.4)
     assert b == 1 or 0 < kept.sum() < len(ids)
-    yield Example("ii->b", [ids, counters], [kept], {"seed": SEED, "dropout": 0.4})
+    yield Example("iii->b", [ids, places, counters], [kept], {"seed": SEED, "dropout": 0.4})
 
 
 def draw_noise(t: int, b: int, d: int) -> Iterator[Example]:
     """The slices that ranks draw are those of the whole."""
-    ids, counters = drawn_from(b)
+    ids, places, counters = drawn_for(b)
     for latent, ranks in (((4, 3, 4, 6), (1, 2, 9)), ((16, 2, 32, 34), (1, 4))):  # the second in several chunks
-        whole = model.patchify(flow.draw_noise(SEED, counters[0], ids, latent), PATCH)
+        whole = model.patchify(flow.draw_noise(SEED, counters[0], ids, places, latent), PATCH)
         attrs = {"seed": SEED, "patch": PATCH, "latent": latent}
         for n in ranks:
             for rank, part in enumerate(whole.chunk(n)):
-                yield Example("ii->s", [ids, counters], [part], {**attrs, "rank": rank})
+                yield Example("iii->s", [ids, places, counters], [part], {**attrs, "rank": rank})
 
 
 def interpolate(t: int, b: int, d: int) -> Iterator[Example]:

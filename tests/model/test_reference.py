@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -12,10 +13,11 @@ from torch import Tensor
 from cinemesh.kernels.philox import Purpose, normal, normal_, philox_words, uniform
 from cinemesh.model import flow
 from cinemesh.model.config import PRESETS, USUAL_LATENTS, ModelConfig, parameters
-from cinemesh.model.inputs import IDS, LATENTS, MASK, text_input
+from cinemesh.model.inputs import IDS, LATENTS, MASK, PLACES, text_input
 from cinemesh.model.reference import Reference, attention, patchify, rms_norm, time_features, training_loss, unpatchify
 
 TINY = PRESETS["tiny"]
+PLACE_0 = torch.tensor([0])
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -137,7 +139,7 @@ def test_each_sample_has_its_own_time() -> None:
 
 
 def test_time_is_logit_normal() -> None:
-    t = flow.draw_time(3, torch.tensor(0), torch.arange(20_000))
+    t = flow.draw_time(3, torch.tensor(0), torch.arange(20_000), PLACE_0)
     logits = torch.logit(t)
     # Standard errors at 20,000 draws: mean 0.007, variance 0.01; bounds are 5 of them.
     assert abs(logits.mean()) < 0.036
@@ -150,9 +152,10 @@ def test_loss_of_a_silent_model_is_the_mean_square_velocity() -> None:
     with torch.no_grad():
         model.get_parameter("final.weight").zero_()
     latent, ids = noise(2, 4, 3, 4, 12), torch.tensor([5, 9])
-    batch = captions() | {LATENTS: latent, IDS: ids, MASK: torch.ones(2, 7).bool()}
+    places = torch.tensor([0, 1])
+    batch = captions() | {LATENTS: latent, IDS: ids, PLACES: places, MASK: torch.ones(2, 7).bool()}
     loss = training_loss(model, batch, seed=7, step=2)
-    x0 = flow.draw_noise(7, torch.tensor(2), ids, (4, 3, 4, 12))
+    x0 = flow.draw_noise(7, torch.tensor(2), ids, places, (4, 3, 4, 12))
     assert loss.item() == pytest.approx((latent - (1 - 1e-5) * x0).square().mean().item(), rel=1e-12)
 
 
@@ -167,7 +170,7 @@ def test_dropped_caption_is_zeros_with_every_key_valid() -> None:
 def test_with_every_caption_dropped_the_loss_ignores_the_text() -> None:
     model, latent, ids = filled(TINY), noise(2, 4, 3, 4, 12), torch.tensor([5, 9])
     mask = torch.zeros(2, 7).bool()  # not even an empty mask may leave a row without keys
-    batch = {LATENTS: latent, IDS: ids, MASK: mask}
+    batch = {LATENTS: latent, IDS: ids, PLACES: torch.tensor([0, 1]), MASK: mask}
     first = training_loss(model, batch | captions(), 7, 0, 1.0)
     other = training_loss(model, batch | {n: v + 1 for n, v in captions().items()}, 7, 0, 1.0)
     assert first.isfinite()
@@ -175,7 +178,7 @@ def test_with_every_caption_dropped_the_loss_ignores_the_text() -> None:
 
 
 def test_captions_are_dropped_at_the_given_rate() -> None:
-    keep = flow.draw_keep_caption(3, torch.tensor(0), torch.arange(20_000), 0.1)
+    keep = flow.draw_keep_caption(3, torch.tensor(0), torch.arange(20_000), PLACE_0, 0.1)
     assert abs((~keep).double().mean().item() - 0.1) < 5 * math.sqrt(0.1 * 0.9 / 20_000)
 
 
@@ -262,7 +265,8 @@ def test_table_is_in_the_order_that_units_rely_on(name: str) -> None:
 )
 def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]) -> None:
     block, sample, step = (torch.tensor(word) for word in counter[:3])
-    words = philox_words(key[0] | key[1] << 32, counter[3], step, sample, block)
+    purpose, place = counter[3] & 0xFF, torch.tensor(counter[3] >> 8)
+    words = philox_words(key[0] | key[1] << 32, purpose, step, sample, block, place)
     assert tuple(word.item() for word in words) == expected
 
 
@@ -295,11 +299,12 @@ def test_uniforms_are_uniform() -> None:
 
 def test_a_slice_is_drawn_without_the_rest() -> None:
     step, ids = torch.tensor(4), torch.tensor([11, 2**31 + 5])
-    whole = flow.draw_noise(7, step, ids, (3, 2, 5))
+    places = torch.tensor([6, 2])
+    whole = flow.draw_noise(7, step, ids, places, (3, 2, 5))
     # elements 7..12 of the second sample, starting inside a block of four
-    part = normal(7, Purpose.NOISE, step, ids[1], torch.arange(7, 13))
+    part = normal(7, Purpose.NOISE, step, ids[1], torch.arange(7, 13), places[1])
     assert torch.equal(part, whole[1].flatten()[7:13])
-    assert torch.equal(flow.draw_noise(7, step, ids[1:], (3, 2, 5)), whole[1:])
+    assert torch.equal(flow.draw_noise(7, step, ids[1:], places[1:], (3, 2, 5)), whole[1:])
 
 
 def test_normal_in_place_continues_anywhere() -> None:
@@ -309,16 +314,47 @@ def test_normal_in_place_continues_anywhere() -> None:
     assert torch.equal(part, whole[65_531 : 65_531 + 4_001])
 
 
-def test_seed_step_sample_and_purpose_all_matter() -> None:
-    def draw(seed: int, purpose: Purpose, step: int, sample: int) -> float:
-        counters = (torch.tensor(step), torch.tensor(sample), torch.tensor(0))
-        return normal(seed, purpose, *counters).item()
+def test_seed_step_sample_place_and_purpose_all_matter() -> None:
+    def draw(seed: int, purpose: Purpose, *counters: int) -> float:
+        step, sample, place = (torch.tensor(word) for word in counters)
+        return normal(seed, purpose, step, sample, torch.tensor(0), place).item()
 
-    draws = {
-        draw(seed, purpose, step, sample)
-        for seed in (0, 1, 1 << 32)
-        for purpose in Purpose
-        for step in (0, 1)
-        for sample in (0, 1)
-    }
-    assert len(draws) == 3 * len(Purpose) * 2 * 2
+    words = itertools.product((0, 1), (0, 1), (0, 1, 1 << 23))
+    draws = {draw(seed, purpose, *w) for w in words for seed in (0, 1, 1 << 32) for purpose in Purpose}
+    assert len(draws) == 3 * len(Purpose) * 2 * 2 * 3
+    with pytest.raises(AssertionError, match="purpose 256"):
+        philox_words(0, 256, *[torch.tensor(0)] * 3)
+
+
+# --- a sample that occurs twice in a step ---------------------------------------------------------
+
+TWICE = torch.tensor([5, 5])
+
+
+def test_a_sample_in_two_places_is_drawn_for_twice() -> None:
+    """Time, noise and caption; what is drawn in no batch has place 0."""
+    step, places = torch.tensor(4), torch.tensor([0, 3])
+    t, x0 = flow.draw_time(7, step, TWICE, places), flow.draw_noise(7, step, TWICE, places, (4, 2, 4))
+    assert t[0] != t[1] and not (x0[0] == x0[1]).any()
+    assert t[0] == torch.sigmoid(normal(7, Purpose.TIME, step, TWICE[0], torch.tensor(0)))
+    many = torch.arange(20_000)
+    keep = flow.draw_keep_caption(7, step, torch.full_like(many, 5), many, 0.1)
+    assert abs((~keep).double().mean().item() - 0.1) < 5 * math.sqrt(0.1 * 0.9 / 20_000)
+
+
+def test_copies_of_a_sample_have_other_gradients_than_one() -> None:
+    """Of two copies that were drawn for alike, the mean loss and its gradient are those of one, to the last digit."""
+    model, latent, text = filled(TINY), noise(1, 4, 3, 4, 12), captions()
+    one = {name: value[:, :1] for name, value in text.items()}
+    one |= {LATENTS: latent, IDS: TWICE[:1], PLACES: PLACE_0, MASK: torch.ones(1, 7).bool()}
+    two = {name: value.expand(-1, 2, -1) if name in text else torch.cat([value] * 2) for name, value in one.items()}
+
+    def gradient(batch: dict[str, Tensor]) -> Tensor:
+        model.zero_grad()
+        training_loss(model, batch, 7, 0).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    alike, alone = gradient(two), gradient(one)
+    torch.testing.assert_close(alike, alone, rtol=1e-12, atol=1e-12)  # in one place
+    apart = gradient(two | {PLACES: torch.tensor([0, 1])})
+    assert (apart - alone).norm() > 0.1 * alone.norm()

@@ -83,7 +83,9 @@ def sampled_on_rank(plan: Plan, guidance: float) -> tuple[int, Tensor]:
 
 
 def noise() -> Tensor:
-    return flow.draw_noise(SEED, torch.tensor(0), captions()[IDS], (TINY.channels, *LATENT), Purpose.SAMPLING)
+    ids = captions()[IDS]
+    shape = (TINY.channels, *LATENT)
+    return flow.draw_noise(SEED, torch.tensor(0), ids, torch.zeros_like(ids), shape, Purpose.SAMPLING)
 
 
 def euler_on_reference(guidance: float) -> Tensor:

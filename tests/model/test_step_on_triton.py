@@ -20,7 +20,7 @@ from cinemesh.kernels.catalogue import IMPLEMENTATIONS
 from cinemesh.kernels.reference import Kernel
 from cinemesh.kernels.registry import kernels_for
 from cinemesh.model.config import Encoder, ModelConfig
-from cinemesh.model.inputs import IDS, LATENTS, MASK, BatchShape, text_input
+from cinemesh.model.inputs import IDS, LATENTS, MASK, PLACES, BatchShape, text_input
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import Optimizer
 from cinemesh.model.weights import probe_values
@@ -48,7 +48,7 @@ def step(package: str, dtype: Any, ran: set[str]) -> tuple[float, float, torch.T
     latents = torch.randn(2, 4, *BATCH.latent, generator=draw)
     text = {text_input(e.name): torch.randn(e.tokens, 2, e.width, generator=draw) for e in CONFIG.encoders}
     mask = torch.arange(8)[None] < torch.tensor([[8], [5]])
-    runner.load(0, {LATENTS: latents, IDS: torch.tensor([3, 9]), MASK: mask, **text})
+    runner.load(0, {LATENTS: latents, IDS: torch.tensor([3, 3]), PLACES: torch.arange(2), MASK: mask, **text})
     runner.step(1e-2)
     return runner.loss.item(), runner.gradient_norm.item(), runner.buffers["exp_avg"].double().cpu()
 

@@ -98,7 +98,8 @@ def test_sampling_takes_the_condition(pool: Pool) -> None:
     model = Reference(case.config).double()
     model.load_state_dict(full(parameters(case.config), probe_values(0), torch.float64))
     shape = tuple(batch[LATENTS].shape[1:])
-    x = flow.draw_noise(5, torch.tensor(0), batch[IDS], shape, flow.Purpose.SAMPLING)
+    nowhere = torch.zeros_like(batch[IDS])
+    x = flow.draw_noise(5, torch.tensor(0), batch[IDS], nowhere, shape, flow.Purpose.SAMPLING)
     with torch.no_grad():
         for now, after in pairwise(linear_quadratic(steps)):
             t = torch.full((len(x),), now, dtype=torch.float64)
@@ -144,7 +145,7 @@ def test_a_batch_without_the_condition_is_refused() -> None:
     runner = StepRunner(case.config, case.plan, case.batch, OPTIMIZER, None, seed=case.seed)
     batch = dict(global_batch(case, 0, 0))
     del batch[case.config.latent_conditions[0].input]
-    with pytest.raises(CinemeshError, match=r"a batch without latents\.low_resolution: .* takes ids, mask, "):
+    with pytest.raises(CinemeshError, match=r"a batch without latents\.low_resolution: .* takes ids, places, mask, "):
         runner.load(0, batch)
     load_batch(case, runner, 0)  # whole, it is taken
 

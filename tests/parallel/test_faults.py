@@ -153,6 +153,27 @@ def noise_drawn_per_rank(case: Case, mesh: Mesh) -> StepRunner:
     return with_kernels(case, mesh, draw_noise=draw)
 
 
+def in_places(case: Case, mesh: Mesh, places: Callable[[Tensor], Tensor]) -> StepRunner:
+    """Draws in other places than the step's."""
+
+    def moved(kernel: Kernel) -> Kernel:
+        def draw(inputs: reference.Tensors, outputs: reference.Tensors, **attrs: Any) -> None:
+            ids, given, counters = inputs
+            kernel((ids, places(given), counters), outputs, **attrs)
+
+        return draw
+
+    return with_kernels(case, mesh, **{op: moved(reference.REFERENCE[op]) for op in ("draw_time", "draw_noise")})
+
+
+def place_ignored(case: Case, mesh: Mesh) -> StepRunner:
+    return in_places(case, mesh, torch.zeros_like)
+
+
+def place_in_the_ranks_own_share(case: Case, mesh: Mesh) -> StepRunner:
+    return in_places(case, mesh, lambda given: torch.arange(len(given)))
+
+
 # -- the ledger -------------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +287,9 @@ def report_of(pool: Pool, plan: str, plant: Plant, *, ledger: bool = False) -> R
         ("dp_replicate=2,dp_shard=2", replicas_counted_in_the_global_norm, "gradient"),
         ("cp=2", causal, "loss"),
         ("tp=2", noise_drawn_per_rank, "loss"),
+        ("tp=2", place_ignored, "loss"),
+        ("dp_shard=2", place_in_the_ranks_own_share, "loss"),
+        ("tp=2,micro_batches=2", place_in_the_ranks_own_share, "loss"),
     ],
     ids=lambda value: value.__name__ if callable(value) else value,
 )

@@ -18,7 +18,7 @@ from cinemesh.errors import CinemeshError
 from cinemesh.launch.training import checkpoint
 from cinemesh.launch.training.chunks import ChunkSavePlanner, boxes
 from cinemesh.model.config import ModelConfig, parameters, preset
-from cinemesh.model.inputs import IDS, LATENTS, MASK, BatchShape, text_input
+from cinemesh.model.inputs import IDS, LATENTS, MASK, PLACES, BatchShape, text_input
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import Optimizer
 from cinemesh.model.weights import collect, fill_shard, full, probe_values
@@ -137,7 +137,7 @@ def test_one_process_resumes_bit_by_bit(tmp_path: Path) -> None:
         latents = torch.randn((1, TINY.channels, *BATCH.latent), generator=generator, dtype=torch.float64)
         text = {text_input(e.name): torch.ones(e.tokens, 1, e.width, dtype=torch.float64) for e in TINY.encoders}
         mask = torch.ones(1, TINY.text_tokens, dtype=torch.bool)
-        runner.load(0, {LATENTS: latents, IDS: torch.tensor([3]), MASK: mask, **text})
+        runner.load(0, {LATENTS: latents, IDS: torch.tensor([3]), PLACES: torch.tensor([0]), MASK: mask, **text})
 
     going = runner_of(plan)
     going.initialise(probe_values(0))
@@ -322,4 +322,24 @@ def test_keys_and_global_shapes_are_fixed(saved: tuple[StepRunner, Path]) -> Non
     stored = FileSystemReader(saved[1]).read_metadata().state_dict_metadata
     want = {f"{s}/{row.name}": row.shape for s in checkpoint.STATES for row in parameters(TINY)}
     assert {key: tuple(entry.size) for key, entry in stored.items()} == want | {"counters": (2,)}  # pyright: ignore
-    assert json.loads((saved[1] / checkpoint.MANIFEST).read_text())["format"] == 1
+    assert json.loads((saved[1] / checkpoint.MANIFEST).read_text())["format"] == 2
+
+
+def of_format(path: Path, number: int) -> None:
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"format": number}))
+
+
+def test_an_older_keying_gives_its_weights_and_no_resume(saved: tuple[StepRunner, Path]) -> None:
+    """The steps that are left would draw other numbers than those that were done."""
+    runner, path = saved
+    of_format(path, 1)
+    with pytest.raises(CinemeshError, match=r"format 1, and steps since format 2 draw other noise.* cinemesh sample"):
+        checkpoint.load(path, runner)
+    flat = torch.full_like(runner.buffers["ema"], torch.nan)
+    checkpoint.load_weights(path, "ema", flat, runner.units, runner.coordinates)
+    assert torch.equal(flat, runner.buffers["ema"])
+    for number in (0, 3):
+        of_format(path, number)
+        with pytest.raises(CinemeshError, match=f"has format {number}, this version reads 1 to 2"):
+            checkpoint.load_weights(path, "ema", flat, runner.units, runner.coordinates)

@@ -327,8 +327,9 @@ def test_validation_loss_is_the_plain_models_on_every_plan(pool: Pool, clips: Pa
             assert isinstance(sample, Sample)
             ids, step = torch.tensor([sample.id]), torch.tensor(draw)
             x1 = sample.latent.double()[None]
-            t = flow.draw_time(SEED, step, ids)
-            x_t, v = flow.interpolate(x1, flow.draw_noise(SEED, step, ids, tuple(x1.shape[1:])), t)
+            place = torch.tensor([0])
+            t = flow.draw_time(SEED, step, ids, place)
+            x_t, v = flow.interpolate(x1, flow.draw_noise(SEED, step, ids, place, tuple(x1.shape[1:])), t)
             given = {text_input(name): value.double()[:, None] for name, value in sample.text.items()}
             given[MASK] = torch.cat(list(sample.mask.values()))[None]
             with torch.no_grad():
