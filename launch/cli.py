@@ -23,10 +23,14 @@ from .options import (
     Latents,
     LocalProcesses,
     ModelName,
+    Overrides,
     PlanArgument,
     PlanText,
+    RecipePlan,
     SamplesOption,
 )
+from .plans import plan_override
+from .written import command, wrote
 
 USER_ERROR = 2  # exit code of a mistake that the message says how to mend; also click's code for wrong usage
 
@@ -68,14 +72,8 @@ def cinemesh() -> None:
 def train(
     config: ConfigFile,
     nproc: LocalProcesses = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Replace one value of the recipe, for example --set optimizer.lr=1e-3; may be repeated.",
-        ),
-    ] = None,
+    plan: RecipePlan = None,
+    overrides: Overrides = None,
 ) -> None:
     """Train a model, or resume its training.
 
@@ -84,7 +82,7 @@ def train(
     """
     from .train import run
 
-    run(config=config, nproc=nproc, overrides=overrides or [])
+    run(config=config, nproc=nproc, overrides=[*plan_override(plan), *(overrides or [])])
 
 
 @app.command()
@@ -106,6 +104,8 @@ def sample(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Picks the starting noise.")] = 0,
     nproc: LocalProcesses = None,
+    plan: RecipePlan = None,
+    overrides: Overrides = None,
 ) -> None:
     """Sample a clip from a trained model.
 
@@ -122,6 +122,7 @@ def sample(
         guidance=guidance,
         seed=seed,
         nproc=nproc,
+        overrides=[*plan_override(plan), *(overrides or [])],
     )
 
 
@@ -425,7 +426,8 @@ def calibrate(
     if card is not None:
         from ..perf_model.calibration.card import write
 
-        print(f"wrote {out}: {write(card, base, out).about}")
+        cluster = write(card, base, out)
+        wrote(out, command("plan", gpus=cluster.gpus, cluster=out), cluster.about)
         return
     from .commands.calibrate import run
 

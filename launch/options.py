@@ -21,6 +21,20 @@ TRIED = ", ".join(  # what plan --tune tries, from the plan's own table: "prefet
 )
 PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help=PLAN_HELP)]
 PlanText = Annotated[str, typer.Option("--plan", metavar="PLAN", help=PLAN_HELP)]
+RecipePlan = Annotated[
+    str | None,
+    typer.Option(
+        "--plan", metavar="PLAN", help="In place of the recipe's: a file that plan --out wrote, fields, auto."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Replace one value of the recipe, for example --set optimizer.lr=1e-3; may be repeated.",
+    ),
+]
 LocalProcesses = Annotated[
     int | None,
     typer.Option("--nproc", min=1, help="Start this many processes on this machine. Leave it out under torchrun."),

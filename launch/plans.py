@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,11 @@ def read_plan(given: str, **defaults: Any) -> Plan:
             remedy="name a file that cinemesh plan --out wrote, or write tp=4,cp=2,dp_shard=96",
         ) from None
     return replace(Plan.from_yaml(text), **defaults)
+
+
+def plan_override(given: str | None) -> list[str]:
+    """``--plan`` of a recipe's command, as ``--set`` takes it: what :func:`read_plan` reads, or ``auto``."""
+    return [] if given is None else [f"plan={json.dumps(given)}"]  # a JSON text is a YAML text
 
 
 def held_fields(given: Mapping[str, Any]) -> dict[str, object]:

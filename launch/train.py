@@ -1,4 +1,4 @@
-"""The entry of training: ``torchrun ... -m cinemesh.launch.train CONFIG [--set KEY=VALUE ...]``, ``cinemesh train``."""
+"""The entry of training: ``cinemesh train``, and ``torchrun ... -m cinemesh.launch.train CONFIG`` with its options."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cluster.processes import rank_main, world_size
-from .training import loop
+from .plans import plan_override
+from .training import checkpoint, loop
 from .training.recipe import read_recipe
+from .written import command, wrote
+
+PROMPT = "a red car"  # of the clip that a finished run proposes
 
 
 def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
@@ -21,15 +25,21 @@ def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
 
         resolve(recipe, auto, world_size(nproc), int(os.environ.get("RANK", "0")))
     loop.run(config=config, nproc=nproc, overrides=overrides)
+    newest = checkpoint.latest(recipe.logging.directory / checkpoint.FOLDER)
+    if newest is not None and int(os.environ.get("RANK", "0")) == 0:
+        given = [word for override in overrides for word in ("--set", override)]
+        wrote(newest, command("sample", config, *given, prompt=PROMPT))
 
 
 def main() -> None:
     """Under torchrun: the same as ``cinemesh train CONFIG``."""
     parser = argparse.ArgumentParser(prog="cinemesh.launch.train", description="Train a model, or resume its training.")
     parser.add_argument("config", type=Path, help="YAML recipe")
+    parser.add_argument("--plan", metavar="PLAN", help="in place of the recipe's, as cinemesh train takes it")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
-    sys.exit(rank_main(lambda: run(config=given.config, nproc=None, overrides=given.overrides)))
+    overrides = [*plan_override(given.plan), *given.overrides]
+    sys.exit(rank_main(lambda: run(config=given.config, nproc=None, overrides=overrides)))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from ...parallel.runtime.comm import BoundCollective, Communicator, barrier, gat
 from ...parallel.runtime.mesh import Mesh
 from ...perf_model.calibration.calibrate import Machine, TimedSamples, fit, residuals, write
 from ..cluster.processes import joined, launch, launched, rank_main, world_size
+from ..written import command, wrote
 from .measure_compute import CASES, measure_compute
 
 PROCESSES = 4  # unless told
@@ -212,6 +213,7 @@ def _work(out: Path) -> None:
             typer.echo(f"{out}: {machine.about}. Mean error of its prices over what was measured:")
             for name, error in residuals(samples, cluster).items():
                 typer.echo(f"  {name:34}{error:8.1%}")
+            wrote(out, command("plan", gpus=cluster.gpus, cluster=out, model="tiny-video", dtype="float32"))
 
 
 def run(*, out: Path, nproc: int | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +26,8 @@ from ...perf_model.search.evaluator import Evaluator
 from ...perf_model.search.planner import ERROR_BAR, Search, search
 from ...perf_model.search.refusals import Refusal, RefusalKind
 from ...perf_model.search.request import LatentBucket, PricedPlan, Request
-from ..plans import held_fields
+from ..plans import SUFFIXES, held_fields
+from ..written import command, wrote
 from .explain import Reasons, start_up_values
 from .show import latent_of, parse_latent
 from .tables import new_console, plain_table
@@ -79,6 +81,8 @@ def run(  # noqa: PLR0913  the options of the command
 
     Raises CinemeshError for an unknown model or cluster, an illegal latent, and where no plan fits.
     """
+    if out is not None and out.suffix not in SUFFIXES:
+        raise CinemeshError(f"--out {out}: a plan file ends in .yaml", remedy="write for example --out best.yaml")
     request = Request(
         config=preset(model),
         buckets=tuple(map(_bucket, latents)) or (LatentBucket(latent_of(model, None)),),
@@ -129,10 +133,14 @@ def run(  # noqa: PLR0913  the options of the command
     if out is not None:
         with atomic_file(out) as unfinished:
             unfinished.write_text(found.best.plan.to_yaml())
+        wrote(
+            out, f"{command('lint', plan=out, model=model)}, then cinemesh train CONFIG --plan {shlex.quote(str(out))}"
+        )
     if report is not None:
-        from ...perf_model.report.report import write
+        from ...perf_model.report.report import PAGE, TRACE, write
 
         write(report, request, found)
+        wrote(report / PAGE, f"open it in a browser, and {report / TRACE} at https://ui.perfetto.dev")
     if as_json:
         print(json.dumps(values, indent=1))
 

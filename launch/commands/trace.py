@@ -30,6 +30,7 @@ from ...perf_model.report.trace import predicted, write
 from ..plans import read_plan
 from ..proof.parity import OPTIMIZER, Case
 from ..proof.traced import traced
+from ..written import wrote
 
 
 def predict(case: Case, cluster: Cluster) -> PlayedStep:
@@ -82,6 +83,7 @@ def run(*, plan: str, model: str, out: Path, steps: int, max_procs: int, cluster
     whole = predict(case, priced_on)
     by_rank = traced(case)
     write(out, beside(by_rank, whole))
+    wrote(out, "open it at https://ui.perfetto.dev", f"{sum(map(len, by_rank))} spans of {len(by_rank)} ranks")
     rows = summary(by_rank[0])
     if as_json:
         spans = [[asdict(span) for span in spans] for spans in by_rank]
@@ -90,7 +92,6 @@ def run(*, plan: str, model: str, out: Path, steps: int, max_procs: int, cluster
         print(json.dumps({"collectives": collectives, "spans": spans, "predicted": expected}))
         return
     _show(chosen, by_rank[0], whole, priced_on, steps)
-    print(f"{out}: {sum(map(len, by_rank))} spans of {len(by_rank)} ranks; open it at https://ui.perfetto.dev")
 
 
 def _predicted_of(row: OverlapRow, whole: PlayedStep, steps: int) -> dict[str, float]:

@@ -22,6 +22,7 @@ from ...kernels.packages import missing
 from ...kernels.rates import H100_DENSE_BF16_FLOPS_PER_S
 from ...kernels.registry import function
 from ...parallel.ir.program import Program
+from ..written import command, wrote
 from .calls import DistinctCall, calls_of, tensors
 
 NOISE = 0.02  # share of the time below which two timings are the same
@@ -64,7 +65,7 @@ def run(program: Program) -> None:
                 rates.setdefault(entry.rate_class, {})[direction] = round(reached, 4)
                 print(f"{call.op} {entry.package}: {call.flops / seconds / 1e12:.0f} TFLOP/s", flush=True)
     tuning.write(tuning.Table(name, origin, tiles, rates), key)
-    print(f"wrote {path}")
+    wrote(path, command("kernels"))
 
 
 def usable(call: DistinctCall, device: str) -> list[Implementation]:

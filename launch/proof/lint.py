@@ -58,10 +58,10 @@ def lint(plan: Plan, model: str) -> list[Finding]:
     Raises CinemeshError when the plan does not divide the model; ``tiny`` is grown until it does.
     """
     case = small_case(plan, model, max_procs=plan.world_size)
-    config, batch = case.config, case.batch
+    built = build_step(case.config, case.plan, case.batch)
     if model != "tiny":
-        config, batch = preset(model), BatchShape(1, USUAL_LATENTS[model])
-    found = lint_program(build_step(config, plan, batch))
+        built = build_step(preset(model), plan, BatchShape(1, USUAL_LATENTS[model]))
+    found = lint_program(built)
     return found + [f for f in lint_step(case) if f not in found]
 
 

@@ -88,6 +88,14 @@ def small_case(plan: Plan, model: str = "tiny", *, max_procs: int = 8, steps: in
     full, tiny = preset(model), preset("tiny")
     if full != tiny:  # tiny grows until the plan divides it; a model that is asked for is what it is
         check(full, plan, BatchShape(1, USUAL_LATENTS[model]))
+    layers = min(full.layers, tiny.layers)
+    if full != tiny and plan.last_blocks > full.layers:
+        raise CinemeshError(
+            f"plan: last_blocks({plan.last_blocks}) > layers({full.layers}) of {model}", remedy="give at most that"
+        )
+    shrunk = replace(shrunk, last_blocks=_last_blocks(plan.last_blocks, full.layers, layers))
+    if shrunk.last_blocks != plan.last_blocks:
+        remarks.append(f"last_blocks {plan.last_blocks} -> {shrunk.last_blocks}: of {layers} layers")
     by = math.lcm(*shrunk.divisors("heads"))
     heads = 6 if 6 % by == 0 else by
     text_width = math.lcm(24, *shrunk.divisors("text"))
@@ -98,7 +106,7 @@ def small_case(plan: Plan, model: str = "tiny", *, max_procs: int = 8, steps: in
     config = replace(
         full,  # whatever else it has, a variant's own fields too, stays
         name=f"{model} (shrunk)",
-        layers=min(full.layers, tiny.layers),
+        layers=layers,
         width=8 * heads,
         heads=heads,
         ffn=16 * heads,
@@ -111,6 +119,11 @@ def small_case(plan: Plan, model: str = "tiny", *, max_procs: int = 8, steps: in
         remarks.append(f"{model}: {full.layers} layers of {full.width} -> {config.layers} layers of {config.width}")
     latent = tuple(length * size for length, size in zip(grid, full.patch, strict=True))
     return Case(shrunk, config, samples=2, latent=(latent[0], latent[1], latent[2]), steps=steps, remarks=remarks)
+
+
+def _last_blocks(blocks: int, of: int, layers: int) -> int:
+    """``blocks`` of a model of ``of`` layers, in one of ``layers``: none, some or all of its blocks, as they were."""
+    return layers if blocks == of else min(blocks, max(1, layers - 1))
 
 
 def compare(case: Case, runs: list[RankRun], program: Program) -> Report:

@@ -26,7 +26,7 @@ from ...model.flow import CAPTION_DROPOUT
 from ...model.sampler import GUIDANCE
 from ...model.step import Optimizer
 from ...parallel.ir.plan import Plan
-from ..plans import held_fields
+from ..plans import held_fields, read_plan
 from .resolved import FILE as RESOLVED
 from .resolved import Resolved
 
@@ -133,6 +133,9 @@ class Auto:
 
 
 def _plan(value: object) -> object:
+    """A section of fields, or what ``--plan`` takes: a file that holds a plan, or a text."""
+    if isinstance(value, str):
+        return read_plan(value)
     return Plan.from_dict(value) if isinstance(value, dict) else value
 
 

@@ -19,6 +19,7 @@ from ...model.step import unit_layout
 from ...parallel.runtime.comm import gather_objects
 from ...parallel.runtime.mesh import coordinates
 from ..cluster.processes import Joined, joined, launch, rank_main, world_size
+from ..written import wrote
 from . import checkpoint as checkpoints
 from .recipe import Config, read_config
 from .setting import Setting
@@ -44,6 +45,7 @@ def run(
     guidance: float | None,
     seed: int,
     nproc: int | None,
+    overrides: Sequence[str] = (),
 ) -> None:
     """Sample a clip with the EMA weights of ``checkpoint``, by default the newest of the recipe's run, and write it.
 
@@ -51,7 +53,8 @@ def run(
     default the recipe's.
     """
     asked = {"steps": steps, "guidance": guidance, "seed": seed}
-    recipe = read_config(config, [f"sample.{name}={value}" for name, value in asked.items() if value is not None])
+    asked_for = [f"sample.{name}={value}" for name, value in asked.items() if value is not None]
+    recipe = read_config(config, [*overrides, *asked_for])
     processes = world_size(nproc)
     if processes == 1:
         recipe = replace(recipe, plan=recipe.plan.with_degrees(tp=1, cp=1, dp_shard=1, dp_replicate=1))
@@ -74,7 +77,7 @@ def run(
 
 
 def sample(order: ClipOrder) -> None:
-    """The work of one rank; rank 0 writes the file and prints its path."""
+    """The work of one rank; rank 0 writes the file."""
     setting, plan = Setting.of(order.config), order.config.plan
     with joined(plan) as place:
         units = unit_layout(setting.model, plan)
@@ -83,7 +86,7 @@ def sample(order: ClipOrder) -> None:
         checkpoints.load_weights(order.checkpoint, "ema", weights, units, position)
         for clip in sample_clips(setting, place, weights, [order.prompt]):
             write_mp4(order.out, clip[: order.config.sampled.frames])
-            print(order.out)
+            wrote(order.out, "open it in a video player; another --seed makes another clip")
 
 
 def sample_clips(

@@ -133,9 +133,12 @@ def test_options_reach_train_sample_and_program(monkeypatch: pytest.MonkeyPatch)
     args = ("train", "a.yaml", "--nproc", "4", "--set", "plan.tp=2", "--set", "seed=7")
     assert run_main(monkeypatch, *args) == 0
     assert seen == {"config": Path("a.yaml"), "nproc": 4, "overrides": ["plan.tp=2", "seed=7"]}
+    assert run_main(monkeypatch, "train", "a.yaml", "--plan", "best.yaml", "--set", "seed=7") == 0
+    assert seen == {"config": Path("a.yaml"), "nproc": None, "overrides": ['plan="best.yaml"', "seed=7"]}
 
     stand_in(monkeypatch, "training.sample", "run", work)
-    assert run_main(monkeypatch, "sample", "a.yaml", "--prompt", "a car", "--guidance", "1.5") == 0
+    asked = ("--prompt", "a car", "--guidance", "1.5", "--plan", "tp=2", "--set", "seed=7")
+    assert run_main(monkeypatch, "sample", "a.yaml", *asked) == 0
     assert seen == {
         "config": Path("a.yaml"),
         "prompt": "a car",
@@ -145,6 +148,7 @@ def test_options_reach_train_sample_and_program(monkeypatch: pytest.MonkeyPatch)
         "guidance": 1.5,
         "seed": 0,
         "nproc": None,
+        "overrides": ['plan="tp=2"', "seed=7"],
     }
 
     stand_in(monkeypatch, "commands.show", "program_listing", work)

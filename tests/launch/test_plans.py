@@ -1,11 +1,17 @@
 """A plan is read alike from the command line and from every file that holds one."""
 
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from training import recipe
 
 from cinemesh.errors import CinemeshError
-from cinemesh.launch.plans import read_plan
+from cinemesh.launch import train as entry
+from cinemesh.launch.plans import plan_override, read_plan
+from cinemesh.launch.training import checkpoint
+from cinemesh.launch.training.recipe import read_config, read_recipe
 from cinemesh.parallel.ir.plan import Plan
 
 PLAN = Plan(tp=2, cp=2, dp_shard=3, recompute=("o", "lse"), kv_slices=2, order=("cp", "tp", "dp_shard", "dp_replicate"))
@@ -46,3 +52,46 @@ def test_what_holds_no_plan_is_one_message(content: str | None, told: str, tmp_p
     with pytest.raises(CinemeshError, match=told) as error:
         read_plan(str(path))
     assert "\n" not in str(error.value)
+
+
+# -- from the planner to a run ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(clips: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(clips, tmp_path)))
+    return path
+
+
+def test_a_recipe_takes_what_the_planner_wrote(config: Path, tmp_path: Path) -> None:
+    """As its plan, and in place of its plan; whole, nothing of the recipe's own section is left."""
+    best = tmp_path / "a plan: of mine.yaml"  # what YAML would read as a mapping
+    best.write_text(PLAN.to_yaml())
+    assert read_config(config, plan_override(str(best))).plan == PLAN
+    assert read_config(config, plan_override("tp=2,kv_slices=1")).plan == Plan(tp=2)
+    values = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump(values | {"plan": str(best)}))
+    assert read_config(config).plan == PLAN
+    config.write_text(yaml.safe_dump(values | {"cluster": "local-cpu"}))
+    _, auto = read_recipe(config, plan_override("auto"))
+    assert auto is not None and auto.cluster == "local-cpu"
+    with pytest.raises(CinemeshError, match=r"plan gone\.yaml: cannot be read"):
+        read_config(config, plan_override("gone.yaml"))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_torchruns_entry_trains_by_a_plan_file_and_says_what_next(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint says which plan ran; the line that is told makes a clip of it."""
+    best = tmp_path / "best.yaml"
+    best.write_text(Plan(micro_batches=2, dtype="float32", recompute="full").to_yaml())
+    monkeypatch.setattr(sys, "argv", ["train", str(config), "--plan", str(best), "--set", "schedule.steps=1"])
+    with pytest.raises(SystemExit) as done:
+        entry.main()
+    assert done.value.code == 0
+    newest = checkpoint.latest(tmp_path / "run" / checkpoint.FOLDER)
+    assert newest is not None and Plan.from_dict(checkpoint.manifest(newest)["plan"]) == read_plan(str(best))
+    told = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("wrote "))
+    assert told.startswith(f"wrote {newest}; next: cinemesh sample {config} ")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gc
 import json
+import re
+import shlex
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from cinemesh.errors import CinemeshError
 from cinemesh.launch.cli import app
 from cinemesh.launch.commands import plan as command
 from cinemesh.model.config import preset
@@ -86,3 +90,22 @@ def test_help_says_what_is_searched_and_no_more(monkeypatch: pytest.MonkeyPatch)
     assert {plan.prefetch for plan in played} == {1}
     shown = " ".join(CliRunner().invoke(app, ["plan", "--help"]).stdout.split())
     assert "(prefetch 1, nothing sliced)" in shown and "prefetch 2" in shown
+
+
+def test_the_plan_that_is_written_is_read_and_checked_as_the_line_on_stderr_says(tmp_path: Path) -> None:
+    """The JSON on stdout stays alone."""
+    out = tmp_path / "best plan.yaml"
+    asked = ["--model=tiny-video", "--gpus=4", "--top=1", f"--out={out}", "--json"]
+    done = CliRunner().invoke(app, ["plan", *asked])
+    assert done.exit_code == 0, done.output
+    assert Plan.from_yaml(out.read_text()).to_dict() == json.loads(done.stdout)["best"]["plan"]
+    line = done.stderr.splitlines()[-1]
+    head, told, train = (part.strip() for part in re.split("; next:|, then ", line))
+    assert head == f"wrote {out}" and train == f"cinemesh train CONFIG --plan '{out}'"
+    program, *words = shlex.split(told)
+    assert program == "cinemesh" and CliRunner().invoke(app, words).exit_code == 0
+
+
+def test_a_plan_file_that_no_command_would_read_is_refused_before_the_search() -> None:
+    done = CliRunner().invoke(app, ["plan", "--gpus=8", "--out=best"])
+    assert isinstance(done.exception, CinemeshError) and "a plan file ends in .yaml" in str(done.exception)

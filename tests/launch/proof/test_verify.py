@@ -171,6 +171,23 @@ def test_any_degrees_get_a_model_that_they_divide(tp: int, cp: int) -> None:
     assert case.config.text_tokens == 7 and case.samples == 2
 
 
+@pytest.mark.parametrize(
+    ("model", "asked", "got"), [("tiny", 41, 1), ("tiny", 1, 1), ("tiny", 2, 2), ("movie-gen-30b", 41, 1),
+                                ("movie-gen-30b", 2, 1), ("movie-gen-30b", 48, 2), ("movie-gen-30b", 0, 0)]
+)  # fmt: skip
+def test_some_blocks_kept_otherwise_stay_some(model: str, asked: int, got: int) -> None:
+    """The planner's winners keep more in their last blocks: a plan that only fits 48 layers could not be proven."""
+    text = f"recompute=full,recompute_last=selective,last_blocks={asked}" if asked else "recompute=full"
+    case = small_case(Plan.parse(text), model)
+    assert case.plan.last_blocks == got and case.config.layers == 2
+    assert (f"last_blocks {asked} -> {got}: of 2 layers" in case.remarks) == (asked != got)
+
+
+def test_more_last_blocks_than_the_model_has_are_refused() -> None:
+    with pytest.raises(CinemeshError, match=r"last_blocks\(49\) > layers\(48\) of movie-gen-30b"):
+        small_case(Plan(recompute="full", recompute_last="selective", last_blocks=49), "movie-gen-30b")
+
+
 def test_no_room_for_tp_and_cp_is_an_error() -> None:
     with pytest.raises(CinemeshError, match=r"tp\(3\) \* cp\(3\) = 9 > --max-procs 8, .* allow 9 processes"):
         small_case(Plan(tp=3, cp=3))

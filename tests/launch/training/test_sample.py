@@ -114,7 +114,7 @@ def call(recipe: Path, **changed: object) -> None:
 def test_run_writes_the_clip_of_the_ema_weights(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On one process although the recipe's plan has two; guidance is the recipe's."""
     call(recipe)
-    assert capsys.readouterr().out == "out/clip.mp4\n"
+    assert capsys.readouterr().err.startswith("wrote out/clip.mp4; next: ")
     assert [path.name for path in Path("out").iterdir()] == ["clip.mp4"]
     frames = read_frames(Path("out/clip.mp4"), 16, 16)
     assert frames.shape == (FRAMES, 16, 16, 3)
