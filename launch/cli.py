@@ -4,6 +4,8 @@ Each command imports its work when it is called, so ``--help`` answers at once a
 never load torch.
 """
 
+import contextlib
+import platform
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +13,7 @@ from typing import Annotated
 import typer
 
 from ..errors import CinemeshError
+from .examples import PAPER, epilog
 from .options import (
     PLAN_HELP,
     TRIED,
@@ -34,19 +37,19 @@ from .written import command, wrote
 
 USER_ERROR = 2  # exit code of a mistake that the message says how to mend; also click's code for wrong usage
 
-EXAMPLES = """\b
-See what there is:      cinemesh model movie-gen-30b
-                        cinemesh program --model movie-gen-30b --latent 32x96x96 \\
-                            --plan tp=4,cp=2,dp_shard=768
+EXAMPLES = f"""\b
+See what there is:      cinemesh list
+                        cinemesh program --model movie-gen-30b --plan {PAPER}
 Choose a plan:          cinemesh plan --gpus 6144 --explain
-                        cinemesh compare tp=4,cp=2,dp_shard=768 tp=2,cp=4,dp_shard=768
+                        cinemesh compare {PAPER} tp=2,cp=4,dp_shard=768,recompute=o:lse
 Prove a plan:           cinemesh verify --plan tp=2,cp=2,dp_shard=2
-                        cinemesh lint --plan tp=4,cp=2,dp_shard=768 --model movie-gen-30b
+                        cinemesh lint --model movie-gen-30b --plan {PAPER}
 See a step run:         cinemesh trace --plan tp=2 --out trace.json
 Train on this machine:  cinemesh train configs/quickstart.yaml --nproc 2
 Train on a cluster:     torchrun ... -m cinemesh.launch.train CONFIG
 Make a clip:            cinemesh sample configs/quickstart.yaml --prompt "a red car"
 
+Every command has --help, with examples. Bytes are of one GPU, 1 GB is 1e9 of them; times are seconds.
 Exit codes: 0 done; 1 a check did not hold; 2 wrong input, with a line that says how to mend it.
 """
 
@@ -60,15 +63,36 @@ app = typer.Typer(
 )
 
 
+def say_version(asked: bool) -> None:
+    """Print versions, and end; packages are asked for theirs and not loaded."""
+    if not asked:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    print(f"cinemesh {version('cinemesh')}, python {platform.python_version()}", end="")
+    for package in ("torch", "triton"):
+        with contextlib.suppress(PackageNotFoundError):
+            print(f", {package} {version(package)}", end="")
+    print()
+    raise typer.Exit
+
+
 @app.callback(epilog=EXAMPLES)
-def cinemesh() -> None:
+def cinemesh(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=say_version, help="Print versions: also of python, torch, triton."
+        ),
+    ] = False,
+) -> None:
     """Train the Movie Gen Video transformer on many GPUs.
 
     A training step is one program, written by hand: these commands show it, prove it and run it.
     """
 
 
-@app.command()
+@app.command(epilog=epilog("train"))
 def train(
     config: ConfigFile,
     nproc: LocalProcesses = None,
@@ -85,7 +109,7 @@ def train(
     run(config=config, nproc=nproc, overrides=[*plan_override(plan), *(overrides or [])])
 
 
-@app.command()
+@app.command(epilog=epilog("sample"))
 def sample(
     config: ConfigFile,
     prompt: Annotated[str, typer.Option("--prompt", help="What the clip shall show.")],
@@ -126,7 +150,18 @@ def sample(
     )
 
 
-@app.command()
+@app.command("list", epilog=epilog("list"))
+def list_known(as_json: AsJson = False) -> None:
+    """List what can be named: models, clusters, text encoders, recipes.
+
+    Needs no GPU and no torch.
+    """
+    from .commands.known import run
+
+    run(as_json=as_json)
+
+
+@app.command(epilog=epilog("model"))
 def model(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A preset, for example movie-gen-30b or tiny.")],
     as_json: AsJson = False,
@@ -140,7 +175,7 @@ def model(
     model_table(name=name, as_json=as_json)
 
 
-@app.command()
+@app.command(epilog=epilog("plan"))
 def plan(
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs of the job.")],
     model: ModelName = "movie-gen-30b",
@@ -197,7 +232,7 @@ def plan(
     )
 
 
-@app.command()
+@app.command(epilog=epilog("explain"))
 def explain(
     plan: PlanArgument,
     model: ModelName = "movie-gen-30b",
@@ -227,7 +262,7 @@ def explain(
     )
 
 
-@app.command()
+@app.command(epilog=epilog("compare"))
 def compare(
     plans: Annotated[list[str], typer.Argument(metavar="PLAN PLAN ...", help=PLAN_HELP)],
     model: ModelName = "movie-gen-30b",
@@ -257,7 +292,7 @@ def compare(
     )
 
 
-@app.command()
+@app.command(epilog=epilog("validate"))
 def validate(
     rows: Annotated[
         Path | None,
@@ -280,7 +315,7 @@ def validate(
     run(rows=rows, show_all=show_all, refit=fit, as_json=as_json)
 
 
-@app.command()
+@app.command(epilog=epilog("verify"))
 def verify(
     plan: PlanText,
     model: Annotated[str, typer.Option("--model", help="The preset to shrink.")] = "tiny",
@@ -305,7 +340,7 @@ def verify(
     raise typer.Exit(run(plan=plan, model=model, dtype=dtype, max_procs=max_procs, steps=steps, as_json=as_json))
 
 
-@app.command()
+@app.command(epilog=epilog("lint"))
 def lint(
     plan: PlanText,
     model: Annotated[str, typer.Option("--model", help="A preset, for example movie-gen-30b.")] = "tiny",
@@ -325,7 +360,7 @@ def lint(
     raise typer.Exit(run(plan=plan, model=model, as_json=as_json))
 
 
-@app.command()
+@app.command(epilog=epilog("trace"))
 def trace(
     plan: PlanText,
     model: Annotated[str, typer.Option("--model", help="A preset that runs here.")] = "tiny-video",
@@ -347,7 +382,7 @@ def trace(
     run(plan=plan, model=model, out=out, steps=steps, max_procs=max_procs, cluster=cluster, as_json=as_json)
 
 
-@app.command()
+@app.command(epilog=epilog("program"))
 def program(
     model: Annotated[str, typer.Option("--model", help="A preset, for example movie-gen-30b.")],
     plan: PlanText,
@@ -375,10 +410,10 @@ def program(
     )
 
 
-@app.command()
+@app.command(epilog=epilog("kernels"))
 def kernels(
     model: Annotated[str, typer.Option("--model", help="A preset.")] = "movie-gen-30b",
-    plan: Annotated[str | None, typer.Option("--plan", help="Default of the 30B: tp=4,cp=2,dp_shard=768.")] = None,
+    plan: Annotated[str | None, typer.Option("--plan", help=f"Default of the 30B: {PAPER}; of others one GPU.")] = None,
     latent: LatentOption = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Samples of a data rank.")] = 1,
     device: Annotated[str | None, typer.Option("--device", help="cpu or sm_90; default: this machine's GPU.")] = None,
@@ -406,7 +441,7 @@ def kernels(
     )  # fmt: skip
 
 
-@app.command()
+@app.command(epilog=epilog("calibrate"))
 def calibrate(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The cluster file to write.")] = Path("local.yaml"),
     nproc: Annotated[

@@ -40,9 +40,11 @@ FAN_OUT = 15  # modules of the package that a file imports
 WIDER_WITH_REASON: dict[str, str] = {  # path -> why
     "model/runner.py": "one rank of a step: where program, executor, capture and model meet",
     "perf_model/report/explain.py": "asks every price and the search, and computes nothing itself",
+    "launch/cli.py": "one module a command, imported when it is called",
     "launch/commands/calibrate.py": "measures compute and links, fits, and writes: a line of each",
     "launch/commands/kernels.py": "a command with three modes: show, compile, tune",
     "launch/training/loop.py": "where data, steps, reports, validation and checkpoints of a run meet",
+    "launch/commands/trace.py": "runs a step, plays it, and shows both beside each other",
     "launch/commands/plan.py": "the command that searches, tunes, explains, reports and writes",
 }
 TOLD_FROM = 12  # lines from which a public function has a docstring

@@ -9,11 +9,12 @@ from ...model.config import preset
 from ...model.inputs import BatchShape
 from ...model.step import build_step
 from ...parallel.passes.pipeline import prepare
+from ..examples import PAPER
 from ..plans import read_plan
 from . import choices, compile_check
 from .show import latent_of
 
-DEFAULT_PLANS = {"movie-gen-30b": "tp=4,cp=2,dp_shard=768"}  # others: one GPU
+DEFAULT_PLANS = {"movie-gen-30b": PAPER}  # others: one GPU
 
 
 def run(

@@ -35,7 +35,7 @@ class ClipOrder:
     out: Path
 
 
-def run(
+def run(  # noqa: PLR0913  the options of the command
     *,
     config: Path,
     prompt: str,

@@ -106,7 +106,7 @@ def test_overrides_replace_one_value_each(recipe: Path) -> None:
         ("plan.tp=1:30", "tp is '1:30'; it must be a whole number"),
         ("plan.tp=010", "tp is '010'; it must be a whole number"),
         ("plan.prefetch=off", "prefetch is False; it must be a whole number of at least 0"),
-        ("plan=fast", "plan is 'fast': input should be a dictionary"),
+        ("plan=fast", "plan: 'fast' is not key=value"),
         ("schedule.decay=cosin", "schedule.decay is 'cosin': input should be 'cosine' or 'constant'"),
         ("schedule", "--set 'schedule' is not KEY=VALUE"),
         ("model.preset.name=x", "preset is 'tiny-video', no section"),

@@ -1,0 +1,68 @@
+"""Examples of every command, as its help prints them below its options, and its exit codes (torch-free).
+
+A test runs them all, or says what it runs in their place and why; their plans fit the cluster that they name.
+"""
+
+from __future__ import annotations
+
+PAPER = "tp=4,cp=2,dp_shard=768,recompute=o:lse"  # 20 of 84.9 GB; keeping more than o and lse everywhere does not fit
+
+CHECKED = "0 it holds; 1 it does not; 2 wrong input, with a line that says how to mend it."
+STARTED = "0 done; 1 a bug; 2 wrong input or data; 128 + n when signal n stopped it and its state is saved."
+DONE = "0 done; 2 wrong input, with a line that says how to mend it."
+CODES = {"verify": CHECKED, "lint": CHECKED, "train": STARTED, "sample": STARTED}
+
+EXAMPLES: dict[str, tuple[str, ...]] = {
+    "train": (
+        "cinemesh train configs/quickstart.yaml --nproc 2",
+        "cinemesh train configs/quickstart.yaml --nproc 2 --plan cp=2,dtype=float32 --set logging.directory=runs/cp2",
+        "torchrun --nproc-per-node 2 -m cinemesh.launch.train configs/quickstart.yaml",
+    ),
+    "sample": (
+        'cinemesh sample configs/quickstart.yaml --prompt "Traffic crosses a square." --out clip.mp4',
+        'cinemesh sample configs/quickstart.yaml --prompt "A grey rabbit." --seed 3 --guidance 1.5',
+    ),
+    "list": ("cinemesh list", "cinemesh list --json"),
+    "model": ("cinemesh model movie-gen-30b", "cinemesh model tiny --json"),
+    "plan": (
+        "cinemesh plan --gpus 6144",
+        "cinemesh plan --gpus 6144 --tune --explain",
+        "cinemesh plan --gpus 256 --model movie-gen-5b --global-batch 256 --out 5b.yaml",
+        "cinemesh plan --gpus 1024 --latent 32x96x96:0.7 --latent 1x96x96:0.3 --cluster h200-ib400 --json",
+        "cinemesh plan --gpus 6144 --fix tp=4,cp=2 --report report/",
+    ),
+    "explain": (
+        f"cinemesh explain {PAPER}",
+        "cinemesh explain 5b.yaml --model movie-gen-5b --global-batch 256 --json",
+    ),
+    "compare": (f"cinemesh compare {PAPER} tp=2,cp=4,dp_shard=768,recompute=o:lse",),
+    "validate": ("cinemesh validate --rows --json",),
+    "verify": (
+        "cinemesh verify --plan tp=2,cp=2,dp_shard=2",
+        "cinemesh verify --plan 5b.yaml --model movie-gen-5b --dtype bf16",
+    ),
+    "lint": (f"cinemesh lint --plan {PAPER} --model movie-gen-30b", "cinemesh lint --plan tp=2,kv_slices=1 --json"),
+    "trace": (
+        "cinemesh trace --plan tp=2",
+        "cinemesh trace --plan cp=2,kv_slices=2,grad_units=2 --out step.trace.json --steps 5",
+    ),
+    "program": (
+        f"cinemesh program --model movie-gen-30b --plan {PAPER}",
+        "cinemesh program --model tiny --plan tp=2,dp_shard=2 --latent 3x4x12 --json",
+    ),
+    "kernels": (
+        "cinemesh kernels",
+        "cinemesh kernels --model movie-gen-5b --plan tp=2,dp_shard=8 --device sm_90 --json",
+        f"cinemesh kernels --compile sm_90 --plan {PAPER}",
+    ),
+    "calibrate": (
+        "cinemesh calibrate --out here.yaml --nproc 2",
+        "cinemesh calibrate --card card.json --base h200-ib400 --out h200.yaml",
+    ),
+}
+
+
+def epilog(command: str) -> str:
+    """What stands below the options of ``command``."""
+    lines = "".join(f"    {line}\n" for line in EXAMPLES[command])
+    return f"\b\nExamples:\n{lines}\n\nExit codes: {CODES.get(command, DONE)}"
