@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ..documents import parse_json
 from ..errors import CinemeshError
 from ..files import atomic_file
 from ..model.codec import LatentCodec
@@ -248,7 +249,7 @@ def _header(path: Path) -> dict[str, Any]:
     """The recipe and rows of a cache file. Raises CinemeshError when it cannot be read whole."""
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {})["cinemesh"])
+            text = (file.metadata() or {})["cinemesh"]
     except FileNotFoundError as error:
         raise CinemeshError(f"there is no latent cache at {path}: build it first") from error
     except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -256,6 +257,7 @@ def _header(path: Path) -> dict[str, Any]:
             f"the latent cache {path} is truncated or no cache ({error}): delete it",
             remedy="the next run builds it again",
         ) from error
+    return parse_json(text, f"the header of the latent cache {path}", "delete it: the next run builds it again")
 
 
 class Samples(Sequence[Sample]):

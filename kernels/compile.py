@@ -28,6 +28,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..documents import read_json
 from ..errors import CinemeshError
 from ..files import atomic_file
 from .catalogue import IMPLEMENTATIONS
@@ -141,7 +142,7 @@ def _specs(module: str, sizes: Sizes) -> list[Spec]:
 def _cached(folder: Path, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.json"
     if path.exists():
-        return json.loads(path.read_text())
+        return read_json(path, "the report", "remove it, and the kernel is compiled again")
     value = make()
     with atomic_file(path) as unfinished:
         unfinished.write_text(json.dumps(value))

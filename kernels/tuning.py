@@ -14,8 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..documents import mapping, read_yaml, write_yaml
 from ..errors import CinemeshError
 from ..files import atomic_file
 
@@ -52,15 +51,11 @@ def table(device: str = DEFAULT_DEVICE) -> Table:
     path = TABLES / f"{device}.yaml"
     if not path.exists():
         return Table(device, REASONED)
-    try:
-        values = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        return Table(values["device"], values["origin"], values.get("tiles") or {}, values.get("rates") or {})
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise CinemeshError(
-            f"tuning table {path.name}: {error!r}",
-            remedy="it needs device, origin, tiles and rates. "
-            "Restore the file, or measure again: cinemesh kernels --tune",
-        ) from None
+    remedy = "restore the file, or measure again: cinemesh kernels --tune"
+    values = read_yaml(path, "the tuning table", remedy)
+    keys = ("device", "origin", "tiles", "rates")
+    values = mapping(values, f"tuning table {path.name}", keys, required=keys[:2])
+    return Table(values["device"], values["origin"], values.get("tiles") or {}, values.get("rates") or {})
 
 
 def tile(kernel: str, shape: str, default: Mapping[str, int], device: str = DEFAULT_DEVICE) -> dict[str, int]:
@@ -116,6 +111,6 @@ def write(found: Table, key: str, directory: Path = TABLES) -> Path:
         "rates": {name: dict(rows) for name, rows in found.rates.items()},
     }
     with atomic_file(path) as unfinished:
-        unfinished.write_text(yaml.safe_dump(values, sort_keys=False))
+        unfinished.write_text(write_yaml(values))
     table.cache_clear()
     return path

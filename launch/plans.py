@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import CinemeshError, in_a_line
+from ..documents import read_yaml
 from ..parallel.ir.plan import Plan
 
 SUFFIXES = (".yaml", ".yml")
@@ -22,14 +22,8 @@ def read_plan(given: str, **defaults: Any) -> Plan:
     """
     if not given.endswith(SUFFIXES):
         return Plan.parse(given, **defaults)
-    try:
-        text = Path(given).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CinemeshError(
-            f"plan {given}: cannot be read: {in_a_line(error)}",
-            remedy="name a file that cinemesh plan --out wrote, or write tp=4,cp=2,dp_shard=96",
-        ) from None
-    return replace(Plan.from_yaml(text), **defaults)
+    remedy = "name a file that cinemesh plan --out wrote, or write tp=4,cp=2,dp_shard=96"
+    return replace(Plan.of_file(read_yaml(Path(given), "the plan", remedy)), **defaults)
 
 
 def plan_override(given: str | None) -> list[str]:

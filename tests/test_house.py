@@ -19,7 +19,7 @@ FOLDERS = (
     "perf_model",
     "launch",
 )  # each imports from its left only
-ROOT_MODULES = ("__init__", "errors", "files")  # setup.py is no part of the package
+ROOT_MODULES = ("__init__", "documents", "errors", "files", "ranges")  # setup.py is no part of the package
 LONGEST_FILE = 400  # lines
 LONGER_WITH_REASON: dict[str, str] = {  # path -> why it is not two files
     "kernels/reference.py": "the truth of every op, in the order of the op table",
@@ -63,7 +63,7 @@ TWICE_WITH_REASON: dict[str, str] = {  # public name -> why it stands in more th
 # Planning runs where no torch is installed. A module outside this list joins it by ending the first
 # line of its docstring in "(torch-free)."; all of perf_model is in it but for NEEDS_TORCH.
 TORCH_FREE = {
-    *("errors", "files"),
+    *("documents", "errors", "files", "ranges"),
     *("kernels.ops", "kernels.catalogue"),
     *(
         f"parallel.{name}"
@@ -90,6 +90,7 @@ COLLECTIVE_FAMILIES = (
 )
 GROUP_METHODS = ("allreduce", "allgather", "alltoall", "_allgather_base", "_reduce_scatter_base")
 THE_ONE_DOOR = "parallel/runtime/comm.py"
+THE_ONE_READER = "documents.py"
 ENTRY, RESOLVER = "launch.train", "launch.training.resolve"  # of training; of a run's plan, before its mesh exists
 
 
@@ -142,7 +143,7 @@ def check_imports(root: Path) -> list[str]:
         allowed = FOLDERS[: FOLDERS.index(folder) + 1] if folder in FOLDERS else ()
         for line, target, inside in imports(path, root):
             top = target.split(".")[0]
-            if not inside and top in (*FOLDERS, "configs", "cinemesh", "errors", "files", "tests"):
+            if not inside and top in (*FOLDERS, *ROOT_MODULES, "configs", "cinemesh", "tests"):
                 found.append(f"{place(path, root, line)}: import of {target} is not relative")
             elif inside and top in FOLDERS and top not in allowed:
                 found.append(f"{place(path, root, line)}: {folder} may not import {top}")
@@ -235,6 +236,19 @@ def is_collective(name: str) -> bool:
     if not parent.startswith("torch.distributed") or ".checkpoint" in parent:
         return False
     return last in COLLECTIVES or last == "_functional_collectives" or last.startswith(COLLECTIVE_FAMILIES)
+
+
+def check_readers(root: Path) -> list[str]:
+    """Only documents.py reads YAML and JSON, or writes YAML: every file is read by the same strict rules."""
+    found = []
+    for path in sources(root):
+        named = {target.split(".")[0]: line for line, target, inside in imports(path, root) if not inside}
+        if path != root / THE_ONE_READER and "yaml" in named:
+            found.append(f"{place(path, root, named['yaml'])}: yaml outside {THE_ONE_READER}")
+        for node in ast.walk(tree_of(path)):
+            if path != root / THE_ONE_READER and ast.unparse(node) in ("json.load", "json.loads", "JSONDecoder"):
+                found.append(f"{path.relative_to(root)}: {ast.unparse(node)} outside {THE_ONE_READER}")
+    return found
 
 
 def check_runtime_ignores_prices(root: Path) -> list[str]:
@@ -458,6 +472,7 @@ CHECKS = (
     check_docstrings,
     check_names_once,
     check_collectives,
+    check_readers,
     check_runtime_ignores_prices,
     check_errors,
     check_lengths,
@@ -515,6 +530,9 @@ PLANTED = [
         {"model/a.py": "import torch\ntorch.ops._c10d_functional.wait_tensor(x)\n"},
     ),
     (check_collectives, {"parallel/mesh.py": "def f(group):\n    group.allreduce([])\n"}),
+    (check_readers, {"data/a.py": "def f(x):\n    import yaml\n"}),
+    (check_readers, {"data/a.py": "from yaml import safe_load\n"}),
+    (check_readers, {"data/a.py": "import json\njson.loads(x)\n"}),
     (check_runtime_ignores_prices, {"parallel/a.py": "from ..perf_model import network\n"}),
     (
         check_runtime_ignores_prices,
@@ -566,6 +584,8 @@ def test_check_finds_planted_fault(check: Callable[[Path], list[str]], files: di
 
 
 LEGAL = {
+    "documents.py": 'import json\n\nimport yaml\njson.loads("1")\n',
+    "data/b.py": "import json\njson.dumps(x)\n",
     "parallel/runtime/comm.py": "import torch.distributed as dist\ndist.all_reduce(x)\n",
     "parallel/mesh.py": "import torch.distributed as dist\ndist.new_group([0])\n",
     "launch/checkpoint.py": "import torch.distributed.checkpoint as dcp\ndcp.save({})\n",

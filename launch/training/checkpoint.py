@@ -26,7 +26,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from ...documents import mapping, parse_json, quoted, read_json
 from ...errors import CinemeshError
+from ...files import file_name
 from ...model.config import ModelConfig, parameters
 from ...model.runner import StepRunner
 from ...parallel.ir.units import Units
@@ -177,16 +179,20 @@ def manifest(path: Path) -> dict[str, Any]:
 
     Raises CinemeshError when it is missing, incomplete, truncated or of another format.
     """
-    try:
-        found = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    found = read_json(path / MANIFEST, "the manifest", "name a complete checkpoint, a step-* folder of a run")
+    where = f"checkpoint {path} is damaged: its manifest"
+    written_by = found.get("format") if isinstance(found, dict) else found
+    if type(written_by) is not int or not 1 <= written_by <= FORMAT:
         raise CinemeshError(
-            f"{path} is no complete checkpoint: {MANIFEST} cannot be read ({error})",
-            remedy="name a step-* folder of a run",
-        ) from error
-    if found["format"] not in range(1, FORMAT + 1):
-        raise CinemeshError(f"checkpoint {path} has format {found['format']}, this version reads 1 to {FORMAT}")
+            f"checkpoint {path} has format {quoted(written_by)}, this version reads 1 to {FORMAT}",
+            remedy=_OTHER_VERSION,
+        )
+    mapping(found, where, _MANIFEST, required=_MANIFEST, remedy=_DAMAGED)
+    for key, kind in _MANIFEST.items():
+        if not isinstance(found[key], kind):
+            raise CinemeshError(f"{where} has the {key} {quoted(found[key])}", remedy=_DAMAGED)
     for name, size in found["files"].items():
+        file_name(name.removeprefix("."), f"{where} lists a file that")
         there = (path / name).stat().st_size if (path / name).is_file() else None
         if there != size:
             state = "is missing" if there is None else f"has {there:,} bytes"
@@ -197,6 +203,8 @@ def manifest(path: Path) -> dict[str, Any]:
     return found
 
 
+_OTHER_VERSION = "read it with the version that wrote it, or train anew in another logging.directory"
+_MANIFEST = {"format": int, "step": int, "model": dict, "plan": dict, "torch": str, "files": dict, "note": dict}
 _DAMAGED = "restore the file, or remove this checkpoint to go on from an earlier one"
 
 
@@ -260,7 +268,7 @@ def check_model(path: Path, config: ModelConfig) -> None:
     defaults = {f.name: f.default for f in fields(ModelConfig) if f.default is not MISSING}
 
     def facts(model: dict[str, Any]) -> dict[str, Any]:
-        model = json.loads(json.dumps(defaults | model))
+        model = parse_json(json.dumps(defaults | model), "the model", "")  # as the manifest has it: lists
         plain = {key: value for key, value in model.items() if key not in ("name", "encoders")}
         return plain | {f"width of text encoder {e['name']}": e["width"] for e in model["encoders"]}
 

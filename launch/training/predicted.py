@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import yaml
-
-from ...errors import CinemeshError, in_a_line
+from ...documents import mapping, quoted, read_yaml, write_yaml
+from ...errors import CinemeshError
 from ...files import atomic_file
 from ...parallel.ir.plan import Plan
 
 PREDICTED_FILE = "predicted.yaml"
+KINDS: dict[str, type | tuple[type, ...]] = {
+    **{"plan": dict, "cluster": str, "device": str, "step_s": dict, "peak_bytes": int},
+    "peak_flops_per_s": (int, float, type(None)),
+}
 HEAD = "# Steps of this run as the cost model sees them: predicted, not measured.\n"
 
 
@@ -39,18 +43,18 @@ class Predicted:
         """Into a run's directory, whole or not at all."""
         values = asdict(self) | {"plan": self.plan.to_dict()}
         with atomic_file(directory / PREDICTED_FILE) as unfinished:
-            unfinished.write_text(HEAD + yaml.safe_dump(values, sort_keys=False))
+            unfinished.write_text(HEAD + write_yaml(values))
 
     @classmethod
     def read(cls, directory: Path) -> Predicted | None:
         """That of a run's directory, if there is one. Raises CinemeshError for a file that is none."""
         path = directory / PREDICTED_FILE
-        try:
-            values = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
-            return cls(**values | {"plan": Plan.from_dict(values["plan"])})
-        except FileNotFoundError:
+        if not path.exists():
             return None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
-            raise CinemeshError(
-                f"{path}: cannot be read: {in_a_line(error)}", remedy="remove it: every start of a run writes it anew"
-            ) from None
+        remedy = "remove it: every start of a run writes it anew"
+        values = mapping(read_yaml(path, "the predictions", remedy), str(path), KINDS, required=KINDS, remedy=remedy)
+        for key, kind in KINDS.items():
+            if not isinstance(values[key], kind):
+                raise CinemeshError(f"{path}: {key} is {quoted(values[key])}", remedy=remedy)
+        read: dict[str, Any] = values | {"plan": Plan.of_file(values)}
+        return cls(**read)

@@ -7,20 +7,19 @@ that names the key, the value and the rule. Relative paths are relative to the c
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 from pydantic.dataclasses import dataclass
 
 from ...data.buckets import Bucket
 from ...data.cache import DataSettings
 from ...data.encoding import BlockDCT, CodecSettings, Encoding, codec_kind
-from ...errors import CinemeshError, did_you_mean, in_a_line
+from ...documents import mapping, parse_yaml, quoted, read_yaml
+from ...errors import CinemeshError, did_you_mean
 from ...model.config import Encoder, ModelConfig, preset
 from ...model.flow import CAPTION_DROPOUT
 from ...model.sampler import GUIDANCE
@@ -32,10 +31,10 @@ from .resolved import Resolved
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-AtLeastOne = Annotated[int, Field(ge=1)]
-CountOrNone = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+AtLeastOne = Annotated[int, Field(ge=1, strict=True)]
+CountOrNone = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[float, Field(gt=0, strict=True)]
+Share = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -198,21 +197,10 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Auto | None]:
     """As ``read_config``; where the plan is left to the planner, with the plan of one process in its place."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.load(text, Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise CinemeshError(f"cannot read the recipe {path}: {error}", remedy="name a YAML file") from error
-    except yaml.YAMLError as error:
-        raise CinemeshError(
-            f"the recipe {path} is not valid YAML: {in_a_line(error)}", remedy="correct that line"
-        ) from error
-    if not isinstance(values, dict):
-        raise CinemeshError(
-            f"the recipe {path} holds no mapping", remedy=f"it needs the sections {', '.join(_keys(Config))}"
-        )
-    for override in overrides:
-        _override(values, override)
+    sections = _keys(Config)
+    values = read_yaml(path, "the recipe", f"a recipe is a YAML file with the sections {', '.join(sections)}")
+    mapping(values, f"the recipe {path}", sections)
+    _override(values, overrides)
     plan = values.get("plan")
     held = dict(plan) if isinstance(plan, dict) else {AUTO: True} if plan == AUTO else {}
     if held.pop(AUTO, False) is not True:
@@ -234,47 +222,25 @@ def check_config(values: dict[str, Any], where: str) -> Config:
         raise _refusal(error, Config, f"{where}: ") from None
 
 
-DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]*)$")
-
-
-class _Loader(yaml.CSafeLoader):
-    """PyYAML keeps the last of two equal keys in silence; here that is an error.
-
-    Whole numbers are decimal, as they look: YAML 1.1 makes 90 of 1:30 and 8 of 010. What is none stays text.
-    """
-
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, DECIMAL if tag == "tag:yaml.org,2002:int" else pattern) for tag, pattern in resolvers]
-        for first, resolvers in yaml.CSafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    path = key.strip().split(".")
-    if not equals or not all(path):
-        raise CinemeshError(f"--set {override!r} is not KEY=VALUE", remedy="write for example --set optimizer.lr=1e-3")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise CinemeshError(f"--set {override!r}: {text!r} is not a YAML value", remedy="quote it") from error
-    section: Any = values
-    for name in path[:-1]:
-        section = section.setdefault(name, {})
-        if not isinstance(section, dict):
-            raise CinemeshError(
-                f"--set {override!r}: {name} is {section!r}, no section", remedy="--set replaces one value"
-            )
-    section[path[-1]] = value
+def _override(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    given: set[str] = set()
+    for override in overrides:
+        said = f"--set {quoted(override)}"
+        key, equals, text = (part.strip() for part in override.partition("="))
+        path = key.split(".")
+        if not equals or not all(path):
+            raise CinemeshError(f"{said} is not KEY=VALUE", remedy="write for example --set optimizer.lr=1e-3")
+        if key in given:
+            raise CinemeshError(f"{said}: {key} is given twice", remedy="leave one of them out")
+        given.add(key)
+        section: Any = values
+        for name in path[:-1]:
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise CinemeshError(
+                    f"{said}: {name} is {quoted(section)}, no section", remedy="--set replaces one value"
+                )
+        section[path[-1]] = parse_yaml(text, f"{said}: {quoted(text)}", "quote it")
 
 
 def _refusal(error: ValidationError, section: Any, where: str = "") -> CinemeshError:
@@ -293,7 +259,7 @@ def _refusal(error: ValidationError, section: Any, where: str = "") -> CinemeshE
     if first["type"] in ("missing", "missing_argument"):
         return CinemeshError(f"{where}the key {key!r} is missing", remedy="add it")
     rule = first["msg"][0].lower() + first["msg"][1:]
-    return CinemeshError(f"{where}{key} is {first['input']!r}: {rule}")
+    return CinemeshError(f"{where}{key} is {quoted(first['input'])}: {rule}")
 
 
 def _type_at(section: Any, path: tuple[int | str, ...]) -> Any:

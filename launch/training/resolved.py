@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ...errors import CinemeshError, in_a_line
+from ...documents import mapping, quoted, read_yaml, write_yaml
+from ...errors import CinemeshError
 from ...files import atomic_file
 from ...parallel.ir.plan import Plan
 
 FILE = "resolved.yaml"
+KEYS = {"cluster": str, "world_size": int, "step_s": float, "peak_bytes": int, "plan": dict}
 HEAD = "# The plan that `plan: auto` stands for in this run. Step and bytes are predicted, not measured.\n"
 
 
@@ -39,18 +39,17 @@ class Resolved:
             "plan": self.plan.to_dict(),
         }
         with atomic_file(directory / FILE) as unfinished:
-            unfinished.write_text(HEAD + yaml.safe_dump(values, sort_keys=False))
+            unfinished.write_text(HEAD + write_yaml(values))
 
     @classmethod
     def read(cls, directory: Path) -> Resolved | None:
         """That of a run's directory, if there is one. Raises CinemeshError for a file that is none."""
         path = directory / FILE
-        try:
-            values = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
-            return cls(Plan.from_dict(values["plan"]), values["cluster"], values["step_s"], values["peak_bytes"])
-        except FileNotFoundError:
+        if not path.exists():
             return None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
-            raise CinemeshError(
-                f"{path}: cannot be read: {in_a_line(error)}", remedy="remove it, and the plan is chosen again"
-            ) from None
+        remedy = "remove it, and the plan is chosen again"
+        values = mapping(read_yaml(path, "the resolved plan", remedy), str(path), KEYS, required=KEYS, remedy=remedy)
+        for key, kind in KEYS.items():
+            if not isinstance(values[key], kind):
+                raise CinemeshError(f"{path}: {key} is {quoted(values[key])}", remedy=remedy)
+        return cls(Plan.of_file(values), values["cluster"], values["step_s"], values["peak_bytes"])

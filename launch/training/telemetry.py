@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ...documents import parse_json
 from ...files import atomic_file
 
 METRICS_FILE = "metrics.jsonl"
@@ -82,7 +83,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     whole, _, _ = path.read_text().rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    return [parse_json(line, f"a line of {path}", "remove it, and the curve loses it") for line in whole.splitlines()]
 
 
 def _drop_after(path: Path, step: int) -> None:

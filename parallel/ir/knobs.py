@@ -22,7 +22,7 @@ from .layout import Axes
 Size = Literal["heads", "ffn", "text", "tokens"]  # of a model or a sample
 T = TypeVar("T")
 
-NUMBER = re.compile(r"-?[0-9]{1,100}")  # ASCII digits only; int() and YAML 1.1 take more: 1_000, 1:30
+NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,99})")  # int() takes more: 1_000, 010, other digits
 WORDS: dict[str, object] = {"true": True, "True": True, "false": False, "False": False}
 
 

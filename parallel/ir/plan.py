@@ -11,9 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import yaml
-
-from ...errors import CinemeshError, did_you_mean, in_a_line
+from ...documents import parse_yaml, quoted, write_yaml
+from ...errors import CinemeshError, did_you_mean
 from .fields import AXES, Degrees, Memory, Overlap, Streams
 from .knobs import Knob, Size, knobs, written
 from .layout import Axes
@@ -114,7 +113,7 @@ class Plan(Streams, Overlap, Memory, Degrees):  # a dataclass takes the fields o
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return write_yaml(self.to_dict())
 
     def to_text(self) -> str:
         """As ``parse`` reads it: what differs from the defaults."""
@@ -132,22 +131,23 @@ class Plan(Streams, Overlap, Memory, Degrees):  # a dataclass takes the fields o
     @classmethod
     def from_yaml(cls, text: str) -> Plan:
         """Of one ``key: value`` a line, each as ``parse`` reads it or a list; in a recipe, of the section ``plan``."""
-        remedy = "it must be a mapping of fields: write one 'key: value' a line"
-        try:
-            file = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        except yaml.YAMLError as error:
-            raise CinemeshError(f"plan: not valid YAML ({in_a_line(error)})", remedy=remedy) from None
-        if not isinstance(file, yaml.MappingNode):
-            raise CinemeshError("plan: the file holds no mapping", remedy=remedy)
-        plan = next((value for key, value in file.value if key.value == "plan"), file)
-        if not isinstance(plan, yaml.MappingNode):
-            raise CinemeshError(f"plan: the plan there is {_plain(plan)!r}", remedy=remedy)
-        return cls.from_dict(_read((str(_plain(key)), _plain(value)) for key, value in plan.value))
+        return cls.of_file(parse_yaml(text, "plan: the text", MAPPING))
+
+    @classmethod
+    def of_file(cls, values: Any) -> Plan:
+        """As ``from_yaml``, of what a file holds."""
+        plan = values["plan"] if isinstance(values, dict) and "plan" in values else values
+        if not isinstance(plan, dict):
+            raise CinemeshError(f"plan: the plan there is {quoted(plan)}", remedy=MAPPING)
+        return cls.from_dict(_read(plan.items()))
 
     @classmethod
     def parse(cls, text: str, **defaults: Any) -> Plan:
         """From the command line: ``tp=4,cp=2,dp_shard=96``. What is left out is as in ``defaults``."""
         return cls.from_dict(defaults | fields_of(text))
+
+
+MAPPING = "it must be a mapping of fields: write one 'key: value' a line"
 
 
 def fields_of(text: str) -> dict[str, Any]:
@@ -168,15 +168,6 @@ def _read(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             raise CinemeshError(f"plan: {key} is given twice", remedy="leave one of them out", what=key)
         values[key] = KNOBS[key].read(value) if key in KNOBS and isinstance(value, str) else value
     return values
-
-
-def _plain(node: yaml.Node) -> Any:
-    """A YAML value as texts: what is a number is for the knob to say, not for YAML 1.1 (``1_000``, ``1:30``)."""
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item) for item in node.value]
-    if isinstance(node, yaml.MappingNode):
-        return {str(_plain(key)): _plain(value) for key, value in node.value}
-    return node.value
 
 
 KNOBS: Mapping[str, Knob] = knobs(Plan)

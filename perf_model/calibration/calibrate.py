@@ -13,8 +13,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, cast, get_args, get_type_hints
 
-import yaml
-
+from ...documents import write_yaml
 from ...files import atomic_file
 from ...kernels.ops import OPS
 from ...parallel.ir.program import Program
@@ -342,7 +341,7 @@ def cluster_text(cluster: Cluster, machine: Machine) -> str:
     body: dict[str, Any] = {name: section(name, getattr(cluster, name)) for name in parts}
     body["attention"] = {name: section(f"attention.{name}", family) for name, family in cluster.attention.items()}
     head = {"name": machine.name, "about": f"{machine.about}. Measured {machine.date}", "sources": sources}
-    return yaml.safe_dump({**head, **body}, sort_keys=False, default_flow_style=None, width=120)
+    return write_yaml({**head, **body}, default_flow_style=None, width=120)
 
 
 def _short(value: float) -> float | int:

@@ -7,47 +7,72 @@ of the step's longest call in each direction, scale the laws of the base cluster
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ...documents import mapping, quoted, read_json, write_yaml
 from ...errors import CinemeshError
 from ...files import atomic_file
+from ...ranges import Range, integers, reals
 from ..clusters.cluster import Cluster, load
 from ..prices.compute import AttentionCall, Compute, Direction
 
 SIDE = 8192  # of the square product that the benchmark times
+WRONG = 0.02  # of the reference's largest value: a kernel that differs by more is not counted
 DIRECTIONS: dict[str, Direction] = {"attention": "forward", "attention_backward": "backward"}
 
 
+_POSITIVE = reals(0, 1e18, "it is a rate, a time or a count of FLOPs", above=True)
+_ERROR = reals(0, 1e30, "it is a share of a largest value")
+_SIZE = integers(1, 2**40, "it counts samples, tokens, heads or values")
+_MEASURED = ("device", "date", "copy_bytes_per_s", "matmul_flops_per_s", "kernels")
+_KERNEL = (
+    *("op", "package", "dtype", "sizes", "calls", "flops", "bytes", "limit", "chosen"),
+    *("failed", "seconds", "of_limit", "error"),
+)
+_LABELS = "btshk"  # of attention: samples, queries, keys, heads, head dim
+_REMEDY = "give the JSON that kernels_gpu.py wrote"
+
+
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CinemeshError(
-            f"card: {path} cannot be read ({error})", remedy="give the JSON that kernels_gpu.py wrote"
-        ) from None
-    wanted = ("device", "date", "copy_bytes_per_s", "matmul_flops_per_s", "kernels")
-    lacking = [key for key in wanted if not isinstance(values, dict) or key not in values]
-    if lacking:
-        raise CinemeshError(
-            f"card: {path} has no {', '.join(lacking)}", remedy="give the JSON that kernels_gpu.py wrote"
-        )
-    for key in wanted[2:4]:
-        if not isinstance(values[key], (int, float)) or not values[key] > 0:
-            raise CinemeshError(
-                f"card: {key} of {path} is {values[key]!r}, it must be a positive number", remedy="measure again"
-            )
-    return values
+    """The benchmark's JSON; of its kernels, those that ran, their numbers checked."""
+    where = f"the card {path}"
+    values = read_json(path, "the card", _REMEDY)
+    mapping(values, where, (*_MEASURED, "capability", "torch", "triton"), required=_MEASURED, remedy=_REMEDY)
+    for key in ("device", "date"):
+        if not isinstance(values[key], str):
+            raise CinemeshError(f"{where}: {key} is {quoted(values[key])}", remedy="it must be a text")
+    for key in ("copy_bytes_per_s", "matmul_flops_per_s"):
+        _check(f"{where}: {key}", _POSITIVE, values[key])
+    if not isinstance(values["kernels"], list):
+        raise CinemeshError(f"{where}: kernels is {quoted(values['kernels'])}", remedy=_REMEDY)
+    ran: list[dict[str, Any]] = []
+    for number, row in enumerate(values["kernels"], 1):
+        at = f"{where}: kernel {number}"
+        row = {"error": 0.0} | mapping(row, at, _KERNEL, required=("op",), remedy=_REMEDY)
+        if "failed" in row or row["op"] not in [*DIRECTIONS]:
+            continue
+        mapping(row, at, row, required=("sizes", "flops", "seconds"), remedy=_REMEDY)
+        for key in ("seconds", "flops"):
+            _check(f"{at}: {key}", _POSITIVE, row[key])
+        _check(f"{at}: error", _ERROR, row["error"])
+        sizes = mapping(row["sizes"], f"{at}: sizes", _LABELS, required=_LABELS, remedy=_REMEDY)
+        for label in _LABELS:
+            _check(f"{at}: sizes.{label}", _SIZE, sizes[label])
+        ran.append(row)
+    return values | {"kernels": ran}
+
+
+def _check(what: str, allowed: Range, value: object) -> None:
+    if must := allowed.wrong(value):
+        raise CinemeshError(f"{what} is {quoted(value)}", remedy=must)
 
 
 def _attention(values: dict[str, Any], compute: Compute) -> dict[str, float]:
     """By direction: measured rate over the predicted one, of the longest call's fastest kernel that was right."""
     ratios: dict[str, float] = {}
     for op, direction in DIRECTIONS.items():
-        rows = [k for k in values["kernels"] if k["op"] == op and not k.get("wrong") and k["seconds"] > 0]
+        rows = [row for row in values["kernels"] if row["op"] == op and row["error"] <= WRONG]
         if not rows:
             continue
         longest = max(row["flops"] for row in rows)
@@ -94,7 +119,7 @@ def text_of(values: dict[str, Any], base: Cluster, base_name: str, name: str) ->
         law = getattr(base.attention[family], direction)
         speeds = {int(dim): speed * ratio / 1e12 for dim, speed in law.speed.items()}
         made.setdefault("attention", {}).setdefault(family, {})[direction] = {"speed": measured(speeds, "TFLOP/s")}
-    return yaml.safe_dump(made, sort_keys=False)
+    return write_yaml(made)
 
 
 def write(source: Path, base_name: str, out: Path) -> Cluster:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
+from ...documents import mapping, read_yaml
 from ...errors import CinemeshError, did_you_mean
+from ...files import file_name
 from .constants import Fact, Reader
 from .grid import Grid, read_grid
 from .schema import (
@@ -150,20 +150,18 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise CinemeshError(
             f"cluster {path.stem}: its base leads back to itself", remedy="remove one of the base entries"
         )
-    try:
-        values = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise CinemeshError(
-            f"cluster {path.stem}: cannot be read as YAML ({error})", remedy="compare a file that ships"
-        ) from None
-    if not isinstance(values, dict):
-        raise CinemeshError(f"cluster {path.stem}: the file holds no mapping", remedy="compare a file that ships")
+    where, remedy = f"cluster {path.stem}", "compare one that ships"
+    values = mapping(read_yaml(path, "the cluster file", remedy), where, ("base", *_KEYS))
     merged: dict[str, Any] = {}
-    bases = values.pop("base", [])
-    for base in [bases] if isinstance(bases, str) else bases:
+    bases = values.pop("base", None) or []
+    for base in bases if isinstance(bases, list) else [bases]:
+        base = file_name(base, f"{where}: base")
         found = next((p for f in (path.parent, FOLDER) if (p := f / f"{base}.yaml").is_file()), None)
         if found is None:
-            raise CinemeshError(f"cluster {path.stem}: base {base!r} is no file beside it or among the shipped ones")
+            raise CinemeshError(
+                f"{where}: base {base!r} is no file beside it or among the shipped ones",
+                remedy="put it there, or remove the base",
+            )
         merged = _merge(merged, _read(found, (*seen, path)))
     return _merge(merged, values)
 
@@ -189,15 +187,12 @@ _SECTIONS: dict[str, Any] = {
     "spread": Spread,
 }
 _LIBRARIES: dict[str, Any] = {"nccl": Nccl, "gloo": Gloo}
+_KEYS = ("name", "about", "sources", "attention", "measured", *_SECTIONS, *_LIBRARIES)
 
 
 def from_dict(values: dict[str, Any], name: str, folder: Path = FOLDER) -> Cluster:
     """A cluster from the mapping that a file holds, its bases merged in."""
-    known = ("name", "about", "sources", "attention", "measured", *_SECTIONS, *_LIBRARIES)
     reader = Reader(name, values.get("sources"))
-    for key in values:
-        if key not in known:
-            raise reader.wrong(str(key), "is unknown", did_you_mean(key, known))
     read = {key: reader.section(kind, values.get(key), key) for key, kind in _SECTIONS.items()}
     libraries = [key for key in _LIBRARIES if key in values]
     if len(libraries) != 1:
@@ -205,11 +200,11 @@ def from_dict(values: dict[str, Any], name: str, folder: Path = FOLDER) -> Clust
     read[libraries[0]] = reader.section(_LIBRARIES[libraries[0]], values[libraries[0]], libraries[0])
     if "measured" in values:
         read["measured"] = reader.section(Measured, values["measured"], "measured")
-    families = values.get("attention")
-    if not isinstance(families, dict) or not families:
+    families = reader.keyed(values.get("attention") or {}, "attention")
+    if not families:
         raise reader.wrong("attention", "is missing", "give at least one family of kernels")
     read["attention"] = {
         key: reader.section(AttentionFamily, value, f"attention.{key}") for key, value in families.items()
     }
-    title, about = values.get("name", name), values.get("about", "")
-    return Cluster(name=str(title), about=str(about), **read, facts=reader.facts, folder=folder)
+    title, about = reader.text(values.get("name", name), "name"), reader.text(values.get("about", ""), "about")
+    return Cluster(name=title, about=about, **read, facts=reader.facts, folder=folder)

@@ -7,11 +7,12 @@ A section is a dataclass whose fields have the types below (``Seconds``, ``Secon
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import lru_cache
-from typing import Annotated, Any, cast, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
+from ...documents import quoted
 from ...errors import CinemeshError, did_you_mean
 
 PLACEHOLDER = "placeholder"
@@ -103,20 +104,35 @@ class Reader:
 
     def __init__(self, cluster: str, sources: Any) -> None:
         self.cluster = cluster
-        self.sources = sources if isinstance(sources, dict) else {}
+        self.sources: dict[str, Any] = {} if sources is None else self.keyed(sources, "sources")
         self.facts: dict[str, Fact] = {}
+        for name, source in self.sources.items():
+            for key, text in self.keyed(source, f"sources.{name}", ("title", "date")).items():
+                self.text(text, f"sources.{name}.{key}")
 
     def wrong(self, path: str, what: str, remedy: str) -> CinemeshError:
         return CinemeshError(f"cluster {self.cluster}: {path} {what}", remedy=remedy)
 
+    def keyed(self, values: Any, path: str, known: Collection[str] = ()) -> dict[str, Any]:
+        """A mapping, of no other than the ``known`` keys where any are given. Raises CinemeshError."""
+        if not isinstance(values, dict):
+            raise self.wrong(path, f"is {quoted(values)}, no mapping", f"write {', '.join(known) or 'names'} under it")
+        for key in values:
+            if known and key not in known:
+                raise self.wrong(f"{path}.{key}" if path else key, "is unknown", did_you_mean(key, known))
+        return values
+
+    def text(self, value: Any, path: str) -> str:
+        if not isinstance(value, str):
+            raise self.wrong(path, f"is {quoted(value)}", "it must be a text: quote it")
+        return value
+
     def section(self, kind: Any, values: Any, path: str) -> Any:
         """One section as its dataclass. Raises CinemeshError for a key that is missing or unknown, by its path."""
-        if not isinstance(values, dict):
-            raise self.wrong(path, "is missing or no mapping", "write its numbers under it")
+        if values is None:
+            raise self.wrong(path, "is missing", "write its numbers under it")
         hints = _hints(kind)
-        for key in values:
-            if key not in hints:
-                raise self.wrong(f"{path}.{key}", "is unknown", did_you_mean(key, hints))
+        self.keyed(values, path, hints)
         read: dict[str, Any] = {}
         for f in fields(kind):
             where = f"{path}.{f.name}"
@@ -131,41 +147,38 @@ class Reader:
                 read[f.name] = self.number(values[f.name], where, annotated[-1], whole=annotated[0] is int)
             elif is_dataclass(hint):
                 read[f.name] = self.section(hint, values[f.name], where)
-            elif isinstance(values[f.name], str):
-                read[f.name] = values[f.name]
             else:
-                raise self.wrong(where, f"is {values[f.name]!r}", "it must be a text")
+                read[f.name] = self.text(values[f.name], where)
         return kind(**read)
 
     def number(self, given: Any, path: str, rule: Rule, *, whole: bool) -> Any:
         """A number in SI units, its origin noted. Raises CinemeshError for a wrong unit, origin or value."""
         if not isinstance(given, dict) or "value" not in given:
-            raise self.wrong(path, f"is {given!r}", "write {value: ..., unit: ..., origin: ..., source: ...}")
-        unit, origin, source = given.get("unit"), given.get("origin"), given.get("source")
-        quantity, scale = UNITS.get(cast(str, unit), ("", 1.0))
+            raise self.wrong(path, f"is {quoted(given)}", "write {value: ..., unit: ..., origin: ..., source: ...}")
+        self.keyed(given, path, ("value", "unit", "origin", "source"))
+        unit, origin, source = (self.text(given.get(key, ""), f"{path}.{key}") for key in ("unit", "origin", "source"))
+        quantity, scale = UNITS.get(unit, ("", 1.0))
         if quantity != rule.quantity:
             fit = ", ".join(name for name, (q, _) in UNITS.items() if q == rule.quantity)
             raise self.wrong(path, f"has the unit {unit!r}", f"a {rule.quantity} is given in {fit}")
         if origin not in ORIGINS:
             raise self.wrong(path, f"has the origin {origin!r}", f"say one of {', '.join(ORIGINS)}")
         entry = self.sources.get(source)
-        if not isinstance(entry, dict) or not entry.get("title") or not entry.get("date"):
+        if entry is None or not entry.get("title") or not entry.get("date"):
             raise self.wrong(path, f"has the source {source!r}", "add it under sources with its title and date")
         value = given["value"]
         if rule.table:
             if not isinstance(value, dict) or not value:
-                raise self.wrong(path, f"is {value!r}", "it must be a table, {name: number, ...}")
-            read: Any = {
-                str(k): self.checked(v, f"{path}[{k}]", rule, cast(str, unit), scale, False) for k, v in value.items()
-            }
+                raise self.wrong(path, f"is {quoted(value)}", "it must be a table, {name: number, ...}")
+            read: Any = {k: self.checked(v, f"{path}[{k}]", rule, unit, scale, False) for k, v in value.items()}
         else:
-            read = self.checked(value, path, rule, cast(str, unit), scale, whole)
-        self.facts[path] = Fact(value, cast(str, unit), origin, entry["title"], str(entry["date"]))
+            read = self.checked(value, path, rule, unit, scale, whole)
+        self.facts[path] = Fact(value, unit, origin, entry["title"], entry["date"])
         return read
 
     def checked(self, value: Any, path: str, rule: Rule, unit: str, scale: float, whole: bool) -> float | int:
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.wrong(path, f"is {value!r}", f"it must be a number of {unit}")
+            raise self.wrong(path, f"is {quoted(value)}", f"it must be a number of {unit}")
         if whole and value != int(value):
             raise self.wrong(path, f"is {value}", "it must be a whole number")
         low, high = LIMITS[rule.quantity]

@@ -12,14 +12,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ...errors import CinemeshError, in_a_line
+from ...documents import quoted, read_yaml
+from ...errors import CinemeshError
 from ..clusters.cluster import Cluster, load
 from .peers import Model, Run, Stack
+from .row_schema import check_row
 
 FOLDER = Path(__file__).parent
-KINDS = ("training_step", "layer", "attention_layer", "memory", "oom_check", "microbench")
 TIMED = ("training_step", "layer", "attention_layer")
 TRUSTED = ("A", "")  # rows that say all that a prediction needs, or that do not say how much they say
 
@@ -51,56 +50,21 @@ class RowCase:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a file. ``CinemeshError`` for a file that holds none, or a row without the parts every row has."""
-    try:
-        rows = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CinemeshError(
-            f"rows {path}: cannot be read ({in_a_line(error, lines=1)})", remedy="give a YAML file with a list of rows"
-        ) from None
+    rows = read_yaml(path, "the rows file", "give a YAML file with a list of rows")
     if not isinstance(rows, list) or not rows:
         raise CinemeshError(
-            f"rows {path}: the file holds no list of rows", remedy="write one '- id: ...' item a measurement"
+            f"the rows file {path} holds {quoted(rows)}, no list of rows",
+            remedy="write one '- id: ...' item a measurement",
         )
-    seen: set[str] = set()
+    found: dict[str, dict[str, Any]] = {}
     for number, row in enumerate(rows, 1):
-        _check(path, number, row, seen)
-    return rows
-
-
-def _check(path: Path, number: int, row: Any, seen: set[str]) -> None:
-    def wrong(what: str, remedy: str) -> CinemeshError:
-        name = row.get("id", f"number {number}") if isinstance(row, dict) else f"number {number}"
-        return CinemeshError(f"rows {path}: row {name}: {what}", remedy=remedy)
-
-    if not isinstance(row, dict):
-        raise wrong(f"is {row!r}", "a row is a mapping with id, kind, source, hardware, model, plan and measured")
-    if not isinstance(row.get("id"), str) or row["id"] in seen:
-        raise wrong(f"its id is {row.get('id')!r}", "give every row an id of its own")
-    seen.add(row["id"])
-    if row.get("kind") not in KINDS:
-        raise wrong(f"kind is {row.get('kind')!r}", f"choose one of {', '.join(KINDS)}")
-    if row["kind"] == "microbench":
-        return
-    for part in ("source", "hardware", "model", "plan", "measured"):
-        if row.get(part) is None and part in row:
-            row[part] = {}
-        if not isinstance(row.get(part), dict):
-            raise wrong(f"{part} is {row.get(part)!r}", f"{part} must be a mapping")
-    whole = {
-        "hardware": ("gpus", "gpus_per_node"),
-        "model": ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "seq"),
-        "plan": ("mbs", "gbs", "tp", "cp", "pp", "dp", "grad_accum"),
-    }
-    for part, names in whole.items():
-        for name in names:
-            value = row[part].get(name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise wrong(f"{part}.{name} is {value!r}", "it must be a whole number of at least 1, or null")
-    for name, value in row["measured"].items():
-        if isinstance(value, bool) or name == "act_pct_of_tp_baseline":
-            continue
-        if not isinstance(value, int | float) or not 0 < value < 1e12:
-            raise wrong(f"measured.{name} is {value!r}", "it must be a number above 0")
+        name = row.get("id") if isinstance(row, dict) else None
+        where = f"the rows file {path}: row {name if isinstance(name, str) else number}"
+        checked = check_row(where, row)
+        if not name or name in found:
+            raise CinemeshError(f"{where}: its id is {quoted(name)}", remedy="give every row an id of its own")
+        found[name] = checked
+    return [*found.values()]
 
 
 # -- what a source's software did, and its hardware ----------------------------------------------------------------
@@ -108,7 +72,7 @@ def _check(path: Path, number: int, row: Any, seen: set[str]) -> None:
 
 @lru_cache(maxsize=1)
 def _published() -> dict[str, Any]:
-    values = yaml.load((FOLDER / "stacks.yaml").read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    values = read_yaml(FOLDER / "stacks.yaml", "the stacks", "restore the file")
     by_name = {entry["name"]: entry for entry in values["stacks"]}
 
     def whole(entry: dict[str, Any]) -> dict[str, Any]:

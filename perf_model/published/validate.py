@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from ...documents import read_yaml
 from ..clusters.cluster import Cluster
 from ..prices.compute import Compute
 from ..prices.network import Network
@@ -135,7 +134,7 @@ def validate(path: Path | None = None, change: RowChange | None = None) -> Valid
             _predict(row, report, predictor)
         except Unpredictable as reason:
             report.skipped.append((row["id"], str(reason)))
-    report.choices = choices(report.times, yaml.load(GROUPS.read_text(), Loader=yaml.SafeLoader))
+    report.choices = choices(report.times, read_yaml(GROUPS, "the groups of rows", "restore the file"))
     return report
 
 

@@ -46,11 +46,11 @@ from cinemesh.model.inputs import BatchShape
 from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.passes.pipeline import prepare
+from cinemesh.perf_model.calibration.card import WRONG
 
 REPETITIONS = 7
 SLOW_S = 0.5  # a launch that takes longer is timed once
 SCORES_BYTES = 8 << 30  # the plain attention holds its scores: above this it is left out
-WRONG = 2e-2
 MINOR_BYTES = 1 << 24  # calls that move less are launches, not kernels: left out unless named
 SEARCHED = ("attention", "attention_backward", "cross_attention", "cross_attention_backward")
 

@@ -269,7 +269,7 @@ def test_tiles_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         tuning.tile("swiglu.forward", shape, {"TILE": 1}, "h100")
     (tmp_path / "h100.yaml").write_text("tiles: [")
     tuning.table.cache_clear()
-    with pytest.raises(CinemeshError, match=r"tuning table h100\.yaml"):
+    with pytest.raises(CinemeshError, match=r"tuning table .*h100\.yaml"):
         tuning.table("h100")
     tuning.table.cache_clear()
 

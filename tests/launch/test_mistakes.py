@@ -54,7 +54,7 @@ def test_a_world_size_that_does_not_match(
         (["data.buckets=[{hight: 32}]"], None, "unknown key 'data.buckets.0.hight'; did you mean 'height'?"),
         (["data.buckets=[{width: 0}]"], None, "data.buckets: width is 0 in 8x32x0; it must be at least 1"),
         (["data.buckets=[{}, {weight: 0}]"], None, "data.buckets: weight is 0.0 in 8x32x32; it must be a positive"),
-        (["data.buckets=[{weight: .inf}]"], None, "data.buckets.0.weight is inf"),
+        (["data.buckets=[{weight: .inf}]"], None, "data.buckets.0.weight is '.inf'"),
         (["data.buckets=[{height: 20}]"], None, "height(20) % 8 = 4 in 8x20x32; the codec needs a multiple of 8"),
         (["data.buckets=[{}, {frames: 7}]"], None, "8x32x32 and 7x32x32 both make latents of 1x4x4"),
         (["data.buckets=[{}, {frames: 21}]"], None, "21x32x32 needs 21 frames, more than any scene"),

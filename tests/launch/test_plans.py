@@ -40,7 +40,7 @@ def test_a_text_gives_what_it_says_over_the_defaults() -> None:
         ("plan: auto", "the plan there is 'auto'"),
         ("[tp, 2]", "must be a mapping of fields"),
         ("{1: 2}", "unknown key '1'; known: tp"),
-        ("tp: 2\ntp: 4", "tp is given twice"),
+        ("tp: 2\ntp: 4", "key 'tp' is given twice"),
         ("ttp: 2", "did you mean 'tp'"),
         ("tp: two", "tp is 'two'"),
     ],
@@ -76,7 +76,7 @@ def test_a_recipe_takes_what_the_planner_wrote(config: Path, tmp_path: Path) -> 
     config.write_text(yaml.safe_dump(values | {"cluster": "local-cpu"}))
     _, auto = read_recipe(config, plan_override("auto"))
     assert auto is not None and auto.cluster == "local-cpu"
-    with pytest.raises(CinemeshError, match=r"plan gone\.yaml: cannot be read"):
+    with pytest.raises(CinemeshError, match=r"cannot read the plan gone\.yaml"):
         read_config(config, plan_override("gone.yaml"))
 
 

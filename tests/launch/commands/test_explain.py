@@ -115,7 +115,7 @@ def test_what_differs_is_every_field_once() -> None:
     [
         (("compare", "tp=2"), "compare: 1 plan given"),
         (("compare", "tp=2,dp_shard=8", "tp=7"), r"heads\(6\) % tp\(7\)"),
-        (("compare", "tp=2", "nowhere.yaml"), "plan nowhere.yaml: cannot be read"),
+        (("compare", "tp=2", "nowhere.yaml"), "cannot read the plan nowhere.yaml"),
         (("explain", "dp_shard=12288"), "12288 GPUs > 6144"),
         (("explain", "dp_shard=2", "--global-batch", "3"), r"global batch\(3\)"),
     ],

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from cinemesh.errors import CinemeshError
-from cinemesh.launch.training.recipe import Config, DataSection, OptimizerSection, ScheduleSection, read_config
+from cinemesh.launch.training.recipe import (
+    Config,
+    DataSection,
+    OptimizerSection,
+    SampleSection,
+    ScheduleSection,
+    read_config,
+)
 from cinemesh.launch.training.setting import Setting
 from cinemesh.model.config import Encoder, preset
 from cinemesh.model.step import Optimizer
@@ -98,19 +105,19 @@ def test_overrides_replace_one_value_each(recipe: Path) -> None:
         ("zzz=1", "unknown key 'zzz'; known: model, plan, codec"),
         ("schedule.steps=many", "schedule.steps is 'many': input should be a valid integer"),
         ("schedule.steps=0", "schedule.steps is 0: input should be greater than or equal to 1"),
-        ("optimizer.lr=.nan", "optimizer.lr is nan: input should be a finite number"),
+        ("optimizer.lr=.nan", "optimizer.lr is '.nan': input should be a valid number"),
         ("optimizer.ema_decay=1", "optimizer.ema_decay is 1: input should be less than 1"),
         ("caption_dropout=1.5", "caption_dropout is 1.5: input should be less than 1"),
         ("data.stride=0", "data.stride is 0; it must be at least 1"),
         ("plan.tp=0", "tp is 0; it must be a whole number of at least 1"),
         ("plan.tp=1:30", "tp is '1:30'; it must be a whole number"),
         ("plan.tp=010", "tp is '010'; it must be a whole number"),
-        ("plan.prefetch=off", "prefetch is False; it must be a whole number of at least 0"),
+        ("plan.prefetch=off", "prefetch is 'off'; it must be a whole number of at least 0"),
         ("plan=fast", "plan: 'fast' is not key=value"),
         ("schedule.decay=cosin", "schedule.decay is 'cosin': input should be 'cosine' or 'constant'"),
         ("schedule", "--set 'schedule' is not KEY=VALUE"),
         ("model.preset.name=x", "preset is 'tiny-video', no section"),
-        ("data.clips=[a", "'[a' is not a YAML value"),
+        ("data.clips=[a", "'[a' is not valid YAML: while parsing a flow sequence"),
     ],
 )
 def test_a_mistake_is_named_with_its_key_value_and_rule(recipe: Path, override: str, expected: str) -> None:
@@ -162,3 +169,23 @@ def test_sections_are_frozen(recipe: Path) -> None:
     assert isinstance(config, Config) and isinstance(config.data, DataSection)
     with pytest.raises(AttributeError):
         config.seed = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("word", ["off", "on", "yes", "no", "1:30", "010", "1_000", ".nan", "true"])
+def test_a_word_that_yaml_1_1_would_read_is_the_word_or_refused(recipe: Path, word: str) -> None:
+    """``capture: off`` is how the guide says it; in every other place too, a number is a number and a text a text."""
+    recipe.write_text(RECIPE + f"capture: {word}\n")
+    if word == "off":
+        assert read_config(recipe).capture == "off"
+    else:
+        assert "capture is" in message(recipe)
+    recipe.write_text(f"{RECIPE}sample: {{scenes: [{word}]}}\n")
+    if word != "true":
+        assert read_config(recipe).sample == SampleSection(scenes=(word,))
+    for key in ("schedule.steps", "optimizer.lr", "seed", "plan.tp"):
+        recipe.write_text(RECIPE)
+        assert f"{key.removeprefix('plan.')} is" in message(recipe, f"{key}={word}")
+
+
+def test_a_value_set_twice_is_refused(recipe: Path) -> None:
+    assert "seed is given twice" in message(recipe, "seed=1", "optimizer.lr=1", "seed=2")

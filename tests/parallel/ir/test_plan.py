@@ -90,8 +90,8 @@ def test_parse_reads_the_command_line() -> None:
         (lambda: Plan.from_dict({"tpp": 2}), "plan: unknown key 'tpp'; did you mean 'tp'?"),
         (lambda: Plan.parse("tp"), "plan: 'tp' is not key=value; write for example tp=4,cp=2,dp_shard=96"),
         (lambda: Plan.parse("tp=two"), "plan: tp is 'two';"),
-        (lambda: Plan.from_yaml("- 1"), "plan: the file holds no mapping"),
-        (lambda: Plan.from_yaml("tp: ["), "plan: not valid YAML"),
+        (lambda: Plan.from_yaml("- 1"), "plan: the plan there is [1]; it must be a mapping"),
+        (lambda: Plan.from_yaml("tp: ["), "plan: the text is not valid YAML"),
         (
             lambda: Plan(tp=4, cp=2, dp_shard=96).check_world_size(512),
             "tp(4) * cp(2) * dp_shard(96) = 768 != world size 512; change the plan's degrees or launch 768 processes",

@@ -66,7 +66,14 @@ def test_what_was_measured_is_what_is_predicted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"copy_bytes_per_s": -1}, "positive number"), ({"matmul_flops_per_s": "fast"}, "positive number")],
+    [
+        ({"copy_bytes_per_s": -1}, "copy_bytes_per_s is -1; it must be above 0"),
+        ({"matmul_flops_per_s": "fast"}, "matmul_flops_per_s is 'fast'; it must be a number"),
+        ({"matmul_flops_per_s": True}, "matmul_flops_per_s is True; it must be a number"),
+        ({"kernels": {}}, "kernels is {}"),
+        ({"kernels": [{"op": "attention", "seconds": 1.0}]}, "kernel 1 has no sizes, flops"),
+        ({"speed": 3}, "unknown key 'speed'"),
+    ],
 )
 def test_numbers_that_no_card_has_are_refused(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(CinemeshError, match=says):

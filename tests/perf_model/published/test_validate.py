@@ -262,12 +262,22 @@ GOOD = PUBLISHED["titan2412-8b-8g-compile"]
     [
         ("just words", "no list of rows"),
         ("- {id: a, kind: step}", "kind is 'step'; choose one of training_step"),
-        ("[1, 2]", "a row is a mapping"),
-        ("{", "cannot be read"),
+        ("[1, 2]", "row 1 holds no mapping but 1; give it id, kind"),
+        ("{", "is not valid YAML"),
         (yaml.safe_dump([GOOD, GOOD]), "an id of its own"),
-        (yaml.safe_dump([{**GOOD, "hardware": {**GOOD["hardware"], "gpus": -8}}]), "gpus is -8; it must be a whole"),
-        (yaml.safe_dump([{**GOOD, "measured": {"iter_time_s": 0}}]), "iter_time_s is 0; it must be a number above 0"),
-        (yaml.safe_dump([{k: v for k, v in GOOD.items() if k != "plan"}]), "plan must be a mapping"),
+        (
+            yaml.safe_dump([{**GOOD, "hardware": {**GOOD["hardware"], "gpus": -8}}]),
+            "hardware.gpus is -8; it must be 1 to",
+        ),
+        (yaml.safe_dump([{**GOOD, "measured": {"iter_time_s": 0}}]), "iter_time_s is 0; it must be above 0"),
+        (yaml.safe_dump([{k: v for k, v in GOOD.items() if k != "plan"}]), "has no plan; add it"),
+        (yaml.safe_dump([{**GOOD, "plan": {**GOOD["plan"], "ttp": 2}}]), "unknown key 'ttp'; did you mean 'tp'"),
+        (yaml.safe_dump([{**GOOD, "notees": "x"}]), "unknown key 'notees'; did you mean 'notes'"),
+        (
+            yaml.safe_dump([{**GOOD, "model": {**GOOD["model"], "causal": "on"}}]),
+            "model.causal is 'on'; it must be true",
+        ),
+        ("- {id: a, id: b, kind: layer}", "key 'id' is given twice"),
     ],
 )
 def test_nonsense_is_refused_in_one_message(tmp_path: Path, content: str, told: str) -> None:
