@@ -83,6 +83,9 @@ def _families(space: SearchSpace, refused: list[Refusal]) -> list[Family]:
                 if error.what != "tokens":
                     break  # no cp mends it
                 continue
+            if not family.shard_groups():
+                refused.append(Refusal(RefusalKind.DIVIDES, family.key, family.no_groups()))
+                continue
             families.extend(_batches(space, tp, cp, refused))
     return families
 
@@ -232,7 +235,7 @@ class _Frontier:
         if family in self._bounds:
             behind = self._bounds[family] / self._last_shown_s - 1.0
             return Refusal(RefusalKind.SLOWER, family.key, slower=behind, at_least=True)
-        need = family.needed_bytes or family.least_bytes("full")
+        need = family.needed_bytes or family.least_bytes("full") + family.held_bytes(family.plan)
         free = self.space.evaluator.limit_bytes(family.plan)
         return Refusal(RefusalKind.MEMORY, family.key, needs_bytes=need, free_bytes=free)
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from ...model.inputs import BatchShape
 from ...model.step import check
-from ...parallel.ir.fields import AXES
+from ...parallel.ir.fields import AXES, Overlap
+from ...parallel.ir.knobs import knobs
 from ...parallel.ir.layout import HEADS
 from ...parallel.ir.plan import Plan
 from ..prices.network import Groups, groups_of
@@ -28,6 +29,7 @@ from .lower_bound import LowerBound, Recompute
 from .refusals import FamilyKey
 from .request import Request
 
+SHARDED = ("dp_shard", "dp_replicate")
 Mode = tuple[Recompute, Recompute | None]  # how blocks recompute, and what as many of the last ones as fit do instead
 KEEPS_ATTENTION: Recompute = ("o", "lse")  # it is what costs most to run again, and its output is small
 MODES: tuple[Mode, ...] = (  # most kept bytes first
@@ -51,6 +53,11 @@ def everywhere(request: Request) -> Plan:
     return Plan(tp=2, cp=2, dp_shard=2, **values)
 
 
+def overlaps(plan: Plan) -> dict[str, Any]:
+    """The fields of a plan that say how communication hides behind compute."""
+    return {name: getattr(plan, name) for name in knobs(Overlap)}
+
+
 class SearchSpace:
     """What all families of one request share: the evaluator, the programs of a few blocks and the lower bounds.
 
@@ -63,25 +70,29 @@ class SearchSpace:
         self.evaluator.models.compute.check(everywhere(request))
         self.too_big: dict[object, int] = {}  # the largest cp that did not fit, by all else that families differ in
         self._few: dict[object, list[FewBlocks]] = {}
-        self._bounds: dict[int, list[LowerBound]] = {}
+        self._bounds: dict[object, list[LowerBound]] = {}
 
     def few(self, plan: Plan, samples: int) -> list[FewBlocks]:
-        """The programs that serve all families with as many samples and micro-batches; one for each bucket."""
-        alone = plan.dp_shard * plan.cp == 1
-        key = (alone, samples, plan.micro_batches)
+        """The programs that serve all families with as many samples and micro-batches; one for each bucket.
+
+        Where degrees leave an overlap without effect, the plan lacks it, and the records are others.
+        """
+        base = replace(everywhere(self.request), **overlaps(plan), micro_batches=plan.micro_batches)
+        if plan.dp_shard * plan.cp == 1:
+            base = base.with_degrees(cp=1, dp_shard=1)
+        key = (base, samples)
         if key not in self._few:
-            base = everywhere(self.request).with_degrees(**({"cp": 1, "dp_shard": 1} if alone else {}))
-            base = replace(base, micro_batches=plan.micro_batches)
             batches = [BatchShape(samples, bucket.latent) for bucket in self.request.buckets]
             self._few[key] = [FewBlocks.build(self.request.config, base, batch) for batch in batches]
         return self._few[key]
 
-    def bounds(self, samples: int) -> list[LowerBound]:
+    def bounds(self, plan: Plan, samples: int) -> list[LowerBound]:
         """One for each bucket."""
-        if samples not in self._bounds:
-            few, models = self.few(everywhere(self.request), samples), self.evaluator.models
-            self._bounds[samples] = [LowerBound(one, models) for one in few]
-        return self._bounds[samples]
+        key = (*overlaps(plan).values(), samples)
+        if key not in self._bounds:
+            one = replace(everywhere(self.request), **overlaps(plan))
+            self._bounds[key] = [LowerBound(few, self.evaluator.models) for few in self.few(one, samples)]
+        return self._bounds[key]
 
 
 @dataclass(frozen=True)
@@ -147,7 +158,7 @@ class Family:
 
     def least_bytes(self, recompute: Recompute) -> float:
         """A lower bound of what the program's own buffers need."""
-        return max(bound.peak_bytes(recompute, self.plan) for bound in self.space.bounds(self.samples))
+        return max(bound.peak_bytes(recompute, self.plan) for bound in self.space.bounds(self.plan, self.samples))
 
     def bound_s(self, mode: Mode) -> float:
         """A lower bound of the step of every variant of a mode."""
@@ -156,28 +167,35 @@ class Family:
             least = self._bound_s(recompute)
         else:
             spare = self.evaluator.limit_bytes(self.plan) - self.least_bytes(recompute)
-            bounds = self.space.bounds(self.samples)
+            bounds = self.space.bounds(self.plan, self.samples)
             each = min(bound.kept_bytes(lighter) - bound.kept_bytes(recompute) for bound in bounds)
-            blocks = spare * self.plan.tp * self.plan.cp / each
+            blocks = spare * self.plan.tp * self.plan.cp / each if each else math.inf  # a lighter mode keeps no more
             share = min(1.0, max(0.0, blocks / self.request.config.layers))
             shares = ((1.0 - share, recompute), (share, lighter))
             least = sum(part * self._bound_s(of) for part, of in shares if part > 0.0)
         return least * self.request.cluster.spread.factor(self.request.gpus)
 
     def _bound_s(self, recompute: Recompute) -> float:
-        plan, bounds = self.plan, self.space.bounds(self.samples)
+        plan, bounds = self.plan, self.space.bounds(self.plan, self.samples)
         return self.evaluator.mean(b.step_s(recompute, plan.tp, plan.cp, plan.micro_batches) for b in bounds)
 
     # -- variants -------------------------------------------------------------------------------------------------
 
     def shard_groups(self) -> list[int]:
-        """Sizes of the shard group that may be."""
-        fixed = self.request.fixed
-        if "dp_shard" in fixed:
-            return [n for n in divisors(self.data_ranks) if n == fixed["dp_shard"]]
-        if "dp_replicate" in fixed:
-            return [n for n in divisors(self.data_ranks) if self.data_ranks // n == fixed["dp_replicate"]]
-        return divisors(self.data_ranks)
+        """Sizes of the shard group that may be: none where one that is fixed does not divide the data ranks."""
+        fixed, ranks = self.request.fixed, self.data_ranks
+
+        def held(n: int) -> bool:
+            return fixed.get("dp_shard", n) == n and fixed.get("dp_replicate", ranks // n) == ranks // n
+
+        return [n for n in divisors(ranks) if held(n)]
+
+    def no_groups(self) -> str:
+        """Why there are none, with the numbers."""
+        given = " * ".join(f"{a}({self.request.fixed[a]})" for a in SHARDED if a in self.request.fixed)
+        both = all(axis in self.request.fixed for axis in SHARDED)
+        rule = f"{given} != data ranks" if both else f"data ranks % {given} != 0"
+        return f"{rule}: gpus({self.request.gpus}) / tp({self.plan.tp}) / cp({self.plan.cp}) = {self.data_ranks}"
 
     def placements(self, plan: Plan) -> list[tuple[tuple[str, ...], Groups]]:
         """Rank orders that lie differently on the network, with where they put every group.
@@ -217,11 +235,8 @@ class Family:
         base = replace(self.plan, recompute=recompute)
         plans = [base.with_degrees(dp_shard=n, dp_replicate=self.data_ranks // n) for n in groups]
 
-        def held(plan: Plan) -> int:
-            return min(way.bytes if way else 0 for way in self.evaluator.encoders(plan, self.samples))
-
         def needs(plan: Plan) -> int:
-            return self._peak_bytes(plan) + held(plan)
+            return self._peak_bytes(plan) + self.held_bytes(plan)
 
         self.needed_bytes = needs(plans[-1])
         first = bisect_left(plans, True, key=lambda plan: needs(plan) <= self.evaluator.limit_bytes(plan))
@@ -232,9 +247,13 @@ class Family:
         for plan in plans[first:]:
             limit = self.evaluator.limit_bytes(plan)
             if lighter is not None:
-                plan = self._lightened(plan, lighter, limit - held(plan))
+                plan = self._lightened(plan, lighter, limit - self.held_bytes(plan))
             variants += self._placed(plan, limit)
         return variants, groups[:first]
+
+    def held_bytes(self, plan: Plan) -> int:
+        """The least that the encoders need beside a plan."""
+        return min(way.bytes if way else 0 for way in self.evaluator.encoders(plan, self.samples))
 
     def _peak_bytes(self, plan: Plan) -> int:
         return max(step.peak_bytes(plan) for step in self.steps(plan))
