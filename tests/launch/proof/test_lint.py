@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,7 @@ KERNEL_FAULTS: dict[str, tuple[Callable[[reference.Tensors, reference.Tensors], 
     "writes its input": (writes_its_input, "writes", "outside of the record's outputs"),
     "writes past its output": (writes_past_its_output, "writes", "outside of the record's outputs"),
     "bakes in a counter": (lambda i, o: o[0].mul_(1 + 1e-9 * next(steps)), "baked in", "not the same call"),
+    "bakes in an activation": (lambda i, o: o[0].mul_(float(i[0].numpy().flat[0])), "baked in", "not the same call"),
     "branches on a counter": (branches_on_a_counter, "baked in", "calls in one step"),
     "bakes in a table": (lambda i, o: o[0].mul_(torch.full((1,), 1e-3 * next(steps))), "baked in", "not the same"),
 }  # fmt: skip
@@ -100,6 +102,18 @@ def test_a_kernel_that_cannot_be_captured_is_named(
     kept.clear()
     assert found and all("(silu)" in f.op for f in found), found
     assert any(what in f.what for f in found), found
+
+
+@pytest.mark.parametrize(("kind", "given"), [("adamw", 8), ("draw_noise", 0)])
+def test_what_the_step_is_given_is_other_in_its_second_run(kind: str, given: int) -> None:
+    """A learning rate or sample id that the host reads: only another value of just that input shows it."""
+
+    def bakes_in(inputs: reference.Tensors, outputs: reference.Tensors, **attributes: Any) -> None:
+        getattr(reference, kind)(inputs, outputs, **attributes)
+        outputs[0].add_(0.0, alpha=float(inputs[given].numpy().flat[0]))
+
+    found = lint_step(small_case(ONE), kernels_for("cpu") | {kind: bakes_in})
+    assert [f.check for f in found] == ["baked in"] and kind in found[0].op, found
 
 
 # -- faults in the order of collectives -------------------------------------------------------------------------------

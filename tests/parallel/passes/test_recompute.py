@@ -156,6 +156,7 @@ def test_the_last_blocks_follow_their_own_choice() -> None:
     )
     assert mixed == [first[0], first[1], last[2], last[3]]
     assert first[0] != last[0]
+    assert made_again(replace(plan, last_blocks=4)) == last, "all of them, and no more"
 
 
 SLICED = Plan(2, 2, kv_slices=3, tp_slices=3, dtype="float32")
