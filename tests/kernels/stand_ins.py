@@ -1,14 +1,16 @@
-"""Stand-ins for flash-attn, apex and their CUDA extensions: the packages' own signatures, with bodies of ours.
+"""Stand-ins for flash-attn, apex and torch's CUDA kernels: their own signatures, with bodies of ours.
 
 They check layout and arguments as the originals document them, and compute with the reference, so that a transposed
 tensor or a swapped argument is a wrong number.
 """
 
 # The originals' signatures, without their types.
-# ruff: noqa: ANN001, ANN205
+# ruff: noqa: ANN001, ANN201, ANN205
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -177,3 +179,101 @@ STAND_INS: dict[str, type] = {
     "fused_layer_norm_cuda": FusedLayerNorm,
     "amp_C": AmpC,
 }
+
+
+# Operators of ATen that have kernels for CUDA alone (torch 2.13). Registered for the CPU, they are called through the
+# dispatcher, which holds every call to the operator's schema.
+
+
+def flash_forward(
+    query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale=None
+):  # fmt: skip
+    """[B, T, H, K]; log-sum-exp [B, H, T]."""
+    assert cum_seq_q is None and cum_seq_k is None and not dropout_p and not is_causal and not return_debug_mask
+    assert (max_q, max_k) == (query.shape[1], key.shape[1])
+    o, lse = attention_of(query, key, value, scale or query.shape[-1] ** -0.5)
+    nothing = torch.empty(0)
+    return o, lse, torch.empty(2, dtype=torch.uint64), nothing, nothing
+
+
+def flash_backward(
+    grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, rng_state,
+    unused, *, scale=None,
+):  # fmt: skip
+    assert not dropout_p and not is_causal and torch.are_deterministic_algorithms_enabled()
+    assert (max_q, max_k) == (query.shape[1], key.shape[1])
+    found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    gradients_of(grad_out, query, key, value, out, logsumexp, found, scale or query.shape[-1] ** -0.5)
+    return found
+
+
+def valid_keys(bias: Tensor) -> Tensor:
+    """[B, S] of an additive bias [B, H, T, S] of 0 and -inf, whose rows must start at 16 bytes and be alike."""
+    assert all(step * bias.element_size() % 16 == 0 for step in bias.stride()[:3])
+    assert bool(((bias == 0) | (bias == -torch.inf)).all()) and torch.equal(bias, bias[:, :1, :1].expand_as(bias))
+    return bias[:, 0, 0] == 0
+
+
+def tokens_first(x: Tensor) -> Tensor:
+    """[B, H, T, K] -> [T, B, H, K]."""
+    return x.permute(2, 0, 1, 3)
+
+
+def efficient_forward(query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale=None):
+    """[B, H, T, K]; log-sum-exp [B, H, T padded to 32], garbage in the padding."""
+    assert compute_log_sumexp and not dropout_p and not is_causal and scale is None
+    q, kv = tokens_first(query), torch.stack((tokens_first(key), tokens_first(value)), 2)
+    o, lse = torch.empty_like(q), torch.empty(*query.shape[:3])
+    REFERENCE["cross_attention"]((q, kv, valid_keys(attn_bias)), (o, lse))
+    padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.nan)
+    return o.permute(1, 2, 0, 3), padded, torch.empty((), dtype=torch.int64), torch.empty((), dtype=torch.int64)
+
+
+def efficient_backward(
+    grad_out_, query, key, value, attn_bias, out, logsumexp, philox_seed, philox_offset, dropout_p, grad_input_mask,
+    is_causal=False, *, scale=None,
+):  # fmt: skip
+    """Gradients [B, H, T, K]. The padding of the log-sum-exp must be infinite: its rows then weigh nothing."""
+    assert not dropout_p and not is_causal and scale is None and list(grad_input_mask) == [True, True, True, False]
+    assert torch.are_deterministic_algorithms_enabled()
+    tokens = query.shape[2]
+    assert logsumexp.shape[-1] % 32 == 0 and bool((logsumexp[..., tokens:] == torch.inf).all())
+    do, q, o = (tokens_first(x) for x in (grad_out_, query, out))
+    kv = torch.stack((tokens_first(key), tokens_first(value)), 2)
+    dq, dkv = torch.empty_like(q), torch.empty_like(kv)
+    inputs = (do, q, kv, o, logsumexp[..., :tokens], valid_keys(attn_bias))
+    REFERENCE["cross_attention_backward"](inputs, (dq, dkv))
+    dq, dk, dv = (x.permute(1, 2, 0, 3) for x in (dq, dkv[:, :, 0], dkv[:, :, 1]))
+    return dq, dk, dv, torch.empty(0)
+
+
+def wide_mm(self, mat2, out_dtype, *, out):
+    assert self.dtype == mat2.dtype == torch.bfloat16 and out.dtype == out_dtype == torch.float32
+    return out.copy_(self.float() @ mat2.float())
+
+
+def wide_addmm(self, mat1, mat2, out_dtype, *, beta=1, alpha=1, out):
+    assert mat1.dtype == mat2.dtype == torch.bfloat16 and self.dtype == out.dtype == out_dtype == torch.float32
+    return out.copy_(beta * self + alpha * (mat1.float() @ mat2.float()))
+
+
+ATEN = {
+    "_flash_attention_forward": flash_forward,
+    "_flash_attention_backward": flash_backward,
+    "_scaled_dot_product_efficient_attention": efficient_forward,
+    "_scaled_dot_product_efficient_attention_backward": efficient_backward,
+    "mm.dtype_out": wide_mm,
+    "addmm.dtype_out": wide_addmm,
+}
+
+
+@contextmanager
+def aten_on_cpu(**changed: Any) -> Iterator[None]:
+    """Torch's CUDA operators run on CPU tensors; ``changed``: other bodies, by name."""
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        for name, body in (ATEN | changed).items():
+            library.impl(name, body, "CPU")
+        yield
+    finally:
+        library._destroy()

@@ -24,7 +24,7 @@ from cinemesh.kernels.reference import REFERENCE
 from cinemesh.kernels.registry import function
 
 from .against_float64 import check, rand, relative_error
-from .stand_ins import STAND_INS
+from .stand_ins import ATEN, STAND_INS, aten_on_cpu
 
 T, S, B, H, K = 5, 7, 2, 3, 64  # queries, keys, samples, heads, head dim
 
@@ -113,6 +113,71 @@ def test_torch_operators_take_the_calls() -> None:
     for target in (out, out.float()):
         for add in (False, True):
             torch_cuda.matmul([x, weight], [target], signature="tbi,io->tbo", add=add)
+
+
+def masked(tensors: tuple[list[Tensor], list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """An attention call with a key mask; o and log-sum-exp, where the call takes them, are those of the mask."""
+    (*inputs,), outputs = tensors
+    mask = torch.arange(S)[None] < torch.tensor([[S - 2], [1]])
+    if len(inputs) > 2:
+        REFERENCE["cross_attention"]((*inputs[1:3], mask), inputs[3:5])
+    return [*inputs, mask], outputs
+
+
+def check_torch(op: str) -> None:
+    inputs, outputs = (backward_tensors if "backward" in op else attention_tensors)(torch.bfloat16)
+    if "cross" in op:
+        inputs, outputs = masked((inputs, outputs))
+    check(op, getattr(torch_cuda, op), inputs, outputs)
+
+
+@pytest.mark.parametrize("op", ["attention", "attention_backward", "cross_attention", "cross_attention_backward"])
+def test_torch_attention(op: str) -> None:
+    """Layouts, the mask, the padded log-sum-exp and which gradient is whose, through the operators' own schemas."""
+    with aten_on_cpu():
+        check_torch(op)
+    assert not torch.are_deterministic_algorithms_enabled()  # switched back
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_torch_matmul(dtype: torch.dtype, add: bool) -> None:
+    """Every combination of transposes that the step's products have."""
+    with aten_on_cpu():
+        for signature, a, b, out in (
+            ("tbi,io->tbo", (4, 2, 8), (8, 16), (4, 2, 16)),
+            ("tbo,hko->tbhk", (4, 2, 8), (3, 5, 8), (4, 2, 3, 5)),
+            ("tbhk,tbo->hko", (4, 2, 3, 5), (4, 2, 8), (3, 5, 8)),
+            ("ori,bi->orb", (8, 6, 4), (2, 4), (8, 6, 2)),
+        ):
+            inputs = [rand(*a, dtype=torch.bfloat16), rand(*b, dtype=torch.bfloat16)]
+            attrs = {"signature": signature}
+            check("matmul", torch_cuda.matmul, inputs, [torch.empty(out, dtype=dtype)], attrs, add=add)
+
+
+def swapped(name: str) -> Callable[..., Any]:
+    """An operator whose gradients of K and V change places."""
+
+    def body(*given: Any, **named: Any) -> Any:
+        dq, dk, dv, *rest = ATEN[name](*given, **named)
+        return dq, dv, dk, *rest
+
+    return body
+
+
+@pytest.mark.parametrize("op", ["attention_backward", "cross_attention_backward"])
+def test_gradients_that_change_places_are_found(op: str) -> None:
+    names = [name for name in ATEN if name.endswith("backward")]
+    with aten_on_cpu(**{name: swapped(name) for name in names}), pytest.raises(AssertionError, match="output 1"):
+        check_torch(op)
+
+
+@pytest.mark.parametrize("op", ["cross_attention", "cross_attention_backward"])
+def test_an_inverted_mask_is_found(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bias = torch_cuda._bias
+    monkeypatch.setattr(torch_cuda, "_bias", lambda mask, q: bias(~mask, q))
+    with aten_on_cpu(), pytest.raises(AssertionError, match="errs by"):
+        check_torch(op)
 
 
 # -- against the packages ---------------------------------------------------------------------------------------------
