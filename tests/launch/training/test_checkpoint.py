@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from harness import Pool
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.training import checkpoint
@@ -315,14 +319,37 @@ def test_broken_saves_are_cleared_away(saved: tuple[StepRunner, Path]) -> None:
     assert not left.exists()
 
 
-def test_keys_and_global_shapes_are_fixed(saved: tuple[StepRunner, Path]) -> None:
-    """Names and shapes outlive every plan: another reader of DCP finds the tensors under them."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
+def plain() -> dict[str, Tensor]:
+    """A whole checkpoint as another program would hold it: by key, without a plan."""
+    states = {f"{state}/{name}": value for state, named in expected().items() for name, value in named.items()}
+    return states | {"counters": torch.tensor(COUNTERS)}
 
+
+def test_another_reader_finds_every_state_under_its_name(saved: tuple[StepRunner, Path]) -> None:
+    """Names, shapes and values outlive every plan. States that save and load exchange alike show here alone."""
     stored = FileSystemReader(saved[1]).read_metadata().state_dict_metadata
-    want = {f"{s}/{row.name}": row.shape for s in checkpoint.STATES for row in parameters(TINY)}
-    assert {key: tuple(entry.size) for key, entry in stored.items()} == want | {"counters": (2,)}  # pyright: ignore
+    assert stored.keys() == plain().keys()
+    found = {key: torch.zeros_like(value) for key, value in plain().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that there is one process
+        dcp_load(found, checkpoint_id=saved[1], no_dist=True)
+    for key, value in plain().items():
+        assert torch.equal(found[key], value), key
     assert json.loads((saved[1] / checkpoint.MANIFEST).read_text())["format"] == 2
+
+
+def test_what_another_writer_wrote_is_read_by_name(saved: tuple[StepRunner, Path], tmp_path: Path) -> None:
+    path = tmp_path / "other" / "step-00000007"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp_save(plain(), checkpoint_id=path, no_dist=True)
+    manifest = json.loads((saved[1] / checkpoint.MANIFEST).read_text())
+    files = {file.name: file.stat().st_size for file in path.iterdir()}
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"files": files}))
+    runner = runner_of(plan_of(""))
+    checkpoint.load(path, runner)
+    assert_same(whole_states(runner))
+    assert runner.buffers["counters"].tolist() == COUNTERS
 
 
 def of_format(path: Path, number: int) -> None:
