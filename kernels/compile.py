@@ -1,6 +1,6 @@
 """The compile check: every Triton kernel built for a GPU that need not be there, and what the binary shows.
 
-Two looks at each kernel, in worker processes of their own:
+Two looks at each kernel, in worker processes, as many as there are cores and memory for:
 
     build   Triton and ptxas make the cubin that a launch with these arguments would make: pointers aligned as the arena
             aligns them, integers specialised by their values. The binary and its disassembly give registers, spills,
@@ -18,19 +18,21 @@ import math
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import import_module
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..documents import read_json
 from ..errors import CinemeshError
 from ..files import atomic_file
+from ..memory import available_bytes
 from .catalogue import IMPLEMENTATIONS
 from .packages import missing
 from .spec import Sizes, Spec
@@ -44,6 +46,11 @@ SHARED_BYTES = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
 SHARED_RESERVED_BYTES = 1024  # of each block, by the driver
 REGISTER_UNIT = 256  # registers are given to a warp in steps of this many
 THREADS = 32  # of a warp
+WORKER_BYTES = 700_000_000  # of a worker with ptxas: 0.4 GB at most, measured over every kernel of the 30B, 2026-11-29
+
+R = TypeVar("R")
+Job = tuple[str, Sizes]  # a module of this folder, and the sizes of its kernels
+Look = Callable[[Spec], R]
 
 
 @dataclass(frozen=True)
@@ -96,18 +103,16 @@ def compile_check(
     folder = cache or cache_directory()
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(module, size) for module in (modules or triton_modules()) for size in sizes]
-    workers = workers or min(len(jobs), os.cpu_count() or 1)
-    with _pool(workers, interpret=False) as builders, _pool(workers, interpret=True) as counters:
-        built = [builders.submit(_build_all, module, size, target, folder) for module, size in jobs]
-        moved = [counters.submit(_count_all, module, size, folder) if count else None for module, size in jobs]
-        found: dict[tuple[str, str], CompileReport] = {}
-        for reports, bytes_moved in zip(built, moved, strict=True):
-            traffic = bytes_moved.result() if bytes_moved is not None else None
-            for i, report in enumerate(reports.result()):
-                if traffic is not None:
-                    over = traffic[i] / max(1, report.least_bytes)
-                    report = replace(report, moved_bytes=traffic[i], bytes_over_least=round(over, 4))
-                found.setdefault((report.name, report.shape), report)
+    workers = workers or min(len(jobs), os.cpu_count() or 1, max(1, available_bytes() // WORKER_BYTES))
+    built = _work_through(jobs, partial(_build, target=target, folder=folder), workers, interpret=False)
+    moved = _work_through(jobs, partial(_count, folder=folder), workers, interpret=True) if count else None
+    found: dict[tuple[str, str], CompileReport] = {}
+    for i, reports in enumerate(built):
+        for k, report in enumerate(reports):
+            if moved is not None:
+                over = moved[i][k] / max(1, report.least_bytes)
+                report = replace(report, moved_bytes=moved[i][k], bytes_over_least=round(over, 4))
+            found.setdefault((report.name, report.shape), report)
     return list(found.values())
 
 
@@ -123,20 +128,82 @@ def cache_directory() -> Path:
 # -- worker processes -------------------------------------------------------------------------------------------------
 
 
-def _pool(workers: int, *, interpret: bool) -> ProcessPoolExecutor:
-    """Processes in which Triton either compiles or interprets: it decides when a kernel's module is imported."""
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, context, initializer=_set_up, initargs=(interpret,))
+class _Worker:
+    """A process in which Triton either compiles or interprets: it decides when a kernel's module is imported."""
+
+    def __init__(self, look: Look[Any], interpret: bool) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, far_end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(far_end, look, interpret), daemon=True)
+        self.process.start()
+        far_end.close()  # held by the process alone: its death ends the connection
+        self.job: int | None = None
+        self.kernel = "before its first kernel"
+
+    def answer(self) -> list[Any] | None:
+        """What it has to say: a job's results, or only which kernel comes next. Raises CinemeshError if it is dead."""
+        try:
+            said = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            code = self.process.exitcode or 0
+            ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            raise CinemeshError(
+                f"compile check, {self.kernel}: the process that looked at it {ended}",
+                remedy="if the system ran out of memory, end other jobs; what was looked at is kept, and the same "
+                "command goes on from there",
+            ) from None
+        if isinstance(said, str):
+            self.kernel = said
+            return None
+        return said
 
 
-def _set_up(interpret: bool) -> None:
+def _work_through(jobs: Sequence[Job], look: Look[R], workers: int, *, interpret: bool) -> list[list[R]]:
+    """``look`` at every kernel of every job, in ``workers`` processes; the results of each job."""
+    results: dict[int, list[R]] = {}
+    waiting = list(enumerate(jobs))[::-1]
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a Ctrl-C is for this process, which ends them
+    pool: list[_Worker] = []
+    try:
+        pool += [_Worker(look, interpret) for _ in range(min(workers, len(jobs)))]
+        signal.signal(signal.SIGINT, heard)
+        while len(results) < len(jobs):
+            for worker in pool:
+                if worker.job is None and waiting:
+                    worker.job, job = waiting.pop()
+                    worker.connection.send(job)
+            ready = wait([worker.connection for worker in pool if worker.job is not None])
+            for worker in (worker for worker in pool if worker.connection in ready):
+                said = worker.answer()
+                if said is not None and worker.job is not None:
+                    results[worker.job], worker.job = said, None
+    finally:
+        for worker in pool:
+            worker.process.kill()
+            worker.process.join()
+    return [results[i] for i in range(len(jobs))]
+
+
+def _serve(connection: Connection, look: Look[Any], interpret: bool) -> None:
     os.environ["TRITON_INTERPRET"] = "1" if interpret else "0"
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # multiply-add in one instruction; Triton 3.9 wants it said
     os.environ["OMP_NUM_THREADS"] = "1"
+    while True:
+        module, sizes = connection.recv()
+        results: list[Any] = []
+        for spec in _specs(module, sizes):
+            connection.send(f"{spec.name} {_shape(spec)}")
+            results.append(look(spec))
+        connection.send(results)
 
 
 def _specs(module: str, sizes: Sizes) -> list[Spec]:
     return import_module(f".{module}", __package__).compile_specs(sizes)
+
+
+def _shape(spec: Spec) -> str:
+    return " ".join(f"{label}={size}" for label, size in spec.shape.items())
 
 
 def _cached(folder: Path, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -152,10 +219,6 @@ def _cached(folder: Path, key: str, make: Callable[[], dict[str, Any]]) -> dict[
 # -- build ------------------------------------------------------------------------------------------------------------
 
 
-def _build_all(module: str, sizes: Sizes, target: str, folder: Path) -> list[CompileReport]:
-    return [_build(spec, target, folder) for spec in _specs(module, sizes)]
-
-
 def _build(spec: Spec, target: str, folder: Path) -> CompileReport:
     import triton
 
@@ -165,7 +228,7 @@ def _build(spec: Spec, target: str, folder: Path) -> CompileReport:
     programs = math.prod(spec.grid)
     return CompileReport(
         name=spec.name,
-        shape=" ".join(f"{label}={size}" for label, size in spec.shape.items()),
+        shape=_shape(spec),
         **binary,
         occupancy=occupancy(binary["registers"], binary["shared_bytes"], spec.num_warps, target),
         programs=programs,
@@ -181,7 +244,8 @@ def specialise(
 ) -> tuple[dict[str, str | tuple[str, ...]], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
     """(signature, constants, attributes) as a launch with the spec's arguments makes them.
 
-    Pointers are divisible by 16; so is an integer that is; an integer that is 1 becomes a constant.
+    Pointers are divisible by 16; so is an integer that is; an integer that is 1 becomes a constant, and one beyond 31
+    bits an i64.
     """
     names = list(spec.kernel.arg_names)
     unknown = spec.signature.keys() ^ (set(names) - spec.constexprs.keys())
@@ -193,6 +257,8 @@ def specialise(
         value, kind = spec.arguments.get(name), signature[name]
         if name in spec.constexprs:
             continue
+        if kind == "i32" and isinstance(value, int) and value >= 1 << 31:
+            signature[name] = "i64"
         if isinstance(kind, tuple):
             attributes |= {(position, i): [["tt.divisibility", 16]] for i in range(len(kind))}
         elif isinstance(value, int) and value == 1 and kind.startswith("i"):
@@ -259,13 +325,9 @@ def _sources(module: str) -> str:
     return "".join(texts[name] for name in sorted(texts))
 
 
-def _count_all(module: str, sizes: Sizes, folder: Path) -> list[int]:
+def _count(spec: Spec, folder: Path) -> int:
     import triton
 
-    sources = _sources(module)
-    moved: list[int] = []
-    for spec in _specs(module, sizes):
-        what = (spec.name, dict(spec.signature), dict(spec.constexprs), spec.grid, dict(spec.arguments))
-        key = f"count {triton.__version__} {what!r} {sources}"
-        moved.append(_cached(folder, key, lambda spec=spec: {"bytes": count_bytes(spec)})["bytes"])
-    return moved
+    what = (spec.name, dict(spec.signature), dict(spec.constexprs), spec.grid, dict(spec.arguments))
+    key = f"count {triton.__version__} {what!r} {_sources(spec.kernel.fn.__module__.rpartition('.')[2])}"
+    return _cached(folder, key, lambda: {"bytes": count_bytes(spec)})["bytes"]

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import triton
 import triton.language as tl
 
@@ -60,3 +63,8 @@ def spilling() -> Spec:
         least_bytes=0,
         arguments={"x": (8192 * 4,), "y": (8192,), "n": 4},
     )
+
+
+def killed(spec: Spec) -> None:
+    """A look at a kernel that the system ends, as it does when memory runs out."""
+    os.kill(os.getpid(), signal.SIGKILL)

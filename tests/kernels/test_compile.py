@@ -81,6 +81,45 @@ def test_a_second_read_is_counted() -> None:
     assert int(in_a_worker(code, interpret=True)) == 4 * (2 * 600 + 300)
 
 
+def test_counting_takes_no_memory_of_the_tensors_it_counts() -> None:
+    """Two tensors of 2**37 bytes, by programs of the real grid: no machine would hold them."""
+    code = (
+        "import planted, resource\nfrom cinemesh.kernels.traffic import count_bytes\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(count_bytes(planted.twice(1 << 35, 128)))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    moved, kilobytes = map(int, in_a_worker(code, interpret=True).split())
+    assert moved == pytest.approx(4 * 2.5 * 2**35, rel=0.01)  # of 65 programs, 33 stand for the half that stores
+    assert kilobytes < 50_000
+
+
+def test_a_worker_that_dies_names_its_kernel() -> None:
+    code = (
+        "import planted\nfrom cinemesh.kernels import compile as c\nfrom cinemesh.kernels.spec import Sizes\n"
+        f"try:\n    c._work_through([('swiglu', {SIZES!r})], planted.killed, 2, interpret=False)\n"
+        "except c.CinemeshError as error:\n    print(error)"
+    )
+    said = in_a_worker(code, interpret=False)
+    assert said.startswith("compile check, swiglu.forward T=36864 B=1 F=4096: ") and "was killed by SIGKILL" in said
+
+
+def test_workers_are_bounded_by_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """64 cores and memory for two workers and a half: two; never none."""
+    asked: list[int] = []
+
+    def work_through(jobs: list[object], look: object, workers: int, *, interpret: bool) -> list[list[object]]:
+        asked.append(workers)
+        return [[] for _ in jobs]
+
+    monkeypatch.setattr(compiling, "_work_through", work_through)
+    monkeypatch.setattr(compiling.os, "cpu_count", lambda: 64)
+    for free in (2.5, 0.1):
+        monkeypatch.setattr(compiling, "available_bytes", lambda free=free: int(free * compiling.WORKER_BYTES))
+        compiling.compile_check([SIZES], count=False, cache=tmp_path)
+    assert asked == [2, 1]
+
+
 def test_a_spill_is_seen() -> None:
     code = (
         "import planted\nfrom pathlib import Path\nfrom cinemesh.kernels import compile as c\nimport tempfile\n"
@@ -99,14 +138,15 @@ def test_a_spill_is_seen() -> None:
 def test_arguments_are_specialised_as_a_launch_does() -> None:
     code = (
         "import planted\nfrom dataclasses import replace\nfrom cinemesh.kernels.compile import specialise\n"
-        "for n in (1024, 1000, 1):\n"
+        "for n in (1024, 1000, 1, 1 << 31):\n"
         "    print(specialise(planted.twice(n)))"
     )
-    whole, odd, one = in_a_worker(code, interpret=False).split("\n")
+    whole, odd, one, long = in_a_worker(code, interpret=False).split("\n")
     sixteen = "[['tt.divisibility', 16]]"
     assert whole.endswith(f"{{(0,): {sixteen}, (1,): {sixteen}, (2,): {sixteen}}})")
     assert odd.endswith(f"{{(0,): {sixteen}, (1,): {sixteen}}})")
     assert "'n': 'constexpr'" in one and "'n': 1" in one
+    assert "'n': 'i64'" in long and "'n': 'i32'" in whole
 
 
 SASS = """
