@@ -14,6 +14,7 @@ import typer
 
 from ..errors import CinemeshError
 from .examples import PAPER, epilog
+from .interrupt import interrupted_in_a_line
 from .options import (
     PLAN_HELP,
     TRIED,
@@ -50,7 +51,8 @@ Train on a cluster:     torchrun ... -m cinemesh.launch.train CONFIG
 Make a clip:            cinemesh sample configs/quickstart.yaml --prompt "a red car"
 
 Every command has --help, with examples. Bytes are of one GPU, 1 GB is 1e9 of them; times are seconds.
-Exit codes: 0 done; 1 a check did not hold; 2 wrong input, with a line that says how to mend it.
+Exit codes: 0 done; 1 a check did not hold; 2 wrong input, with a line that says how to mend it;
+130 interrupted.
 """
 
 app = typer.Typer(
@@ -470,12 +472,13 @@ def calibrate(
 
 
 def main() -> None:
-    """Run the command line; a ``CinemeshError`` becomes one line on stderr and exit code 2."""
-    try:
-        app()
-    except CinemeshError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+    """Run the command line; a ``CinemeshError`` becomes one line on stderr and exit code 2, a Ctrl-C one and 130."""
+    with interrupted_in_a_line():
+        try:
+            app()
+        except CinemeshError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(USER_ERROR)
 
 
 if __name__ == "__main__":

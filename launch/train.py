@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cluster.processes import rank_main, world_size
+from .interrupt import interrupted_in_a_line
 from .plans import plan_override
 from .training import checkpoint, loop
 from .training.recipe import read_recipe
@@ -39,7 +40,8 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
     overrides = [*plan_override(given.plan), *given.overrides]
-    sys.exit(rank_main(lambda: run(config=given.config, nproc=None, overrides=overrides)))
+    with interrupted_in_a_line():
+        sys.exit(rank_main(lambda: run(config=given.config, nproc=None, overrides=overrides)))
 
 
 if __name__ == "__main__":

@@ -1,43 +1,52 @@
 """Processes: starting local ranks, joining them into one job, and ending them: one message for one failure.
 
-``--nproc N`` starts N ranks through torchrun's own elastic launcher; on a cluster torchrun itself starts them. Either
-way a rank finds the others through the environment that the launcher set, and runs inside :func:`rank_main`.
+``--nproc N`` starts N ranks of this machine, which meet at a store that listens on loopback alone; on a cluster
+torchrun starts them. Either way a rank finds the others through the environment that the launcher set, and runs inside
+:func:`rank_main`.
 """
 
 from __future__ import annotations
 
-import logging
+import multiprocessing
 import os
 import pickle
 import signal
 import socket
 import sys
 import tempfile
+import time
 import traceback
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
-from torch.multiprocessing.spawn import start_processes
+from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from ...errors import CinemeshError, in_a_line
 from ...parallel.ir.plan import Plan
 from ...parallel.runtime.comm import barrier, set_up_nccl
 from ...parallel.runtime.mesh import Mesh
+from ..interrupt import deaf_children, interrupt
 
 USER_ERROR = 2  # exit code of a CinemeshError, see cli.py
 BUG = 1
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # ask a run to save and stop
-GRACE_S = 120  # what ranks get to save once the launcher was asked to stop
+GRACE_S = 120.0  # what ranks get to save once the launcher was asked to stop
+LEFTOVER_S = 20.0  # and to end by themselves once one of them failed
+WATCH_S = 0.2  # between two looks at the ranks
+LOOPBACK = "127.0.0.1"
 MEETING_S = 600.0  # how long ranks wait for one another when they start
 ANSWER_S = 1800.0  # and in a collective
 _CLAIM = "cinemesh/first_failure"
@@ -131,11 +140,15 @@ def joined(plan: Plan) -> Iterator[Joined]:
     dist.destroy_process_group()
 
 
-def rank_main(work: Callable[[], None]) -> int:
+def _to_stderr(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def rank_main(work: Callable[[], None], say: Callable[[str], None] = _to_stderr) -> int:
     """Run ``work`` on this rank; the exit code. Of a failing job, the first rank to fail speaks, and only that one.
 
-    All ranks that fail end with its code: the launcher reports whichever process it finds ended first, and that may be
-    one that failed because the first did.
+    All ranks that fail end with its code: torchrun reports whichever process it finds ended first, and that may be one
+    that failed because the first did.
     """
     try:
         work()
@@ -144,13 +157,13 @@ def rank_main(work: Callable[[], None]) -> int:
             print(stop, file=sys.stderr)
         return stop.exit_code
     except CinemeshError as error:
-        return _failed(USER_ERROR, f"error: {error}")
+        return _failed(USER_ERROR, f"error: {error}", say)
     except Exception:  # noqa: BLE001  a bug: shown whole, once; the others fail because this one did
-        return _failed(BUG, f"[rank {os.environ.get('RANK', '0')}] {traceback.format_exc()}")
+        return _failed(BUG, f"[rank {os.environ.get('RANK', '0')}] {traceback.format_exc()}", say)
     return 0
 
 
-def _failed(code: int, message: str) -> int:
+def _failed(code: int, message: str, say: Callable[[str], None]) -> int:
     """The exit code of the first rank to fail; if that is this one, it speaks."""
     if _store is None:  # before the ranks met, all fail alike
         speaks, code_of_all = int(os.environ.get("LOCAL_RANK", "0")) == 0, code
@@ -162,12 +175,15 @@ def _failed(code: int, message: str) -> int:
             claimed = mine
         speaks, code_of_all = claimed == mine, int(claimed.split()[1])
     if speaks:
-        print(message, file=sys.stderr)
+        say(message)
     return code_of_all
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT inside a ``with`` block, to be obeyed between steps."""
+    """Notes SIGTERM and SIGINT inside a ``with`` block, to be obeyed between steps; a second Ctrl-C is obeyed at once.
+
+    Not by a rank that a launcher started: it may hear one Ctrl-C twice, from the terminal and from the launcher.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -181,6 +197,8 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None and signum == signal.SIGINT and not launched():
+            interrupt(signum, frame)
         self.signum = signum
 
 
@@ -191,62 +209,109 @@ def launch(nproc: int, work: Callable[..., None], *args: object) -> int:
     """Run ``work(*args)`` as ranks 0 to ``nproc`` - 1 on this machine; the exit code of the first that failed, or 0.
 
     ``work`` is a module-level function and its arguments are picklable: processes are spawned. Ranks meet at
-    ``MASTER_PORT`` if that is set, else at a free port. Raises CinemeshError for a port in use and for a rank that was
-    killed from outside.
+    ``MASTER_PORT`` if that is set, else at a free port. SIGTERM and Ctrl-C are passed on as a request to save and stop;
+    a second Ctrl-C, and every other way out of here, leaves no rank alive. Raises CinemeshError for a port in use and
+    for a rank that was killed from outside.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):  # ranks report for themselves, see rank_main
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-    port = _free_port(os.environ.get("MASTER_PORT"))
     _over_loopback()
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint=f"127.0.0.1:{port}",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        shutdown_timeout=GRACE_S,
-    )
+    context = multiprocessing.get_context("spawn")
+    store, said = _store_on_loopback(os.environ.get("MASTER_PORT")), context.SimpleQueue()
+    ranks = [context.Process(target=_rank, args=(rank, nproc, store.port, said, work, args)) for rank in range(nproc)]
+    stop = StopSignal()
     try:
-        elastic_launch(config, _rank)(work, *args)
-    except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            raise CinemeshError(
-                f"rank {rank} was killed by {name}",
-                remedy="if that was the system running out of memory, use a smaller batch "
-                "or more recompute. Start the run again to go on from its last checkpoint",
-            ) from None
-        return failure.exitcode
-    except SignalException as stopped:  # the ranks have saved meanwhile
-        return 128 + stopped.sigval
-    return 0
+        with deaf_children():
+            for process in ranks:
+                process.start()
+        with stop:
+            ended = _watch(ranks, stop)
+    finally:
+        for process in ranks:
+            if process.pid is not None:
+                process.kill()
+                process.join()
+    message = None if said.empty() else said.get()
+    lost = {rank: -code for rank, code in ended.items() if code < 0 and code != -signal.SIGTERM}
+    for rank, signum in lost.items():  # what the others then say of a lost connection is no cause
+        if signum == signal.SIGKILL or message is None:
+            raise _killed(rank, signum)
+    if message is not None:
+        _to_stderr(message)
+    elif stop.signum is not None and -signal.SIGTERM in ended.values():
+        _to_stderr(f"stopped by {signal.Signals(stop.signum).name}")
+    code = next((code for code in ended.values() if code), 0)
+    return code if stop.signum is None or code in (0, USER_ERROR, BUG) else 128 + stop.signum
+
+
+def _watch(ranks: list[SpawnProcess], stop: StopSignal) -> dict[int, int]:
+    """Exit codes by rank, in the order in which they ended, without those that were killed here for not ending."""
+    ended: dict[int, int] = {}
+    deadline, passed_on = float("inf"), False
+    while len(ended) < len(ranks):
+        alive = {rank: process for rank, process in enumerate(ranks) if rank not in ended}
+        wait([process.sentinel for process in alive.values()], timeout=WATCH_S)
+        for rank, process in alive.items():
+            if process.exitcode is not None:
+                ended[rank] = process.exitcode
+        now = time.monotonic()
+        if stop.signum is not None and not passed_on:
+            passed_on, deadline = True, now + GRACE_S
+            for process in alive.values():
+                process.terminate()
+        if not passed_on and any(ended.values()):
+            deadline = min(deadline, now + LEFTOVER_S)
+        if now > deadline:
+            break
+    return ended
+
+
+def _killed(rank: int, signum: int) -> CinemeshError:
+    return CinemeshError(
+        f"rank {rank} was killed by {signal.Signals(signum).name}",
+        remedy="if that was the system running out of memory, use a smaller batch or more recompute. A training run "
+        "that is started again goes on from its last checkpoint",
+    )
 
 
 def forked(ranks: int, work: Callable[[], T]) -> list[T]:
     """What ``work`` answers on every rank of a gloo job of forked processes: no port, and torch is loaded once.
 
-    Not for a process that has begun to use CUDA. Answers are pickled.
+    Not for a process that has begun to use CUDA. Answers are pickled. Raises the first CinemeshError of a rank, and
+    another for a rank that was killed.
     """
     _over_loopback()
     with tempfile.TemporaryDirectory() as folder:
-        start_processes(_forked, (ranks, Path(folder), work), ranks, start_method="fork")
-        return [pickle.loads((Path(folder) / f"answer{rank}").read_bytes()) for rank in range(ranks)]
+        with deaf_children():
+            started = start_processes(_forked, (ranks, Path(folder), work), ranks, join=False, start_method="fork")
+        assert started is not None
+        processes = [process for process in started.processes if process is not None]
+        try:
+            while not started.join():
+                pass
+            answers = [pickle.loads((Path(folder) / f"answer{rank}").read_bytes()) for rank in range(ranks)]
+        except ProcessException:  # of the rank that was found first: what it says of a lost connection is no cause
+            for rank, process in enumerate(processes):
+                answer = Path(folder) / f"answer{rank}"
+                if process.exitcode == -signal.SIGKILL:
+                    raise _killed(rank, signal.SIGKILL) from None
+                if answer.exists() and isinstance(error := pickle.loads(answer.read_bytes()), CinemeshError):
+                    raise error from None
+            raise
+        finally:
+            for process in processes:
+                process.kill()
+        return answers
 
 
 def _forked(rank: int, ranks: int, folder: Path, work: Callable[[], object]) -> None:
     torch.set_num_threads(1)
     meeting = dist.FileStore(str(folder / "store"), ranks)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=meeting, rank=rank, world_size=ranks)
-    (folder / f"answer{rank}").write_bytes(pickle.dumps(work()))
+    try:
+        answer = work()
+    except CinemeshError as error:
+        (folder / f"answer{rank}").write_bytes(pickle.dumps(error))
+        raise
+    (folder / f"answer{rank}").write_bytes(pickle.dumps(answer))
     barrier()  # nobody leaves while another still receives
     dist.destroy_process_group()
 
@@ -255,23 +320,34 @@ def _over_loopback() -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
 
 
-def _rank(work: Callable[..., None], *args: object) -> None:
-    sys.exit(rank_main(lambda: work(*args)))
+def _rank(
+    rank: int, nproc: int, port: int, said: SimpleQueue[str], work: Callable[..., None], args: Sequence[object]
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "MASTER_ADDR": LOOPBACK,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch's word for: the launcher holds the store
+    }
+    sys.exit(rank_main(lambda: work(*args), said.put))
 
 
-def _free_port(wanted: str | None) -> int:
-    """``wanted`` if nobody listens there, or 0, for any: the launcher picks one. Raises CinemeshError when in use."""
-    if wanted is None:
-        return 0
-    if not wanted.isdigit() or not 0 < int(wanted) < 1 << 16:
+def _store_on_loopback(wanted: str | None) -> TCPStore:
+    """A store at port ``wanted``, or any; torch by itself would listen on every interface of the machine.
+
+    Raises CinemeshError for a port that is none or in use.
+    """
+    if wanted is not None and (not wanted.isdigit() or not 0 < int(wanted) < 1 << 16):
         raise CinemeshError(f"MASTER_PORT is {wanted!r}", remedy="a port is a number from 1 to 65535")
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store will: no wait for old links
-        try:
-            listener.bind(("127.0.0.1", int(wanted)))
-        except OSError as error:
-            raise CinemeshError(
-                f"port {wanted} (MASTER_PORT) is in use: {error.strerror}",
-                remedy="choose another, or unset MASTER_PORT for a free one",
-            ) from error
-    return int(wanted)
+    try:
+        listener = socket.create_server((LOOPBACK, int(wanted or 0)))
+    except OSError as error:
+        raise CinemeshError(
+            f"port {wanted} (MASTER_PORT) is in use: {error.strerror}",
+            remedy="choose another, or unset MASTER_PORT for a free one",
+        ) from error
+    port = listener.getsockname()[1]
+    return TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())

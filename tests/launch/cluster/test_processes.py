@@ -1,0 +1,127 @@
+"""Local ranks: who listens where, who speaks when one is lost, and how Ctrl-C ends them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cinemesh.errors import CinemeshError
+from cinemesh.launch import cli
+from cinemesh.launch.cluster.processes import forked, launch
+from cinemesh.launch.interrupt import INTERRUPTED, Interrupted
+from cinemesh.parallel.runtime.comm import barrier
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+# Rank 0 writes down every address on which this job's processes listen, then waits for a rank that is killed.
+LISTENING = """
+import os, signal
+from pathlib import Path
+from cinemesh.launch.cluster.processes import joined
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.runtime.comm import barrier
+
+def sockets(pid):
+    found = [Path(entry) for entry in os.scandir(f"/proc/{pid}/fd")]
+    links = [os.readlink(path) for path in found if path.is_symlink()]
+    return {link[8:-1] for link in links if link.startswith("socket:[")}
+
+with joined(Plan(dp_shard=2)) as place:
+    barrier()
+    if place.rank == 0:
+        launcher = os.getppid()
+        children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+        mine = set().union(*(sockets(pid) for pid in (launcher, *children)))
+        rows = [row.split() for name in ("tcp", "tcp6") for row in open(f"/proc/net/{name}").readlines()[1:]]
+        Path(PATH).write_text(" ".join(row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in mine))
+    barrier()
+    if place.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    barrier()
+"""
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}  # as /proc/net has it
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the socket table of /proc")
+def test_a_local_job_listens_on_loopback_alone_and_a_lost_rank_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The launcher's store and gloo of both ranks; then what rank 0 says of its lost peer is not shown."""
+    found = tmp_path / "listening"
+    with pytest.raises(CinemeshError, match=r"^rank 1 was killed by SIGKILL; if that was the system"):
+        launch(2, exec, LISTENING.replace("PATH", repr(str(found))), {})
+    addresses = found.read_text().split()
+    assert len(addresses) >= 1 and set(addresses) <= LOOPBACK
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def _press(when: Callable[[], object], times: int) -> None:
+    """Ctrl-C, on a thread of its own, once ``when`` holds."""
+
+    def press() -> None:
+        while not when():
+            time.sleep(0.01)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1.0)  # one look of the launcher at its ranks, at least
+
+    threading.Thread(target=press, daemon=True).start()
+
+
+def test_a_ctrl_c_while_ranks_start_ends_them_in_a_line(capfd: pytest.CaptureFixture[str]) -> None:
+    """The rank is importing torch: no handler of its own is there yet."""
+    _press(multiprocessing.active_children, 1)
+    assert launch(1, time.sleep, 600) == INTERRUPTED
+    assert capfd.readouterr().err == "stopped by SIGINT\n" and not multiprocessing.active_children()
+
+
+def test_a_second_ctrl_c_does_not_wait_for_ranks_that_save(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    ready = tmp_path / "ready"
+    code = (
+        "import time, pathlib\nfrom cinemesh.launch.cluster.processes import StopSignal\n"
+        f"with StopSignal():\n    pathlib.Path({str(ready)!r}).touch()\n    time.sleep(600)"
+    )
+    before = signal.getsignal(signal.SIGINT)
+    _press(ready.exists, 2)
+    with pytest.raises(Interrupted):
+        launch(1, exec, code, {})
+    assert not multiprocessing.active_children() and capfd.readouterr().err == ""
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_ctrl_c_in_a_command_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "app", lambda: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job has it ignored
+    try:
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def _lost_or_refused(refused: bool) -> None:
+    import torch.distributed as dist
+
+    if dist.get_rank() == 1:
+        if refused:
+            raise CinemeshError("the cause", remedy="the remedy")
+        os.kill(os.getpid(), signal.SIGKILL)
+    barrier()
+
+
+@pytest.mark.parametrize(
+    ("refused", "said"), [(True, "the cause; the remedy"), (False, "rank 1 was killed by SIGKILL")]
+)
+def test_of_forked_ranks_the_cause_speaks(refused: bool, said: str) -> None:
+    """Rank 0 sees no more than a lost connection."""
+    with pytest.raises(CinemeshError, match=said):
+        forked(2, lambda: _lost_or_refused(refused))
