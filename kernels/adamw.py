@@ -2,7 +2,7 @@
 
     g = clip gradient      m += (1 - beta1) (g - m)      v += (1 - beta2) (g^2 - v)
     w = w (1 - lr decay) - lr / (1 - beta1^k) m / (sqrt(v) / sqrt(1 - beta2^k) + eps)
-    ema += (1 - ema_decay) (w - ema)
+    ema += max(1 - ema_decay, 9 / (10 + k)) (w - ema)
     (Loshchilov and Hutter 2019; k = updates so far, this one counted)
 
 Nothing changes when the norm was not finite. Elements before ``boundary`` decay.
@@ -77,6 +77,7 @@ def adamw_kernel(
     correction2 = tl.sqrt(1.0 - tl.exp(updates * tl.full((), LOG_BETA2, tl.float64)))
     step_size = (lr / correction1).to(tl.float32)
     root_correction = (1.0 / correction2).to(tl.float32)
+    rate_ema = tl.maximum(9.0 / (10.0 + updates), RATE_EMA).to(tl.float32)  # min(ema_decay, (1 + k) / (10 + k))
 
     g = g * tl.load(clip)
     m_new = m + RATE1 * (g - m)
@@ -87,7 +88,7 @@ def adamw_kernel(
     tl.store(master + at, w_new, mask=mask)
     tl.store(exp_avg + at, tl.where(taken, m_new, m), mask=mask)
     tl.store(exp_avg_sq + at, tl.where(taken, v_new, v), mask=mask)
-    tl.store(ema + at, tl.where(taken, average + RATE_EMA * (w_new - average), average), mask=mask)
+    tl.store(ema + at, tl.where(taken, average + rate_ema * (w_new - average), average), mask=mask)
     if COPY:
         tl.store(copy + at, w_new, mask=mask)
 

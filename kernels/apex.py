@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .checks import check
-from .reference import UPDATES
+from .reference import UPDATES, ema_rate
 
 ADAMW_MODE = 1  # decoupled weight decay
 CHUNK = 2048 * 32  # elements of one thread block's work: apex's own default
@@ -115,4 +115,5 @@ def adamw(
         if begin < end:
             lists = [[x[begin:end]] for x in flat]
             kernel(CHUNK, skip, lists, lr, *betas, eps, step, ADAMW_MODE, 1, decay, clip)
-    ema.lerp_(master, finite.to(master.dtype) * (1 - ema_decay))
+    rate = ema_rate(step.to(master.dtype), ema_decay)
+    ema.lerp_(master, rate.mul_(finite).view(()))

@@ -386,9 +386,9 @@ OPS: Mapping[str, OpSpec] = {
     "adamw": OpSpec(
         "rn,rn,rn,rn,rn,,,q,->rn,rn,rn,rn",
         in_place={0: 0, 1: 1, 2: 2, 3: 3},
-        flops=count(16, n=18),
-        kernels=_each(_flat_chunks, count(13), count(19)),
-        plain_bytes=sized(_each(_flat_chunks, count(8), count(38, n=31)), own=_each(_flat_chunks, count(1), count(25))),
+        flops=count(19, n=18),
+        kernels=_each(_flat_chunks, count(13), count(23)),
+        plain_bytes=sized(_each(_flat_chunks, count(8), count(47, n=31)), own=_each(_flat_chunks, count(1), count(25))),
         workspace=lambda o: sized(count(9))(o) + 2 * o.item_bytes[0] * min(FLAT_CHUNK, o.sizes["n"]),
     ),
 }

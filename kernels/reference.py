@@ -468,6 +468,11 @@ def clip_factor(inputs: Tensors, outputs: Tensors, *, clip_norm: float) -> None:
     advanced[UPDATES].add_(finite)
 
 
+def ema_rate(updates: Tensor, decay: float) -> Tensor:
+    """1 - min(decay, (1 + n) / (10 + n)) of update ``n`` = ``updates``, a floating scalar on the device."""
+    return (9 / (10 + updates)).clamp_(min=1 - decay)
+
+
 def adamw(
     inputs: Tensors,
     outputs: Tensors,
@@ -483,13 +488,16 @@ def adamw(
 ) -> None:
     """AdamW (Loshchilov and Hutter 2019) and EMA on the flat shard; nothing changes when the norm is not finite.
 
-    Elements before ``boundary`` decay: all units but the last hold only weights that do, the last holds them first.
+    The EMA's decay warms up: min(ema_decay, (1 + n) / (10 + n)) at update n, the rule of TensorFlow's
+    ``tf.train.ExponentialMovingAverage(num_updates=...)``, so that an early average is not its random start. Elements
+    before ``boundary`` decay: all units but the last hold only weights that do, the last holds them first.
     """
     master, exp_avg, exp_avg_sq, ema, gradient, clip, finite, counters, lr = inputs
     boundary = last_offset + min(max(last_decayed - rank * last_elements, 0), last_elements)
     updates = counters[UPDATES].clamp(min=1).to(master.dtype)  # 0 only when the first update is skipped
     taken = finite.to(master.dtype)  # every rate is 0 in a step that is skipped
-    rate1, rate2, rate_ema = (taken * (1 - beta) for beta in (*betas, ema_decay))
+    rate1, rate2 = (taken * (1 - beta) for beta in betas)
+    rate_ema = ema_rate(updates, ema_decay).mul_(taken)
     step_size = taken * lr / (1 - betas[0] ** updates)
     root_correction = torch.sqrt(1 - betas[1] ** updates)
     flat = [x.view(-1) for x in (master, exp_avg, exp_avg_sq, ema, gradient)]

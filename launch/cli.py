@@ -8,7 +8,7 @@ import contextlib
 import platform
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -129,6 +129,10 @@ def sample(
         typer.Option("--guidance", help="Classifier-free guidance scale; default: the recipe's."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Picks the starting noise.")] = 0,
+    weights: Annotated[
+        Literal["ema", "master"] | None,
+        typer.Option("--weights", help="Their running average, or the last step's own; default: the recipe's."),
+    ] = None,
     nproc: LocalProcesses = None,
     plan: RecipePlan = None,
     overrides: Overrides = None,
@@ -144,9 +148,7 @@ def sample(
         prompt=prompt,
         checkpoint=checkpoint,
         out=out,
-        steps=steps,
-        guidance=guidance,
-        seed=seed,
+        asked={"weights": weights, "sample.steps": steps, "sample.guidance": guidance, "sample.seed": seed},
         nproc=nproc,
         overrides=[*plan_override(plan), *(overrides or [])],
     )

@@ -194,6 +194,11 @@ class StepRunner:
     def steps_done(self) -> int:
         return int(self.buffers["counters"][0])
 
+    @property
+    def updates_done(self) -> int:
+        """Steps less those whose update was skipped."""
+        return int(self.buffers["counters"][1])
+
 
 def step_buffers(program: Program) -> dict[str, str]:
     """What a step has whatever its shape, by the names that are used outside: states, and the learning rate."""

@@ -39,7 +39,8 @@ from .chunks import OTHER_MODEL, Chunk, ChunkLoadPlanner, ChunkSavePlanner, chun
 STATES = ("master", "exp_avg", "exp_avg_sq", "ema")
 COUNTERS = "counters"
 # Raise it when names or what they mean change, or what the next step does with them. Before 2, draws of a sample did
-# not depend on its place in the batch: such weights can be read, but no run goes on from them.
+# not depend on its place in the batch, and the EMA's decay did not warm up: such weights can be read, but no run goes
+# on from them.
 FORMAT = 2
 FOLDER = "checkpoints"  # where a run keeps them, below its directory
 MANIFEST = "cinemesh.json"
@@ -129,6 +130,7 @@ def _write_manifest(folder: Path, runner: StepRunner, step: int, note: dict[str,
     manifest = {
         "format": FORMAT,
         "step": step,
+        "updates": runner.updates_done,
         "model": asdict(runner.config),
         "plan": runner.plan.to_dict(),
         "torch": torch.__version__,
@@ -175,7 +177,7 @@ def _complete(directory: Path) -> list[Path]:
 
 
 def manifest(path: Path) -> dict[str, Any]:
-    """``step``, ``model``, ``plan``, ``torch``, ``files``, ``note`` of a checkpoint whose files are all there.
+    """``step``, ``updates``, ``model``, ``plan``, ``torch``, ``files``, ``note`` of a checkpoint whose files are there.
 
     Raises CinemeshError when it is missing, incomplete, truncated or of another format.
     """
@@ -187,6 +189,7 @@ def manifest(path: Path) -> dict[str, Any]:
             f"checkpoint {path} has format {quoted(written_by)}, this version reads 1 to {FORMAT}",
             remedy=_OTHER_VERSION,
         )
+    found.setdefault("updates", found.get("step"))  # format 1 does not tell the steps whose update was skipped
     mapping(found, where, _MANIFEST, required=_MANIFEST, remedy=_DAMAGED)
     for key, kind in _MANIFEST.items():
         if not isinstance(found[key], kind):
@@ -204,7 +207,11 @@ def manifest(path: Path) -> dict[str, Any]:
 
 
 _OTHER_VERSION = "read it with the version that wrote it, or train anew in another logging.directory"
-_MANIFEST = {"format": int, "step": int, "model": dict, "plan": dict, "torch": str, "files": dict, "note": dict}
+_MANIFEST = {
+    **dict.fromkeys(("format", "step", "updates"), int),
+    **dict.fromkeys(("model", "plan", "files", "note"), dict),
+    "torch": str,
+}
 _DAMAGED = "restore the file, or remove this checkpoint to go on from an earlier one"
 
 

@@ -121,7 +121,7 @@ class _Loop:
             for bucket, windows in enumerate(cache.buckets)
         ]
         self.validations = {
-            bucket: Validation(runners.runners[self.latents[bucket]], windows.validation, log.validation_draws)
+            bucket: Validation(runners.runners[self.latents[bucket]], windows.validation, self.config)
             for bucket, windows in enumerate(cache.buckets)
             if log.validate_every and len(windows.validation)
         }
@@ -230,6 +230,8 @@ class _Loop:
                 values |= {f"validation_loss/{self.cache.buckets[b].bucket}": value for b, value in losses.items()}
             self.telemetry.scalars(step, values)
             self.telemetry.say(f"step {step}: validation loss {loss:.4f}")
+            if step and (said := next(iter(self.validations.values())).remark()):
+                self.telemetry.say(said)
 
     def _save(self) -> None:
         path = checkpoint.save(

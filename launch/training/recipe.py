@@ -162,6 +162,9 @@ class Config:
     schedule: ScheduleSection
     logging: LoggingSection
     sample: SampleSection | None = None
+    # Those that are validated and sampled: the running average, which has less of the noise of single steps, and by its
+    # warm-up none of the random start; or the step's own.
+    weights: Literal["ema", "master"] = "ema"
     seed: CountOrNone = 0
     caption_dropout: Share = CAPTION_DROPOUT
     capture: Literal["auto", "off", "required"] = "auto"  # steps replay: frozen calls, or a CUDA Graph

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ...parallel.runtime.mesh import coordinates
 from ..cluster.processes import Joined, joined, launch, rank_main, world_size
 from ..written import wrote
 from . import checkpoint as checkpoints
+from .average import remark
 from .recipe import Config, read_config
 from .setting import Setting
 
@@ -35,25 +36,22 @@ class ClipOrder:
     out: Path
 
 
-def run(  # noqa: PLR0913  the options of the command
+def run(
     *,
     config: Path,
     prompt: str,
     checkpoint: Path | None,
     out: Path,
-    steps: int,
-    guidance: float | None,
-    seed: int,
+    asked: Mapping[str, object],
     nproc: int | None,
     overrides: Sequence[str] = (),
 ) -> None:
-    """Sample a clip with the EMA weights of ``checkpoint``, by default the newest of the recipe's run, and write it.
+    """Sample a clip with the weights of ``checkpoint``, by default the newest of the recipe's run, and write it.
 
-    On one process any recipe's plan is left aside; on several, the plan must be of that many. ``guidance`` is by
-    default the recipe's.
+    On one process any recipe's plan is left aside; on several, the plan must be of that many. ``asked``: values of the
+    recipe's keys; one that is None is the recipe's.
     """
-    asked = {"steps": steps, "guidance": guidance, "seed": seed}
-    asked_for = [f"sample.{name}={value}" for name, value in asked.items() if value is not None]
+    asked_for = [f"{key}={value}" for key, value in asked.items() if value is not None]
     recipe = read_config(config, [*overrides, *asked_for])
     processes = world_size(nproc)
     if processes == 1:
@@ -71,6 +69,9 @@ def run(  # noqa: PLR0913  the options of the command
     setting.check_sampling()
     checkpoints.check_model(newest, setting.model)
     order = ClipOrder(recipe, newest, prompt, out)
+    written = checkpoints.manifest(newest)  # format 1: an average that did not warm up
+    if said := remark(recipe, written["updates"], warms_up=written["format"] > 1):
+        print(said, file=sys.stderr)
     code = launch(nproc, sample, order) if nproc and nproc > 1 else rank_main(lambda: sample(order))
     if code:
         sys.exit(code)
@@ -83,7 +84,7 @@ def sample(order: ClipOrder) -> None:
         units = unit_layout(setting.model, plan)
         position = place.mesh.coordinates if place.mesh else coordinates(plan, 0)
         weights = torch.empty(1, units.flat_elements, dtype=TORCH_DTYPES[plan.stat_dtype], device=place.device)
-        checkpoints.load_weights(order.checkpoint, "ema", weights, units, position)
+        checkpoints.load_weights(order.checkpoint, order.config.weights, weights, units, position)
         for clip in sample_clips(setting, place, weights, [order.prompt]):
             write_mp4(order.out, clip[: order.config.sampled.frames])
             wrote(order.out, "open it in a video player; another --seed makes another clip")

@@ -21,6 +21,7 @@ from ...kernels.philox import Purpose, normal_
 from ...model.codec import LatentCodec, psnr
 from ...model.runner import StepRunner
 from ..cluster.processes import Joined
+from .average import remark
 from .sample import sample_clips
 from .setting import Setting
 
@@ -46,11 +47,14 @@ class Score:
 
 
 def show_samples(setting: Setting, place: Joined, cache: Cache, runner: StepRunner) -> None:
-    """Sample clips with the EMA weights, write them and print how near they come to what was trained on. Collective."""
+    """Sample clips, write them and print how near they come to what was trained on. Collective."""
     config, bucket, captions = setting.config, setting.config.sampled, setting.captions
-    clips = sample_clips(setting, place, runner.buffers["ema"], list(captions.values()), samples=runner.batch.samples)
+    weights = runner.buffers[config.weights]
+    clips = sample_clips(setting, place, weights, list(captions.values()), samples=runner.batch.samples)
     if place.rank:
         return
+    if said := remark(config, runner.updates_done):
+        print(said)
     folder = config.logging.directory / "samples"
     shown = {scene: clip[: bucket.frames] for scene, clip in zip(captions, clips, strict=True)}
     train = next(windows.train for windows in cache.buckets if windows.bucket == str(bucket))

@@ -1,4 +1,4 @@
-"""Validation loss: the velocity loss of the EMA weights on held-out windows, with the same t and noise every time."""
+"""Validation loss: the velocity loss of the weights on held-out windows, with the same t and noise every time."""
 
 from __future__ import annotations
 
@@ -18,23 +18,26 @@ from ...parallel.passes.pipeline import prepare
 from ...parallel.runtime.comm import sum_over_ranks
 from ...parallel.runtime.executor import Executor
 from ...parallel.runtime.mesh import backend_of
+from .average import remark
+from .recipe import Config
 
 SEED = 1  # of the draws: fixed, so that losses of different runs can be compared
 
 
 class Validation:
-    """Runs the forward program on the runner's own EMA shard; every rank takes part.
+    """Runs the forward program on the runner's own shard of the recipe's ``weights``; every rank takes part.
 
-    Each sample is seen at ``draws`` fixed (t, noise), captions never dropped. The loss is the mean over a sample's
-    elements, then over samples and draws.
+    Each sample is seen at ``logging.validation_draws`` fixed (t, noise), captions never dropped. The loss is the mean
+    over a sample's elements, then over samples and draws.
     """
 
-    def __init__(self, runner: StepRunner, samples: Sequence[Sample], draws: int) -> None:
-        self._runner, self._samples = runner, samples
-        self._items = [(index, draw) for draw in range(draws) for index in range(len(samples))]
+    def __init__(self, runner: StepRunner, samples: Sequence[Sample], config: Config) -> None:
+        self._runner, self._samples, self._config = runner, samples, config
+        draws = range(config.logging.validation_draws)
+        self._items = [(index, draw) for draw in draws for index in range(len(samples))]
         backend = backend_of(runner.executor.device)
         program = prepare(build_velocity(runner.config, runner.plan, runner.batch), backend=backend)
-        shared = {program.states["master"]: runner.buffers["ema"]}
+        shared = {program.states["master"]: runner.buffers[config.weights]}
         train = runner.executor  # never runs while this does: the same arena serves
         self._forward = Executor(
             program, runner.coordinates, runner.comm, train.device, shared=shared, arena=train.arena
@@ -51,6 +54,10 @@ class Validation:
         if self._runner.mesh is not None:
             total = sum_over_ranks(total)
         return (total[0] / total[1]).item()
+
+    def remark(self) -> str | None:
+        """What is to be said of the weights, if anything."""
+        return remark(self._config, self._runner.updates_done)
 
     def _squared_error(self, items: list[tuple[int, int]], counted: int) -> torch.Tensor:
         """(sum, elements) of this rank's tokens of ``items``; those from ``counted`` on only fill the batch."""

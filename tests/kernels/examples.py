@@ -393,7 +393,8 @@ def clip_factor(t: int, b: int, d: int) -> Iterator[Example]:
 def adamw(t: int, b: int, d: int) -> Iterator[Example]:
     """Against torch's own, from its third update on; decay for the first elements of the shard alone.
 
-    Each part of a long shard spans whole chunks, one after the other.
+    Each part of a long shard spans whole chunks, one after the other. The EMA's decay is that of its warm-up, 4 / 13,
+    or the optimizer's where that is smaller.
     """
     for n in (max(t * b * d, 20), 3 * FLAT_CHUNK + 7):
         offset, held = n // 2, n - n // 2
@@ -417,8 +418,9 @@ def adamw(t: int, b: int, d: int) -> Iterator[Example]:
                     lr, finite = torch.tensor(1e-2, dtype=torch.float64), torch.tensor(True)
                     flat = [x[None] for x in (*before, ema, gradient)]
                     inputs = [*flat, clip, finite, torch.tensor([9, 3]), lr]
-                    wanted = [x[None] for x in (master, m, v, torch.lerp(ema, master, 0.1))]
-                    attrs = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "ema_decay": 0.9}
+                    ema_decay, decay = (0.9, 4 / 13) if rank else (0.2, 0.2)
+                    wanted = [x[None] for x in (master, m, v, decay * ema + (1 - decay) * master)]
+                    attrs = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "ema_decay": ema_decay}
                     attrs |= {"last_offset": offset, "last_elements": held, "last_decayed": decayed, "rank": rank}
                     yield Example("ssssssbis->ssss", inputs, wanted, attrs, counted=boundary == n)
 

@@ -137,16 +137,14 @@ def test_options_reach_train_sample_and_program(monkeypatch: pytest.MonkeyPatch)
     assert seen == {"config": Path("a.yaml"), "nproc": None, "overrides": ['plan="best.yaml"', "seed=7"]}
 
     stand_in(monkeypatch, "training.sample", "run", work)
-    asked = ("--prompt", "a car", "--guidance", "1.5", "--plan", "tp=2", "--set", "seed=7")
+    asked = ("--prompt", "a car", "--guidance", "1.5", "--weights", "master", "--plan", "tp=2", "--set", "seed=7")
     assert run_main(monkeypatch, "sample", "a.yaml", *asked) == 0
     assert seen == {
         "config": Path("a.yaml"),
         "prompt": "a car",
         "checkpoint": None,
         "out": Path("sample.mp4"),
-        "steps": 50,
-        "guidance": 1.5,
-        "seed": 0,
+        "asked": {"weights": "master", "sample.steps": 50, "sample.guidance": 1.5, "sample.seed": 0},
         "nproc": None,
         "overrides": ['plan="tp=2"', "seed=7"],
     }

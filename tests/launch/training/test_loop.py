@@ -304,8 +304,9 @@ def validation_loss(values: dict[str, Any]) -> float:
     mesh = Mesh(setting.config.plan) if setting.config.plan.world_size > 1 else None
     cache = setting.open_cache(Joined(mesh.rank if mesh else 0, "cpu", mesh))
     runner = StepRunner(setting.model, setting.config.plan, setting.batches[0], setting.config.optimizer, mesh)
-    fill_shard(runner.buffers["ema"], runner.units, runner.coordinates, probe_values(3))  # master stays zero
-    loss = Validation(runner, cache.buckets[0].validation, 3).loss()
+    shown = runner.buffers[setting.config.weights]  # the others stay zero
+    fill_shard(shown, runner.units, runner.coordinates, probe_values(3))
+    loss = Validation(runner, cache.buckets[0].validation, setting.config).loss()
     if mesh:
         gather_objects(None)  # nobody leaves early
         mesh.close()
@@ -316,6 +317,7 @@ def test_validation_loss_is_the_plain_models_on_every_plan(pool: Pool, clips: Pa
     """3 windows * 3 draws = 9 items in batches of 4: what fills the last batch must not count."""
     values = recipe(clips, tmp_path, dtype="float64")
     values["data"] |= {"global_batch": 4, "stride": 1, "validation_share": 0.5}
+    values["logging"]["validation_draws"] = 3
     setting = Setting.of(check_config(values, "test"))
     cache = setting.open_cache(Joined(0, "cpu", None))
     model = Reference(setting.model).double()
@@ -336,6 +338,7 @@ def test_validation_loss_is_the_plain_models_on_every_plan(pool: Pool, clips: Pa
                 errors.append((model(x_t, t, given) - v).square().mean().item())
     expected = sum(errors) / len(errors)
     assert validation_loss(values) == pytest.approx(expected, rel=1e-12)
+    assert validation_loss(values | {"weights": "master"}) == pytest.approx(expected, rel=1e-12)
     for plan in ({"tp": 2, "cp": 2}, {"dp_shard": 2, "dp_replicate": 2}):
         values["plan"] = {"dtype": "float64", **plan}
         for loss in pool.run(4, validation_loss, values):

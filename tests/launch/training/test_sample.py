@@ -1,5 +1,6 @@
 """From a prompt to an mp4 file: the command on one process, and the clips of many prompts under any plan."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -100,21 +101,27 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     runner.initialise(probe_values(1))
     fill_shard(runner.buffers["ema"], runner.units, runner.coordinates, probe_values(2))
     for step in (3, 12):
-        runner.buffers["counters"][0] = step
+        runner.buffers["counters"].fill_(step)
         checkpoint.save(Path("run/checkpoints"), runner)
     return path
 
 
 def call(recipe: Path, **changed: object) -> None:
-    given = {"config": recipe, "prompt": PROMPTS[0], "checkpoint": None, "out": Path("out/clip.mp4"), "steps": 3}
-    given |= {"guidance": None, "seed": 5, "nproc": None}
+    asked = {"sample.steps": 3, "sample.guidance": None, "sample.seed": 5, "weights": changed.pop("weights", None)}
+    given = {"config": recipe, "prompt": PROMPTS[0], "checkpoint": None, "out": Path("out/clip.mp4")}
+    given |= {"asked": asked, "nproc": None}
     sample.run(**{**given, **changed})  # pyright: ignore[reportArgumentType]
 
 
-def test_run_writes_the_clip_of_the_ema_weights(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("of_recipe", "asked", "probe"), [("ema", None, 2), ("master", None, 1), ("ema", "master", 1)])
+def test_run_writes_the_clip_of_the_weights_that_are_asked_for(
+    recipe: Path, capsys: pytest.CaptureFixture[str], of_recipe: str, asked: str | None, probe: int
+) -> None:
     """On one process although the recipe's plan has two; guidance is the recipe's."""
-    call(recipe)
-    assert capsys.readouterr().err.startswith("wrote out/clip.mp4; next: ")
+    recipe.write_text(yaml.safe_dump(RECIPE | {"weights": of_recipe}))
+    call(recipe, weights=asked)
+    out, err = capsys.readouterr()
+    assert err.startswith("wrote out/clip.mp4; next: ") and not out
     assert [path.name for path in Path("out").iterdir()] == ["clip.mp4"]
     frames = read_frames(Path("out/clip.mp4"), 16, 16)
     assert frames.shape == (FRAMES, 16, 16, 3)
@@ -122,7 +129,7 @@ def test_run_writes_the_clip_of_the_ema_weights(recipe: Path, capsys: pytest.Cap
     plan = Plan(dtype="float32")
     units = unit_layout(MODEL, plan)
     ema = torch.empty(1, units.flat_elements)
-    fill_shard(ema, units, coordinates(plan, 0), probe_values(2))
+    fill_shard(ema, units, coordinates(plan, 0), probe_values(probe))
     encoded = [encoder.encode(PROMPTS[0]) for encoder in ENCODERS]
     given = {text_input(e.name): x[:, None] for e, (x, _) in zip(ENCODERS, encoded, strict=True)}
     given[MASK] = torch.cat([valid for _, valid in encoded])[None]
@@ -130,6 +137,19 @@ def test_run_writes_the_clip_of_the_ema_weights(recipe: Path, capsys: pytest.Cap
     want = BlockDCTCodec().decode(sampler.sample(given, 5, torch.tensor([0]), 3, 3.0)[0])[:FRAMES]
     assert psnr(frames, want) > psnr(frames, want.flip(0)) + 5
     assert psnr(frames, want) > 25  # noise, which H.264 at this quality still keeps well
+
+
+def test_weights_that_are_the_random_start_are_told(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a short run, and of an average that was made before its decay warmed up: 0.999 ** 12 of it is the start."""
+    manifest = Path("run/checkpoints/step-00000012") / checkpoint.MANIFEST
+    written = json.loads(manifest.read_text())
+    assert written["updates"] == 12
+    for changed, share in (({"updates": 2}, "4.5%"), ({"format": 1}, "98.8%")):
+        manifest.write_text(json.dumps({**written, "updates": 12, **changed}))
+        call(recipe)
+        assert f"the random start still weighs {share} in the average" in capsys.readouterr().err
+        call(recipe, weights="master")
+        assert "random start" not in capsys.readouterr().err
 
 
 def test_named_checkpoint_is_used(recipe: Path) -> None:
@@ -160,7 +180,7 @@ def test_mistakes_are_told_before_anything_runs(
 def test_diverged_weights_make_no_file(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runner = StepRunner(MODEL, Plan(dtype="float32"), BatchShape(2, LATENT), Optimizer(), None)
     runner.buffers["ema"].fill_(torch.nan)
-    runner.buffers["counters"][0] = 99
+    runner.buffers["counters"].fill_(99)
     checkpoint.save(Path("run/checkpoints"), runner)
     with pytest.raises(SystemExit) as stop:
         call(recipe)
