@@ -24,6 +24,7 @@ from ...model.weights import initial_values
 from ...parallel.runtime import comm
 from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, rank_main, world_size
 from . import checkpoint
+from .differences import RECIPE, differences, recorded
 from .recipe import Config, read_config
 from .reports import Done, Reports
 from .setting import Setting
@@ -87,6 +88,8 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
     if telemetry:
         telemetry.say(f"{setting.model.name}: {config.plan.equation()} processes on {place.device}; "
                       + (f"resumed from {newest}" if newest else "from step 0"))  # fmt: skip
+        for difference in differences(checkpoint.manifest(newest)["note"], config) if newest else ():
+            telemetry.say(f"not as in the run so far: {difference}")
         for windows in cache.buckets:
             telemetry.say(f"bucket {windows.bucket}: {len(windows.train)} training and {len(windows.validation)} "
                           "validation windows")  # fmt: skip
@@ -235,7 +238,7 @@ class _Loop:
 
     def _save(self) -> None:
         path = checkpoint.save(
-            self.checkpoints, self.runner, keep=self.config.logging.keep, note={"seed": self.config.seed}
+            self.checkpoints, self.runner, keep=self.config.logging.keep, note={RECIPE: recorded(self.config)}
         )
         if self.telemetry:
             self.telemetry.say(f"saved {path}")

@@ -1,0 +1,52 @@
+"""What a run goes on with that is not what its checkpoint was written with, a line for every key of the recipe.
+
+A checkpoint's note holds the recipe, its plan as it was resolved: every key with its value, defaults too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from .chunks import shown
+from .recipe import Config
+
+RECIPE = "recipe"  # of a checkpoint's note
+
+
+def recorded(config: Config) -> dict[str, Any]:
+    """The recipe as JSON values: what a checkpoint keeps of it."""
+    return {name: _plain(value) for name, value in asdict(config).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)  # a path
+
+
+def differences(note: Mapping[str, Any], config: Config) -> list[str]:
+    """``optimizer.lr: 0.01 -> 0.02`` for every key whose value is another one; ``note`` is the checkpoint's."""
+    if RECIPE not in note:
+        return ["the checkpoint does not say with which recipe it was written: what differs cannot be told"]
+    then, now = dict(_keys(note[RECIPE])), dict(_keys(recorded(config)))
+    return [
+        f"{key}: {shown(then.get(key))} -> {shown(now.get(key))}"
+        for key in dict.fromkeys((*then, *now))
+        if then.get(key) != now.get(key)
+    ]
+
+
+def _keys(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is no section, by its key; those of a list of sections by their number in it."""
+    inside = value
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        inside = dict(enumerate(value))
+    if not isinstance(inside, dict):
+        yield path, value
+        return
+    for name, item in inside.items():
+        yield from _keys(item, f"{path}.{name}" if path else str(name))

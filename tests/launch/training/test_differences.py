@@ -1,0 +1,88 @@
+"""A run that goes on with other settings says so, key by key."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training import in_two_buckets, start
+
+from cinemesh.launch.training import checkpoint
+from cinemesh.launch.training.differences import RECIPE, differences, recorded
+from cinemesh.launch.training.recipe import Config, check_config
+from cinemesh.parallel.ir.plan import Plan
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
+def places(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """Of every value in nested mappings and lists of mappings."""
+    inside: Any = value
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        inside = dict(enumerate(value))
+    if not isinstance(inside, dict):
+        return [path]
+    return [found for key, item in inside.items() for found in places(item, (*path, key))]
+
+
+def test_no_key_is_left_out(values: dict[str, Any]) -> None:
+    """Whatever a recipe has: one value that was another gives one line, with its key and both values."""
+    config = check_config(in_two_buckets(values) | {"sample": {"scenes": ["left"]}, "cluster": "local-cpu"}, "test")
+    now = recorded(config)
+    found = places(now)
+    sections = {f.name for f in fields(Config)} - {"kernels"}  # empty
+    assert {path[0] for path in found} == sections and len(found) > 60
+    assert {path[1] for path in found if path[0] == "plan"} == {f.name for f in fields(Plan)}
+    assert differences({RECIPE: now}, config) == []
+    for path in found:
+        then = copy.deepcopy(now)
+        section: Any = then
+        for name in path[:-1]:
+            section = section[name]
+        was, section[path[-1]] = section[path[-1]], "another"
+        shown = "absent" if was is None else f"[{', '.join(map(str, was))}]" if isinstance(was, list) else str(was)
+        assert differences({RECIPE: then}, config) == [f"{'.'.join(map(str, path))}: another -> {shown}"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "lines"),
+    [
+        ({"kernels": {"all": "reference"}}, ["kernels.all: absent -> reference"]),
+        ({"plan": {"dtype": "float32", "recompute": "none", "tp": 2}}, ["plan.tp: 1 -> 2"]),
+        ({"sample": None}, [f"sample.{key} -> absent" for key in ("steps: 50", "guidance: 7.5", "seed: 0")]),
+        (
+            {"data": {"buckets": [{}, {"width": 64}]}},
+            [f"data.buckets.1.{w}" for w in ("width: absent -> 64", "weight: absent -> 1.0")],
+        ),
+    ],
+)
+def test_what_comes_and_goes_is_told(values: dict[str, Any], changed: dict[str, Any], lines: list[str]) -> None:
+    before = values | {"sample": {}}
+    after = {**before, **changed, "data": {**before["data"], **changed.get("data", {})}}
+    told = differences({RECIPE: recorded(check_config(before, "test"))}, check_config(after, "test"))
+    assert told == lines
+
+
+def test_a_resume_with_other_settings_tells_them(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And one with the same recipe, whatever the defaults that it does not name, tells none."""
+    values["schedule"] = {"steps": 2}
+    told: list[list[str]] = []
+    for overrides in ((), (), ("optimizer.lr=0.02", "schedule.steps=3", "data.balance=0.5"), ("schedule.steps=3",)):
+        assert start(values, tmp_path, *overrides) == 0
+        out = capsys.readouterr().out.splitlines()
+        told.append([line.partition("so far: ")[2] for line in out if line.startswith("not as in the run so far: ")])
+    assert told[:2] == [[], []]
+    assert sorted(told[2]) == ["data.balance: 0.0 -> 0.5", "optimizer.lr: 0.01 -> 0.02", "schedule.steps: 2 -> 3"]
+    assert sorted(told[3]) == ["data.balance: 0.5 -> 0.0", "optimizer.lr: 0.02 -> 0.01"]
+    newest = checkpoint.latest(tmp_path / "run" / checkpoint.FOLDER)
+    assert newest is not None and newest.name == "step-00000003"
+
+
+def test_a_checkpoint_without_its_recipe_says_so(values: dict[str, Any]) -> None:
+    (line,) = differences({}, check_config(values, "test"))
+    assert "cannot be told" in line
