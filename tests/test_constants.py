@@ -231,6 +231,7 @@ FREE: Mapping[str, str] = {
         "how work is cut: speed, not a result; kernels are compared on shapes that nothing divides",
     ),
     "kernels.*.compile_specs: *": "arguments of a kernel that is compiled, not run",
+    "kernels.compile.WORKER_BYTES": "measured, where it stands; how many workers, not what they find",
     "kernels.traffic.*": "how many programs are counted; tests/kernels/counting.py",
     "launch.training.resolve.POLL_S": "how often a rank looks",
     "launch.training.sample.sample_clips(samples)": "clips at once; a clip depends on its index alone",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from test_constants import test_every_constant_stands_in_the_table  # noqa: F401  a rule of the house, planted there
 
 from cinemesh.kernels.ops import OPS
 

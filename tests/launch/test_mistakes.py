@@ -2,6 +2,7 @@
 
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,51 @@ def test_one_failure_of_many_ranks_is_one_message(clips: Path, tmp_path: Path) -
     assert done.stderr.count("error: ") == 1 and "no mp4 file at" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+LATE = """
+import atexit, sys, time
+from pathlib import Path
+
+from cinemesh.errors import CinemeshError
+from cinemesh.launch.cluster import processes
+from cinemesh.parallel.ir.plan import Plan
+
+
+def work(folder: Path) -> None:
+    with processes.joined(Plan(tp=2)) as place:
+        if place.rank == 0:
+            atexit.register(linger, folder / "rank 1 has ended")
+            raise CinemeshError("the cause")
+        processes._store.wait([processes._CLAIM])
+        atexit.register((folder / "rank 1 has ended").touch)
+        raise RuntimeError("connection closed by peer")
+
+
+def linger(other: Path) -> None:
+    until = time.monotonic() + 60
+    while not other.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(1)
+
+
+if __name__ == "__main__":
+    sys.exit(processes.launch(2, work, Path(sys.argv[1])))
+"""
+
+
+def test_the_cause_is_reported_though_another_rank_ends_first(tmp_path: Path) -> None:
+    """The order of ends that a loaded machine may give, made certain: rank 0 speaks, rank 1 is gone before it.
+
+    A launcher that reports the code of whichever process it finds ended first exits with 1 here, not 2.
+    """
+    (tmp_path / "late.py").write_text(LATE)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "late.py"), str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert (tmp_path / "rank 1 has ended").exists()
+    assert done.returncode == processes.USER_ERROR
+    assert "error: the cause\n" in done.stderr and "connection closed by peer" not in done.stderr, done.stderr
 
 
 def test_the_first_rank_to_fail_speaks_and_a_bug_shows_its_traceback(
