@@ -107,6 +107,14 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "launch.training.recipe.OptimizerSection.weight_decay": (0.1, "6.1, of the audio model"),
     "launch.training.recipe.OptimizerSection.clip_norm": (1.0, LLM),
     "launch.training.recipe.OptimizerSection.ema_decay": (0.999, "6.1, of the audio model"),
+    **{
+        f"kernels.adamw.adamw_kernel: {number}": (
+            number,
+            "tf.train.ExponentialMovingAverage(num_updates): (1 + k) / (10 + k)",
+        )
+        for number in (9.0, 10.0)
+    },
+    "launch.training.average.TOLD_ABOVE": (0.01, "ours: a start that weighs less is not worth a word"),
     "kernels.reference.clip_factor: 1e-06": (1e-6, "torch.nn.utils.clip_grad_norm_"),
     "launch.training.recipe.ScheduleSection.warmup_steps": (0, RUNS),
     "launch.training.recipe.ScheduleSection.final_share": (0.0, "3.3: cosine; to zero"),
