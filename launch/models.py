@@ -1,0 +1,118 @@
+"""Models as a person names them: a preset, or a file with fields of the configuration (torch-free)."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from ..documents import mapping, quoted, read_yaml
+from ..errors import CinemeshError, did_you_mean
+from ..model.config import PRESETS, USUAL_LATENTS, ModelConfig
+from .plans import SUFFIXES
+
+PRESET, LATENT = "preset", "latent"  # keys of a file that are no fields: whose fields it changes; the usual sample
+Latent = tuple[int, int, int]
+RULES: dict[Any, str] = {float: "a positive number", int: "a whole number", bool: "true or false"}
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model as it was asked for. ``usual_latent``: the (T, H, W) that it is usually run at, where that is said."""
+
+    given: str
+    config: ModelConfig
+    usual_latent: Latent | None
+
+    def latent(self, text: str | None = None) -> Latent:
+        """The latent of ``text``, ``32x96x96``, else the usual one. Raises CinemeshError where there is neither."""
+        if text:
+            return parse_latent(text)
+        if self.usual_latent is None:
+            raise CinemeshError(
+                f"model {self.given} says no usual latent", remedy="give --latent 32x96x96, or add latent: 32x96x96"
+            )
+        return self.usual_latent
+
+
+def parse_latent(text: str) -> Latent:
+    """``32x96x96`` -> (32, 96, 96)."""
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
+    if not match:
+        raise CinemeshError(
+            f"latent {text!r} is not TxHxW", remedy="write frames, height and width, for example 32x96x96"
+        )
+    return int(match[1]), int(match[2]), int(match[3])
+
+
+def read_model(given: str) -> NamedModel:
+    """``movie-gen-30b``, or a YAML file: fields of ``ModelConfig``, over those of a ``preset`` if it names one.
+
+    A file's ``latent`` is the sample that it is usually run at; without one, the preset's where the model has positions
+    for it. Raises CinemeshError for an unknown name or field, and for what is no model.
+    """
+    if not given.endswith(SUFFIXES):
+        if given not in PRESETS:
+            remedy = f"{did_you_mean(given, PRESETS)}. Or give a .yaml file of its fields"
+            raise CinemeshError(f"unknown model {given!r}", remedy=remedy)
+        return NamedModel(given, PRESETS[given], USUAL_LATENTS[given])
+    where = f"model {given}"
+    remedy = "write fields of a model, one 'key: value' a line, for example 'preset: movie-gen-5b' and 'layers: 24'"
+    hints = get_type_hints(ModelConfig)
+    values = mapping(read_yaml(Path(given), "the model", remedy), where, [PRESET, LATENT, *hints])
+    base, usual = _preset(values.pop(PRESET, None), where), values.pop(LATENT, None)
+    given_fields = {name: _value(hints[name], value, f"{where}: {name}") for name, value in values.items()}
+    read = {"name": Path(given).stem} | given_fields
+    if base is None:
+        required = [field.name for field in fields(ModelConfig) if field.default is MISSING]
+        config = ModelConfig(**mapping(read, where, [*hints], required=required))
+    else:
+        config = replace(base, **read)
+    if usual is None:
+        return NamedModel(given, config, _inherited(base, config))
+    latent = parse_latent(str(usual))
+    config.grid(latent)
+    return NamedModel(given, config, latent)
+
+
+def _preset(name: object, where: str) -> ModelConfig | None:
+    if name is None:
+        return None
+    if not isinstance(name, str) or name not in PRESETS:
+        raise CinemeshError(f"{where}: {PRESET} is {quoted(name)}", remedy=did_you_mean(name, PRESETS))
+    return PRESETS[name]
+
+
+def _inherited(base: ModelConfig | None, config: ModelConfig) -> Latent | None:
+    """The preset's usual latent, where the model has its positions."""
+    latent = None if base is None else USUAL_LATENTS[base.name]
+    try:
+        return latent if latent is None or config.grid(latent) else None
+    except CinemeshError:
+        return None
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    """A value of a file as its field's type says. Raises CinemeshError for any other."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        required = [field.name for field in fields(kind) if field.default is MISSING]
+        given = mapping(value, where, [*hints], required=required)
+        return kind(**{name: _value(hints[name], item, f"{where}.{name}") for name, item in given.items()})
+    if origin is tuple:
+        kinds = inner[:1] * len(value) if inner[-1] is ... and isinstance(value, list) else inner
+        if not isinstance(value, list) or len(value) != len(kinds):
+            raise _wrong(where, value, f"a list of {len(inner)}" if inner[-1] is not ... else "a list")
+        return tuple(_value(one, item, f"{where}[{i}]") for i, (one, item) in enumerate(zip(kinds, value, strict=True)))
+    if kind is float and type(value) in (int, float) and math.isfinite(value) and value > 0:
+        return float(value)
+    if kind is not float and type(value) is kind:
+        return value
+    raise _wrong(where, value, RULES.get(kind, "a text"))
+
+
+def _wrong(where: str, value: object, rule: str) -> CinemeshError:
+    return CinemeshError(f"{where} is {quoted(value)}", remedy=f"it must be {rule}")
