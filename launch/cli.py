@@ -16,6 +16,7 @@ from ..errors import CinemeshError
 from .examples import PAPER, epilog
 from .interrupt import interrupted_in_a_line
 from .options import (
+    MODEL_HELP,
     PLAN_HELP,
     TRIED,
     AsJson,
@@ -32,6 +33,7 @@ from .options import (
     PlanText,
     RecipePlan,
     SamplesOption,
+    Servers,
 )
 from .plans import plan_override
 from .written import command, wrote
@@ -167,7 +169,7 @@ def list_known(as_json: AsJson = False) -> None:
 
 @app.command(epilog=epilog("model"))
 def model(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A preset, for example movie-gen-30b or tiny.")],
+    name: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     as_json: AsJson = False,
 ) -> None:
     """Print a model's parameter table.
@@ -179,11 +181,28 @@ def model(
     model_table(name=name, as_json=as_json)
 
 
+@app.command("cluster", epilog=epilog("cluster"))
+def cluster_constants(
+    name: Annotated[str, typer.Argument(metavar="CLUSTER", help="A cluster by name, or a file that ends in .yaml.")],
+    as_json: AsJson = False,
+) -> None:
+    """Print every constant of a cluster, and where each comes from.
+
+    What the prices of plan, explain and compare are made of: value and unit as its file says them,
+    whether it is from a datasheet, measured, fitted or a placeholder, its source and date. Needs no
+    GPU and no torch.
+    """
+    from .commands.cluster import run
+
+    run(name=name, as_json=as_json)
+
+
 @app.command(epilog=epilog("plan"))
 def plan(
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs of the job.")],
     model: ModelName = "movie-gen-30b",
     cluster: ClusterName = "grand-teton-h100",
+    servers: Servers = None,
     latent: Latents = None,
     global_batch: GlobalBatch = None,
     samples: SamplesOption = 1,
@@ -220,6 +239,7 @@ def plan(
         model=model,
         gpus=gpus,
         cluster=cluster,
+        servers=servers,
         latents=latent or [],
         global_batch=global_batch,
         samples=samples,
@@ -241,6 +261,7 @@ def explain(
     plan: PlanArgument,
     model: ModelName = "movie-gen-30b",
     cluster: ClusterName = "grand-teton-h100",
+    servers: Servers = None,
     latent: LatentOption = None,
     global_batch: GlobalBatch = None,
     samples: SamplesOption = 1,
@@ -258,6 +279,7 @@ def explain(
         plan=plan,
         model=model,
         cluster=cluster,
+        servers=servers,
         latent=latent,
         global_batch=global_batch,
         samples=samples,
@@ -271,6 +293,7 @@ def compare(
     plans: Annotated[list[str], typer.Argument(metavar="PLAN PLAN ...", help=PLAN_HELP)],
     model: ModelName = "movie-gen-30b",
     cluster: ClusterName = "grand-teton-h100",
+    servers: Servers = None,
     latent: LatentOption = None,
     global_batch: GlobalBatch = None,
     samples: SamplesOption = 1,
@@ -288,6 +311,7 @@ def compare(
         plans=plans,
         model=model,
         cluster=cluster,
+        servers=servers,
         latent=latent,
         global_batch=global_batch,
         samples=samples,
@@ -322,7 +346,7 @@ def validate(
 @app.command(epilog=epilog("verify"))
 def verify(
     plan: PlanText,
-    model: Annotated[str, typer.Option("--model", help="The preset to shrink.")] = "tiny",
+    model: ModelName = "tiny",
     dtype: Annotated[str, typer.Option("--dtype", help="float64 for proof, or float32 or bf16.")] = "float64",
     max_procs: Annotated[
         int,
@@ -347,7 +371,7 @@ def verify(
 @app.command(epilog=epilog("lint"))
 def lint(
     plan: PlanText,
-    model: Annotated[str, typer.Option("--model", help="A preset, for example movie-gen-30b.")] = "tiny",
+    model: ModelName = "tiny",
     as_json: AsJson = False,
 ) -> None:
     """Prove that a step can be captured.
@@ -367,7 +391,7 @@ def lint(
 @app.command(epilog=epilog("trace"))
 def trace(
     plan: PlanText,
-    model: Annotated[str, typer.Option("--model", help="A preset that runs here.")] = "tiny-video",
+    model: ModelName = "tiny-video",
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write the trace.")] = Path("trace.json"),
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to trace.")] = 3,
     max_procs: Annotated[int, typer.Option("--max-procs", min=1, help="Most local processes.")] = 8,
@@ -388,7 +412,7 @@ def trace(
 
 @app.command(epilog=epilog("program"))
 def program(
-    model: Annotated[str, typer.Option("--model", help="A preset, for example movie-gen-30b.")],
+    model: ModelName,
     plan: PlanText,
     latent: LatentOption = None,
     text_tokens: Annotated[
@@ -416,7 +440,7 @@ def program(
 
 @app.command(epilog=epilog("kernels"))
 def kernels(
-    model: Annotated[str, typer.Option("--model", help="A preset.")] = "movie-gen-30b",
+    model: ModelName = "movie-gen-30b",
     plan: Annotated[str | None, typer.Option("--plan", help=f"Default of the 30B: {PAPER}; of others one GPU.")] = None,
     latent: LatentOption = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Samples of a data rank.")] = 1,

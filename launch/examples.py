@@ -23,6 +23,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         'cinemesh sample configs/quickstart.yaml --prompt "A grey rabbit." --seed 3 --guidance 1.5',
     ),
     "list": ("cinemesh list", "cinemesh list --json"),
+    "cluster": ("cinemesh cluster grand-teton-h100", "cinemesh cluster local-cpu --json"),
     "model": ("cinemesh model movie-gen-30b", "cinemesh model tiny --json"),
     "plan": (
         "cinemesh plan --gpus 6144",
@@ -30,6 +31,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh plan --gpus 256 --model movie-gen-5b --global-batch 256 --out 5b.yaml",
         "cinemesh plan --gpus 1024 --latent 32x96x96:0.7 --latent 1x96x96:0.3 --cluster h200-ib400 --json",
         "cinemesh plan --gpus 6144 --fix tp=4,cp=2 --report report/",
+        "cinemesh plan --gpus 8192 --servers 1024",
     ),
     "explain": (
         f"cinemesh explain {PAPER}",

@@ -14,7 +14,6 @@ from ..model.config import PRESETS, USUAL_LATENTS, ModelConfig
 from .plans import SUFFIXES
 
 PRESET, LATENT = "preset", "latent"  # keys of a file that are no fields: whose fields it changes; the usual sample
-Latent = tuple[int, int, int]
 RULES: dict[Any, str] = {float: "a positive number", int: "a whole number", bool: "true or false"}
 
 
@@ -24,9 +23,9 @@ class NamedModel:
 
     given: str
     config: ModelConfig
-    usual_latent: Latent | None
+    usual_latent: tuple[int, int, int] | None
 
-    def latent(self, text: str | None = None) -> Latent:
+    def latent(self, text: str | None = None) -> tuple[int, int, int]:
         """The latent of ``text``, ``32x96x96``, else the usual one. Raises CinemeshError where there is neither."""
         if text:
             return parse_latent(text)
@@ -37,7 +36,7 @@ class NamedModel:
         return self.usual_latent
 
 
-def parse_latent(text: str) -> Latent:
+def parse_latent(text: str) -> tuple[int, int, int]:
     """``32x96x96`` -> (32, 96, 96)."""
     match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
     if not match:
@@ -85,7 +84,7 @@ def _preset(name: object, where: str) -> ModelConfig | None:
     return PRESETS[name]
 
 
-def _inherited(base: ModelConfig | None, config: ModelConfig) -> Latent | None:
+def _inherited(base: ModelConfig | None, config: ModelConfig) -> tuple[int, int, int] | None:
     """The preset's usual latent, where the model has its positions."""
     latent = None if base is None else USUAL_LATENTS[base.name]
     try:
@@ -97,7 +96,7 @@ def _inherited(base: ModelConfig | None, config: ModelConfig) -> Latent | None:
 def _value(kind: Any, value: Any, where: str) -> Any:
     """A value of a file as its field's type says. Raises CinemeshError for any other."""
     origin, inner = get_origin(kind), get_args(kind)
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         hints = get_type_hints(kind)
         required = [field.name for field in fields(kind) if field.default is MISSING]
         given = mapping(value, where, [*hints], required=required)

@@ -42,8 +42,12 @@ LocalProcesses = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 # What a plan is predicted on.
-ModelName = Annotated[str, typer.Option("--model", help="A preset, for example movie-gen-30b.")]
+MODEL_HELP = "A preset, for example movie-gen-30b, or a .yaml file of a model's fields (docs/cost_model.md)."
+ModelName = Annotated[str, typer.Option("--model", metavar="MODEL", help=MODEL_HELP)]
 ClusterName = Annotated[str, typer.Option("--cluster", help="A cluster by name, or a file that ends in .yaml.")]
+Servers = Annotated[
+    int | None, typer.Option("--servers", min=1, help="Servers of the cluster, in place of as many as its file says.")
+]
 Latents = Annotated[
     list[str] | None,
     typer.Option(

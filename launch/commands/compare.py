@@ -54,7 +54,7 @@ class Beside:
         return self.gain - sum(difference.gain or 0.0 for difference in self.differences)
 
 
-def run(
+def run(  # noqa: PLR0913  the options of the command
     *,
     plans: list[str],
     model: str,
@@ -64,6 +64,7 @@ def run(
     samples: int,
     encoders: bool,
     as_json: bool,
+    servers: int | None = None,
 ) -> None:
     """Play the whole step of every plan, and of the first one with each difference alone.
 
@@ -73,7 +74,7 @@ def run(
     if len(plans) < 2:
         raise CinemeshError(f"compare: {len(plans)} plan given", remedy="name two or more, the one to start from first")
     chosen = [read_plan(plan) for plan in plans]
-    requests = [request_for(plan, model, cluster, latent, global_batch, samples, encoders) for plan in chosen]
+    requests = [request_for(plan, model, cluster, latent, global_batch, samples, encoders, servers) for plan in chosen]
     evaluator = Evaluator(requests[0])
     steps = [evaluator.play_held(plan, of.samples)[0] for of, plan in zip(requests, chosen, strict=True)]
     first, others = steps[0], [_beside(evaluator, steps[0], step) for step in steps[1:]]

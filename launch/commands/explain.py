@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Console
 
-from ...model.config import preset
 from ...parallel.ir.plan import Plan
 from ...perf_model.clusters.cluster import Cluster, load
 from ...perf_model.prices.played import PlayedStep
@@ -18,8 +17,8 @@ from ...perf_model.report.explain import Sensitivity, describe
 from ...perf_model.search.evaluator import Evaluator
 from ...perf_model.search.planner import survey
 from ...perf_model.search.request import LatentBucket, Request
+from ..models import read_model
 from ..plans import read_plan
-from .show import latent_of
 from .tables import new_console, plain_table
 
 DISAGREES = 0.01  # relative difference between the search's step time and the whole step's that is told
@@ -150,7 +149,7 @@ def print_start_up(console: Console, rows: list[StartUp]) -> None:
 # -- cinemesh explain -------------------------------------------------------------------------------------------------
 
 
-def run(
+def run(  # noqa: PLR0913  the options of the command
     *,
     plan: str,
     model: str,
@@ -160,13 +159,14 @@ def run(
     samples: int,
     encoders: bool,
     as_json: bool,
+    servers: int | None = None,
 ) -> None:
     """Play the whole step of a plan, and say what it is made of and what beats it.
 
     Raises CinemeshError for what is no plan, and for a plan that the model, the batch or the cluster cannot have.
     """
     chosen = read_plan(plan)
-    request = request_for(chosen, model, cluster, latent, global_batch, samples, encoders)
+    request = request_for(chosen, model, cluster, latent, global_batch, samples, encoders, servers)
     evaluator = Evaluator(request)
     (step,) = evaluator.play_held(chosen, request.samples)
     found = survey(replace(request, shown=2))
@@ -199,13 +199,21 @@ def run(
 
 
 def request_for(
-    plan: Plan, model: str, cluster: str, latent: str | None, global_batch: int | None, samples: int, encoders: bool
+    plan: Plan,
+    model: str,
+    cluster: str,
+    latent: str | None,
+    global_batch: int | None,
+    samples: int,
+    encoders: bool,
+    servers: int | None = None,
 ) -> Request:
     """What the planner would be asked, for as many GPUs and micro-batches as a plan has."""
+    named = read_model(model)
     return Request(
-        config=preset(model),
-        buckets=(LatentBucket(latent_of(model, latent)),),
-        cluster=load(cluster),
+        config=named.config,
+        buckets=(LatentBucket(named.latent(latent)),),
+        cluster=load(cluster, servers),
         gpus=plan.world_size,
         global_batch=global_batch,
         samples=samples if global_batch is None else plan.local_batch(global_batch),

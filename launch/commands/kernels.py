@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 
 from ...errors import CinemeshError
-from ...model.config import preset
 from ...model.inputs import BatchShape
 from ...model.step import build_step
 from ...parallel.passes.pipeline import prepare
 from ..examples import PAPER
+from ..models import read_model
 from ..plans import read_plan
 from . import choices, compile_check
-from .show import latent_of
 
 DEFAULT_PLANS = {"movie-gen-30b": PAPER}  # others: one GPU
 
@@ -29,8 +28,8 @@ def run(
     as_json: bool,
 ) -> None:
     """Body of the command; one of: the table of choices, the compile check, the tuning of this GPU's tiles."""
-    config = preset(model)
-    shape = latent_of(model, latent)
+    named = read_model(model)
+    config, shape = named.config, named.latent(latent)
     if target and tune:
         raise CinemeshError("--compile needs no GPU and --tune one", remedy="give one of the two")
     if target:

@@ -80,7 +80,8 @@ def run(*, as_json: bool) -> None:
         console.print(table)
         console.print()
     console.print(
-        "--cluster also takes a file, as cinemesh calibrate writes one. Every part of a model: cinemesh model NAME"
+        "--model and --cluster also take a file. Every part of a model: cinemesh model NAME; every constant of a "
+        "cluster: cinemesh cluster NAME"
     )
 
 

@@ -15,7 +15,6 @@ from rich.console import Console
 
 from ...errors import CinemeshError
 from ...files import atomic_file
-from ...model.config import preset
 from ...parallel.ir.plan import Plan, fields_of
 from ...perf_model.clusters.cluster import load
 from ...perf_model.prices.startup import start_up
@@ -26,10 +25,10 @@ from ...perf_model.search.evaluator import Evaluator
 from ...perf_model.search.planner import ERROR_BAR, Search, search
 from ...perf_model.search.refusals import Refusal, RefusalKind
 from ...perf_model.search.request import LatentBucket, PricedPlan, Request
+from ..models import parse_latent, read_model
 from ..plans import SUFFIXES, held_fields
 from ..written import command, wrote
 from .explain import Reasons, start_up_values
-from .show import latent_of, parse_latent
 from .tables import new_console, plain_table
 
 NUMBERS = (
@@ -76,6 +75,7 @@ def run(  # noqa: PLR0913  the options of the command
     report: Path | None,
     out: Path | None,
     as_json: bool,
+    servers: int | None = None,
 ) -> None:
     """Search, print, and write what was asked for.
 
@@ -83,10 +83,11 @@ def run(  # noqa: PLR0913  the options of the command
     """
     if out is not None and out.suffix not in SUFFIXES:
         raise CinemeshError(f"--out {out}: a plan file ends in .yaml", remedy="write for example --out best.yaml")
+    named = read_model(model)
     request = Request(
-        config=preset(model),
-        buckets=tuple(map(_bucket, latents)) or (LatentBucket(latent_of(model, None)),),
-        cluster=load(cluster),
+        config=named.config,
+        buckets=tuple(map(_bucket, latents)) or (LatentBucket(named.latent()),),
+        cluster=load(cluster, servers),
         gpus=gpus,
         global_batch=global_batch,
         samples=samples,

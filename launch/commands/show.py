@@ -12,9 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ...errors import CinemeshError
 from ...kernels.ops import OPS
-from ...model.config import USUAL_LATENTS, ModelConfig, latent_text, parameters, preset
+from ...model.config import ModelConfig, latent_text, parameters
 from ...model.inputs import BatchShape
 from ...model.step import build_step
 from ...parallel.ir.collectives import FUSED
@@ -24,6 +23,7 @@ from ...parallel.ir.records import Op, Phase, Place
 from ...parallel.ir.units import Parameter
 from ...parallel.passes.liveness import lifetimes
 from ...parallel.passes.pipeline import prepare
+from ..models import read_model
 from ..plans import read_plan
 from .tables import DTYPES, new_console, plain_table, quantity
 
@@ -64,8 +64,8 @@ def parts(config: ModelConfig) -> list[Part]:
 
 
 def model_table(name: str, as_json: bool) -> None:
-    """Print the parameters of a preset part by part. Raises CinemeshError when there is no such preset."""
-    config = preset(name)
+    """Print the parameters of a model part by part. Raises CinemeshError when there is no such model."""
+    config = read_model(name).config
     found = parts(config)
     total = sum(part.elements for part in found)
     sharded = sum(part.elements for part in found if part.tp_sharded)
@@ -114,11 +114,12 @@ def program_listing(
 
     Raises CinemeshError for an unknown model, an illegal plan, and a plan that does not divide the model or ``latent``.
     """
-    config = preset(model)
+    named = read_model(model)
+    config = named.config
     if text_tokens is not None:
         config = config.with_text_tokens(text_tokens)
     degrees = read_plan(plan)
-    size = latent_of(model, latent)
+    size = named.latent(latent)
     program = prepare(build_step(config, degrees, BatchShape(batch, size)), backend="nccl")
     if as_json:
         given = {"model": model, "plan": degrees.to_dict(), "latent": size, "batch": batch}
@@ -138,21 +139,6 @@ def program_listing(
     )
     _print_sections(console, program)
     _print_totals(console, program)
-
-
-def latent_of(model: str, text: str | None) -> tuple[int, int, int]:
-    """The latent that was asked for; by default the model's usual one. Raises CinemeshError for an unknown model."""
-    return parse_latent(text) if text else USUAL_LATENTS[preset(model).name]
-
-
-def parse_latent(text: str) -> tuple[int, int, int]:
-    """``32x96x96`` -> (32, 96, 96)."""
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
-    if not match:
-        raise CinemeshError(
-            f"latent {text!r} is not TxHxW", remedy="write frames, height and width, for example 32x96x96"
-        )
-    return int(match[1]), int(match[2]), int(match[3])
 
 
 def record(program: Program, op: Op) -> dict[str, object]:

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ...errors import CinemeshError
-from ...model.config import USUAL_LATENTS, preset
 from ...model.step import build_step, check
 from ...parallel.ir.collectives import FUSED
 from ...parallel.ir.plan import Plan
@@ -27,6 +26,7 @@ from ...perf_model.clusters.cluster import Cluster, load
 from ...perf_model.clusters.constants import PLACEHOLDER
 from ...perf_model.prices.played import PlayedStep, play_program
 from ...perf_model.report.trace import predicted, write
+from ..models import read_model
 from ..plans import read_plan
 from ..proof.parity import OPTIMIZER, Case
 from ..proof.traced import traced
@@ -78,7 +78,8 @@ def run(*, plan: str, model: str, out: Path, steps: int, max_procs: int, cluster
         raise CinemeshError(
             f"{chosen.equation()} processes > --max-procs {max_procs}", remedy="trace a smaller plan, or allow as many"
         )
-    case = Case(chosen, preset(model), 1, USUAL_LATENTS[model], steps)
+    named = read_model(model)
+    case = Case(chosen, named.config, 1, named.latent(), steps)
     check(case.config, chosen, case.batch)
     whole = predict(case, priced_on)
     by_rank = traced(case)

@@ -13,7 +13,6 @@ from dataclasses import asdict
 
 from rich.console import Console
 
-from ...model.config import USUAL_LATENTS, preset
 from ...model.inputs import BatchShape
 from ...model.step import build_step
 from ...parallel.ir.check import Finding, check, disjoint
@@ -21,6 +20,7 @@ from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.passes.arena import place
 from ...parallel.passes.pipeline import passes
+from ..models import read_model
 from ..plans import read_plan
 from .lint_step import lint_step
 from .verify import small_case
@@ -60,7 +60,8 @@ def lint(plan: Plan, model: str) -> list[Finding]:
     case = small_case(plan, model, max_procs=plan.world_size)
     built = build_step(case.config, case.plan, case.batch)
     if model != "tiny":
-        built = build_step(preset(model), plan, BatchShape(1, USUAL_LATENTS[model]))
+        named = read_model(model)
+        built = build_step(named.config, plan, BatchShape(1, named.latent()))
     found = lint_program(built)
     return found + [f for f in lint_step(case) if f not in found]
 

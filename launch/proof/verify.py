@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ...errors import CinemeshError
-from ...model.config import USUAL_LATENTS, preset
 from ...model.inputs import BatchShape
 from ...model.runner import StepRunner
 from ...model.step import build_step, check
@@ -32,6 +31,7 @@ from ...parallel.passes.pipeline import prepare
 from ...parallel.runtime.comm import gather_objects
 from ...parallel.runtime.mesh import Mesh
 from ..cluster.processes import forked
+from ..models import read_model
 from ..plans import read_plan
 from .parity import OPTIMIZER, QUANTITIES, Case, RankRun, bounds_of, run_rank, worst_of
 
@@ -85,9 +85,10 @@ def small_case(plan: Plan, model: str = "tiny", *, max_procs: int = 8, steps: in
             smaller = 2 if shrunk.size(name) > 2 else 1
             shrunk = shrunk.with_degrees(**{name: smaller})
             remarks.append(f"{name} {degree} -> {smaller}: more than {max_procs} processes")
-    full, tiny = preset(model), preset("tiny")
+    named, tiny = read_model(model), read_model("tiny").config
+    full = named.config
     if full != tiny:  # tiny grows until the plan divides it; a model that is asked for is what it is
-        check(full, plan, BatchShape(1, USUAL_LATENTS[model]))
+        check(full, plan, BatchShape(1, named.latent()))
     layers = min(full.layers, tiny.layers)
     if full != tiny and plan.last_blocks > full.layers:
         raise CinemeshError(

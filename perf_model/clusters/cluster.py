@@ -126,8 +126,11 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("_"))
 
 
-def load(name_or_path: str) -> Cluster:
-    """A cluster by name, or from a file (anything that ends in .yaml). ``CinemeshError`` for what cannot be."""
+def load(name_or_path: str, servers: int | None = None) -> Cluster:
+    """A cluster by name, or from a file (anything that ends in .yaml). ``CinemeshError`` for what cannot be.
+
+    ``servers``: in place of as many as the file says, in pods of the same size.
+    """
     if name_or_path.endswith((".yaml", ".yml")):
         path = Path(name_or_path)
         if not path.is_file():
@@ -141,7 +144,8 @@ def load(name_or_path: str) -> Cluster:
                 f"cluster: {name_or_path!r} is unknown",
                 remedy=f"{did_you_mean(name_or_path, names())}. Or give a .yaml file",
             )
-    return from_dict(_read(path), path.stem, path.parent)
+    cluster = from_dict(_read(path), path.stem, path.parent)
+    return cluster if servers is None else cluster.with_(**{"topology.servers": servers})
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def survey(request: Request) -> Search:
         raise CinemeshError(
             f"{request.gpus} GPUs > {cluster.gpus} of {cluster.name} "
             f"({cluster.topology.servers} servers of {cluster.gpus_per_server})",
-            remedy="use fewer, or another cluster",
+            remedy="use fewer, another cluster, or more --servers of this one",
         )
     space = SearchSpace(request)
     refused: list[Refusal] = []

@@ -74,7 +74,7 @@ def test_they_plan(text: str, latent: str | None, tokens: str, tmp_path: Path) -
     asked = ["plan", "--gpus=64", "--top=1", "--model", written(tmp_path / "model.yaml", text)]
     done = CliRunner().invoke(app, [*asked, *(["--latent", latent] if latent else [])])
     assert done.exit_code == 0, done.exception
-    assert f"({tokens} tokens)" in done.stdout and "tp=" in done.stdout or "dp_shard=" in done.stdout
+    assert f"({tokens} tokens)" in done.stdout and "\n1 " in done.stdout
 
 
 def test_every_command_that_names_a_model_takes_a_file(tmp_path: Path) -> None:

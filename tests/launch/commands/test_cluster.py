@@ -21,7 +21,7 @@ def test_every_constant_is_printed_with_its_origin(name: str) -> None:
     for path, fact in cluster.facts.items():
         told = values["constants"][path]
         assert (told["unit"], told["origin"], told["source"]) == (fact.unit, fact.origin, fact.source)
-        assert fact.unit in lines[path] and fact.origin in lines[path]
+        assert all(said in lines[path] for said in (fact.unit, fact.origin, fact.source, fact.date))
 
 
 def test_servers_enlarge_a_cluster() -> None:
