@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cinemesh.data import cache as data
-from cinemesh.data.buckets import BucketSettings
+from cinemesh.data.buckets import Bucket, BucketSettings
 from cinemesh.data.cache import Cache, DataSettings, Sample, Windows, build_cache, collate, held_out, windows
 from cinemesh.data.clips import FRAME_RATE, read_frames, write_mp4
 from cinemesh.data.encoding import BlockDCT, Encoding
@@ -259,6 +259,19 @@ def test_settings_that_cannot_be_met_give_their_numbers(settings: DataSettings, 
         build(replace(settings, buckets=(BucketSettings(frames=16), BucketSettings(frames=12))), tmp_path)
     with pytest.raises(CinemeshError, match=r"37x16x16 needs 37 frames.* \(the longest, up, has 36\)"):
         build(replace(settings, buckets=(BucketSettings(), BucketSettings(frames=37))), tmp_path)
+    with pytest.raises(CinemeshError, match=r"validation_share is -0\.1"):
+        replace(settings, validation_share=-0.1)
+    for name in ("frames", "height", "width"):
+        with pytest.raises(CinemeshError, match=f"{name} is 0"):
+            replace(Bucket(1, 1, 1, 1.0), **{name: 0})
+
+
+def test_settings_at_their_limits_are_met(settings: DataSettings) -> None:
+    """As long as the shortest scene, as long as the longest, and the least of each number."""
+    assert len(replace(settings, frames=12).scenes()) == 2
+    assert len(replace(settings, buckets=(BucketSettings(), BucketSettings(frames=36))).scenes()) == 2
+    least = replace(settings, size=1, frames=1, stride=1, validation_share=0.0)
+    assert least.shapes == (Bucket(1, 1, 1, 1.0),)
 
 
 def test_data_ranks_share_a_micro_batch_in_order(settings: DataSettings, tmp_path: Path) -> None:

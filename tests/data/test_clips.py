@@ -118,6 +118,7 @@ def test_missing_clips_and_frames_are_named(tmp_path: Path) -> None:
         list(read_scenes(clips, [Scene("x", "b.mp4", 0, 3, "x")], 32, 32))
     with pytest.raises(CinemeshError, match=r"ends at frame 5, .* 5 frames"):
         list(read_scenes(clips, [Scene("x", "a.mp4", 0, 5, "x")], 32, 32))
+    assert [len(frames) for _, frames in read_scenes(clips, [Scene("x", "a.mp4", 0, 4, "x")], 32, 32)] == [5]
 
 
 def test_two_clips_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -145,12 +146,20 @@ GOOD = '{name: x, file: a.mp4, first_frame: 0, last_frame: 9, caption: "A cat."}
         (f"[{GOOD.replace('A cat.', '')}]", "caption is ''"),
         (f"[{GOOD.replace('last_frame: 9', 'last_frame: -1')}]", "frames 0 to -1"),
         (f"[{GOOD}, {GOOD.replace('name: x', 'name: y')}]", "must not share frames"),
+        (f"[{GOOD}, {{name: y, file: a.mp4, first_frame: 9, last_frame: 9, caption: x}}]", "must not share frames"),
+        (f"[{GOOD.replace('first_frame: 0', 'first_frame: -1')}]", "frames -1 to 9"),
         (f"[{GOOD}, {GOOD.replace('a.mp4', 'b.mp4')}]", "more than one scene is named x"),
     ],
 )
 def test_a_bad_captions_file_says_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(CinemeshError, match=message):
         read_captions(write_scenes(tmp_path / "captions.yaml", text))
+
+
+def test_scenes_of_one_frame_side_by_side_are_legal(tmp_path: Path) -> None:
+    one = '{name: x, file: a.mp4, first_frame: 0, last_frame: 0, caption: "A cat."}'
+    two = '{name: y, file: a.mp4, first_frame: 1, last_frame: 1, caption: "A cat."}'
+    assert [scene.frames for scene in read_captions(write_scenes(tmp_path / "c.yaml", f"[{one}, {two}]"))] == [1, 1]
 
 
 def test_a_missing_captions_file_is_named(tmp_path: Path) -> None:

@@ -74,6 +74,9 @@ def test_encoders_of_a_recipe_are_checked() -> None:
         build_encoders([EncoderSettings("a", 8, None)])
     with pytest.raises(CinemeshError, match=r"tokens\(0\)"):
         ByteEncoder(8, 0)
+    with pytest.raises(CinemeshError, match=r"width\(0\)"):
+        ByteEncoder(0, 8)
+    assert ByteEncoder(1, 1).encode("a")[0].shape == (1, 1), "the least is legal"
 
 
 def test_a_directory_that_is_no_encoder_is_named(tmp_path: Path) -> None:
@@ -119,6 +122,9 @@ def test_of_an_encoder_decoder_only_the_encoder_runs(tmp_path: Path) -> None:
     assert embeddings[4:].abs().max() == 0
     assert encoder.encode("a longer caption")[1].all()
     assert not hasattr(encoder._model, "decoder")
+    assert HuggingFaceEncoder(tmp_path, 1).tokens == 1, "the least is legal"
+    with pytest.raises(CinemeshError, match=r"tokens\(0\)"):
+        HuggingFaceEncoder(tmp_path, 0)
 
 
 @needs_transformers

@@ -84,8 +84,9 @@ def test_a_port_in_use(values: dict[str, Any], tmp_path: Path, monkeypatch: pyte
         port = holder.getsockname()[1]
         monkeypatch.setenv("MASTER_PORT", str(port))
         assert f"port {port} (MASTER_PORT) is in use" in refusal(values, tmp_path, nproc=2)
-    monkeypatch.setenv("MASTER_PORT", "many")
-    assert "MASTER_PORT is 'many'" in refusal(values, tmp_path, nproc=2)
+    for wrong in ("many", "0", "65536"):
+        monkeypatch.setenv("MASTER_PORT", wrong)
+        assert f"MASTER_PORT is '{wrong}'" in refusal(values, tmp_path, nproc=2)
 
 
 def test_ranks_that_cannot_meet_say_where(

@@ -160,6 +160,8 @@ def test_every_number_has_a_range(name: str) -> None:
         error = refused.value
         assert error.what == name and error.value == value and error.rule and error.remedy
         assert (knob.why in error.problem) == (type(value) is int and value > knob.most)
+    for value in (knob.least, knob.most):
+        knob.check(value)
 
 
 @pytest.mark.parametrize("name", [name for name in KNOBS if name not in WHOLE])

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cinemesh.errors import CinemeshError
+from cinemesh.kernels.ops import MOST_PLACES
 from cinemesh.model.config import USUAL_LATENTS, preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.model.step import build_step, check
-from cinemesh.parallel.ir.fields import AXES
+from cinemesh.parallel.ir.fields import AXES, MOST_RANKS
 from cinemesh.parallel.ir.plan import Plan
 
 degrees = st.integers(1, 64)
@@ -124,11 +125,23 @@ def test_parse_reads_the_command_line() -> None:
             "plan: sm_margin(132) leaves none of the 132 SMs of H100 to compute; use 131 or fewer",
         ),
         (lambda: Plan(tp=2, tp_ctas=20).check_device("a small one", 20), "tp_ctas(20) leaves none of the 20 SMs"),
+        (
+            lambda: check(preset("tiny"), Plan(micro_batches=2), BatchShape(MOST_PLACES // 2 + 1, (2, 4, 4))),
+            f"= {MOST_PLACES + 2} > {MOST_PLACES}, the places of a step's global batch that draws can tell apart",
+        ),
+        (lambda: Plan(tp=2, dp_shard=MOST_RANKS), f"> {MOST_RANKS}, more ranks than any cluster has GPUs"),
     ],
 )
 def test_illegal_plans_say_why(make: Any, message: str) -> None:
     with pytest.raises(CinemeshError, match=re.escape(message)):
         make()
+
+
+def test_what_is_just_legal_is_taken() -> None:
+    Plan(tp=2, tp_ctas=19).check_device("a small one", 20)
+    assert Plan(tp=2, dp_shard=MOST_RANKS // 2).world_size == MOST_RANKS
+    assert Plan(dp_shard=2, micro_batches=3).local_batch(6) == 1 == Plan().local_batch(1)
+    check(preset("tiny"), Plan(micro_batches=2), BatchShape(MOST_PLACES // 2, (2, 4, 4)))
 
 
 STREAMS_SET = Plan(

@@ -110,4 +110,9 @@ def test_a_step_too_large_for_the_card_says_by_how_much() -> None:
     with pytest.raises(CinemeshError, match=r"GB more than the 80\.00 GB that it has.*[Rr]ecompute.*full") as caught:
         check_fits(program, 80 * 10**9)
     assert "workspace" in str(caught.value)
+    lives = lifetimes(program)
+    needed = lives.persistent_bytes + place(program).total_bytes + max(lives.workspace_bytes)
+    check_fits(program, needed)
+    with pytest.raises(CinemeshError, match=r"0\.00 GB more than"):
+        check_fits(program, needed - 1)
     check_fits(movie_gen("tp=4,cp=2,dp_shard=768,recompute=full"), 80 * 10**9)
