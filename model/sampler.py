@@ -8,6 +8,7 @@ Each rank integrates its own tokens; the velocity is the forward program of a st
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, cast
@@ -75,19 +76,28 @@ class Sampler:
         self._buffers = named_buffers(self.velocity)
         self.unpatchify = Executor(whole, self.coordinates, comm, device)
 
-    def sample(self, conditions: Batch, seed: int, ids: Tensor, steps: int = 50, guidance: float = GUIDANCE) -> Tensor:
+    def sample(
+        self,
+        conditions: Batch,
+        seed: int,
+        ids: Tensor,
+        steps: int = 50,
+        guidance: float = GUIDANCE,
+        watch: Callable[[int], None] = lambda step: None,
+    ) -> Tensor:
         """Latents [B, C, T, H, W] of this data rank's samples, on every rank that has a part in them.
 
         ``conditions``: those of ``condition_inputs`` by name, not split over tp; ``ids`` int64 [B]. A sample's noise
         depends on (``seed``, its id) alone: step and place are 0. ``guidance`` 1 is the model with the caption, 0 that
-        without.
+        without. ``watch`` is told the step, from 0, that begins.
         """
         x = self._noise(seed, ids)
         null = dict(conditions) | {MASK: torch.ones_like(conditions[MASK])}
         for encoder in self.config.encoders:
             name = text_input(encoder.name)
             null[name] = torch.zeros_like(conditions[name])
-        for t, after in pairwise(linear_quadratic(steps)):
+        for step, (t, after) in enumerate(pairwise(linear_quadratic(steps))):
+            watch(step)
             if guidance == 0:
                 v = self._velocity(x, t, null)
             else:

@@ -14,7 +14,7 @@ from ...kernels.rates import rate
 from ...kernels.selection import Choice, override_of, overrides, select
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
-from .tables import DTYPES, new_console, plain_table, quantity
+from ..tables import DTYPES, new_console, plain_table, quantity
 
 SHAPE_LABELS = "tsblhkdfpn"  # labels shown of a call: tokens, keys, samples, text tokens, heads, head dim, width, ...
 
@@ -96,7 +96,8 @@ def show(found: list[Line], device: str, origin: str, model: str, plan: Plan) ->
     """The same as tables."""
     out = new_console()
     out.print(f"{model}, {plan.equation()}, {plan.dtype}, on {device}: {origin}\n")
-    table = plain_table("op", "calls", "local shape", "", "runs", "rate class", "share of", right=("calls",))
+    columns = ("op", "calls", "local shape", "", "runs", "rate class", "share of")
+    table = plain_table(*columns, right=("calls",), breaks=("runs",))
     of: dict[tuple[str, str], dict[str, None]] = {}
     first = {line.op: i for i, line in reversed(list(enumerate(found)))}
     for line in sorted(found, key=lambda line: first[line.op]):
@@ -108,7 +109,7 @@ def show(found: list[Line], device: str, origin: str, model: str, plan: Plan) ->
             of.setdefault((package, reason), {})[line.op] = None
     out.print(table)
     out.print("\nwhy not the others", style="bold")
-    table = plain_table("package", "does not run, since", "ops")
+    table = plain_table("package", "does not run, since", "ops", breaks=("ops",))
     for (package, reason), ops in sorted(of.items(), key=lambda item: PACKAGES.index(item[0][0])):
         table.add_row(package, reason, ", ".join(ops))
     out.print(table)

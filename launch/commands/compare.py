@@ -17,8 +17,9 @@ from ...perf_model.report.explain import describe
 from ...perf_model.search.evaluator import Evaluator
 from ...perf_model.search.request import Request
 from ..plans import read_plan
+from ..progress import Begin, progress
+from ..tables import new_console, plain_table
 from .explain import heading, request_for, step_values
-from .tables import new_console, plain_table
 
 LEAST = 5e-4  # of the cost of a sample: a smaller difference is shown as none
 # Fields that mean something only together; every other field of a plan is a difference of its own.
@@ -76,8 +77,13 @@ def run(  # noqa: PLR0913  the options of the command
     chosen = [read_plan(plan) for plan in plans]
     requests = [request_for(plan, model, cluster, latent, global_batch, samples, encoders, servers) for plan in chosen]
     evaluator = Evaluator(requests[0])
-    steps = [evaluator.play_held(plan, of.samples)[0] for of, plan in zip(requests, chosen, strict=True)]
-    first, others = steps[0], [_beside(evaluator, steps[0], step) for step in steps[1:]]
+    alone = sum(1 for plan in chosen[1:] for _ in changes(chosen[0], plan))
+    with progress("comparing", len(chosen) + alone, silent=as_json) as begin:
+        steps: list[PlayedStep] = []
+        for of, plan in zip(requests, chosen, strict=True):
+            begin(f"playing {describe(plan)}")
+            steps.append(evaluator.play_held(plan, of.samples)[0])
+        first, others = steps[0], [_beside(evaluator, steps[0], step, begin) for step in steps[1:]]
     if as_json:
         values = {
             "model": model,
@@ -116,9 +122,12 @@ def changes(first: Plan, other: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, {field: getattr(other, field) for field in TOGETHER.get(name, (name,))}
 
 
-def _beside(evaluator: Evaluator, first: PlayedStep, other: PlayedStep) -> Beside:
+def _beside(evaluator: Evaluator, first: PlayedStep, other: PlayedStep, begin: Begin) -> Beside:
     cost = first.gpu_s_per_sample
-    differences = [_difference(evaluator, first, name, values) for name, values in changes(first.plan, other.plan)]
+    differences: list[Difference] = []
+    for name, values in changes(first.plan, other.plan):
+        begin(f"changing {name} alone")
+        differences.append(_difference(evaluator, first, name, values))
     return Beside(other, other.gpu_s_per_sample / cost - 1.0, differences)
 
 
@@ -176,10 +185,10 @@ def _print_differences(console: Console, number: int, first: PlayedStep, other: 
     if not other.differences:
         console.print("  the same plan")
         return
-    table = plain_table("  on its own", "in 1", f"in {number}", "costs", right=("costs",))
+    table = plain_table("  on its own", "costs", "in 1", f"in {number}", right=("costs",), breaks=("in 1",))
     for row in other.differences:
-        table.add_row(f"  {row.name}", row.before, row.after, "not alone" if row.gain is None else _cost(row.gain))
-    table.add_row("  together", "", "", _cost(other.together))
+        table.add_row(f"  {row.name}", "not alone" if row.gain is None else _cost(row.gain), row.before, row.after)
+    table.add_row("  together", _cost(other.together), "", "")
     console.print(table)
     for row in other.differences:
         if row.gain is None:

@@ -11,7 +11,7 @@ from ...model.config import ModelConfig
 from ...model.inputs import BatchShape
 from ...model.step import check, unit_layout
 from ...parallel.ir.plan import Plan
-from .tables import new_console, plain_table
+from ..tables import new_console, plain_table
 
 DEGREES = tuple((tp, cp) for tp in (1, 2, 4, 8) for cp in (1, 2))
 GPUS = 6144  # over which the flat states of the compiled shapes are sharded, as in the paper's largest run
@@ -53,7 +53,7 @@ def run(config: ModelConfig, plan: Plan | None, batch: BatchShape, *, target: st
         return
     out = new_console()
     right = ("regs", "spilled", "shared", "tensor", "16-byte", "occupancy", "over least")
-    table = plain_table("kernel", "local shape", *right, right=right)
+    table = plain_table("kernel", "local shape", *right, right=right, breaks=("regs",))
     for report in reports:
         table.add_row(
             report.name,

@@ -19,10 +19,12 @@ from ...perf_model.search.planner import survey
 from ...perf_model.search.request import LatentBucket, Request
 from ..models import read_model
 from ..plans import read_plan
-from .tables import new_console, plain_table
+from ..progress import Begin, progress
+from ..tables import new_console, plain_table
 
 DISAGREES = 0.01  # relative difference between the search's step time and the whole step's that is told
 EXPOSED, DUPLICATES = 12, 8  # rows shown
+PIECES = 4  # of the work of ``cinemesh explain``, for its progress
 NUMBERS = ("ranks", "MB", "s")  # right-aligned
 
 
@@ -133,7 +135,8 @@ def print_start_up(console: Console, rows: list[StartUp]) -> None:
         f"\ncommunicators of a rank: {len(rows)}, {sum(row.bytes for row in rows) / 1e9:.2f} GB, "
         f"{sum(row.seconds for row in rows):.1f} s to make when the job starts (from what is published of whole jobs)"
     )
-    table = plain_table("communicator", "ranks", "thread blocks", "priority", "MB", "s", right=NUMBERS)
+    columns = ("communicator", "ranks", "thread blocks", "priority", "MB", "s")
+    table = plain_table(*columns, right=NUMBERS, breaks=("ranks",))
     for row in rows:
         table.add_row(
             row.name,
@@ -167,18 +170,8 @@ def run(  # noqa: PLR0913  the options of the command
     """
     chosen = read_plan(plan)
     request = request_for(chosen, model, cluster, latent, global_batch, samples, encoders, servers)
-    evaluator = Evaluator(request)
-    (step,) = evaluator.play_held(chosen, request.samples)
-    found = survey(replace(request, shown=2))
-    rivals = [choice for choice in found.choices if choice.plan != chosen]
-    reasons = Reasons(
-        step=step,
-        whole_s=step.step_s,
-        cluster=request.cluster,
-        searched_s=None,
-        rival=evaluator.play_held(rivals[0].plan, rivals[0].samples)[0] if rivals else None,
-        sensitivities=list(explain.on_faster(request, step)),
-    )
+    with progress("explaining", PIECES, silent=as_json) as begin:
+        step, reasons = _reasons(request, chosen, begin)
     if as_json:
         values = {
             "model": model,
@@ -196,6 +189,20 @@ def run(  # noqa: PLR0913  the options of the command
     console.print(heading(request))
     console.print(f"{describe(chosen)}: {summary_line(request, step)}")
     reasons.print(console)
+
+
+def _reasons(request: Request, chosen: Plan, begin: Begin) -> tuple[PlayedStep, Reasons]:
+    """The whole step of a plan, and what it is held against."""
+    evaluator = Evaluator(request)
+    begin("playing the whole step")
+    (step,) = evaluator.play_held(chosen, request.samples)
+    begin("looking for a better plan")
+    found = survey(replace(request, shown=2))
+    rivals = [choice for choice in found.choices if choice.plan != chosen]
+    begin("playing its whole step")
+    rival = evaluator.play_held(rivals[0].plan, rivals[0].samples)[0] if rivals else None
+    begin("playing it on faster hardware")
+    return step, Reasons(step, step.step_s, request.cluster, None, rival, list(explain.on_faster(request, step)))
 
 
 def request_for(

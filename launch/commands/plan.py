@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -27,13 +26,15 @@ from ...perf_model.search.refusals import Refusal, RefusalKind
 from ...perf_model.search.request import LatentBucket, PricedPlan, Request
 from ..models import parse_latent, read_model
 from ..plans import SUFFIXES, held_fields
+from ..progress import Begin, each, progress
+from ..tables import new_console, plain_table
 from ..written import command, wrote
 from .explain import Reasons, start_up_values
-from .tables import new_console, plain_table
 
 NUMBERS = (
     "batch",
     "step s",
+    "its step s",
     "samples/s",
     "MFU",
     "beside compute",
@@ -98,12 +99,10 @@ def run(  # noqa: PLR0913  the options of the command
     )
     found = search(request)
     if tune:
-        from rich.progress import track
-
         from ...perf_model.search.tune import tuned
 
-        console = Console(stderr=True)
-        found = tuned(request, found, partial(track, description="tuning", console=console, transient=True))
+        with progress("tuning", len(found.choices), silent=as_json) as begin:
+            found = tuned(request, found, lambda choices: each(choices, begin, lambda choice: describe(choice.plan)))
     flops = explain.mean_sample_flops(request)
     values = {
         "model": model,
@@ -122,12 +121,14 @@ def run(  # noqa: PLR0913  the options of the command
     if not as_json:
         _print_search(console, request, found, flops)
     if paper:
-        rows = paper_rows(request)
+        with progress("the paper's plans", len(STAGES), silent=as_json) as begin:
+            rows = paper_rows(request, begin)
         values["paper"] = rows
         if not as_json:
             _print_paper(console, rows)
     if explain_it:
-        why = _why(request, found)
+        with progress("explaining", explain.CHANGES + 1, silent=as_json) as begin:
+            why = _why(request, found, begin)
         values["why"] = why.to_dict()
         if not as_json:
             why.print(console)
@@ -138,9 +139,10 @@ def run(  # noqa: PLR0913  the options of the command
             out, f"{command('lint', plan=out, model=model)}, then cinemesh train CONFIG --plan {shlex.quote(str(out))}"
         )
     if report is not None:
-        from ...perf_model.report.report import PAGE, TRACE, write
+        from ...perf_model.report.report import PAGE, TRACE, pieces, write
 
-        write(report, request, found)
+        with progress("report", pieces(request, found), silent=as_json) as begin:
+            write(report, request, found, begin)
         wrote(report / PAGE, f"open it in a browser, and {report / TRACE} at https://ui.perfetto.dev")
     if as_json:
         print(json.dumps(values, indent=1))
@@ -177,10 +179,11 @@ def _choice(choice: PricedPlan) -> dict[str, object]:
     }
 
 
-def paper_rows(request: Request) -> list[dict[str, object]]:
+def paper_rows(request: Request, begin: Begin = lambda _: None) -> list[dict[str, object]]:
     """The plans of Table 3 beside the best for the same samples and GPUs."""
     rows: list[dict[str, object]] = []
     for stage in STAGES:
+        begin(stage.name)
         asked = replace(
             request,
             buckets=(LatentBucket(stage.latent),),
@@ -204,8 +207,9 @@ def paper_rows(request: Request) -> list[dict[str, object]]:
     return rows
 
 
-def _why(request: Request, found: Search) -> Reasons:
+def _why(request: Request, found: Search, begin: Begin) -> Reasons:
     """Why the best plan of a search won."""
+    begin("playing whole steps")
     evaluator = Evaluator(request)
     best, *others = (evaluator.play(choice.plan, choice.samples, choice.frozen) for choice in found.choices[:2])
     return Reasons(
@@ -214,7 +218,7 @@ def _why(request: Request, found: Search) -> Reasons:
         cluster=request.cluster,
         searched_s=found.best.step_s,
         rival=others[0][0] if others else None,
-        sensitivities=list(explain.sensitivities(request, found.best)),
+        sensitivities=list(explain.sensitivities(request, found.best, begin)),
     )
 
 
@@ -228,7 +232,8 @@ def _print_search(console: Console, request: Request, found: Search, flops: floa
         f"{config.name} on {request.gpus:,} GPUs of {cluster.name}, {shapes}, {request.dtype}. "
         "Predicted, not measured.\n"
     )
-    table = plain_table("", "plan", "batch", "step s", "samples/s", "MFU", "beside compute", "peak GB", right=NUMBERS)
+    columns = ("", "plan", "batch", "step s", "samples/s", "MFU", "beside compute", "peak GB")
+    table = plain_table(*columns, right=NUMBERS, breaks=("batch",))
     ties = {id(choice) for choice in found.near_ties()}
     for rank, choice in enumerate(found.choices, 1):
         table.add_row(
@@ -262,7 +267,8 @@ def _telling(refused: list[Refusal]) -> list[Refusal]:
 
 
 def _print_paper(console: Console, rows: list[dict[str, object]]) -> None:
-    table = plain_table("stage", "tokens", "GPUs", "paper's plan", "step s", "best", "step s", "gain", right=NUMBERS)
+    columns = ("stage", "tokens", "GPUs", "paper's plan", "its step s", "best", "step s", "gain")
+    table = plain_table(*columns, right=NUMBERS, breaks=("paper's plan", "best"))
     for row in rows:
         theirs, ours = row["paper"], row["best"]
         assert isinstance(theirs, dict) and isinstance(ours, dict)

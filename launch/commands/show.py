@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from ...kernels.ops import OPS
@@ -25,10 +24,8 @@ from ...parallel.passes.liveness import lifetimes
 from ...parallel.passes.pipeline import prepare
 from ..models import read_model
 from ..plans import read_plan
-from .tables import DTYPES, new_console, plain_table, quantity
+from ..tables import DTYPES, new_console, plain_table, quantity
 
-NAME_WIDTH = 28  # columns; a longer name goes on below
-OUTPUTS = 3  # which column gets the space that others leave
 MOST_DIFFERENCES = 8  # records in which a block may differ from another to be shown as "as that one, but"
 
 # -- cinemesh model ---------------------------------------------------------------------------------------------------
@@ -89,12 +86,13 @@ def model_table(name: str, as_json: bool) -> None:
         + ", ".join(f"{e.name} {e.tokens} x {e.width}" for e in config.encoders)
         + "\n"
     )
-    table = plain_table("part", "over tp", "parameters", "share", "tensors", right=("parameters", "share"))
+    table = plain_table(
+        "part", "over tp", "parameters", "share", "tensors", right=("parameters", "share"), breaks=("tensors",)
+    )
     for part in found:
         over = "sharded" if part.tp_sharded else "replicated"
         share = f"{100 * part.elements / total:.2f} %"
         table.add_row(part.name, over, f"{part.elements:,}", share, "\n".join(part.tensors()))
-    table.add_section()
     for label, over, value in (
         ("total", "sharded", sharded),
         ("total", "replicated", total - sharded),
@@ -133,9 +131,9 @@ def program_listing(
         f"{batch} sample(s) a data rank and micro-batch\n"
         f"{degrees.equation()} ranks, {degrees.micro_batches} micro-batch(es), {degrees.dtype}, recompute {kept}\n"
         f"{len(program.ops):,} records of one rank, in the order of execution\n\n"
-        "columns   op (after ~: recomputed), kind, lane, outputs, work\n"
-        "outputs   local: [cp*tp:9216, 6144] is a rank's 9216 of a dim split by cp (outer) and tp, and a whole dim\n"
-        "work      FLOPs of products, else bytes read and written; of a collective payload > wire bytes"
+        "columns   op (after ~: recomputed), kind, lane, work, outputs\n"
+        "work      FLOPs of products, else bytes read and written; of a collective payload > wire bytes\n"
+        "outputs   local: [cp*tp:9216, 6144] is a rank's 9216 of a dim split by cp (outer) and tp, and a whole dim"
     )
     _print_sections(console, program)
     _print_totals(console, program)
@@ -231,7 +229,7 @@ def sections(program: Program) -> list[Section]:
 
 
 def _row(program: Program, op: Op, section: Section) -> tuple[str, str, str, str, str]:
-    """Op, kind, lane, outputs, work. Names are told relative to the section, neighbouring blocks by their distance.
+    """Op, kind, lane, work, outputs. Names are told relative to the section, neighbouring blocks by their distance.
 
     So that records which do the same in the same place of another block have equal rows.
     """
@@ -261,7 +259,7 @@ def _row(program: Program, op: Op, section: Section) -> tuple[str, str, str, str
         work = f"{quantity(program.payload_bytes(op), 'B')} > {quantity(program.wire_bytes(op), 'B')}"
         if op.kind in FUSED:
             work = f"{quantity(program.flops(op), 'FLOP')}\n{work}"
-    return ("~" if op.clone else "") + name, op.kind, op.lane, "\n".join(outputs), work
+    return ("~" if op.clone else "") + name, op.kind, op.lane, work, "\n".join(outputs)
 
 
 def _neighbour(distance: int) -> str:
@@ -324,14 +322,9 @@ def _print_sections(console: Console, program: Program) -> None:
         console.print(Text(f"\n{heading}", style="bold"))
         if not rows:
             continue
-        widths = [max(len(line) for row in rows for line in row[i].split("\n")) for i in range(len(rows[0]))]
-        widths[0] = min(widths[0], NAME_WIDTH)
-        widths[OUTPUTS] = max(1, console.width - sum(widths) + widths[OUTPUTS] - 2 * len(widths))  # folds the rest
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-        for i, width in enumerate(widths):
-            table.add_column(width=width, overflow="fold", justify="right" if i == len(widths) - 1 else "left")
+        table = plain_table("op", "kind", "lane", "work", "outputs", breaks=("outputs",), header=False)
         for row in rows:
-            table.add_row(*row, style="dim" if row[1] == "wait" else None)
+            table.add_row(*row, style="dim" if row[1] == "wait" else "")
         console.print(table)
     console.print()
 

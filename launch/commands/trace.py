@@ -11,10 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from ...errors import CinemeshError
 from ...model.step import build_step, check
 from ...parallel.ir.collectives import FUSED
@@ -30,6 +26,7 @@ from ..models import read_model
 from ..plans import read_plan
 from ..proof.parity import OPTIMIZER, Case
 from ..proof.traced import traced
+from ..tables import new_console, plain_table
 from ..written import wrote
 
 
@@ -103,7 +100,7 @@ def _predicted_of(row: OverlapRow, whole: PlayedStep, steps: int) -> dict[str, f
 
 def _show(plan: Plan, spans: list[Span], whole: PlayedStep, cluster: Cluster, steps: int) -> None:
     """Means of one step, on rank 0."""
-    console = Console(highlight=False)
+    console = new_console()
     total_s = (max(s.end_s for s in spans) - spans[0].issued_s) / steps
     console.print(
         f"plan {plan.equation()}, rank 0: a step took {total_s * 1e3:.1f} ms (mean of {steps}, measured); "
@@ -111,10 +108,8 @@ def _show(plan: Plan, spans: list[Span], whole: PlayedStep, cluster: Cluster, st
     )
     if any(fact.origin == PLACEHOLDER for path, fact in cluster.facts.items() if path.startswith("gloo")):
         console.print("Its numbers are placeholders: calibrate this machine and give the file with --cluster.")
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("collective, ms a step", overflow="fold", min_width=24)
-    for head in ("lane", "a step", "ran", "predicted", "overlapped", "exposed", "predicted"):
-        table.add_column(head, overflow="fold")
+    numbers = ("a step", "ran", "predicted", "overlapped", "exposed", "predicted")
+    table = plain_table("collective, ms a step", "lane", *numbers, right=numbers, breaks=("a step",))
     rows, expected = summary(spans), predicted_rows(whole)
     for row in rows:
         ran, overlapped, exposed = (seconds / steps for seconds in (row.ran_s, row.overlapped_s, row.exposed_s))

@@ -12,7 +12,8 @@ from ...perf_model.calibration import fit
 from ...perf_model.published import validate
 from ...perf_model.published.rows import TRUSTED, Unpredictable, case_of, read
 from ...perf_model.published.validate import Prediction, Summary, ValidationReport, by_source, source_means, summarise
-from .tables import new_console, plain_table
+from ..progress import progress
+from ..tables import new_console, plain_table
 
 SOURCE_WIDTH = 58
 NUMBERS = (
@@ -39,7 +40,7 @@ def run(*, rows: Path | None, show_all: bool, refit: bool, as_json: bool) -> Non
     """
     report = validate.validate(rows)
     values = validate.to_json(report)
-    fits = _fits(rows) if refit else []
+    fits = _fits(rows, silent=as_json) if refit else []
     if refit:
         values["fit"] = [
             {**f.__dict__, "held_out": summarise(f.held_out).__dict__ if f.held_out else None} for f in fits
@@ -66,14 +67,14 @@ def _percent(value: float) -> str:
 
 
 def _print_rows(console: Console, report: ValidationReport) -> None:
-    table = plain_table("row", "unit", "measured", "predicted", "error", right=NUMBERS)
+    table = plain_table("row", "unit", "measured", "predicted", "error", right=NUMBERS, breaks=("unit",))
     for p in (*report.times, *report.memory):
         table.add_row(p.id, p.unit, f"{p.measured:.4g}", f"{p.predicted:.4g}", f"{100 * p.error:+.1f} %")
     for v in report.verdicts:
         words = ["out of memory" if out else "fits" for out in (v.measured, v.predicted)]
         table.add_row(v.id, "", words[0], words[1], "" if v.measured == v.predicted else "wrong")
     console.print(table)
-    skipped = plain_table("not predicted", "why")
+    skipped = plain_table("not predicted", "why", breaks=("why",))
     for name, why in report.skipped:
         skipped.add_row(name, why)
     if report.skipped:
@@ -89,7 +90,7 @@ def _line(summary: Summary) -> tuple[str, ...]:
 
 def _print_sources(console: Console, report: ValidationReport) -> None:
     columns = ("rows", "mean", "median", "95th", "worst", "bias")
-    table = plain_table("absolute error of time, by source", *columns, right=NUMBERS)
+    table = plain_table("absolute error of time, by source", *columns, right=NUMBERS, breaks=("rows",))
     for source, predictions in by_source(report.times).items():
         table.add_row(source[:SOURCE_WIDTH], *_line(summarise(predictions)))
     kinds: list[tuple[str, Sequence[Prediction]]] = [
@@ -115,7 +116,8 @@ def _print_sources(console: Console, report: ValidationReport) -> None:
 
 def _print_choices(console: Console, report: ValidationReport) -> None:
     console.print()
-    table = plain_table("plans of one job", "plans", "Spearman", "chosen plan loses", right=(*NUMBERS, "Spearman"))
+    numbers = ("plans", "Spearman", "chosen plan loses")
+    table = plain_table("plans of one job", *numbers, right=numbers, breaks=("plans",))
     for choice in report.choices:
         table.add_row(choice.name, str(choice.plans), f"{choice.spearman:.2f}", _percent(choice.regret))
     spearman = sum(c.spearman for c in report.choices) / len(report.choices)
@@ -127,7 +129,7 @@ def _print_choices(console: Console, report: ValidationReport) -> None:
 # -- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def _fits(rows: Path | None) -> list[fit.Fit]:
+def _fits(rows: Path | None, *, silent: bool) -> list[fit.Fit]:
     cases = []
     for row in read(rows or validate.ROWS):
         if row["kind"] in ("training_step", "layer") and (row.get("trust") or "") in TRUSTED:
@@ -135,12 +137,14 @@ def _fits(rows: Path | None) -> list[fit.Fit]:
                 cases.append(case_of(row))
             except Unpredictable:
                 continue
-    return fit.refit(cases)
+    with progress("fitting", fit.fits(cases), silent=silent) as begin:
+        return fit.refit(cases, begin)
 
 
 def _print_fit(console: Console, found: fit.Fit) -> None:
     console.print()
-    table = plain_table(f"{found.kind}: constant", "now", "fitted", "range", "in the cluster file", right=NUMBERS)
+    columns = ("now", "fitted", "range", "in the cluster file")
+    table = plain_table(f"{found.kind}: constant", *columns, right=NUMBERS, breaks=("in the cluster file",))
     for constant in found.constants:
         span = f"{constant.low:g} to {constant.high:g}"
         now, value = found.before[constant.name], found.after[constant.name]
@@ -149,7 +153,8 @@ def _print_fit(console: Console, found: fit.Fit) -> None:
     console.print(
         f"loss {found.loss_before:.4f} now, {found.loss_after:.4f} fitted; rows of a source that the fit left out:"
     )
-    held = plain_table("source left out", "rows", "mean", "median", "95th", "worst", "bias", right=NUMBERS)
+    columns = ("rows", "mean", "median", "95th", "worst", "bias")
+    held = plain_table("source left out", *columns, right=NUMBERS, breaks=("rows",))
     for source, predictions in by_source(found.held_out).items():
         held.add_row(source[:SOURCE_WIDTH], *_line(summarise(predictions)))
     if found.held_out:

@@ -11,8 +11,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from rich.console import Console
-
 from ...model.inputs import BatchShape
 from ...model.step import build_step
 from ...parallel.ir.check import Finding, check, disjoint
@@ -22,6 +20,7 @@ from ...parallel.passes.arena import place
 from ...parallel.passes.pipeline import passes
 from ..models import read_model
 from ..plans import read_plan
+from ..tables import new_console, plain_table
 from .lint_step import lint_step
 from .verify import small_case
 
@@ -78,12 +77,14 @@ def run(*, plan: str, model: str, as_json: bool) -> int:
 
 
 def _show(plan: Plan, found: Sequence[Finding]) -> None:
-    console = Console(highlight=False)
+    console = new_console()
     console.print(f"plan {plan.equation()}: may a step be captured?")
     if plan.fused_tp:
-        console.print(FUSED_NOTE, soft_wrap=True)
+        console.print(FUSED_NOTE)
+    table = plain_table("", "check", "says", header=False)
     for name, says in CHECKS.items():
         mine = [f for f in found if f.check == name]
-        console.print(f"  {'[bold red]NO[/]' if mine else '[green]ok[/]'}  {name:<13} {says}", soft_wrap=True)
+        table.add_row("NO" if mine else "ok", name, says, style="bold red" if mine else "")
         for finding in mine:
-            console.print(f"        {finding}", style="red", soft_wrap=True)
+            table.add_row("", "", str(finding), style="red")
+    console.print(table)

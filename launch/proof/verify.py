@@ -15,9 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from ...errors import CinemeshError
 from ...model.inputs import BatchShape
@@ -33,6 +30,7 @@ from ...parallel.runtime.mesh import Mesh
 from ..cluster.processes import forked
 from ..models import read_model
 from ..plans import read_plan
+from ..tables import new_console, plain_table
 from .parity import OPTIMIZER, QUANTITIES, Case, RankRun, bounds_of, run_rank, worst_of
 
 BLIND = 1e-6  # a reference gradient this much smaller than the largest would prove nothing
@@ -206,14 +204,14 @@ def run(*, plan: str, model: str, dtype: str, max_procs: int, steps: int, as_jso
 
 
 def _show(report: Report) -> None:
-    console = Console(highlight=False)
+    console = new_console()
     console.print(f"plan {report.plan}, on {report.processes} processes")
     for remark in report.remarks:
         console.print(f"  {remark}")
-    table = Table("relative error of", "worst", "bound", "where", box=box.SIMPLE_HEAD)
+    table = plain_table("relative error of", "worst", "bound", "where", breaks=("where",))
     for what in QUANTITIES:
         ok = report.worst[what] <= report.bounds[what]
-        style = None if ok else "bold red"
+        style = "" if ok else "bold red"
         worst, bound = f"{report.worst[what]:.1e}", f"{report.bounds[what]:.1e}"
         table.add_row(what, worst, bound, report.where[what], style=style)
     console.print(table)
@@ -227,4 +225,4 @@ def _show(report: Report) -> None:
         f"+ {report.workspace_bytes:,} B workspace"
     )
     console.print(f"replicas      {'bitwise equal' if report.replicas_equal else 'NOT bitwise equal'}")
-    console.print("[bold green]ok[/]" if report.ok else "[bold red]NOT ok[/]")
+    console.print("ok" if report.ok else "NOT ok", style="bold green" if report.ok else "bold red")

@@ -19,6 +19,7 @@ from ...model.step import unit_layout
 from ...parallel.runtime.comm import gather_objects
 from ...parallel.runtime.mesh import coordinates
 from ..cluster.processes import Joined, joined, launch, rank_main, world_size
+from ..progress import progress
 from ..written import wrote
 from . import checkpoint as checkpoints
 from .average import remark
@@ -107,14 +108,24 @@ def sample_clips(
     # Ranks that share a sample all end with all of it: one of them hands it on.
     speaks = sampler.coordinates["tp"] == sampler.coordinates["cp"] == 0
     latents: dict[int, Tensor] = {}
-    for start in range(0, len(prompts), samples * ranks):
-        mine = range(start + rank * samples, start + (rank + 1) * samples)  # may pass the end: such clips are dropped
-        conditions = setting.encoding.captions([prompts[i % len(prompts)] for i in mine])
-        made = sampler.sample(conditions, section.seed, torch.tensor(mine), section.steps, section.guidance).cpu()
-        kept = {i: clip for i, clip in zip(mine, made, strict=True) if i < len(prompts) and speaks}
-        for part in gather_objects(kept) if mesh else [kept]:
-            assert isinstance(part, dict)
-            latents |= part
+    rounds = range(0, len(prompts), samples * ranks)
+    with progress("sampling", len(rounds) * section.steps, silent=place.rank > 0) as begin:
+        for start in rounds:
+            mine = range(start + rank * samples, start + (rank + 1) * samples)  # past the end: such clips are dropped
+            conditions = setting.encoding.captions([prompts[i % len(prompts)] for i in mine])
+            numbers = f"clips {start + 1} to {min(start + samples * ranks, len(prompts))}"
+            made = sampler.sample(
+                conditions,
+                section.seed,
+                torch.tensor(mine),
+                section.steps,
+                section.guidance,
+                lambda step, numbers=numbers: begin(f"{numbers}, step {step + 1}"),
+            ).cpu()
+            kept = {i: clip for i, clip in zip(mine, made, strict=True) if i < len(prompts) and speaks}
+            for part in gather_objects(kept) if mesh else [kept]:
+                assert isinstance(part, dict)
+                latents |= part
     if mesh is not None and mesh.rank:
         return []
     return [codec.decode(latents[i]) for i in range(len(prompts))]

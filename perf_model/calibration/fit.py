@@ -8,7 +8,7 @@ when nothing improves. ``refit`` also leaves every source out in turn and predic
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..clusters.cluster import Cluster
@@ -151,18 +151,29 @@ def fit(
     return best, least
 
 
-def refit(cases: Sequence[RowCase]) -> list[Fit]:
-    """Every hardware kind fitted to its rows, then with each source left out. Minutes for the project's rows."""
+def fits(cases: Sequence[RowCase]) -> int:
+    """How many fits ``refit`` makes, and says that it begins."""
+    kinds = {kind_of(case.cluster) for case in cases}
+    return len(kinds) + len({(kind_of(case.cluster), case.source) for case in cases})
+
+
+def refit(cases: Sequence[RowCase], tick: Callable[[str], object] = lambda _: None) -> list[Fit]:
+    """Every hardware kind fitted to its rows, then with each source left out. Minutes for the project's rows.
+
+    ``tick`` is told what begins.
+    """
     kinds: dict[str, list[RowCase]] = {}
     for case in cases:
         kinds.setdefault(kind_of(case.cluster), []).append(case)
     found: list[Fit] = []
     for kind, of_kind in kinds.items():
         constants = KINDS[kind]
+        tick(kind)
         before = standing(of_kind[0].cluster, constants)
         after, least = fit(of_kind, constants, before)
         result = Fit(kind, constants, before, after, loss(of_kind, constants, before), least)
         for source in dict.fromkeys(case.source for case in of_kind):
+            tick(f"{kind} without {source}")
             others = [case for case in of_kind if case.source != source]
             if others:
                 values, _ = fit(others, constants, after, HELD_OUT_STEP)

@@ -22,6 +22,8 @@ from ..search.evaluator import Evaluator
 from ..search.planner import survey
 from ..search.request import PricedPlan, Request
 
+Tick = Callable[[str], object]  # told what begins
+CHANGES = 5  # sensitivities of a search
 SPELT_OUT = 4  # activations kept from which on only their number is shown
 SEARCHED_WITH = "grad_units=2"  # what the search gives every plan that can have it: not worth a word each time
 
@@ -186,8 +188,8 @@ class Sensitivity:
     note: str = ""
 
 
-def sensitivities(request: Request, best: PricedPlan) -> Iterator[Sensitivity]:
-    """The search again: a faster NIC, more memory, a faster NVLink, one more server."""
+def sensitivities(request: Request, best: PricedPlan, tick: Tick = lambda _: None) -> Iterator[Sensitivity]:
+    """The search again with one thing different, ``CHANGES`` times: faster links, more memory, other GPUs."""
     cluster = request.cluster
     changes: list[tuple[str, Callable[[], Request]]] = [
         ("NIC twice as fast", lambda: replace(request, cluster=cluster.with_(nic_scale=2.0))),
@@ -202,7 +204,9 @@ def sensitivities(request: Request, best: PricedPlan) -> Iterator[Sensitivity]:
         ),
         (f"half the GPUs ({request.gpus // 2})", lambda: replace(request, gpus=max(request.gpus // 2, 1))),
     ]
+    assert len(changes) == CHANGES
     for text, changed in changes:
+        tick(text)
         try:
             outcome = survey(replace(changed(), shown=1))
         except CinemeshError as error:  # the cluster has no more GPUs

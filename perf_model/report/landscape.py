@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from ..search.planner import Search, survey
 from ..search.refusals import Refusal, RefusalKind
 from ..search.request import PricedPlan, Request
-from .explain import sample_flops
+from .explain import Tick, sample_flops
 
 DEALS = ((1, 1), (2, 1), (4, 1), (1, 2))  # samples of one micro-batch on one data rank, micro-batches
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144)  # GPUs
 FAMILIES = 12  # shown at most for one size of a micro-batch
-
-Tick = Callable[[str], object]  # told what was done
 
 
 @dataclass(frozen=True)

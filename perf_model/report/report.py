@@ -18,8 +18,6 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...errors import CinemeshError
 from ...files import atomic_file
@@ -30,12 +28,11 @@ from ..search.request import Request
 from . import explain, trace
 from .draw_plans import draw_landscape, draw_scaling, draw_terms
 from .draw_step import GREY, draw_block, draw_memory, draw_step
-from .explain import Sensitivity, describe
+from .explain import CHANGES, Tick, describe
 from .landscape import deals, explore, scale, sizes
 from .page import Picture, Story, render
 
 COMPARED = 5  # plans whose step is taken apart side by side
-CHANGES = 5  # sensitivities
 HEAD_IN = 0.85  # above the axes: title and note
 NOTE_COLUMNS = 170
 TRACE = "step.trace.json"
@@ -110,11 +107,16 @@ SHEETS = (
 )
 
 
-def write(folder: Path, request: Request, found: Search) -> None:
+def pieces(request: Request, found: Search) -> int:
+    """How often ``write`` says what it begins."""
+    return len(found.choices[:COMPARED]) + len(deals(request)) + len(sizes(request)) + CHANGES + len(SHEETS) + 1
+
+
+def write(folder: Path, request: Request, found: Search, tick: Tick = lambda _: None) -> None:
     """Write the report of a search into a folder, beside what else is in it.
 
     Searches around the plan as well (other batches, other numbers of GPUs, other hardware), which takes most of the
-    time; progress goes to standard error. Every file takes its name when it is complete. Raises CinemeshError when the
+    time; ``tick`` is told what begins. Every file takes its name when it is complete. Raises CinemeshError when the
     folder cannot be written.
     """
     try:
@@ -125,41 +127,27 @@ def write(folder: Path, request: Request, found: Search) -> None:
         raise CinemeshError(
             f"report {folder}: the folder cannot be written", remedy="change its permissions or name another"
         )
-    compared = found.choices[:COMPARED]
-    total = len(compared) + len(deals(request)) + len(sizes(request)) + CHANGES + len(SHEETS) + 2
-    columns = (TextColumn("report: {task.description:<32}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total)
-
-        def tick(what: str) -> None:
-            progress.update(task, advance=1, description=what)
-
-        evaluator, wholes = Evaluator(request), list[PlayedStep]()
-        for choice in compared:
-            tick("playing whole steps")
-            wholes.append(evaluator.play(choice.plan, choice.samples, choice.frozen)[0])
-        sensitivities: list[Sensitivity] = []
-        tick("what would change it")
-        for row in explain.sensitivities(request, found.best):
-            sensitivities.append(row)
-            tick(row.change)
-        story = Story(
-            request,
-            found,
-            wholes,
-            explore(request, found.error, tick),
-            scale(request, found, tick),
-            sensitivities,
-            TRACE,
-        )
-        pictures: list[Picture] = []
-        for sheet in SHEETS:
-            tick(f"drawing {sheet.name}")
-            pictures.append(_picture(folder, sheet, story))
-        tick("writing the page")
-        trace.write(folder / TRACE, {f"predicted, {describe(story.best.plan)}": story.spans}, story.best)
-        with atomic_file(folder / PAGE) as unfinished:
-            unfinished.write_text(render(story, pictures))
+    evaluator, wholes = Evaluator(request), list[PlayedStep]()
+    for choice in found.choices[:COMPARED]:
+        tick("playing whole steps")
+        wholes.append(evaluator.play(choice.plan, choice.samples, choice.frozen)[0])
+    story = Story(
+        request,
+        found,
+        wholes,
+        explore(request, found.error, tick),
+        scale(request, found, tick),
+        list(explain.sensitivities(request, found.best, tick)),
+        TRACE,
+    )
+    pictures: list[Picture] = []
+    for sheet in SHEETS:
+        tick(f"drawing {sheet.name}")
+        pictures.append(_picture(folder, sheet, story))
+    tick("writing the page")
+    trace.write(folder / TRACE, {f"predicted, {describe(story.best.plan)}": story.spans}, story.best)
+    with atomic_file(folder / PAGE) as unfinished:
+        unfinished.write_text(render(story, pictures))
 
 
 def drawn(sheet: Sheet, story: Story) -> Figure:

@@ -55,7 +55,7 @@ def test_communicators_are_told_with_their_bytes_and_seconds(
 ) -> None:
     """As keys of the JSON and as a table, of the plan that was chosen; a field alone is enough for --fix."""
     monkeypatch.setattr(gc, "disable", lambda: None)
-    monkeypatch.setattr(explain, "sensitivities", lambda request, best: iter(()))
+    monkeypatch.setattr(explain, "sensitivities", lambda *_: iter(()))
     values = json.loads(printed(capsys, fix="cp=2,unit_ctas=4", as_json=True))
     plan, told = Plan.from_dict(values["best"]["plan"]), values["start_up"]
     assert plan.unit_ctas == 4

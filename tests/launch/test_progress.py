@@ -1,0 +1,54 @@
+"""Progress of long work: on standard error, on a terminal and without one, and never beside --json."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from cinemesh.launch import progress as shown
+from cinemesh.launch.commands import compare, explain
+from cinemesh.launch.progress import each, progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_without_a_terminal_a_line_comes_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A long work without a terminal said nothing; a line a piece would be as bad."""
+    clock = iter([0.0, 0.0, 4.0, 11.0, 11.0, 12.0])
+    monkeypatch.setattr(shown.time, "monotonic", lambda: next(clock))
+    with progress("report", 4) as begin:
+        assert list(each("abcd", begin, str)) == ["a", "b", "c", "d"]
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines() == ["report: a (1 of 4)", "report: c (3 of 4)"]
+
+
+def test_on_a_terminal_a_bar_stands_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of it in the end is nothing: the answer of the command stands alone."""
+    err = Terminal()
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setenv("TERM", "xterm")
+    with progress("report", 2) as begin:
+        begin("first")
+        begin("second")
+    assert "report: " in err.getvalue() and "second" in err.getvalue() and "\x1b[2K" in err.getvalue()
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_commands_say_what_they_do_unless_asked_for_json(as_json: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"model": "tiny", "cluster": "grand-teton-h100", "latent": None, "global_batch": None, "samples": 1}
+    options = {**given, "encoders": False, "as_json": as_json}
+    explain.run(plan="tp=2", **options)  # pyright: ignore[reportArgumentType]
+    compare.run(plans=["tp=2", "cp=2"], **options)  # pyright: ignore[reportArgumentType]
+    said = (
+        []
+        if as_json
+        else ["explaining: playing the whole step (1 of 4)", "comparing: playing tp=2 recompute=selective (1 of 3)"]
+    )
+    assert capsys.readouterr().err.splitlines() == ([] if as_json else said)
