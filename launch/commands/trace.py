@@ -21,7 +21,7 @@ from ...parallel.runtime.trace import OverlapRow, role, summary
 from ...perf_model.clusters.cluster import Cluster, load
 from ...perf_model.clusters.constants import PLACEHOLDER
 from ...perf_model.prices.played import PlayedStep, play_program
-from ...perf_model.report.trace import predicted, write
+from ...perf_model.report.trace import predicted, waits, write
 from ..models import read_model
 from ..plans import read_plan
 from ..proof.parity import OPTIMIZER, Case
@@ -37,17 +37,17 @@ def predict(case: Case, cluster: Cluster) -> PlayedStep:
 
 
 def beside(by_rank: Sequence[Sequence[Span]], whole: PlayedStep) -> dict[str, Sequence[Span]]:
-    """One recording a rank and the prediction, from the start of the first step; waits are drawn from ``waited_s``."""
+    """One recording a rank and the prediction, from the start of the first step, with the waits of compute."""
     first = min(span.issued_s for spans in by_rank for span in spans)
     recordings: dict[str, Sequence[Span]] = {
         f"rank {rank}, measured": [
             replace(span, issued_s=span.issued_s - first, start_s=span.start_s - first, end_s=span.end_s - first)
             for span in spans
-            if span.kind != "wait"
         ]
         for rank, spans in enumerate(by_rank)
     }
-    return {**recordings, "predicted": predicted(whole)}
+    expected = predicted(whole)
+    return {**recordings, "predicted": [*expected, *waits(expected)]}
 
 
 def predicted_rows(whole: PlayedStep) -> dict[str, tuple[float, float]]:

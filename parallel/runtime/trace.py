@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ...kernels.ops import OPS
+from ..ir.communicators import communicator
 from ..ir.records import COMPUTE_LANE, Op
 from ..ir.span import Span
 from .executor import Executor
@@ -26,7 +27,7 @@ def traced_step(executor: Executor) -> list[Span]:
     now = time.perf_counter
     done: list[Span | None] = []
     issued: dict[str, tuple[int, float, dist.Work, list[float]]] = {}  # record, when, what, and when it ended
-    free: dict[tuple[str, str], float] = {}  # when each communicator ended its last collective
+    free: dict[str, float] = {}  # when each communicator ended its last collective
     records = [part for record in executor.records for part in record.parts or (record,)]
     for record in records:
         op, start = record.op, now()
@@ -46,10 +47,10 @@ def traced_step(executor: Executor) -> list[Span]:
             record.run()  # what is left of it: on gloo, the sum of a reduce-scatter
             issue = records[place].op
             end = min(ended[0], waited) if ended else waited
-            channel = (op.lane, issue.kind)
-            begin = min(max(since, free.get(channel, since)), end)
-            free[channel] = end
-            done[place] = Span.of(issue, op.lane, begin, end, issued_s=since, waited_s=waited - start)
+            lane = communicator(issue)
+            begin = min(max(since, free.get(lane, since)), end)
+            free[lane] = max(end, free.get(lane, end))
+            done[place] = Span.of(issue, lane, begin, end, issued_s=since, waited_s=waited - start)
             done.append(Span.of(op, COMPUTE_LANE, start, now()))
     return [span for span in done if span is not None]
 

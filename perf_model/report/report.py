@@ -145,7 +145,11 @@ def write(folder: Path, request: Request, found: Search, tick: Tick = lambda _: 
         tick(f"drawing {sheet.name}")
         pictures.append(_picture(folder, sheet, story))
     tick("writing the page")
-    trace.write(folder / TRACE, {f"predicted, {describe(story.best.plan)}": story.spans}, story.best)
+    trace.write(
+        folder / TRACE,
+        {f"predicted, {describe(story.best.plan)}": [*story.spans, *trace.waits(story.spans)]},
+        story.best,
+    )
     with atomic_file(folder / PAGE) as unfinished:
         unfinished.write_text(render(story, pictures))
 

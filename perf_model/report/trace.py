@@ -1,7 +1,8 @@
 """When everything of a step ran: spans, and the Chrome trace that Perfetto and chrome://tracing open (torch-free).
 
-A span is predicted or measured; both are drawn and written alike. Time that compute waits for a collective ends when
-the collective ends, so a span with ``waited_s`` tells where the wait lies.
+A span is predicted or measured; both are drawn and written alike, on one track for compute and one a communicator. A
+recording has its waits as spans. Of a prediction, the time that compute waits for a collective ends when the collective
+ends, so a span with ``waited_s`` tells where the wait lies.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def reached_s(whole: PlayedStep) -> list[float]:
 
 
 def waits(spans: Sequence[Span]) -> list[Span]:
-    """The exposed times as spans of the compute lane."""
+    """The exposed times of a prediction as spans of the compute lane."""
     return [_wait(span) for span in spans if span.waited_s > 0.0]
 
 
@@ -131,27 +132,31 @@ def _metadata(process: int, what: str, name: str, thread: int = 0, order: int = 
     yield head | {"name": f"{what}_sort_index", "args": {"sort_index": order}}
 
 
-def _events(process: int, name: str, spans: Sequence[Span]) -> Iterator[dict[str, Any]]:
+def _events(process: int, name: str, spans: Sequence[Span], thread: Mapping[str, int]) -> Iterator[dict[str, Any]]:
     """One process, with a thread for each lane."""
     yield from _metadata(process, "process", name, order=process)
-    thread = {lane: number for number, lane in enumerate(lanes(spans))}
     for lane, number in thread.items():
         yield from _metadata(process, "thread", lane, number, number)
-    for span in sorted((*spans, *waits(spans)), key=lambda span: span.start_s):
+    for span in sorted(spans, key=lambda span: (_ns(span.start_s), -_ns(span.end_s))):
         event: dict[str, Any] = {
             "ph": "X",
             "name": span.name,
             "cat": "recomputed" if span.clone else span.kind,
             "pid": process,
             "tid": thread[span.lane],
-            "ts": span.start_s * 1e6,
-            "dur": (span.end_s - span.start_s) * 1e6,
+            "ts": _ns(span.start_s) / 1e3,
+            "dur": (_ns(span.end_s) - _ns(span.start_s)) / 1e3,
             "args": {"kind": span.kind},
         }
         if span.lane != COMPUTE:
             queued = max(span.start_s - span.issued_s, 0.0)
             event["args"] |= {"queued_us": queued * 1e6, "exposed_us": span.waited_s * 1e6}
         yield event
+
+
+def _ns(seconds: float) -> int:
+    """Whole nanoseconds, as viewers keep them: slices that meet neither overlap nor leave a gap."""
+    return round(seconds * 1e9)
 
 
 def _counters(process: int, whole: PlayedStep, stacked: ByteStack) -> Iterator[dict[str, Any]]:
@@ -181,13 +186,15 @@ def highest(whole: PlayedStep, stacked: ByteStack, points: int) -> list[tuple[in
 
 
 def chrome(processes: Mapping[str, Sequence[Span]], whole: PlayedStep | None = None) -> dict[str, Any]:
-    """Trace events of one or several recordings, each a process of its own by its name.
+    """Trace events of one or several recordings, each a process of its own by its name; a lane is one track in all.
 
     ``whole`` adds its memory to the first process. Times are microseconds, as the format wants.
     """
     events: list[dict[str, Any]] = []
+    tracks = lanes([span for spans in processes.values() for span in spans])
+    thread = {lane: number for number, lane in enumerate(tracks)}
     for number, (name, spans) in enumerate(processes.items()):
-        events.extend(_events(number, name, spans))
+        events.extend(_events(number, name, spans, thread))
     if whole is not None:
         events.extend(_counters(0, whole, stack(whole.program)))
     return {"traceEvents": events, "displayTimeUnit": "ms"}

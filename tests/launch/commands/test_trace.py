@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from trace_format import overlaps, tracks
 
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.commands import trace
@@ -25,6 +26,39 @@ def test_a_trace_of_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "blocks.*.weights/flat" in said.replace("\n", "") and "compute hid" in said and "measured" in said
     assert "predicted by local-cpu" in said and "placeholders" in said
     assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "communicators"),
+    [
+        ("dp_shard=2,prefetch=2,grad_units=2", ["dp_shard*cp:all_gather", "dp_shard*cp:reduce_scatter"]),
+        ("cp=2,kv_slices=2,grad_units=2", ["cp", "dp_shard*cp:all_gather", "dp_shard*cp:reduce_scatter"]),
+        ("tp=2,micro_batches=2", ["tp"]),
+        ("tp=2,dp_replicate=2", ["tp", "dp_replicate"]),
+    ],
+)
+def test_measured_and_predicted_can_be_laid_side_by_side(plan: str, communicators: list[str], tmp_path: Path) -> None:
+    """One track a communicator, the same in all, and the format's rules.
+
+    Gathers and reductions of units shared one in a recording, waits were drawn over compute that had run before, and
+    what a viewer does with slices that overlap is its own affair.
+    """
+    out = tmp_path / "trace.json"
+    trace.run(plan=plan, model="tiny", out=out, steps=2, max_procs=4, cluster="local-cpu", as_json=False)
+    events = json.loads(out.read_text())["traceEvents"]
+    first, *others = tracks(events).values()
+    assert all(names == first for names in others) and first[0] == "compute"
+    assert [name for name in first[1:] if name in communicators] == communicators
+    assert overlaps(events) == []
+    used = [{e["tid"] for e in events if e["ph"] == "X" and e["pid"] == pid} for pid in tracks(events)]
+    assert all(tids == used[0] for tids in used), "a track that only some processes use"
+
+
+def test_overlapping_slices_are_found() -> None:
+    """Planted: the rule of the format is what the test above stands on."""
+    events = [{"ph": "X", "name": n, "pid": 0, "tid": 0, "ts": ts, "dur": d} for n, ts, d in
+              (("a", 0.0, 10.0), ("in a", 2.0, 8.0), ("b", 10.0, 5.0), ("over b", 14.999, 1.0))]  # fmt: skip
+    assert [(a["name"], b["name"]) for a, b in overlaps(events)] == [("b", "over b")]
 
 
 def test_predicted_collectives_stand_beside_measured_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

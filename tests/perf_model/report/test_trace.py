@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from trace_format import overlaps, tracks
 
 from cinemesh.files import atomic_file
 from cinemesh.kernels.ops import OPS
@@ -121,19 +122,15 @@ def test_memory_samples_keep_the_peak(whole: PlayedStep) -> None:
 
 
 def test_chrome_trace(whole: PlayedStep, tmp_path: Path) -> None:
-    """What Perfetto needs: a named thread for each lane, microseconds, no two events of a thread at once."""
+    """What Perfetto needs: a named thread for each lane, microseconds, and slices of a thread that nest."""
     spans = trace.predicted(whole)
     path = tmp_path / "step.json"
-    trace.write(path, {"predicted": spans}, whole)
+    trace.write(path, {"predicted": [*spans, *trace.waits(spans)]}, whole)
     events = json.loads(path.read_text())["traceEvents"]
     threads = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert list(threads.values()) == trace.lanes(spans)
     bars = [e for e in events if e["ph"] == "X"]
-    for number in threads:
-        end = 0.0
-        for event in (e for e in bars if e["tid"] == number):
-            assert event["ts"] >= end - 1e-6
-            end = event["ts"] + event["dur"]
+    assert overlaps(events) == []
     assert max(e["ts"] + e["dur"] for e in bars) == pytest.approx(whole.timeline.step_s * 1e6)
     counters = [e for e in events if e["ph"] == "C"]
     assert max(sum(e["args"].values()) for e in counters) == pytest.approx(max(stack(whole.program).total) / 1e9)
@@ -143,10 +140,16 @@ def test_chrome_trace(whole: PlayedStep, tmp_path: Path) -> None:
 def test_measured_spans_stand_beside_predicted_ones() -> None:
     """A recording is written as a process of its own."""
     measured = Span("mb0/y", "all_gather", "tp", issued_s=1.0, start_s=1.5, end_s=2.0, waited_s=0.25)
-    made = trace.chrome({"predicted": [Span("mb0/y", "all_gather", "tp", 1.0, 1.0, 1.5)], "rank 3": [measured]})
-    bars = [e for e in made["traceEvents"] if e["ph"] == "X" and e["pid"] == 1]
-    assert [(e["name"], e["ts"], e["dur"]) for e in bars] == [("mb0/y", 1.5e6, 0.5e6), ("mb0/y.wait", 1.75e6, 0.25e6)]
+    wait = Span("mb0/y.wait", "wait", "compute", 1.8, 1.8, 2.1)
+    expected = [Span("mb0/y", "all_gather", "tp", 1.0, 1.0, 1.5), Span("mb0/z", "all_reduce", "cp", 1.0, 1.0, 1.5)]
+    events = trace.chrome({"predicted": expected, "rank 3": [measured, wait]})["traceEvents"]
+    bars = [e for e in events if e["ph"] == "X" and e["pid"] == 1]
+    assert [(e["name"], e["tid"], e["ts"], e["dur"]) for e in bars] == [
+        ("mb0/y", 1, 1.5e6, 0.5e6),
+        ("mb0/y.wait", 0, 1.8e6, 0.3e6),
+    ]
     assert bars[0]["args"] == {"kind": "all_gather", "queued_us": 0.5e6, "exposed_us": 0.25e6}
+    assert tracks(events) == {0: ["compute", "tp", "cp"], 1: ["compute", "tp", "cp"]}, "a lane is the same track in all"
 
 
 def test_an_unfinished_file_has_no_final_name(tmp_path: Path) -> None:
