@@ -19,7 +19,6 @@ from ...parallel.ir.span import Span
 from ...parallel.passes.pipeline import prepare
 from ...parallel.runtime.trace import OverlapRow, role, summary
 from ...perf_model.clusters.cluster import Cluster, load
-from ...perf_model.clusters.constants import PLACEHOLDER
 from ...perf_model.prices.played import PlayedStep, play_program
 from ...perf_model.report.trace import predicted, waits, write
 from ..models import read_model
@@ -106,7 +105,7 @@ def _show(plan: Plan, spans: list[Span], whole: PlayedStep, cluster: Cluster, st
         f"plan {plan.equation()}, rank 0: a step took {total_s * 1e3:.1f} ms (mean of {steps}, measured); "
         f"{whole.timeline.step_s * 1e3:.1f} ms were predicted by {cluster.name}"
     )
-    if any(fact.origin == PLACEHOLDER for path, fact in cluster.facts.items() if path.startswith("gloo")):
+    if cluster.has_placeholders("gloo"):
         console.print("Its numbers are placeholders: calibrate this machine and give the file with --cluster.")
     numbers = ("a step", "ran", "predicted", "overlapped", "exposed", "predicted")
     table = plain_table("collective, ms a step", "lane", *numbers, right=numbers, breaks=("a step",))

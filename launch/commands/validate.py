@@ -137,7 +137,7 @@ def _fits(rows: Path | None, *, silent: bool) -> list[fit.Fit]:
                 cases.append(case_of(row))
             except Unpredictable:
                 continue
-    with progress("fitting", fit.fits(cases), silent=silent) as begin:
+    with progress("fitting", fit.fit_count(cases), silent=silent) as begin:
         return fit.refit(cases, begin)
 
 

@@ -12,7 +12,6 @@ from ...model.config import latent_text
 from ...model.step import build_step
 from ...parallel.passes.pipeline import prepare
 from ...perf_model.clusters.cluster import Cluster
-from ...perf_model.clusters.constants import PLACEHOLDER
 from ...perf_model.prices.models import PriceModels
 from ...perf_model.prices.played import PlayedStep, play_program
 from .predicted import Predicted
@@ -35,7 +34,7 @@ def predict_run(setting: Setting, cluster: Cluster, *, must_fit: bool) -> Predic
         step_s[latent_text(batch.latent)] = step.step_s
         peak_bytes = max(peak_bytes, step.footprint.peak_bytes)
     peak_flops_per_s = cluster.gpu.peak_flops[plan.compute_dtype]
-    if cluster.facts["gpu.peak_flops"].origin == PLACEHOLDER:
+    if cluster.has_placeholders("gpu.peak_flops"):
         print(
             f"the prices of {cluster.name} are placeholders: calibrate this machine and name its file", file=sys.stderr
         )

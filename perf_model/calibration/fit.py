@@ -151,7 +151,7 @@ def fit(
     return best, least
 
 
-def fits(cases: Sequence[RowCase]) -> int:
+def fit_count(cases: Sequence[RowCase]) -> int:
     """How many fits ``refit`` makes, and says that it begins."""
     kinds = {kind_of(case.cluster) for case in cases}
     return len(kinds) + len({(kind_of(case.cluster), case.source) for case in cases})

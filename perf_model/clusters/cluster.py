@@ -15,7 +15,7 @@ from typing import Any, cast
 from ...documents import mapping, read_yaml
 from ...errors import CinemeshError, did_you_mean
 from ...files import file_name
-from .constants import Fact, Reader
+from .constants import PLACEHOLDER, Fact, Reader
 from .grid import Grid, read_grid
 from .schema import (
     AttentionFamily,
@@ -68,6 +68,10 @@ class Cluster:
     def device(self) -> str:
         """The device class of ``kernels/catalogue.py``."""
         return "cuda" if self.nccl is not None else "cpu"
+
+    def has_placeholders(self, section: str) -> bool:
+        """Whether a number of a section, by its dotted name, is no better than an order of magnitude."""
+        return any(fact.origin == PLACEHOLDER for path, fact in self.facts.items() if path.startswith(section))
 
     def grid(self, name: str) -> Grid | None:
         """A CSV beside the cluster file; None for no name."""
