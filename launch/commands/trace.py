@@ -14,7 +14,6 @@ from pathlib import Path
 from ...errors import CinemeshError
 from ...model.step import build_step, check
 from ...parallel.ir.collectives import FUSED
-from ...parallel.ir.plan import Plan
 from ...parallel.ir.span import Span
 from ...parallel.passes.pipeline import prepare
 from ...parallel.runtime.trace import OverlapRow, role, summary
@@ -88,7 +87,7 @@ def run(*, plan: str, model: str, out: Path, steps: int, max_procs: int, cluster
         collectives = [asdict(row) | _predicted_of(row, whole, steps) for row in rows]
         print(json.dumps({"collectives": collectives, "spans": spans, "predicted": expected}))
         return
-    _show(chosen, by_rank[0], whole, priced_on, steps)
+    _show(by_rank[0], whole, priced_on, steps)
 
 
 def _predicted_of(row: OverlapRow, whole: PlayedStep, steps: int) -> dict[str, float]:
@@ -97,12 +96,12 @@ def _predicted_of(row: OverlapRow, whole: PlayedStep, steps: int) -> dict[str, f
     return {"predicted_ran_s": ran * steps, "predicted_exposed_s": exposed * steps}
 
 
-def _show(plan: Plan, spans: list[Span], whole: PlayedStep, cluster: Cluster, steps: int) -> None:
+def _show(spans: list[Span], whole: PlayedStep, cluster: Cluster, steps: int) -> None:
     """Means of one step, on rank 0."""
     console = new_console()
     total_s = (max(s.end_s for s in spans) - spans[0].issued_s) / steps
     console.print(
-        f"plan {plan.equation()}, rank 0: a step took {total_s * 1e3:.1f} ms (mean of {steps}, measured); "
+        f"plan {whole.plan.equation()}, rank 0: a step took {total_s * 1e3:.1f} ms (mean of {steps}, measured); "
         f"{whole.timeline.step_s * 1e3:.1f} ms were predicted by {cluster.name}"
     )
     if cluster.has_placeholders("gloo"):
