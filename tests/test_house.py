@@ -44,6 +44,7 @@ WIDER_WITH_REASON: dict[str, str] = {  # path -> why
     "launch/cli.py": "one module a command, imported when it is called",
     "launch/commands/calibrate.py": "measures compute and links, fits, and writes: a line of each",
     "launch/commands/kernels.py": "a command with three modes: show, compile, tune",
+    "launch/proof/verify.py": "the proof from the case to what is printed of it: shrinks, runs the ranks, counts",
     "launch/training/loop.py": "where data, steps, reports, validation and checkpoints of a run meet",
     "launch/commands/trace.py": "runs a step, plays it, and shows both beside each other",
     "launch/commands/plan.py": "the command that searches, tunes, explains, reports and writes",
