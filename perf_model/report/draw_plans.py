@@ -6,6 +6,7 @@ Plans differ by marker as well as by colour.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from ..prices.played import PlayedStep
 from ..search.request import PricedPlan
 from .explain import describe, terms
 from .landscape import Landscape, NeutralGroup, Point
+from .legend import legend_above
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,6 +34,7 @@ TERMS = (  # colour and hatch
 REST = "all others"
 MARKERS = {1: "o", 2: "s", 4: "D", 8: "^", 16: "v"}  # by tp
 SHADES = {1: "#ffffff", 2: "#cfe6d2", 4: "#6f9bc8", 8: "#27496d"}  # by cp, up to the next
+LABEL_COLUMNS = 36  # letters in a line of a plan beside its bar
 LABELLED = 8  # plans of the landscape that carry their degrees
 
 
@@ -62,11 +65,12 @@ def draw_terms(figure: Figure, wholes: Sequence[PlayedStep]) -> None:
     for i, (whole, total) in enumerate(zip(wholes, left, strict=True)):
         text = f" {total:,.0f} GPU-s a sample; step {whole.step_s:.2f} s, batch {whole.samples:,}"
         axes.text(total, i, text, va="center")
-    axes.set_yticks(range(len(rows)), [f"{i + 1}: {_two_lines(describe(w.plan))}" for i, w in enumerate(wholes)])
+    axes.set_yticks(range(len(rows)), [_label(i + 1, w.plan) for i, w in enumerate(wholes)])
     axes.invert_yaxis()
     axes.set_xlim(0.0, 1.5 * max(left))
     axes.set_xlabel("GPU-seconds of one sample")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=4, frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    legend_above(figure, dict(zip(labels, handles, strict=True)))
 
 
 def _gpu_seconds(whole: PlayedStep) -> dict[str, float]:
@@ -75,10 +79,8 @@ def _gpu_seconds(whole: PlayedStep) -> dict[str, float]:
     return {name: seconds * each for name, seconds in terms(whole).items()}
 
 
-def _two_lines(text: str) -> str:
-    words = text.split(" ")
-    half = (len(words) + 1) // 2
-    return " ".join(words[:half]) + "\n" + " ".join(words[half:])
+def _label(rank: int, plan: Plan) -> str:
+    return textwrap.fill(f"{rank}: {describe(plan)}", LABEL_COLUMNS, break_on_hyphens=False)
 
 
 def degrees(plan: Plan) -> str:
@@ -143,7 +145,6 @@ def _draw_throughput(axes: Axes, found: Landscape, best: PricedPlan) -> None:
             xytext=(0, 10),
             textcoords="offset points",
             ha="center",
-            fontsize=7.5,
             bbox={"facecolor": "white", "alpha": 0.8, "pad": 0.8, "linewidth": 0},
         )
     kinds: dict[str, Any] = {"marker": "s", "linestyle": "none", "color": "none", "markeredgecolor": "black"}
@@ -222,7 +223,6 @@ def _draw_feasible(axes: Axes, found: Landscape) -> None:
             xytext=(6, 0),
             textcoords="offset points",
             va="center",
-            fontsize=7.5,
         )
     axes.set_yticks(range(len(rows)), [str(size) for size in rows])
     axes.set_ylim(-0.7, len(rows) - 0.3)
@@ -256,7 +256,6 @@ def draw_scaling(figure: Figure, points: Sequence[Point]) -> None:
             textcoords="offset points",
             ha="center",
             va="bottom" if above else "top",
-            fontsize=7.5,
         )
     for point in points:
         if point.choice is None:
@@ -268,7 +267,6 @@ def draw_scaling(figure: Figure, points: Sequence[Point]) -> None:
                 textcoords="offset points",
                 rotation=90,
                 ha="center",
-                fontsize=8,
             )
     axes.set_xscale("log", base=2)
     axes.set_xticks([p.gpus for p in points], [f"{p.gpus:,}" for p in points], rotation=45, ha="right")

@@ -15,6 +15,7 @@ from ...parallel.ir.span import Span
 from ..prices.footprint import stack
 from ..prices.played import PlayedStep
 from . import trace
+from .legend import legend_above
 from .trace import COMPUTE, WAIT
 
 if TYPE_CHECKING:
@@ -50,8 +51,9 @@ MEMORY: dict[str, tuple[str, str]] = {  # class: colour, hatch
     "inputs": ("#ffffff", "---"),
 }
 GREY = "#555555"
-CHARACTER_IN = 0.068  # width of a letter of a bar's label, inches
-LABEL_PT = 7.5
+CHARACTER_IN = 0.082  # width of a letter of a bar's label, inches
+BARS_IN = 12.0  # width of the axes of a block, inches
+LANE_COLUMNS = 14  # letters of a lane's name in a line
 POINTS = 900  # pieces of time in the picture of memory
 OUTSIDE = ("CUDA context", "NCCL", "frozen encoders")  # live from before the step
 
@@ -70,20 +72,12 @@ def _bar(style: str) -> Style:
     return {"edgecolor": "#303030", "linewidth": 0.4, **STYLES[style]}
 
 
-def _legend(axes: Axes, *drawn: Axes) -> None:
-    """One entry for every style drawn, above the first axes."""
+def _legend(figure: Figure, drawn: Iterable[Axes]) -> None:
+    """One entry for every style drawn."""
     handles: dict[str, Any] = {}
     for panel in drawn:
         handles.update(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    names = [style for style in STYLES if style in handles]
-    axes.legend(
-        [handles[name] for name in names],
-        names,
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
-        ncols=len(names),
-        frameon=False,
-    )
+    legend_above(figure, {style: handles[style] for style in STYLES if style in handles})
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -97,9 +91,9 @@ def draw_block(figure: Figure, spans: Sequence[Span], block: int) -> None:
         begin, end = trace.block_window(spans, block, direction)
         inside = [span for span in spans if span.end_s > begin and span.start_s < end]
         _draw_lanes(axes, inside, begin, end)
-        axes.set_title(f"{direction}: {(end - begin) * 1e3:.1f} ms", loc="left", fontsize=10)
+        axes.set_title(f"{direction}: {(end - begin) * 1e3:.1f} ms", loc="left")
         axes.set_xlabel("ms from the block's first record")
-    _legend(panels[0], *panels)
+    _legend(figure, panels)
 
 
 def _draw_lanes(axes: Axes, spans: Sequence[Span], begin: float, end: float) -> None:
@@ -107,7 +101,7 @@ def _draw_lanes(axes: Axes, spans: Sequence[Span], begin: float, end: float) -> 
     names = trace.lanes(spans)
     heights = [3.2 if name == COMPUTE else 1.0 for name in names]
     tops = [sum(heights[: i + 1]) + 0.25 * i for i in range(len(names))]
-    inches = 13.4 / (end - begin)
+    inches = BARS_IN / (end - begin)
     groups: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for span in spans:
         lane = names.index(span.lane)
@@ -126,7 +120,6 @@ def _draw_lanes(axes: Axes, spans: Sequence[Span], begin: float, end: float) -> 
             tops[lane] - heights[lane] / 2,
             text,
             rotation=90 if upright else 0,
-            fontsize=LABEL_PT,
             color="white" if dark and box is None else "black",
             bbox=box,
             ha="center",
@@ -134,7 +127,7 @@ def _draw_lanes(axes: Axes, spans: Sequence[Span], begin: float, end: float) -> 
         )
     for (style, lane), bars in groups.items():
         axes.broken_barh(bars, (tops[lane] - heights[lane], heights[lane]), label=style, **_bar(style))
-    axes.set_yticks([top - height / 2 for top, height in zip(tops, heights, strict=True)], names)
+    axes.set_yticks([top - height / 2 for top, height in zip(tops, heights, strict=True)], map(_lane_label, names))
     axes.set_ylim(tops[-1] + 0.15, -0.15)
     axes.set_xlim(0.0, (end - begin) * 1e3)
 
@@ -147,6 +140,17 @@ def _labels(span: Span) -> Iterator[str]:
         yield f"{span.kind}: {span.label} of block {span.place.block}"
         yield f"{span.label} of block {span.place.block}"
     yield span.label
+
+
+def _lane_label(lane: str) -> str:
+    """A lane's name in short lines: axes stay together where they fit."""
+    lines = [""]
+    for part in lane.replace(":", "*:").split("*"):
+        if part.startswith(":") or len(lines[-1]) + len(part) > LANE_COLUMNS:
+            lines.append(part.lstrip(":"))
+        else:
+            lines[-1] += part if not lines[-1] else f"*{part}"
+    return "\n".join(line for line in lines if line)
 
 
 def draw_step(figure: Figure, spans: Sequence[Span], step_s: float) -> None:
@@ -171,7 +175,7 @@ def draw_step(figure: Figure, spans: Sequence[Span], step_s: float) -> None:
         busy = sum(span.end_s - span.start_s for span in own if span.kind != WAIT)
         waited = sum(span.waited_s for span in own) if lane != COMPUTE else sum(w.end_s - w.start_s for w in waits)
         verb = "waits" if lane == COMPUTE else "exposed"
-        axes.set_ylabel(lane.replace(":", "\n"), rotation=0, ha="right", va="center")
+        axes.set_ylabel(_lane_label(lane), rotation=0, ha="right", va="center")
         axes.set_ylim(0.0, 1.02)
         axes.set_yticks([0.0, 0.5, 1.0], ["0 %", "50 %", "100 %"])
         axes.text(
@@ -183,7 +187,7 @@ def draw_step(figure: Figure, spans: Sequence[Span], step_s: float) -> None:
         )
     panels[-1].set_xlabel("seconds from the start of the step")
     panels[-1].set_xlim(0.0, step_s)
-    _legend(panels[0], *panels)
+    _legend(figure, panels)
 
 
 def _time(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,16 +24,19 @@ REFUSED = 40  # refused families listed
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture as SVG, and the PNG file of it beside the page."""
+    """One picture as SVG, and the PNG file of it beside the page. ``least_px``: width at which its text can be read."""
 
     name: str
     title: str
     caption: str
     svg: bytes
+    least_px: int
 
     @property
-    def address(self) -> str:
-        return "data:image/svg+xml;base64," + base64.b64encode(self.svg).decode()
+    def markup(self) -> str:
+        """The picture as an element of the page."""
+        text = self.svg.decode()
+        return text[text.index("<svg") :]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Every picture tells kinds apart by hatch or marker as well as by colour, and say
 from __future__ import annotations
 
 import io
+import math
 import os
 import textwrap
 from collections.abc import Callable
@@ -33,13 +34,23 @@ from .landscape import deals, explore, scale, sizes
 from .page import Picture, Story, render
 
 COMPARED = 5  # plans whose step is taken apart side by side
+WIDTH_IN = 13.5  # of every picture
 HEAD_IN = 0.85  # above the axes: title and note
-NOTE_COLUMNS = 170
+NOTE_COLUMNS = 160
 TRACE = "step.trace.json"
 PAGE = "report.html"
 PNG_DPI = 110
+TEXT_PT = 9.0  # of all text in a picture; the page shows it at 11 pixels at least
+LEAST_PX = 11.0
+POINTS_PER_IN = 72
 STYLE: dict[Any, Any] = {
-    "font.size": 9.0,
+    "font.size": TEXT_PT,
+    "axes.titlesize": TEXT_PT,
+    "axes.labelsize": TEXT_PT,
+    "xtick.labelsize": TEXT_PT,
+    "ytick.labelsize": TEXT_PT,
+    "legend.fontsize": TEXT_PT,
+    "svg.fonttype": "none",  # text that can be searched, read aloud and measured
     "hatch.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -64,14 +75,14 @@ SHEETS = (
         "plans",
         "Where the time of a sample goes",
         "GPU-seconds of one sample by term, for the plans at the top of the table, the best one first.",
-        (14.0, 5.0),
+        (WIDTH_IN, 5.0),
         lambda figure, story: draw_terms(figure, story.wholes),
     ),
     Sheet(
         "step",
         "The step, lane by lane",
         "How busy every lane is over the step. Crossed areas of the compute lane are exposed waits.",
-        (14.0, 8.5),
+        (WIDTH_IN, 8.5),
         lambda figure, story: draw_step(figure, story.spans, story.best.timeline.step_s),
     ),
     Sheet(
@@ -79,14 +90,14 @@ SHEETS = (
         "One block, forward and backward",
         "Every record of a block in the middle of the model. Crossed bars are exposed waits; records that are made "
         "again in backward are hatched.",
-        (15.0, 10.0),
+        (WIDTH_IN, 10.5),
         lambda figure, story: draw_block(figure, story.spans, story.request.config.layers // 2),
     ),
     Sheet(
         "memory",
         "Memory of one GPU over the step",
         "Live bytes by class, exact for what the program owns.",
-        (14.0, 6.5),
+        (WIDTH_IN, 6.5),
         lambda figure, story: draw_memory(figure, story.best),
     ),
     Sheet(
@@ -94,14 +105,14 @@ SHEETS = (
         "Plans over global batches",
         "Above: the best plan of each family, with its step time; bands are neutral groups. Below: which sizes of a "
         "model-parallel group fit into memory at which batch, and the GB that the others need with full recompute.",
-        (14.0, 9.0),
+        (WIDTH_IN, 9.0),
         lambda figure, story: draw_landscape(figure, story.landscape, story.found.best),
     ),
     Sheet(
         "scaling",
         "Scaling: the best plan of every number of GPUs",
         "Each point: degrees, shard group x replicas, step time. The global batch is left open.",
-        (14.0, 6.0),
+        (WIDTH_IN, 6.0),
         lambda figure, story: draw_scaling(figure, story.scaling),
     ),
 )
@@ -143,7 +154,7 @@ def write(folder: Path, request: Request, found: Search, tick: Tick = lambda _: 
     pictures: list[Picture] = []
     for sheet in SHEETS:
         tick(f"drawing {sheet.name}")
-        pictures.append(_picture(folder, sheet, story))
+        pictures.append(picture(folder, sheet, story))
     tick("writing the page")
     trace.write(
         folder / TRACE,
@@ -161,20 +172,21 @@ def drawn(sheet: Sheet, story: Story) -> Figure:
         layout = ConstrainedLayoutEngine(rect=(0.005, 0.0, 0.99, 1.0 - HEAD_IN / height))
         figure = Figure(figsize=(width, height), layout=layout)
         figure.text(0.15 / width, 1.0 - 0.12 / height, sheet.title, fontsize=12, fontweight="bold", va="top")
-        figure.text(0.15 / width, 1.0 - 0.38 / height, note(story), fontsize=9, color=GREY, va="top")
+        figure.text(0.15 / width, 1.0 - 0.38 / height, note(story), color=GREY, va="top")
         sheet.draw(figure, story)
     return figure
 
 
-def _picture(folder: Path, sheet: Sheet, story: Story) -> Picture:
+def picture(folder: Path, sheet: Sheet, story: Story) -> Picture:
     """Draw one picture as SVG for the page, and as PNG in the folder."""
     with mpl.rc_context(STYLE):  # hatches are drawn when the figure is saved
         figure = drawn(sheet, story)
         svg = io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None})
+        figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
         with atomic_file(folder / f"{sheet.name}.png") as unfinished:
             figure.savefig(unfinished, format="png", dpi=PNG_DPI)
-    return Picture(sheet.name, sheet.title, sheet.caption, svg.getvalue())
+    least_px = math.ceil(sheet.size[0] * POINTS_PER_IN * LEAST_PX / TEXT_PT)
+    return Picture(sheet.name, sheet.title, sheet.caption, svg.getvalue(), least_px)
 
 
 def note(story: Story) -> str:
