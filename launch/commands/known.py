@@ -9,7 +9,7 @@ from pathlib import Path
 from ...model.config import PRESETS, USUAL_LATENTS, latent_text, parameters
 from ...perf_model.clusters.cluster import load, names
 from ...perf_model.prices.encoders import FROZEN
-from .tables import new_console, plain_table
+from ..tables import new_console, plain_table
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs"
 
