@@ -121,7 +121,9 @@ def test_run_writes_the_clip_of_the_weights_that_are_asked_for(
     recipe.write_text(yaml.safe_dump(RECIPE | {"weights": of_recipe}))
     call(recipe, weights=asked)
     out, err = capsys.readouterr()
-    assert err.startswith("wrote out/clip.mp4; next: ") and not out
+    begun, told = err.splitlines()
+    assert begun == "sampling: clips 1 to 1, step 1 (1 of 3)" and told.startswith("wrote out/clip.mp4; next: ")
+    assert not out
     assert [path.name for path in Path("out").iterdir()] == ["clip.mp4"]
     frames = read_frames(Path("out/clip.mp4"), 16, 16)
     assert frames.shape == (FRAMES, 16, 16, 3)
