@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 
 from ...perf_model.clusters.cluster import load
-from .tables import new_console, plain_table
+from ..tables import new_console, plain_table
 
 MOST_COLUMNS = 400  # where the output is no terminal: a constant a line, for grep
 
