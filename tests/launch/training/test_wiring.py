@@ -268,6 +268,7 @@ EFFECTS: Mapping[str, Sequence[Effect]] = {
     "sample.seed": [Effect(4, frozenset({"clips"}))],
     "seed": [Effect(4, SAMPLES)],
     "caption_dropout": [Effect(0.9, GRADIENT)],
+    "weights": [Effect("master", frozenset({"validation", "clips"}))],
     "capture": [Effect("required", frozenset({"replay"}))],
     "kernels": [Effect({"attention": "reference"}, frozenset({"kernels"}), rounded=GRADIENT)],
 }
