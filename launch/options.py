@@ -1,12 +1,25 @@
 """Options that several commands share (torch-free)."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..parallel.ir.fields import Degrees, Memory, Overlap, Streams
+from ..parallel.ir.fields import MOST_RANKS, NO_CLUSTER, Degrees, Memory, Overlap, Streams
 from ..parallel.ir.knobs import knobs
+from ..ranges import BATCH_RANGE, PROCESSES_RANGE, Range, integers
+
+GPUS_RANGE = integers(1, MOST_RANKS, NO_CLUSTER, "GPUs")
+SERVERS_RANGE = integers(1, MOST_RANKS, NO_CLUSTER, "servers")
+SHOWN_RANGE = integers(1, 10_000, "no search ranks more", "plans")
+TRIED_RANGE = integers(1, 1000, "each is a step of a model on CPU processes", "steps")
+TEXT_RANGE = integers(1, 2**20, "no prompts are longer", "tokens")
+
+
+def bounds(allowed: Range) -> dict[str, Any]:
+    """Of an option's number, as typer takes them."""
+    return {"min": allowed.least, "max": allowed.most}
+
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML recipe, for example configs/quickstart.yaml.")]
 PLAN_HELP = (
@@ -37,7 +50,11 @@ Overrides = Annotated[
 ]
 LocalProcesses = Annotated[
     int | None,
-    typer.Option("--nproc", min=1, help="Start this many processes on this machine. Leave it out under torchrun."),
+    typer.Option(
+        "--nproc",
+        **bounds(PROCESSES_RANGE),
+        help="Start this many processes on this machine. Leave it out under torchrun.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
@@ -46,7 +63,10 @@ MODEL_HELP = "A preset, for example movie-gen-30b, or a .yaml file of a model's 
 ModelName = Annotated[str, typer.Option("--model", metavar="MODEL", help=MODEL_HELP)]
 ClusterName = Annotated[str, typer.Option("--cluster", help="A cluster by name, or a file that ends in .yaml.")]
 Servers = Annotated[
-    int | None, typer.Option("--servers", min=1, help="Servers of the cluster, in place of as many as its file says.")
+    int | None,
+    typer.Option(
+        "--servers", **bounds(SERVERS_RANGE), help="Servers of the cluster, in place of as many as its file says."
+    ),
 ]
 Latents = Annotated[
     list[str] | None,
@@ -63,9 +83,11 @@ LatentOption = Annotated[
     ),
 ]
 GlobalBatch = Annotated[
-    int | None, typer.Option("--global-batch", min=1, help="Samples of a step. Default: left to the plan.")
+    int | None,
+    typer.Option("--global-batch", **bounds(BATCH_RANGE), help="Samples of a step. Default: left to the plan."),
 ]
 SamplesOption = Annotated[
-    int, typer.Option("--samples", min=1, help="Samples of one data rank, where no global batch is given.")
+    int,
+    typer.Option("--samples", **bounds(BATCH_RANGE), help="Samples of one data rank, where no global batch is given."),
 ]
 Encoders = Annotated[bool, typer.Option("--encoders", help="The frozen text encoders run in the loop.")]

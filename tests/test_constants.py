@@ -222,6 +222,8 @@ PINNED: Mapping[str, tuple[object, str]] = {
 # Name or pattern -> why any value would do, or what else holds it.
 FREE: Mapping[str, str] = {
     "*.MOST_*": "a limit of what is taken for a number at all; tests/model/test_config.py",
+    "*.*_RANGE": "ends of what a person may give, each with its reason: docs/recipe.md; tests/test_ranges.py",
+    "launch.training.recipe.BELOW_1": "the end of a range: the largest float32 below 1",
     "launch.training.recipe.Config.plan": "defaults of plan fields; tests/parallel/ir/test_knobs.py",
     "model.weights._CHUNK": "a size of work; tests/model/test_weights.py",
     "kernels.ops.*_CHUNK": "a size of work; examples cross it",

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ...documents import parse_yaml, quoted
 from ...errors import CinemeshError
 from ...files import atomic_file
+from ...model.config import latent_text
 from ...parallel.ir.plan import Plan, fields_of
 from ...perf_model.clusters.cluster import load
 from ...perf_model.prices.startup import start_up
@@ -24,6 +26,7 @@ from ...perf_model.search.evaluator import Evaluator
 from ...perf_model.search.planner import ERROR_BAR, Search, search
 from ...perf_model.search.refusals import Refusal, RefusalKind
 from ...perf_model.search.request import LatentBucket, PricedPlan, Request
+from ...ranges import WEIGHT_RANGE
 from ..models import parse_latent, read_model
 from ..plans import SUFFIXES, held_fields
 from ..progress import Begin, each, progress
@@ -87,7 +90,7 @@ def run(  # noqa: PLR0913  the options of the command
     named = read_model(model)
     request = Request(
         config=named.config,
-        buckets=tuple(map(_bucket, latents)) or (LatentBucket(named.latent()),),
+        buckets=_buckets(latents) or (LatentBucket(named.latent()),),
         cluster=load(cluster, servers),
         gpus=gpus,
         global_batch=global_batch,
@@ -148,17 +151,20 @@ def run(  # noqa: PLR0913  the options of the command
         print(json.dumps(values, indent=1))
 
 
+def _buckets(latents: list[str]) -> tuple[LatentBucket, ...]:
+    buckets = tuple(map(_bucket, latents))
+    shapes = [bucket.latent for bucket in buckets]
+    if twice := [latent for latent in shapes if shapes.count(latent) > 1]:
+        raise CinemeshError(f"--latent {latent_text(twice[0])} is given twice", remedy="leave one of them out")
+    return buckets
+
+
 def _bucket(text: str) -> LatentBucket:
     latent, colon, weight = text.partition(":")
-    try:
-        share = float(weight) if colon else 1.0
-    except ValueError:
-        share = -1.0
-    if not 0.0 < share < float("inf"):
-        raise CinemeshError(
-            f"latent {text!r}: the weight {weight!r} is no positive number", remedy=f"write for example {latent}:0.5"
-        )
-    return LatentBucket(parse_latent(latent), share)
+    share = parse_yaml(weight, f"latent {quoted(text)}", "write for example 32x96x96:0.5") if colon else 1.0
+    if must := WEIGHT_RANGE.wrong(share):
+        raise CinemeshError(f"latent {quoted(text)}: the weight is {quoted(share)}", remedy=must)
+    return LatentBucket(parse_latent(latent), float(share))
 
 
 # -- as data ----------------------------------------------------------------------------------------------------------

@@ -195,7 +195,8 @@ def manifest(path: Path) -> dict[str, Any]:
         if not isinstance(found[key], kind):
             raise CinemeshError(f"{where} has the {key} {quoted(found[key])}", remedy=_DAMAGED)
     for name, size in found["files"].items():
-        file_name(name.removeprefix("."), f"{where} lists a file that")
+        if name != METADATA:
+            file_name(name, f"{where} lists a file that")
         there = (path / name).stat().st_size if (path / name).is_file() else None
         if there != size:
             state = "is missing" if there is None else f"has {there:,} bytes"

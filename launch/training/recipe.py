@@ -12,7 +12,7 @@ from dataclasses import field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError, create_model
 from pydantic.dataclasses import dataclass
 
 from ...data.buckets import Bucket
@@ -20,34 +20,55 @@ from ...data.cache import DataSettings
 from ...data.encoding import BlockDCT, CodecSettings, Encoding, codec_kind
 from ...documents import mapping, parse_yaml, quoted, read_yaml
 from ...errors import CinemeshError, did_you_mean
-from ...model.config import Encoder, ModelConfig, preset
+from ...model.config import MOST_SIZE, Encoder, ModelConfig, preset
 from ...model.flow import CAPTION_DROPOUT
+from ...model.runner import Capture
 from ...model.sampler import GUIDANCE
 from ...model.step import Optimizer
+from ...parallel.ir.fields import MOST_BLOCKS
 from ...parallel.ir.plan import Plan
+from ...ranges import BATCH_RANGE, EULER_RANGE, GUIDANCE_RANGE, MOST_STEPS, SEED_RANGE, STEPS_RANGE, integers, reals
 from ..plans import held_fields, read_plan
 from .resolved import FILE as RESOLVED
 from .resolved import Resolved
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-AtLeastOne = Annotated[int, Field(ge=1, strict=True)]
-CountOrNone = Annotated[int, Field(ge=0, strict=True)]
-Positive = Annotated[float, Field(gt=0, strict=True)]
-Share = Annotated[float, Field(ge=0, lt=1, strict=True)]
+BELOW_1 = 1 - 2**-24  # the largest float32 below 1
+BlockCount = Annotated[int, integers(1, MOST_BLOCKS, "no model has more", "blocks")]
+ModelSize = Annotated[int, integers(1, MOST_SIZE, "no model is larger")]
+Every = Annotated[int, integers(1, MOST_STEPS, "no run has more", "steps")]
+EveryOrNever = Annotated[int, integers(0, MOST_STEPS, "0 is never; no run has more", "steps")]
+Share = Annotated[float, reals(0, 1, "it is a part of a whole")]
+LR_RANGE = reals(
+    1e-12, 10, "AdamW moves a weight by about lr a step: float32 weights are at most a few units, and not finer"
+)
+EPS_RANGE = reals(1e-30, 1, "below, it is lost in float32; above, it is no small number beside a gradient")
+DECAY_RANGE = reals(0, 1000, "times lr it is the part of a weight that is lost a step")
+CLIP_RANGE = reals(
+    1e-9, 1e30, "shorter, every gradient would vanish; longer is finite in float32 no more", "global norm"
+)
+DROPOUT_RANGE = reals(0, 0.99, "some captions are left to learn from", "of the samples")
+DRAWS_RANGE = integers(1, 10_000, "each is a forward pass of every validation sample", "draws")
+KEEP_RANGE = integers(1, 10**6, "no run writes more; one is needed to go on from", "checkpoints")
+Decay = Annotated[float, reals(0, BELOW_1, "at 1, in float32, an average would never move")]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelSection:
     """A preset, and what is changed in it. Channels follow from the codec, text encoders from the data."""
 
-    preset: str
-    layers: AtLeastOne | None = None
-    width: AtLeastOne | None = None
-    heads: AtLeastOne | None = None
-    ffn: AtLeastOne | None = None
-    patch: tuple[AtLeastOne, AtLeastOne, AtLeastOne] | None = None
-    position_lengths: tuple[AtLeastOne, AtLeastOne, AtLeastOne] | None = None
+    preset: Annotated[str, "the model to begin with; default of every other key of this section"]
+    layers: Annotated[BlockCount | None, "blocks of the transformer"] = None
+    width: Annotated[ModelSize | None, "of the residual stream; a multiple of heads"] = None
+    heads: Annotated[ModelSize | None, "of attention"] = None
+    ffn: Annotated[ModelSize | None, "width of the feed-forward part"] = None
+    patch: Annotated[
+        tuple[ModelSize, ModelSize, ModelSize] | None, "values of the latent in a token, over (T, H, W)"
+    ] = None
+    position_lengths: Annotated[
+        tuple[ModelSize, ModelSize, ModelSize] | None, "of the position tables, in patches (T, H, W)"
+    ] = None
 
     def build(self, encoding: Encoding) -> ModelConfig:
         """The model for these latents and texts."""
@@ -61,31 +82,47 @@ class ModelSection:
 class DataSection(DataSettings):
     """The data's settings, the directory of their cache, and what one optimizer step takes of them."""
 
-    cache: Path
-    global_batch: AtLeastOne  # samples of a step, whatever its bucket
-    balance: Annotated[float, Field(ge=0, le=1)] = 0.0  # of scenes: see order.balanced
+    cache: Annotated[Path, "directory of the latent cache, made when it is missing or of other data"]
+    global_batch: Annotated[int, BATCH_RANGE, "samples of a step, whatever its bucket"]
+    balance: Annotated[Share, "of scenes: 0 takes every window as often, 1 every scene"] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class OptimizerSection(Optimizer):
     """AdamW and its peak learning rate."""
 
-    lr: Positive
-    betas: tuple[Share, Share] = Optimizer.betas
-    eps: Positive = Optimizer.eps
-    weight_decay: Annotated[float, Field(ge=0)] = Optimizer.weight_decay
-    clip_norm: Positive = Optimizer.clip_norm
-    ema_decay: Share = Optimizer.ema_decay
+    lr: Annotated[float, LR_RANGE, "peak learning rate"]
+    betas: Annotated[tuple[Decay, Decay], "decay of the first and the second moment"] = Optimizer.betas
+    eps: Annotated[float, EPS_RANGE, "added to the root of the second moment"] = Optimizer.eps
+    weight_decay: Annotated[float, DECAY_RANGE, "decoupled: weights lose lr * weight_decay of themselves a step"] = (
+        Optimizer.weight_decay
+    )
+    clip_norm: Annotated[float, CLIP_RANGE, "a longer gradient is scaled to this global norm"] = Optimizer.clip_norm
+    ema_decay: Annotated[Decay, "of the averaged weights, which are sampled"] = Optimizer.ema_decay
+
+    def __post_init__(self) -> None:
+        if self.lr * self.weight_decay >= 1:
+            raise CinemeshError(
+                f"optimizer: lr({self.lr:g}) * weight_decay({self.weight_decay:g}) = {self.lr * self.weight_decay:g}",
+                remedy="it must be below 1, or a step would turn the sign of every weight: lower one of them",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ScheduleSection:
     """``steps`` updates; the learning rate rises linearly over ``warmup_steps``, then falls or stays."""
 
-    steps: AtLeastOne
-    warmup_steps: CountOrNone = 0
-    decay: Literal["cosine", "constant"] = "cosine"
-    final_share: Annotated[float, Field(ge=0, le=1)] = 0.0  # of the peak, at the end of a cosine
+    steps: Annotated[int, STEPS_RANGE, "of the run"]
+    warmup_steps: Annotated[EveryOrNever, "over which the learning rate rises linearly; at most steps"] = 0
+    decay: Annotated[Literal["cosine", "constant"], "of the learning rate after the warm-up"] = "cosine"
+    final_share: Annotated[Share, "of the peak, where a cosine ends"] = 0.0
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps > self.steps:
+            raise CinemeshError(
+                f"schedule: warmup_steps({self.warmup_steps}) > steps({self.steps})",
+                remedy="the learning rate would never reach its peak: warm up for fewer steps, or train for more",
+            )
 
     def lr(self, peak: float, step: int) -> float:
         """Learning rate of update ``step``, counted from 0: a function of nothing else, so a resumed run goes on."""
@@ -99,25 +136,25 @@ class ScheduleSection:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LoggingSection:
-    """Where a run writes, and how often, in steps. 0: never (a checkpoint is written at the end all the same)."""
+    """Where a run writes, and how often. A checkpoint is written at the end in any case."""
 
-    directory: Path
-    every: AtLeastOne = 10
-    validate_every: CountOrNone = 100
-    validation_draws: AtLeastOne = 4  # fixed (t, noise) of every validation sample
-    checkpoint_every: CountOrNone = 500
-    keep: AtLeastOne = 2  # newest checkpoints that stay on disk
+    directory: Annotated[Path, "of the run: checkpoints, metrics, samples"]
+    every: Annotated[Every, "from one report to the next"] = 10
+    validate_every: Annotated[EveryOrNever, "from one validation to the next"] = 100
+    validation_draws: Annotated[int, DRAWS_RANGE, "fixed (t, noise) of every validation sample"] = 4
+    checkpoint_every: Annotated[EveryOrNever, "from one checkpoint to the next"] = 500
+    keep: Annotated[int, KEEP_RANGE, "newest checkpoints that stay on disk"] = 2
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SampleSection:
     """Clips sampled when training is done: of the named scenes' captions, or of every scene's."""
 
-    scenes: tuple[str, ...] | None = None
-    bucket: str | None = None  # FRAMESxHEIGHTxWIDTH, one of the data's; the first of them
-    steps: AtLeastOne = 50
-    guidance: Annotated[float, Field(ge=0)] = GUIDANCE
-    seed: CountOrNone = 0
+    scenes: Annotated[tuple[str, ...] | None, "whose captions are sampled; default: all"] = None
+    bucket: Annotated[str | None, "FRAMESxHEIGHTxWIDTH of the clips, one of the data's; default: the first"] = None
+    steps: Annotated[int, EULER_RANGE, "of the sampler: linear, then quadratic"] = 50
+    guidance: Annotated[float, GUIDANCE_RANGE, "scale of classifier-free guidance"] = GUIDANCE
+    seed: Annotated[int, SEED_RANGE, "of the starting noise"] = 0
 
 
 AUTO = "auto"
@@ -156,19 +193,27 @@ class Config:
     model: ModelSection
     plan: Annotated[Plan, BeforeValidator(_plan)] = Plan()
     codec: Annotated[CodecSettings, BeforeValidator(_codec)] = BlockDCT()
-    cluster: str | None = None  # whose devices the plan must fit, and for which ``plan: auto`` is chosen
+    cluster: Annotated[str | None, "whose devices the plan must fit, and for which `plan: auto` is chosen"] = None
     data: DataSection
     optimizer: OptimizerSection
     schedule: ScheduleSection
     logging: LoggingSection
     sample: SampleSection | None = None
-    # Those that are validated and sampled: the running average, which has less of the noise of single steps, and by its
-    # warm-up none of the random start; or the step's own.
-    weights: Literal["ema", "master"] = "ema"
-    seed: CountOrNone = 0
-    caption_dropout: Share = CAPTION_DROPOUT
-    capture: Literal["auto", "off", "required"] = "auto"  # steps replay: frozen calls, or a CUDA Graph
-    kernels: dict[str, str] = field(default_factory=dict)  # op or "all" -> package, in place of the registry's choice
+    weights: Annotated[
+        Literal["ema", "master"],
+        "what is validated and sampled: the running average, which has less of the noise of single steps and none of "
+        "the random start, or the step's own",
+    ] = "ema"
+    seed: Annotated[int, SEED_RANGE, "of the weights, the order of samples, t, noise and caption dropout"] = 0
+    caption_dropout: Annotated[
+        float, DROPOUT_RANGE, "part of the samples that are trained on without their caption"
+    ] = CAPTION_DROPOUT
+    capture: Annotated[Capture, "steps replay, as frozen calls or a CUDA Graph: where it can be, never, or always"] = (
+        "auto"
+    )
+    kernels: Annotated[dict[str, str], "op, or all, to the package that runs it in place of the registry's choice"] = (
+        field(default_factory=dict)
+    )
 
     @property
     def sampled(self) -> Bucket:
@@ -261,6 +306,8 @@ def _refusal(error: ValidationError, section: Any, where: str = "") -> CinemeshE
         return CinemeshError(f"{where}unknown key {key!r}", remedy=did_you_mean(path[-1], known))
     if first["type"] in ("missing", "missing_argument"):
         return CinemeshError(f"{where}the key {key!r} is missing", remedy="add it")
+    if first["type"] == "range":
+        return CinemeshError(f"{where}{key} is {quoted(first['input'])}", remedy=first["msg"], what=key)
     rule = first["msg"][0].lower() + first["msg"][1:]
     return CinemeshError(f"{where}{key} is {quoted(first['input'])}: {rule}")
 

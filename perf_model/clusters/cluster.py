@@ -79,7 +79,7 @@ class Cluster:
 
     def beside(self, name: str) -> str:
         """The path of a table: beside the cluster file, else among the shipped ones, where its base comes from."""
-        path = self.folder / name
+        path = self.folder / file_name(name, f"cluster {self.name}: the table")
         return str(path if path.is_file() else FOLDER / name)
 
     def with_(self, **changes: Any) -> Cluster:

@@ -144,7 +144,16 @@ GOOD = '{name: x, file: a.mp4, first_frame: 0, last_frame: 9, caption: "A cat."}
         (f"[{GOOD.replace('last_frame: 9', 'last_frame: 1:30')}]", "last_frame is '1:30'; it must be a whole number"),
         (f"[{GOOD.replace('first_frame: 0', 'first_frame: true')}]", "first_frame is True"),
         (f"[{GOOD.replace('A cat.', '')}]", "caption is ''"),
-        (f"[{GOOD.replace('last_frame: 9', 'last_frame: -1')}]", "frames 0 to -1"),
+        (f"[{GOOD.replace('last_frame: 9', 'last_frame: -1')}]", "last_frame is -1; it must be 0 to"),
+        (f"[{GOOD.replace('first_frame: 0', 'first_frame: 10')}]", "frames 10 to 9"),
+        *(
+            (
+                f"[{GOOD.replace('name: x', f'name: {name!r}')}]",
+                "name is .*, and files are called after it; use 1 to 200",
+            )
+            for name in ("../../../escaped", "/tmp/escaped", "..", "a/b", ".hidden", "a" * 201)  # samples/NAME.mp4
+        ),
+        (f"[{GOOD.replace('name: x', 'name: 7')}]", "name is 7; it must be a text: quote it"),
         (f"[{GOOD}, {GOOD.replace('name: x', 'name: y')}]", "must not share frames"),
         (f"[{GOOD}, {{name: y, file: a.mp4, first_frame: 9, last_frame: 9, caption: x}}]", "must not share frames"),
         (f"[{GOOD.replace('first_frame: 0', 'first_frame: -1')}]", "frames -1 to 9"),

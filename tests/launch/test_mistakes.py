@@ -53,8 +53,8 @@ def test_a_world_size_that_does_not_match(
         (["sample.scenes=[lft]"], None, "no scene 'lft'; did you mean 'left'?"),
         (["data.buckets=[]"], None, "data.buckets is empty"),
         (["data.buckets=[{hight: 32}]"], None, "unknown key 'data.buckets.0.hight'; did you mean 'height'?"),
-        (["data.buckets=[{width: 0}]"], None, "data.buckets: width is 0 in 8x32x0; it must be at least 1"),
-        (["data.buckets=[{}, {weight: 0}]"], None, "data.buckets: weight is 0.0 in 8x32x32; it must be a positive"),
+        (["data.buckets=[{width: 0}]"], None, "data.buckets.0.width is 0; it must be 1 to 8,192"),
+        (["data.buckets=[{}, {weight: 0}]"], None, "data.buckets.1.weight is 0; it must be 1e-06 to 1000000"),
         (["data.buckets=[{weight: .inf}]"], None, "data.buckets.0.weight is '.inf'"),
         (["data.buckets=[{height: 20}]"], None, "height(20) % 8 = 4 in 8x20x32; the codec needs a multiple of 8"),
         (["data.buckets=[{}, {frames: 7}]"], None, "8x32x32 and 7x32x32 both make latents of 1x4x4"),
@@ -220,7 +220,7 @@ def test_a_cache_that_is_truncated_or_holds_a_nan(
 def test_a_checkpoint_of_another_model(
     values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    values["schedule"]["steps"] = 1
+    values["schedule"] = {"steps": 1}
     assert start(values, tmp_path) == 0
     capsys.readouterr()
     values["model"]["layers"] = 1

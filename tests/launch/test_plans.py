@@ -87,7 +87,7 @@ def test_torchruns_entry_trains_by_a_plan_file_and_says_what_next(
     """The checkpoint says which plan ran; the line that is told makes a clip of it."""
     best = tmp_path / "best.yaml"
     best.write_text(Plan(micro_batches=2, dtype="float32", recompute="full").to_yaml())
-    monkeypatch.setattr(sys, "argv", ["train", str(config), "--plan", str(best), "--set", "schedule.steps=1"])
+    monkeypatch.setattr(sys, "argv", ["train", str(config), "--plan", str(best), "--set", "schedule={steps: 1}"])
     with pytest.raises(SystemExit) as done:
         entry.main()
     assert done.value.code == 0

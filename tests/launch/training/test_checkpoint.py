@@ -3,10 +3,12 @@
 import errno
 import json
 import math
+import re
 import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -372,3 +374,26 @@ def test_an_older_keying_gives_its_weights_and_no_resume(saved: tuple[StepRunner
         of_format(path, number)
         with pytest.raises(CinemeshError, match=f"has format {number}, this version reads 1 to 2"):
             checkpoint.load_weights(path, "ema", flat, runner.units, runner.coordinates)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"files": {"../../../.bashrc": 3}}, "lists a file that is '../../../.bashrc', and files are called after it"),
+        ({"files": {"/etc/passwd": 3}}, "lists a file that is '/etc/passwd'"),
+        ({"files": []}, "the files []"),
+        ({"model": "tiny"}, "the model 'tiny'"),
+        ({"format": True}, "has format True"),
+        ({"format": "2"}, "has format '2'"),
+        ({"extra": 1}, "unknown key 'extra'"),
+    ],
+)
+def test_a_manifest_that_nothing_here_wrote_is_one_message(
+    saved: tuple[StepRunner, Path], changes: dict[str, Any], told: str
+) -> None:
+    """Nothing that it says leads out of its folder."""
+    path = saved[1]
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest | changes))
+    with pytest.raises(CinemeshError, match=re.escape(told)):
+        checkpoint.manifest(path)

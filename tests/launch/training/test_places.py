@@ -118,7 +118,7 @@ def test_other_places_are_other_losses(
 ) -> None:
     """Guards the comparison: it must see a place that is counted in a rank's own share, and one that is ignored."""
     values = values_of(clips, tmp_path, SPLITS[0])
-    values["schedule"]["steps"] = 1
+    values["schedule"] = {"steps": 1}
     pool.run(4, run_rank, values, fault)
     assert abs(losses(values)[0] - whole[1][0]) > 1e-3 * whole[1][0]
 

@@ -162,5 +162,5 @@ def test_a_recipe_without_a_cluster_never_loads_the_planner(
     monkeypatch.setattr(resolve, "resolve", refuse)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
-    entry.run(config=path, nproc=None, overrides=["schedule.steps=1"])
+    entry.run(config=path, nproc=None, overrides=["schedule.steps=1", "schedule.warmup_steps=0"])
     assert not (tmp_path / "run" / resolved.FILE).exists()

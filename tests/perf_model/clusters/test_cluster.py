@@ -95,6 +95,11 @@ WRONG = {
     "no attention": (("attention",), None, "attention is missing"),
     "two libraries": (("gloo",), {}, "nccl, gloo has 2 of the two"),
     "no grid": (("matmul", "grid"), "nowhere.csv", "there is no grid"),
+    "a grid elsewhere": (
+        ("matmul", "grid"),
+        "../h100_gemm.csv",
+        "the table is '../h100_gemm.csv', and files are called",
+    ),
 }
 
 
