@@ -13,6 +13,7 @@ any of it changes, the file is made again.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -141,6 +142,8 @@ def build_cache(settings: DataSettings, encoding: Encoding, cache_dir: Path, pro
     path = cache_dir / CACHE_FILE
     if path.exists() and _header(path)["recipe"] == recipe:
         return path
+    for cut in encoding.cuts({f"of scene {scene.name}": scene.caption for scene in scenes}):
+        print(f"{cut}: raise its tokens in data.encoders, or shorten them in {settings.captions}", file=sys.stderr)
     embeddings = _embeddings(encoding, scenes)
     latents, rows = _latents(settings, encoding.codec, scenes, _cut(settings, clips, scenes, progress))
     codec = asdict(encoding.settings)  # for whoever reads the header; the fingerprint in ``recipe`` is what counts

@@ -7,7 +7,7 @@ A kind of codec is one dataclass below: its fields are the kind's settings, ``bu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -52,6 +52,24 @@ def codec_kind(name: object) -> type[CodecSettings]:
 
 
 @dataclass(frozen=True)
+class CutCaptions:
+    """Captions that an encoder of ``tokens`` cuts: ``count`` of ``captions``; ``longest`` is the worst one's name."""
+
+    encoder: str
+    tokens: int
+    count: int
+    captions: int
+    longest: str
+    length: int
+
+    def __str__(self) -> str:
+        return (
+            f"text encoder {self.encoder}: {self.count} of {self.captions} captions ({self.count / self.captions:.0%}) "
+            f"have more than its {self.tokens} tokens and are cut; the longest, {self.longest}, has {self.length}"
+        )
+
+
+@dataclass(frozen=True)
 class Encoding:
     """The codec of a run, the settings that it was built from, and the text encoders in the recipe's order."""
 
@@ -63,6 +81,17 @@ class Encoding:
     def of(cls, codec: CodecSettings, encoders: Sequence[EncoderSettings]) -> Self:
         """Raises CinemeshError for a codec or an encoder that cannot be built."""
         return cls(codec, codec.build(), tuple(build_encoders(encoders)))
+
+    def cuts(self, captions: Mapping[str, str]) -> list[CutCaptions]:
+        """Which encoders cut how many of the captions, given by name."""
+        found: list[CutCaptions] = []
+        for encoder in self.encoders:
+            lengths = {name: encoder.length(caption) for name, caption in captions.items()}
+            longest = max(lengths, key=lambda name: lengths[name])
+            if count := sum(length > encoder.tokens for length in lengths.values()):
+                said = CutCaptions(encoder.name, encoder.tokens, count, len(captions), longest, lengths[longest])
+                found.append(said)
+        return found
 
     def captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """By input name: embeddings of every encoder, float32 [L, B, W]; bool mask [B, sum of L], encoders in order."""

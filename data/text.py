@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,10 +48,14 @@ class TextEncoder(Protocol):
         """Changes whenever ``encode`` would give other embeddings."""
         ...
 
+    def length(self, caption: str) -> int:
+        """Tokens of the whole caption; where they are more than ``tokens``, ``encode`` cuts it."""
+        ...
+
     def encode(self, caption: str) -> tuple[Tensor, Tensor]:
         """Embeddings float32 [tokens, width], zero as padding; bool mask [tokens], True = valid.
 
-        A longer caption is cut. At least one token is valid.
+        A longer caption is cut, never inside a character. At least one token is valid.
         """
         ...
 
@@ -77,11 +82,16 @@ class ByteEncoder:
     def fingerprint(self) -> str:
         """The table's bits and the sizes that fix the rest."""
         table = hashlib.sha256(self._table.numpy().tobytes()).hexdigest()[:16]
-        return f"bytes-{self.width}x{self.tokens}-{table}"
+        return f"utf8-{self.width}x{self.tokens}-{table}"  # "bytes-" cut inside characters
+
+    def length(self, caption: str) -> int:
+        """See ``TextEncoder.length``; the end token counts."""
+        return len(caption.encode()) + 1
 
     def encode(self, caption: str) -> tuple[Tensor, Tensor]:
         """See ``TextEncoder.encode``. A cut caption keeps its end token."""
-        ids = [*caption.encode()[: self.tokens - 1], END]
+        beginning = caption.encode()[: self.tokens - 1].decode(errors="ignore")  # of a character, all bytes or none
+        ids = [*beginning.encode(), END]
         embeddings = torch.zeros(self.tokens, self.width)
         embeddings[: len(ids)] = (self._table[ids] + self._position[: len(ids)]).float()
         return embeddings, torch.arange(self.tokens) < len(ids)
@@ -158,11 +168,22 @@ class HuggingFaceEncoder:
             digest.update(file_digest(path).encode())
         return f"transformers-{self.tokens}-{digest.hexdigest()[:16]}"
 
+    def length(self, caption: str) -> int:
+        """See ``TextEncoder.length``."""
+        return len(self._tokenizer(caption, verbose=False)["input_ids"])
+
+    def _fitting(self, caption: str) -> str:
+        """The longest beginning, of whole characters, that has at most ``tokens``: tokens may be parts of one."""
+        if self.length(caption) <= self.tokens:
+            return caption
+        ends = range(len(caption) + 1)
+        return caption[: bisect_right(ends, self.tokens, key=lambda end: self.length(caption[:end])) - 1]
+
     @torch.no_grad()
     def encode(self, caption: str) -> tuple[Tensor, Tensor]:
         """See ``TextEncoder.encode``."""
         options = {"truncation": True, "max_length": self.tokens, "return_tensors": "pt"}
-        inputs = self._tokenizer(caption, **options)
+        inputs = self._tokenizer(self._fitting(caption), **options)
         keys = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         states = self._model(**keys).last_hidden_state[0]  # [n, width], n <= tokens
         embeddings = torch.zeros(self.tokens, self.width)

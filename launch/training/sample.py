@@ -52,6 +52,8 @@ def run(
     On one process any recipe's plan is left aside; on several, the plan must be of that many. ``asked``: values of the
     recipe's keys; one that is None is the recipe's.
     """
+    if any("\ud800" <= sign <= "\udfff" for sign in prompt):  # what a terminal sent was no UTF-8
+        raise CinemeshError(f"--prompt {prompt!r:.100} is no text", remedy="write it in UTF-8")
     asked_for = [f"{key}={value}" for key, value in asked.items() if value is not None]
     recipe = read_config(config, [*overrides, *asked_for])
     processes = world_size(nproc)
@@ -68,6 +70,9 @@ def run(
         )
     setting = Setting.of(recipe)
     setting.check_sampling()
+    if cuts := setting.encoding.cuts({"the prompt": prompt}):
+        taken = ", ".join(f"text encoder {cut.encoder} takes {cut.tokens} of its {cut.length} tokens" for cut in cuts)
+        print(f"the prompt is cut: {taken}", file=sys.stderr)
     checkpoints.check_model(newest, setting.model)
     order = ClipOrder(recipe, newest, prompt, out)
     written = checkpoints.manifest(newest)  # format 1: an average that did not warm up

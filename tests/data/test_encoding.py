@@ -72,3 +72,12 @@ def test_a_new_kind_of_codec_is_added_in_one_place(monkeypatch: pytest.MonkeyPat
 def test_a_recipe_without_the_section_has_the_block_dct() -> None:
     setting = Setting.of(check_config(RECIPE, "test"))
     assert setting.encoding.settings == BlockDCT() and isinstance(setting.encoding.codec, BlockDCTCodec)
+
+
+def test_captions_that_are_cut_are_counted_with_the_worst_one() -> None:
+    made = Encoding.of(BlockDCT(), [EncoderSettings("a", 4, 6), EncoderSettings("b", 9, 2)])
+    (cut,) = made.cuts({"x": "abc", "y": "abcd", "z": "abcdefg"})  # and the end: 4, 5 and 8 tokens
+    assert str(cut) == (
+        "text encoder a: 2 of 3 captions (67%) have more than its 4 tokens and are cut; the longest, z, has 8"
+    )
+    assert made.cuts({"x": "abc"}) == []

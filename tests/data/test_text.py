@@ -55,7 +55,7 @@ def test_utf8_truncation_and_the_empty_caption() -> None:
 def test_the_byte_table_is_the_same_on_every_machine() -> None:
     """A recorded digest: another table would silently spoil every earlier checkpoint."""
     encoder = ByteEncoder(64, 64)
-    assert encoder.fingerprint == "bytes-64x64-2f8bd52a65ee34d1"
+    assert encoder.fingerprint == "utf8-64x64-2f8bd52a65ee34d1"
     assert encoder.fingerprint == ByteEncoder(64, 64).fingerprint
     assert len({ByteEncoder(w, t).fingerprint for w, t in ((64, 64), (64, 65), (65, 64))}) == 3
     vectors = ByteEncoder(255, 8)._table
@@ -194,3 +194,28 @@ def test_a_fingerprint_follows_the_files_and_the_length(tmp_path: Path) -> None:
     content[-1] ^= 1
     weights.write_bytes(bytes(content))
     assert HuggingFaceEncoder(tmp_path, 8).fingerprint != before
+
+
+def test_a_caption_is_never_cut_inside_a_character() -> None:
+    """Of every length: a cut one has the embeddings of its longest beginning of whole characters."""
+    caption = "aé€🚗z"  # 1, 2, 3, 4 and 1 bytes
+    for tokens in range(1, 14):
+        encoder = ByteEncoder(8, tokens)
+        assert encoder.length(caption) == 12
+        fits = max((caption[:end] for end in range(6) if len(caption[:end].encode()) < tokens), key=len)
+        assert torch.equal(encoder.encode(caption)[0], encoder.encode(fits)[0])
+        assert encoder.encode(caption)[1].sum() == len(fits.encode()) + 1
+
+
+@needs_transformers
+def test_nor_does_a_tokenizer_of_bytes(tmp_path: Path) -> None:
+    """ByT5's token is a byte: truncating by tokens alone would leave half a sign."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    save_with_byte_tokenizer(T5EncoderModel(config).eval(), tmp_path)
+    encoder = HuggingFaceEncoder(tmp_path, 6)
+    assert encoder.length("a€€") == 8  # 7 bytes and the end
+    cut, mask = encoder.encode("a€€")
+    assert mask.sum() == 5  # a, one sign of three bytes, the end
+    assert torch.equal(cut, encoder.encode("a€")[0])

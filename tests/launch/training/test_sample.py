@@ -121,7 +121,10 @@ def test_run_writes_the_clip_of_the_weights_that_are_asked_for(
     recipe.write_text(yaml.safe_dump(RECIPE | {"weights": of_recipe}))
     call(recipe, weights=asked)
     out, err = capsys.readouterr()
-    begun, told = err.splitlines()
+    cut, begun, told = err.splitlines()
+    assert cut == (
+        "the prompt is cut: text encoder words takes 5 of its 10 tokens, text encoder letters takes 3 of its 10 tokens"
+    )
     assert begun == "sampling: clips 1 to 1, step 1 (1 of 3)" and told.startswith("wrote out/clip.mp4; next: ")
     assert not out
     assert [path.name for path in Path("out").iterdir()] == ["clip.mp4"]
