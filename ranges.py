@@ -73,12 +73,18 @@ def ranges_of(kind: type) -> dict[str, Range]:
     return {name: allowed for name, allowed in found.items() if allowed is not None}
 
 
+@cache
+def _left_out(kind: type) -> set[str]:
+    """Fields of a dataclass that may be None."""
+    return {name for name, hint in get_type_hints(kind).items() if type(None) in get_args(hint)}
+
+
 def check_ranges(settings: Any, where: str) -> None:
-    """Raise CinemeshError for the first field out of its range; ``where`` the settings stand. None is not given."""
+    """Raise CinemeshError for the first field out of its range; ``where`` the settings stand."""
     for name, allowed in ranges_of(type(settings)).items():
         value = getattr(settings, name)
         for one in value if isinstance(value, tuple) else (value,):
-            if one is not None and (must := allowed.wrong(one)):
+            if (one is not None or name not in _left_out(type(settings))) and (must := allowed.wrong(one)):
                 raise CinemeshError(f"{where}{name} is {quoted(value)}", remedy=must, what=name, value=value, rule=must)
 
 

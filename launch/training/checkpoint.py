@@ -194,9 +194,16 @@ def manifest(path: Path) -> dict[str, Any]:
     for key, kind in _MANIFEST.items():
         if not isinstance(found[key], kind):
             raise CinemeshError(f"{where} has the {key} {quoted(found[key])}", remedy=_DAMAGED)
+    encoders = found["model"].get("encoders")
+    if not isinstance(encoders, list) or not all(
+        isinstance(e, dict) and {"name", "width"} <= e.keys() for e in encoders
+    ):
+        raise CinemeshError(f"{where} has the encoders {quoted(encoders)}", remedy=_DAMAGED)
     for name, size in found["files"].items():
         if name != METADATA:
             file_name(name, f"{where} lists a file that")
+        if type(size) is not int:
+            raise CinemeshError(f"{where} says that {name} has {quoted(size)} bytes", remedy=_DAMAGED)
         there = (path / name).stat().st_size if (path / name).is_file() else None
         if there != size:
             state = "is missing" if there is None else f"has {there:,} bytes"

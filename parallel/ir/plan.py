@@ -124,7 +124,7 @@ class Plan(Streams, Overlap, Memory, Degrees):  # a dataclass takes the fields o
         for name in values:
             if name not in KNOBS:
                 remedy = did_you_mean(name, KNOBS)
-                raise CinemeshError(f"plan: unknown key {name!r}", remedy=remedy, what="key", value=name)
+                raise CinemeshError(f"plan: unknown key {quoted(name)}", remedy=remedy, what="key", value=name)
         given: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
         return cls(**given)
 
@@ -156,7 +156,9 @@ def fields_of(text: str) -> dict[str, Any]:
     for item in filter(None, text.split(",")):
         key, equals, value = item.partition("=")
         if not equals:
-            raise CinemeshError(f"plan: {item!r} is not key=value", remedy="write for example tp=4,cp=2,dp_shard=96")
+            raise CinemeshError(
+                f"plan: {quoted(item)} is not key=value", remedy="write for example tp=4,cp=2,dp_shard=96"
+            )
         items.append((key.strip(), value.strip()))
     return _read(items)
 
