@@ -266,7 +266,6 @@ EFFECTS: Mapping[str, Sequence[Effect]] = {
     "sample.steps": [Effect(3, frozenset({"clips"}))],
     "sample.guidance": [Effect(2.0, frozenset({"clips"}))],
     "sample.seed": [Effect(4, frozenset({"clips"}))],
-    "weights": [Effect("master", frozenset({"validation", "clips"}))],
     "seed": [Effect(4, SAMPLES)],
     "caption_dropout": [Effect(0.9, GRADIENT)],
     "weights": [Effect("master", frozenset({"validation", "clips"}))],
