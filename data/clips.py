@@ -17,6 +17,7 @@ import av
 import numpy as np
 import torch
 from av.error import FFmpegError
+from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
@@ -169,8 +170,14 @@ def read_scenes(
             yield scene, frames[scene.first_frame : scene.last_frame + 1]
 
 
+BT709 = 1  # its matrix, primaries and transfer function in ISO/IEC 23001-8
+
+
 def write_mp4(path: Path, frames: Tensor, frame_rate: int = FRAME_RATE) -> None:
-    """Write uint8 [T, H, W, 3], H and W even, as mp4: H.264, or MPEG-4 where x264 is missing."""
+    """Write uint8 [T, H, W, 3], H and W even, as mp4: H.264, or MPEG-4 where x264 is missing.
+
+    Colours are BT.709's, limited range, and the file says so: a player need not guess them from the size.
+    """
     height, width = frames.shape[1:3]
     assert height % 2 == 0 and width % 2 == 0, (height, width)  # 4:2:0 halves the colour planes
     h264 = "libx264" in av.codecs_available
@@ -179,8 +186,14 @@ def write_mp4(path: Path, frames: Tensor, frame_rate: int = FRAME_RATE) -> None:
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         # Near-lossless, so that the file shows the model's errors and not the encoder's.
         stream.options = {"crf": "12"} if h264 else {"qscale": "2"}
-        for frame in frames.numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        codec = stream.codec_context
+        codec.colorspace = codec.color_primaries = codec.color_trc = BT709
+        codec.color_range = ColorRange.MPEG
+        for pixels in frames.numpy():
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+            )
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 

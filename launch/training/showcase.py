@@ -61,6 +61,10 @@ def show_samples(setting: Setting, place: Joined, cache: Cache, runner: StepRunn
     for score in show(folder, shown, train, setting.encoding.codec):
         print(score)
     print(
+        "squares in a sampled row: a codec of blocks shows an error in one number on the whole block; both rows went "
+        "through the codec, so compare them with one another and not with the film"
+    )
+    print(
         f"clips and {CONTACT_SHEET} are in {folder}; tensorboard --logdir {config.logging.directory} shows the curves"
     )
 

@@ -3,6 +3,8 @@
 import itertools
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -45,6 +47,19 @@ def test_an_mp4_comes_back_as_it_was_written(tmp_path: Path) -> None:
     write_mp4(path, clip)
     assert psnr(read_frames(path, 48, 48), clip) > 28
     assert [file.name for file in path.parent.iterdir()] == ["clip.mp4"]
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_the_colours_of_an_mp4_are_told_and_come_back(tmp_path: Path, size: int) -> None:
+    """Untagged, a player guesses the matrix from the size, and a green comes out some 20 levels off."""
+    colours = torch.tensor([[0, 255, 0], [255, 0, 0], [0, 0, 255], [255, 255, 255], [128, 128, 128]], dtype=torch.uint8)
+    clip = colours[:, None, None].expand(-1, size, size, -1).contiguous()
+    write_mp4(tmp_path / "a.mp4", clip)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        codec = container.streams.video[0].codec_context
+        assert (codec.color_primaries, codec.color_trc, codec.colorspace, codec.color_range) == (1, 1, 1, 1)
+        read = [frame.to_ndarray(format="rgb24")[size // 2, size // 2] for frame in container.decode(video=0)]
+    assert np.abs(np.stack(read).astype(int) - colours.numpy()).max() <= 2
 
 
 def test_frames_are_scaled_and_cropped_about_the_centre(tmp_path: Path) -> None:
