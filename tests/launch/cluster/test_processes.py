@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from cinemesh.errors import CinemeshError
 from cinemesh.launch import cli
-from cinemesh.launch.cluster.processes import forked, launch
+from cinemesh.launch.cluster.processes import forked, joined, launch
 from cinemesh.launch.interrupt import INTERRUPTED, Interrupted
+from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.runtime.comm import barrier
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -61,6 +63,26 @@ def test_a_local_job_listens_on_loopback_alone_and_a_lost_rank_is_one_line(
     addresses = found.read_text().split()
     assert len(addresses) >= 1 and set(addresses) <= LOOPBACK
     assert "Traceback" not in capfd.readouterr().err
+
+
+class _Threads(Exception):
+    """How many threads a rank asks for."""
+
+
+@pytest.mark.parametrize(("cores", "local", "threads"), [(12, 1, 12), (12, 4, 3), (3, 2, 1), (1, 2, 1)])
+def test_local_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch, cores: int, local: int, threads: int) -> None:
+    """Too many threads only make a run slow: no result shows it."""
+
+    def asked(number: int) -> None:
+        raise _Threads(number)
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    for name, value in {"RANK": 0, "WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": local}.items():
+        monkeypatch.setenv(name, str(value))
+    with monkeypatch.context() as patch:  # the fixture sets the threads again
+        patch.setattr(torch, "set_num_threads", asked)
+        with pytest.raises(_Threads, match=f"^{threads}$"), joined(Plan()):
+            pass
 
 
 def _press(when: Callable[[], object], times: int) -> None:

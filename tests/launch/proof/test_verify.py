@@ -171,6 +171,12 @@ def test_any_degrees_get_a_model_that_they_divide(tp: int, cp: int) -> None:
     assert case.config.text_tokens == 7 and case.samples == 2
 
 
+@pytest.mark.parametrize(("tp", "heads"), [(1, 6), (2, 6), (3, 6), (4, 4), (8, 8)])
+def test_heads_of_a_case_are_six_or_what_the_plan_divides(tp: int, heads: int) -> None:
+    """One head a rank would hide every mistake between heads."""
+    assert small_case(Plan(tp=tp), max_procs=8).config.heads == heads
+
+
 @pytest.mark.parametrize(
     ("model", "asked", "got"), [("tiny", 41, 1), ("tiny", 1, 1), ("tiny", 2, 2), ("movie-gen-30b", 41, 1),
                                 ("movie-gen-30b", 2, 1), ("movie-gen-30b", 48, 2), ("movie-gen-30b", 0, 0)]

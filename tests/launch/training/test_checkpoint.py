@@ -229,8 +229,11 @@ def test_damage_is_an_error(saved: tuple[StepRunner, Path], file: str, damage: s
         lambda: checkpoint.load(path, runner),
         lambda: checkpoint.load_weights(path, "ema", runner.buffers["ema"], runner.units, runner.coordinates),
     ):
-        with pytest.raises(CinemeshError, match=path.name):
+        with pytest.raises(CinemeshError, match=path.name) as refused:
             read()
+        if damage != "zeroed" and file == "__0_0.distcp":
+            now = "is missing" if damage == "missing" else f"has {size // 2:,} bytes"
+            assert f"damaged: {file} {now}, it was written with {size:,} bytes" in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -304,7 +304,8 @@ def test_command_prints_json(tmp_path: Path) -> None:
 def test_command_prints_tables() -> None:
     shown = CliRunner().invoke(app, ["validate", "--rows"])
     assert shown.exit_code == 0
-    for text in ("korth22-t4-22b-baseline-no-recompute", "not predicted", "Spearman", "trust A"):
+    headline = "trust A, averaged a source first: mean"
+    for text in ("korth22-t4-22b-baseline-no-recompute", "not predicted", "Spearman", headline):
         assert text in shown.stdout
 
 
