@@ -176,6 +176,7 @@ def _choice(choice: PricedPlan) -> dict[str, object]:
         "samples": choice.samples,
         "global_batch": choice.global_batch,
         "step_s": choice.step_s,
+        "step_s_from": choice.timed.name.lower(),
         "samples_per_s": choice.samples_per_s,
         "compute_s": choice.compute_s,
         "step_s_error": choice.step_s * ERROR_BAR,
@@ -255,10 +256,14 @@ def _print_search(console: Console, request: Request, found: Search, flops: floa
     console.print(table)
     if ties:
         console.print(f"= near-tie: within {found.error:.1%}, which the model cannot tell apart")
+    console.print(
+        "Step times are of each plan's own program, played record by record"
+        + ("." if found.played_whole == len(found.choices) else ", until nothing changes from one block to the next.")
+    )
     console.print(f"± {ERROR_BAR:.1%}: error of these prices on other trainers' published steps left out of the fit")
     console.print(
         f"{cluster.memory.usable_bytes / 1e9:.1f} GB are usable on a GPU; "
-        f"{found.played} plans played, {found.bounded} bounded, {len(found.refused)} families refused, for example:"
+        f"{found.played} plans priced, {found.bounded} bounded, {len(found.refused)} families refused, for example:"
     )
     for refusal in _telling(found.refused):
         console.print(f"  {refusal.family}: {refusal.reason}")

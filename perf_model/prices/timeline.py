@@ -195,37 +195,48 @@ def check_fused(plan: Plan, cluster: Cluster) -> None:
         )
 
 
-class _Flight:
-    """One collective in flight."""
+class Flight:
+    """One collective in flight; ``index``: what its issue was called."""
 
-    __slots__ = ("cost", "index", "latency", "rate", "transfer")
+    __slots__ = ("cost", "index", "latency", "rate", "record", "transfer")
 
-    def __init__(self, index: int, cost: Cost) -> None:
+    def __init__(self, index: int, record: Record) -> None:
         self.index = index
-        self.cost = cost
-        self.latency = cost.latency_s
-        self.transfer = cost.transfer_s
+        self.record = record
+        self.cost = record.cost
+        self.latency = record.cost.latency_s
+        self.transfer = record.cost.transfer_s
         self.rate = 1.0  # progress for each second
 
 
-class _Player:
-    """The state between two events."""
+class Player:
+    """The state between two events. ``start``, ``end``: of collectives, by the index that their issue was given."""
 
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
-        count = len(tape.records)
-        self.start = [0.0] * count
-        self.end = [0.0] * count
-        self.ended = bytearray(count)
+        self.start: dict[int, float] = {}
+        self.end: dict[int, float] = {}
         self.now = 0.0
-        self.queue: deque[int] = deque()
-        self.flights: list[_Flight] = []
+        self.queue: deque[tuple[int, Record]] = deque()
+        self.flights: list[Flight] = []
         self.occupied: set[int] = set()  # communicators with a collective in flight
         self.computing: Record | None = None
 
-    def issue(self, index: int) -> None:
-        self.queue.append(index)
+    def issue(self, index: int, record: Record) -> None:
+        self.queue.append((index, record))
         self.launch()
+
+    def wait(self, index: int) -> None:
+        """Raises ValueError when it can never end (a program that no runtime could finish either)."""
+        while index not in self.end:
+            if not self.flights:
+                raise ValueError(f"a record waits for collective {index}, which never starts")
+            self.advance(_FOREVER, False)
+
+    def drain(self) -> None:
+        """Until nothing is in flight."""
+        while self.flights:
+            self.advance(_FOREVER, False)
 
     def compute(self, record: Record, seconds: float) -> None:
         """Run as much of a record as takes ``seconds`` where nothing is in flight."""
@@ -243,11 +254,11 @@ class _Player:
         self.computing = None
         self.launch()
 
-    def fused(self, index: int) -> tuple[float, float]:
+    def fused(self, index: int, record: Record) -> tuple[float, float]:
         """Seconds that a fused record computes, and that it holds compute without. See [Note: fused records]."""
-        record, reached = self.tape.records[index], self.now
-        self.issue(index)
-        while index in self.queue:
+        reached = self.now
+        self.issue(index, record)
+        while index not in self.start:
             self.advance(_FOREVER, False)
         begun = self.now
         while any(flight.index == index and flight.latency > 0.0 for flight in self.flights):
@@ -255,7 +266,7 @@ class _Player:
         waited, at = self.now - reached, self.now
         self.compute(record, record.seconds - record.alone_s)
         busy, at = self.now - at, self.now
-        while not self.ended[index]:
+        while index not in self.end:
             self.advance(_FOREVER, False)
         waited, at = waited + self.now - at, self.now
         self.compute(record, record.alone_s)
@@ -264,20 +275,17 @@ class _Player:
 
     def launch(self) -> None:
         """Start queued collectives in the order of their issue, as far as their communicators are free."""
-        records = self.tape.records
         while self.queue:
-            index = self.queue[0]
-            record = records[index]
+            index, record = self.queue[0]
             if record.key in self.occupied or (record.late and self._must_yield(record)):
                 return
             self.queue.popleft()
             self.start[index] = self.now
             if record.cost.seconds <= 0.0:
                 self.end[index] = self.now
-                self.ended[index] = 1
                 continue
             self.occupied.add(record.key)
-            self.flights.append(_Flight(index, record.cost))
+            self.flights.append(Flight(index, record))
 
     def _must_yield(self, record: Record) -> bool:
         """Whether the SMs that a collective needs are taken by blocks of compute that stand before its own."""
@@ -334,43 +342,38 @@ class _Player:
         return step
 
     def _land(self) -> None:
-        still: list[_Flight] = []
+        still: list[Flight] = []
         for flight in self.flights:
             if flight.latency > 0.0 or flight.transfer > 0.0:
                 still.append(flight)
                 continue
             self.end[flight.index] = self.now
-            self.ended[flight.index] = 1
-            self.occupied.discard(self.tape.records[flight.index].key)
+            self.occupied.discard(flight.record.key)
         self.flights = still
         self.launch()
 
 
 def play(tape: Tape) -> Timeline:
     """Run a tape. Raises ValueError when a wait can never end (a program that no runtime could finish either)."""
-    player = _Player(tape)
+    player = Player(tape)
     exposed: dict[int, float] = {}
+    start, end = [0.0] * len(tape.records), [0.0] * len(tape.records)
     busy_s = 0.0
     for i, record in enumerate(tape.records):
+        start[i] = player.now
         if record.kind == COMPUTE:
-            player.start[i] = player.now
             player.compute(record, record.seconds)
-            player.end[i] = player.now
-            busy_s += player.now - player.start[i]
+            busy_s += player.now - start[i]
         elif record.kind == ISSUE:
-            player.issue(i)
+            player.issue(i, record)
         elif record.kind == FUSE:
-            computed, exposed[i] = player.fused(i)
+            computed, exposed[i] = player.fused(i, record)
             busy_s += computed
         else:
-            begun = player.now
-            player.start[i] = begun
-            while not player.ended[record.key]:
-                if not player.flights:
-                    raise ValueError(f"record {i} waits for collective {record.key}, which never starts")
-                player.advance(_FOREVER, False)
-            player.end[i] = player.now
-            exposed[record.key] = exposed.get(record.key, 0.0) + player.now - begun
-    while player.flights:
-        player.advance(_FOREVER, False)
-    return Timeline(player.now, player.start, player.end, exposed, busy_s)
+            player.wait(record.key)
+            exposed[record.key] = exposed.get(record.key, 0.0) + player.now - start[i]
+        end[i] = player.now
+    player.drain()
+    for i, at in player.start.items():
+        start[i], end[i] = at, player.end[i]
+    return Timeline(player.now, start, end, exposed, busy_s)

@@ -1,15 +1,14 @@
 """What a plan costs: the one place where modes, buckets, encoders and stragglers come together (torch-free).
 
-A step is priced from a few of its blocks, or played whole (``Effort``). Search, tuning, the choice of kept activations
-and explanations all ask here.
+A step is priced from a few blocks that serve many plans, from a few of its very own, or played whole. Search, tuning,
+the choice of kept activations and explanations all ask here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
-from functools import cached_property
 
 from ...kernels.ops import OPS
 from ...model.inputs import BatchShape
@@ -22,20 +21,12 @@ from ..prices.footprint import outside
 from ..prices.models import PriceModels
 from ..prices.network import Groups, group_of, groups_of
 from ..prices.played import PlayedStep, play_step
-from .extrapolate import STEADY, STEADY_BLOCKS, Extrapolation
+from .extrapolate import Extrapolation
 from .few_blocks import FewBlocks
-from .request import Request
+from .request import PricedPlan, Request, Timed
+from .unroll import NotSteady
 
-ROUGHLY = 0.02  # relative difference of two blocks' times up to which a few blocks tell what pays
-
-
-class Effort(Enum):
-    """How a step is priced; the first two raise NotSteady where only the whole step can say."""
-
-    ROUGH = "a few blocks, steady to 2 %"
-    STEADY = "a few blocks, steady"
-    FAST = "a few blocks where they are steady, else all"
-    EXACT = "every record of every block"
+BOUND_SLACK = 0.005  # relative: the bounds are of programs that serve many plans, whose records differ a little
 
 
 @dataclass(frozen=True)
@@ -49,54 +40,25 @@ class PlanCost:
 
 @dataclass(frozen=True)
 class BuiltPlan:
-    """A plan with the few blocks that price it: by recompute mode, one program a bucket.
+    """A plan with the few blocks that price it, one program a bucket.
 
     The same programs serve a plan of another shard group, placement, margin, thread blocks or priorities (``under``).
-    Without programs a plan can only be played whole. ``held``: the encoders beside it.
+    ``held``: the encoders beside it.
     """
 
     plan: Plan
     samples: int
-    steps: tuple[Sequence[Extrapolation], ...]
+    steps: tuple[Extrapolation, ...]
     held: FrozenCost | None = None
 
     def under(self, plan: Plan) -> BuiltPlan:
         """Another plan of the same records."""
         return replace(self, plan=plan)
 
-    @cached_property
-    def parts(self) -> list[tuple[float, Plan, Sequence[Extrapolation]]]:
-        """Of each recompute mode: its share of the blocks, its plan, and its programs."""
-        split = split_modes(self.plan, self.steps[0][0].few.config.layers)
-        return [(share, plan, steps) for (share, plan), steps in zip(split, self.steps, strict=True)]
-
     @property
     def program_bytes(self) -> int:
         """Most bytes that the step's own buffers hold at once on one rank, in the bucket that needs most."""
-        (_, plan, steps), *rest = self.parts
-        if not rest:
-            return max(step.peak_bytes(plan) for step in steps)
-        pairs = zip(steps, rest[0][2], strict=True)
-        return max(mixed_peak_bytes(heavy, light, plan, self.plan.last_blocks) for heavy, light in pairs)
-
-
-def split_modes(plan: Plan, layers: int) -> list[tuple[float, Plan]]:
-    """A plan of two recompute modes as plans of one each, with their share of the blocks."""
-    if plan.recompute_last is None:
-        return [(1.0, plan)]
-    share = plan.last_blocks / layers
-    first = replace(plan, recompute_last=None, last_blocks=0)
-    return [(1.0 - share, first), (share, replace(first, recompute=plan.recompute_last))]
-
-
-def mixed_peak_bytes(heavy: Extrapolation, light: Extrapolation, plan: Plan, blocks: int) -> int:
-    """Peak of a step whose last ``blocks`` blocks recompute as ``light`` does and the others as ``heavy``.
-
-    What each mode needs beside kept bytes is taken from the mode that needs more.
-    """
-    layers, peak = heavy.few.config.layers, heavy.peak_bytes(plan)
-    above = light.peak_bytes(plan) - layers * light.kept_bytes - (peak - layers * heavy.kept_bytes)
-    return peak + blocks * (light.kept_bytes - heavy.kept_bytes) + max(above, 0)
+        return max(step.peak_bytes(self.plan) for step in self.steps)
 
 
 class Evaluator:
@@ -105,38 +67,63 @@ class Evaluator:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.models = PriceModels.of(request.cluster)
-        self.played = 0
+        self.priced = 0
         self.bounded = 0
         self._held: dict[object, list[FrozenCost]] = {}
 
     # -- time and memory of a plan --------------------------------------------------------------------------------
 
     def build(self, plan: Plan, samples: int, held: FrozenCost | None = None) -> BuiltPlan:
-        """As many blocks as it takes to see whether they are steady. Raises CinemeshError where a shape forbids it."""
-        config, few = self.request.config, list[FewBlocks]()
-        modes = [of for _, of in split_modes(plan, config.layers)]
+        """A plan that shares its programs with no family. Raises CinemeshError where a shape forbids it."""
+        few = (FewBlocks.build(self.request.config, plan, batch) for batch in self._batches(plan, samples))
+        return BuiltPlan(plan, samples, tuple(Extrapolation(one, plan, self.models) for one in few), held)
+
+    def cost(self, built: BuiltPlan) -> PlanCost:
+        """Seconds and bytes of a step, from its few blocks, or from all where these do not tell."""
+        self.priced += 1
+        try:
+            priced = [step.price(built.plan) for step in built.steps]
+        except NotSteady:
+            return self.cost_of(self.play(built.plan, built.samples, built.held))
+        step_s, compute_s = self.mean(p.step_s for p in priced), self.mean(p.compute_s for p in priced)
+        return PlanCost(self._whole_s(built.plan, step_s, built.held), compute_s, self.peak_bytes(built))
+
+    def settled(self, choice: PricedPlan) -> PricedPlan:
+        """A plan priced by its own program: within 0.1 % of the whole step played, or by that play.
+
+        Warns where that is shorter than what was taken for a lower bound.
+        """
+        plan, config, timed = choice.plan, self.request.config, Timed.STEADY
+        try:
+            few = (FewBlocks.proven(config, plan, batch) for batch in self._batches(plan, choice.samples))
+            steps = tuple(Extrapolation(one, plan, self.models) for one in few)
+            built = BuiltPlan(plan, choice.samples, steps, choice.frozen)
+            priced = [step.price(plan) for step in steps]
+            whole_s = self._whole_s(plan, self.mean(p.step_s for p in priced), choice.frozen)
+            cost = PlanCost(whole_s, self.mean(p.compute_s for p in priced), self.peak_bytes(built))
+        except NotSteady:
+            timed, cost = Timed.PLAYED, self.cost_of(self.play(plan, choice.samples, choice.frozen))
+        if choice.bound_s > cost.step_s * (1.0 + BOUND_SLACK):
+            warnings.warn(
+                f"{plan.to_text()}: a step of {cost.step_s:.4g} s was taken to be {choice.bound_s:.4g} s at least: the "
+                "search may have left out better plans",
+                stacklevel=2,
+            )
+        return replace(
+            choice,
+            step_s=cost.step_s,
+            compute_s=cost.compute_s,
+            peak_bytes=cost.peak_bytes,
+            timed=timed,
+            searched_s=choice.step_s,
+        )
+
+    def _batches(self, plan: Plan, samples: int) -> Iterator[BatchShape]:
+        """Of every bucket. Raises CinemeshError where a shape forbids the plan."""
         for bucket in self.request.buckets:
             batch = BatchShape(samples, bucket.latent)
-            check(config, plan, batch)
-            few.append(FewBlocks.build(config, modes[0], batch, blocks=STEADY_BLOCKS + plan.prefetch - 1))
-        steps = tuple([Extrapolation(one, of, self.models) for one in few] for of in modes)
-        return BuiltPlan(plan, samples, steps, held)
-
-    def cost(self, built: BuiltPlan, effort: Effort = Effort.FAST) -> PlanCost:
-        """Seconds and bytes of a step. Raises NotSteady where so little effort cannot tell."""
-        self.played += 1
-        if effort is Effort.EXACT:
-            return self.cost_of(self.play(built.plan, built.samples, built.held))
-        step_s = compute_s = 0.0
-        for share, plan, steps in built.parts:
-            if effort is Effort.FAST:
-                priced = [step.price(plan) for step in steps]
-            else:
-                steady = ROUGHLY if effort is Effort.ROUGH else STEADY
-                priced = [step.steady_price(plan, steady) for step in steps]
-            step_s += share * self.mean(p.step_s for p in priced)
-            compute_s += share * self.mean(p.compute_s for p in priced)
-        return PlanCost(self._whole_s(built.plan, step_s, built.held), compute_s, self.peak_bytes(built))
+            check(self.request.config, plan, batch)
+            yield batch
 
     def play(self, plan: Plan, samples: int, held: FrozenCost | None = None) -> list[PlayedStep]:
         """The whole step on every bucket, record by record. Raises CinemeshError for a plan that cannot be."""
@@ -168,9 +155,10 @@ class Evaluator:
     def placed_bound_s(self, built: BuiltPlan, groups: Groups, held: FrozenCost | None) -> float:
         """The same where the plan's axes lie on the network as ``groups`` tell, beside such encoders."""
         self.bounded += 1
-        bound = sum(
-            share * self.mean(step.bound_s(plan, groups) for step in steps) for share, plan, steps in built.parts
-        )
+        try:
+            bound = self.mean(step.bound_s(built.plan, groups) for step in built.steps)
+        except NotSteady:
+            bound = 0.0
         return self._whole_s(built.plan, bound, held)
 
     def _whole_s(self, plan: Plan, step_s: float, held: FrozenCost | None) -> float:

@@ -1,8 +1,9 @@
-"""Price a deep step from a few of its blocks: they are played until steady, the others follow (torch-free).
+"""Price a deep step from a few of its blocks: one stands for all that are left out (torch-free).
 
-The program of a few blocks is built by the same builders as the whole one. Every block adds the same time to forward
-and to backward once the lanes are steady, and the same kept bytes. The size of the shard group, the placement of axes
-on the network and how the GPU is shared change prices, not records, so one program serves all of them.
+The program of a few blocks is built by the same builders as the whole one. Its records are played as often as they
+stand in the whole step, or until nothing changes any more from one block to the next (``unroll.py``). The size of the
+shard group, the placement of axes on the network and how the GPU is shared change prices, not records, so one program
+serves all of them; only the schedule pass orders by prices of its own, which see the program's own shard group.
 """
 
 from __future__ import annotations
@@ -17,22 +18,16 @@ from ...kernels.ops import OPS
 from ...parallel.ir.communicators import communicator
 from ...parallel.ir.layout import Axes
 from ...parallel.ir.plan import Plan
-from ...parallel.ir.records import Op, Phase
+from ...parallel.ir.records import Op
 from ...parallel.ir.units import Units
 from ...parallel.passes.pipeline import prepare
 from ..prices.footprint import FLAT, class_of
 from ..prices.models import PriceModels
 from ..prices.network import Cost, Group, Groups, group_of
-from ..prices.timeline import FUSE, ISSUE, WAIT, Record, Tape, Timeline, cost_of, late_on, play, price
-from .few_blocks import FewBlocks, canonical
+from ..prices.timeline import FUSE, ISSUE, WAIT, Record, Tape, cost_of, late_on, price
+from .few_blocks import FewBlocks, blocks_of
 from .peak import Peak
-
-STEADY_BLOCKS = 6  # from here on two blocks in the middle must agree
-STEADY = 1e-6  # relative difference of two blocks' times that counts as none
-
-
-class NotSteady(Exception):
-    """A few blocks differ in time: only the whole step can say."""
+from .unroll import Stretches, Unrolled, unrolled_s
 
 
 @dataclass(frozen=True)
@@ -72,15 +67,13 @@ class Alike:
 class _Windows:
     """Compute seconds of a step in which every collective is free, and what of it can hide which collective.
 
-    ``flat_s``: over the few blocks' flat shard. ``block_s``: what one more block adds. ``compute_s``: of the whole
-    step, without ``flat_s``. ``counts``: of the collectives over some axes, how often each stands in the whole step, by
-    its place among those that differ and the compute seconds between its issue and its wait: -1 where there is nothing
-    between, and more than any collective takes where another one of its communicator is in flight in the same window,
-    so that no time is counted twice.
+    ``flat_s``: over the few blocks' flat shard. ``compute_s``: of the whole step, without it. ``counts``: of the
+    collectives over some axes, how often each stands in the whole step, by its place among those that differ and the
+    compute seconds between its issue and its wait: -1 where there is nothing between, and more than any collective
+    takes where another one of its communicator is in flight in the same window, so that no time is counted twice.
     """
 
     flat_s: float
-    block_s: float
     compute_s: float
     counts: dict[Axes, dict[tuple[int, float], int]]
 
@@ -100,6 +93,16 @@ class _Lane:
     busy_s: float
 
 
+def standing_s(still: float, taken: list[tuple[float, float]]) -> float:
+    """Least seconds that compute loses where it stands still for ``still`` at least, whatever the lanes do meanwhile.
+
+    What nothing hides is waited for one after the other, what outlasts its compute in any one lane: both may be
+    the same seconds. ``taken``: what a lane takes from compute, and the largest share of it; nothing meanwhile.
+    """
+    longer = (seconds / share for seconds, share in taken if share * still < seconds)
+    return min(at + sum(max(0.0, seconds - share * at) for seconds, share in taken) for at in (still, *longer))
+
+
 class Extrapolation:
     """A few blocks' program after its passes, and whole steps priced from it.
 
@@ -108,11 +111,14 @@ class Extrapolation:
 
     def __init__(self, few: FewBlocks, plan: Plan, models: PriceModels) -> None:
         self.few, self.models = few, models
-        self.plan = canonical(plan)
+        self.plan = few.under(plan)
         self.program = prepare(replace(few.program, plan=self.plan), backend="nccl")
+        self.built = blocks_of(self.plan, few.blocks)
+        self.stretches = Stretches(self.program, proven=few.own)
+        self._unrolled: dict[tuple[tuple[int, int], int], Unrolled] = {}
         self._tapes: dict[int, Tape] = {}  # by the SMs that compute leaves alone
-        self._windows: dict[int, _Windows] = {}  # by the same
-        self._lanes: dict[tuple[Axes, Group, int, int, int], _Lane] = {}
+        self._windows: dict[object, _Windows] = {}  # by the same, and the whole step's depth
+        self._lanes: dict[object, _Lane] = {}
 
     # -- what the records are -------------------------------------------------------------------------------------
 
@@ -147,37 +153,12 @@ class Extrapolation:
             found.setdefault(alike, []).append(i)
         return found
 
-    @cached_property
-    def marks(self) -> dict[tuple[int | None, Phase], list[int]]:
-        """First record of every block, by micro-batch and direction, in the order of execution."""
-        marks: dict[tuple[int | None, Phase], dict[int, int]] = {}
-        for i, op in enumerate(self.program.ops):
-            if op.clone or op.kind not in OPS:
-                continue
-            place = op.place
-            if place.block is not None and place.phase in (Phase.FORWARD, Phase.BACKWARD):
-                marks.setdefault((place.micro_batch, place.phase), {}).setdefault(place.block, i)
-        return {key: list(blocks.values()) for key, blocks in marks.items()}
-
-    def _middle(self, direction: Phase) -> int:
-        """The block whose time and records the blocks left out repeat.
-
-        Lanes fill in the first blocks of either direction; they run dry in the last backward ones.
-        """
-        blocks = self.few.blocks
-        return blocks - 3 if direction is Phase.FORWARD else min(2, (blocks - 1) // 2)
-
-    @cached_property
-    def period(self) -> list[tuple[int, int]]:
-        """Records of one block, in every direction of every micro-batch, which the blocks left out repeat."""
-        if not self.few.more:
-            return []
-        middles = ((starts, self._middle(direction)) for (_, direction), starts in self.marks.items())
-        return [(starts[at], starts[at + 1]) for starts, at in middles]
-
-    def repeats(self, i: int) -> int:
-        """How often a record stands in the whole step."""
-        return 1 + (self.few.more if any(begin <= i < end for begin, end in self.period) else 0)
+    def unrolled(self, plan: Plan) -> Unrolled:
+        """The whole step of a plan. Raises NotSteady where only the whole program can say what repeats."""
+        key = blocks_of(plan, self.few.config.layers), plan.micro_batches
+        if key not in self._unrolled:
+            self._unrolled[key] = self.stretches.unroll(*key)
+        return self._unrolled[key]
 
     # -- time, played ---------------------------------------------------------------------------------------------
 
@@ -209,33 +190,22 @@ class Extrapolation:
         return free.with_records(changed)
 
     def price(self, plan: Plan) -> StepPrice:
-        """From the few blocks where they are steady, else from the whole step."""
-        try:
-            return self.steady_price(plan)
-        except NotSteady:
-            few = self.few
-            whole = FewBlocks.build(few.config, plan, few.batch, blocks=few.config.layers)
-            return Extrapolation(whole, plan, self.models).price(plan)
+        """The whole step's. Raises NotSteady as ``unrolled`` does.
 
-    def steady_price(self, plan: Plan, steady: float = STEADY) -> StepPrice:
-        """Raises NotSteady where blocks do not agree within ``steady``."""
-        tape = self.tape(plan)
-        step_s = self._step_s(play(tape), steady)
-        return StepPrice(step_s, tape.compute_s + self.few.more * self._hidden_by(plan).block_s)
-
-    def _step_s(self, timeline: Timeline, steady: float) -> float:
-        """The whole step's time from that of the few blocks."""
-        total = timeline.step_s
-        if self.few.more == 0:
-            return total
-        for (_, direction), starts in self.marks.items():
-            begun = [timeline.start[i] for i in starts]
-            each = [after - before for before, after in itertools.pairwise(begun)]
-            at = self._middle(direction)
-            if self.few.blocks >= STEADY_BLOCKS and abs(each[at] - each[at + 1]) > steady * each[at]:
-                raise NotSteady(f"two blocks take {each[at]:.6g} s and {each[at + 1]:.6g} s")
-            total += self.few.more * each[at]
-        return total
+        Where a recompute mode has fewer blocks than are built, along the line through this many and one more.
+        """
+        tape, unrolled = self.tape(plan), self.unrolled(plan)
+        compute_s = sum(n * r.seconds for n, r in zip(unrolled.counts, tape.records, strict=True) if r.computes)
+        deep = blocks_of(plan, self.few.config.layers)
+        short = [few - n for few, n in zip(self.built, deep, strict=True)]
+        if max(short) <= 0:
+            return StepPrice(unrolled_s(tape, self.stretches, unrolled), compute_s)
+        least = max(self.built[1], 1) if short[1] > 0 else plan.last_blocks - short[0]
+        more = 1 if short[1] > 0 else -1
+        at, beyond = (
+            unrolled_s(tape, self.stretches, self.unrolled(replace(plan, last_blocks=n))) for n in (least, least + more)
+        )
+        return StepPrice(at + max(short) * (at - beyond), compute_s)
 
     # -- time, bounded --------------------------------------------------------------------------------------------
 
@@ -248,22 +218,20 @@ class Extrapolation:
         """
         hidden_by = self._hidden_by(plan)
         ratio = self.few.flat_elements(plan) / self.few.units.flat_elements
-        total = hidden_by.compute_s + hidden_by.flat_s * ratio
-        longest = waited = exposed = 0.0
-        beside: list[tuple[float, float]] = []
-        left = self.models.compute.left_sms(plan)
-        for axes, group in groups.items():
-            sized = plan.dp_shard if "dp_shard" in axes or axes == ("dp_replicate",) else 0
-            key = (axes, group, sized, plan.ctas(axes), left)
-            found = self._lanes.get(key)
-            if found is None:
-                found = self._lanes[key] = self._lane(plan, axes, group)
-            exposed += found.exposed_s
-            beside += found.taken
-            waited = max(waited, found.waited_s)
-            longest = max(longest, found.busy_s)
-        total += exposed + sum(max(0.0, taken - share * exposed) for taken, share in beside)
-        return max(total + waited, longest)
+        lanes = [self._lane_of(plan, axes, group) for axes, group in groups.items()]
+        still = max([sum(lane.exposed_s for lane in lanes), *(lane.waited_s for lane in lanes)])
+        longer = standing_s(still, [taken for lane in lanes for taken in lane.taken])
+        least = hidden_by.compute_s + hidden_by.flat_s * ratio + longer
+        return max([least, *(lane.busy_s for lane in lanes)])
+
+    def _lane_of(self, plan: Plan, axes: Axes, group: Group) -> _Lane:
+        """As ``_lane``, made once."""
+        sized = plan.dp_shard if "dp_shard" in axes or axes == ("dp_replicate",) else 0
+        depth = *blocks_of(plan, self.few.config.layers), plan.micro_batches
+        key = (axes, group, sized, plan.ctas(axes), self.models.compute.left_sms(plan), depth)
+        if key not in self._lanes:
+            self._lanes[key] = self._lane(plan, axes, group)
+        return self._lanes[key]
 
     def taken(self, plan: Plan, cost: Cost) -> float:
         """The share of compute that a collective in flight takes at least, whatever runs beside it."""
@@ -296,20 +264,15 @@ class Extrapolation:
         return _Lane(exposed, list(taken.values()), max(waited.values(), default=0.0), max(busy.values(), default=0.0))
 
     def _hidden_by(self, plan: Plan) -> _Windows:
-        left = self.models.compute.left_sms(plan)
-        if left not in self._windows:
-            tape = self._free(plan)
-            records = tape.records
+        key = (self.models.compute.left_sms(plan), blocks_of(plan, self.few.config.layers), plan.micro_batches)
+        if key not in self._windows:
+            records, counts = self._free(plan).records, self.unrolled(plan).counts
             flat_s = sum(records[i].seconds for i in self._flat)
-            block_s = 0.0
-            for begin, end in self.period:
-                for record in records[begin:end]:
-                    block_s += record.seconds if record.computes else 0.0
-            compute_s = tape.compute_s - flat_s + self.few.more * block_s
-            self._windows[left] = _Windows(flat_s, block_s, compute_s, self._counts(records))
-        return self._windows[left]
+            compute_s = sum(n * r.seconds for n, r in zip(counts, records, strict=True) if r.computes) - flat_s
+            self._windows[key] = _Windows(flat_s, compute_s, self._counts(records, counts))
+        return self._windows[key]
 
-    def _counts(self, records: list[Record]) -> dict[Axes, dict[tuple[int, float], int]]:
+    def _counts(self, records: list[Record], repeats: list[int]) -> dict[Axes, dict[tuple[int, float], int]]:
         waits = {record.key: i for i, record in enumerate(records) if record.kind == WAIT}
         passed = list(itertools.accumulate((r.seconds for r in records), initial=0.0))
         counts: dict[Axes, dict[tuple[int, float], int]] = {}
@@ -327,19 +290,19 @@ class Extrapolation:
             else:
                 last[alike.communicator] = wait
             key, of_axes = (place, window), counts.setdefault(alike.axes, {})
-            of_axes[key] = of_axes.get(key, 0) + self.repeats(i)
+            of_axes[key] = of_axes.get(key, 0) + repeats[i]
         return counts
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
     @cached_property
     def _peak(self) -> Peak:
-        return Peak(self.program, self.few, self.marks)
+        return Peak(self.program, self.few, self.stretches.marks)
 
     @property
     def kept_bytes(self) -> int:
-        """What one more block keeps from forward to backward."""
-        return self._peak.kept_bytes
+        """What one more of the first blocks keeps from forward to backward."""
+        return self._peak.kept_bytes[0]
 
     def peak_bytes(self, plan: Plan) -> int:
         """Most bytes that the whole step's own buffers hold at once on one rank, workspace included."""

@@ -11,17 +11,27 @@ from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.ir.units import Units
 
-BLOCKS = 3  # of the program, and one for each unit prefetched: lanes fill in the first, run dry in the last
+BLOCKS = 3  # of each recompute mode, and one for each unit prefetched: lanes fill in the first, run dry in the last
+MICRO_BATCHES = 4  # the first, one that still waits for it, one like all others, the last
+PROVEN_BLOCKS = 4  # more, until two neighbours of either direction have equal records
+PROVEN_MICRO_BATCHES = 1
 
 
 def canonical(plan: Plan) -> Plan:
     """The plan of the few-block program that serves this one: two replicas, shard groups of one or of two ranks.
 
     A collective over one rank costs nothing, so more ranks than the plan has change no price; but a unit that is never
-    gathered has other records than one that is.
+    gathered has other records than one that is. Micro-batches in the middle are alike.
     """
     alone = plan.dp_shard * plan.cp == 1
-    return replace(plan, order=Plan().order).with_degrees(dp_shard=1 if alone else 2, dp_replicate=2)
+    plan = replace(plan, order=Plan().order, micro_batches=min(plan.micro_batches, MICRO_BATCHES))
+    return plan.with_degrees(dp_shard=1 if alone else 2, dp_replicate=2)
+
+
+def blocks_of(plan: Plan, layers: int) -> tuple[int, int]:
+    """Blocks that recompute as the plan says, and last ones that do as it says for these."""
+    last = plan.last_blocks if plan.recompute_last is not None else 0
+    return layers - last, last
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +39,7 @@ class FewBlocks:
     """The program of a few blocks of a model, before its passes.
 
     Shapes are global and placements typed, so another tp or cp changes the local size of every buffer and the layout of
-    the flat units, but no record. ``units``: of the few blocks, under ``plan``.
+    the flat units, but no record. ``units``: of the few blocks, under ``plan``. ``own``: it serves this plan alone.
     """
 
     config: ModelConfig
@@ -38,14 +48,42 @@ class FewBlocks:
     blocks: int
     program: Program
     units: Units
+    own: bool = False
     _units: dict[int, Units] = field(default_factory=dict, init=False, repr=False)  # by ranks of the shard group
 
     @classmethod
     def build(cls, config: ModelConfig, plan: Plan, batch: BatchShape, blocks: int = 0) -> FewBlocks:
-        """``blocks``: as many as a plan's prefetch needs, if 0; never more than the model has."""
-        plan, blocks = canonical(plan), min(config.layers, blocks or BLOCKS + plan.prefetch)
+        """For plans of one recompute mode or two. ``blocks``: as many as both need, if 0; never more than the model."""
+        plan = canonical(plan)
+        each = BLOCKS + max(plan.prefetch, 1)
+        return cls._of(config, plan, batch, blocks or each + (each if plan.recompute_last is not None else 0))
+
+    @classmethod
+    def proven(cls, config: ModelConfig, plan: Plan, batch: BatchShape) -> FewBlocks:
+        """For this plan alone, on its own degrees: enough for equal neighbours (``Stretches``)."""
+        each = BLOCKS + PROVEN_BLOCKS + plan.prefetch + plan.grad_units - 2
+        blocks = sum(min(each, deep) for deep in blocks_of(plan, config.layers))
+        micro_batches = min(plan.micro_batches, MICRO_BATCHES + PROVEN_MICRO_BATCHES)
+        return cls._of(config, replace(plan, micro_batches=micro_batches), batch, blocks, own=True)
+
+    @classmethod
+    def _of(cls, config: ModelConfig, plan: Plan, batch: BatchShape, blocks: int, *, own: bool = False) -> FewBlocks:
+        blocks = min(config.layers, blocks)
+        plain = replace(plan, recompute_last=None, last_blocks=0)  # a pass applies these, not the builder
         model = replace(config, layers=blocks)
-        return cls(config, batch, plan, blocks, build_step(model, plan, batch), unit_layout(model, plan))
+        return cls(config, batch, plain, blocks, build_step(model, plain, batch), unit_layout(model, plain), own)
+
+    def under(self, plan: Plan) -> Plan:
+        """A plan as this program runs it: with as few blocks of either recompute mode, and micro-batches."""
+        plan = replace(plan, micro_batches=self.plan.micro_batches) if self.own else canonical(plan)
+        if plan.recompute_last is None:
+            return plan
+        first, last = blocks_of(plan, self.config.layers)
+        if self.more == 0:
+            return plan
+        if self.own:
+            return replace(plan, last_blocks=max(self.blocks - first, min(last, self.blocks // 2)))
+        return replace(plan, last_blocks=self.blocks // 2)
 
     def on(self, plan: Plan) -> FewBlocks:
         """The same program under other degrees of tp and cp, with the flat units laid out for them."""

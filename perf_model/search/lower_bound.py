@@ -17,7 +17,7 @@ from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ..prices.models import PriceModels
 from ..prices.network import ring_group
-from .extrapolate import Extrapolation
+from .extrapolate import Extrapolation, standing_s
 from .few_blocks import FewBlocks
 
 Recompute = str | tuple[str, ...]
@@ -69,27 +69,32 @@ class LowerBound:
         seconds = {i: self.models.compute.op_s(program, built.ops[i]) for i in block.compute}
         waited = {"tp": 0.0, "cp": 0.0}
         busy = {"tp": 0.0, "cp": 0.0}
-        unhidable = 0.0
+        taken = {"tp": 0.0, "cp": 0.0}
+        largest = {"tp": 0.0, "cp": 0.0}  # share of compute that one exchange takes
+        exposed = 0.0
         groups = {axis: ring_group(self.models.cluster, ranks) for axis, ranks in (("tp", tp), ("cp", cp)) if ranks > 1}
         for exchange in block.exchanges:
-            if exchange.axis not in groups:
+            axis = exchange.axis
+            if axis not in groups:
                 continue
             op = built.ops[exchange.index]
-            cost = self.models.network.collective(op.kind, program.payload_bytes(op), groups[exchange.axis])
+            cost = self.models.network.collective(op.kind, program.payload_bytes(op), groups[axis])
             if ctas := plan.ctas(op.axes):  # as fast as without the limit: it slows groups of other places by less
                 cost = replace(cost, sms=min(cost.sms, ctas))
-            busy[exchange.axis] += cost.seconds
-            if exchange.axis == "tp" and self._fused:
+            busy[axis] += cost.seconds
+            if axis == "tp" and self._fused:
                 continue
             if exchange.between:
-                taken = cost.seconds * block.step.taken(plan, cost)
+                share = block.step.taken(plan, cost)
                 hidden = sum(seconds.get(i, 0.0) for i in exchange.between)
-                waited[exchange.axis] += max(0.0, cost.seconds - hidden - taken)
-                unhidable += taken
+                waited[axis] += max(0.0, cost.seconds * (1.0 - share) - hidden)
+                taken[axis] += cost.seconds * share
+                largest[axis] = max(largest[axis], share)
             else:
-                unhidable += cost.seconds
-        added = sum(seconds.values()) + unhidable + max(waited.values())
-        return max(added, *busy.values()) * self._one.config.layers * micro_batches
+                exposed += cost.seconds
+        still = max(exposed, *waited.values())
+        least = sum(seconds.values()) + standing_s(still, [(taken[axis], largest[axis]) for axis in taken])
+        return max(least, *busy.values()) * self._one.config.layers * micro_batches
 
     def _block(self, recompute: Recompute) -> _Block | None:
         """None: a model of so few blocks is built whole, and needs no bound."""
@@ -97,8 +102,7 @@ class LowerBound:
             return None
         step = Extrapolation(self._plain, replace(self._plain.plan, recompute=recompute), self.models)
         program = step.program
-        forward, backward = step.period[:2]  # of the first micro-batch, which the others repeat
-        within = [*range(*forward), *range(*backward)]
+        within = [i for loop in step.unrolled(step.plan).loops for i in range(loop.begin, loop.end)]
         compute = tuple(i for i in within if program.ops[i].kind in OPS)
         return _Block(step, compute, tuple(self._exchanges(program, within)))
 

@@ -8,26 +8,36 @@ from ...parallel.ir.program import Program
 from ...parallel.ir.records import BufferKind, Phase
 from ...parallel.passes.liveness import lifetimes
 from ..prices.footprint import FLAT, UNIT, class_of
-from .few_blocks import FewBlocks
+from .few_blocks import FewBlocks, blocks_of
 
 Sized = tuple[str, int]  # of a buffer that the shard group sizes: its unit, "" for the flat shard; bytes of an element
 
 
 class Peak:
-    """What the peak of any shard group follows from; ``marks``: the first record of every block.
+    """What the peak of any shard group and depth follows from; ``marks``: the first record of every block.
 
-    ``kept_bytes``: what one more block keeps from forward to backward.
+    ``kept_bytes``: what one more of the first, and of the last blocks keeps from forward to backward.
     """
 
     def __init__(self, program: Program, few: FewBlocks, marks: dict[tuple[int | None, Phase], list[int]]) -> None:
         self.few = few
         lives = lifetimes(program)
-        self.kept_bytes = 0
-        deeper: list[tuple[int, int]] = []  # records during which the blocks left out hold kept bytes
+        self.built = blocks_of(program.plan, few.blocks)
+        self.kept_bytes = (0, 0)
+        deeper: tuple[list[tuple[int, int]], ...] = ([], [])  # records during which those left out hold kept bytes
+        cut = self.built[0]
         for (micro_batch, direction), starts in marks.items():
-            if direction is Phase.FORWARD and few.more:
-                self.kept_bytes = lives.live_bytes[starts[2]] - lives.live_bytes[starts[1]]
-                deeper.append((starts[1], marks[micro_batch, Phase.BACKWARD][-1]))
+            if direction is not Phase.FORWARD:
+                continue
+            back, kept = marks[micro_batch, Phase.BACKWARD], [0, 0]
+            # Forward begins of the blocks of a mode, and where backward begins the last one of them.
+            for mode, (begun, ends) in enumerate(
+                ((starts[:cut], back[-1]), (starts[cut:], back[few.blocks - cut - 1]))
+            ):
+                if len(begun) > 2:
+                    kept[mode] = lives.live_bytes[begun[2]] - lives.live_bytes[begun[1]]
+                    deeper[mode].append((begun[1], ends))
+            self.kept_bytes = (kept[0], kept[1])
         first: dict[str, int] = {}
         last: dict[str, int] = {}
         for i in range(len(program.ops)):
@@ -45,30 +55,40 @@ class Peak:
                 starting.setdefault(first.get(name, 0), []).append(sized)
                 stopping.setdefault(last.get(name, len(program.ops) - 1), []).append(sized)
         # The most live bytes among records that grow alike: with what is sized by the shard group, and by depth.
-        self._highest: dict[tuple[tuple[Sized, ...], bool], int] = {}
+        self._highest: dict[tuple[tuple[Sized, ...], tuple[bool, ...]], int] = {}
         held: list[Sized] = []
-        key: tuple[tuple[Sized, ...], bool] = ((), False)
-        changes = {0, *starting, *(i + 1 for i in stopping), *(i for spell in deeper for i in spell)}
+        key: tuple[tuple[Sized, ...], tuple[bool, ...]] = ((), (False, False))
+        changes = {
+            0,
+            *starting,
+            *(i + 1 for i in stopping),
+            *(i for spells in deeper for spell in spells for i in spell),
+        }
         for i, live in enumerate(lives.live_bytes):
             held += starting.get(i, ())
             if i in changes:
-                key = (tuple(sorted(held)), any(begin <= i < end for begin, end in deeper))
+                holds = tuple([any(begin <= i < end for begin, end in spells) for spells in deeper])
+                key = (tuple(sorted(held)), holds)
             self._highest[key] = max(self._highest.get(key, 0), live + lives.workspace_bytes[i])
             for gone in stopping.get(i, ()):
                 held.remove(gone)
-        self._peaks: dict[int, int] = {}
+        self._peaks: dict[tuple[int, int], int] = {}
 
     def bytes(self, plan: Plan) -> int:
         """Most bytes that the deep step's own buffers hold at once on one rank under a plan's shard group."""
-        if plan.dp_shard not in self._peaks:
+        first, last = blocks_of(plan, self.few.config.layers)
+        key = (plan.dp_shard, last)
+        if key not in self._peaks:
             ours, theirs = self.few.units, self.few.units_of(plan)
             deep = self.few.flat_elements(plan) - ours.flat_elements
-            kept = self.few.more * self.kept_bytes
+            grown_by = [
+                (n - few) * kept for n, few, kept in zip((first, last), self.built, self.kept_bytes, strict=True)
+            ]
             peak = 0
-            for (held, deeper), live in self._highest.items():
-                grown = kept if deeper else 0
+            for (held, holds), live in self._highest.items():
+                grown = sum(bytes_ for bytes_, holding in zip(grown_by, holds, strict=True) if holding)
                 for unit, width in held:
                     grown += width * (theirs.by_name[unit].elements - ours.by_name[unit].elements if unit else deep)
                 peak = max(peak, live + grown)
-            self._peaks[plan.dp_shard] = peak
-        return self._peaks[plan.dp_shard]
+            self._peaks[key] = peak
+        return self._peaks[key]

@@ -18,11 +18,12 @@ from dataclasses import dataclass, field, replace
 from ...errors import CinemeshError
 from ...model.config import latent_text
 from .refusals import FamilyKey, Refusal, RefusalKind
-from .request import PricedPlan, Request
+from .request import PricedPlan, Request, Timed
 from .space import Family, Mode, SearchSpace, Variant, divisors
 
 # Relative errors on published runs of other trainers (perf_model/published, ``cinemesh validate``, 2026-11-23).
 ERROR_BAR = 0.054  # of a step time: mean over sources that were left out of the fit
+SEEMS = 0.002  # of a step: what programs that serve many plans may be off by, before a plan's own is asked
 NEAR = 0.02  # of a difference: of pairs of plans predicted further apart, 97 % ran in that order; closer, 88 %
 
 
@@ -40,6 +41,11 @@ class Search:
     @property
     def best(self) -> PricedPlan:
         return self.choices[0]
+
+    @property
+    def played_whole(self) -> int:
+        """Plans shown whose every record was played, since a few blocks did not tell."""
+        return sum(choice.timed is Timed.PLAYED for choice in self.choices)
 
     @property
     def nothing(self) -> str:
@@ -138,12 +144,10 @@ def survey(request: Request) -> Search:
     refused: list[Refusal] = []
     families = _families(space, refused)
     opened = _Frontier(space, families)
-    opened.exhaust()
-    ranked = sorted(opened.best.items(), key=lambda item: (_per_sample_s(item[1]), repr(item[1].plan)))
-    shown = {family for family, _ in ranked[: request.shown]}
+    shown = opened.settled()
     refused += [opened.refusal(family) for family in families if family not in shown]
-    choices = [choice for _, choice in ranked[: request.shown]]
-    return Search(request, choices, refused, NEAR, space.evaluator.played, space.evaluator.bounded)
+    choices = list(shown.values())
+    return Search(request, choices, refused, NEAR, space.evaluator.priced, space.evaluator.bounded)
 
 
 def _per_sample_s(choice: PricedPlan) -> float:
@@ -166,17 +170,60 @@ class _Todo:
 
 
 class _Frontier:
-    """What may still be opened, by its lower bound, and the best variant of each family so far."""
+    """What may still be opened, by its lower bound, and the plans priced so far."""
 
     def __init__(self, space: SearchSpace, families: list[Family]) -> None:
         self.space, self.request = space, space.request
-        self.best: dict[Family, PricedPlan] = {}
-        self._bounds: dict[Family, float] = {}  # of families that were cut off
+        self._priced: dict[Family, list[PricedPlan]] = {}
+        self._cut: dict[Family, list[_Todo]] = {}
         self._last_shown_s = math.inf  # a sample of the last plan shown, as far as known
         self._numbers = itertools.count()
         self._heap: list[_Todo] = []
         for family in reversed(families):  # of equal bounds, what splits most is opened first: it is the first to fit
             self._push(family, family.modes(), family.shard_groups())
+
+    def settled(self) -> dict[Family, PricedPlan]:
+        """The plans shown, the best first, each priced by its own program.
+
+        The search goes on with what that says until no plan that it knows, and no bound, is below the last one shown.
+        """
+        self.exhaust()
+        while True:
+            shown = dict(self._ranked()[: self.request.shown])
+            rough = [family for family, choice in shown.items() if choice.timed is Timed.SHARED]
+            if not rough:
+                return shown
+            for family in rough:
+                priced, choice = self._priced[family], shown[family]
+                priced[priced.index(choice)] = self.space.evaluator.settled(choice)
+            self._rank()
+            for todos in self._cut.values():
+                for todo in [todo for todo in todos if not self._beyond(todo)]:
+                    todos.remove(todo)
+                    heapq.heappush(self._heap, todo)
+            self.exhaust()
+
+    def _best(self, family: Family) -> PricedPlan:
+        """Of a family; what was priced by its own program stays ahead of what only seems as fast."""
+        return min(
+            self._priced[family], key=lambda c: (c.step_s * (1.0 + SEEMS * (c.timed is Timed.SHARED)), repr(c.plan))
+        )
+
+    def _ranked(self) -> list[tuple[Family, PricedPlan]]:
+        best = ((family, self._best(family)) for family in self._priced)
+        return sorted(best, key=lambda item: (_per_sample_s(item[1]), repr(item[1].plan)))
+
+    def _rank(self) -> None:
+        times = sorted(_per_sample_s(self._best(family)) for family in self._priced)
+        self._last_shown_s = times[self.request.shown - 1] if len(times) >= self.request.shown else math.inf
+
+    def _beyond(self, todo: _Todo) -> bool:
+        """Whether what a todo leads to is no better than what is known."""
+        if not self.request.prune:
+            return False
+        known = self._priced.get(todo.family)
+        least = _per_sample_s(self._best(todo.family)) if known and todo.variant is not None else math.inf
+        return todo.per_sample_s >= min(self._last_shown_s, least)
 
     def _push(self, family: Family, modes: tuple[Mode, ...], groups: list[int]) -> None:
         bound_s = family.bound_s(modes[0]) / family.global_batch
@@ -186,10 +233,10 @@ class _Frontier:
         """Open whatever has the lowest bound, until no bound is below the last plan shown."""
         while self._heap:
             todo = heapq.heappop(self._heap)
-            if self.request.prune and todo.per_sample_s >= self._last_shown_s:
-                self._bounds.setdefault(todo.family, todo.per_sample_s)
+            if self._beyond(todo):
+                self._cut.setdefault(todo.family, []).append(todo)
             elif todo.variant is not None:
-                self._play(todo, todo.variant)
+                self._price(todo, todo.variant)
             else:
                 self._expand(todo)
 
@@ -206,11 +253,8 @@ class _Frontier:
         if unfit and todo.modes[1:]:
             self._push(family, todo.modes[1:], unfit)
 
-    def _play(self, todo: _Todo, variant: Variant) -> None:
+    def _price(self, todo: _Todo, variant: Variant) -> None:
         family = todo.family
-        known = self.best.get(family)
-        if self.request.prune and known and todo.per_sample_s >= _per_sample_s(known):
-            return
         built, cost = variant.built, self.space.evaluator.cost(variant.built)
         choice = PricedPlan(
             plan=built.plan,
@@ -222,18 +266,16 @@ class _Frontier:
             global_batch=family.global_batch,
             frozen=built.held,
         )
-        if known is None or (choice.step_s, repr(choice.plan)) < (known.step_s, repr(known.plan)):
-            self.best[family] = choice
-            times = sorted(map(_per_sample_s, self.best.values()))
-            self._last_shown_s = times[self.request.shown - 1] if len(times) >= self.request.shown else math.inf
+        self._priced.setdefault(family, []).append(choice)
+        self._rank()
 
     def refusal(self, family: Family) -> Refusal:
         """Why a family is not shown."""
-        if family in self.best:
-            behind = _per_sample_s(self.best[family]) / self._last_shown_s - 1.0
+        if family in self._priced:
+            behind = _per_sample_s(self._best(family)) / self._last_shown_s - 1.0
             return Refusal(RefusalKind.SLOWER, family.key, slower=behind)
-        if family in self._bounds:
-            behind = self._bounds[family] / self._last_shown_s - 1.0
+        if family in self._cut:
+            behind = min(todo.per_sample_s for todo in self._cut[family]) / self._last_shown_s - 1.0
             return Refusal(RefusalKind.SLOWER, family.key, slower=behind, at_least=True)
         need = family.needed_bytes or family.least_bytes("full") + family.held_bytes(family.plan)
         free = self.space.evaluator.limit_bytes(family.plan)

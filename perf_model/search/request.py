@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from ...model.config import ModelConfig
 from ...parallel.ir.fields import DtypePolicy
@@ -43,9 +44,20 @@ class Request:
     prune: bool = True
 
 
+class Timed(StrEnum):
+    """What a step's time was made from."""
+
+    SHARED = "a few blocks that serve many plans"
+    STEADY = "a few blocks of its own, whose records are shown to repeat, played until nothing changes"
+    PLAYED = "every record of every block, played"
+
+
 @dataclass(frozen=True)
 class PricedPlan:
-    """One plan with its price. ``step_s`` is the mean over the buckets by weight; bytes are of one rank."""
+    """One plan with its price. ``step_s`` is the mean over the buckets by weight; bytes are of one rank.
+
+    ``searched_s``: what the search took for it before its own program was priced.
+    """
 
     plan: Plan
     samples: int
@@ -55,6 +67,8 @@ class PricedPlan:
     peak_bytes: int
     global_batch: int
     frozen: FrozenCost | None = None
+    timed: Timed = Timed.SHARED
+    searched_s: float = 0.0
 
     @property
     def samples_per_s(self) -> float:

@@ -22,7 +22,7 @@ from ...parallel.ir.layout import HEADS
 from ...parallel.ir.plan import Plan
 from ..prices.network import Groups, groups_of
 from ..prices.timeline import beyond_server, check_fused
-from .evaluator import BuiltPlan, Evaluator, mixed_peak_bytes, split_modes
+from .evaluator import BuiltPlan, Evaluator
 from .extrapolate import Extrapolation
 from .few_blocks import FewBlocks
 from .lower_bound import LowerBound, Recompute
@@ -78,6 +78,8 @@ class SearchSpace:
         Where degrees leave an overlap without effect, the plan lacks it, and the records are others.
         """
         base = replace(everywhere(self.request), **overlaps(plan), micro_batches=plan.micro_batches)
+        if plan.recompute_last is not None:  # the passes look at what they are; here it is two modes' worth of blocks
+            base = replace(base, recompute="full", recompute_last="none", last_blocks=1)
         if plan.dp_shard * plan.cp == 1:
             base = base.with_degrees(cp=1, dp_shard=1)
         key = (base, samples)
@@ -114,8 +116,8 @@ class Family:
         self.plan = replace(self.plan, micro_batches=key.micro_batches)
         self.needed_bytes = 0  # of its own buffers and encoders, by the last mode opened and the largest shard group
         self._placements: dict[tuple[int, int], list[tuple[tuple[str, ...], Groups]]] = {}
-        self._few: dict[bool, list[FewBlocks]] = {}
-        self._steps: dict[tuple[bool, Recompute], list[Extrapolation]] = {}
+        self._few: dict[tuple[bool, bool], list[FewBlocks]] = {}
+        self._steps: dict[tuple[Plan, bool], list[Extrapolation]] = {}
 
     @property
     def global_batch(self) -> int:
@@ -132,19 +134,22 @@ class Family:
             check(self.request.config, self.plan, BatchShape(self.samples, bucket.latent))
 
     def steps(self, plan: Plan) -> list[Extrapolation]:
-        """Of a plan of one recompute mode, one for each bucket."""
-        alone = plan.dp_shard * plan.cp == 1
-        if alone not in self._few:
-            self._few[alone] = [few.on(plan) for few in self.space.few(plan, self.samples)]
-        key = (alone, plan.recompute)
+        """Programs that price a plan of this family, one for each bucket."""
+        few = self._few_of(plan)
+        key = (few[0].under(plan), plan.dp_shard * plan.cp == 1)
         if key not in self._steps:
-            self._steps[key] = [Extrapolation(few, plan, self.evaluator.models) for few in self._few[alone]]
+            self._steps[key] = [Extrapolation(one, plan, self.evaluator.models) for one in few]
         return self._steps[key]
+
+    def _few_of(self, plan: Plan) -> list[FewBlocks]:
+        key = (plan.dp_shard * plan.cp == 1, plan.recompute_last is not None)
+        if key not in self._few:
+            self._few[key] = [few.on(plan) for few in self.space.few(plan, self.samples)]
+        return self._few[key]
 
     def built(self, plan: Plan) -> BuiltPlan:
         """A plan of this family with the programs that price it."""
-        split = split_modes(plan, self.request.config.layers)
-        return BuiltPlan(plan, self.samples, tuple(self.steps(of) for _, of in split))
+        return BuiltPlan(plan, self.samples, tuple(self.steps(plan)))
 
     # -- before anything is built ---------------------------------------------------------------------------------
 
@@ -260,13 +265,12 @@ class Family:
 
     def _lightened(self, plan: Plan, lighter: Recompute, limit: float) -> Plan:
         """The plan with as many last blocks on the lighter mode as fit."""
-        pairs = list(zip(self.steps(plan), self.steps(replace(plan, recompute=lighter)), strict=True))
-        peak = self._peak_bytes(plan)
-        each = max(light.kept_bytes - heavy.kept_bytes for heavy, light in pairs)
-        if each <= 0:
-            return plan
-        above = max(mixed_peak_bytes(heavy, light, plan, 1) for heavy, light in pairs) - peak
-        blocks = max(0, min(self.request.config.layers - 1, 1 + int((limit - peak - above) // each)))
+        layers = self.request.config.layers
+
+        def too_many(last: int) -> bool:
+            return self._peak_bytes(replace(plan, recompute_last=lighter, last_blocks=last)) > limit
+
+        blocks = bisect_left(range(1, layers), True, key=too_many)
         return replace(plan, recompute_last=lighter, last_blocks=blocks) if blocks else plan
 
     def _placed(self, plan: Plan, limit: float) -> Iterator[Variant]:

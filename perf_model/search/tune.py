@@ -21,12 +21,11 @@ from ...parallel.ir.fields import Overlap, Streams
 from ...parallel.ir.knobs import knobs
 from ...parallel.ir.plan import Plan
 from ...parallel.passes.choose_kept import choose_kept
-from .evaluator import BuiltPlan, Effort, Evaluator, split_modes
-from .extrapolate import Extrapolation, NotSteady
+from .evaluator import BuiltPlan, Evaluator
+from .extrapolate import Extrapolation
 from .few_blocks import FewBlocks
-from .lower_bound import Recompute
 from .planner import Search
-from .request import PricedPlan, Request
+from .request import PricedPlan, Request, Timed
 
 WORTH = 1e-3  # relative gain below which a knob stays as it was: slices cost kernels and launches that no model sees
 SMALLER = (2, 4, 8, 16, 32, 48)  # parts of the shard group
@@ -64,7 +63,14 @@ def tune(request: Request, choice: PricedPlan, evaluator: Evaluator | None = Non
     evaluator = evaluator or Evaluator(request)
     by_hand = {name: value for name, value in request.fixed.items() if name in SHARING}
     evaluator.models.compute.check(replace(choice.plan, **cast(dict[str, Any], by_hand)))
-    return _Tuner(evaluator).tuned(choice)
+    before = evaluator.settled(choice) if choice.timed is Timed.SHARED else choice
+    best = _Tuner(evaluator).tuned(choice)
+    if best.plan == before.plan:
+        return before
+    built = evaluator.build(best.plan, best.samples, best.frozen)
+    after = evaluator.settled(replace(best, bound_s=evaluator.bound_s(built), timed=Timed.SHARED))
+    fits = after.peak_bytes <= evaluator.request.cluster.memory.usable_bytes
+    return after if fits and after.step_s < before.step_s else before
 
 
 class _Tuner:
@@ -92,7 +98,7 @@ class _Tuner:
     def price(self, choice: PricedPlan, plan: Plan) -> _Tried | None:
         """The choice under another plan, whether it fits or not; None where the shape forbids it."""
         built = self._build(choice, plan)
-        return None if built is None else self._priced(choice, built, Effort.FAST)
+        return None if built is None else self._priced(choice, built)
 
     def _build(self, choice: PricedPlan, plan: Plan) -> BuiltPlan | None:
         try:
@@ -100,27 +106,19 @@ class _Tuner:
         except CinemeshError:
             return None
 
-    def _priced(self, choice: PricedPlan, built: BuiltPlan, effort: Effort) -> _Tried:
-        cost = self.evaluator.cost(built, effort)
+    def _priced(self, choice: PricedPlan, built: BuiltPlan) -> _Tried:
+        cost = self.evaluator.cost(built)
         priced = replace(
             choice, plan=built.plan, step_s=cost.step_s, compute_s=cost.compute_s, peak_bytes=cost.peak_bytes
         )
         return _Tried(priced, built)
 
-    def _pays(self, best: PricedPlan, built: BuiltPlan, effort: Effort, *, whole: bool = False) -> _Tried | None:
-        """A plan, if its step is shorter than the best one's by more than ``WORTH``.
-
-        Where so little effort cannot tell: by the whole step, or None.
-        """
+    def _pays(self, best: PricedPlan, built: BuiltPlan) -> _Tried | None:
+        """A plan, if its step is shorter than the best one's by more than ``WORTH``."""
         enough = best.step_s * (1.0 - WORTH)
         if self.evaluator.bound_s(built) >= enough:
             return None
-        try:
-            tried = self._priced(best, built, effort)
-        except NotSteady:
-            if not whole:
-                return None
-            tried = self._priced(best, built, Effort.FAST)
+        tried = self._priced(best, built)
         return tried if tried.choice.step_s < enough else None
 
     def _fits(self, choice: PricedPlan) -> bool:
@@ -149,7 +147,7 @@ class _Tuner:
     def _smaller_fits(self, same: _Tried) -> bool:
         """Whether there is memory for half the shard group: else none of that need be tried."""
         half = self._in_parts(same.choice.plan, SMALLER[0])
-        return half is not None and self._fits(self._priced(same.choice, same.built.under(half), Effort.FAST).choice)
+        return half is not None and self._fits(self._priced(same.choice, same.built.under(half)).choice)
 
     def _overlapping(self, tried: _Tried, groups: tuple[int, ...]) -> _Tried:
         """With the best change of each kind that pays, in the shard group that suits it."""
@@ -171,7 +169,7 @@ class _Tuner:
             smaller = self._in_parts(plan, n)
             if smaller is None:
                 continue
-            tried = self._pays((found or best).choice, built.under(smaller), Effort.ROUGH, whole=n == 1)
+            tried = self._pays((found or best).choice, built.under(smaller))
             # What is kept may make room for a knob later on, not for a larger shard.
             if tried is not None and (n == 1 or self._fits(tried.choice)):
                 found = tried
@@ -179,7 +177,7 @@ class _Tuner:
 
     def _finished(self, tried: _Tried) -> PricedPlan:
         """With what is worth keeping kept, and its GPU shared as it pays; priced as exactly as any plan."""
-        best = self._priced(tried.choice, tried.built, Effort.FAST)
+        best = self._priced(tried.choice, tried.built)
         if "recompute" not in self.request.fixed:
             best = self._keeping(best.choice) or best
         return best.choice if self.request.cluster.nccl is None else self._sharing(best)
@@ -187,23 +185,23 @@ class _Tuner:
     def _keeping(self, choice: PricedPlan) -> _Tried | None:
         """The activations kept that save most time in the memory that is left (``choose_kept.py``)."""
         config, models = self.request.config, self.evaluator.models
-        pure = split_modes(choice.plan, config.layers)[0][1]
-        few = FewBlocks.build(config, pure, BatchShape(choice.samples, self.request.buckets[0].latent))
-        made: dict[Recompute, Extrapolation] = {}
-
-        def step(plan: Plan) -> Extrapolation:
-            if plan.recompute not in made:
-                made[plan.recompute] = Extrapolation(few, plan, models)
-            return made[plan.recompute]
+        pure = replace(choice.plan, recompute_last=None, last_blocks=0)
+        mixed = replace(pure, recompute_last="none", last_blocks=1)
+        batch = BatchShape(choice.samples, self.request.buckets[0].latent)
+        few = {plan.last_blocks > 0: FewBlocks.build(config, plan, batch) for plan in (pure, mixed)}
+        made: dict[Plan, Extrapolation] = {}
 
         def peak_bytes(plan: Plan) -> int:
-            steps = tuple([step(of)] for _, of in split_modes(plan, config.layers))
-            return BuiltPlan(plan, choice.samples, steps).program_bytes
+            program = few[plan.recompute_last is not None]
+            key = program.under(plan)
+            if key not in made:
+                made[key] = Extrapolation(program, plan, models)
+            return made[key].peak_bytes(plan)
 
         limit = self.evaluator.limit_bytes(choice.plan) - (choice.frozen.bytes if choice.frozen else 0)
         seconds = self.evaluator.record_s(pure)
         try:
-            plan, _ = choose_kept(pure, few.program, seconds, int(limit), peak_bytes, blocks=config.layers)
+            plan, _ = choose_kept(pure, few[False].program, seconds, int(limit), peak_bytes, blocks=config.layers)
         except CinemeshError:
             return None
         return self.price(choice, plan)
@@ -216,7 +214,7 @@ class _Tuner:
             for knob, values in SHARING.items():
                 for value in values:
                     plan = self._changed(best.plan, {knob: value})
-                    if plan is not None and (pays := self._pays(best, tried.built.under(plan), Effort.STEADY)):
+                    if plan is not None and (pays := self._pays(best, tried.built.under(plan))):
                         best = pays.choice
         return best
 

@@ -25,7 +25,6 @@ from cinemesh.perf_model.prices.models import PriceModels
 from cinemesh.perf_model.prices.played import PlayedStep, play_step
 from cinemesh.perf_model.prices.timeline import play, price
 from cinemesh.perf_model.report.explain import describe, mfu, terms
-from cinemesh.perf_model.search.evaluator import split_modes
 from cinemesh.perf_model.search.extrapolate import Extrapolation
 from cinemesh.perf_model.search.few_blocks import FewBlocks
 from cinemesh.perf_model.search.planner import search
@@ -134,7 +133,7 @@ def scaling() -> list[Point]:
             fixed={"tp": tp, "cp": cp, "recompute": "selective"},
         )
         best = overlapped(request)
-        (_, pure), *_ = split_modes(best.plan, CONFIG.layers)
+        pure = replace(best.plan, recompute_last=None, last_blocks=0)
         few = FewBlocks.build(CONFIG, pure, BatchShape(1, LATENT))
         kept = Extrapolation(few, pure, PriceModels.of(CLUSTER)).kept_bytes * CONFIG.layers
         played = play_step(CONFIG, best.plan, BatchShape(1, LATENT), CLUSTER)

@@ -27,10 +27,11 @@ from cinemesh.perf_model.prices.timeline import COMPUTE, FUSE, ISSUE, WAIT, Reco
 from cinemesh.perf_model.report.draw_step import STYLES, style_of
 from cinemesh.perf_model.report.explain import describe, exposures
 from cinemesh.perf_model.report.trace import predicted
-from cinemesh.perf_model.search.extrapolate import STEADY_BLOCKS, Extrapolation
+from cinemesh.perf_model.search.evaluator import Evaluator
+from cinemesh.perf_model.search.extrapolate import Extrapolation
 from cinemesh.perf_model.search.few_blocks import FewBlocks
 from cinemesh.perf_model.search.planner import search
-from cinemesh.perf_model.search.request import LatentBucket, Request
+from cinemesh.perf_model.search.request import LatentBucket, PricedPlan, Request, Timed
 
 EXACT = 1e-12
 TP, CP = 0, 1
@@ -156,21 +157,26 @@ def test_a_step_shows_it() -> None:
 @pytest.mark.parametrize("defer", [False, True])
 def test_a_few_blocks_say_what_the_whole_48_layers_take(defer: bool) -> None:
     plan = replace(PLAN, dp_shard=768, defer_weight_gradients=defer)
-    few = FewBlocks.build(BIG, plan, BatchShape(1, LATENT), blocks=STEADY_BLOCKS + plan.prefetch)
+    few = FewBlocks.build(BIG, plan, BatchShape(1, LATENT))
     models = PriceModels.of(CLUSTER)
     step = Extrapolation(few, plan, models)
     priced = step.price(plan)
     made = play_step(BIG, plan, BatchShape(1, LATENT), CLUSTER)
-    assert priced.step_s == pytest.approx(made.timeline.step_s, rel=0.01), "the few blocks are ordered by other prices"
+    asked = Request(BIG, (LatentBucket(LATENT),), CLUSTER, plan.world_size)
+    choice = PricedPlan(plan, 1, priced.step_s, priced.compute_s, 0.0, 0, plan.data_ranks)
+    settled = Evaluator(asked).settled(choice)  # deferred, no two blocks are alike: then the whole step is played
+    assert settled.timed is (Timed.PLAYED if defer else Timed.STEADY)
+    assert settled.step_s == pytest.approx(made.step_s, rel=1e-3)
     peak = lifetimes(made.program).peak_with_workspace_bytes
     assert step.peak_bytes(plan) == pytest.approx(peak, rel=1e-3)
-    assert priced.compute_s == pytest.approx(made.tape.compute_s, rel=1e-4)
-    assert step.bound_s(plan, groups_of(plan, CLUSTER)) <= priced.step_s
+    # Deferred, a block leaves records to the next, and not always as many: a few blocks tell roughly.
+    assert priced.compute_s == pytest.approx(made.tape.compute_s, rel=0.03 if defer else 1e-4)
+    assert step.bound_s(plan, groups_of(plan, CLUSTER)) <= made.timeline.step_s
 
 
 def test_an_sm_margin_reaches_its_products() -> None:
     plan = replace(PLAN, dp_shard=768)
-    few = FewBlocks.build(BIG, plan, BatchShape(1, LATENT), blocks=STEADY_BLOCKS + plan.prefetch)
+    few = FewBlocks.build(BIG, plan, BatchShape(1, LATENT))
     models = PriceModels.of(CLUSTER)
     without = Extrapolation(few, plan, models)
     left = replace(plan, sm_margin=16)

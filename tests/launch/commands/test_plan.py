@@ -22,7 +22,7 @@ from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.startup import start_up
 from cinemesh.perf_model.report.report import explain
-from cinemesh.perf_model.search.evaluator import BuiltPlan, Effort, Evaluator, PlanCost
+from cinemesh.perf_model.search.evaluator import BuiltPlan, Evaluator, PlanCost
 from cinemesh.perf_model.search.planner import search
 from cinemesh.perf_model.search.request import LatentBucket, Request
 
@@ -75,9 +75,9 @@ def test_help_says_what_is_searched_and_no_more(monkeypatch: pytest.MonkeyPatch)
     played: list[Plan] = []
     cost = Evaluator.cost
 
-    def noted(self: Evaluator, built: BuiltPlan, effort: Effort = Effort.FAST) -> PlanCost:
+    def noted(self: Evaluator, built: BuiltPlan) -> PlanCost:
         played.append(built.plan)
-        return cost(self, built, effort)
+        return cost(self, built)
 
     monkeypatch.setattr(Evaluator, "cost", noted)
     cluster = load("grand-teton-h100").with_(memory_bytes=24e9)

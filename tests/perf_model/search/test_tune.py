@@ -81,7 +81,8 @@ def test_how_the_gpu_is_shared_is_what_brute_force_finds(slowdown: float, monkey
     assert len(found) == 24
     step_s, streams = min(found, key=lambda one: (one[0], len(one[1])))
     assert tuned.plan.streams == streams == ([] if slowdown < 1 else ["sm_margin=4"])
-    assert tuned.step_s == pytest.approx(step_s, rel=1e-12) or not streams
+    # What tuning gives is priced by its own program, what brute force tried by one that serves all of them.
+    assert tuned.step_s == pytest.approx(step_s, rel=1e-3) or not streams
 
 
 def test_what_is_given_by_hand_stays() -> None:
