@@ -106,7 +106,8 @@ class Reasons:
             title = "why the runner-up lost" if self.won else f"where it loses to {describe(self.rival.plan)}"
             _lines(console, title, self.against_rival())
         changes = [f"{row.change}: {row.gain:+.1%} samples/s; {row.note}" for row in self.sensitivities]
-        _lines(console, "what would change it", changes)
+        title = "what would change it" + (" (searched anew, not tuned, on both sides)" if self.searched_s else "")
+        _lines(console, title, changes)
         print_start_up(console, start_up(step.plan, self.cluster))
 
 

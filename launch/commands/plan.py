@@ -225,7 +225,7 @@ def _why(request: Request, found: Search, begin: Begin) -> Reasons:
         cluster=request.cluster,
         searched_s=found.best.step_s,
         rival=others[0][0] if others else None,
-        sensitivities=list(explain.sensitivities(request, found.best, begin)),
+        sensitivities=list(explain.sensitivities(request, found, begin)),
     )
 
 

@@ -19,7 +19,7 @@ from ...parallel.ir.records import Op, Phase
 from ..clusters.cluster import Cluster
 from ..prices.played import PlayedStep
 from ..search.evaluator import Evaluator
-from ..search.planner import survey
+from ..search.planner import Search, survey
 from ..search.request import PricedPlan, Request
 
 Tick = Callable[[str], object]  # told what begins
@@ -188,37 +188,39 @@ class Sensitivity:
     note: str = ""
 
 
-def sensitivities(request: Request, best: PricedPlan, tick: Tick = lambda _: None) -> Iterator[Sensitivity]:
-    """The search again with one thing different, ``CHANGES`` times: faster links, more memory, other GPUs."""
-    cluster = request.cluster
-    changes: list[tuple[str, Callable[[], Request]]] = [
-        ("NIC twice as fast", lambda: replace(request, cluster=cluster.with_(nic_scale=2.0))),
-        (
-            "16 GB more memory",
-            lambda: replace(request, cluster=cluster.with_(memory_bytes=cluster.gpu.memory_bytes + 16e9)),
-        ),
-        ("NVLink twice as fast", lambda: replace(request, cluster=cluster.with_(nvlink_scale=2.0))),
-        (
-            f"one more server ({request.gpus + cluster.gpus_per_server} GPUs)",
-            lambda: replace(request, gpus=request.gpus + cluster.gpus_per_server),
-        ),
-        (f"half the GPUs ({request.gpus // 2})", lambda: replace(request, gpus=max(request.gpus // 2, 1))),
+def sensitivities(request: Request, found: Search, tick: Tick = lambda _: None) -> Iterator[Sensitivity]:
+    """The search again with one thing different, ``CHANGES`` times. No plan is tuned, on either side.
+
+    More of something need not be used: where its best plan is slower, the gain is none.
+    """
+    cluster, best = request.cluster, found.untuned or found.best
+    gpus = request.gpus + cluster.gpus_per_server
+    room = cluster if gpus <= cluster.gpus else cluster.with_(**{"topology.servers": cluster.topology.servers + 1})
+    more: list[tuple[str, Request]] = [
+        ("NIC twice as fast", replace(request, cluster=cluster.with_(nic_scale=2.0))),
+        ("16 GB more memory", replace(request, cluster=cluster.with_(memory_bytes=cluster.gpu.memory_bytes + 16e9))),
+        ("NVLink twice as fast", replace(request, cluster=cluster.with_(nvlink_scale=2.0))),
+        (f"one more server ({gpus} GPUs)", replace(request, cluster=room, gpus=gpus)),
     ]
-    assert len(changes) == CHANGES
-    for text, changed in changes:
+    less = f"half the GPUs ({request.gpus // 2})", replace(request, gpus=max(request.gpus // 2, 1))
+    assert len(more) + 1 == CHANGES
+    for text, changed in (*more, less):
         tick(text)
+        beyond = "" if changed.gpus <= cluster.gpus else f", {changed.gpus - cluster.gpus} more than {cluster.name} has"
         try:
-            outcome = survey(replace(changed(), shown=1))
-        except CinemeshError as error:  # the cluster has no more GPUs
+            outcome = survey(replace(changed, shown=1))
+        except CinemeshError as error:
             yield Sensitivity(text, None, 0.0, -1.0, error.problem)
             continue
-        if not outcome.choices:
+        then = outcome.best if outcome.choices else None
+        if (text, changed) != less and (then is None or then.samples_per_s < best.samples_per_s):
+            yield Sensitivity(text, best.plan, best.samples_per_s, 0.0, f"no plan makes use of it{beyond}")
+        elif then is None:
             yield Sensitivity(text, None, 0.0, -1.0, outcome.nothing)
-            continue
-        found = outcome.best
-        same = (found.plan.tp, found.plan.cp) == (best.plan.tp, best.plan.cp)
-        note = "same degrees" if same else f"then {describe(found.plan)}"
-        yield Sensitivity(text, found.plan, found.samples_per_s, found.samples_per_s / best.samples_per_s - 1.0, note)
+        else:
+            same = (then.plan.tp, then.plan.cp) == (best.plan.tp, best.plan.cp)
+            note = ("same degrees" if same else f"then {describe(then.plan)}") + beyond
+            yield Sensitivity(text, then.plan, then.samples_per_s, then.samples_per_s / best.samples_per_s - 1.0, note)
 
 
 def on_faster(request: Request, step: PlayedStep) -> Iterator[Sensitivity]:

@@ -148,7 +148,7 @@ def write(folder: Path, request: Request, found: Search, tick: Tick = lambda _: 
         wholes,
         explore(request, found.error, tick),
         scale(request, found, tick),
-        list(explain.sensitivities(request, found.best, tick)),
+        list(explain.sensitivities(request, found, tick)),
         TRACE,
     )
     pictures: list[Picture] = []

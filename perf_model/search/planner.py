@@ -29,7 +29,10 @@ NEAR = 0.02  # of a difference: of pairs of plans predicted further apart, 97 % 
 
 @dataclass
 class Search:
-    """Ranked plans, the best first, and what was refused. ``error``: relative error of a difference between plans."""
+    """Ranked plans, the best first, and what was refused.
+
+    ``error``: relative error of a difference between plans. ``untuned``: the best one before they were tuned.
+    """
 
     request: Request
     choices: list[PricedPlan]
@@ -37,6 +40,7 @@ class Search:
     error: float
     played: int = 0
     bounded: int = 0
+    untuned: PricedPlan | None = None
 
     @property
     def best(self) -> PricedPlan:

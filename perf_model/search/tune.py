@@ -227,4 +227,4 @@ def tuned(request: Request, found: Search, watch: Watch = iter) -> Search:
     evaluator = Evaluator(request)
     choices = [tune(request, choice, evaluator) for choice in watch(found.choices)]
     choices.sort(key=lambda c: (c.step_s / c.global_batch, repr(c.plan)))
-    return replace(found, choices=choices)
+    return replace(found, choices=choices, untuned=found.best)

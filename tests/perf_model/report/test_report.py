@@ -7,6 +7,7 @@ import colorsys
 import io
 import itertools
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -24,11 +25,11 @@ from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.footprint import CLASSES, outside
 from cinemesh.perf_model.prices.played import play_step
-from cinemesh.perf_model.report import draw_plans, draw_step, landscape, report
+from cinemesh.perf_model.report import draw_plans, draw_step, explain, landscape, report
 from cinemesh.perf_model.report.explain import describe
 from cinemesh.perf_model.report.landscape import Landscape, neutral_groups
 from cinemesh.perf_model.report.page import Story
-from cinemesh.perf_model.search.planner import Search
+from cinemesh.perf_model.search.planner import Search, search
 from cinemesh.perf_model.search.refusals import RefusalKind
 from cinemesh.perf_model.search.request import LatentBucket, PricedPlan, Request
 
@@ -215,3 +216,17 @@ def test_kinds_differ_without_colour() -> None:
 def test_every_class_of_memory_has_a_look() -> None:
     """One that has none would be drawn like any other that has none."""
     assert set(CLASSES) == set(draw_step.MEMORY)
+
+
+def test_more_of_a_resource_is_no_loss_and_a_tuned_plan_is_not_held_against_untuned_ones() -> None:
+    """On all servers of a cluster: one more is one that it has not. Only this catches the two sides mixed."""
+    cluster = load("grand-teton-h100").with_(**{"topology.servers": 2})
+    asked = Request(preset("tiny"), (LatentBucket((2, 8, 8)),), cluster, 16, shown=1)
+    found = search(asked)
+    faster = replace(found.best, step_s=found.best.step_s / 2)
+    rows = list(explain.sensitivities(asked, replace(found, choices=[faster], untuned=found.best)))
+    *more, half = rows
+    assert all(row.gain >= 0.0 for row in more)
+    assert "8 more than grand-teton-h100 has" in more[-1].note and "24 GPUs" in more[-1].change
+    assert half.gain < 0.0
+    assert rows == list(explain.sensitivities(asked, found))
