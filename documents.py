@@ -26,6 +26,7 @@ import yaml
 from .errors import CinemeshError, did_you_mean, in_a_line
 
 MOST_BYTES = 64 * 2**20  # of a file; captions of some 300,000 scenes. Values take about ten times as much memory
+MOST_SHOWN = 300  # signs of a path in a message
 MOST_DEPTH = 64  # of mappings and lists in one another; no file of ours passes 6
 MOST_VALUES = 5_000_000  # of a file: an alias of aliases of aliases would stand for more than any memory holds
 
@@ -129,7 +130,9 @@ def _text(path: Path, what: str, remedy: str) -> str:
             raise CinemeshError(f"{what} {path} has more than {MOST_BYTES:,} bytes", remedy=remedy)
         return read.decode("utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: of bytes that are no UTF-8, of a path with a NUL
-        raise CinemeshError(f"cannot read {what} {path}: {in_a_line(error)}", remedy=remedy) from error
+        name, said = str(path), getattr(error, "strerror", None) or in_a_line(error)  # strerror: without the path
+        name = name if len(name) <= MOST_SHOWN else f"{name[:MOST_SHOWN]}..."
+        raise CinemeshError(f"cannot read {what} {name}: {said}", remedy=remedy) from error
 
 
 def _value(text: str) -> Any:

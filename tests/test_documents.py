@@ -171,3 +171,10 @@ def test_every_shipped_file_reads_as_pyyaml_reads_it() -> None:
     for path in paths:
         here = read_yaml(path, "the file", "mend it")
         assert here == as_here(yaml.load(path.read_text(), Loader=yaml.CSafeLoader)), path
+
+
+def test_a_name_without_end_is_shown_in_part(tmp_path: Path) -> None:
+    """The operating system's own message repeats the whole path."""
+    with pytest.raises(CinemeshError, match="cannot read the recipe") as error:
+        read_yaml(tmp_path / ("x" * 5000), "the recipe", "mend it")
+    assert len(str(error.value)) < 500

@@ -207,7 +207,9 @@ def from_dict(values: dict[str, Any], name: str, folder: Path = FOLDER) -> Clust
         raise reader.wrong("nccl, gloo", f"has {len(libraries)} of the two", "give the constants of exactly one")
     read[libraries[0]] = reader.section(_LIBRARIES[libraries[0]], values[libraries[0]], libraries[0])
     if "measured" in values:
-        read["measured"] = reader.section(Measured, values["measured"], "measured")
+        measured = read["measured"] = reader.section(Measured, values["measured"], "measured")
+        if other := sorted(set(measured.floor_s) ^ set(measured.bytes_per_s)):
+            raise reader.wrong("measured", f"has {other[0]} in one of its two tables", "give each op in both")
     families = reader.keyed(values.get("attention") or {}, "attention")
     if not families:
         raise reader.wrong("attention", "is missing", "give at least one family of kernels")

@@ -60,11 +60,14 @@ LIMITS: dict[str, tuple[float, float]] = {
 class Rule:
     """What a number must be: of a quantity, or a table of one by name; ``zero``: 0 is a sensible value.
 
+    ``names``: those of a table, where the prices look up each; ``sizes``: its names are whole numbers.
     ``most``: instead of the quantity's upper limit, in SI.
     """
 
     quantity: str
     table: bool = False
+    names: tuple[str, ...] = ()
+    sizes: bool = False
     zero: bool = False
     most: float = 0.0
 
@@ -86,6 +89,8 @@ SecondsTable = Annotated[YamlTable, Rule("time", table=True)]
 BytesPerSecondTable = Annotated[YamlTable, Rule("rate", table=True)]
 FlopsTable = Annotated[YamlTable, Rule("speed", table=True)]
 FractionTable = Annotated[YamlTable, Rule("fraction", table=True)]
+FlopsBySize = Annotated[YamlTable, Rule("speed", table=True, sizes=True)]
+FractionBySize = Annotated[YamlTable, Rule("fraction", table=True, sizes=True)]
 
 
 @dataclass(frozen=True)
@@ -170,11 +175,21 @@ class Reader:
         if rule.table:
             if not isinstance(value, dict) or not value:
                 raise self.wrong(path, f"is {quoted(value)}", "it must be a table, {name: number, ...}")
+            self.named(value, path, rule)
             read: Any = {k: self.checked(v, f"{path}[{k}]", rule, unit, scale, False) for k, v in value.items()}
         else:
             read = self.checked(value, path, rule, unit, scale, whole)
         self.facts[path] = Fact(value, unit, origin, entry["title"], entry["date"])
         return read
+
+    def named(self, table: dict[str, Any], path: str, rule: Rule) -> None:
+        """Refuse a table without a name that the prices look up, or with one that they cannot read."""
+        if rule.names:
+            self.keyed(table, path, rule.names)
+            if missing := [name for name in rule.names if name not in table]:
+                raise self.wrong(path, f"has no {missing[0]}", f"give a number for each of {', '.join(rule.names)}")
+        if rule.sizes and (other := [name for name in table if not name.isdecimal()]):
+            raise self.wrong(path, f"has the name {other[0]!r}", "name each number by a size, a whole number")
 
     def checked(self, value: Any, path: str, rule: Rule, unit: str, scale: float, whole: bool) -> float | int:
         if isinstance(value, bool) or not isinstance(value, int | float):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from .constants import (
     Bytes,
@@ -11,16 +12,20 @@ from .constants import (
     BytesPerSecond,
     BytesPerSecondTable,
     Duration,
+    FlopsBySize,
     FlopsTable,
     Fraction,
+    FractionBySize,
     FractionOrZero,
     FractionTable,
     Ratio,
+    Rule,
     Seconds,
     SecondsOrZero,
     SecondsTable,
     Watts,
     WholeCount,
+    YamlTable,
 )
 
 
@@ -57,7 +62,7 @@ class Matmul:
 class PassConstants:
     """One attention kernel (``compute.attention_s``). ``speed`` by head dim: what a full chip reaches on long rows."""
 
-    speed: FlopsTable
+    speed: FlopsBySize
     rows: WholeCount
     tail: FractionOrZero
     prologue_s: SecondsOrZero
@@ -125,6 +130,13 @@ class Topology:
     pod_oversubscription: Ratio
 
 
+PROTOCOLS = ("LL", "LL128", "Simple")
+SERVERS = ("1", "2", "4")  # the last: and more
+PRIMITIVES = ("all_gather", "all_reduce", "all_to_all", "send_recv")  # of gloo
+ByProtocol = Annotated[YamlTable, Rule("time", table=True, names=PROTOCOLS)]
+ByServers = Annotated[YamlTable, Rule("rate", table=True, names=SERVERS)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Nccl:
     """What NCCL's tuner knows (``network.py``). Tables by protocol, or by number of servers: "1", "2", "4" (and more).
@@ -135,12 +147,12 @@ class Nccl:
     ranks.
     """
 
-    ring_base_s: SecondsTable
-    ring_hop_s: SecondsTable
-    ring_network_hop_s: SecondsTable
-    tree_base_s: SecondsTable
-    tree_hop_s: SecondsTable
-    tree_network_hop_s: SecondsTable
+    ring_base_s: ByProtocol
+    ring_hop_s: ByProtocol
+    ring_network_hop_s: ByProtocol
+    tree_base_s: ByProtocol
+    tree_hop_s: ByProtocol
+    tree_network_hop_s: ByProtocol
     nvls_s: Seconds
     nvls_tree_network_hop_s: Seconds
     pat_base_s: Seconds
@@ -158,18 +170,18 @@ class Nccl:
     tree_fraction: Fraction
     tree_pattern_fraction: Fraction
     tree_ll_fraction: Fraction
-    ll_cap_bytes_per_s: BytesPerSecondTable
-    ring_ll128_cap_bytes_per_s: BytesPerSecondTable
-    tree_ll128_cap_bytes_per_s: BytesPerSecondTable
-    tree_cap_bytes_per_s: BytesPerSecondTable
+    ll_cap_bytes_per_s: ByServers
+    ring_ll128_cap_bytes_per_s: ByServers
+    tree_ll128_cap_bytes_per_s: ByServers
+    tree_cap_bytes_per_s: ByServers
     nvls_channels: WholeCount
     nvls_channel_bytes_per_s: BytesPerSecond
     nvls_efficiency: Fraction
-    nvls_tree_cap_bytes_per_s: BytesPerSecondTable
+    nvls_tree_cap_bytes_per_s: Annotated[YamlTable, Rule("rate", table=True, names=SERVERS[1:])]
     nvls_least_ranks: WholeCount
     ctas_per_channel: WholeCount
-    ring_reach: FractionTable
-    tree_reach: FractionTable
+    ring_reach: FractionBySize
+    tree_reach: FractionBySize
     init_base_s: Duration
     init_rank_s: Seconds
     correction: str = ""
@@ -179,12 +191,12 @@ class Nccl:
 class Gloo:
     """Collectives of CPU processes: time of one message and rate of one rank, by primitive.
 
-    Primitives: all_gather, all_reduce, all_to_all, send_recv. The sum after an all-to-all reads ``sum_bytes_per_s``.
+    The sum after an all-to-all reads ``sum_bytes_per_s``.
     ``core_fraction``: of that time, the part in which the cores copy; the rest is waiting.
     """
 
-    message_s: SecondsTable
-    bytes_per_s: BytesPerSecondTable
+    message_s: Annotated[YamlTable, Rule("time", table=True, names=PRIMITIVES)]
+    bytes_per_s: Annotated[YamlTable, Rule("rate", table=True, names=PRIMITIVES)]
     sum_bytes_per_s: BytesPerSecond
     core_fraction: Fraction
 

@@ -27,9 +27,8 @@ from ...parallel.ir.plan import Plan
 from ..clusters.cluster import Cluster
 from ..clusters.constants import YamlTable
 from ..clusters.grid import Grid, read_grids
-from ..clusters.schema import Gloo, Nccl, Topology
+from ..clusters.schema import PROTOCOLS, Gloo, Nccl, Topology
 
-PROTOCOLS = ("LL", "LL128", "Simple")
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv")
 # HBM traffic of one rank for each byte of the full size. Gather: write all, read what is passed on. Reduce-scatter:
 # each passing byte is read, added to an own one that is read, and written. All-reduce by ring: both. NVLS: once each.

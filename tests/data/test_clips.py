@@ -171,7 +171,7 @@ GOOD = '{name: x, file: a.mp4, first_frame: 0, last_frame: 9, caption: "A cat."}
         (f"[{GOOD.replace('name: x', 'name: 7')}]", "name is 7; it must be a text: quote it"),
         (f"[{GOOD}, {GOOD.replace('name: x', 'name: y')}]", "must not share frames"),
         (f"[{GOOD}, {{name: y, file: a.mp4, first_frame: 9, last_frame: 9, caption: x}}]", "must not share frames"),
-        (f"[{GOOD.replace('first_frame: 0', 'first_frame: -1')}]", "frames -1 to 9"),
+        (f"[{GOOD.replace('first_frame: 0', 'first_frame: -1')}]", "first_frame is -1; it must be 0 to "),
         (f"[{GOOD}, {GOOD.replace('a.mp4', 'b.mp4')}]", "more than one scene is named x"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from cinemesh.errors import CinemeshError
 from cinemesh.perf_model.clusters import cluster as module
 from cinemesh.perf_model.clusters.cluster import Cluster, load, names
 from cinemesh.perf_model.clusters.constants import ORIGINS
+from cinemesh.perf_model.clusters.schema import Gloo, Measured, Nccl
 
 SHIPPED = ("grand-teton-h100", "dgx-h100-ib400", "h100-hbm2e-500w", "dgx-a100-hdr200", "local-cpu")
 
@@ -121,6 +123,29 @@ def test_what_cannot_be_is_refused(tmp_path: Path, path: tuple[str, ...], value:
         cluster.grid(cluster.matmul.grid)
     assert message in str(error.value) and "; " in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def tables() -> Iterator[tuple[str, str, str, str]]:
+    """(cluster, section, table, a name in it) of every table whose names the prices look up or read as sizes."""
+    for cluster, kinds in (("grand-teton-h100", (Nccl,)), ("local-cpu", (Gloo, Measured))):
+        values = resolved(cluster)
+        for kind in kinds:
+            section = kind.__name__.lower()
+            for name, number in values.get(section, {}).items():
+                if isinstance(number, dict) and isinstance(number["value"], dict):
+                    yield from ((cluster, section, name, key) for key in number["value"])
+
+
+@pytest.mark.parametrize(("cluster", "section", "table", "name"), list(tables()))
+def test_a_table_without_a_name_that_is_looked_up_is_refused(
+    tmp_path: Path, cluster: str, section: str, table: str, name: str
+) -> None:
+    """Else a price ends with a KeyError, in the one plan that needs it."""
+    values = resolved(cluster)
+    numbers = values[section][table]["value"]
+    numbers["other"] = numbers.pop(name)
+    with pytest.raises(CinemeshError, match=rf"{section}.*({name}|other)"):
+        load(written(tmp_path, values))
 
 
 @pytest.mark.parametrize(
