@@ -264,12 +264,14 @@ def report(work: Path, path: Path) -> None:
     """
     results = [result for result in read(work) if result.verdict != "invalid"]
     killers = sorted({result.test for result in results if result.verdict == "killed" and result.test})
-    subprocess.run([sys.executable, "-m", "pytest", "-q", *OPTIONS, *killers], check=True)
-    judged: dict[str, dict[str, str]] = json.loads((work / "judged.json").read_text())
-    rows: list[dict[str, str | None]] = []
+    subprocess.run([sys.executable, "-m", "pytest", *OPTIONS, *killers], check=True)
+    notes = work / "judged.json"
+    judged: dict[str, dict[str, str]] = json.loads(notes.read_text()) if notes.exists() else {}
+    rows: list[dict[str, object]] = []
     for result in results:
         name = told(result.mutant)
-        rows.append({"mutant": name, "verdict": result.verdict, "test": result.test, **judged.get(name, {})})
+        found = {"verdict": result.verdict, "test": result.test, "cpu_s": result.cpu_s}
+        rows.append({"mutant": name, **found, **judged.get(name, {})})
     about = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": f"{os.cpu_count()}-core {platform.machine()}, no GPU",
@@ -277,8 +279,7 @@ def report(work: Path, path: Path) -> None:
         | {name: importlib.metadata.version(name) for name in ("torch", "pytest", "hypothesis", "triton")},
         "revision": (work / "revision").read_text().strip(),
         "seed": SEED,
-        "cpu_s_of_a_mutant": BUDGET_S,
-        "counts": Counter(row["verdict"] for row in rows),
+        "counts": Counter(result.verdict for result in results),
     }
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     path.write_text(json.dumps(about, indent=1)[:-2] + f',\n "mutants": [\n{lines}\n]\n}}\n')

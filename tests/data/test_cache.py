@@ -264,6 +264,9 @@ def test_settings_that_cannot_be_met_give_their_numbers(settings: DataSettings, 
     for name in ("frames", "height", "width"):
         with pytest.raises(CinemeshError, match=f"{name} is 0"):
             replace(Bucket(1, 1, 1, 1.0), **{name: 0})
+    for weight in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(CinemeshError, match=f"weight is {weight}"):
+            Bucket(1, 1, 1, weight)
 
 
 def test_settings_at_their_limits_are_met(settings: DataSettings) -> None:
