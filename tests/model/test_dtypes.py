@@ -63,7 +63,7 @@ BFLOAT16 = {
     "blocks": {"the residual stream": "x0|x1"},
     "embedding": {"the sum over the layers, as tp reduces it": "dmodulation"},
 }
-INT64 = {"": {"counters and sample ids": "counters|ids"}}
+INT64 = {"": {"counters, sample ids and places": "counters|ids|places"}}
 BOOL = {"": {"masks and verdicts": "mask(_kept)?|keep_caption|finite"}}
 POLICY = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int64": INT64, "bool": BOOL}
 

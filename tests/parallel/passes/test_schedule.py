@@ -342,9 +342,10 @@ def test_slices_that_do_not_divide_are_refused(text: str, said: str) -> None:
 
 
 def test_more_last_blocks_than_blocks_are_refused() -> None:
-    case = small_case(Plan.parse("recompute_last=full,last_blocks=3", dtype="float32"))
+    plan = Plan.parse("recompute_last=full,last_blocks=3", dtype="float32")
+    case = small_case(plan)  # shrinks the mixture with the model
     with pytest.raises(CinemeshError, match="last_blocks is 3; the model has 2 blocks"):
-        prepare(build_step(case.config, case.plan, case.batch), backend="gloo")
+        prepare(build_step(case.config, plan, case.batch), backend="gloo")
 
 
 def test_other_degrees_drop_the_overlap_that_they_cannot_have() -> None:
