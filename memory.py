@@ -14,7 +14,7 @@ def available_bytes(root: Path = Path("/")) -> int:
     """
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     try:
-        rows = dict(row.split(":", 1) for row in (root / "proc/meminfo").read_text().splitlines())
+        rows = dict(row.split(":", 1) for row in (root / "proc/meminfo").read_text(encoding="utf-8").splitlines())
         found.append(int(rows["MemAvailable"].split()[0]) * 1024)
     except (OSError, KeyError):
         pass
@@ -24,7 +24,7 @@ def available_bytes(root: Path = Path("/")) -> int:
 def _left_of_groups(root: Path) -> Iterator[int]:
     """What the control groups of this process, and those above them, leave. Version 2, and version 1's ``memory``."""
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     for line in lines:
@@ -40,8 +40,8 @@ def _left_of_groups(root: Path) -> Iterator[int]:
         group = top / path.lstrip("/")
         for folder in (group, *group.parents)[: len(group.relative_to(top).parts) + 1]:
             try:
-                rows = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
-                taken = int((folder / used).read_text()) - int(rows.get(cached, 0))
-                yield int((folder / limit).read_text()) - taken
+                rows = dict(row.split() for row in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+                taken = int((folder / used).read_text(encoding="utf-8")) - int(rows.get(cached, 0))
+                yield int((folder / limit).read_text(encoding="utf-8")) - taken
             except (OSError, ValueError):  # no such group here, or "max": no limit
                 continue

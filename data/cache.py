@@ -5,13 +5,15 @@
 The last frames of a scene are held out: no training window of any bucket touches them. A scene too short for
 both gives training windows only. Latents and text embeddings are made once (the paper, too, trains
 on cached latents) and kept in one safetensors file whose header says what they were made of; when
-any of it changes, the file is made again.
+any of it changes, the file is made again. Every window and embedding has a digest in the header, and the header has its
+own: what was not read as it was written is an error.
 
     C, T, H, W latent dims   L text tokens of an encoder   W_e its width   b samples of a data rank
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,8 +40,8 @@ from .encoding import Encoding
 from .text import EncoderSettings, file_digest
 
 # Raise it when the file layout, how frames are scaled and cropped, or what is drawn by a sample's id changes: from 3 on
-# by its place in the batch too.
-FORMAT = 3
+# by its place in the batch too; from 4 on rows have digests.
+FORMAT = 4
 CACHE_FILE = "clips.safetensors"
 CAPTIONS = Path(__file__).parent.parent / "configs" / "captions.yaml"  # of the quick start
 SPLITS = ("train", "validation")
@@ -147,8 +149,10 @@ def build_cache(settings: DataSettings, encoding: Encoding, cache_dir: Path, pro
     embeddings = _embeddings(encoding, scenes)
     latents, rows = _latents(settings, encoding.codec, scenes, _cut(settings, clips, scenes, progress))
     codec = asdict(encoding.settings)  # for whoever reads the header; the fingerprint in ``recipe`` is what counts
-    header = {"cinemesh": json.dumps({"recipe": recipe, "codec": codec, "rows": rows}, default=str)}
-    _write(path, embeddings | latents, header)
+    tensors = embeddings | latents
+    digests = {name: [_digest(row) for row in values] for name, values in tensors.items()}
+    text = json.dumps({"recipe": recipe, "codec": codec, "rows": rows, "digests": digests}, default=str)
+    _write(path, tensors, {"cinemesh": text, "digest": _sha256(text.encode())})
     return path
 
 
@@ -208,10 +212,10 @@ def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> No
     try:
         with atomic_file(path) as part:
             save_file(tensors, part, metadata=header)
-    except (OSError, SafetensorError) as error:
+    except (CinemeshError, SafetensorError) as error:
         size_bytes = sum(tensor.nbytes for tensor in tensors.values())
         raise CinemeshError(
-            f"cannot write the latent cache of {size_bytes / 1e6:.1f} MB to {path}: {error}",
+            f"cannot write the latent cache of {size_bytes / 1e6:.1f} MB to {path}: {error.__cause__ or error}",
             remedy="free some space or name another directory",
         ) from error
 
@@ -241,6 +245,15 @@ def _tensor(bucket: str, split: str) -> str:
     return f"latent.{bucket}.{split}"
 
 
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _digest(row: Tensor) -> str:
+    """Of a window's latent, or of a caption's embedding or mask: its values and what they are."""
+    return _sha256(f"{row.dtype} {tuple(row.shape)} ".encode() + row.contiguous().numpy().tobytes())
+
+
 def _assert_finite(values: Tensor, what: str) -> None:
     if not torch.isfinite(values).all():
         bad = int((~torch.isfinite(values)).sum())
@@ -254,7 +267,10 @@ def _header(path: Path) -> dict[str, Any]:
     """The recipe and rows of a cache file. Raises CinemeshError when it cannot be read whole."""
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {})["cinemesh"]
+            metadata = file.metadata() or {}
+        text = metadata["cinemesh"]
+        if "digest" in metadata and metadata["digest"] != _sha256(text.encode()):  # older ones have none: made again
+            raise ValueError("its header is not as it was written")
     except FileNotFoundError as error:
         raise CinemeshError(f"there is no latent cache at {path}: build it first") from error
     except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -284,19 +300,28 @@ class Samples(Sequence[Sample]):
     @overload
     def __getitem__(self, index: slice) -> Samples: ...
     def __getitem__(self, index: int | slice) -> Sample | Samples:
-        """A sample, or a slice that reads nothing yet. Raises CinemeshError for a NaN, by name."""
+        """A sample, or a slice that reads nothing yet. Raises CinemeshError for a NaN and for damage, by name."""
         if isinstance(index, slice):
             return self.select(range(len(self))[index])
         position = self._picked[index]
         number, first_frame = self._rows[position]
         scene = self._header["recipe"]["scenes"][number]
         sample_id = self.first_id + position
-        latent = self._file.get_slice(self._tensor)[position]
-        _assert_finite(latent, f"sample {sample_id} (scene {scene['name']}, frame {first_frame})")
+        latent = self._read(self._tensor, position, f"sample {sample_id} (scene {scene['name']}, frame {first_frame})")
         names = [encoder["name"] for encoder in self._header["recipe"]["encoders"]]
-        text = {name: self._file.get_slice(f"text.{name}")[number] for name in names}
-        mask = {name: self._file.get_slice(f"mask.{name}")[number] for name in names}
+        text = {name: self._read(f"text.{name}", number, f"scene {scene['name']}") for name in names}
+        mask = {name: self._read(f"mask.{name}", number, f"scene {scene['name']}") for name in names}
         return Sample(sample_id, scene["name"], first_frame, scene["caption"], latent, text, mask)
+
+    def _read(self, tensor: str, row: int, whose: str) -> Tensor:
+        values = self._file.get_slice(tensor)[row]
+        _assert_finite(values, whose if tensor == self._tensor else f"{tensor} of {whose}")
+        if _digest(values) != self._header["digests"][tensor][row]:
+            raise CinemeshError(
+                f"{tensor} of {whose} is not what the latent cache was written with: its digest differs",
+                remedy="delete the cache, which the next run builds again, and look to the disk",
+            )
+        return values
 
     @property
     def scenes(self) -> list[str]:

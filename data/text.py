@@ -181,9 +181,14 @@ class HuggingFaceEncoder:
 
     @torch.no_grad()
     def encode(self, caption: str) -> tuple[Tensor, Tensor]:
-        """See ``TextEncoder.encode``."""
+        """See ``TextEncoder.encode``. Raises CinemeshError for a caption of which the tokenizer makes no token."""
         options = {"truncation": True, "max_length": self.tokens, "return_tensors": "pt"}
         inputs = self._tokenizer(self._fitting(caption), **options)
+        if not inputs["input_ids"].numel():
+            raise CinemeshError(
+                f"text encoder {self.name}: the tokenizer in {self.directory} makes no token of the text {caption!r}",
+                remedy="write something, or save a tokenizer that adds an end token",
+            )
         keys = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         states = self._model(**keys).last_hidden_state[0]  # [n, width], n <= tokens
         embeddings = torch.zeros(self.tokens, self.width)

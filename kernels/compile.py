@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 
 from ..documents import read_json
 from ..errors import CinemeshError
-from ..files import atomic_file
+from ..files import atomic_file, check_output_folder
 from ..memory import available_bytes
 from .catalogue import IMPLEMENTATIONS
 from .packages import missing
@@ -101,6 +101,7 @@ def compile_check(
     if "triton" in missing():
         raise CinemeshError("compiling kernels needs Triton", remedy="pip install 'cinemesh[triton]'")
     folder = cache or cache_directory()
+    check_output_folder(folder, "the kernel cache")
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(module, size) for module in (modules or triton_modules()) for size in sizes]
     workers = workers or min(len(jobs), os.cpu_count() or 1, max(1, available_bytes() // WORKER_BYTES))
@@ -212,7 +213,7 @@ def _cached(folder: Path, key: str, make: Callable[[], dict[str, Any]]) -> dict[
         return read_json(path, "the report", "remove it, and the kernel is compiled again")
     value = make()
     with atomic_file(path) as unfinished:
-        unfinished.write_text(json.dumps(value))
+        unfinished.write_text(json.dumps(value), encoding="utf-8")
     return value
 
 
@@ -320,7 +321,7 @@ def _sources(module: str) -> str:
     while waiting:
         name = waiting.pop()
         if name not in texts:
-            texts[name] = (Path(__file__).parent / f"{name}.py").read_text()
+            texts[name] = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
             waiting += re.findall(r"^from \.(\w+) import", texts[name], re.MULTILINE)
     return "".join(texts[name] for name in sorted(texts))
 

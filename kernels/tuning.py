@@ -101,9 +101,13 @@ def trial(kernel: str, shape: str, tried: dict[str, int]) -> Iterator[None]:
         del _trials[kernel, shape]
 
 
+def path_of(key: str, directory: Path = TABLES) -> Path:
+    return directory / f"{key}.yaml"
+
+
 def write(found: Table, key: str, directory: Path = TABLES) -> Path:
     """Replace a device's table in one move; returns its path."""
-    path = directory / f"{key}.yaml"
+    path = path_of(key, directory)
     values: dict[str, Any] = {
         "device": found.device,
         "origin": found.origin,
@@ -111,6 +115,6 @@ def write(found: Table, key: str, directory: Path = TABLES) -> Path:
         "rates": {name: dict(rows) for name, rows in found.rates.items()},
     }
     with atomic_file(path) as unfinished:
-        unfinished.write_text(write_yaml(values))
+        unfinished.write_text(write_yaml(values), encoding="utf-8")
     table.cache_clear()
     return path

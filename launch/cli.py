@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..errors import CinemeshError
+from ..files import check_output_file
 from ..ranges import BATCH_RANGE, EULER_RANGE, PROCESSES_RANGE, SEED_RANGE
 from .examples import PAPER, epilog
 from .interrupt import interrupted_in_a_line
@@ -42,6 +43,7 @@ from .options import (
     bounds,
 )
 from .plans import plan_override
+from .terminal import show_what_it_can
 from .written import command, wrote
 
 USER_ERROR = 2  # exit code of a mistake that the message says how to mend; also click's code for wrong usage
@@ -502,6 +504,9 @@ def calibrate(
     Times CPU processes, all at once as in a training step, and fits the prices to them; under
     torchrun the links between servers too. About a minute when idle. Plan with --cluster FILE.
     """
+    if out.suffix not in (".yaml", ".yml"):
+        raise CinemeshError(f"--out {out}: a cluster file ends in .yaml", remedy="write for example --out local.yaml")
+    check_output_file(out, "--out")
     if card is not None:
         from ..perf_model.calibration.card import write
 
@@ -515,6 +520,7 @@ def calibrate(
 
 def main() -> None:
     """Run the command line; a ``CinemeshError`` becomes one line on stderr and exit code 2, a Ctrl-C one and 130."""
+    show_what_it_can()
     with interrupted_in_a_line():
         try:
             app()

@@ -11,6 +11,7 @@ from pathlib import Path
 from .cluster.processes import rank_main, world_size
 from .interrupt import interrupted_in_a_line
 from .plans import plan_override
+from .terminal import show_what_it_can
 from .training import checkpoint, loop
 from .training.recipe import read_recipe
 from .written import command, wrote
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
     overrides = [*plan_override(given.plan), *given.overrides]
+    show_what_it_can()
     with interrupted_in_a_line():
         sys.exit(rank_main(lambda: run(config=given.config, nproc=None, overrides=overrides)))
 

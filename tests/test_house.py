@@ -45,6 +45,7 @@ WIDER_WITH_REASON: dict[str, str] = {  # path -> why
     "launch/commands/calibrate.py": "measures compute and links, fits, and writes: a line of each",
     "launch/commands/kernels.py": "a command with three modes: show, compile, tune",
     "launch/proof/verify.py": "the proof from the case to what is printed of it: shrinks, runs the ranks, counts",
+    "launch/training/sample.py": "where recipe, checkpoint, processes and sampler meet",
     "launch/training/loop.py": "where data, steps, reports, validation and checkpoints of a run meet",
     "launch/commands/trace.py": "runs a step, plays it, and shows both beside each other",
     "launch/commands/plan.py": "the command that searches, tunes, explains, reports and writes",
@@ -348,6 +349,24 @@ def check_core_size(root: Path) -> list[str]:
     return [f"the core has {lines} code lines, {CORE_LINES} are its ceiling"] if lines > CORE_LINES else []
 
 
+def check_encodings(root: Path) -> list[str]:
+    """A text file is read and written as UTF-8, whatever the locale says; ``av.open`` opens videos."""
+    found = []
+    for path in sources(root):
+        for node in ast.walk(tree_of(path)):
+            if not isinstance(node, ast.Call) or any(word.arg == "encoding" for word in node.keywords):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            mode = next((arg.value for arg in node.args if isinstance(arg, ast.Constant)), "")
+            video = isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") == "av"
+            text = name in ("read_text", "write_text") or (
+                name == "open" and mode in ("r", "w", "a", "x") and not video
+            )
+            if text or (name == "open" and isinstance(node.func, ast.Name) and "b" not in str(mode)):
+                found.append(f"{place(path, root, node.lineno)}: {name} without encoding")
+    return found
+
+
 def check_fan_out(root: Path) -> list[str]:
     """A file that imports many others has more than one purpose, or stands in the wrong room."""
     found = []
@@ -470,6 +489,7 @@ CHECKS = (
     check_cycles,
     check_rooms,
     check_core_size,
+    check_encodings,
     check_fan_out,
     check_docstrings,
     check_names_once,
@@ -506,6 +526,9 @@ PLANTED = [
         {"model/a.py": "".join(f"from ..kernels import k{i}\n" for i in range(FAN_OUT + 1))}
         | {f"kernels/k{i}.py": "" for i in range(FAN_OUT + 1)},
     ),
+    (check_encodings, {"model/a.py": "from pathlib import Path\nx = Path('y').read_text()\n"}),
+    (check_encodings, {"model/a.py": "from pathlib import Path\nPath('y').open('a')\n"}),
+    (check_encodings, {"model/a.py": "open('y')\n"}),
     (check_docstrings, {"model/a.py": "def f() -> None:\n" + "    x = 1\n" * (TOLD_FROM + 1)}),
     (check_docstrings, {"model/a.py": "class A:\n    def f(self) -> None:\n" + "        x = 1\n" * (TOLD_FROM + 1)}),
     (check_names_once, {"parallel/a.py": "class Twice: ...\n", "model/b.py": "class Twice: ...\n"}),

@@ -39,6 +39,7 @@ from ...parallel.ir.plan import Plan
 from ...parallel.runtime.comm import barrier, set_up_nccl
 from ...parallel.runtime.mesh import Mesh
 from ..interrupt import deaf_children, interrupt
+from ..terminal import show_what_it_can
 
 USER_ERROR = 2  # exit code of a CinemeshError, see cli.py
 BUG = 1
@@ -85,6 +86,16 @@ def world_size(nproc: int | None) -> int:
     return nproc or 1
 
 
+def processes_here(world: int) -> int:
+    """Of a job of ``world`` processes, those of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else world
+
+
+def on_gpus(local: int) -> bool:
+    """Whether ``local`` processes of this machine each have a GPU."""
+    return torch.cuda.is_available() and torch.cuda.device_count() >= local
+
+
 # -- one rank ---------------------------------------------------------------------------------------------------------
 
 
@@ -105,9 +116,9 @@ def joined(plan: Plan) -> Iterator[Joined]:
     the world size is not the plan's, and when the ranks cannot meet.
     """
     global _store
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
+    local = processes_here(1)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
-    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= local
+    cuda = on_gpus(local)
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
     if cuda:
         torch.cuda.set_device(device)
@@ -323,6 +334,7 @@ def _over_loopback() -> None:
 def _rank(
     rank: int, nproc: int, port: int, said: SimpleQueue[str], work: Callable[..., None], args: Sequence[object]
 ) -> None:
+    show_what_it_can()
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

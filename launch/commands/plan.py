@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ...documents import parse_yaml, quoted
 from ...errors import CinemeshError
-from ...files import atomic_file
+from ...files import atomic_file, check_output_file, check_output_folder
 from ...model.config import latent_text
 from ...parallel.ir.plan import Plan, fields_of
 from ...perf_model.clusters.cluster import load
@@ -83,10 +83,15 @@ def run(  # noqa: PLR0913  the options of the command
 ) -> None:
     """Search, print, and write what was asked for.
 
-    Raises CinemeshError for an unknown model or cluster, an illegal latent, and where no plan fits.
+    Raises CinemeshError for an unknown model or cluster, an illegal latent, where no plan fits, and, before the search,
+    for what cannot be written.
     """
     if out is not None and out.suffix not in SUFFIXES:
         raise CinemeshError(f"--out {out}: a plan file ends in .yaml", remedy="write for example --out best.yaml")
+    if out is not None:
+        check_output_file(out, "--out")
+    if report is not None:
+        check_output_folder(report, "--report")
     named = read_model(model)
     request = Request(
         config=named.config,
@@ -137,7 +142,7 @@ def run(  # noqa: PLR0913  the options of the command
             why.print(console)
     if out is not None:
         with atomic_file(out) as unfinished:
-            unfinished.write_text(found.best.plan.to_yaml())
+            unfinished.write_text(found.best.plan.to_yaml(), encoding="utf-8")
         wrote(
             out, f"{command('lint', plan=out, model=model)}, then cinemesh train CONFIG --plan {shlex.quote(str(out))}"
         )

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ...errors import CinemeshError
+from ...files import check_output_file
 from ...model.step import build_step, check
 from ...parallel.ir.collectives import FUSED
 from ...parallel.ir.span import Span
@@ -22,6 +23,7 @@ from ...perf_model.prices.played import PlayedStep, play_program
 from ...perf_model.report.trace import predicted, waits, write
 from ..models import read_model
 from ..plans import read_plan
+from ..preflight import check_host_memory
 from ..proof.parity import OPTIMIZER, Case
 from ..proof.traced import traced
 from ..tables import new_console, plain_table
@@ -62,7 +64,11 @@ def predicted_rows(whole: PlayedStep) -> dict[str, tuple[float, float]]:
 
 
 def run(*, plan: str, model: str, out: Path, steps: int, max_procs: int, cluster: str, as_json: bool) -> None:
-    """Trace, write ``out`` and print the table. Raises CinemeshError when the plan does not suit model or machine."""
+    """Trace, write ``out`` and print the table.
+
+    Raises CinemeshError when the plan does not suit model or machine, and for an ``out`` that cannot be written.
+    """
+    check_output_file(out, "--out")
     chosen, priced_on = read_plan(plan, dtype="float32"), load(cluster)
     if priced_on.gloo is None:
         raise CinemeshError(
@@ -77,6 +83,7 @@ def run(*, plan: str, model: str, out: Path, steps: int, max_procs: int, cluster
     case = Case(chosen, named.config, 1, named.latent(), steps)
     check(case.config, chosen, case.batch)
     whole = predict(case, priced_on)
+    check_host_memory([whole.program], chosen.world_size)
     by_rank = traced(case)
     write(out, beside(by_rank, whole))
     wrote(out, "open it at https://ui.perfetto.dev", f"{sum(map(len, by_rank))} spans of {len(by_rank)} ranks")
@@ -117,8 +124,9 @@ def _show(spans: list[Span], whole: PlayedStep, cluster: Cluster, steps: int) ->
     console.print(table)
     ran, exposed = sum(row.ran_s for row in rows), sum(row.exposed_s for row in rows)
     if ran:
+        hidden = max(0.0, 1 - exposed / ran)  # a wait may last longer than what is waited for ran
         console.print(
-            f"communication ran {ran / steps * 1e3:.1f} ms, of which compute hid {1 - exposed / ran:.0%}; exposed: "
+            f"communication ran {ran / steps * 1e3:.1f} ms, of which compute hid {hidden:.0%}; exposed: "
             f"{exposed / steps / total_s:.1%} of the step, predicted "
             f"{whole.timeline.total_exposed_s / whole.timeline.step_s:.1%}"
         )

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 
 from ...errors import CinemeshError
+from ...files import check_output_file
 from ...kernels import tuning
 from ...kernels.catalogue import Implementation, candidates, refusal
 from ...kernels.packages import missing
@@ -39,6 +40,7 @@ def run(program: Program) -> None:
         )
     name = torch.cuda.get_device_name()
     key = tuning.device_key(name)
+    check_output_file(tuning.path_of(key), "the tuning table")
     before = tuning.table(key)
     tiles = {kernel: dict(rows) for kernel, rows in before.tiles.items()}
     major, minor = torch.cuda.get_device_capability()

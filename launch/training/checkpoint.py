@@ -8,6 +8,7 @@ A checkpoint does not know the plan that wrote it. Keys are ``state/parameter`` 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from ...documents import mapping, parse_json, quoted, read_json
-from ...errors import CinemeshError
+from ...errors import CinemeshError, in_a_line
 from ...files import file_name
 from ...model.config import ModelConfig, parameters
 from ...model.runner import StepRunner
@@ -165,15 +167,39 @@ def _remove(folder: Path) -> None:
 
 
 def latest(directory: Path) -> Path | None:
-    """The complete checkpoint with the highest step, or None."""
+    """The complete checkpoint with the highest step, or None where none was ever written.
+
+    Raises CinemeshError where there are only incomplete ones: that is no reason to begin from step 0.
+    """
     complete = _complete(directory)
+    if not complete and (broken := incomplete(directory)):
+        raise CinemeshError(
+            f"checkpoint {broken[-1]} is not whole ({_lacks(broken[-1])}) and there is no other",
+            remedy="restore it, or move it away to begin from step 0",
+        )
     return complete[-1] if complete else None
 
 
-def _complete(directory: Path) -> list[Path]:
-    """Checkpoints under their final name, by step."""
+def incomplete(directory: Path) -> list[Path]:
+    """Step folders later than the newest complete checkpoint that are not whole, by step."""
+    complete = _complete(directory)
+    named = _named(directory)
+    return named[named.index(complete[-1]) + 1 :] if complete else named
+
+
+def _named(directory: Path) -> list[Path]:
+    """Step folders, by step."""
     named = [(int(match[1]), path) for path in directory.glob("step-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(named) if (path / MANIFEST).is_file() and (path / METADATA).is_file()]
+    return [path for _, path in sorted(named)]
+
+
+def _complete(directory: Path) -> list[Path]:
+    return [path for path in _named(directory) if not _lacks(path)]
+
+
+def _lacks(path: Path) -> str:
+    """``no .metadata``, or nothing for a checkpoint that has all that is written last."""
+    return ", ".join(f"no {name}" for name in (METADATA, MANIFEST) if not (path / name).is_file())
 
 
 def manifest(path: Path) -> dict[str, Any]:
@@ -220,7 +246,7 @@ _MANIFEST = {
     **dict.fromkeys(("model", "plan", "files", "note"), dict),
     "torch": str,
 }
-_DAMAGED = "restore the file, or remove this checkpoint to go on from an earlier one"
+_DAMAGED = "restore the file, or move this checkpoint away: the run then goes on from an earlier one, or from step 0"
 
 
 def load(path: Path, runner: StepRunner) -> None:
@@ -287,7 +313,11 @@ def check_model(path: Path, config: ModelConfig) -> None:
         plain = {key: value for key, value in model.items() if key not in ("name", "encoders")}
         return plain | {f"width of text encoder {e['name']}": e["width"] for e in model["encoders"]}
 
-    a, b = facts(manifest(path)["model"]), facts(asdict(config))
+    b = facts(asdict(config))
+    try:
+        a = facts(manifest(path)["model"])
+    except (KeyError, TypeError) as error:
+        raise CinemeshError(f"checkpoint {path} is damaged: {MANIFEST} describes no model", remedy=_DAMAGED) from error
     for key in (*b, *a):
         if a.get(key) != b.get(key):
             raise CinemeshError(
@@ -327,12 +357,26 @@ def _reported(verb: str, path: Path) -> Iterator[None]:
         rank, cause = next(((r, c) for r, c in causes if isinstance(c, CinemeshError)), causes[0])
         if isinstance(cause, CinemeshError):
             raise cause from None
-        where = f"rank {rank}: " if verb == "write" else ""
-        raise _failed(verb, path, f"{where}{type(cause).__name__}: {cause}") from error
+        raise _failed(verb, path, cause, f"rank {rank}: " if verb == "write" else "") from error
     except OSError as error:
-        raise _failed(verb, path, str(error)) from error
+        raise _failed(verb, path, error) from error
 
 
-def _failed(verb: str, path: Path, reason: str) -> CinemeshError:
-    remedy = _DAMAGED if verb == "read" else "look to the free space and the permissions of its folder"
-    return CinemeshError(f"cannot {verb} checkpoint {path}: {reason}", remedy=remedy)
+def _failed(verb: str, path: Path, cause: BaseException, where: str = "") -> CinemeshError:
+    """One message, with the remedy for what the file system says."""
+    number = cause.errno if isinstance(cause, OSError) else None
+    if verb == "read":
+        remedy = _DAMAGED
+    elif number in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "free some space or write to another file system"
+    elif number == errno.ENOENT:
+        remedy = "somebody removed it meanwhile: give each run a logging.directory of its own"
+    elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        remedy = "look to the permissions of its folder"
+    else:
+        remedy = "look to its file system"
+    if isinstance(cause, UnpicklingError):  # torch would have the reader load whatever the file holds
+        said = "its data are not as they were written"
+    else:
+        said = in_a_line(cause) if isinstance(cause, OSError) else f"{type(cause).__name__}: {in_a_line(cause)}"
+    return CinemeshError(f"cannot {verb} checkpoint {path}: {where}{said}", remedy=remedy)

@@ -25,6 +25,7 @@ from ...parallel.runtime import comm
 from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, rank_main, world_size
 from . import checkpoint
 from .differences import RECIPE, differences, recorded
+from .needs import check_outputs, check_training_memory
 from .recipe import Config, read_config
 from .reports import Done, Reports
 from .setting import Setting
@@ -39,7 +40,10 @@ def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
     """Train, on ``nproc`` processes of this machine or on those that torchrun started. Exits with the ranks' code."""
     recipe = read_config(config, overrides)
     recipe.plan.check_world_size(world_size(nproc))
-    Setting.of(recipe).check_training()
+    check_outputs(recipe)
+    setting = Setting.of(recipe)
+    setting.check_training()
+    check_training_memory(setting)
     local = nproc or 1
     code = launch(local, train, recipe) if local > 1 else rank_main(lambda: train(recipe))
     if code:
@@ -90,6 +94,8 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
                       + (f"resumed from {newest}" if newest else "from step 0"))  # fmt: skip
         for difference in differences(checkpoint.manifest(newest)["note"], config) if newest else ():
             telemetry.say(f"not as in the run so far: {difference}")
+        for broken in checkpoint.incomplete(checkpoints):
+            telemetry.say(f"WARNING: checkpoint {broken} is not whole and was passed over")
         for windows in cache.buckets:
             telemetry.say(f"bucket {windows.bucket}: {len(windows.train)} training and {len(windows.validation)} "
                           "validation windows")  # fmt: skip
@@ -215,7 +221,7 @@ class _Loop:
             raise CinemeshError(
                 f"{what}. That was update {times} in a row: lower optimizer.lr({self.config.optimizer.lr}), or look at "
                 "these samples",
-                remedy="the run goes on from its last checkpoint",
+                remedy="started again, the run goes on from its last checkpoint, or from step 0 if it has none",
             )
         if self.telemetry:
             self.telemetry.say(what)

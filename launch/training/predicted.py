@@ -43,7 +43,7 @@ class Predicted:
         """Into a run's directory, whole or not at all."""
         values = asdict(self) | {"plan": self.plan.to_dict()}
         with atomic_file(directory / PREDICTED_FILE) as unfinished:
-            unfinished.write_text(HEAD + write_yaml(values))
+            unfinished.write_text(HEAD + write_yaml(values), encoding="utf-8")
 
     @classmethod
     def read(cls, directory: Path) -> Predicted | None:

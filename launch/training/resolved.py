@@ -39,7 +39,7 @@ class Resolved:
             "plan": self.plan.to_dict(),
         }
         with atomic_file(directory / FILE) as unfinished:
-            unfinished.write_text(HEAD + write_yaml(values))
+            unfinished.write_text(HEAD + write_yaml(values), encoding="utf-8")
 
     @classmethod
     def read(cls, directory: Path) -> Resolved | None:

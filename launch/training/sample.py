@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...data.clips import write_mp4
 from ...errors import CinemeshError
+from ...files import check_output_file
 from ...kernels.dtypes import TORCH_DTYPES
 from ...model.inputs import BatchShape
 from ...model.sampler import Sampler
@@ -23,6 +24,7 @@ from ..progress import progress
 from ..written import wrote
 from . import checkpoint as checkpoints
 from .average import remark
+from .needs import check_sampling_memory
 from .recipe import Config, read_config
 from .setting import Setting
 
@@ -60,8 +62,7 @@ def run(
     if processes == 1:
         recipe = replace(recipe, plan=recipe.plan.with_degrees(tp=1, cp=1, dp_shard=1, dp_replicate=1))
     recipe.plan.check_world_size(processes)
-    if out.is_dir():
-        raise CinemeshError(f"--out {out} is a directory", remedy="name the mp4 file")
+    check_output_file(out, "--out")
     folder = recipe.logging.directory / checkpoints.FOLDER
     newest = checkpoint or checkpoints.latest(folder)
     if newest is None:
@@ -70,6 +71,7 @@ def run(
         )
     setting = Setting.of(recipe)
     setting.check_sampling()
+    check_sampling_memory(setting)
     if cuts := setting.encoding.cuts({"the prompt": prompt}):
         taken = ", ".join(f"text encoder {cut.encoder} takes {cut.tokens} of its {cut.length} tokens" for cut in cuts)
         print(f"the prompt is cut: {taken}", file=sys.stderr)

@@ -95,5 +95,5 @@ def show(folder: Path, clips: dict[str, Tensor], train: Samples, codec: LatentCo
         write_mp4(folder / f"{scene}.mp4", clip)
     write_contact_sheet(folder / CONTACT_SHEET, rows)
     with atomic_file(folder / SCORES) as part:
-        part.write_text(json.dumps([asdict(score) for score in scores], indent=1))
+        part.write_text(json.dumps([asdict(score) for score in scores], indent=1), encoding="utf-8")
     return scores

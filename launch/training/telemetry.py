@@ -24,10 +24,11 @@ BESIDE = {  # charts of TensorBoard that show what was measured and what was pre
     "step, s": ["Multiline", ["step_s", "predicted_step_s"]],
     "memory, bytes": ["Multiline", ["memory_bytes", "predicted_memory_bytes"]],
 }
+SUPERSEDED_FILE = "metrics.superseded.jsonl"  # reports of steps that a run took again
 
 
 class Telemetry:
-    """Reports of one run. Steps count finished updates; a resumed run drops what is later than its ``first``."""
+    """Reports of one run. Steps count finished updates; a resumed run sets aside what is later than its ``first``."""
 
     def __init__(self, directory: Path, steps: int, first: int) -> None:
         with warnings.catch_warnings():
@@ -35,7 +36,7 @@ class Telemetry:
             from torch.utils.tensorboard.writer import SummaryWriter
         directory.mkdir(parents=True, exist_ok=True)
         self._metrics = directory / METRICS_FILE
-        _drop_after(self._metrics, first)
+        _set_aside(self._metrics, first)
         self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first + 1 if first else None)
         self._writer.add_custom_scalars({"measured and predicted": BESIDE})
         self._log = (directory / LOG_FILE).open("a", encoding="utf-8", buffering=1)
@@ -82,11 +83,16 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     path = directory / METRICS_FILE
     if not path.exists():
         return []
-    whole, _, _ = path.read_text().rpartition("\n")
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
     return [parse_json(line, f"a line of {path}", "remove it, and the curve loses it") for line in whole.splitlines()]
 
 
-def _drop_after(path: Path, step: int) -> None:
-    rows = [row for row in read_metrics(path.parent) if row["step"] <= step]
+def _set_aside(path: Path, step: int) -> None:
+    """Reports later than ``step`` go to the end of another file: none is lost."""
+    rows = read_metrics(path.parent)
+    lines = {late: "".join(json.dumps(row) + "\n" for row in rows if (row["step"] > step) == late) for late in (0, 1)}
+    if lines[1]:
+        with (path.parent / SUPERSEDED_FILE).open("a", encoding="utf-8") as file:
+            file.write(lines[1])
     with atomic_file(path) as part:
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        part.write_text(lines[0], encoding="utf-8")

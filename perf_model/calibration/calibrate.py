@@ -359,5 +359,5 @@ def _find(cluster: Cluster, path: str) -> Any:
 def write(cluster: Cluster, machine: Machine, path: Path) -> Cluster:
     """Write the file, whole or not at all; the cluster as read back from it."""
     with atomic_file(path) as unfinished:
-        unfinished.write_text(cluster_text(cluster, machine))
+        unfinished.write_text(cluster_text(cluster, machine), encoding="utf-8")
     return load(str(path))

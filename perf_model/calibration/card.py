@@ -133,5 +133,5 @@ def write(source: Path, base_name: str, out: Path) -> Cluster:
             f"card: {base_name} is no GPU cluster", remedy="name the one whose links and memory the card has"
         )
     with atomic_file(out) as unfinished:
-        unfinished.write_text(text_of(values, base, base_name, out.stem))
+        unfinished.write_text(text_of(values, base, base_name, out.stem), encoding="utf-8")
     return load(str(out))

@@ -68,7 +68,7 @@ def read_grids(path: str) -> dict[str, Grid]:
 
 def _rows(path: str) -> list[list[str]]:
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             lines = [line for line in file if not line.startswith("#")]
     except OSError:
         raise CinemeshError(f"cluster: there is no grid {path}", remedy="put it beside the cluster file") from None

@@ -162,7 +162,7 @@ def write(folder: Path, request: Request, found: Search, tick: Tick = lambda _: 
         story.best,
     )
     with atomic_file(folder / PAGE) as unfinished:
-        unfinished.write_text(render(story, pictures))
+        unfinished.write_text(render(story, pictures), encoding="utf-8")
 
 
 def drawn(sheet: Sheet, story: Story) -> Figure:

@@ -203,4 +203,4 @@ def chrome(processes: Mapping[str, Sequence[Span]], whole: PlayedStep | None = N
 def write(path: Path, processes: Mapping[str, Sequence[Span]], whole: PlayedStep | None = None) -> None:
     """Write a trace file. The final name appears when the file is complete."""
     with atomic_file(path) as unfinished:
-        unfinished.write_text(json.dumps(chrome(processes, whole)))
+        unfinished.write_text(json.dumps(chrome(processes, whole)), encoding="utf-8")

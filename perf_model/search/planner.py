@@ -14,9 +14,11 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 from ...errors import CinemeshError
 from ...model.config import latent_text
+from ...parallel.ir.fields import AXES
 from .refusals import FamilyKey, Refusal, RefusalKind
 from .request import PricedPlan, Request, Timed
 from .space import Family, Mode, SearchSpace, Variant, divisors
@@ -75,7 +77,7 @@ def _families(space: SearchSpace, refused: list[Refusal]) -> list[Family]:
     families: list[Family] = []
     fixed = request.fixed
     for tp in divisors(request.gpus):
-        if fixed.get("tp", tp) != tp or tp > request.config.heads:
+        if fixed.get("tp", tp) != tp or ("tp" not in fixed and tp > request.config.heads):
             continue
         for cp in divisors(request.gpus // tp):
             if fixed.get("cp", cp) != cp:
@@ -130,6 +132,18 @@ def search(request: Request) -> Search:
     return found
 
 
+def _check_degrees(request: Request) -> None:
+    """Raise CinemeshError for degrees fixed by hand that do not divide the GPUs: no family would have them."""
+    given = {axis: cast(int, request.fixed[axis]) for axis in AXES if axis in request.fixed}
+    product = math.prod(given.values())
+    if rest := request.gpus % product:
+        shown = " * ".join(f"{axis}({degree})" for axis, degree in given.items())
+        shown = f"({shown} = {product})" if len(given) > 1 else shown
+        raise CinemeshError(
+            f"gpus({request.gpus}) % {shown} = {rest}", remedy="fix degrees whose product divides the GPUs"
+        )
+
+
 def survey(request: Request) -> Search:
     """As ``search``; where no plan fits, a search without choices.
 
@@ -144,6 +158,7 @@ def survey(request: Request) -> Search:
             f"({cluster.topology.servers} servers of {cluster.gpus_per_server})",
             remedy="use fewer, another cluster, or more --servers of this one",
         )
+    _check_degrees(request)
     space = SearchSpace(request)
     refused: list[Refusal] = []
     families = _families(space, refused)
@@ -281,16 +296,22 @@ class _Frontier:
         if family in self._cut:
             behind = min(todo.per_sample_s for todo in self._cut[family]) / self._last_shown_s - 1.0
             return Refusal(RefusalKind.SLOWER, family.key, slower=behind, at_least=True)
-        need = family.needed_bytes or family.least_bytes("full") + family.held_bytes(family.plan)
+        fixed: Any = self.request.fixed.get("recompute", "")
+        held = family.held_bytes(family.plan)
+        full = family.least_bytes("full") + held
+        need = family.needed_bytes or family.least_bytes(fixed or "full") + held
         free = self.space.evaluator.limit_bytes(family.plan)
-        return Refusal(RefusalKind.MEMORY, family.key, needs_bytes=need, free_bytes=free)
+        return Refusal(RefusalKind.MEMORY, family.key, needs_bytes=need, free_bytes=free, fixed=fixed, full_bytes=full)
 
 
 def _remedy(found: Search) -> str:
     """Where no plan fits: how many GPUs of this cluster would do."""
     request = found.request
     if found.nearest is None or found.nearest.kind is not RefusalKind.MEMORY:
-        return "free the fixed fields, or change the GPUs or the global batch"
+        fixed = ", ".join(sorted(request.fixed))
+        return f"{f'free {fixed}, or ' if fixed else ''}change the GPUs or the global batch"
+    if found.nearest.fixed and found.nearest.full_bytes <= found.nearest.free_bytes:
+        return "free recompute: the planner chooses what to keep"
     gpus = 2 * request.gpus
     while request.global_batch is None and gpus <= request.cluster.gpus:
         if fits := survey(replace(request, gpus=gpus, shown=1)).choices:

@@ -45,7 +45,8 @@ class Refusal:
     """A family that is not in the table, and the number that keeps it out.
 
     ``rule``: what is broken, with its numbers (``DIVIDES``, ``PLACEMENT``). ``needs_bytes``, ``free_bytes``: of one
-    rank, the least under full recompute and what there is (``MEMORY``). ``slower``: seconds a sample over those of the
+    rank, the least under full recompute, or under ``fixed`` if one was given, and what there is (``MEMORY``);
+    ``full_bytes``: then the least under full recompute. ``slower``: seconds a sample over those of the
     last plan shown, less 1; ``at_least``: only a lower bound of it is known, no plan was played (``SLOWER``).
     """
 
@@ -54,6 +55,8 @@ class Refusal:
     rule: str = ""
     needs_bytes: float = 0.0
     free_bytes: float = 0.0
+    fixed: str = ""
+    full_bytes: float = 0.0
     slower: float = 0.0
     at_least: bool = False
 
@@ -62,9 +65,18 @@ class Refusal:
         """The sentence that people read; no code does."""
         if self.kind is RefusalKind.MEMORY:
             need, free = self.needs_bytes / 1e9, self.free_bytes / 1e9
-            return f"needs at least {need:.1f} GB even with full recompute; {free:.1f} GB are free"
+            if self.fixed in ("", "full"):
+                return f"needs at least {need:.1f} GB even with full recompute; {free:.1f} GB are free"
+            full = self.full_bytes / 1e9
+            return (
+                f"needs at least {need:.1f} GB with recompute={self.fixed}, which is fixed, {full:.1f} GB with full "
+                f"recompute; {free:.1f} GB are free"
+            )
         if self.kind is RefusalKind.SLOWER:
-            return f"{'at least ' * self.at_least}{self.slower:.1%} slower for a sample than the last plan shown"
+            least = "at least " * self.at_least
+            if self.slower >= 1.0:
+                return f"takes {least}{1.0 + self.slower:.1f} times as long for a sample as the last plan shown"
+            return f"{least}{self.slower:.1%} slower for a sample than the last plan shown"
         return self.rule
 
     def to_dict(self) -> dict[str, object]:

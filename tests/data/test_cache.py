@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,10 @@ def settings(tmp_path: Path) -> DataSettings:
     write_mp4(tmp_path / "clips" / "a.mp4", frames, FRAME_RATE)
     (tmp_path / "captions.yaml").write_text(CAPTIONS)
     return DataSettings((str(tmp_path / "clips"),), tmp_path / "captions.yaml", size=16, frames=8, stride=3)
+
+
+UMASK = os.umask(0)
+os.umask(UMASK)
 
 
 def build(settings: DataSettings, folder: Path, codec: BlockDCTCodec = CODEC) -> Path:
@@ -244,6 +249,37 @@ def test_nan_is_named_when_built_and_when_read(
     monkeypatch.setattr(ByteEncoder, "encode", lambda self, caption: (torch.tensor(math.nan), 0))
     with pytest.raises(CinemeshError, match="words embedding of the caption of scene up"):
         build(settings, tmp_path)
+
+
+def test_a_flipped_bit_is_named_when_read(settings: DataSettings, tmp_path: Path) -> None:
+    """Of a latent, an embedding, a mask, and of the header's own text, whose length stays the same."""
+    path = build(settings, tmp_path)
+    whole = path.read_bytes()
+
+    def flip(name: str, row: int) -> None:
+        values = load_file(path)[name]
+        values[row].view(torch.uint8).view(-1)[-1] ^= 1
+        rewrite(path, name, values)
+
+    for name, row, index, said in (
+        ("latent.8x16x16.train", 7, 7, r"sample 7 \(scene short, frame 38\)"),
+        (f"text.{ENCODERS[0].name}", 1, 7, "scene short"),
+        (f"mask.{ENCODERS[1].name}", 0, 0, "scene up"),
+    ):
+        flip(name, row)
+        cache = opened(path)
+        with pytest.raises(CinemeshError, match=rf"{name} of {said} is not what the latent cache was written with"):
+            cache.train[index]
+        assert cache.train[0 if index else 8].scene  # the others are whole
+        path.write_bytes(whole)
+    assert whole.count(b"It brightens.") == 1
+    path.write_bytes(whole.replace(b"It brightens.", b"It brightena."))
+    with pytest.raises(CinemeshError, match="its header is not as it was written"):
+        Cache.open(path)
+
+
+def test_others_may_read_a_cache_if_the_umask_lets_them(settings: DataSettings, tmp_path: Path) -> None:
+    assert build(settings, tmp_path).stat().st_mode & 0o777 == 0o666 & ~UMASK
 
 
 def test_settings_that_cannot_be_met_give_their_numbers(settings: DataSettings, tmp_path: Path) -> None:

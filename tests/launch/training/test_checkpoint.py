@@ -1,8 +1,10 @@
 """Checkpoints: any plan reads what any plan wrote, and nothing half written passes for a checkpoint."""
 
 import errno
+import io
 import json
 import math
+import os
 import re
 import shutil
 import warnings
@@ -214,6 +216,74 @@ def test_latest_ignores_what_is_incomplete(saved: tuple[StepRunner, Path]) -> No
     shutil.copytree(saved[1], directory / ".step-00000010.partial")
     shutil.copytree(saved[1], directory / "step-11")
     assert checkpoint.latest(directory) == saved[1]
+
+
+def test_checkpoints_that_are_not_whole_are_no_step_0(saved: tuple[StepRunner, Path]) -> None:
+    """A copy that was cut short, or a removal: a run that began again would overwrite what is left, and its metrics."""
+    path = saved[1]
+    later = path.with_name("step-00000009")
+    shutil.copytree(path, later)
+    (later / checkpoint.METADATA).unlink()
+    assert checkpoint.latest(path.parent) == path and checkpoint.incomplete(path.parent) == [later]
+    (path / checkpoint.MANIFEST).unlink()
+    with pytest.raises(
+        CinemeshError, match=r"step-00000009 is not whole \(no \.metadata\) and there is no other; .*step 0"
+    ):
+        checkpoint.latest(path.parent)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        '{"format": "1", "step": 1, "model": {}, "files": {}}',
+        '{"format": FORMAT, "step": 1, "model": {}, "files": {"a": null}}',
+        '{"format": FORMAT, "step": 1, "model": {}, "files": {}}',
+        '{"format": FORMAT, "step": 1, "model": {"encoders": [3]}, "files": {}}',
+        '{"format": FORMAT, "step": 1, "model": {"encoders": 3}, "files": {}}',
+        "[" * 100_000,
+    ],
+)
+def test_a_malformed_manifest_is_one_message(saved: tuple[StepRunner, Path], text: str) -> None:
+    runner, path = saved
+    (path / checkpoint.MANIFEST).write_text(text.replace("FORMAT", str(checkpoint.FORMAT)))
+    with pytest.raises(CinemeshError, match=path.name):
+        checkpoint.load(path, runner)
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.ENOENT, "a logging.directory of its own"),
+        (errno.EACCES, "permissions"),
+        (errno.EIO, "its file system"),
+    ],
+)
+def test_the_remedy_is_for_what_went_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    """A file that another run removed is no lack of space."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(checkpoint, "dcp_save", fail)
+    with pytest.raises(CinemeshError) as caught:
+        checkpoint.save(tmp_path, runner_of(plan_of("")))
+    assert remedy in caught.value.remedy and os.strerror(number) in caught.value.problem
+
+
+def test_torchs_advice_to_load_whatever_a_file_holds_is_not_passed_on(saved: tuple[StepRunner, Path]) -> None:
+    """A pickle with a call in it, where tensors are wanted."""
+    runner, path = saved
+    data = (path / "__0_0.distcp").read_bytes()
+    torch.save(print, buffer := io.BytesIO())
+    (path / "__0_0.distcp").write_bytes((buffer.getvalue() * (len(data) // len(buffer.getvalue()) + 1))[: len(data)])
+    with pytest.raises(CinemeshError) as caught:
+        checkpoint.load(path, runner)
+    assert "weights_only" not in str(caught.value) and "trust" not in str(caught.value)
 
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", checkpoint.METADATA, checkpoint.MANIFEST])

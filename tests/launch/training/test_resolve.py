@@ -131,7 +131,7 @@ def test_only_rank_0_asks_the_planner_and_the_others_wait_for_it(
         ({"cluster": "local-gpu"}, "cluster: 'local-gpu' is unknown"),
         ({"plan": {"auto": True, "ttp": 2}}, "did you mean 'tp'"),
         ({"plan": {"auto": "yes"}}, "unknown key 'auto'"),
-        ({"plan": {"auto": True, "tp": 4}}, "no plan of 2 GPUs"),
+        ({"plan": {"auto": True, "tp": 4}}, r"gpus\(2\) % tp\(4\) = 2; fix degrees whose product divides"),
         ({"plan": {"recompute": "none", "dp_shard": 2, "dtype": "float32"}, "model": {"preset": "movie-gen-5b"}}, "GB"),
     ],
 )

@@ -19,6 +19,7 @@ from cinemesh.perf_model.prices.played import play_step
 from cinemesh.perf_model.published.paper import STAGES
 from cinemesh.perf_model.report.explain import sample_flops, why_lost
 from cinemesh.perf_model.search.planner import search
+from cinemesh.perf_model.search.refusals import FamilyKey, Refusal, RefusalKind
 from cinemesh.perf_model.search.request import LatentBucket, Request
 from cinemesh.perf_model.search.tune import tune
 
@@ -47,6 +48,34 @@ def test_pruning_finds_the_plan_of_brute_force(request_: Request) -> None:
     assert pruned.best.step_s == brute.best.step_s
     assert [c.plan for c in pruned.choices] == [c.plan for c in brute.choices]
     assert pruned.played < brute.played
+
+
+@pytest.mark.parametrize(
+    ("fixed", "rule"),
+    [({"tp": 5}, r"gpus\(64\) % tp\(5\) = 4"), ({"tp": 4, "cp": 3}, r"gpus\(64\) % \(tp\(4\) \* cp\(3\) = 12\) = 4")],
+)
+def test_fixed_degrees_that_do_not_divide_the_gpus_break_a_rule(fixed: dict[str, object], rule: str) -> None:
+    with pytest.raises(CinemeshError, match=rule + "; fix degrees whose product divides the GPUs"):
+        search(ask(gpus=64, fixed=fixed))
+
+
+def test_a_recompute_that_is_fixed_is_what_does_not_fit() -> None:
+    """Full recompute would fit: the remedy is to free it, not other GPUs."""
+    with pytest.raises(CinemeshError) as caught:
+        search(ask(gpus=64, fixed={"tp": 1, "cp": 4, "recompute": "none"}))
+    assert "with recompute=none, which is fixed" in caught.value.problem
+    assert caught.value.remedy == "free recompute: the planner chooses what to keep"
+    assert search(ask(gpus=64, fixed={"tp": 1, "cp": 4})).best.plan.recompute != "none"
+
+
+def test_numbers_of_refusals_read_as_what_they_are() -> None:
+    family = FamilyKey(1, 1)
+    slow = Refusal(RefusalKind.SLOWER, family, slower=239.324, at_least=True)
+    assert slow.reason == "takes at least 240.3 times as long for a sample as the last plan shown"
+    assert "12.5% slower" in Refusal(RefusalKind.SLOWER, family, slower=0.125).reason
+    big = Refusal(RefusalKind.MEMORY, family, needs_bytes=89e9, free_bytes=80e9, fixed="none", full_bytes=23.4e9)
+    assert "89.0 GB with recompute=none, which is fixed, 23.4 GB with full recompute; 80.0 GB are free" in big.reason
+    assert "even with full recompute" in Refusal(RefusalKind.MEMORY, family, needs_bytes=89e9, free_bytes=80e9).reason
 
 
 @pytest.mark.slow

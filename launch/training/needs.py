@@ -1,0 +1,41 @@
+"""What a run needs of this machine, looked at before it begins: folders that it can write, memory that it will take."""
+
+from __future__ import annotations
+
+from ...data.cache import CACHE_FILE
+from ...files import check_output_file, check_output_folder
+from ...model.forward import build_velocity
+from ...model.inputs import BatchShape
+from ...model.step import build_step
+from ...parallel.passes.pipeline import prepare
+from ..cluster.processes import on_gpus, processes_here
+from ..preflight import check_host_memory
+from . import checkpoint
+from .recipe import Config
+from .setting import Setting
+
+
+def check_outputs(config: Config) -> None:
+    """Raise CinemeshError for a folder of the run that cannot be written."""
+    run = config.logging.directory
+    for folder in (run, *(run / name for name in (checkpoint.FOLDER, "tensorboard", "samples"))):
+        check_output_folder(folder, "logging.directory")
+    check_output_file(config.data.cache / CACHE_FILE, "data.cache")
+
+
+def check_training_memory(setting: Setting) -> None:
+    """Raise CinemeshError when CPU processes will not find memory for the steps of a run."""
+    config = setting.config
+    local, steps = processes_here(config.plan.world_size), config.schedule.steps
+    if not on_gpus(local):
+        check_host_memory((), local, steps=steps)  # before anything is built
+        steps_of = (build_step(setting.model, config.plan, each, config.optimizer) for each in setting.batches)
+        check_host_memory((prepare(step, backend="gloo") for step in steps_of), local, steps=steps)
+
+
+def check_sampling_memory(setting: Setting) -> None:
+    """Raise CinemeshError when CPU processes will not find memory for a clip."""
+    plan, latent = setting.config.plan, setting.config.sampled.latent(setting.encoding.codec)
+    if not on_gpus(local := processes_here(plan.world_size)):
+        velocity = build_velocity(setting.model, plan, BatchShape(1, latent))
+        check_host_memory([prepare(velocity, backend="gloo")], local)

@@ -1,0 +1,153 @@
+"""Every command looks at what it shall write before it works; and what CPU processes will hold before they hold it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from training import refusal, start
+
+from cinemesh.errors import CinemeshError
+from cinemesh.kernels import compile as compiling
+from cinemesh.launch import preflight
+from cinemesh.launch.cli import app
+from cinemesh.launch.commands import calibrate, plan, trace
+from cinemesh.launch.preflight import PROCESS_BYTES, STEP_BYTES, check_host_memory
+from cinemesh.launch.training import sample
+from cinemesh.model.config import USUAL_LATENTS, preset
+from cinemesh.model.inputs import BatchShape
+from cinemesh.model.step import build_step
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.passes.arena import place
+from cinemesh.parallel.passes.liveness import lifetimes
+from cinemesh.perf_model.calibration import card
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
+def work(*_: object, **__: object) -> None:
+    raise AssertionError("the work began")
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "module", "name"),
+    [
+        (("plan", "--gpus", "8"), "--out", plan, "search"),
+        (("plan", "--gpus", "8"), "--report", plan, "search"),
+        (("trace", "--plan", "tp=2"), "--out", trace, "read_plan"),
+        (("calibrate",), "--out", calibrate, "launch"),
+        (("calibrate", "--card", "card.json"), "--out", card, "_read"),
+        (("sample", "recipe.yaml", "--prompt", "x"), "--out", sample.Setting, "of"),
+    ],
+)
+def test_a_command_that_could_not_write_does_not_begin(
+    command: tuple[str, ...],
+    option: str,
+    module: Any,
+    name: str,
+    values: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(yaml.safe_dump(values))
+    Path("file").touch()
+    monkeypatch.setattr(module, name, work)
+    with pytest.raises(CinemeshError, match=rf"^{option} file/x\.yaml.*is a file, where a folder is wanted"):
+        app([*command, option, "file/x.yaml"], standalone_mode=False)
+
+
+def test_nor_does_the_compile_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    (tmp_path / "cinemesh").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiling, "_work_through", work)
+    with pytest.raises(CinemeshError, match=r"^the kernel cache .*is a file, where a folder is wanted"):
+        app(["kernels", "--model", "tiny", "--plan", "tp=1", "--compile", "sm_90"], standalone_mode=False)
+
+
+@pytest.mark.parametrize("key", ["logging.directory", "data.cache"])
+@pytest.mark.parametrize("in_the_way", ["out", "out/below"])
+def test_nor_does_a_run(values: dict[str, Any], tmp_path: Path, key: str, in_the_way: str) -> None:
+    """A file where a folder is wanted; for the run, below it too."""
+    if in_the_way == "out":
+        (tmp_path / "out").touch()
+    else:
+        below = {"logging.directory": "checkpoints", "data.cache": "clips.safetensors/x"}[key]
+        (tmp_path / "out" / below).parent.mkdir(parents=True)
+        (tmp_path / "out" / below).touch()
+    with pytest.raises(CinemeshError, match=f"^{key}"):
+        start(values, tmp_path, f"{key}={tmp_path / 'out'}")
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_step_will_hold_is_compared_with_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the byte; and the remedy is one that helps."""
+    program = build_step(preset("tiny"), Plan(dtype="float32"), BatchShape(1, USUAL_LATENTS["tiny"]))
+    lives = lifetimes(program)
+    states = lives.persistent_bytes
+    held = states + place(program, lives).total_bytes + max(lives.workspace_bytes)
+    needed = 3 * (held + PROCESS_BYTES)
+
+    def refused(free: int, **more: int) -> str | None:
+        monkeypatch.setattr(preflight, "available_bytes", lambda: free)
+        try:
+            check_host_memory([program], 3, **more)
+        except CinemeshError as error:
+            return error.remedy
+        return None
+
+    assert refused(needed) is None
+    assert "smaller batch" in str(refused(needed - 1))
+    assert "smaller model" in str(refused(3 * (states + PROCESS_BYTES) - 1))
+    assert refused(3 * PROCESS_BYTES - 1) == "start fewer processes, end other jobs"
+    assert refused(needed, steps=1) == refused(needed - 1)
+    assert "lower schedule.steps" in str(refused(needed, steps=10**9))
+    assert refused(needed + 3 * 10**9 * STEP_BYTES, steps=10**9) is None
+    assert refused(needed, beside_bytes=1) is not None
+
+
+def test_a_run_that_will_not_fit_is_refused_before_it_allocates(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "available_bytes", lambda: 10**9)
+    assert "of buffers and 0.3 GB for itself, together" in refusal(values, tmp_path, "data.global_batch=1000000")
+    assert "lower schedule.steps" in refusal(values, tmp_path, "schedule.steps=10000000")
+
+
+def test_a_trace_that_will_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(trace, "traced", work)
+    monkeypatch.setattr(preflight, "available_bytes", lambda: 10**9)
+    with pytest.raises(CinemeshError, match="each of the 4 processes of this machine needs"):
+        app(["trace", "--plan", "tp=2,cp=2", "--out", str(tmp_path / "x.json")], standalone_mode=False)
+
+
+# -- a terminal without signs -----------------------------------------------------------------------------------------
+
+HELP = """
+from cinemesh.launch.cli import app, main
+import sys, typer
+for name in typer.main.get_command(app).commands:
+    sys.argv = ["cinemesh", name, "--help"]
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code == 0, name
+sys.argv = ["cinemesh", *"plan --gpus 8 --model tiny-video --dtype float32".split()]
+main()
+"""
+
+
+def test_a_terminal_that_lacks_signs_shows_question_marks() -> None:
+    """LC_ALL=C with Python's UTF-8 mode off; a plan's error bar is ±. Data files are read as UTF-8 all the same."""
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", HELP], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b" ?" in done.stdout and done.stdout.isascii() and b"Traceback" not in done.stderr
