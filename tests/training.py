@@ -21,7 +21,7 @@ from cinemesh.model.runner import StepRunner
 
 CAPTIONS = """
 - {name: left, file: a.mp4, first_frame: 0, last_frame: 19, caption: "It moves."}
-- {name: right, file: a.mp4, first_frame: 20, last_frame: 31, caption: "It goes on."}
+- {name: right, file: a.mp4, first_frame: 20, last_frame: 31, caption: "It waits."}
 """
 STATES = (*checkpoint.STATES, checkpoint.COUNTERS)
 

@@ -27,7 +27,7 @@ CODEC = BlockDCTCodec()
 ENCODERS = (ByteEncoder(6, 12, "words"), ByteEncoder(4, 5, "letters"))
 CAPTIONS = """
 - {name: up, file: a.mp4, first_frame: 2, last_frame: 37, caption: "It brightens."}
-- {name: short, file: a.mp4, first_frame: 38, last_frame: 49, caption: "It goes on."}
+- {name: short, file: a.mp4, first_frame: 38, last_frame: 49, caption: "It waits."}
 """
 
 
@@ -110,7 +110,7 @@ def test_samples_are_the_windows_of_the_videos(settings: DataSettings, tmp_path:
     for sample in (*cache.train, *cache.validation):
         window = frames[sample.first_frame : sample.first_frame + 8]
         assert torch.equal(sample.latent, CODEC.encode(window))
-        assert sample.caption == {"up": "It brightens.", "short": "It goes on."}[sample.scene]
+        assert sample.caption == {"up": "It brightens.", "short": "It waits."}[sample.scene]
         for encoder in ENCODERS:
             text, mask = encoder.encode(sample.caption)
             assert torch.equal(sample.text[encoder.name], text)
