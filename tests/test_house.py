@@ -688,7 +688,8 @@ def test_type_checker_finds_planted_fault(tmp_path: Path) -> None:
     """With the project's own configuration, in a folder that it names."""
     (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
     (tmp_path / ".venv").symlink_to(sys.prefix)
-    (tmp_path / "errors.py").touch()
+    for name in ROOT_MODULES:
+        (tmp_path / f"{name}.py").touch()
     (tmp_path / "tests").mkdir()
     plant(tmp_path, {"model/a.py": "x: int = 1\n"})
     assert judge("basedpyright", cwd=tmp_path).returncode == 0

@@ -169,7 +169,7 @@ def test_the_runner_up_lost_by_what_its_terms_say() -> None:
     ("changes", "says"),
     [
         ({"gpus": 1}, "GPUs fit"),
-        ({"fixed": {"tp": 4, "cp": 5}}, "no plan"),
+        ({"fixed": {"tp": 4, "cp": 5}}, "product divides the GPUs"),
         ({"buckets": (LatentBucket((64, 96, 96)),)}, "positions"),
         ({"global_batch": 7, "fixed": {"tp": 4, "cp": 2}}, "no plan"),
     ],
