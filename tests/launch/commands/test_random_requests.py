@@ -14,9 +14,9 @@ ONCE_BROKEN = [
     (
         "--gpus 4096 --fix tp=4,cp=2,dp_shard=768",
         2,
-        "data ranks % dp_shard(768) != 0: gpus(4096) / tp(4) / cp(2) = 512",
+        "gpus(4096) % (tp(4) * cp(2) * dp_shard(768) = 6144) = 4096",
     ),
-    ("--gpus 8 --model tiny --fix dp_shard=2,dp_replicate=3", 2, "dp_shard(2) * dp_replicate(3) != data ranks"),
+    ("--gpus 8 --model tiny --fix dp_shard=2,dp_replicate=3", 2, "gpus(8) % (dp_shard(2) * dp_replicate(3) = 6) = 2"),
     ("--gpus 4 --model tiny --cluster local-cpu --encoders", 2, "needs at least 6.0 GB even with full recompute; 4.0"),
     ("--gpus 64 --latent 2x24x16 --fix tp_slices=2 --dtype float64", 0, "tokens of one rank(3) % tp_slices(2) = 1"),
 ]
