@@ -141,7 +141,7 @@ def test_more_resources_never_hurt(gpus: int, faster: float, more: float) -> Non
 
 
 def test_tuning_only_shortens_the_step_and_still_fits() -> None:
-    request = ask(shown=1, fixed={"tp": 4, "cp": 3})
+    request = ask(shown=1, config=replace(BIG, layers=12), fixed={"tp": 4, "cp": 3})
     best = search(request).best
     tuned = tune(request, best)
     assert tuned.step_s < best.step_s
