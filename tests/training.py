@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ CAPTIONS = """
 - {name: left, file: a.mp4, first_frame: 0, last_frame: 19, caption: "It moves."}
 - {name: right, file: a.mp4, first_frame: 20, last_frame: 31, caption: "It waits."}
 """
+RATE = Fraction(24000, 1001)  # frames/s of their clip
 STATES = (*checkpoint.STATES, checkpoint.COUNTERS)
 
 
@@ -42,7 +44,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clips")
     t, y, x = torch.meshgrid(torch.arange(32), torch.arange(32), torch.arange(32), indexing="ij")
     frames = torch.stack([(7 * t + 3 * x) % 256, (5 * y + 2 * t) % 256, (x + y) * 4 % 256], -1).to(torch.uint8)
-    write_mp4(folder / "a.mp4", frames)
+    write_mp4(folder / "a.mp4", frames, RATE)
     (folder / "captions.yaml").write_text(CAPTIONS)
     return folder
 

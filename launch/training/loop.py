@@ -28,6 +28,7 @@ from .differences import RECIPE, differences, recorded
 from .needs import check_outputs, check_training_memory
 from .recipe import Config, read_config
 from .reports import Done, Reports
+from .sample import FRAME_RATE
 from .setting import Setting
 from .showcase import show_samples
 from .telemetry import Telemetry
@@ -243,8 +244,7 @@ class _Loop:
                 self.telemetry.say(said)
 
     def _save(self) -> None:
-        path = checkpoint.save(
-            self.checkpoints, self.runner, keep=self.config.logging.keep, note={RECIPE: recorded(self.config)}
-        )
+        note = {RECIPE: recorded(self.config), FRAME_RATE: str(self.cache.frame_rate)}
+        path = checkpoint.save(self.checkpoints, self.runner, keep=self.config.logging.keep, note=note)
         if self.telemetry:
             self.telemetry.say(f"saved {path}")

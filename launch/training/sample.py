@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ...data.clips import write_mp4
+from ...data.clips import playable, write_mp4
+from ...documents import quoted
 from ...errors import CinemeshError
 from ...files import check_output_file
 from ...kernels.dtypes import TORCH_DTYPES
@@ -28,6 +30,9 @@ from .needs import check_sampling_memory
 from .recipe import Config, read_config
 from .setting import Setting
 
+FRAME_RATE = "frame_rate"  # of a checkpoint's note: frames/s of most of what the model was trained on, as a fraction
+UNTOLD_RATE = Fraction(25)  # frames/s, where an older checkpoint has none: PAL, and most quick-start clips
+
 
 @dataclass(frozen=True)
 class ClipOrder:
@@ -37,6 +42,7 @@ class ClipOrder:
     checkpoint: Path
     prompt: str
     out: Path
+    frame_rate: Fraction
 
 
 def run(
@@ -76,13 +82,29 @@ def run(
         taken = ", ".join(f"text encoder {cut.encoder} takes {cut.tokens} of its {cut.length} tokens" for cut in cuts)
         print(f"the prompt is cut: {taken}", file=sys.stderr)
     checkpoints.check_model(newest, setting.model)
-    order = ClipOrder(recipe, newest, prompt, out)
     written = checkpoints.manifest(newest)  # format 1: an average that did not warm up
+    order = ClipOrder(recipe, newest, prompt, out, _frame_rate(newest, written["note"]))
     if said := remark(recipe, written["updates"], warms_up=written["format"] > 1):
         print(said, file=sys.stderr)
     code = launch(nproc, sample, order) if nproc and nproc > 1 else rank_main(lambda: sample(order))
     if code:
         sys.exit(code)
+
+
+def _frame_rate(checkpoint: Path, note: Mapping[str, object]) -> Fraction:
+    """Of the clips of this checkpoint, whose manifest has the ``note``."""
+    if FRAME_RATE not in note:
+        print(
+            f"checkpoint {checkpoint} does not say at how many frames/s its clips play: {UNTOLD_RATE}", file=sys.stderr
+        )
+        return UNTOLD_RATE
+    try:
+        return playable(Fraction(str(note[FRAME_RATE])), f"checkpoint {checkpoint}")
+    except (ValueError, ZeroDivisionError):
+        raise CinemeshError(
+            f"checkpoint {checkpoint} is damaged: its clips play at {quoted(note[FRAME_RATE])} frames/s",
+            remedy="restore the file, or sample from an earlier checkpoint",
+        ) from None
 
 
 def sample(order: ClipOrder) -> None:
@@ -94,8 +116,9 @@ def sample(order: ClipOrder) -> None:
         weights = torch.empty(1, units.flat_elements, dtype=TORCH_DTYPES[plan.stat_dtype], device=place.device)
         checkpoints.load_weights(order.checkpoint, order.config.weights, weights, units, position)
         for clip in sample_clips(setting, place, weights, [order.prompt]):
-            write_mp4(order.out, clip[: order.config.sampled.frames])
-            wrote(order.out, "open it in a video player; another --seed makes another clip")
+            write_mp4(order.out, clip[: order.config.sampled.frames], order.frame_rate)
+            about = f"{float(order.frame_rate):.4g} frames/s"
+            wrote(order.out, "open it in a video player; another --seed makes another clip", about)
 
 
 def sample_clips(

@@ -8,6 +8,7 @@ Training clips are decoded from their latents, so the codec's own loss is on bot
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from .setting import Setting
 
 CONTACT_SHEET = "contact_sheet.png"
 SCORES = "samples.json"
+WORST = 3  # scenes, as many as a reader looks twice at
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,23 @@ def show_samples(setting: Setting, place: Joined, cache: Cache, runner: StepRunn
     folder = config.logging.directory / "samples"
     shown = {scene: clip[: bucket.frames] for scene, clip in zip(captions, clips, strict=True)}
     train = next(windows.train for windows in cache.buckets if windows.bucket == str(bucket))
-    for score in show(folder, shown, train, setting.encoding.codec):
+    scores = show(folder, shown, train, setting.encoding.codec)
+    for score in scores:
         print(score)
-    print(
-        "squares in a sampled row: a codec of blocks shows an error in one number on the whole block; both rows went "
-        "through the codec, so compare them with one another and not with the film"
-    )
+    print(reading(scores, setting.encoding.codec))
     print(
         f"clips and {CONTACT_SHEET} are in {folder}; tensorboard --logdir {config.logging.directory} shows the curves"
+    )
+
+
+def reading(scores: Sequence[Score], codec: LatentCodec) -> str:
+    """How to read a contact sheet, and why its worst scenes look broken: stands in the picture."""
+    worst = sorted(scores, key=lambda score: score.psnr_db)[:WORST]
+    return (
+        "In each pair a clip that the model made stands above the training clip that it is nearest to. Both went "
+        f"through the codec, so where they differ, the model errs. {codec.errors} Farthest from what was learnt, and "
+        f"so most broken: {', '.join(f'{score.scene} ({score.psnr_db:.1f} dB)' for score in worst)}; more training, or "
+        "a larger model, brings them nearer."
     )
 
 
@@ -92,8 +103,8 @@ def show(folder: Path, clips: dict[str, Tensor], train: Samples, codec: LatentCo
         scores.append(score)
         rows[f"{scene}: sampled, {score.psnr_db:.1f} dB"] = clip
         rows[f"{scene}: training clip at frame {score.nearest_frame}"] = decoded[nearest][:length]
-        write_mp4(folder / f"{scene}.mp4", clip)
-    write_contact_sheet(folder / CONTACT_SHEET, rows)
+        write_mp4(folder / f"{scene}.mp4", clip, windows[nearest].frame_rate)
+    write_contact_sheet(folder / CONTACT_SHEET, rows, reading(scores, codec))
     with atomic_file(folder / SCORES) as part:
         part.write_text(json.dumps([asdict(score) for score in scores], indent=1), encoding="utf-8")
     return scores

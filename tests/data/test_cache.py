@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from cinemesh.data import cache as data
 from cinemesh.data.buckets import Bucket, BucketSettings
-from cinemesh.data.cache import Cache, DataSettings, Sample, Windows, build_cache, collate, held_out, windows
-from cinemesh.data.clips import FRAME_RATE, read_frames, write_mp4
+from cinemesh.data.cache import Cache, DataSettings, Sample, Windows, build_cache, collate
+from cinemesh.data.clips import read_frames, write_mp4
 from cinemesh.data.encoding import BlockDCT, Encoding
 from cinemesh.data.text import ByteEncoder
+from cinemesh.data.windows import held_out, windows
 from cinemesh.errors import CinemeshError
 from cinemesh.model.codec import BlockDCTCodec
 from cinemesh.model.inputs import IDS, LATENTS, MASK, PLACES, text_input
@@ -35,7 +37,7 @@ CAPTIONS = """
 def settings(tmp_path: Path) -> DataSettings:
     """A clip of 50 frames, each of its own grey, in a scene of 36 frames and one of 12."""
     frames = (torch.arange(50) * 5).to(torch.uint8)[:, None, None, None].repeat(1, 16, 16, 3)
-    write_mp4(tmp_path / "clips" / "a.mp4", frames, FRAME_RATE)
+    write_mp4(tmp_path / "clips" / "a.mp4", frames, Fraction(15))
     (tmp_path / "captions.yaml").write_text(CAPTIONS)
     return DataSettings((str(tmp_path / "clips"),), tmp_path / "captions.yaml", size=16, frames=8, stride=3)
 
@@ -117,6 +119,20 @@ def test_samples_are_the_windows_of_the_videos(settings: DataSettings, tmp_path:
             assert torch.equal(sample.mask[encoder.name], mask)
 
 
+def test_windows_play_as_their_videos_and_a_clip_as_most_of_them(settings: DataSettings, tmp_path: Path) -> None:
+    """Of 9 training windows of a.mp4 and 4 of b.mp4, which is one scene of 20 frames at another rate."""
+    write_mp4(tmp_path / "clips" / "b.mp4", torch.zeros(20, 16, 16, 3, dtype=torch.uint8), Fraction(30000, 1001))
+    more = '- {name: b, file: b.mp4, first_frame: 0, last_frame: 19, caption: "It is dark."}\n'
+    settings.captions.write_text(CAPTIONS + more)
+    cache = Cache.open(build(settings, tmp_path / "cache"))
+    train = cache.buckets[0].train
+    assert train.scenes == ["up"] * 7 + ["short"] * 2 + ["b"] * 2
+    assert train.frame_rates == [sample.frame_rate for sample in train]
+    assert train.frame_rates == [Fraction(15)] * 9 + [Fraction(30000, 1001)] * 2 and cache.frame_rate == 15
+    settings.captions.write_text(more)
+    assert Cache.open(build(settings, tmp_path / "cache")).frame_rate == Fraction(30000, 1001)
+
+
 def test_each_bucket_has_windows_of_its_shape(settings: DataSettings, tmp_path: Path) -> None:
     """A scene too short for one bucket is in the others; frames are scaled and cropped to each, never squeezed."""
     buckets = (BucketSettings(), BucketSettings(frames=16, width=24), BucketSettings(frames=9, height=8))
@@ -194,7 +210,7 @@ def test_a_cache_is_reused_until_what_it_is_made_of_changes(
     assert header["codec"] == {"kind": "block-dct"} and header["recipe"]["codec"] == "another"
     settings.captions.write_text(CAPTIONS.replace("brightens", "glows"))
     assert made() and not made()
-    write_mp4(tmp_path / "clips" / "a.mp4", torch.zeros(50, 16, 16, 3, dtype=torch.uint8))
+    write_mp4(tmp_path / "clips" / "a.mp4", torch.zeros(50, 16, 16, 3, dtype=torch.uint8), Fraction(15))
     assert made() and not made()
 
 

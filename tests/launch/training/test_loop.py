@@ -16,10 +16,10 @@ import torch.distributed as dist
 import yaml
 from harness import Pool
 from torch import Tensor
-from training import STATES, cinemesh, in_two_buckets, recipe, start, states
+from training import RATE, STATES, cinemesh, in_two_buckets, recipe, start, states
 
 from cinemesh.data.cache import Sample, collate
-from cinemesh.data.clips import read_frames
+from cinemesh.data.clips import frame_rate, read_frames
 from cinemesh.data.order import Stream, turns
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.cluster.processes import Joined, StopSignal
@@ -27,10 +27,12 @@ from cinemesh.launch.training import checkpoint, showcase
 from cinemesh.launch.training import loop as train
 from cinemesh.launch.training.loop import train_steps
 from cinemesh.launch.training.recipe import check_config
+from cinemesh.launch.training.sample import FRAME_RATE
 from cinemesh.launch.training.setting import Setting
 from cinemesh.launch.training.telemetry import METRICS_FILE, Telemetry, read_metrics
 from cinemesh.launch.training.validation import SEED, Validation
 from cinemesh.model import flow
+from cinemesh.model.codec import BlockDCTCodec
 from cinemesh.model.config import parameters
 from cinemesh.model.inputs import LATENTS, MASK, text_input
 from cinemesh.model.reference import Reference
@@ -371,7 +373,27 @@ def test_a_finished_run_shows_a_clip_of_each_scene(
     assert {path.name for path in folder.iterdir()} == names
     scores = json.loads((folder / showcase.SCORES).read_text())
     assert [score["scene"] for score in scores] == ["left", "right"]
-    assert "left: " in capsys.readouterr().out
+    assert frame_rate(folder / "left.mp4") == frame_rate(folder / "right.mp4") == RATE
+    newest = checkpoint.latest(tmp_path / "run/checkpoints")
+    assert newest and checkpoint.manifest(newest)["note"][FRAME_RATE] == str(RATE)
+    out = capsys.readouterr().out
+    assert "left: " in out and showcase.reading([showcase.Score(**score) for score in scores], BlockDCTCodec()) in out
+
+
+def test_a_contact_sheet_says_why_its_worst_scenes_look_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
+) -> None:
+    """In the picture, which is shown without what was printed beside it."""
+    scores = [showcase.Score(name, db, 0.0, 0.0, 0) for name, db in zip("abcd", (21.0, 17.5, 19.0, 18.0), strict=True)]
+    text = showcase.reading(scores, BlockDCTCodec())
+    assert "so most broken: b (17.5 dB), d (18.0 dB), c (19.0 dB);" in text
+    assert "16 numbers for a block of 8 frames of 8 x 8 pixels" in text
+    written = list[str]()
+    monkeypatch.setattr(showcase, "write_contact_sheet", lambda path, clips, note: written.append(note))
+    cache = (setting := Setting.of(check_config(values, "test"))).open_cache(Joined(0, "cpu", None))
+    train, codec = cache.buckets[0].train, setting.encoding.codec
+    shown = showcase.show(tmp_path / "samples", {"left": codec.decode(train[0].latent)}, train, codec)
+    assert written == [showcase.reading(shown, codec)]
 
 
 def test_a_sampled_clip_is_compared_with_its_own_scene(values: dict[str, Any], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """From a prompt to an mp4 file: the command on one process, and the clips of many prompts under any plan."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import yaml
 from harness import Pool
 from torch import Tensor
 
-from cinemesh.data.clips import read_frames
+from cinemesh.data.clips import frame_rate, read_frames
 from cinemesh.data.text import ByteEncoder
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.cluster.processes import Joined
@@ -102,7 +103,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     fill_shard(runner.buffers["ema"], runner.units, runner.coordinates, probe_values(2))
     for step in (3, 12):
         runner.buffers["counters"].fill_(step)
-        checkpoint.save(Path("run/checkpoints"), runner)
+        checkpoint.save(Path("run/checkpoints"), runner, note={sample.FRAME_RATE: "30000/1001"})
     return path
 
 
@@ -125,7 +126,9 @@ def test_run_writes_the_clip_of_the_weights_that_are_asked_for(
     assert cut == (
         "the prompt is cut: text encoder words takes 5 of its 10 tokens, text encoder letters takes 3 of its 10 tokens"
     )
-    assert begun == "sampling: clips 1 to 1, step 1 (1 of 3)" and told.startswith("wrote out/clip.mp4; next: ")
+    assert begun == "sampling: clips 1 to 1, step 1 (1 of 3)"
+    assert told.startswith("wrote out/clip.mp4 (29.97 frames/s); next: ")
+    assert frame_rate(Path("out/clip.mp4")) == Fraction(30000, 1001)
     assert not out
     assert [path.name for path in Path("out").iterdir()] == ["clip.mp4"]
     frames = read_frames(Path("out/clip.mp4"), 16, 16)
@@ -155,6 +158,21 @@ def test_weights_that_are_the_random_start_are_told(recipe: Path, capsys: pytest
         assert f"the random start still weighs {share} in the average" in capsys.readouterr().err
         call(recipe, weights="master")
         assert "random start" not in capsys.readouterr().err
+
+
+def test_a_rate_that_a_checkpoint_lacks_is_told_and_a_damaged_one_refused(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = Path("run/checkpoints/step-00000012") / checkpoint.MANIFEST
+    written = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**written, "note": {}}))
+    call(recipe)
+    assert "step-00000012 does not say at how many frames/s its clips play: 25\n" in capsys.readouterr().err
+    assert frame_rate(Path("out/clip.mp4")) == 25
+    for damaged in ("fast", "1/0", "0", "-25", "1e9", None, [25]):
+        manifest.write_text(json.dumps({**written, "note": {sample.FRAME_RATE: damaged}}))
+        with pytest.raises(CinemeshError, match=r"step-00000012 .*frames/s"):
+            call(recipe)
 
 
 def test_named_checkpoint_is_used(recipe: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from training import CAPTIONS, recipe
+from training import CAPTIONS, RATE, recipe
 
 from cinemesh.data.clips import read_frames, write_mp4
 from cinemesh.errors import CinemeshError
@@ -286,7 +286,7 @@ def test_every_key_of_a_recipe_is_here() -> None:
 def other_data(clips: Path, folder: Path) -> None:
     """The clip upside down, and other captions, in ``folder``/other."""
     (folder / "other").mkdir()
-    write_mp4(folder / "other" / "a.mp4", read_frames(clips / "a.mp4", 32, 32).flip(1))
+    write_mp4(folder / "other" / "a.mp4", read_frames(clips / "a.mp4", 32, 32).flip(1), RATE)
     (folder / "other" / "captions.yaml").write_text(CAPTIONS.replace("It moves", "They move"))
 
 
