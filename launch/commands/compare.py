@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -19,26 +18,13 @@ from ...perf_model.search.request import Request
 from ..plans import read_plan
 from ..progress import Begin, progress
 from ..tables import new_console, plain_table
-from .explain import heading, request_for, step_values
+from . import reply
+from .explain import heading, played_plan, request_for
+from .reply import Against, CompareReply, Difference, Schema
 
 LEAST = 5e-4  # of the cost of a sample: a smaller difference is shown as none
 # Fields that mean something only together; every other field of a plan is a difference of its own.
 TOGETHER = {"degrees": AXES, "recompute": ("recompute", "recompute_last", "last_blocks")}
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One thing in which a plan differs from the first, and what that alone would cost there.
-
-    ``gain``: GPU seconds of a sample that the first plan would spend more, relative; None where it cannot be changed
-    alone, for the reason ``problem``.
-    """
-
-    name: str
-    before: str
-    after: str
-    gain: float | None
-    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,24 +71,16 @@ def run(  # noqa: PLR0913  the options of the command
             steps.append(evaluator.play_held(plan, of.samples)[0])
         first, others = steps[0], [_beside(evaluator, steps[0], step, begin) for step in steps[1:]]
     if as_json:
-        values = {
-            "model": model,
-            "cluster": requests[0].cluster.name,
-            "predicted": True,
-            "plans": [
-                step_values(request, step) | {"gpus": request.gpus, "gpu_s_per_sample": step.gpu_s_per_sample}
-                for request, step in zip(requests, steps, strict=True)
+        told = CompareReply(
+            schema=Schema(name="compare"),
+            model=model,
+            cluster=requests[0].cluster.name,
+            plans=[played_plan(request, step) for request, step in zip(requests, steps, strict=True)],
+            against_the_first=[
+                Against(gain=other.gain, differences=other.differences, together=other.together) for other in others
             ],
-            "against_the_first": [
-                {
-                    "gain": other.gain,
-                    "differences": [vars(difference) for difference in other.differences],
-                    "together": other.together,
-                }
-                for other in others
-            ],
-        }
-        print(json.dumps(values, indent=1))
+        )
+        print(reply.text(told))
         return
     console = new_console()
     console.print(heading(requests[0]))
@@ -143,8 +121,9 @@ def _difference(evaluator: Evaluator, first: PlayedStep, name: str, values: dict
         samples = first.batch.samples if batch is None else plan.local_batch(batch)
         (step,) = evaluator.play_held(plan, samples)
     except CinemeshError as error:
-        return Difference(name, before, after, None, error.problem)
-    return Difference(name, before, after, step.gpu_s_per_sample / first.gpu_s_per_sample - 1.0)
+        return Difference(name=name, before=before, after=after, gain=None, problem=error.problem)
+    gain = step.gpu_s_per_sample / first.gpu_s_per_sample - 1.0
+    return Difference(name=name, before=before, after=after, gain=gain)
 
 
 def _text(field: str, value: object) -> str:
@@ -163,20 +142,20 @@ def _print_steps(console: Console, requests: list[Request], steps: list[PlayedSt
     console.print()
     names = [str(number) for number in range(1, len(steps) + 1)]
     table = plain_table("", *names, right=names)
-    rows = [step_values(request, step) for request, step in zip(requests, steps, strict=True)]
+    rows = [played_plan(request, step) for request, step in zip(requests, steps, strict=True)]
     table.add_row("GPUs", *(f"{request.gpus:,}" for request in requests))
     table.add_row("samples of a step", *(f"{step.samples:,}" for step in steps))
     table.add_row("step, s", *(_seconds(step.step_s) for step in steps))
-    table.add_row("samples/s", *(f"{row['samples_per_s']:.2f}" for row in rows))
+    table.add_row("samples/s", *(f"{row.samples_per_s:.2f}" for row in rows))
     table.add_row("GPU seconds of a sample", *(_seconds(step.gpu_s_per_sample) for step in steps))
-    table.add_row("MFU", *(f"{row['mfu']:.1%}" for row in rows))
-    table.add_row("HFU", *(f"{row['hfu']:.1%}" for row in rows))
-    table.add_row("peak, GB", *(f"{row['peak_bytes'] / 1e9:.1f}" for row in rows))
-    table.add_row("fits", *("yes" if row["fits"] else "NO" for row in rows))
-    table.add_row("exposed, s", *(_seconds(row["exposed_s"]) for row in rows))
-    terms = dict.fromkeys(name for row in rows for name in row["terms"])
-    for name in sorted(terms, key=lambda name: -max(row["terms"].get(name, 0.0) for row in rows)):
-        table.add_row(f"  {name}, s", *(_seconds(row["terms"].get(name, 0.0)) for row in rows))
+    table.add_row("MFU", *(f"{row.mfu:.1%}" for row in rows))
+    table.add_row("HFU", *(f"{row.hfu:.1%}" for row in rows))
+    table.add_row("peak, GB", *(f"{row.peak_bytes / 1e9:.1f}" for row in rows))
+    table.add_row("fits", *("yes" if row.fits else "NO" for row in rows))
+    table.add_row("exposed, s", *(_seconds(row.exposed_s) for row in rows))
+    terms = dict.fromkeys(name for row in rows for name in row.terms)
+    for name in sorted(terms, key=lambda name: -max(row.terms.get(name, 0.0) for row in rows)):
+        table.add_row(f"  {name}, s", *(_seconds(row.terms.get(name, 0.0)) for row in rows))
     console.print(table)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 
@@ -15,12 +13,14 @@ from ...perf_model.prices.startup import StartUp, start_up
 from ...perf_model.report import explain
 from ...perf_model.report.explain import Sensitivity, describe
 from ...perf_model.search.evaluator import Evaluator
-from ...perf_model.search.planner import survey
+from ...perf_model.search.planner import ERROR_BAR, survey
 from ...perf_model.search.request import LatentBucket, Request
 from ..models import read_model
 from ..plans import read_plan
 from ..progress import Begin, progress
 from ..tables import new_console, plain_table
+from . import reply
+from .reply import Changed, ExplainReply, PlayedPlan, Schema, StartUpCost, Why
 
 DISAGREES = 0.01  # relative difference between the search's step time and the whole step's that is told
 EXPOSED, DUPLICATES = 12, 8  # rows shown
@@ -55,22 +55,30 @@ class Reasons:
         winner, loser = (self.step, self.rival) if self.won else (self.rival, self.step)
         return explain.why_lost(winner, loser)
 
-    def to_dict(self) -> dict[str, Any]:
+    @property
+    def told(self) -> Why:
         """As ``--json`` prints it."""
         step = self.step
-        return {
-            "whole_step_s": self.whole_s,
-            "searched_step_s": self.searched_s,
-            "hfu": explain.hfu(step, self.cluster),
-            "utilisation": explain.utilisation(step),
-            "binds": explain.binds(step),
-            "exposed": [asdict(row) for row in explain.exposures(step) if row.exposed_s > 0],
-            "duplicates": [asdict(row) for row in explain.duplicates(step)],
-            "runner_up": self.against_rival(),
-            "sensitivities": [
-                asdict(row) | {"plan": row.plan.to_dict() if row.plan else None} for row in self.sensitivities
+        return Why(
+            whole_step_s=self.whole_s,
+            searched_step_s=self.searched_s,
+            hfu=explain.hfu(step, self.cluster),
+            utilisation=explain.utilisation(step),
+            binds=explain.binds(step),
+            exposed=[row for row in explain.exposures(step) if row.exposed_s > 0],
+            duplicates=explain.duplicates(step),
+            runner_up=self.against_rival(),
+            sensitivities=[
+                Changed(
+                    change=row.change,
+                    plan=row.plan.to_dict() if row.plan else None,
+                    samples_per_s=row.samples_per_s,
+                    gain=row.gain,
+                    note=row.note,
+                )
+                for row in self.sensitivities
             ],
-        }
+        )
 
     def print(self, console: Console) -> None:
         """As text."""
@@ -118,14 +126,14 @@ def _lines(console: Console, title: str, rows: list[str]) -> None:
             console.print(f"  {row}")
 
 
-def start_up_values(rows: list[StartUp]) -> dict[str, Any]:
+def start_up_cost(rows: list[StartUp]) -> StartUpCost:
     """The communicators that a rank holds, with their bytes and seconds, each and in all."""
-    return {
-        "communicators": len(rows),
-        "bytes": sum(row.bytes for row in rows),
-        "seconds": sum(row.seconds for row in rows),
-        "each": [asdict(row) for row in rows],
-    }
+    return StartUpCost(
+        communicators=len(rows),
+        bytes=sum(row.bytes for row in rows),
+        seconds=sum(row.seconds for row in rows),
+        each=rows,
+    )
 
 
 def print_start_up(console: Console, rows: list[StartUp]) -> None:
@@ -174,17 +182,16 @@ def run(  # noqa: PLR0913  the options of the command
     with progress("explaining", PIECES, silent=as_json) as begin:
         step, reasons = _reasons(request, chosen, begin)
     if as_json:
-        values = {
-            "model": model,
-            "cluster": request.cluster.name,
-            "gpus": request.gpus,
-            "predicted": True,
-            **step_values(request, step),
-            "rival": None if reasons.rival is None else step_values(request, reasons.rival),
-            "why": reasons.to_dict(),
-            "start_up": start_up_values(start_up(chosen, request.cluster)),
-        }
-        print(json.dumps(values, indent=1))
+        told = ExplainReply(
+            schema=Schema(name="explain"),
+            model=model,
+            cluster=request.cluster.name,
+            **vars(played_plan(request, step)),
+            rival=None if reasons.rival is None else played_plan(request, reasons.rival),
+            why=reasons.told,
+            start_up=start_up_cost(start_up(chosen, request.cluster)),
+        )
+        print(reply.text(told))
         return
     console = new_console()
     console.print(heading(request))
@@ -238,24 +245,29 @@ def heading(request: Request) -> str:
     return f"{config.name} on {request.cluster.name}, {shape}. Predicted, not measured."
 
 
-def step_values(request: Request, step: PlayedStep) -> dict[str, Any]:
-    """One step's numbers, as ``--json`` prints them; bytes are of one rank."""
-    memory = step.footprint
-    return {
-        "plan": step.plan.to_dict(),
-        "samples": step.batch.samples,
-        "global_batch": step.samples,
-        "step_s": step.step_s,
-        "samples_per_s": step.samples / step.step_s,
-        "compute_s": step.tape.compute_s,
-        "exposed_s": step.timeline.total_exposed_s,
-        "mfu": explain.mfu(step, request.cluster),
-        "hfu": explain.hfu(step, request.cluster),
-        "peak_bytes": memory.peak_bytes,
-        "limit_bytes": memory.limit_bytes,
-        "fits": memory.peak_bytes <= memory.limit_bytes,
-        "terms": explain.terms(step),
-    }
+def played_plan(request: Request, step: PlayedStep) -> PlayedPlan:
+    """One step's numbers, as ``--json`` prints them."""
+    memory, exposed_s = step.footprint, step.timeline.total_exposed_s
+    return PlayedPlan(
+        plan=step.plan.to_dict(),
+        gpus=step.plan.world_size,
+        samples=step.batch.samples,
+        global_batch=step.samples,
+        step_s=step.step_s,
+        step_s_low=step.step_s * (1.0 - ERROR_BAR),
+        step_s_high=step.step_s * (1.0 + ERROR_BAR),
+        samples_per_s=step.samples / step.step_s,
+        mfu=explain.mfu(step, request.cluster),
+        hfu=explain.hfu(step, request.cluster),
+        compute_s=step.tape.compute_s,
+        exposed_s=exposed_s,
+        exposed_fraction=exposed_s / step.step_s,
+        peak_bytes=memory.peak_bytes,
+        limit_bytes=memory.limit_bytes,
+        fits=memory.peak_bytes <= memory.limit_bytes,
+        gpu_s_per_sample=step.gpu_s_per_sample,
+        terms=explain.terms(step),
+    )
 
 
 def summary_line(request: Request, step: PlayedStep) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +31,9 @@ from ..plans import SUFFIXES, held_fields
 from ..progress import Begin, each, progress
 from ..tables import new_console, plain_table
 from ..written import command, wrote
-from .explain import Reasons, start_up_values
+from . import reply
+from .explain import Reasons, start_up_cost
+from .reply import PaperStage, PlanReply, RankedPlan, Refused, Schema
 
 NUMBERS = (
     "batch",
@@ -112,32 +113,20 @@ def run(  # noqa: PLR0913  the options of the command
         with progress("tuning", len(found.choices), silent=as_json) as begin:
             found = tuned(request, found, lambda choices: each(choices, begin, lambda choice: describe(choice.plan)))
     flops = explain.mean_sample_flops(request)
-    values = {
-        "model": model,
-        "cluster": request.cluster.name,
-        "gpus": gpus,
-        "predicted": True,
-        "best": _choice(found.best) | {"mfu": explain.mfu_of(request, found.best, flops)},
-        "ranked": [_choice(choice) for choice in found.choices],
-        "near_ties": [_choice(choice) for choice in found.near_ties()],
-        "refused": [refusal.to_dict() for refusal in found.refused],
-        "played": found.played,
-        "bounded": found.bounded,
-        "start_up": start_up_values(start_up(found.best.plan, request.cluster)),
-    }
+    told = _reply(model, request, found, flops)
     console = new_console()
     if not as_json:
         _print_search(console, request, found, flops)
     if paper:
         with progress("the paper's plans", len(STAGES), silent=as_json) as begin:
             rows = paper_rows(request, begin)
-        values["paper"] = rows
+        told = replace(told, paper=rows)
         if not as_json:
             _print_paper(console, rows)
     if explain_it:
         with progress("explaining", explain.CHANGES + 1, silent=as_json) as begin:
             why = _why(request, found, begin)
-        values["why"] = why.to_dict()
+        told = replace(told, why=why.told)
         if not as_json:
             why.print(console)
     if out is not None:
@@ -153,7 +142,7 @@ def run(  # noqa: PLR0913  the options of the command
             write(report, request, found, begin)
         wrote(report / PAGE, f"open it in a browser, and {report / TRACE} at https://ui.perfetto.dev")
     if as_json:
-        print(json.dumps(values, indent=1))
+        print(reply.text(told))
 
 
 def _buckets(latents: list[str]) -> tuple[LatentBucket, ...]:
@@ -175,25 +164,59 @@ def _bucket(text: str) -> LatentBucket:
 # -- as data ----------------------------------------------------------------------------------------------------------
 
 
-def _choice(choice: PricedPlan) -> dict[str, object]:
-    return {
-        "plan": choice.plan.to_dict(),
-        "samples": choice.samples,
-        "global_batch": choice.global_batch,
-        "step_s": choice.step_s,
-        "step_s_from": choice.timed.name.lower(),
-        "samples_per_s": choice.samples_per_s,
-        "compute_s": choice.compute_s,
-        "step_s_error": choice.step_s * ERROR_BAR,
-        "bound_s": choice.bound_s,
-        "peak_bytes": choice.peak_bytes,
-        "sharded_encoders": list(choice.frozen.sharded) if choice.frozen else [],
-    }
+def _reply(model: str, request: Request, found: Search, flops: float) -> PlanReply:
+    ties = {id(choice) for choice in found.near_ties()}
+    return PlanReply(
+        schema=Schema(name="plan"),
+        model=model,
+        cluster=request.cluster.name,
+        gpus=request.gpus,
+        plans=[_ranked(request, choice, flops) for choice in found.choices],
+        refused=[
+            Refused(
+                **refusal.family._asdict(),
+                kind=refusal.kind,
+                reason=refusal.reason,
+                needs_bytes=refusal.needs_bytes,
+                free_bytes=refusal.free_bytes,
+            )
+            for refusal in found.refused
+        ],
+        near_ties=[place for place, choice in enumerate(found.choices) if id(choice) in ties],
+        near=found.error,
+        played=found.played,
+        bounded=found.bounded,
+        start_up=start_up_cost(start_up(found.best.plan, request.cluster)),
+    )
 
 
-def paper_rows(request: Request, begin: Begin = lambda _: None) -> list[dict[str, object]]:
+def _ranked(request: Request, choice: PricedPlan, flops: float) -> RankedPlan:
+    """A plan of a table; ``flops``: the model's, of a sample."""
+    return RankedPlan(
+        plan=choice.plan.to_dict(),
+        gpus=choice.plan.world_size,
+        samples=choice.samples,
+        global_batch=choice.global_batch,
+        step_s=choice.step_s,
+        step_s_low=choice.step_s * (1.0 - ERROR_BAR),
+        step_s_high=choice.step_s * (1.0 + ERROR_BAR),
+        samples_per_s=choice.samples_per_s,
+        mfu=explain.mfu_of(request, choice, flops),
+        hfu=explain.hfu_of(request, choice),
+        compute_s=choice.compute_s,
+        exposed_s=choice.exposed_s,
+        exposed_fraction=choice.exposed_fraction,
+        peak_bytes=choice.peak_bytes,
+        limit_bytes=request.cluster.memory.usable_bytes,
+        step_s_from=choice.timed.name.lower(),
+        bound_s=choice.bound_s,
+        sharded_encoders=list(choice.frozen.sharded) if choice.frozen else [],
+    )
+
+
+def paper_rows(request: Request, begin: Begin = lambda _: None) -> list[PaperStage]:
     """The plans of Table 3 beside the best for the same samples and GPUs."""
-    rows: list[dict[str, object]] = []
+    rows: list[PaperStage] = []
     for stage in STAGES:
         begin(stage.name)
         asked = replace(
@@ -206,15 +229,16 @@ def paper_rows(request: Request, begin: Begin = lambda _: None) -> list[dict[str
         )
         theirs = search(replace(asked, fixed=stage.fixed)).best
         ours = search(asked).best
+        flops = explain.mean_sample_flops(asked)
         rows.append(
-            {
-                "stage": stage.name,
-                "tokens": request.config.tokens(stage.latent),
-                "gpus": stage.gpus,
-                "paper": _choice(theirs),
-                "best": _choice(ours),
-                "best_over_paper": ours.samples_per_s / theirs.samples_per_s,
-            }
+            PaperStage(
+                stage=stage.name,
+                tokens=request.config.tokens(stage.latent),
+                gpus=stage.gpus,
+                paper=_ranked(asked, theirs, flops),
+                best=_ranked(asked, ours, flops),
+                best_over_paper=ours.samples_per_s / theirs.samples_per_s,
+            )
         )
     return rows
 
@@ -255,7 +279,7 @@ def _print_search(console: Console, request: Request, found: Search, flops: floa
             f"{choice.step_s:.3f} ±{choice.step_s * ERROR_BAR:.2g}",
             f"{choice.samples_per_s:.1f}",
             f"{explain.mfu_of(request, choice, flops):.1%}",
-            f"{choice.exposed:.1%}",
+            f"{choice.beside_compute:.1%}",
             f"{choice.peak_bytes / 1e9:.1f}",
         )
     console.print(table)
@@ -282,23 +306,19 @@ def _telling(refused: list[Refusal]) -> list[Refusal]:
     return list(kinds.values())
 
 
-def _print_paper(console: Console, rows: list[dict[str, object]]) -> None:
+def _print_paper(console: Console, rows: list[PaperStage]) -> None:
     columns = ("stage", "tokens", "GPUs", "paper's plan", "its step s", "best", "step s", "gain")
     table = plain_table(*columns, right=NUMBERS, breaks=("paper's plan", "best"))
     for row in rows:
-        theirs, ours = row["paper"], row["best"]
-        assert isinstance(theirs, dict) and isinstance(ours, dict)
-        gain = row["best_over_paper"]
-        assert isinstance(gain, float)
         table.add_row(
-            str(row["stage"]),
-            f"{row['tokens']:,}",
-            f"{row['gpus']:,}",
-            describe(Plan.from_dict(theirs["plan"])),
-            f"{theirs['step_s']:.3f}",
-            describe(Plan.from_dict(ours["plan"])),
-            f"{ours['step_s']:.3f}",
-            f"{gain - 1:+.1%}",
+            row.stage,
+            f"{row.tokens:,}",
+            f"{row.gpus:,}",
+            describe(Plan.from_dict(row.paper.plan)),
+            f"{row.paper.step_s:.3f}",
+            describe(Plan.from_dict(row.best.plan)),
+            f"{row.best.step_s:.3f}",
+            f"{row.best_over_paper - 1:+.1%}",
         )
     console.print()
     console.print(table)

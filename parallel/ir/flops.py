@@ -16,19 +16,23 @@ def model_flops(program: Program) -> int:
     Counted on global shapes, so what several ranks do alike counts once. Recompute does not count, nor do the scores
     that attention's backward makes again, nor element-wise work.
     """
-    forward = (op for op in _products(program) if op.place.phase is Phase.FORWARD and not op.clone)
+    products = (op for record in program.ops for op in _products(record))
+    forward = (op for op in products if op.place.phase is Phase.FORWARD and not op.clone)
     return 3 * sum(OPS[op.kind].flops_of(_whole(program, op)) for op in forward)
 
 
 def hardware_flops(program: Program) -> int:
     """Of the matrix products that one rank runs: recompute, and work that several ranks do alike, counted."""
-    return sum(program.flops(op) for op in _products(program))
+    return sum(record_flops(program, record) for record in program.ops)
 
 
-def _products(program: Program) -> Iterator[Op]:
-    """Records of matrix products, those within a fused one too."""
-    for record in program.ops:
-        yield from (op for op in record.parts if op.kind in OPS and OPS[op.kind].is_product)
+def record_flops(program: Program, record: Op) -> int:
+    """Of one record's matrix products, those within a fused one too."""
+    return sum(program.flops(op) for op in _products(record))
+
+
+def _products(record: Op) -> Iterator[Op]:
+    yield from (op for op in record.parts if op.kind in OPS and OPS[op.kind].is_product)
 
 
 def _whole(program: Program, op: Op) -> Operands:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ...model.config import ModelConfig
 from ...model.inputs import BatchShape
 from ...model.step import build_step
+from ...parallel.ir.flops import hardware_flops
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.passes.pipeline import prepare
@@ -33,6 +34,11 @@ class PlayedStep:
     def samples(self) -> int:
         """Of the step, on all ranks."""
         return self.batch.samples * self.plan.data_ranks * self.plan.micro_batches
+
+    @property
+    def hardware_flops(self) -> int:
+        """Of the matrix products that one rank runs."""
+        return hardware_flops(self.program)
 
     @property
     def gpu_s_per_sample(self) -> float:

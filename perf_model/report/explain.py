@@ -12,7 +12,7 @@ from ...model.inputs import BatchShape
 from ...model.step import build_step
 from ...parallel.ir.communicators import communicator
 from ...parallel.ir.fields import AXES, Overlap
-from ...parallel.ir.flops import hardware_flops, model_flops
+from ...parallel.ir.flops import model_flops
 from ...parallel.ir.knobs import knobs, written
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.records import Op, Phase
@@ -52,6 +52,12 @@ def mfu_of(request: Request, choice: PricedPlan, flops: float) -> float:
     return flops * choice.samples_per_s / (request.gpus * peak)
 
 
+def hfu_of(request: Request, choice: PricedPlan) -> float:
+    """HFU of a plan of the table."""
+    peak = request.cluster.gpu.peak_flops[choice.plan.compute_dtype]
+    return choice.hardware_flops / (choice.step_s * peak)
+
+
 def mfu(whole: PlayedStep, cluster: Cluster) -> float:
     """Model FLOPs over what the GPUs could do in the step."""
     return model_flops(whole.program) / (
@@ -60,7 +66,7 @@ def mfu(whole: PlayedStep, cluster: Cluster) -> float:
 
 
 def hfu(whole: PlayedStep, cluster: Cluster) -> float:
-    return hardware_flops(whole.program) / (whole.step_s * cluster.gpu.peak_flops[whole.plan.compute_dtype])
+    return whole.hardware_flops / (whole.step_s * cluster.gpu.peak_flops[whole.plan.compute_dtype])
 
 
 # -- exposed communication --------------------------------------------------------------------------------------------

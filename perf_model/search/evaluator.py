@@ -31,10 +31,14 @@ BOUND_SLACK = 0.005  # relative: the bounds are of programs that serve many plan
 
 @dataclass(frozen=True)
 class PlanCost:
-    """Of one step: mean seconds over the buckets by weight, encoders and stragglers included; bytes of one rank."""
+    """Of one step: mean seconds over the buckets by weight, encoders and stragglers included; bytes of one rank.
+
+    ``exposed_s``: of those, the seconds in which compute waits for collectives.
+    """
 
     step_s: float
     compute_s: float
+    exposed_s: float
     peak_bytes: int
 
 
@@ -82,11 +86,17 @@ class Evaluator:
         """Seconds and bytes of a step, from its few blocks, or from all where these do not tell."""
         self.priced += 1
         try:
-            priced = [step.price(built.plan) for step in built.steps]
+            return self._extrapolated(built)
         except NotSteady:
             return self.cost_of(self.play(built.plan, built.samples, built.held))
-        step_s, compute_s = self.mean(p.step_s for p in priced), self.mean(p.compute_s for p in priced)
-        return PlanCost(self._whole_s(built.plan, step_s, built.held), compute_s, self.peak_bytes(built))
+
+    def _extrapolated(self, built: BuiltPlan) -> PlanCost:
+        """From a plan's few blocks. Raises NotSteady where these do not tell."""
+        priced = [step.price(built.plan) for step in built.steps]
+        step_s, compute_s, exposed_s = (
+            self.mean(getattr(p, name) for p in priced) for name in ("step_s", "compute_s", "exposed_s")
+        )
+        return PlanCost(self._whole_s(built.plan, step_s, built.held), compute_s, exposed_s, self.peak_bytes(built))
 
     def settled(self, choice: PricedPlan) -> PricedPlan:
         """A plan priced by its own program: within 0.1 % of the whole step played, or by that play.
@@ -98,11 +108,11 @@ class Evaluator:
             few = (FewBlocks.proven(config, plan, batch) for batch in self._batches(plan, choice.samples))
             steps = tuple(Extrapolation(one, plan, self.models) for one in few)
             built = BuiltPlan(plan, choice.samples, steps, choice.frozen)
-            priced = [step.price(plan) for step in steps]
-            whole_s = self._whole_s(plan, self.mean(p.step_s for p in priced), choice.frozen)
-            cost = PlanCost(whole_s, self.mean(p.compute_s for p in priced), self.peak_bytes(built))
+            cost, flops = self._extrapolated(built), self.mean(step.hardware_flops(plan) for step in steps)
         except NotSteady:
-            timed, cost = Timed.PLAYED, self.cost_of(self.play(plan, choice.samples, choice.frozen))
+            whole = self.play(plan, choice.samples, choice.frozen)
+            timed, cost = Timed.PLAYED, self.cost_of(whole)
+            flops = self.mean(step.hardware_flops for step in whole)
         if choice.bound_s > cost.step_s * (1.0 + BOUND_SLACK):
             warnings.warn(
                 f"{plan.to_text()}: a step of {cost.step_s:.4g} s was taken to be {choice.bound_s:.4g} s at least: the "
@@ -113,7 +123,9 @@ class Evaluator:
             choice,
             step_s=cost.step_s,
             compute_s=cost.compute_s,
+            exposed_s=cost.exposed_s,
             peak_bytes=cost.peak_bytes,
+            hardware_flops=flops,
             timed=timed,
             searched_s=choice.step_s,
         )
@@ -145,6 +157,7 @@ class Evaluator:
         return PlanCost(
             self.mean(step.step_s for step in steps),
             self.mean(step.tape.compute_s for step in steps),
+            self.mean(step.timeline.total_exposed_s for step in steps),
             max(step.footprint.peak_bytes for step in steps),
         )
 

@@ -27,15 +27,16 @@ from ..prices.network import Cost, Group, Groups, group_of
 from ..prices.timeline import FUSE, ISSUE, WAIT, Record, Tape, cost_of, late_on, price
 from .few_blocks import FewBlocks, blocks_of
 from .peak import Peak
-from .unroll import Stretches, Unrolled, unrolled_s
+from .unroll import Stretches, Unrolled, play_unrolled
 
 
 @dataclass(frozen=True)
 class StepPrice:
-    """Seconds of a whole step without stragglers and encoders, and of its compute alone."""
+    """Seconds of a whole step without stragglers and encoders, of its compute alone, and of its waiting."""
 
     step_s: float
     compute_s: float
+    exposed_s: float
 
 
 @dataclass(frozen=True)
@@ -199,13 +200,20 @@ class Extrapolation:
         deep = blocks_of(plan, self.few.config.layers)
         short = [few - n for few, n in zip(self.built, deep, strict=True)]
         if max(short) <= 0:
-            return StepPrice(unrolled_s(tape, self.stretches, unrolled), compute_s)
+            step_s, exposed_s = play_unrolled(tape, self.stretches, unrolled)
+            return StepPrice(step_s, compute_s, exposed_s)
         least = max(self.built[1], 1) if short[1] > 0 else plan.last_blocks - short[0]
         more = 1 if short[1] > 0 else -1
         at, beyond = (
-            unrolled_s(tape, self.stretches, self.unrolled(replace(plan, last_blocks=n))) for n in (least, least + more)
+            play_unrolled(tape, self.stretches, self.unrolled(replace(plan, last_blocks=n)))
+            for n in (least, least + more)
         )
-        return StepPrice(at + max(short) * (at - beyond), compute_s)
+        step_s, exposed_s = (one + max(short) * (one - other) for one, other in zip(at, beyond, strict=True))
+        return StepPrice(step_s, compute_s, max(exposed_s, 0.0))
+
+    def hardware_flops(self, plan: Plan) -> int:
+        """Of the matrix products that one rank runs in the whole step."""
+        return self.unrolled(plan).hardware_flops(self.program)
 
     # -- time, bounded --------------------------------------------------------------------------------------------
 

@@ -282,6 +282,7 @@ class _Frontier:
             compute_s=cost.compute_s,
             bound_s=variant.bound_s,
             peak_bytes=cost.peak_bytes,
+            exposed_s=cost.exposed_s,
             global_batch=family.global_batch,
             frozen=built.held,
         )

@@ -78,13 +78,3 @@ class Refusal:
                 return f"takes {least}{1.0 + self.slower:.1f} times as long for a sample as the last plan shown"
             return f"{least}{self.slower:.1%} slower for a sample than the last plan shown"
         return self.rule
-
-    def to_dict(self) -> dict[str, object]:
-        """As ``cinemesh plan --json`` prints it."""
-        return {
-            "family": str(self.family),
-            "kind": self.kind.value,
-            "reason": self.reason,
-            "needs_bytes": self.needs_bytes,
-            "free_bytes": self.free_bytes,
-        }

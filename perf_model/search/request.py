@@ -56,7 +56,9 @@ class Timed(StrEnum):
 class PricedPlan:
     """One plan with its price. ``step_s`` is the mean over the buckets by weight; bytes are of one rank.
 
-    ``searched_s``: what the search took for it before its own program was priced.
+    ``exposed_s``: of the step, the seconds in which compute waits for collectives. ``hardware_flops``: of the matrix
+    products of one rank's step, 0 until its own program was priced. ``searched_s``: what the search took for the step
+    before that.
     """
 
     plan: Plan
@@ -66,6 +68,8 @@ class PricedPlan:
     bound_s: float
     peak_bytes: int
     global_batch: int
+    exposed_s: float = 0.0
+    hardware_flops: float = 0.0
     frozen: FrozenCost | None = None
     timed: Timed = Timed.SHARED
     searched_s: float = 0.0
@@ -75,9 +79,14 @@ class PricedPlan:
         return self.global_batch / self.step_s
 
     @property
-    def exposed(self) -> float:
+    def beside_compute(self) -> float:
         """Share of the step that compute alone does not explain."""
         return 1.0 - self.compute_s / self.step_s
+
+    @property
+    def exposed_fraction(self) -> float:
+        """Share of the step in which compute waits for collectives."""
+        return self.exposed_s / self.step_s
 
     @property
     def family(self) -> FamilyKey:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from ...kernels.ops import OPS
 from ...parallel.ir.communicators import communicator
+from ...parallel.ir.flops import record_flops
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import Op, Phase
 from ..prices.timeline import COMPUTE, FUSE, ISSUE, Player, Record, Tape
@@ -45,6 +46,10 @@ class Unrolled:
 
     loops: tuple[Loop, ...]
     counts: list[int]
+
+    def hardware_flops(self, program: Program) -> int:
+        """Of the matrix products that one rank runs in the whole step; ``program``: the one unrolled."""
+        return sum(n * record_flops(program, op) for n, op in zip(self.counts, program.ops, strict=True))
 
 
 class Stretches:
@@ -199,12 +204,12 @@ def _count(loops: Sequence[Loop], counts: list[int], times: int) -> None:
 # -- playing it -------------------------------------------------------------------------------------------------------
 
 
-def unrolled_s(tape: Tape, stretches: Stretches, unrolled: Unrolled) -> float:
-    """Seconds of the whole step. See [Note: steady]."""
+def play_unrolled(tape: Tape, stretches: Stretches, unrolled: Unrolled) -> tuple[float, float]:
+    """Seconds of the whole step, and those in which compute waits for collectives. See [Note: steady]."""
     run = _Run(tape, stretches)
     run.stretch(0, len(tape.records), unrolled.loops)
     run.player.drain()
-    return run.player.now
+    return run.player.now, run.exposed_s
 
 
 State = tuple[list[tuple[Record, float, float]], list[Record]]
@@ -218,6 +223,7 @@ class _Run:
         self.player = Player(tape)
         self.open: list[deque[int]] = [deque() for _ in range(max(self.lines, default=-1) + 1)]
         self.issued = 0
+        self.exposed_s = 0.0
 
     def stretch(self, begin: int, end: int, loops: Sequence[Loop]) -> None:
         for loop in loops:
@@ -238,22 +244,24 @@ class _Run:
                 player.issue(self.issued, record)
             elif record.kind == FUSE:
                 self.issued += 1
-                player.fused(self.issued, record)
+                self.exposed_s += player.fused(self.issued, record)[1]
             else:
-                waiting = self.open[self.lines[i]]
+                waiting, reached = self.open[self.lines[i]], player.now
                 while len(waiting) > self.still[i]:  # at the end of the step: as many more as blocks were left out
                     player.wait(waiting.popleft())
+                self.exposed_s += player.now - reached
 
     def _loop(self, loop: Loop) -> None:
-        before, took = None, 0.0
+        before, took, waited = None, 0.0, 0.0
         for left in range(loop.times, 0, -1):
             state = self._state()
             if before is not None and _alike(before, state, AGAIN * took):
                 self.player.now += left * took
+                self.exposed_s += left * waited
                 return
-            begun, before = self.player.now, state
+            begun, exposed, before = self.player.now, self.exposed_s, state
             self.stretch(loop.begin, loop.end, loop.inner)
-            took = self.player.now - begun
+            took, waited = self.player.now - begun, self.exposed_s - exposed
 
     def _state(self) -> State:
         flights = [(flight.record, flight.latency, flight.transfer) for flight in self.player.flights]

@@ -57,7 +57,7 @@ def test_communicators_are_told_with_their_bytes_and_seconds(
     monkeypatch.setattr(gc, "disable", lambda: None)
     monkeypatch.setattr(explain, "sensitivities", lambda *_: iter(()))
     values = json.loads(printed(capsys, fix="cp=2,unit_ctas=4", as_json=True))
-    plan, told = Plan.from_dict(values["best"]["plan"]), values["start_up"]
+    plan, told = Plan.from_dict(values["plans"][0]["plan"]), values["start_up"]
     assert plan.unit_ctas == 4
     assert told["each"] == [asdict(row) for row in start_up(plan, load("grand-teton-h100"))]
     assert told["communicators"] == len(held(plan))
@@ -98,7 +98,7 @@ def test_the_plan_that_is_written_is_read_and_checked_as_the_line_on_stderr_says
     asked = ["--model=tiny-video", "--gpus=4", "--top=1", f"--out={out}", "--json"]
     done = CliRunner().invoke(app, ["plan", *asked])
     assert done.exit_code == 0, done.output
-    assert Plan.from_yaml(out.read_text()).to_dict() == json.loads(done.stdout)["best"]["plan"]
+    assert Plan.from_yaml(out.read_text()).to_dict() == json.loads(done.stdout)["plans"][0]["plan"]
     line = done.stderr.splitlines()[-1]
     head, told, train = (part.strip() for part in re.split("; next:|, then ", line))
     assert head == f"wrote {out}" and train == f"cinemesh train CONFIG --plan '{out}'"

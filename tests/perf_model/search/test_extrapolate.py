@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cinemesh.model.config import preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.model.step import build_step, unit_layout
+from cinemesh.parallel.ir.flops import hardware_flops
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.footprint import outside
@@ -51,6 +52,8 @@ def test_a_few_blocks_say_what_the_whole_48_layers_take(plan: Plan) -> None:
     deep = play_step(BIG, plan, BatchShape(1, LATENT), CLUSTER)
     assert priced.step_s == pytest.approx(deep.timeline.step_s, rel=OWN)
     assert priced.compute_s == pytest.approx(deep.tape.compute_s, rel=1e-3)
+    assert priced.exposed_s == pytest.approx(deep.timeline.total_exposed_s, abs=OWN * deep.timeline.step_s)
+    assert step.hardware_flops(plan) == hardware_flops(deep.program)
     own = deep.footprint.peak_bytes - sum(deep.footprint.by_class.get(name, 0) for name in outside(CLUSTER, plan))
     # 100 MB of 66 GB: where the order differs, one gathered K or V may live a little longer.
     assert step.peak_bytes(plan) == pytest.approx(own, abs=1e8)
@@ -76,6 +79,7 @@ def test_sums_that_queue_behind_compute_are_all_waited_for() -> None:
     assert deep.timeline.step_s > 2 * deep.tape.compute_s
     priced = Extrapolation(FewBlocks.proven(BIG, plan, batch), plan, PriceModels.of(slow)).price(plan)
     assert priced.step_s == pytest.approx(deep.timeline.step_s, rel=OWN)
+    assert priced.exposed_s == pytest.approx(deep.timeline.total_exposed_s, rel=OWN)
 
 
 ANY_PLAN = st.tuples(

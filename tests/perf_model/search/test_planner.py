@@ -101,7 +101,7 @@ def test_planning_6144_gpus_loads_no_torch_and_fits_in_200_mb() -> None:
     assert int(resident) * 1024 <= 200e6
     found = json.loads(ran.stdout)
     assert found["predicted"] is True
-    assert found["best"]["plan"]["dtype"] == "bf16"
+    assert found["plans"][0]["plan"]["dtype"] == "bf16"
 
 
 def test_derived_flops_agree_with_the_papers_shapes() -> None:

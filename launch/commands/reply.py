@@ -1,0 +1,200 @@
+"""What ``plan``, ``explain`` and ``compare`` print with ``--json``: every key, its type and its meaning (torch-free).
+
+A reply is made of these records and printed by ``text``, so that no key is forgotten, added or moved without a change
+here. ``docs/json.md`` shows them; ``tests/launch/commands/test_reply.py`` writes that page and holds replies to them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+from ...perf_model.prices.startup import StartUp
+from ...perf_model.report.explain import Duplicate, Exposure
+
+VERSION = (
+    1  # one more where a key goes, changes its meaning, its type or its place; a new key may come behind the others
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schema:
+    """What a reply follows."""
+
+    name: Annotated[str, "the command: `plan`, `explain` or `compare`"]
+    version: Annotated[int, "changes where a key goes or changes its meaning, type or place"] = VERSION
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heading:
+    """What every reply begins with."""
+
+    schema: Schema
+    model: Annotated[str, "as it was asked for: a preset or a file"]
+    cluster: str
+    predicted: Annotated[bool, "true: no time here was measured"] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class PricedStep:
+    """A plan and its step. Over several latents, times are the mean by weight. Bytes are of one rank."""
+
+    plan: Annotated[dict[str, Any], "every field of the plan, as its YAML file has them"]
+    gpus: int
+    samples: Annotated[int, "of one micro-batch on one data rank"]
+    global_batch: Annotated[int, "samples of a step"]
+    step_s: Annotated[float, "seconds of a step"]
+    step_s_low: Annotated[float, "lower end of the error bar"]
+    step_s_high: Annotated[float, "upper end of the error bar"]
+    samples_per_s: float
+    mfu: Annotated[float, "model FLOPs over what the GPUs' peak would do in the step; recompute does not count"]
+    hfu: Annotated[float, "FLOPs that run, recompute and duplicates too, over the same"]
+    compute_s: Annotated[float, "seconds of the step's kernels alone"]
+    exposed_s: Annotated[float, "seconds in which compute waits for collectives"]
+    exposed_fraction: Annotated[float, "`exposed_s` over `step_s`"]
+    peak_bytes: Annotated[int, "most that is held at once"]
+    limit_bytes: Annotated[float, "what there is"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedPlan(PricedStep):
+    """A plan of the table."""
+
+    step_s_from: Annotated[
+        str, "`steady`: blocks that are shown to repeat, until nothing changes; `played`: every record"
+    ]
+    bound_s: Annotated[float, "seconds that the search took for a lower bound of the step"]
+    sharded_encoders: Annotated[list[str], "frozen encoders that are sharded, not replicated"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlayedPlan(PricedStep):
+    """A plan whose every record was played."""
+
+    fits: Annotated[bool, "whether `peak_bytes` are within `limit_bytes`"]
+    gpu_s_per_sample: Annotated[float, "GPU seconds of one sample: what plans of any batch compare by"]
+    terms: Annotated[dict[str, float], "seconds that add up to `step_s`"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """A family of plans that is not in the table."""
+
+    tp: int
+    cp: int
+    samples: int
+    micro_batches: int
+    kind: Annotated[str, "`divides`, `placement`, `memory`, or `slower`: it fits, behind those shown"]
+    reason: Annotated[str, "a sentence with the numbers"]
+    needs_bytes: Annotated[float, "of one rank at least; 0 unless `memory`"]
+    free_bytes: Annotated[float, "what there is of them; 0 unless `memory`"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperStage:
+    """A stage of the paper's Table 3: its plan, and the best for as many GPUs and samples a rank."""
+
+    stage: str
+    tokens: int
+    gpus: int
+    paper: RankedPlan
+    best: RankedPlan
+    best_over_paper: Annotated[float, "samples/s of the best over those of the paper's plan"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changed:
+    """What would be if one thing were different."""
+
+    change: str
+    plan: Annotated[dict[str, Any] | None, "the plan that then is best, null where none fits"]
+    samples_per_s: float
+    gain: Annotated[float, "samples/s more, relative"]
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Why:
+    """Why a plan takes as long as it does."""
+
+    whole_step_s: Annotated[float, "seconds of the step, every record played"]
+    searched_step_s: Annotated[float | None, "as the table has it, null where there was no search for it"]
+    hfu: float
+    utilisation: Annotated[dict[str, float], "share of the step in which compute, and each communicator, is busy"]
+    binds: list[str]
+    exposed: list[Exposure]
+    duplicates: list[Duplicate]
+    runner_up: Annotated[list[str], "term by term, where the slower of plan and rival spends more"]
+    sensitivities: list[Changed]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartUpCost:
+    """The communicators that a rank makes before its first step, in all and each."""
+
+    communicators: int
+    bytes: int
+    seconds: float
+    each: list[StartUp]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanReply(Heading):
+    """`cinemesh plan --json`."""
+
+    gpus: Annotated[int, "that were asked for"]
+    plans: Annotated[list[RankedPlan], "the best first, by samples/s"]
+    refused: list[Refused]
+    near_ties: Annotated[list[int], "places in `plans` (0 is the best) that cannot be told from the best one"]
+    near: Annotated[float, "the relative difference below which plans are near-ties"]
+    played: Annotated[int, "plans priced"]
+    bounded: Annotated[int, "plans for which a lower bound was enough"]
+    start_up: Annotated[StartUpCost, "of the best plan"]
+    paper: Annotated[list[PaperStage] | None, "with `--paper`"] = None
+    why: Annotated[Why | None, "of the best plan, with `--explain`"] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainReply(PlayedPlan, Heading):
+    """`cinemesh explain --json`: one plan, whole."""
+
+    rival: Annotated[PlayedPlan | None, "the plan that lost to it, or that it loses to"]
+    why: Why
+    start_up: StartUpCost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One thing in which a plan differs from the first, and what that alone would cost there."""
+
+    name: str
+    before: str
+    after: str
+    gain: Annotated[float | None, "GPU seconds of a sample more, relative; null where it cannot be changed alone"]
+    problem: Annotated[str, "why it cannot"] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Against:
+    """A plan against the first one."""
+
+    gain: Annotated[float, "GPU seconds of a sample more, relative"]
+    differences: list[Difference]
+    together: Annotated[float, "what of `gain` the differences one by one do not explain"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareReply(Heading):
+    """`cinemesh compare --json`."""
+
+    plans: Annotated[list[PlayedPlan], "as they were named"]
+    against_the_first: Annotated[list[Against], "of every other plan"]
+
+
+REPLIES = (PlanReply, ExplainReply, CompareReply)
+
+
+def text(reply: Heading) -> str:
+    """A reply as JSON."""
+    return json.dumps(asdict(reply), indent=1)
