@@ -2,18 +2,21 @@
 
     python tests/benchmarks/mutation.py WORK [--count N] [--seed S] [--revision R]
     python tests/benchmarks/mutation.py NEW --again WORK        what survived in WORK, against a later revision
+    python tests/benchmarks/mutation.py WORK --reach            first, for later trials: which tests run which lines
     python tests/benchmarks/mutation.py WORK --report FILE      what WORK holds, as the result that is committed
 
 WORK is a folder outside the repository; it gets a copy of revision R, and only the copy is ever changed. A mutant
-(``mutants.py``) is run against the tests near its file (``nearness.py``), until one fails or a budget of CPU time is
-spent; every verdict is written at once to WORK/results.jsonl. A mutant with which its module cannot be imported is
-not counted. Verdicts: ``killed`` by the test named, which passes without the change; ``hung`` in it; ``survived``.
+(``mutants.py``) is run against the tests that run its line (``reach.py``; where WORK does not say, those near its
+file, ``nearness.py``), until one fails or a budget of CPU time is spent; every verdict is written at once to
+WORK/results.jsonl. A mutant with which its module cannot be imported is not counted. Verdicts: ``killed`` by the
+test named, which passes without the change; ``hung`` in it; ``survived``.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -35,9 +38,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.mutants import Mutant, draw
+from benchmarks.mutants import FOLDERS, Mutant, draw
 from benchmarks.nearness import rank
-from benchmarks.trial import OPTIONS, Log, Tests, Untimed, fresh, runs_later, swap
+from benchmarks.reach import Reach, Watched, block_of, order
+from benchmarks.trial import OPTIONS, Log, Tests, Untimed, file_of, fresh, runs_later, swap
 
 ROOT = Path(__file__).parents[2]
 COUNT, SEED = 200, 11
@@ -45,6 +49,7 @@ BUDGET_S = 60.0  # CPU seconds of a mutant, all its processes
 STUCK_S = 240.0  # in which no process could run: the pool gives up after 120
 STUCK_SHARE = 0.75  # of the budget: a test that runs so long when it ends
 FILES = 12  # test files that a fresh process collects
+TESTS = 200  # or tests
 POLL_S = 0.2
 
 
@@ -117,6 +122,7 @@ class Trials:
         self.work, self.mutants, self.count, self.budget_s = work, mutants, count, budget_s
         self.copy = work / "copy"
         self.results = work / "results.jsonl"
+        self.reaches = Reach.read(work / "reach.jsonl")
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """In place of running the tests."""
@@ -136,20 +142,31 @@ class Trials:
 
     def verdict(self, mutant: Mutant, items: Sequence[pytest.Item]) -> Result:
         """Of the nearest tests."""
-        files = {item.nodeid.partition("::")[0] for item in items}
-        order = sorted(files, key=lambda test: (*rank(self.copy, mutant.file, test), test))
-        near = sorted(items, key=lambda item: order.index(item.nodeid.partition("::")[0]))
         path = self.copy / mutant.file
         source = path.read_bytes()
+        near, named = self.nearest(mutant, source, items)
         change(path, mutant.of(source))
         try:
             later = runs_later(source, mutant)
-            result = self.warm(mutant, source, near) if later else self.cold(mutant, order[:FILES])
+            result = self.warm(mutant, source, near) if later and near else self.cold(mutant, named)
             if later and not result.reached and result.verdict == "survived":
-                result = self.cold(mutant, order[:FILES])
+                result = self.cold(mutant, named)
         finally:
             change(path, source)
         return result
+
+    def nearest(
+        self, mutant: Mutant, source: bytes, items: Sequence[pytest.Item]
+    ) -> tuple[list[pytest.Item], list[str]]:
+        """The tests in the order in which they are run, and the names that a fresh process gets."""
+        if self.reaches:
+            there = {item.nodeid: item for item in items}
+            tests = order(self.reaches, mutant.file, block_of(source, mutant.line), self.budget_s)
+            near = [there[test] for test in tests if test in there]
+            return near, [item.nodeid for item in near[:TESTS]]
+        files = sorted(set(map(file_of, items)), key=lambda test: (*rank(self.copy, mutant.file, test), test))
+        near = sorted(items, key=lambda item: files.index(file_of(item)))
+        return near, files[:FILES]
 
     def log(self) -> Log:
         """Of the next trial, empty."""
@@ -231,6 +248,25 @@ class Trials:
         return (self.work / "log").read_text().splitlines()
 
 
+class Reaching:
+    """Pytest plugin: in place of a verdict, which tests run which lines."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        """In place of running the tests."""
+        out, copy = self.work / "reach.jsonl", self.work / "copy"
+        done = {reach.test for reach in Reach.read(out)}
+        files = [str(path.relative_to(copy)) for folder in FOLDERS for path in sorted((copy / folder).rglob("*.py"))]
+        for file in files:
+            with contextlib.suppress(ImportError):  # of a package that is not installed
+                importlib.import_module("cinemesh." + file.removesuffix(".py").replace("/", "."))
+        watched = Watched(copy / ".venv/typing/cinemesh", files, lambda: spent(os.getsid(0))[0])
+        watched.run([item for item in session.items if item.nodeid not in done], out)
+        return True
+
+
 def told(mutant: Mutant) -> str:
     """A mutant in a line."""
     old, new = (" ".join(text.split()) for text in (mutant.old, mutant.new))
@@ -293,6 +329,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--revision", default="HEAD")
     parser.add_argument("--again", type=Path, metavar="WORK")
+    parser.add_argument("--reach", action="store_true")
     parser.add_argument("--report", type=Path, metavar="FILE")
     parser.add_argument("--fresh", nargs="+", help=argparse.SUPPRESS)  # file, tests: a trial in this process
     given = parser.parse_args()
@@ -308,8 +345,11 @@ def main() -> None:
     if given.report:
         report(work, given.report)
         return
-    mutants = survivors(given.again.resolve(), copy) if given.again else draw(copy, given.seed)
     collected = [*OPTIONS, "--ignore=tests/test_house.py", "tests"]  # it reads how files are written
+    if given.reach:
+        pytest.main(collected, plugins=[Reaching(work), Untimed()])
+        return
+    mutants = survivors(given.again.resolve(), copy) if given.again else draw(copy, given.seed)
     pytest.main(collected, plugins=[Trials(work, mutants, given.count, given.budget), Untimed()])
 
 

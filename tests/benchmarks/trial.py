@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import ast
 import builtins
-import functools
-import gc
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import CodeType, FunctionType
-from typing import Any
 
 import pytest
 from benchmarks.mutants import Mutant
+from benchmarks.reach import put
 
 OPTIONS = ("-p", "no:cacheprovider", "-p", "no:terminal")
 REACHED = "__reached__"  # builtin that a changed function calls
@@ -33,6 +30,11 @@ class Log:
     def say(self, text: str) -> None:
         """Written at once: the process may be killed."""
         os.write(self.out, f"{text}\n".encode())
+
+
+def file_of(item: pytest.Item) -> str:
+    """The file of a test, as its name says it."""
+    return item.nodeid.partition("::")[0]
 
 
 class Untimed:
@@ -70,8 +72,9 @@ class Tests(Untimed):
         self.log.say("done")
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        """In a fresh process: what was collected, in the order of its files."""
-        self.run(sorted(session.items, key=lambda item: self.order.index(item.nodeid.partition("::")[0])))
+        """In a fresh process: what was collected, in the order of its files or tests."""
+        places = {name: place for place, name in enumerate(self.order)}
+        self.run(sorted(session.items, key=lambda item: places.get(item.nodeid, places.get(file_of(item), 0))))
         return True
 
 
@@ -92,13 +95,6 @@ def _with_probe(source: bytes, mutant: Mutant) -> ast.Module:
     return tree
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
-
-
 def swap(path: Path, source: bytes, mutant: Mutant, log: Log) -> None:
     """Give every function of the file ``path`` its code in the changed source; forget what was computed before."""
     reached: list[bool] = []
@@ -109,18 +105,7 @@ def swap(path: Path, source: bytes, mutant: Mutant, log: Log) -> None:
             log.say("reached")
 
     setattr(builtins, REACHED, probe)
-    changed = compile(_with_probe(source, mutant), str(path), "exec")
-    codes = {(code.co_qualname, code.co_firstlineno): code for code in _codes(changed)}
-    package = f"{os.sep}cinemesh{os.sep}"
-    for thing in gc.get_objects():
-        if type(thing) is FunctionType and thing.__code__.co_filename == str(path):
-            key = thing.__code__.co_qualname, thing.__code__.co_firstlineno
-            if len(codes[key].co_freevars) == len(thing.__code__.co_freevars):
-                thing.__code__ = codes[key]
-        elif type(thing) is functools._lru_cache_wrapper:
-            wrapped: Any = thing.__wrapped__
-            if package in getattr(getattr(wrapped, "__code__", None), "co_filename", ""):
-                thing.cache_clear()
+    put({str(path): compile(_with_probe(source, mutant), str(path), "exec")})
 
 
 def runs_later(source: bytes, mutant: Mutant) -> bool:

@@ -47,6 +47,11 @@ def test_every_implementation_is_there(entry: Implementation) -> None:
     assert entry.workspace(dict.fromkeys("tsbhkdlfpn", 8), 2) >= 0
 
 
+def test_a_rate_is_a_share_of_its_limit() -> None:
+    """Free as these predictions are, one of zero or less would make an op take no time, or less than none."""
+    assert all(0 < share <= 1 for rate in rates.RATES.values() for share in (rate.forward, rate.backward))
+
+
 @pytest.mark.parametrize(
     ("op", "device", "given", "missing", "wanted"),
     [

@@ -166,9 +166,10 @@ def test_every_number_has_a_range(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in KNOBS if name not in WHOLE])
 def test_everything_else_is_of_its_kind(name: str) -> None:
+    """Only `recompute_last` may be nothing."""
     value: Any
-    for value in (3, 1.5, ("a b",), (3,), ("tp", "tp"), {"tp": 2}, ["tp"], "no such word", b"none"):
-        if isinstance(KNOBS[name], Kept) and value == ("tp", "tp"):
+    for value in (3, 1.5, ("a b",), (3,), ("tp", "tp"), {"tp": 2}, ["tp"], "no such word", b"none", None):
+        if (isinstance(KNOBS[name], Kept) and value == ("tp", "tp")) or (name, value) == ("recompute_last", None):
             continue
         with pytest.raises(CinemeshError) as refused:
             Plan(**{name: value})
