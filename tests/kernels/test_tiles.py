@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from cinemesh.kernels.catalogue import IMPLEMENTATIONS, Implementation
+from cinemesh.kernels.compile import triton_modules
 from cinemesh.kernels.ops import OPS
+from cinemesh.kernels.spec import Sizes, Spec
 from cinemesh.kernels.tiles import gate_slices, norm_slices
 
 from .counting import operands_of
@@ -51,3 +54,42 @@ def test_partial_sums_are_below_a_twentieth_of_what_the_op_moves(ranks: int) -> 
     for onto, bytes_a_token in ((False, 6), (True, 8)):
         assert (16 + 4) * norm_slices(tokens, 1) <= 0.05 * bytes_a_token * tokens, onto
     assert (8 + 2) * gate_slices(tokens) <= 0.05 * 6 * tokens
+
+
+SIZES = Sizes(
+    **{"tokens": 96, "batch": 2, "width": 32, "heads": 4, "head_dim": 16, "ffn": 64, "tp": 2, "cp": 2},
+    **{"text_tokens": (5, 3), "text_widths": (24, 16), "latent": (4, 6, 8, 8), "patch": (1, 2, 2)},
+    shard_elements=4096,
+)
+SPECS = [
+    spec
+    for module in triton_modules()
+    for spec in import_module(f"cinemesh.kernels.{module}").compile_specs(SIZES)
+    if spec.memory_bound
+]
+ITEM_BYTES = {"*bf16": 2, "*fp32": 4, "*i64": 8, "*i1": 1}
+UPDATED = {"master": 2, "exp_avg": 2, "exp_avg_sq": 2, "ema": 2, "counters": 1 / 2}  # of two counters, one is read
+# How often an argument must be read or written, where that is not once.
+TIMES: dict[str, dict[str, float]] = {
+    "adamw.update": {**UPDATED, "copy": 0},  # stands for none
+    "adamw.update_with_copy": UPDATED,
+    "gated_residual.backward": {"gate_sums": 1 / 3},  # of three programs, one would do
+    "modulate_norm.forward": {"position": 0, "x0": 0},  # stand for none
+    "modulate_norm.backward": {"dx": 2, "shift_sums": 0, "product_sums": 0},  # adds to dx; sums: none with one program
+    "noise.draw": {"counters": 1 / 2},
+    "patches.patchify": {"latent": 1 / 4},  # of four ranks, one's
+}
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.name}-{'-'.join(map(str, spec.shape.values()))}")
+def test_the_least_bytes_are_those_of_the_arguments(spec: Spec) -> None:
+    """Small terms too: the compile check, at the shapes of the 30B, could not see them."""
+    times = TIMES.get(spec.name, {})
+    least = 0.0
+    for name, kinds in spec.signature.items():
+        for kind in (kinds,) if isinstance(kinds, str) else kinds:
+            if kind.startswith("*"):
+                shape = spec.arguments[name]
+                assert isinstance(shape, tuple)
+                least += times.get(name, 1) * ITEM_BYTES[kind] * math.prod(shape)
+    assert spec.least_bytes == pytest.approx(least, rel=1e-12) and spec.least_bytes > 0

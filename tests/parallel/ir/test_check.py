@@ -199,6 +199,29 @@ def test_a_planted_fault_is_found_behind_every_pass(fault: Fault, text: str, whi
         assert check(broken, stage.built) != [], stage.name
 
 
+def test_a_part_is_another_than_the_one_between_whose_elements_it_lies() -> None:
+    """Two records make two strided parts of one buffer, and one of them is read in place of the other.
+
+    A part that is taken for more than it is would hold both values.
+    """
+    for stage in stages(PLANS["slices"]):
+        program = stage.program
+        views: dict[tuple[object, ...], list[str]] = {}
+        made = {name for op in program.ops if not op.comm for name in op.outputs}
+        for name in sorted({name for op in program.ops if not op.comm for name in op.inputs} & made):
+            buffer = program.buffers[name]
+            if buffer.strides is not None:
+                views.setdefault((program.root(name)[0], buffer.shape, buffer.strides), []).append(name)
+        alike = max(views.values(), key=len)
+        assert len(alike) > 1, stage.name
+        one, other = alike[:2]
+        ops = [
+            replace(op, inputs=tuple(other if name == one else name for name in op.inputs)) if not op.comm else op
+            for op in program.ops
+        ]
+        assert check(program.with_ops(ops), stage.built) != [], (stage.name, one)
+
+
 def early(program: Program, arena: Arena) -> Arena:
     """What a collective sends is given away between its issue and its wait."""
     i = at(program, lambda op: op.kind == "reduce_scatter", 0)
