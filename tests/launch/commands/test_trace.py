@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,11 @@ from trace_format import overlaps, tracks
 
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.commands import trace
+from cinemesh.launch.models import read_model
+from cinemesh.launch.proof.parity import Case
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.perf_model.clusters.cluster import load
+from cinemesh.perf_model.report.trace import predicted
 
 
 def test_a_trace_of_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,6 +33,32 @@ def test_a_trace_of_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "blocks.*.weights/flat" in said.replace("\n", "") and "compute hid" in said and "measured" in said
     assert "predicted by local-cpu" in said and "placeholders" in said
     assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
+
+
+def test_a_recording_of_what_was_predicted_is_told_as_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two predicted steps, from the fifth second on: every mean of them is what was predicted beside it."""
+    named, cluster = read_model("tiny"), load("local-cpu")
+    case = Case(Plan.parse("tp=2,dp_shard=2,dtype=float32"), named.config, 1, named.latent(), 1)
+    whole = trace.predict(case, cluster)
+    step = predicted(whole)
+    step_s = max(span.end_s for span in step)
+    recording = [
+        replace(span, **{moment: getattr(span, moment) + after_s for moment in ("issued_s", "start_s", "end_s")})
+        for after_s in (5.0, 5.0 + step_s)
+        for span in step
+    ]
+    trace._show(recording, whole, cluster, 2)
+    heading, placeholders, columns, *rows, end = capsys.readouterr().out.splitlines()
+    took, would_take = re.findall(r"([0-9.]+) ms", heading)
+    assert float(took) == pytest.approx(step_s * 1e3, abs=0.06) and took == would_take
+    assert "placeholders" in placeholders and columns.startswith("collective, ms a step")
+    assert len(rows) == len(trace.predicted_rows(whole))
+    for row in rows:
+        _, _, count, ran, would_run, overlapped, exposed, would_wait = row.rsplit(maxsplit=7)
+        assert int(count) >= 1 and (ran, exposed) == (would_run, would_wait) and float(ran) > 0
+        assert float(overlapped) + float(exposed) == pytest.approx(float(ran), abs=0.011)
+    hid, exposed, would_wait = re.findall(r"([0-9.]+)%", end)
+    assert exposed == would_wait and 0 < float(hid) < 100
 
 
 @pytest.mark.parametrize(
