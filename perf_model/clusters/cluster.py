@@ -1,8 +1,9 @@
 """Clusters: every constant that the prices use, read from ``clusters/*.yaml`` and checked (torch-free).
 
 How a number is written: see ``constants.py``; what each one is: ``schema.py``. A file may name ``base`` files, those
-beside it that begin with ``_`` (parts, not clusters), whose numbers it inherits and may replace. All numbers are in SI
-units once read.
+beside it that begin with ``_`` (parts, not clusters), whose numbers it has and may replace; of ``inherits`` files,
+which tell of another chip, it has the numbers as unvalidated ones. ``null`` takes out what such a file gives. All
+numbers are in SI units once read.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, cast
 from ...documents import mapping, read_yaml
 from ...errors import CinemeshError, did_you_mean
 from ...files import file_name
-from .constants import PLACEHOLDER, Fact, Reader
+from .constants import INHERITED, PLACEHOLDER, Fact, Reader
 from .grid import Grid, read_grid
 from .schema import (
     AttentionFamily,
@@ -159,28 +160,41 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
             f"cluster {path.stem}: its base leads back to itself", remedy="remove one of the base entries"
         )
     where, remedy = f"cluster {path.stem}", "compare one that ships"
-    values = mapping(read_yaml(path, "the cluster file", remedy), where, ("base", *_KEYS))
+    values = mapping(read_yaml(path, "the cluster file", remedy), where, (*_BELOW, *_KEYS))
     merged: dict[str, Any] = {}
-    bases = values.pop("base", None) or []
-    for base in bases if isinstance(bases, list) else [bases]:
-        base = file_name(base, f"{where}: base")
-        found = next((p for f in (path.parent, FOLDER) if (p := f / f"{base}.yaml").is_file()), None)
-        if found is None:
-            raise CinemeshError(
-                f"{where}: base {base!r} is no file beside it or among the shipped ones",
-                remedy="put it there, or remove the base",
-            )
-        merged = _merge(merged, _read(found, (*seen, path)))
+    for kind in _BELOW:
+        bases = values.pop(kind, None) or []
+        for base in bases if isinstance(bases, list) else [bases]:
+            base = file_name(base, f"{where}: {kind}")
+            found = next((p for f in (path.parent, FOLDER) if (p := f / f"{base}.yaml").is_file()), None)
+            if found is None:
+                raise CinemeshError(
+                    f"{where}: {kind} {base!r} is no file beside it or among the shipped ones",
+                    remedy=f"put it there, or remove it from {kind}",
+                )
+            below = _read(found, (*seen, path))
+            merged = _merge(merged, _inherited(below) if kind == "inherits" else below)
     return _merge(merged, values)
 
 
+def _inherited(values: dict[str, Any]) -> dict[str, Any]:
+    """The same with every number marked as one of another chip."""
+    if "value" in values:
+        return {**values, "origin": INHERITED}
+    return {key: _inherited(cast(dict, value)) if isinstance(value, dict) else value for key, value in values.items()}
+
+
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """``above`` over ``below``; a number is replaced whole."""
+    """``above`` over ``below``; a number is replaced whole, and removed by None."""
     merged = dict(below)
     for key, value in above.items():
+        if value is None and merged.pop(key, None) is not None:
+            continue
         old = merged.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        merged[key] = _merge(cast(dict, old), value) if both and "value" not in value else value
+        if isinstance(old, dict) and isinstance(value, dict) and "value" not in value:
+            merged[key] = _merge(cast(dict, old), cast(dict, value))
+        else:
+            merged[key] = value
     return merged
 
 
@@ -194,6 +208,7 @@ _SECTIONS: dict[str, Any] = {
     "overlap": OverlapConstants,
     "spread": Spread,
 }
+_BELOW = ("inherits", "base")
 _LIBRARIES: dict[str, Any] = {"nccl": Nccl, "gloo": Gloo}
 _KEYS = ("name", "about", "sources", "attention", "measured", *_SECTIONS, *_LIBRARIES)
 

@@ -1,7 +1,8 @@
 """Numbers in files: each with its unit, origin, source and date, checked and turned into SI (torch-free).
 
 A number is one mapping, ``{value: 3.35, unit: TB/s, origin: datasheet, source: h100}``: its origin is ``datasheet``,
-``measured``, ``fitted`` or ``placeholder``, its source is an entry of the file's ``sources`` with a title and a date.
+``measured``, ``fitted``, ``inherited, unvalidated`` (another chip's, for want of its own) or ``placeholder``, its
+source is an entry of the file's ``sources`` with a title and a date.
 A section is a dataclass whose fields have the types below (``Seconds``, ``SecondsTable``, ...); ``Reader`` fills it.
 """
 
@@ -15,8 +16,8 @@ from typing import Annotated, Any, get_args, get_type_hints
 from ...documents import quoted
 from ...errors import CinemeshError, did_you_mean
 
-PLACEHOLDER = "placeholder"
-ORIGINS = ("datasheet", "measured", "fitted", PLACEHOLDER)
+PLACEHOLDER, INHERITED = "placeholder", "inherited, unvalidated"
+ORIGINS = ("datasheet", "measured", "fitted", INHERITED, PLACEHOLDER)
 
 # unit: (quantity, in SI)
 UNITS: dict[str, tuple[str, float]] = {

@@ -114,6 +114,7 @@ class MemoryConstants:
 class Topology:
     """Servers, links and switches. Rates are of one direction, of one GPU (NVLink) or one NIC.
 
+    NVLink joins the GPUs of ``servers_per_domain`` servers, which stand in the order of their ranks.
     A leaf joins ``servers_per_leaf`` servers, a pod ``servers_per_pod``; between pods the NICs of a pod share
     1 / ``pod_oversubscription`` of their rate.
     """
@@ -128,6 +129,12 @@ class Topology:
     servers_per_leaf: WholeCount
     servers_per_pod: WholeCount
     pod_oversubscription: Ratio
+    servers_per_domain: WholeCount = 1
+
+    @property
+    def domain_gpus(self) -> int:
+        """GPUs that reach each other over NVLink."""
+        return self.gpus_per_server * self.servers_per_domain
 
 
 PROTOCOLS = ("LL", "LL128", "Simple")

@@ -11,13 +11,19 @@ a search channel between Hopper servers, "to reach peak BW": src/graph/connect.c
 beyond it, and the tuner does not hear of it: the algorithm stays, its rate falls in proportion. More blocks than NCCL's
 own hold more SMs and move nothing faster. Messages between pairs do not obey the limit (NVIDIA/nccl issue 1598).
 
-[Note: NICs of a ring] A ring enters and leaves a server through the NICs of its own members, and the groups beside it
-do the same at the same time: a group with g of a server's G GPUs has g / G of the server's NICs.
+[Note: domains] GPUs that reach each other over NVLink are one node to NCCL, be it one server or a rack of them
+(ncclMnnvlCheck, src/init.cc): a domain, below. Of all groups along the same axes, which run at once, the one whose
+members share a domain with the fewest others is priced: where degrees and domains do not nest, that of rank 0 may lie
+better than the rest.
+
+[Note: NICs of a ring] A ring enters and leaves a domain through the NICs of its own members, and the groups beside it
+do the same at the same time: a group with g of a domain's G GPUs has g / G of the domain's NICs.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -41,11 +47,11 @@ SIMPLE_POSTS = 3  # network posts that a Simple step pays, of ``post_s`` each (t
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks of one collective. ``per_server`` of them share a server; ``nics`` of a server's NICs are theirs."""
+    """The ranks of one collective. ``per_domain`` of them share a domain; ``nics``: theirs where they are fewest."""
 
     ranks: int
-    per_server: int
-    servers: int
+    per_domain: int
+    domains: int
     leaves: int
     pods: int
     nics: float
@@ -78,30 +84,34 @@ FREE = Cost(0.0, 0.0, "local", 0, 0.0, "none", "none")
 
 
 def group_of(cluster: Cluster, plan: Plan, axes: Axes) -> Group:
-    """The group of rank 0 along ``axes``, placed by the plan's rank order (innermost axis = neighbouring ranks)."""
+    """The group along ``axes``, placed by the plan's rank order (innermost axis = neighbouring ranks)."""
     return placed(cluster, plan.order, tuple(plan.size(axis) for axis in plan.order), axes)
 
 
 def placed(cluster: Cluster, order: Axes, sizes: tuple[int, ...], axes: Axes) -> Group:
-    """The group of rank 0 along ``axes`` where ranks are numbered by ``order``, innermost first, of these ``sizes``."""
+    """The group along ``axes`` where ranks are numbered by ``order``, innermost first, of these ``sizes``."""
     members: list[tuple[int, int]] = []  # (size, distance of neighbours) of the group's axes
-    stride = 1
+    others: list[tuple[int, int]] = []  # of the other ones: they tell the groups apart
+    stride, nested, width = 1, True, cluster.topology.domain_gpus
     for axis, size in zip(order, sizes, strict=True):
-        if size > 1 and axis in axes:
-            if members and math.prod(members[-1]) == stride:  # one goes on where the other ends
-                members[-1] = members[-1][0] * size, members[-1][1]
+        own = members if axis in axes else others
+        if size > 1:
+            if own and math.prod(own[-1]) == stride:  # one goes on where the other ends
+                own[-1] = own[-1][0] * size, own[-1][1]
             else:
-                members.append((size, stride))
+                own.append((size, stride))
         stride *= size
-    return _group(cluster.topology, tuple(members))
+        nested = nested and (width % stride == 0 or stride % width == 0)
+    return _group(cluster.topology, tuple(members), None if nested else tuple(others))
 
 
 def ring_group(cluster: Cluster, ranks: int, stride: int = 1) -> Group:
     """The group of ``ranks`` ranks that lie ``stride`` apart."""
-    return _group(cluster.topology, ((ranks, stride),))
+    return _group(cluster.topology, ((ranks, stride),), ())
 
 
 Groups = dict[Axes, Group]
+Strides = tuple[tuple[int, int], ...]  # axes: (size, distance of neighbours), innermost first
 _AXES = tuple(dict.fromkeys(axes for axes, _ in GROUPS))
 
 
@@ -113,22 +123,41 @@ def groups_of(plan: Plan, cluster: Cluster, order: Axes = ()) -> Groups:
 
 
 @lru_cache(maxsize=4096)
-def _group(topology: Topology, axes: tuple[tuple[int, int], ...]) -> Group:
+def _group(topology: Topology, axes: Strides, others: Strides | None) -> Group:
+    """``others``: the axes that tell groups apart; None where all groups lie alike, the same in every domain."""
     ranks = math.prod(size for size, _ in axes)
     server = topology.gpus_per_server
-    servers = _blocks(axes, server)
-    per_server = math.ceil(ranks / servers)
+    domains = _blocks(axes, topology.domain_gpus)
+    per_domain = math.ceil(ranks / domains)
+    fewest = per_domain
+    if others is not None:
+        domains, fewest = _worst_spread(axes, others, topology.domain_gpus)
+        per_domain = math.ceil(ranks / domains)
     return Group(
         ranks=ranks,
-        per_server=per_server,
-        servers=servers,
+        per_domain=per_domain,
+        domains=domains,
         leaves=_blocks(axes, server * topology.servers_per_leaf),
         pods=_blocks(axes, server * topology.servers_per_pod),
-        nics=per_server * topology.nics_per_server / server,
+        nics=fewest * topology.nics_per_server / server,
     )
 
 
-def _blocks(axes: tuple[tuple[int, int], ...], width: int) -> int:
+def _worst_spread(axes: Strides, others: Strides, width: int) -> tuple[int, int]:
+    """(domains, fewest members in one of them) of the group with the fewest, by enumeration; ``width``: of a domain."""
+    firsts, members = {0}, [0]
+    for size, stride in others:
+        firsts = {(first + i * stride) % width for first in firsts for i in range(size)}
+    for size, stride in axes:
+        members = [member + i * stride for member in members for i in range(size)]
+    spreads: list[tuple[int, int]] = []
+    for first in firsts:
+        counts = Counter((first + member) // width for member in members).values()
+        spreads.append((len(counts), min(counts)))
+    return max(spreads, key=lambda spread: (spread[0] > 1, -spread[1], spread[0]))
+
+
+def _blocks(axes: Strides, width: int) -> int:
     """Blocks of ``width`` consecutive ranks that a group touches; ``axes``: (size, stride), innermost first."""
     reach = sum((size - 1) * stride for size, stride in axes if stride < width)  # it passes over no block
     firsts, repeats = [0], 1
@@ -219,23 +248,23 @@ class Network:
     def _cost(self, latency: float, transfer: float, traffic: float, group: Group, chosen: Candidate) -> Cost:
         rate = min(traffic / transfer, self.cluster.gpu.memory_bytes_per_s)
         sms = min(round(chosen.channels), self.cluster.gpu.sms)
-        link = "nvlink" if group.servers == 1 else "nic"
+        link = "nvlink" if group.domains == 1 else "nic"
         return Cost(latency, transfer, link, sms, rate, chosen.algorithm, chosen.protocol)
 
     def _ratio(self, kind: str, size: int, group: Group) -> float:
         """Measured over predicted time, in one server. Without NVLS an all-reduce is a ring, as on few ranks."""
         grid = self._corrections.get(kind)
-        if grid is None or group.servers > 1:
+        if grid is None or group.domains > 1:
             return 1.0
         few = kind == "all_reduce" and not self.nvls
         return grid.at(min(group.ranks, self._nccl.nvls_least_ranks - 1) if few else group.ranks, size)
 
     def _reach(self, candidate: Candidate, size: int, group: Group) -> float:
         """The part of the formula's bandwidth that is reached over several servers."""
-        if group.servers == 1:
+        if group.domains == 1:
             return 1.0
         if candidate.algorithm in ("Ring", "PAT"):
-            return self._ring_part(size / group.ranks, group.servers)
+            return self._ring_part(size / group.ranks, group.domains)
         return self._tree_reach.at(size)
 
     def _ring_part(self, rank_bytes: float, servers: int) -> float:
@@ -246,13 +275,13 @@ class Network:
         """What the group's NICs of one server carry, in each direction, through its pods' uplinks."""
         topology = self.cluster.topology
         rate = topology.nic_bytes_per_s * group.nics
-        crossing = topology.pod_oversubscription * group.pods / group.servers if group.pods > 1 else 1.0
+        crossing = topology.pod_oversubscription * group.pods / group.domains if group.pods > 1 else 1.0
         return rate / max(1.0, crossing)
 
     def candidates(self, kind: str, group: Group) -> list[Candidate]:
         """Every algorithm and protocol that the tuner weighs, before any correction (tuning.cc, ncclTopoTuneModel)."""
         c, topology = self._nccl, self.cluster.topology
-        n, servers = group.ranks, group.servers
+        n, servers = group.ranks, group.domains
         one = servers == 1
         tier = "1" if one else "2" if servers == 2 else "4"
         if one:
@@ -298,9 +327,9 @@ class Network:
                     trunk = min(trunk * share, channels * c.tree_ll128_cap_bytes_per_s[tier])
                 depth = math.floor(math.log2(servers))
                 climb = depth * (c.tree_network_hop_s[p] + nic + (far if group.leaves > 1 else 0.0))
-                latency = c.tree_base_s[p] + 2 * ((group.per_server - 1) * c.tree_hop_s[p] + climb)
+                latency = c.tree_base_s[p] + 2 * ((group.per_domain - 1) * c.tree_hop_s[p] + climb)
                 add("Tree", p, latency, trunk * c.tree_pattern_fraction / 2, channels)
-        whole = group.per_server >= c.nvls_least_ranks
+        whole = group.per_domain >= c.nvls_least_ranks
         if self.nvls and whole and one:
             rate = c.nvls_channels * c.nvls_channel_bytes_per_s * c.nvls_efficiency
             rate *= 1.0 if reduce else ((n - 1) / n) ** 2
@@ -322,12 +351,12 @@ class Network:
         n = group.ranks
         sent = size if kind == "send_recv" else size * (n - 1) / n
         latency, transfer = c.ring_base_s["LL"] + c.ring_hop_s["LL"], sent / inside
-        if group.servers > 1:
+        if group.domains > 1:
             # A shift leaves a server by one member, an all-to-all by all of them: each by its own NIC.
-            out = size if kind == "send_recv" else size * (n - group.per_server) / n
-            rate = self.network_bytes_per_s(group) / group.per_server * c.nic_fraction
+            out = size if kind == "send_recv" else size * (n - group.per_domain) / n
+            rate = self.network_bytes_per_s(group) / group.per_domain * c.nic_fraction
             latency = c.ring_base_s["Simple"] + c.ring_network_hop_s["Simple"] + 2 * topology.nic_latency_s
-            transfer = max(transfer, out / (rate * self._ring_part(out, group.servers)))
+            transfer = max(transfer, out / (rate * self._ring_part(out, group.domains)))
         ratio = self._ratio(kind, size, group)
         chosen = Candidate("Pairs", "Simple", 0.0, 0.0, c.server_channels)
         return self._cost(latency * ratio, transfer * ratio, MEMORY_PASSES[kind] * size, group, chosen)
@@ -344,14 +373,14 @@ class Network:
         sent = size if kind == "send_recv" else size * sweeps * (n - 1) / n
         latency, transfer = messages * g.message_s[primitive], sent / g.bytes_per_s[primitive]
         copying = latency + transfer
-        if group.servers > 1:
-            outside = group.per_server * (n - group.per_server) * size / n if primitive == "all_to_all" else sent
+        if group.domains > 1:
+            outside = group.per_domain * (n - group.per_domain) * size / n if primitive == "all_to_all" else sent
             latency += messages * topology.nic_latency_s
             transfer = max(transfer, outside / self.network_bytes_per_s(group))
         if kind == "reduce_scatter":
             transfer += size / g.sum_bytes_per_s
             copying += size / g.sum_bytes_per_s
-        link = "local" if group.servers == 1 else "nic"
+        link = "local" if group.domains == 1 else "nic"
         cores = g.core_fraction * min(1.0, copying / (latency + transfer))
         gpu = self.cluster.gpu
         return Cost(latency, transfer, link, cores * gpu.sms, cores * gpu.memory_bytes_per_s, primitive, "gloo")

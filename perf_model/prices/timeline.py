@@ -102,7 +102,7 @@ class Timeline:
 def price(program: Program, compute: Compute, network: Network | None, cluster: Cluster) -> Tape:
     """Price every record of a program on a cluster. Without a network, every collective is free.
 
-    Raises CinemeshError when the plan shares the GPU as it cannot be shared, or fuses over several servers.
+    Raises CinemeshError when the plan shares the GPU as it cannot be shared, or fuses beyond an NVLink domain.
     """
     if network is not None:
         check_fused(program.plan, cluster)
@@ -177,20 +177,20 @@ def fused_record(program: Program, op: Op, compute: Compute, key: int, cost: Cos
     return Record(FUSE, seconds + copied, key=key, cost=cost, leaves=products[0].leaves, alone_s=alone)
 
 
-def beyond_server(plan: Plan, cluster: Cluster, group: Group) -> bool:
-    """Whether ``fused_tp`` would have to reach beyond one server of GPUs; ``group``: that of tp."""
-    return plan.fused_tp and cluster.gloo is None and group.servers > 1
+def beyond_domain(plan: Plan, cluster: Cluster, group: Group) -> bool:
+    """Whether ``fused_tp`` would have to reach beyond one NVLink domain; ``group``: that of tp."""
+    return plan.fused_tp and cluster.gloo is None and group.domains > 1
 
 
 def check_fused(plan: Plan, cluster: Cluster) -> None:
-    """Raise CinemeshError where ``fused_tp`` would have to reach beyond one server of GPUs."""
+    """Raise CinemeshError where ``fused_tp`` would have to reach beyond one NVLink domain."""
     group = group_of(cluster, plan, HEADS)
-    if beyond_server(plan, cluster, group):
+    if beyond_domain(plan, cluster, group):
         stride = plan.size(plan.order[: plan.order.index("tp")])
         ranks = ", ".join(str(i * stride) for i in range(plan.tp))
         raise CinemeshError(
-            f"plan: fused_tp(true): ranks {ranks} of one tp group lie on {group.servers} servers of "
-            f"{cluster.gpus_per_server} GPUs, and torch's symmetric memory reaches over NVLink, within one",
+            f"plan: fused_tp(true): ranks {ranks} of one tp group lie in {group.domains} NVLink domains "
+            f"of {cluster.topology.domain_gpus} GPUs, and torch's symmetric memory reaches within one",
             remedy="put tp first in order, lower tp, or set fused_tp to false",
         )
 

@@ -21,7 +21,7 @@ from ...parallel.ir.knobs import knobs
 from ...parallel.ir.layout import HEADS
 from ...parallel.ir.plan import Plan
 from ..prices.network import Groups, groups_of
-from ..prices.timeline import beyond_server, check_fused
+from ..prices.timeline import beyond_domain, check_fused
 from .evaluator import BuiltPlan, Evaluator
 from .extrapolate import Extrapolation
 from .few_blocks import FewBlocks
@@ -124,7 +124,7 @@ class Family:
         return self.key.global_batch(self.request.gpus)
 
     def check_placement(self) -> None:
-        """Raise CinemeshError where a group of tp would lie on more servers than fused records reach."""
+        """Raise CinemeshError where a group of tp would lie in more NVLink domains than fused records reach."""
         order: Any = self.request.fixed.get("order", self.plan.order)
         check_fused(replace(self.plan, order=order), self.request.cluster)
 
@@ -217,7 +217,7 @@ class Family:
             distinct: dict[object, tuple[tuple[str, ...], Groups]] = {}
             for order in orders:
                 groups = groups_of(plan, cluster, order)  # type: ignore[arg-type]
-                if HEADS in groups and beyond_server(plan, cluster, groups[HEADS]):
+                if HEADS in groups and beyond_domain(plan, cluster, groups[HEADS]):
                     continue
                 distinct.setdefault(tuple(groups.values()), (order, groups))  # type: ignore[arg-type]
             self._placements[key] = list(distinct.values())

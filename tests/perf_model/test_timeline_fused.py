@@ -208,9 +208,9 @@ def test_the_planner_prices_it_when_it_is_fixed_and_leaves_it_off_else() -> None
 def test_orders_and_degrees_that_leave_a_server_are_left_out() -> None:
     found = search(replace(request(fused_tp=True), shown=40))
     split = [choice.plan for choice in found.choices if choice.plan.tp > 1]
-    assert len(split) > 5 and all(group_of(CLUSTER, plan, ("tp",)).servers == 1 for plan in split)
+    assert len(split) > 5 and all(group_of(CLUSTER, plan, ("tp",)).domains == 1 for plan in split)
     wide = [refusal.reason for refusal in found.refused if refusal.family.tp == 16]
-    assert len(wide) == 1 and "ranks 0, 1, 2" in wide[0] and "lie on 2 servers of 8 GPUs" in wide[0]
+    assert len(wide) == 1 and "ranks 0, 1, 2" in wide[0] and "lie in 2 NVLink domains of 8 GPUs" in wide[0]
 
 
 def test_pruning_finds_what_brute_force_finds() -> None:
@@ -220,5 +220,5 @@ def test_pruning_finds_what_brute_force_finds() -> None:
 
 def test_over_two_servers_it_is_refused_with_its_ranks() -> None:
     plan = replace(PLAN, tp=4, cp=8, order=("cp", "tp", "dp_shard", "dp_replicate"))
-    with pytest.raises(CinemeshError, match="ranks 0, 8, 16, 24 of one tp group lie on 4 servers of 8 GPUs"):
+    with pytest.raises(CinemeshError, match="ranks 0, 8, 16, 24 of one tp group lie in 4 NVLink domains of 8 GPUs"):
         play_step(replace(BIG, layers=1), plan, BatchShape(1, LATENT), CLUSTER)

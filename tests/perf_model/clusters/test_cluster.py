@@ -13,10 +13,11 @@ import yaml
 from cinemesh.errors import CinemeshError
 from cinemesh.perf_model.clusters import cluster as module
 from cinemesh.perf_model.clusters.cluster import Cluster, load, names
-from cinemesh.perf_model.clusters.constants import ORIGINS
+from cinemesh.perf_model.clusters.constants import INHERITED, ORIGINS
 from cinemesh.perf_model.clusters.schema import Gloo, Measured, Nccl
 
 SHIPPED = ("grand-teton-h100", "dgx-h100-ib400", "h100-hbm2e-500w", "dgx-a100-hdr200", "local-cpu")
+BLACKWELL = ("dgx-b200-ib400", "gb200-nvl72-ib400")
 
 
 def resolved(name: str) -> dict[str, Any]:
@@ -54,18 +55,54 @@ def test_shipped() -> None:
     assert load("local-cpu").nccl is None and load("local-cpu").gloo is not None
 
 
+@pytest.mark.parametrize("name", BLACKWELL)
+def test_what_no_source_gives_of_a_chip_is_told_as_another_ones(name: str) -> None:
+    """Only here: a rate of the H100 that would pass for one of the B200's, or a kernel that does not run on it."""
+    cluster, hopper = load(name), load("dgx-h100-ib400")
+    assert [*cluster.attention] == ["cudnn"] and not cluster.matmul.grid
+    assert cluster.nccl is not None and not cluster.nccl.correction
+    for path in ("matmul.efficiency", "gpu.sustained", "stream.fraction", "overlap.compute_slowdown"):
+        assert cluster.facts[path].value == hopper.facts[path].value and cluster.facts[path].origin == INHERITED
+    own = ("gpu.peak_flops", "gpu.memory_bytes_per_s", "gpu.sms", "topology.nvlink_bytes_per_s")
+    assert all(cluster.facts[path].origin == "datasheet" for path in own)
+    assert not any(fact.origin == INHERITED for fact in hopper.facts.values())
+
+
+def test_racks() -> None:
+    rack = load("gb200-nvl72-ib400")
+    assert (rack.gpus_per_server, rack.topology.domain_gpus, rack.gpus) == (4, 72, 9216)
+    assert load("dgx-b200-ib400").topology.domain_gpus == 8
+
+
+def test_a_file_may_inherit_and_take_out(tmp_path: Path) -> None:
+    """The numbers of ``inherits`` stand below those of ``base``; null takes out what either gives, and no more."""
+    (tmp_path / "mine.yaml").write_text(
+        "inherits: dgx-h100-ib400\nattention: {fa3: null}\nnccl: {correction: null}\n"
+        "sources: {me: {title: my own measurement, date: 2026-01-01}}\n"
+        "stream: {fraction: {value: 0.9, unit: fraction, origin: measured, source: me}}\n"
+    )
+    mine, base = load(str(tmp_path / "mine.yaml")), load("dgx-h100-ib400")
+    assert {path for path, fact in mine.facts.items() if fact.origin != INHERITED} == {"stream.fraction"}
+    assert [*mine.attention] == [family for family in base.attention if family != "fa3"]
+    assert mine.nccl is not None and mine.nccl.correction == "" and mine.nccl.pat_base_s == base.nccl.pat_base_s  # type: ignore[union-attr]
+    (tmp_path / "mine.yaml").write_text("inherits: dgx-h100-ib400\nattention: {fa9: null}\n")
+    with pytest.raises(CinemeshError, match=r"attention\.fa9 is missing"):
+        load(str(tmp_path / "mine.yaml"))
+
+
 def test_a_number_is_written_once() -> None:
     """A number that a file repeats from its base: two places to change."""
     for path in sorted(module.FOLDER.glob("*.yaml")):
         own = yaml.load(path.read_text(), Loader=yaml.CSafeLoader)
         bases = own.pop("base", [])
+        own.pop("inherits", None)
         below: dict[str, Any] = {}
         for base in bases:
             below = module._merge(below, module._read(module.FOLDER / f"{base}.yaml"))
         for section, fields in own.items():
             if section in ("sources", "name", "about"):
                 continue
-            for field in fields:
+            for field in (field for field in fields if fields[field] is not None):
                 assert below.get(section, {}).get(field) != own[section][field], f"{path.name}: {section}.{field}"
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -138,15 +139,15 @@ def test_a100_servers() -> None:
 def test_groups_follow_the_rank_order() -> None:
     plan = Plan(tp=4, cp=2, dp_shard=16, dp_replicate=6)
     tp, cp = group_of(TETON, plan, ("tp",)), group_of(TETON, plan, ("cp",))
-    assert (tp.ranks, tp.per_server, tp.servers, tp.leaves) == (4, 4, 1, 1)
-    assert (cp.ranks, cp.per_server, cp.servers) == (2, 2, 1)
+    assert (tp.ranks, tp.per_domain, tp.domains, tp.leaves) == (4, 4, 1, 1)
+    assert (cp.ranks, cp.per_domain, cp.domains) == (2, 2, 1)
     shard = group_of(TETON, plan, ("dp_shard", "cp"))
-    assert (shard.ranks, shard.per_server, shard.servers, shard.leaves) == (32, 2, 16, 8)
+    assert (shard.ranks, shard.per_domain, shard.domains, shard.leaves) == (32, 2, 16, 8)
     assert shard.nics == 2.0  # its ring enters and leaves a server by the NICs of its two members
     replicate = group_of(TETON, plan, ("dp_replicate",))
-    assert (replicate.ranks, replicate.per_server, replicate.servers, replicate.nics) == (6, 1, 6, 1.0)
+    assert (replicate.ranks, replicate.per_domain, replicate.domains, replicate.nics) == (6, 1, 6, 1.0)
     swapped = Plan(tp=4, cp=2, dp_shard=16, dp_replicate=6, order=("dp_shard", "tp", "cp", "dp_replicate"))
-    assert group_of(TETON, swapped, ("tp",)).servers == 4
+    assert group_of(TETON, swapped, ("tp",)).domains == 4
 
 
 @given(st.lists(st.integers(1, 9), min_size=4, max_size=4), st.sets(st.sampled_from(AXES)), st.permutations(AXES))
@@ -155,15 +156,59 @@ def test_groups_are_those_of_the_ranks(sizes: list[int], axes: set[str], order: 
     tp, cp, dp_shard, dp_replicate = sizes
     plan = Plan(tp, cp, dp_shard, dp_replicate, order=tuple(order))
     group = group_of(TETON, plan, tuple(axes))
-    members, stride = [0], 1
-    for axis in order:
+    first = every_group(plan, axes)[0]
+    assert group.ranks == len(first)
+    assert (group.domains, group.nics) == worst_of(plan, axes, 8)
+    assert group.leaves == len({m // 16 for m in first})
+    assert group.pods == len({m // 3072 for m in first})
+
+
+def every_group(plan: Plan, axes: set[str]) -> list[list[int]]:
+    """Ranks of all groups along axes, that of rank 0 first."""
+    members, firsts, stride = [0], [0], 1
+    for axis in plan.order:
+        steps = [i * stride for i in range(plan.size(axis))]
         if axis in axes:
-            members = [m + i * stride for m in members for i in range(plan.size(axis))]
+            members = [member + step for member in members for step in steps]
+        else:
+            firsts = [first + step for step in steps for first in firsts]
         stride *= plan.size(axis)
-    assert group.ranks == len(members)
-    assert group.servers == len({m // 8 for m in members})
-    assert group.leaves == len({m // 16 for m in members})
-    assert group.pods == len({m // 3072 for m in members})
+    return [[first + member for member in members] for first in firsts]
+
+
+def worst_of(plan: Plan, axes: set[str], width: int) -> tuple[int, int]:
+    """Domains of a group, and its members in the one where it has the fewest: the group that has the fewest."""
+    found = []
+    for group in every_group(plan, axes):
+        counts = [len([*ranks]) for _, ranks in itertools.groupby(sorted(rank // width for rank in group))]
+        found.append((len(counts), min(counts)))
+    return max(found, key=lambda spread: (spread[0] > 1, -spread[1], spread[0]))
+
+
+def test_a_rack_is_one_nvlink_domain() -> None:
+    """72 GPUs in 18 trays of 4: what stays in a rack never meets a NIC, and a group that leaves it has its own NICs."""
+    rack = load("gb200-nvl72-ib400")
+    plan = Plan(tp=8, cp=9, dp_shard=4)
+    assert group_of(rack, plan, ("tp", "cp")) == Group(72, 72, 1, 1, 1, 72.0)
+    assert Network(rack).collective("all_gather", 1 << 30, group_of(rack, plan, ("tp", "cp"))).link == "nvlink"
+    shard = group_of(rack, plan, ("dp_shard",))
+    assert (shard.per_domain, shard.domains, shard.nics) == (1, 4, 1.0)
+    assert group_of(rack, plan, ("dp_shard", "cp")).nics == 9.0
+
+
+@pytest.mark.parametrize(
+    ("plan", "axes", "domains", "nics"),
+    [
+        (Plan(tp=16, dp_shard=72), ("tp",), 2, 8.0),  # rank 0's lies in one rack, that of ranks 64 to 79 in two
+        (Plan(tp=4, dp_shard=256), ("dp_shard",), 15, 4.0),  # 16 GPUs of the last rack
+        (Plan(tp=4, cp=2, dp_shard=9), ("tp", "cp"), 1, 8.0),
+        (Plan(tp=32, dp_shard=9), ("tp",), 2, 8.0),
+    ],
+)
+def test_of_all_groups_the_worst_is_priced(plan: Plan, axes: tuple[str, ...], domains: int, nics: float) -> None:
+    """Only here: a price of rank 0's group where others lie worse, as where tp 16 meets racks of 72."""
+    group = group_of(load("gb200-nvl72-ib400"), plan, axes)
+    assert (group.domains, group.nics) == (domains, nics) == worst_of(plan, {*axes}, 72)
 
 
 def test_half_the_nics_halve_the_rate() -> None:
@@ -320,13 +365,10 @@ def test_groups_touch_the_blocks_that_their_ranks_lie_in(degrees: tuple[int, int
     topology = TETON.topology
     for order in itertools.permutations(AXES):
         for axes, group in groups_of(plan, TETON, order).items():
-            ranks, stride = [0], 1
-            for axis in order:
-                if axis in axes:
-                    ranks = [rank + i * stride for rank in ranks for i in range(plan.size(axis))]
-                stride *= plan.size(axis)
+            placed = replace(plan, order=order)
+            ranks = every_group(placed, {*axes})[0]
             servers = {rank // topology.gpus_per_server for rank in ranks}
             assert group.ranks == len(ranks)
-            assert group.servers == len(servers)
+            assert (group.domains, group.nics) == worst_of(placed, {*axes}, topology.gpus_per_server)
             assert group.leaves == len({server // topology.servers_per_leaf for server in servers})
             assert group.pods == len({server // topology.servers_per_pod for server in servers})
