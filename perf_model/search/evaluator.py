@@ -74,6 +74,7 @@ class Evaluator:
         self.priced = 0
         self.bounded = 0
         self._held: dict[object, list[FrozenCost]] = {}
+        self._whole: dict[tuple[Plan, int, FrozenCost | None], tuple[PlanCost, float]] = {}
 
     # -- time and memory of a plan --------------------------------------------------------------------------------
 
@@ -88,15 +89,7 @@ class Evaluator:
         try:
             return self._extrapolated(built)
         except NotSteady:
-            return self.cost_of(self.play(built.plan, built.samples, built.held))
-
-    def _extrapolated(self, built: BuiltPlan) -> PlanCost:
-        """From a plan's few blocks. Raises NotSteady where these do not tell."""
-        priced = [step.price(built.plan) for step in built.steps]
-        step_s, compute_s, exposed_s = (
-            self.mean(getattr(p, name) for p in priced) for name in ("step_s", "compute_s", "exposed_s")
-        )
-        return PlanCost(self._whole_s(built.plan, step_s, built.held), compute_s, exposed_s, self.peak_bytes(built))
+            return self._played(built.plan, built.samples, built.held)[0]
 
     def settled(self, choice: PricedPlan) -> PricedPlan:
         """A plan priced by its own program: within 0.1 % of the whole step played, or by that play.
@@ -110,9 +103,7 @@ class Evaluator:
             built = BuiltPlan(plan, choice.samples, steps, choice.frozen)
             cost, flops = self._extrapolated(built), self.mean(step.hardware_flops(plan) for step in steps)
         except NotSteady:
-            whole = self.play(plan, choice.samples, choice.frozen)
-            timed, cost = Timed.PLAYED, self.cost_of(whole)
-            flops = self.mean(step.hardware_flops for step in whole)
+            timed, (cost, flops) = Timed.PLAYED, self._played(plan, choice.samples, choice.frozen)
         if choice.bound_s > cost.step_s * (1.0 + BOUND_SLACK):
             warnings.warn(
                 f"{plan.to_text()}: a step of {cost.step_s:.4g} s was taken to be {choice.bound_s:.4g} s at least: the "
@@ -129,6 +120,22 @@ class Evaluator:
             timed=timed,
             searched_s=choice.step_s,
         )
+
+    def _extrapolated(self, built: BuiltPlan) -> PlanCost:
+        """From a plan's few blocks. Raises NotSteady where these do not tell."""
+        priced = [step.price(built.plan) for step in built.steps]
+        step_s, compute_s, exposed_s = (
+            self.mean(getattr(p, name) for p in priced) for name in ("step_s", "compute_s", "exposed_s")
+        )
+        return PlanCost(self._whole_s(built.plan, step_s, built.held), compute_s, exposed_s, self.peak_bytes(built))
+
+    def _played(self, plan: Plan, samples: int, held: FrozenCost | None) -> tuple[PlanCost, float]:
+        """From every record, with its FLOPs; once for each plan: it takes seconds, and tuning comes back to plans."""
+        key = (plan, samples, held)
+        if key not in self._whole:
+            steps = self.play(plan, samples, held)
+            self._whole[key] = self.cost_of(steps), self.mean(step.hardware_flops for step in steps)
+        return self._whole[key]
 
     def _batches(self, plan: Plan, samples: int) -> Iterator[BatchShape]:
         """Of every bucket. Raises CinemeshError where a shape forbids the plan."""

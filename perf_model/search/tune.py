@@ -11,6 +11,7 @@ leaves something to win.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -176,8 +177,8 @@ class _Tuner:
         return found
 
     def _finished(self, tried: _Tried) -> PricedPlan:
-        """With what is worth keeping kept, and its GPU shared as it pays; priced as exactly as any plan."""
-        best = self._priced(tried.choice, tried.built)
+        """With what is worth keeping kept, and its GPU shared as it pays."""
+        best = tried
         if "recompute" not in self.request.fixed:
             best = self._keeping(best.choice) or best
         return best.choice if self.request.cluster.nccl is None else self._sharing(best)
@@ -198,13 +199,22 @@ class _Tuner:
                 made[key] = Extrapolation(program, plan, models)
             return made[key].peak_bytes(plan)
 
-        limit = self.evaluator.limit_bytes(choice.plan) - (choice.frozen.bytes if choice.frozen else 0)
+        usable = self.request.cluster.memory.usable_bytes
+        limit = int(self.evaluator.limit_bytes(choice.plan)) - (choice.frozen.bytes if choice.frozen else 0)
         seconds = self.evaluator.record_s(pure)
-        try:
-            plan, _ = choose_kept(pure, few[False].program, seconds, int(limit), peak_bytes, blocks=config.layers)
-        except CinemeshError:
-            return None
-        return self.price(choice, plan)
+        while True:
+            try:
+                plan, _ = choose_kept(pure, few[False].program, seconds, limit, peak_bytes, blocks=config.layers)
+            except CinemeshError:
+                return None
+            tried = self.price(choice, plan)
+            if tried is None or (over := self._peak_bytes(tried.choice) - usable) <= 0:
+                return tried
+            limit -= math.ceil(over)  # a few blocks tell a peak that is a little too low: the rest must fit in less
+
+    def _peak_bytes(self, choice: PricedPlan) -> int:
+        """By whatever judges the plan later on."""
+        return max(choice.peak_bytes, self.evaluator.settled(replace(choice, bound_s=0.0)).peak_bytes)
 
     def _sharing(self, tried: _Tried) -> PricedPlan:
         """The thread blocks, priorities and margin that pay, tried until none pays any more."""
