@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 from ..documents import read_json
 from ..errors import CinemeshError
 from ..files import atomic_file, check_output_folder
+from ..interrupt import deaf_children
 from ..memory import available_bytes
 from .catalogue import IMPLEMENTATIONS
 from .packages import missing
@@ -164,11 +165,10 @@ def _work_through(jobs: Sequence[Job], look: Look[R], workers: int, *, interpret
     """``look`` at every kernel of every job, in ``workers`` processes; the results of each job."""
     results: dict[int, list[R]] = {}
     waiting = list(enumerate(jobs))[::-1]
-    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a Ctrl-C is for this process, which ends them
     pool: list[_Worker] = []
     try:
-        pool += [_Worker(look, interpret) for _ in range(min(workers, len(jobs)))]
-        signal.signal(signal.SIGINT, heard)
+        with deaf_children():
+            pool += [_Worker(look, interpret) for _ in range(min(workers, len(jobs)))]
         while len(results) < len(jobs):
             for worker in pool:
                 if worker.job is None and waiting:

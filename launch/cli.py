@@ -14,9 +14,9 @@ import typer
 
 from ..errors import CinemeshError
 from ..files import check_output_file
+from ..interrupt import interrupted_in_a_line
 from ..ranges import BATCH_RANGE, EULER_RANGE, PROCESSES_RANGE, SEED_RANGE
 from .examples import PAPER, epilog
-from .interrupt import interrupted_in_a_line
 from .options import (
     GPUS_RANGE,
     MODEL_HELP,
@@ -281,10 +281,9 @@ def explain(
     Plays every record of its step: what binds it, what is exposed, what is done twice, what beats it
     on as many GPUs and why, and what other hardware would change. Needs no GPU and no torch.
     """
-    from .commands.explain import run
+    from .commands.explain import Asked, run
 
-    run(
-        plan=plan,
+    asked = Asked(
         model=model,
         cluster=cluster,
         servers=servers,
@@ -292,8 +291,8 @@ def explain(
         global_batch=global_batch,
         samples=samples,
         encoders=encoders,
-        as_json=as_json,
     )
+    run(plan=plan, asked=asked, as_json=as_json)
 
 
 @app.command(epilog=epilog("compare"))
@@ -314,9 +313,9 @@ def compare(
     GPU seconds of a sample, so that jobs of other sizes and batches compare. Needs no GPU and no torch.
     """
     from .commands.compare import run
+    from .commands.explain import Asked
 
-    run(
-        plans=plans,
+    asked = Asked(
         model=model,
         cluster=cluster,
         servers=servers,
@@ -324,8 +323,8 @@ def compare(
         global_batch=global_batch,
         samples=samples,
         encoders=encoders,
-        as_json=as_json,
     )
+    run(plans=plans, asked=asked, as_json=as_json)
 
 
 @app.command(epilog=epilog("validate"))

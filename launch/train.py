@@ -8,11 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..interrupt import interrupted_in_a_line
 from .cluster.processes import rank_main, world_size
-from .interrupt import interrupted_in_a_line
 from .plans import plan_override
 from .terminal import show_what_it_can
 from .training import checkpoint, loop
+from .training.needs import check_outputs
 from .training.recipe import read_recipe
 from .written import command, wrote
 
@@ -22,6 +23,7 @@ PROMPT = "a red car"  # of the clip that a finished run proposes
 def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
     """Settle the plan, then train, on ``nproc`` processes of this machine or on those that torchrun started."""
     recipe, auto = read_recipe(config, overrides)
+    check_outputs(recipe)
     if recipe.cluster is not None:
         from .training.resolve import resolve  # the planner: loaded by who needs it
 

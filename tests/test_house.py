@@ -20,7 +20,8 @@ FOLDERS = (
     "perf_model",
     "launch",
 )  # each imports from its left only
-ROOT_MODULES = ("__init__", "documents", "errors", "files", "memory", "ranges")  # setup.py is no part of the package
+# setup.py is no part of the package
+ROOT_MODULES = ("__init__", "documents", "errors", "files", "interrupt", "memory", "ranges")
 LONGEST_FILE = 400  # lines
 LONGER_WITH_REASON: dict[str, str] = {  # path -> why it is not two files
     "kernels/reference.py": "the truth of every op, in the order of the op table",
@@ -66,7 +67,7 @@ TWICE_WITH_REASON: dict[str, str] = {  # public name -> why it stands in more th
 # Planning runs where no torch is installed. A module outside this list joins it by ending the first
 # line of its docstring in "(torch-free)."; all of perf_model is in it but for NEEDS_TORCH.
 TORCH_FREE = {
-    *("documents", "errors", "files", "memory", "ranges"),
+    *("documents", "errors", "files", "interrupt", "memory", "ranges"),
     *("kernels.ops", "kernels.catalogue"),
     *(
         f"parallel.{name}"

@@ -35,10 +35,10 @@ from torch.distributed.rendezvous import rendezvous
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from ...errors import CinemeshError, in_a_line
+from ...interrupt import deaf_children, interrupt
 from ...parallel.ir.plan import Plan
 from ...parallel.runtime.comm import barrier, set_up_nccl
 from ...parallel.runtime.mesh import Mesh
-from ..interrupt import deaf_children, interrupt
 from ..terminal import show_what_it_can
 
 USER_ERROR = 2  # exit code of a CinemeshError, see cli.py

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from cinemesh.errors import CinemeshError
+from cinemesh.interrupt import INTERRUPTED, Interrupted
 from cinemesh.launch import cli
 from cinemesh.launch.cluster.processes import StopSignal, forked, joined, launch
-from cinemesh.launch.interrupt import INTERRUPTED, Interrupted
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.runtime.comm import barrier
 
