@@ -17,8 +17,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import yaml
@@ -109,6 +110,15 @@ def mapping(
     if lacking := [key for key in required if key not in value]:
         raise CinemeshError(f"{where} has no {', '.join(lacking)}", remedy=remedy or "add it")
     return value
+
+
+def exactly(value: Any, where: str, kinds: Mapping[str, type | UnionType], *, remedy: str) -> dict[str, Any]:
+    """``value``, a mapping of exactly these keys, each value of its kind. Raises CinemeshError."""
+    found = mapping(value, where, kinds, required=kinds, remedy=remedy)
+    for key, kind in kinds.items():
+        if not isinstance(found[key], kind):
+            raise CinemeshError(f"{where}: {key} is {quoted(found[key])}", remedy=remedy)
+    return found
 
 
 def quoted(value: object) -> str:

@@ -8,17 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
 
-from ...documents import mapping, quoted, read_yaml, write_yaml
-from ...errors import CinemeshError
+from ...documents import exactly, read_yaml, write_yaml
 from ...files import atomic_file
 from ...parallel.ir.plan import Plan
 
 PREDICTED_FILE = "predicted.yaml"
-KINDS: dict[str, type | tuple[type, ...]] = {
-    **{"plan": dict, "cluster": str, "device": str, "step_s": dict, "peak_bytes": int},
-    "peak_flops_per_s": (int, float, type(None)),
+KINDS: dict[str, type | UnionType] = {
+    "plan": dict,
+    "cluster": str,
+    "device": str,
+    "step_s": dict,
+    "peak_bytes": int,
+    "peak_flops_per_s": int | float | None,
 }
 HEAD = "# Steps of this run as the cost model sees them: predicted, not measured.\n"
 
@@ -52,9 +55,6 @@ class Predicted:
         if not path.exists():
             return None
         remedy = "remove it: every start of a run writes it anew"
-        values = mapping(read_yaml(path, "the predictions", remedy), str(path), KINDS, required=KINDS, remedy=remedy)
-        for key, kind in KINDS.items():
-            if not isinstance(values[key], kind):
-                raise CinemeshError(f"{path}: {key} is {quoted(values[key])}", remedy=remedy)
-        read: dict[str, Any] = values | {"plan": Plan.of_file(values)}
-        return cls(**read)
+        values = exactly(read_yaml(path, "the predictions", remedy), str(path), KINDS, remedy=remedy)
+        values["plan"] = Plan.of_file(values)
+        return cls(**values)

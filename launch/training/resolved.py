@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...documents import mapping, quoted, read_yaml, write_yaml
-from ...errors import CinemeshError
+from ...documents import exactly, read_yaml, write_yaml
 from ...files import atomic_file
 from ...parallel.ir.plan import Plan
 
 FILE = "resolved.yaml"
-KEYS = {"cluster": str, "world_size": int, "step_s": float, "peak_bytes": int, "plan": dict}
+KINDS = {"cluster": str, "world_size": int, "step_s": float, "peak_bytes": int, "plan": dict}
 HEAD = "# The plan that `plan: auto` stands for in this run. Step and bytes are predicted, not measured.\n"
 
 
@@ -48,8 +47,5 @@ class Resolved:
         if not path.exists():
             return None
         remedy = "remove it, and the plan is chosen again"
-        values = mapping(read_yaml(path, "the resolved plan", remedy), str(path), KEYS, required=KEYS, remedy=remedy)
-        for key, kind in KEYS.items():
-            if not isinstance(values[key], kind):
-                raise CinemeshError(f"{path}: {key} is {quoted(values[key])}", remedy=remedy)
+        values = exactly(read_yaml(path, "the resolved plan", remedy), str(path), KINDS, remedy=remedy)
         return cls(Plan.of_file(values), values["cluster"], values["step_s"], values["peak_bytes"])
