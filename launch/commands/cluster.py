@@ -8,8 +8,6 @@ from dataclasses import asdict
 from ...perf_model.clusters.cluster import load
 from ..tables import new_console, plain_table
 
-MOST_COLUMNS = 400  # where the output is no terminal: a constant a line, for grep
-
 
 def run(*, name: str, as_json: bool) -> None:
     """Print it, values and units as the file says them. Raises CinemeshError for what is no cluster."""
@@ -21,8 +19,6 @@ def run(*, name: str, as_json: bool) -> None:
         print(json.dumps({**about, "constants": facts, "tables": {k: v for k, v in tables.items() if v}}, indent=1))
         return
     console = new_console()
-    if not console.is_terminal:
-        console.width = MOST_COLUMNS
     console.print(f"{cluster.name}: {cluster.about}\n{cluster.gpus:,} x {cluster.gpu.name}\n")
     shown = plain_table("constant", "value", "unit", "origin", "source", "date", right=("value",))
     for path, fact in cluster.facts.items():

@@ -19,7 +19,7 @@ from ..plans import read_plan
 from ..progress import Begin, progress
 from ..tables import new_console, plain_table
 from . import reply
-from .explain import heading, played_plan, request_for
+from .explain import Asked, heading, played_plan
 from .reply import Against, CompareReply, Difference, Schema
 
 LEAST = 5e-4  # of the cost of a sample: a smaller difference is shown as none
@@ -41,18 +41,7 @@ class Beside:
         return self.gain - sum(difference.gain or 0.0 for difference in self.differences)
 
 
-def run(  # noqa: PLR0913  the options of the command
-    *,
-    plans: list[str],
-    model: str,
-    cluster: str,
-    latent: str | None,
-    global_batch: int | None,
-    samples: int,
-    encoders: bool,
-    as_json: bool,
-    servers: int | None = None,
-) -> None:
+def run(*, plans: list[str], asked: Asked, as_json: bool) -> None:
     """Play the whole step of every plan, and of the first one with each difference alone.
 
     Raises CinemeshError for fewer than two plans, for what is no plan, and for a plan that the model, the batch or the
@@ -61,7 +50,7 @@ def run(  # noqa: PLR0913  the options of the command
     if len(plans) < 2:
         raise CinemeshError(f"compare: {len(plans)} plan given", remedy="name two or more, the one to start from first")
     chosen = [read_plan(plan) for plan in plans]
-    requests = [request_for(plan, model, cluster, latent, global_batch, samples, encoders, servers) for plan in chosen]
+    requests = [asked.of(plan) for plan in chosen]
     evaluator = Evaluator(requests[0])
     alone = sum(1 for plan in chosen[1:] for _ in changes(chosen[0], plan))
     with progress("comparing", len(chosen) + alone, silent=as_json) as begin:
@@ -73,7 +62,7 @@ def run(  # noqa: PLR0913  the options of the command
     if as_json:
         told = CompareReply(
             schema=Schema(name="compare"),
-            model=model,
+            model=asked.model,
             cluster=requests[0].cluster.name,
             plans=[played_plan(request, step) for request, step in zip(requests, steps, strict=True)],
             against_the_first=[

@@ -161,30 +161,47 @@ def print_start_up(console: Console, rows: list[StartUp]) -> None:
 # -- cinemesh explain -------------------------------------------------------------------------------------------------
 
 
-def run(  # noqa: PLR0913  the options of the command
-    *,
-    plan: str,
-    model: str,
-    cluster: str,
-    latent: str | None,
-    global_batch: int | None,
-    samples: int,
-    encoders: bool,
-    as_json: bool,
-    servers: int | None = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What plans are predicted on, as the options of ``explain`` and ``compare`` say it."""
+
+    model: str
+    cluster: str
+    servers: int | None = None
+    latent: str | None
+    global_batch: int | None
+    samples: int
+    encoders: bool
+
+    def of(self, plan: Plan) -> Request:
+        """What the planner would be asked, for as many GPUs and micro-batches as a plan has."""
+        named = read_model(self.model)
+        return Request(
+            config=named.config,
+            buckets=(LatentBucket(named.latent(self.latent)),),
+            cluster=load(self.cluster, self.servers),
+            gpus=plan.world_size,
+            global_batch=self.global_batch,
+            samples=self.samples if self.global_batch is None else plan.local_batch(self.global_batch),
+            dtype=plan.dtype,
+            fixed={} if self.global_batch is not None else {"micro_batches": plan.micro_batches},
+            encoders=self.encoders,
+        )
+
+
+def run(*, plan: str, asked: Asked, as_json: bool) -> None:
     """Play the whole step of a plan, and say what it is made of and what beats it.
 
     Raises CinemeshError for what is no plan, and for a plan that the model, the batch or the cluster cannot have.
     """
     chosen = read_plan(plan)
-    request = request_for(chosen, model, cluster, latent, global_batch, samples, encoders, servers)
+    request = asked.of(chosen)
     with progress("explaining", PIECES, silent=as_json) as begin:
         step, reasons = _reasons(request, chosen, begin)
     if as_json:
         told = ExplainReply(
             schema=Schema(name="explain"),
-            model=model,
+            model=asked.model,
             cluster=request.cluster.name,
             **vars(played_plan(request, step)),
             rival=None if reasons.rival is None else played_plan(request, reasons.rival),
@@ -211,31 +228,6 @@ def _reasons(request: Request, chosen: Plan, begin: Begin) -> tuple[PlayedStep, 
     rival = evaluator.play_held(rivals[0].plan, rivals[0].samples)[0] if rivals else None
     begin("playing it on faster hardware")
     return step, Reasons(step, step.step_s, request.cluster, None, rival, list(explain.on_faster(request, step)))
-
-
-def request_for(
-    plan: Plan,
-    model: str,
-    cluster: str,
-    latent: str | None,
-    global_batch: int | None,
-    samples: int,
-    encoders: bool,
-    servers: int | None = None,
-) -> Request:
-    """What the planner would be asked, for as many GPUs and micro-batches as a plan has."""
-    named = read_model(model)
-    return Request(
-        config=named.config,
-        buckets=(LatentBucket(named.latent(latent)),),
-        cluster=load(cluster, servers),
-        gpus=plan.world_size,
-        global_batch=global_batch,
-        samples=samples if global_batch is None else plan.local_batch(global_batch),
-        dtype=plan.dtype,
-        fixed={} if global_batch is not None else {"micro_batches": plan.micro_batches},
-        encoders=encoders,
-    )
 
 
 def heading(request: Request) -> str:

@@ -87,9 +87,9 @@ def run(  # noqa: PLR0913  the options of the command
     Raises CinemeshError for an unknown model or cluster, an illegal latent, where no plan fits, and, before the search,
     for what cannot be written.
     """
-    if out is not None and out.suffix not in SUFFIXES:
-        raise CinemeshError(f"--out {out}: a plan file ends in .yaml", remedy="write for example --out best.yaml")
     if out is not None:
+        if out.suffix not in SUFFIXES:
+            raise CinemeshError(f"--out {out}: a plan file ends in .yaml", remedy="write for example --out best.yaml")
         check_output_file(out, "--out")
     if report is not None:
         check_output_folder(report, "--report")

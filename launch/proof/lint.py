@@ -57,8 +57,9 @@ def lint(plan: Plan, model: str) -> list[Finding]:
     Raises CinemeshError when the plan does not divide the model; ``tiny`` is grown until it does.
     """
     case = small_case(plan, model, max_procs=plan.world_size)
-    built = build_step(case.config, case.plan, case.batch)
-    if model != "tiny":
+    if model == "tiny":
+        built = build_step(case.config, case.plan, case.batch)
+    else:
         named = read_model(model)
         built = build_step(named.config, plan, BatchShape(1, named.latent()))
     found = lint_program(built)

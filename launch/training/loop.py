@@ -24,8 +24,9 @@ from ...model.weights import initial_values
 from ...parallel.runtime import comm
 from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, rank_main, world_size
 from . import checkpoint
+from .average import remark
 from .differences import RECIPE, differences, recorded
-from .needs import check_outputs, check_training_memory
+from .needs import check_training_memory
 from .recipe import Config, read_config
 from .reports import Done, Reports
 from .sample import FRAME_RATE
@@ -41,7 +42,6 @@ def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
     """Train, on ``nproc`` processes of this machine or on those that torchrun started. Exits with the ranks' code."""
     recipe = read_config(config, overrides)
     recipe.plan.check_world_size(world_size(nproc))
-    check_outputs(recipe)
     setting = Setting.of(recipe)
     setting.check_training()
     check_training_memory(setting)
@@ -240,7 +240,7 @@ class _Loop:
                 values |= {f"validation_loss/{self.cache.buckets[b].bucket}": value for b, value in losses.items()}
             self.telemetry.scalars(step, values)
             self.telemetry.say(f"step {step}: validation loss {loss:.4f}")
-            if step and (said := next(iter(self.validations.values())).remark()):
+            if step and (said := remark(self.config, self.runner.updates_done)):
                 self.telemetry.say(said)
 
     def _save(self) -> None:

@@ -19,7 +19,6 @@ from ...perf_model.search.planner import search
 from ...perf_model.search.request import LatentBucket, Request
 from ...perf_model.search.tune import tune
 from ..cluster.processes import MEETING_S
-from .needs import check_outputs
 from .predict import predict_run
 from .recipe import Auto, Config
 from .resolved import FILE, Resolved
@@ -36,7 +35,6 @@ def resolve(config: Config, auto: Auto | None, world: int, rank: int) -> None:
     """
     assert config.cluster is not None
     directory, setting = config.logging.directory, Setting.of(config)
-    check_outputs(config)
     if rank != 0:
         if auto is not None:
             _wait(directory, world, auto, setting)

@@ -18,7 +18,6 @@ from ...parallel.passes.pipeline import prepare
 from ...parallel.runtime.comm import sum_over_ranks
 from ...parallel.runtime.executor import Executor
 from ...parallel.runtime.mesh import backend_of
-from .average import remark
 from .recipe import Config
 
 SEED = 1  # of the draws: fixed, so that losses of different runs can be compared
@@ -32,7 +31,7 @@ class Validation:
     """
 
     def __init__(self, runner: StepRunner, samples: Sequence[Sample], config: Config) -> None:
-        self._runner, self._samples, self._config = runner, samples, config
+        self._runner, self._samples = runner, samples
         draws = range(config.logging.validation_draws)
         self._items = [(index, draw) for draw in draws for index in range(len(samples))]
         backend = backend_of(runner.executor.device)
@@ -54,10 +53,6 @@ class Validation:
         if self._runner.mesh is not None:
             total = sum_over_ranks(total)
         return (total[0] / total[1]).item()
-
-    def remark(self) -> str | None:
-        """What is to be said of the weights, if anything."""
-        return remark(self._config, self._runner.updates_done)
 
     def _squared_error(self, items: list[tuple[int, int]], counted: int) -> torch.Tensor:
         """(sum, elements) of this rank's tokens of ``items``; those from ``counted`` on only fill the batch."""

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
-from training import refusal, start
+from training import refusal
 
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels import compile as compiling
-from cinemesh.launch import preflight
+from cinemesh.launch import preflight, train
 from cinemesh.launch.cli import app
 from cinemesh.launch.commands import calibrate, plan, trace
 from cinemesh.launch.preflight import PROCESS_BYTES, STEP_BYTES, check_host_memory
@@ -81,8 +81,10 @@ def test_nor_does_a_run(values: dict[str, Any], tmp_path: Path, key: str, in_the
         below = {"logging.directory": "checkpoints", "data.cache": "clips.safetensors/x"}[key]
         (tmp_path / "out" / below).parent.mkdir(parents=True)
         (tmp_path / "out" / below).touch()
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
     with pytest.raises(CinemeshError, match=f"^{key}"):
-        start(values, tmp_path, f"{key}={tmp_path / 'out'}")
+        train.run(config=path, nproc=None, overrides=[f"{key}={tmp_path / 'out'}"])
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

@@ -43,9 +43,9 @@ def test_on_a_terminal_a_bar_stands_and_goes(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("as_json", [False, True])
 def test_commands_say_what_they_do_unless_asked_for_json(as_json: bool, capsys: pytest.CaptureFixture[str]) -> None:
     given = {"model": "tiny", "cluster": "grand-teton-h100", "latent": None, "global_batch": None, "samples": 1}
-    options = {**given, "encoders": False, "as_json": as_json}
-    explain.run(plan="tp=2", **options)  # pyright: ignore[reportArgumentType]
-    compare.run(plans=["tp=2", "cp=2"], **options)  # pyright: ignore[reportArgumentType]
+    asked = explain.Asked(**given, encoders=False)  # pyright: ignore[reportArgumentType]
+    explain.run(plan="tp=2", asked=asked, as_json=as_json)
+    compare.run(plans=["tp=2", "cp=2"], asked=asked, as_json=as_json)
     said = (
         []
         if as_json
