@@ -15,7 +15,7 @@ from ..prices.played import PlayedStep
 from ..search.request import PricedPlan
 from .explain import describe, terms
 from .landscape import Landscape, NeutralGroup, Point
-from .legend import legend_above
+from .legend import columns, figure_of, is_narrow, legend_above
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +36,8 @@ MARKERS = {1: "o", 2: "s", 4: "D", 8: "^", 16: "v"}  # by tp
 SHADES = {1: "#ffffff", 2: "#cfe6d2", 4: "#6f9bc8", 8: "#27496d"}  # by cp, up to the next
 LABEL_COLUMNS = 36  # letters in a line of a plan beside its bar
 LABELLED = 8  # plans of the landscape that carry their degrees
+AXES_SHARE = 0.8  # of a figure's width, by its axes
+TICK_IN, LABEL_IN = 0.24, 0.8  # from one slanting number, and from one plan's degrees, to the next
 
 
 def draw_terms(figure: Figure, wholes: Sequence[PlayedStep]) -> None:
@@ -54,7 +56,7 @@ def draw_terms(figure: Figure, wholes: Sequence[PlayedStep]) -> None:
             range(len(rows)),
             values,
             left=left,
-            height=0.62,
+            height=0.36 if is_narrow(figure) else 0.62,
             label=name,
             facecolor=colour,
             hatch=hatch,
@@ -62,15 +64,25 @@ def draw_terms(figure: Figure, wholes: Sequence[PlayedStep]) -> None:
             linewidth=0.4,
         )
         left = [a + b for a, b in zip(left, values, strict=True)]
+    narrow, across = is_narrow(figure), columns(figure.get_figwidth() - 0.3)
     for i, (whole, total) in enumerate(zip(wholes, left, strict=True)):
-        text = f" {total:,.0f} GPU-s a sample; step {whole.step_s:.2f} s, batch {whole.samples:,}"
-        axes.text(total, i, text, va="center")
-    axes.set_yticks(range(len(rows)), [_label(i + 1, w.plan) for i, w in enumerate(wholes)])
-    axes.invert_yaxis()
-    axes.set_xlim(0.0, 1.5 * max(left))
+        text = f"{total:,.0f} GPU-s a sample; step {whole.step_s:.2f} s, batch {whole.samples:,}"
+        if narrow:
+            _above(axes, i, f"{_label(i + 1, whole.plan, across)}\n{text}")
+        else:
+            axes.text(total, i, f" {text}", va="center")
+    names = [] if narrow else [_label(i + 1, whole.plan, LABEL_COLUMNS) for i, whole in enumerate(wholes)]
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(rows) - (0.7 if narrow else 0.5), -1.0 if narrow else -0.5)
+    axes.set_xlim(0.0, (1.02 if narrow else 1.5) * max(left))
     axes.set_xlabel("GPU-seconds of one sample")
     handles, labels = axes.get_legend_handles_labels()
     legend_above(figure, dict(zip(labels, handles, strict=True)))
+
+
+def _above(axes: Axes, row: int, text: str) -> None:
+    """A row's name above it, where there is no room on its left."""
+    axes.annotate(text, (0.0, row - 0.2), xytext=(4, 0), textcoords="offset points", va="bottom")
 
 
 def _gpu_seconds(whole: PlayedStep) -> dict[str, float]:
@@ -79,13 +91,13 @@ def _gpu_seconds(whole: PlayedStep) -> dict[str, float]:
     return {name: seconds * each for name, seconds in terms(whole).items()}
 
 
-def _label(rank: int, plan: Plan) -> str:
-    return textwrap.fill(f"{rank}: {describe(plan)}", LABEL_COLUMNS, break_on_hyphens=False)
+def _label(rank: int, plan: Plan, letters: int) -> str:
+    return textwrap.fill(f"{rank}: {describe(plan)}", letters, break_on_hyphens=False)
 
 
-def degrees(plan: Plan) -> str:
-    """``tp2 cp6`` and, below it, ``16 x 32``: the shard group and its replicas."""
-    return f"tp{plan.tp} cp{plan.cp}\n{plan.dp_shard} x {plan.dp_replicate}"
+def degrees(plan: Plan) -> tuple[str, str]:
+    """``tp2 cp6``, and ``16 x 32``: the shard group and its replicas."""
+    return f"tp{plan.tp} cp{plan.cp}", f"{plan.dp_shard} x {plan.dp_replicate}"
 
 
 # -- over batches -----------------------------------------------------------------------------------------------------
@@ -94,28 +106,34 @@ def degrees(plan: Plan) -> str:
 def draw_landscape(figure: Figure, found: Landscape, best: PricedPlan) -> None:
     """Throughput against global batch, with neutral groups; below, which families fit into memory at which batch."""
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.1, 1.0])
-    _draw_throughput(upper, found, best)
-    _draw_feasible(lower, found)
     misfits = {refusal.family.global_batch(found.gpus) for refusal in found.misfits}
     batches = sorted({c.global_batch for c in found.choices} | misfits)
+    doublings_per_in = math.log2(batches[-1] / batches[0] * 1.35**2) / (AXES_SHARE * figure.get_figwidth())
+    _draw_throughput(upper, found, best, doublings_per_in)
+    _draw_feasible(lower, found)
+    for axes in (upper, lower):
+        if is_narrow(figure):
+            axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.01), ncols=2, frameon=False, borderaxespad=0.0)
+        else:
+            axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     lower.set_xscale("log", base=2)
-    ticks = [b for i, b in enumerate(batches) if i == 0 or b / _last_tick(batches[:i]) >= 1.25]
+    ticks = _apart(batches, TICK_IN * doublings_per_in)
     lower.set_xticks(ticks, [f"{b:,}" for b in ticks], rotation=45, ha="right")
     lower.minorticks_off()
     lower.set_xlim(batches[0] / 1.35, batches[-1] * 1.35)
     lower.set_xlabel("global batch (samples)")
 
 
-def _last_tick(batches: Sequence[int]) -> int:
-    """The last of these batches that has a label, when each stands at a distance of the one before."""
-    last = batches[0]
+def _apart(batches: Sequence[int], doublings: float) -> list[int]:
+    """The batches, in their order, that stand so far from all those before them."""
+    kept: list[int] = []
     for batch in batches:
-        if batch / last >= 1.25:
-            last = batch
-    return last
+        if all(abs(math.log2(batch / other)) >= doublings for other in kept):
+            kept.append(batch)
+    return kept
 
 
-def _draw_throughput(axes: Axes, found: Landscape, best: PricedPlan) -> None:
+def _draw_throughput(axes: Axes, found: Landscape, best: PricedPlan, doublings_per_in: float) -> None:
     for i, group in enumerate(found.groups):
         _draw_group(axes, group, i, found.error)
     for choice in found.choices:
@@ -138,7 +156,9 @@ def _draw_throughput(axes: Axes, found: Landscape, best: PricedPlan) -> None:
         linestyle="none",
         label="the plan chosen",
     )
-    for choice in sorted(found.frontier(), key=lambda c: -c.samples_per_s)[:LABELLED]:
+    fastest = sorted(found.frontier(), key=lambda c: -c.samples_per_s)[:LABELLED]
+    labelled = _apart([choice.global_batch for choice in fastest], LABEL_IN * doublings_per_in)
+    for choice in (choice for choice in fastest if choice.global_batch in labelled):
         axes.annotate(
             f"tp{choice.plan.tp} cp{choice.plan.cp}\n{choice.step_s:.1f} s",
             (choice.global_batch, choice.samples_per_s),
@@ -162,7 +182,6 @@ def _draw_throughput(axes: Axes, found: Landscape, best: PricedPlan) -> None:
     rates = [choice.samples_per_s for choice in found.choices]
     axes.set_ylim(0.92 * min(rates), 1.08 * max(rates))
     axes.grid(True, color="#dddddd", linewidth=0.5)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 
 
 def _cp_class(cp: int) -> int:
@@ -188,6 +207,7 @@ def _draw_group(axes: Axes, group: NeutralGroup, number: int, error: float) -> N
 
 def _draw_feasible(axes: Axes, found: Landscape) -> None:
     """One row for each size of a model-parallel group (tp * cp): circles fit, crosses do not, with what they need."""
+    narrow = is_narrow(figure_of(axes))
     need: dict[tuple[int, int], float] = {}
     free = ""
     for misfit in found.misfits:
@@ -220,23 +240,53 @@ def _draw_feasible(axes: Axes, found: Landscape) -> None:
         axes.annotate(
             f"{bytes_ / 1e9:.1f}",
             (batch, place[size]),
-            xytext=(6, 0),
+            xytext=(0, 5) if narrow else (6, 0),
             textcoords="offset points",
-            va="center",
+            rotation=90 if narrow else 0,
+            ha="center" if narrow else "left",
+            va="bottom" if narrow else "center",
         )
     axes.set_yticks(range(len(rows)), [str(size) for size in rows])
     axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.set_ylabel("tp * cp")
     axes.grid(True, axis="y", color="#dddddd", linewidth=0.5)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 
 
 # -- over GPUs --------------------------------------------------------------------------------------------------------
 
 
 def draw_scaling(figure: Figure, points: Sequence[Point]) -> None:
-    """MFU, and samples/s of 1,000 GPUs, of the best plan at every number of GPUs."""
-    axes = figure.subplots()
+    """MFU, and samples/s of 1,000 GPUs, of the best plan at every number of GPUs; in a narrow picture a row each."""
+    if is_narrow(figure):
+        _draw_rows(figure.subplots(), points)
+    else:
+        _draw_curve(figure.subplots(), points)
+
+
+def _draw_rows(axes: Axes, points: Sequence[Point]) -> None:
+    most = max((point.mfu for point in points), default=0.0) or 1.0
+    for row, point in enumerate(points):
+        if point.choice is None:
+            axes.plot([0.0], [row], marker="x", color="#b00020", markersize=9, clip_on=False)
+            told = "no plan fits"
+        else:
+            axes.plot([100.0 * point.mfu], [row], marker="o", color="black", markerfacecolor="white")
+            told = f"{', '.join(degrees(point.choice.plan))}; {point.choice.step_s:.1f} s"
+        _above(axes, row, told)
+    axes.set_yticks(range(len(points)), [f"{point.gpus:,}" for point in points])
+    axes.set_ylim(len(points) - 0.5, -1.0)
+    axes.set_xlim(0.0, 108.0 * most)
+    axes.set_ylabel("GPUs")
+    axes.set_xlabel("MFU (%)")
+    axes.grid(True, color="#dddddd", linewidth=0.5)
+    if first := next((point for point in points if point.choice), None):
+        above = axes.twiny()  # the same points: throughput is MFU times a constant
+        above.set_xlim(0.0, axes.get_xlim()[1] * 10.0 * first.samples_per_gpu_s / first.mfu)
+        above.set_xlabel("samples/s of 1,000 GPUs")
+        above.spines["top"].set_visible(True)
+
+
+def _draw_curve(axes: Axes, points: Sequence[Point]) -> None:
     runs = [(point, point.choice) for point in points if point.choice is not None]
     axes.plot(
         [point.gpus for point, _ in runs],
@@ -250,7 +300,7 @@ def draw_scaling(figure: Figure, points: Sequence[Point]) -> None:
         beside = [runs[j][0].mfu for j in (i - 1, i + 1) if 0 <= j < len(runs)]
         above = point.mfu >= sum(beside, start=point.mfu) / (len(beside) + 1)  # where the line is not
         axes.annotate(
-            f"{degrees(choice.plan)}\n{choice.step_s:.1f} s",
+            "\n".join((*degrees(choice.plan), f"{choice.step_s:.1f} s")),
             (point.gpus, 100.0 * point.mfu),
             xytext=(0, 9 if above else -9),
             textcoords="offset points",

@@ -6,6 +6,7 @@ Kinds differ by hatch as well as by colour. Spans may be predicted or measured (
 from __future__ import annotations
 
 import bisect
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from ...parallel.ir.span import Span
 from ..prices.footprint import stack
 from ..prices.played import PlayedStep
 from . import trace
-from .legend import legend_above
+from .legend import columns, figure_of, is_narrow, legend_above
 from .trace import COMPUTE, WAIT
 
 if TYPE_CHECKING:
@@ -52,7 +53,12 @@ MEMORY: dict[str, tuple[str, str]] = {  # class: colour, hatch
 }
 GREY = "#555555"
 CHARACTER_IN = 0.082  # width of a letter of a bar's label, inches
-BARS_IN = 12.0  # width of the axes of a block, inches
+BESIDE_IN = 1.5  # of the width of a block's picture, left of its axes and right of them; less where it is narrow
+NARROW_BESIDE_IN = 0.3
+COMPUTE_ROWS, GAP_ROWS = 3.2, 0.25  # height of the lane of compute, and between lanes; of the others: 1
+NARROW_COMPUTE_ROWS, NARROW_GAP_ROWS = 4.0, 0.65  # a lane's name stands above it
+UPRIGHT = 13  # letters that stand in a narrow picture's lane of compute
+STRIPS = 4  # a block's time in a narrow picture, as a text is broken into lines
 LANE_COLUMNS = 14  # letters of a lane's name in a line
 POINTS = 900  # pieces of time in the picture of memory
 OUTSIDE = ("CUDA context", "NCCL", "frozen encoders")  # live from before the step
@@ -86,37 +92,54 @@ def _legend(figure: Figure, drawn: Iterable[Axes]) -> None:
 def draw_block(figure: Figure, spans: Sequence[Span], block: int) -> None:
     """Every record of one block, forward above backward, a lane below the other; times in ms from its first record."""
     spans = [*spans, *trace.waits(spans)]
-    panels = figure.subplots(2, 1)
-    for axes, direction in zip(panels, (Phase.FORWARD, Phase.BACKWARD), strict=True):
-        begin, end = trace.block_window(spans, block, direction)
-        inside = [span for span in spans if span.end_s > begin and span.start_s < end]
-        _draw_lanes(axes, inside, begin, end)
-        axes.set_title(f"{direction}: {(end - begin) * 1e3:.1f} ms", loc="left")
-        axes.set_xlabel("ms from the block's first record")
+    strips = STRIPS if is_narrow(figure) else 1
+    directions = (Phase.FORWARD, Phase.BACKWARD)
+    windows = [trace.block_window(spans, block, direction) for direction in directions]
+    parts = [
+        (begin + i * (end - begin) / strips, begin + (i + 1) * (end - begin) / strips)
+        for begin, end in windows
+        for i in range(strips)
+    ]
+    inside = [_within(spans, *part) for part in parts]
+    rows = [NARROW_COMPUTE_ROWS + len(trace.lanes(some)) for some in inside]
+    panels = figure.subplots(len(parts), 1, height_ratios=rows if is_narrow(figure) else None)
+    for i, axes in enumerate(panels):
+        _draw_lanes(axes, inside[i], windows[i // strips][0], parts[i])
+    for i, (direction, (begin, end)) in enumerate(zip(directions, windows, strict=True)):
+        panels[i * strips].set_title(f"{direction}: {(end - begin) * 1e3:.1f} ms", loc="left")
+        panels[(i + 1) * strips - 1].set_xlabel("ms from the block's first record")
     _legend(figure, panels)
 
 
-def _draw_lanes(axes: Axes, spans: Sequence[Span], begin: float, end: float) -> None:
-    """Bars of one window."""
+def _within(spans: Iterable[Span], begin: float, end: float) -> list[Span]:
+    return [span for span in spans if span.end_s > begin and span.start_s < end]
+
+
+def _draw_lanes(axes: Axes, spans: Sequence[Span], origin: float, window: tuple[float, float]) -> None:
+    """Bars of one window, which ``spans`` are in, in ms from ``origin``."""
+    begin, end = window
     names = trace.lanes(spans)
-    heights = [3.2 if name == COMPUTE else 1.0 for name in names]
-    tops = [sum(heights[: i + 1]) + 0.25 * i for i in range(len(names))]
-    inches = BARS_IN / (end - begin)
+    narrow, width = is_narrow(figure_of(axes)), figure_of(axes).get_figwidth()
+    compute, gap = (NARROW_COMPUTE_ROWS, NARROW_GAP_ROWS) if narrow else (COMPUTE_ROWS, GAP_ROWS)
+    heights = [compute if name == COMPUTE else 1.0 for name in names]
+    tops = [sum(heights[: i + 1]) + gap * i for i in range(len(names))]
+    inches = (width - (NARROW_BESIDE_IN if narrow else BESIDE_IN)) / (end - begin)
     groups: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for span in spans:
         lane = names.index(span.lane)
         first, last = max(span.start_s, begin), min(span.end_s, end)
-        groups.setdefault((style_of(span), lane), []).append(((first - begin) * 1e3, (last - first) * 1e3))
+        groups.setdefault((style_of(span), lane), []).append(((first - origin) * 1e3, (last - first) * 1e3))
         room = (last - first) * inches
         text = next((text for text in _labels(span) if room >= len(text) * CHARACTER_IN), "")
         upright = not text and lane == 0
         text = text or span.label
-        if span.kind == WAIT or room < 0.13 or (not upright and room < len(text) * CHARACTER_IN) or len(text) > 60:
+        most = UPRIGHT if narrow and upright else 60
+        if span.kind == WAIT or room < 0.13 or (not upright and room < len(text) * CHARACTER_IN) or len(text) > most:
             continue
         dark = "attention" in style_of(span)
         box = None if STYLES[style_of(span)].get("hatch") is None else {"facecolor": "white", "pad": 0.6, "lw": 0}
         axes.text(
-            ((first + last) / 2 - begin) * 1e3,
+            ((first + last) / 2 - origin) * 1e3,
             tops[lane] - heights[lane] / 2,
             text,
             rotation=90 if upright else 0,
@@ -127,9 +150,14 @@ def _draw_lanes(axes: Axes, spans: Sequence[Span], begin: float, end: float) -> 
         )
     for (style, lane), bars in groups.items():
         axes.broken_barh(bars, (tops[lane] - heights[lane], heights[lane]), label=style, **_bar(style))
-    axes.set_yticks([top - height / 2 for top, height in zip(tops, heights, strict=True)], map(_lane_label, names))
-    axes.set_ylim(tops[-1] + 0.15, -0.15)
-    axes.set_xlim(0.0, (end - begin) * 1e3)
+    if narrow:
+        for name, top, height in zip(names, tops, heights, strict=True):
+            axes.text((begin - origin) * 1e3, top - height - 0.05, name, va="bottom")
+        axes.set_yticks([])
+    else:
+        axes.set_yticks([top - height / 2 for top, height in zip(tops, heights, strict=True)], map(_lane_label, names))
+    axes.set_ylim(tops[-1] + 0.15, -gap if narrow else -0.15)
+    axes.set_xlim((begin - origin) * 1e3, (end - origin) * 1e3)
 
 
 def _labels(span: Span) -> Iterator[str]:
@@ -175,16 +203,15 @@ def draw_step(figure: Figure, spans: Sequence[Span], step_s: float) -> None:
         busy = sum(span.end_s - span.start_s for span in own if span.kind != WAIT)
         waited = sum(span.waited_s for span in own) if lane != COMPUTE else sum(w.end_s - w.start_s for w in waits)
         verb = "waits" if lane == COMPUTE else "exposed"
-        axes.set_ylabel(_lane_label(lane), rotation=0, ha="right", va="center")
         axes.set_ylim(0.0, 1.02)
-        axes.set_yticks([0.0, 0.5, 1.0], ["0 %", "50 %", "100 %"])
-        axes.text(
-            1.005,
-            0.5,
-            f"busy {_time(busy)} ({busy / step_s:.0%})\n{verb} {_time(waited)} ({waited / step_s:.1%})",
-            transform=axes.transAxes,
-            va="center",
-        )
+        axes.set_yticks([0.0, 1.0] if is_narrow(figure) else [0.0, 0.5, 1.0])
+        axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        told = f"busy {_time(busy)} ({busy / step_s:.0%})", f"{verb} {_time(waited)} ({waited / step_s:.1%})"
+        if is_narrow(figure):
+            axes.set_title(f"{lane}\n{', '.join(told)}", loc="left")
+        else:
+            axes.set_ylabel(_lane_label(lane), rotation=0, ha="right", va="center")
+            axes.text(1.005, 0.5, "\n".join(told), transform=axes.transAxes, va="center")
     panels[-1].set_xlabel("seconds from the start of the step")
     panels[-1].set_xlim(0.0, step_s)
     _legend(figure, panels)
@@ -207,7 +234,8 @@ def _shares(spans: Iterable[Span], edges: Sequence[float]) -> list[float]:
 
 
 def _phases(axes: Axes, spans: Sequence[Span]) -> None:
-    """A strip that names forward, backward and optimizer of every micro-batch."""
+    """A strip that names forward, backward and optimizer of every micro-batch, as far as there is room."""
+    figure = figure_of(axes)
     found: dict[tuple[Phase, int | None], list[float]] = {}
     for span in spans:
         place = span.place
@@ -219,8 +247,10 @@ def _phases(axes: Axes, spans: Sequence[Span]) -> None:
     for i, ((phase, micro_batch), (begin, end)) in enumerate(found.items()):
         axes.broken_barh([(begin, end - begin)], (0.0, 1.0), facecolor=("#ffffff", "#e4e4e4")[i % 2], edgecolor=GREY)
         text = "optimizer" if phase is Phase.UPDATE else f"{phase} {micro_batch}" if several else str(phase)
-        narrow = end - begin < 0.06 * last
-        axes.text(end if narrow else (begin + end) / 2, 0.5, text, ha="left" if narrow else "center", va="center")
+        short = end - begin < 0.06 * last
+        if is_narrow(figure) and (end - begin) / last * figure.get_figwidth() < len(text) * CHARACTER_IN:
+            continue
+        axes.text(end if short else (begin + end) / 2, 0.5, text, ha="left" if short else "center", va="center")
     axes.set_ylim(0.0, 1.0)
     axes.axis("off")
 
@@ -248,7 +278,7 @@ def draw_memory(figure: Figure, whole: PlayedStep) -> None:
     axes.text(times[-1], 1.01 * limit, f"usable: {limit:.1f} GB ", ha="right", va="bottom", color="#b00020")
     at = max(range(len(points)), key=base.__getitem__)
     axes.annotate(
-        f"peak {peak:.1f} GB at {whole.footprint.peak_op}",
+        f"peak {peak:.1f} GB" if is_narrow(figure) else f"peak {peak:.1f} GB at {whole.footprint.peak_op}",
         (times[at], base[at]),
         xytext=(0, 26),
         textcoords="offset points",
@@ -257,15 +287,20 @@ def draw_memory(figure: Figure, whole: PlayedStep) -> None:
         bbox={"facecolor": "white", "edgecolor": GREY, "pad": 2},
     )
     axes.set_xlim(0.0, times[-1])
-    axes.set_ylim(0.0, 1.15 * max(limit, peak))
+    axes.set_ylim(0.0, (1.4 if is_narrow(figure) else 1.15) * max(limit, peak))
     axes.set_xlabel("seconds from the start of the step")
     axes.set_ylabel("GB")
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(
-        handles[::-1],
-        labels[::-1],
-        loc="center left",
-        bbox_to_anchor=(1.01, 0.5),
-        frameon=False,
-        title="most of each class",
-    )
+    if is_narrow(figure):
+        told = f"peak at {whole.footprint.peak_op}; in the legend, the most of each class"
+        axes.set_title(textwrap.fill(told, columns(figure.get_figwidth() - 0.6)), loc="left")
+        legend_above(figure, dict(zip(labels[::-1], handles[::-1], strict=True)))
+    else:
+        axes.legend(
+            handles[::-1],
+            labels[::-1],
+            loc="center left",
+            bbox_to_anchor=(1.01, 0.5),
+            frameon=False,
+            title="most of each class",
+        )

@@ -1,4 +1,4 @@
-"""A legend above a picture, in as many rows as it needs; on a matplotlib figure that is given (torch-free)."""
+"""What the width of a picture asks for, a legend above it in as many rows as it needs among it (torch-free)."""
 
 from __future__ import annotations
 
@@ -6,18 +6,37 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ROW_IN = 0.21  # height of a row
 LETTER_IN = 0.078  # width of a letter at the size of the text, generous
 KEY_IN = 0.55  # width of an entry's key and of the gaps beside it
+NARROW_IN = 6.0  # a picture of less is for a phone: what stands beside axes goes above or below them
+
+
+def figure_of(axes: Axes) -> Figure:
+    """The whole picture that axes are in."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return figure
+
+
+def is_narrow(figure: Figure) -> bool:
+    """Whether there is no room beside the axes."""
+    return figure.get_figwidth() < NARROW_IN
+
+
+def columns(width_in: float) -> int:
+    """Letters of text that fit side by side."""
+    return int(width_in / LETTER_IN)
 
 
 def legend_above(figure: Figure, handles: Mapping[str, Any]) -> None:
     """Entries by name above all axes, which make room for its rows and never for its width."""
     width, height = figure.get_size_inches()
     rows = -(-len(handles) // fitting(list(handles), width - 0.3))
-    columns = -(-len(handles) // rows)  # as even as can be
+    entries = -(-len(handles) // rows)  # in a row, as even as can be
     engine: Any = figure.get_layout_engine()
     left, bottom, across, up = engine.get()["rect"] if engine else (0.0, 0.0, 1.0, 1.0)
     top = bottom + up
@@ -26,7 +45,7 @@ def legend_above(figure: Figure, handles: Mapping[str, Any]) -> None:
         list(handles),
         loc="upper left",
         bbox_to_anchor=(0.05 / width, top),
-        ncols=columns,
+        ncols=entries,
         frameon=False,
         borderaxespad=0.0,
     )

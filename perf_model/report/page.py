@@ -24,19 +24,13 @@ REFUSED = 40  # refused families listed
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture as SVG, and the PNG file of it beside the page. ``least_px``: width at which its text can be read."""
+    """One picture as SVG elements, for a screen and for a phone, and the PNG file of it beside the page."""
 
     name: str
     title: str
     caption: str
-    svg: bytes
-    least_px: int
-
-    @property
-    def markup(self) -> str:
-        """The picture as an element of the page."""
-        text = self.svg.decode()
-        return text[text.index("<svg") :]
+    wide: str
+    narrow: str
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ Every picture tells kinds apart by hatch or marker as well as by colour, and say
 from __future__ import annotations
 
 import io
-import math
 import os
 import textwrap
 from collections.abc import Callable
@@ -31,18 +30,19 @@ from .draw_plans import draw_landscape, draw_scaling, draw_terms
 from .draw_step import GREY, draw_block, draw_memory, draw_step
 from .explain import CHANGES, Tick, describe
 from .landscape import deals, explore, scale, sizes
+from .legend import columns
 from .page import Picture, Story, render
 
 COMPARED = 5  # plans whose step is taken apart side by side
-WIDTH_IN = 13.5  # of every picture
-HEAD_IN = 0.85  # above the axes: title and note
-NOTE_COLUMNS = 160
+WIDTH_IN = 13.5  # of a picture on a screen; on a phone, where the page shows its text as large on 366 pixels:
+NARROW_IN = 4.15
+NARROW_TICKS = 4  # of time, or another scale, across
+TITLE_PT, TITLE_COLUMNS = 12.0, 0.68  # columns: of the letters of ordinary text in a line
+LINE_IN = 0.15  # height of a line of text
 TRACE = "step.trace.json"
 PAGE = "report.html"
 PNG_DPI = 110
 TEXT_PT = 9.0  # of all text in a picture; the page shows it at 11 pixels at least
-LEAST_PX = 11.0
-POINTS_PER_IN = 72
 STYLE: dict[Any, Any] = {
     "font.size": TEXT_PT,
     "axes.titlesize": TEXT_PT,
@@ -55,18 +55,18 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
-    "svg.hashsalt": "cinemesh",  # the same picture gives the same bytes
 }
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A picture to draw: what it is called, says and shows. Width and height in inches."""
+    """A picture to draw: what it is called, says and shows. Height in inches, as wide as a screen and as a phone."""
 
     name: str
     title: str
     caption: str
-    size: tuple[float, float]
+    height_in: float
+    narrow_in: float
     draw: Callable[[Figure, Story], None]
 
 
@@ -75,14 +75,16 @@ SHEETS = (
         "plans",
         "Where the time of a sample goes",
         "GPU-seconds of one sample by term, for the plans at the top of the table, the best one first.",
-        (WIDTH_IN, 5.0),
+        4.2,
+        8.4,
         lambda figure, story: draw_terms(figure, story.wholes),
     ),
     Sheet(
         "step",
         "The step, lane by lane",
         "How busy every lane is over the step. Crossed areas of the compute lane are exposed waits.",
-        (WIDTH_IN, 8.5),
+        7.7,
+        9.5,
         lambda figure, story: draw_step(figure, story.spans, story.best.timeline.step_s),
     ),
     Sheet(
@@ -90,14 +92,16 @@ SHEETS = (
         "One block, forward and backward",
         "Every record of a block in the middle of the model. Crossed bars are exposed waits; records that are made "
         "again in backward are hatched.",
-        (WIDTH_IN, 10.5),
+        9.7,
+        20.0,
         lambda figure, story: draw_block(figure, story.spans, story.request.config.layers // 2),
     ),
     Sheet(
         "memory",
         "Memory of one GPU over the step",
         "Live bytes by class, exact for what the program owns.",
-        (WIDTH_IN, 6.5),
+        5.7,
+        6.6,
         lambda figure, story: draw_memory(figure, story.best),
     ),
     Sheet(
@@ -105,14 +109,16 @@ SHEETS = (
         "Plans over global batches",
         "Above: the best plan of each family, with its step time; bands are neutral groups. Below: which sizes of a "
         "model-parallel group fit into memory at which batch, and the GB that the others need with full recompute.",
-        (WIDTH_IN, 9.0),
+        8.2,
+        8.2,
         lambda figure, story: draw_landscape(figure, story.landscape, story.found.best),
     ),
     Sheet(
         "scaling",
         "Scaling: the best plan of every number of GPUs",
         "Each point: degrees, shard group x replicas, step time. The global batch is left open.",
-        (WIDTH_IN, 6.0),
+        5.2,
+        6.0,
         lambda figure, story: draw_scaling(figure, story.scaling),
     ),
 )
@@ -165,36 +171,51 @@ def write(folder: Path, request: Request, found: Search, tick: Tick = lambda _: 
         unfinished.write_text(render(story, pictures), encoding="utf-8")
 
 
-def drawn(sheet: Sheet, story: Story) -> Figure:
+def drawn(sheet: Sheet, story: Story, *, narrow: bool = False) -> Figure:
     """One picture, with its title and what it is about above it."""
+    width = NARROW_IN if narrow else WIDTH_IN
+    across = columns(width - 0.3)
+    title = textwrap.wrap(sheet.title, int(TITLE_COLUMNS * across))
+    told = textwrap.wrap(note(story), across, break_on_hyphens=False)
+    below = 0.12 + len(title) * LINE_IN * TITLE_PT / TEXT_PT + 0.06
+    head = below + len(told) * LINE_IN + 0.14
+    height = head + (sheet.narrow_in if narrow else sheet.height_in)
     with mpl.rc_context(STYLE):
-        width, height = sheet.size
-        layout = ConstrainedLayoutEngine(rect=(0.005, 0.0, 0.99, 1.0 - HEAD_IN / height))
+        layout = ConstrainedLayoutEngine(rect=(0.005, 0.0, 0.99, 1.0 - head / height))
         figure = Figure(figsize=(width, height), layout=layout)
-        figure.text(0.15 / width, 1.0 - 0.12 / height, sheet.title, fontsize=12, fontweight="bold", va="top")
-        figure.text(0.15 / width, 1.0 - 0.38 / height, note(story), color=GREY, va="top")
+        top = {"fontsize": TITLE_PT, "fontweight": "bold", "va": "top"}
+        figure.text(0.15 / width, 1.0 - 0.12 / height, "\n".join(title), **top)
+        figure.text(0.15 / width, 1.0 - below / height, "\n".join(told), color=GREY, va="top")
         sheet.draw(figure, story)
+        for axes in figure.axes if narrow else ():
+            if axes.get_xscale() == "linear":
+                axes.locator_params(axis="x", nbins=NARROW_TICKS)
     return figure
 
 
 def picture(folder: Path, sheet: Sheet, story: Story) -> Picture:
-    """Draw one picture as SVG for the page, and as PNG in the folder."""
-    with mpl.rc_context(STYLE):  # hatches are drawn when the figure is saved
-        figure = drawn(sheet, story)
-        svg = io.BytesIO()
+    """Draw one picture as SVG for the page, wide and narrow, and as PNG in the folder."""
+    figure = drawn(sheet, story)
+    with atomic_file(folder / f"{sheet.name}.png") as unfinished, mpl.rc_context(STYLE):
+        figure.savefig(unfinished, format="png", dpi=PNG_DPI)
+    return Picture(
+        sheet.name, sheet.title, sheet.caption, _svg(figure, "wide"), _svg(drawn(sheet, story, narrow=True), "narrow")
+    )
+
+
+def _svg(figure: Figure, salt: str) -> str:
+    """An element of a page; of two with other salts, none names the hatches and clips of the other."""
+    svg = io.StringIO()
+    with mpl.rc_context({**STYLE, "svg.hashsalt": salt}):  # the same picture gives the same bytes
         figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-        with atomic_file(folder / f"{sheet.name}.png") as unfinished:
-            figure.savefig(unfinished, format="png", dpi=PNG_DPI)
-    least_px = math.ceil(sheet.size[0] * POINTS_PER_IN * LEAST_PX / TEXT_PT)
-    return Picture(sheet.name, sheet.title, sheet.caption, svg.getvalue(), least_px)
+    text = svg.getvalue()
+    return text[text.index("<svg") :]
 
 
 def note(story: Story) -> str:
     """What stands above every picture."""
     request = story.request
-    return textwrap.fill(
+    return (
         f"PREDICTED, not measured: {request.config.name} on {request.gpus:,} GPUs of {request.cluster.name}, "
-        f"{story.shapes}, {request.dtype}. Best plan: {describe(story.best.plan)}",
-        NOTE_COLUMNS,
-        break_on_hyphens=False,
+        f"{story.shapes}, {request.dtype}. Best plan: {describe(story.best.plan)}"
     )

@@ -141,7 +141,7 @@ def test_the_page_needs_no_network(written: tuple[Path, list[Story]]) -> None:
     folder, _ = written
     page = (folder / "report.html").read_text()
     found = _Addresses(page)
-    assert found.tags.count("svg") == len(PICTURES) and found.fetched == []
+    assert found.tags.count("svg") == 2 * len(PICTURES) and found.fetched == []
     assert all(link.startswith("#") for link in found.inside)
     assert all((folder / link).exists() for link in found.links) and found.links
     assert not {"script", "link", "iframe", "image", "foreignobject"} & set(found.tags)
@@ -154,10 +154,12 @@ def test_every_picture_says_that_it_is_predicted(written: tuple[Path, list[Story
     """Each SVG is whole, and carries the words that stand above it."""
     folder, _ = written
     pictures = re.findall(r"<svg.*?</svg>", (folder / "report.html").read_text(), re.DOTALL)
-    assert len(pictures) == len(PICTURES)
+    assert len(pictures) == 2 * len(PICTURES)
     for svg in pictures:
         assert ElementTree.fromstring(svg).tag.endswith("svg")
         assert "PREDICTED, not measured" in svg
+    named = [set(re.findall(r' id="([mp][0-9a-f]{10}|h[0-9a-f]{32})"', svg)) for svg in pictures]
+    assert all(named[::2]) and not set().union(*named[::2]) & set().union(*named[1::2])  # one of the two is not shown
     for name in PICTURES:
         with Image.open(folder / f"{name}.png") as image:
             image.verify()
@@ -176,15 +178,16 @@ def test_the_page_tells_the_search(written: tuple[Path, list[Story]]) -> None:
     assert story.start_up and all(f">{row.name}</td>" in page for row in story.start_up)
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("name", PICTURES)
-def test_nothing_is_cut_off(written: tuple[Path, list[Story]], name: str) -> None:
+def test_nothing_is_cut_off(written: tuple[Path, list[Story]], name: str, narrow: bool) -> None:
     """All that is drawn lies on the sheet; a label that is too long for its margin would not."""
     _, (story,) = written
     sheet = next(sheet for sheet in report.SHEETS if sheet.name == name)
-    figure = report.drawn(sheet, story)
+    figure = report.drawn(sheet, story, narrow=narrow)
     figure.savefig(io.BytesIO(), dpi=40)  # lays it out
     box = figure.get_tightbbox()
-    width, height = sheet.size
+    width, height = figure.get_size_inches()
     assert box.x0 >= 0.0 and box.y0 >= 0.0 and box.x1 <= width and box.y1 <= height
 
 
