@@ -46,12 +46,12 @@ def read_yaml(path: Path, what: str, remedy: str) -> Any:
 
     ``what`` the file is (``"the recipe"``) and the ``remedy`` go into the CinemeshError for one that cannot be read.
     """
-    return parse_yaml(_text(path, what, remedy), f"{what} {path}", remedy)
+    return parse_yaml(file_text(path, what, remedy), f"{what} {path}", remedy)
 
 
 def read_json(path: Path, what: str, remedy: str) -> Any:
     """The value of a JSON file. Arguments and errors as of ``read_yaml``."""
-    return parse_json(_text(path, what, remedy), f"{what} {path}", remedy)
+    return parse_json(file_text(path, what, remedy), f"{what} {path}", remedy)
 
 
 def parse_yaml(text: str, what: str, remedy: str) -> Any:
@@ -132,7 +132,8 @@ def write_yaml(values: Any, **options: Any) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **options)
 
 
-def _text(path: Path, what: str, remedy: str) -> str:
+def file_text(path: Path, what: str, remedy: str) -> str:
+    """A text file. Arguments and errors as of ``read_yaml``."""
     try:
         with path.open("rb") as file:
             read = file.read(MOST_BYTES + 1)

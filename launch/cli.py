@@ -496,9 +496,15 @@ def calibrate(
     card: Annotated[
         Path | None, typer.Option("--card", metavar="JSON", help="What kernels_gpu.py wrote of a GPU.")
     ] = None,
-    base: Annotated[str, typer.Option("--base", help="With --card: the cluster of its links.")] = "grand-teton-h100",
+    nccl_tests: Annotated[
+        list[Path] | None,
+        typer.Option("--nccl-tests", metavar="LOG", help="What a program of nccl-tests printed; several times."),
+    ] = None,
+    base: Annotated[
+        str, typer.Option("--base", help="With --card, --nccl-tests: the cluster of all else.")
+    ] = "grand-teton-h100",
 ) -> None:
-    """Measure this machine, or take what was measured on a GPU, and write a cluster file.
+    """Measure this machine, or take what was measured on GPUs, and write a cluster file.
 
     Times CPU processes, all at once as in a training step, and fits the prices to them; under
     torchrun the links between servers too. About a minute when idle. Plan with --cluster FILE.
@@ -506,11 +512,24 @@ def calibrate(
     if out.suffix not in (".yaml", ".yml"):
         raise CinemeshError(f"--out {out}: a cluster file ends in .yaml", remedy="write for example --out local.yaml")
     check_output_file(out, "--out")
+    if card is not None and nccl_tests:
+        raise CinemeshError(
+            "calibrate: --card and --nccl-tests are both given", remedy="take one, then the other with --base"
+        )
     if card is not None:
         from ..perf_model.calibration.card import write
 
         cluster = write(card, base, out)
         wrote(out, command("plan", gpus=cluster.gpus, cluster=out), cluster.about)
+        return
+    if nccl_tests:
+        from ..perf_model.calibration import nccl_logs
+
+        cluster, errors = nccl_logs.write(nccl_tests, base, out)
+        typer.echo(f"{out}: {cluster.about}. Mean error of its prices over what was measured:")
+        for title, error in errors:
+            typer.echo(f"  {title:50}{error:8.1%}")
+        wrote(out, command("plan", gpus=cluster.gpus, cluster=out))
         return
     from .commands.calibrate import run
 

@@ -60,6 +60,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "calibrate": (
         "cinemesh calibrate --out here.yaml --nproc 2",
         "cinemesh calibrate --card card.json --base h200-ib400 --out h200.yaml",
+        "cinemesh calibrate --nccl-tests all_gather.log --base dgx-h100-ib400 --out ours.yaml",
     ),
 }
 

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from nccl_log import printed
 
 from cinemesh.errors import CinemeshError
 from cinemesh.launch import cli
@@ -30,6 +31,7 @@ from cinemesh.launch.training import checkpoint
 from cinemesh.launch.training.recipe import read_recipe
 from cinemesh.launch.training.setting import Setting
 from cinemesh.model.config import preset
+from cinemesh.perf_model.clusters.cluster import load
 
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = object()
@@ -358,6 +360,7 @@ KEYS = st.sampled_from(
 PROGRAM = ("program", "--model", "tiny", "--json", "--plan")
 EXPLAIN = ("explain", "tp=2", "--model", "tiny", "--json", "--cluster")
 SOME_ROWS = [*ROWS[:2], ROWS[40], ROWS[150]]
+NCCL_LOG = printed("all_reduce_perf", load("grand-teton-h100"), 16, 8, sizes=(2**16, 2**28)).encode()
 DOORS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any, Path], int]]] = {
     "recipe": (as_yaml(RECIPE), recipe_door),
     "override": (st.lists(st.builds("{}={}".format, KEYS, TEXTS), max_size=3), override_door),
@@ -366,6 +369,10 @@ DOORS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any, Path], int]]] = {
     "cluster": (as_yaml(CLUSTER), with_file("mine.yaml", *EXPLAIN, "{}")),
     "rows": (as_yaml(SOME_ROWS), with_file("rows.yaml", "validate", "{}", "--json")),
     "card": (as_json(CARD), with_file("card.json", "calibrate", "--card", "{}", "--out", "made.yaml")),
+    "nccl log": (
+        st.one_of(spoiled(st.just(NCCL_LOG)), NOISE),
+        with_file("nccl.log", "calibrate", "--nccl-tests", "{}", "--out", "made.yaml"),
+    ),
     "captions": (as_yaml(CAPTIONS), captions_door),
     "manifest": (as_json(MANIFEST), manifest_door),
     "command line": (command_lines(), command_door),
@@ -381,6 +388,7 @@ GOOD: dict[str, Any] = {
     "cluster": yaml.safe_dump(CLUSTER).encode(),
     "rows": yaml.safe_dump(SOME_ROWS).encode(),
     "card": json.dumps(CARD).encode(),
+    "nccl log": NCCL_LOG,
     "captions": yaml.safe_dump(CAPTIONS).encode(),
     "manifest": json.dumps(MANIFEST).encode(),
     "command line": ["program", "--model", "tiny", "--plan", "tp=2"],
@@ -406,7 +414,7 @@ def knock(name: str, given: Any, folder: Path, code: int | None = None) -> tuple
         os.environ.clear()
         os.environ.update(environment)
     errors = [line for line in told.getvalue().splitlines() if line.startswith(("error: ", "Error: "))]
-    put = {"recipe.yaml", "captions.yaml", "plan.yaml", "mine.yaml", "rows.yaml", "card.json", ".metadata"}
+    put = {"recipe.yaml", "captions.yaml", "plan.yaml", "mine.yaml", "rows.yaml", "card.json", "nccl.log", ".metadata"}
     left = {path.name for path in folder.iterdir()} - put - {checkpoint.MANIFEST}
     if done not in ((0, 2) if code is None else (code,)):
         return done, f"exit code {done}: {told.getvalue()[:500]}"
