@@ -329,6 +329,8 @@ def cluster_text(cluster: Cluster, machine: Machine) -> str:
         for f in fields(part):
             value, where = getattr(part, f.name), f"{path}.{f.name}"
             rule = next((x for x in get_args(hints[f.name]) if isinstance(x, Rule)), None)
+            if value == f.default:
+                continue
             if rule is not None:
                 written[f.name] = entry(where, value, rule)
             elif is_dataclass(value):
