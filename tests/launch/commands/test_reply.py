@@ -147,7 +147,7 @@ def page() -> str:
         "come behind the others of its record without. Every number is predicted. This page is written by",
         "`python tests/launch/commands/test_reply.py` from `launch/commands/reply.py`.",
         "",
-        "    cinemesh plan --gpus 6144 --json | jq '.plans[0] | .step_s, .mfu, .peak_bytes'",
+        "    cinemesh plan --gpus 6144 --json",
     ]
     waiting: list[type] = [*REPLIES]
     shown: set[type] = set()
