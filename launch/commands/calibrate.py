@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -26,11 +26,13 @@ from ...parallel.runtime.comm import BoundCollective, Communicator, barrier, gat
 from ...parallel.runtime.mesh import Mesh
 from ...perf_model.calibration.calibrate import Machine, TimedSamples, fit, residuals, write
 from ..cluster.processes import joined, launch, launched, rank_main, world_size
+from ..progress import Begin, each, progress
 from ..written import command, wrote
 from .measure_compute import CASES, measure_compute
 
 PROCESSES = 4  # unless told
 REPLICAS: Axes = ("dp_replicate",)
+KINDS = ("all_gather", "reduce_scatter", "all_reduce")
 ROUNDS = 3  # of a collective's loop
 PASSES = 2  # over all collectives: what disturbs one is gone in the next
 LOOP = 8  # collectives in one, where they are fast
@@ -41,19 +43,24 @@ MOST_SLOWDOWN = 10.0
 WORK_S = 1e-3  # compute before each collective, of one process that has a core to itself
 
 
+TimedGroup = tuple[Mesh, Axes, int, int]  # mesh, axes, ranks, servers
+
+
 # -- one rank ---------------------------------------------------------------------------------------------------------
 
 
-def measure_collectives(sizes: tuple[int, ...] = SIZES) -> TimedSamples:
-    """Seconds of every collective by kind, bytes and group, beyond the compute that goes before it."""
-    world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+def measure_collectives(groups: Sequence[TimedGroup], begin: Begin, sizes: tuple[int, ...] = SIZES) -> TimedSamples:
+    """Seconds of every collective by kind, bytes and group, beyond the compute that goes before it.
+
+    ``begin`` is told of each of ``PASSES`` passes over the kinds of every group.
+    """
     samples = TimedSamples()
     compute = _some_compute()
     hosts = gather_objects(platform.node())
     crowd = hosts.count(platform.node()) / len(os.sched_getaffinity(0))  # processes a core
-    for mesh, axes, ranks, servers in [*_groups(world, local)] * PASSES:
+    for mesh, axes, ranks, servers in [*groups] * PASSES:
         comm = Communicator(mesh)
-        for kind in ("all_gather", "reduce_scatter", "all_reduce"):
+        for kind in each(KINDS, begin, lambda kind, ranks=ranks: f"{kind} of {ranks} ranks"):
             for size in sizes:
                 full, part = torch.zeros(size // 4), torch.zeros(size // 4 // ranks)
                 ends = {"all_gather": (part, full), "reduce_scatter": (full, part), "all_reduce": (full, full)}
@@ -152,8 +159,8 @@ def _slowest(seconds: float) -> float:
     return max(everyones)
 
 
-def _groups(world: int, local: int) -> Iterator[tuple[Mesh, Axes, int, int]]:
-    """(mesh, axes, ranks, servers) of the groups to measure: all ranks, across servers, and within a server."""
+def _groups(world: int, local: int) -> Iterator[TimedGroup]:
+    """The groups to measure: all ranks, across servers, and within a server."""
     servers = world // local
     yield Mesh(Plan(dp_replicate=world)), REPLICAS, world, servers
     if servers > 1:
@@ -170,15 +177,18 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def measure() -> TimedSamples | None:
-    """Everything, on every rank of the job; the samples of all, on rank 0."""
-    compute = [measure_compute(case) for case in CASES]
-    mine = (
-        TimedSamples.joined(samples for samples, _ in compute),
-        measure_collectives(),
-        [level for _, level in compute],
-    )
+    """Everything, on every rank of the job; the samples of all, on rank 0, which says what it does."""
+    groups = [*_groups(int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"]))]
+    rank = torch.distributed.get_rank()
+    with progress("calibrating", len(CASES) + PASSES * len(groups) * len(KINDS), silent=rank > 0) as begin:
+        compute = [measure_compute(case) for case in each(CASES, begin, lambda _: "a small step's compute")]
+        mine = (
+            TimedSamples.joined(samples for samples, _ in compute),
+            measure_collectives(groups, begin),
+            [level for _, level in compute],
+        )
     everyones: Any = gather_objects(mine)
-    if torch.distributed.get_rank() > 0:
+    if rank > 0:
         return None
     by_case = zip(*(levels for _, _, levels in everyones), strict=True)
     level = statistics.quantiles(map(statistics.median, by_case), n=4)[0]  # where other jobs disturbed least

@@ -20,6 +20,7 @@ from ...parallel.passes.arena import place
 from ...parallel.passes.pipeline import passes
 from ..models import read_model
 from ..plans import read_plan
+from ..progress import Begin, each, progress
 from ..tables import new_console, plain_table
 from .lint_step import lint_step
 from .verify import small_case
@@ -40,36 +41,46 @@ FUSED_NOTE = (
 )
 
 
-def lint_program(built: Program) -> list[Finding]:
+def lint_program(built: Program, begin: Begin = lambda _: None) -> list[Finding]:
     """What the program alone shows, at any size: behind every pass, and where its storages lie in the end."""
     found: list[Finding] = []
     program = built
-    for run in passes(built.plan, backend="nccl"):
+    for run in each(passes(built.plan, backend="nccl"), begin, lambda run: f"behind {run.__name__}"):
         program = run(program)
         found += (one for one in check(program, built) if one not in found)
+    begin("the arena")
     arena = place(program)
     return found + disjoint(program, arena.offsets, arena.total_bytes)
 
 
-def lint(plan: Plan, model: str) -> list[Finding]:
+def lint(plan: Plan, model: str, begin: Begin = lambda _: None) -> list[Finding]:
     """All checks: the program at the model's own size and latent, the step shrunk to run here.
 
-    Raises CinemeshError when the plan does not divide the model; ``tiny`` is grown until it does.
+    ``begin`` is told of each of ``lint_parts(plan)``. Raises CinemeshError when the plan does not divide the model;
+    ``tiny`` is grown until it does.
     """
+    begin("building the program")
     case = small_case(plan, model, max_procs=plan.world_size)
     if model == "tiny":
         built = build_step(case.config, case.plan, case.batch)
     else:
         named = read_model(model)
         built = build_step(named.config, plan, BatchShape(1, named.latent()))
-    found = lint_program(built)
+    found = lint_program(built, begin)
+    begin("a small step, as it runs")
     return found + [f for f in lint_step(case) if f not in found]
+
+
+def lint_parts(plan: Plan) -> int:
+    """How often ``lint`` says what it begins."""
+    return len([*passes(plan, backend="nccl")]) + 3
 
 
 def run(*, plan: str, model: str, as_json: bool) -> int:
     """Print every check and its findings; the exit code: 0, or 1 when there is a finding."""
     chosen = read_plan(plan)
-    found = lint(chosen, model)
+    with progress("linting", lint_parts(chosen), silent=as_json) as begin:
+        found = lint(chosen, model, begin)
     if as_json:
         print(json.dumps({"ok": not found, "plan": chosen.to_dict(), "findings": [asdict(f) for f in found]}, indent=2))
     else:

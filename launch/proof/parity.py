@@ -32,6 +32,7 @@ from ...parallel.runtime import ledger
 from ...parallel.runtime.frozen import Frozen
 from ...parallel.runtime.mesh import Mesh
 from ...parallel.runtime.witness import Witness
+from ..progress import Begin, each
 
 FLOAT64_BOUND = 1e-10  # the design's
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "bf16": 2.0**-9}
@@ -121,9 +122,11 @@ def run_rank(
     *,
     planned: Program | None = None,
     watched: bool = True,
+    begin: Begin = lambda _: None,
 ) -> RankRun:
     """Run the case on this rank, watched from outside on the last step, in which what is dead is overwritten.
 
+    ``begin`` is told of every step.
     Doors for tests: a ``runner`` with a fault in it, the program that it should have run, and ``watched``.
     """
     runner = runner or StepRunner(case.config, case.plan, case.batch, OPTIMIZER, mesh, seed=case.seed)
@@ -149,7 +152,7 @@ def run_rank(
 
     run.weights.append(copy(runner.buffers["master"]))
     run.ema.append(copy(runner.buffers["ema"]))
-    for step in range(case.steps):
+    for step in each(range(case.steps), begin, lambda step: f"step {step + 1}"):
         load_batch(case, runner, step)
         if watched and step == case.steps - 1:
             alive = [executor.buffers[name] for name in persistent(program)]

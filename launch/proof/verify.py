@@ -30,6 +30,7 @@ from ...parallel.runtime.mesh import Mesh
 from ..cluster.processes import forked
 from ..models import read_model
 from ..plans import read_plan
+from ..progress import progress
 from ..tables import new_console, plain_table
 from .parity import OPTIMIZER, QUANTITIES, Case, RankRun, bounds_of, run_rank, worst_of
 
@@ -166,19 +167,28 @@ def _without_replica(run: RankRun) -> tuple[int, ...]:
 
 
 def verify_on_rank(
-    case: Case, make_runner: Callable[[Mesh], StepRunner] | None = None, planned: Program | None = None
+    case: Case,
+    make_runner: Callable[[Mesh], StepRunner] | None = None,
+    planned: Program | None = None,
+    *,
+    silent: bool = True,
 ) -> Report | None:
-    """Run inside an initialised process group; the report on rank 0, None elsewhere. Doors as in :func:`run_rank`."""
+    """Run inside an initialised process group; the report on rank 0, None elsewhere. Doors as in :func:`run_rank`.
+
+    Rank 0 says what it does, unless it is to be ``silent``.
+    """
     mesh = Mesh(case.plan)
     try:
         if make_runner is None:
             runner = StepRunner(case.config, case.plan, case.batch, OPTIMIZER, mesh, seed=case.seed)
         else:
             runner = make_runner(mesh)
-        runs = gather_objects(run_rank(case, mesh, runner, planned=planned))
-        if mesh.rank:
-            return None
-        return compare(case, [run for run in runs if isinstance(run, RankRun)], planned or runner.program)
+        with progress("verifying", case.steps + 1, silent=silent or mesh.rank > 0) as begin:
+            runs = gather_objects(run_rank(case, mesh, runner, planned=planned, begin=begin))
+            if mesh.rank:
+                return None
+            begin("comparing with plain autograd")
+            return compare(case, [run for run in runs if isinstance(run, RankRun)], planned or runner.program)
     finally:
         mesh.close()
 
@@ -194,7 +204,7 @@ def run(*, plan: str, model: str, dtype: str, max_procs: int, steps: int, as_jso
     case = small_case(read_plan(plan, dtype=dtype), model, max_procs=max_procs, steps=steps)
     # Refused, or found broken by a pass, here rather than on every rank.
     prepare(build_step(case.config, case.plan, case.batch), backend="gloo", checked=True)
-    report = forked(case.plan.world_size, lambda: verify_on_rank(case))[0]
+    report = forked(case.plan.world_size, lambda: verify_on_rank(case, silent=as_json))[0]
     assert report is not None
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))

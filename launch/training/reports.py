@@ -76,9 +76,17 @@ class Reports:
         """Those of a run, whose buckets have these latents; with what was predicted of its plan on its device."""
         device = runners.first.executor.device
         predicted = Predicted.read(config.logging.directory) if config.cluster and telemetry else None
-        if telemetry and predicted and (predicted.plan != config.plan or not device.startswith(predicted.device)):
-            telemetry.say(f"what is predicted of {predicted.cluster} is not of this run on {device}: left out")
+        no_mfu = (
+            "no cluster is named, of whose peak it is a share" if config.cluster is None else "nothing is predicted"
+        )
+        if predicted and (predicted.plan != config.plan or not device.startswith(predicted.device)):
+            no_mfu = f"what is predicted of {predicted.cluster} is not of this run on {device}: left out"
             predicted = None
+        elif predicted:
+            known = predicted.peak_flops_per_s is not None
+            no_mfu = "" if known else f"the peak of {predicted.cluster} is a placeholder"
+        if telemetry and no_mfu:
+            telemetry.say(f"MFU is not shown: {no_mfu}")
         buckets = [
             StepOf(
                 str(bucket),

@@ -10,6 +10,7 @@ import pytest
 from cinemesh.launch import progress as shown
 from cinemesh.launch.commands import compare, explain
 from cinemesh.launch.progress import each, progress
+from cinemesh.launch.proof import lint, verify
 
 
 class Terminal(io.StringIO):
@@ -52,3 +53,19 @@ def test_commands_say_what_they_do_unless_asked_for_json(as_json: bool, capsys: 
         else ["explaining: playing the whole step (1 of 4)", "comparing: playing tp=2 recompute=selective (1 of 3)"]
     )
     assert capsys.readouterr().err.splitlines() == ([] if as_json else said)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_proofs_say_each_piece_of_their_work(
+    as_json: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With overlap, whose pass is one more; of a proof on several ranks the first speaks, and that one alone."""
+    monkeypatch.setattr(shown, "EVERY_S", 0.0)
+    assert lint.run(plan="tp=2,tp_slices=2", model="tiny", as_json=as_json) == 0
+    assert verify.run(plan="tp=2", model="tiny", dtype="float32", max_procs=2, steps=2, as_json=as_json) == 0
+    behind = ("rematerialize", "fuse", "prefetch", "elide", "scheduled", "stage_symmetric")
+    pieces = ["building the program", *(f"behind {name}" for name in behind), "the arena", "a small step, as it runs"]
+    wanted = [f"linting: {what} ({i + 1} of {len(pieces)})" for i, what in enumerate(pieces)]
+    steps = ("step 1", "step 2", "comparing with plain autograd")
+    wanted += [f"verifying: {what} ({i + 1} of 3)" for i, what in enumerate(steps)]
+    assert capfd.readouterr().err.splitlines() == ([] if as_json else wanted)

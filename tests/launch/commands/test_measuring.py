@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from cinemesh.launch import progress
 from cinemesh.launch.commands import calibrate
+from cinemesh.launch.progress import Begin
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.calibration.calibrate import TimedSamples
 
@@ -126,12 +128,12 @@ def test_every_collective_of_every_group_is_measured(
         return machine.collective(seconds[kind] / (100.0 if small else 1.0))
 
     monkeypatch.setattr(calibrate, "_some_compute", lambda: machine.compute)
-    monkeypatch.setattr(calibrate, "_groups", lambda *_: iter([(None, calibrate.REPLICAS, 2, servers)]))
     monkeypatch.setattr(calibrate, "Communicator", lambda mesh: SimpleNamespace(bind=bind))
     monkeypatch.setattr(calibrate, "summing", lambda *_: machine.takes(0.5))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    samples = calibrate.measure_collectives((4096, 65536))
+    group: Any = None, calibrate.REPLICAS, 2, servers
+    begun = list[str]()
+    samples = calibrate.measure_collectives([group], begun.append, (4096, 65536))
+    assert begun == [f"{kind} of 2 ranks" for kind in seconds] * calibrate.PASSES
     crowd = 2 / CORES
     for kind, whole_s in seconds.items():
         for size, lasts_s in ((4096, whole_s / 100), (65536, whole_s)):
@@ -167,7 +169,9 @@ def test_the_groups_are_all_ranks_those_across_servers_and_those_within(
     assert found == [(Plan.parse(text), *rest) for text, *rest in wanted]
 
 
-def test_times_are_those_of_the_least_disturbed_quarter_of_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_are_those_of_the_least_disturbed_quarter_of_the_cases(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of five cases' levels, 1 to 5, the first quartile is 1.5; another rank measured half as much."""
     cases = [1.0, 5.0, 3.0, 2.0, 4.0]
 
@@ -180,10 +184,23 @@ def test_times_are_those_of_the_least_disturbed_quarter_of_the_cases(monkeypatch
     together.add("collectives", "all_reduce", (64, 2, 1), 7.0)
     monkeypatch.setattr(calibrate, "CASES", cases)
     monkeypatch.setattr(calibrate, "measure_compute", measured)
-    monkeypatch.setattr(calibrate, "measure_collectives", lambda: together)
+
+    def measured_together(groups: list[Any], begin: Begin) -> TimedSamples:
+        for _ in range(calibrate.PASSES * len(groups) * len(calibrate.KINDS)):
+            begin("all_reduce of 2 ranks")
+        return together
+
+    monkeypatch.setattr(calibrate, "measure_collectives", measured_together)
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+    monkeypatch.setattr(calibrate, "_groups", lambda world, local: iter([(world, local)]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(calibrate, "gather_objects", lambda mine: [mine, mine])
     monkeypatch.setattr(calibrate.torch.distributed, "get_rank", lambda: 0)
     found = calibrate.measure()
     assert found is not None
     assert found.stream["swiglu"][(100,)] == pytest.approx([1.5 * level for level in cases] * 2)
     assert found.collectives["all_reduce"][(64, 2, 1)] == [7.0, 7.0]
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "calibrating: a small step's compute (1 of 11)" and len(said) == 11
+    assert said[-1] == "calibrating: all_reduce of 2 ranks (11 of 11)"

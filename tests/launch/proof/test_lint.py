@@ -202,7 +202,7 @@ def test_the_command_lists_every_check(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_a_finding_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     finding = Finding("allocates", "mb0/blocks.0.forward/h1 (modulate_norm)", "8 B")
-    monkeypatch.setattr("cinemesh.launch.proof.lint.lint", lambda plan, model: [finding])
+    monkeypatch.setattr("cinemesh.launch.proof.lint.lint", lambda plan, model, begin: [finding])
     assert run(plan="tp=2", model="tiny", as_json=True) == 1
     answer = json.loads(capsys.readouterr().out)
     assert answer["ok"] is False and answer["findings"] == [

@@ -120,6 +120,7 @@ def test_what_was_predicted_stands_beside_what_was_measured(
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step") and "lr" in line]
     log = (tmp_path / "run" / LOG_FILE).read_text().splitlines()
     assert [line[20:] for line in log if "lr" in line] == said and all(re.match(r"\d{4}-\d\d-\d\d \d", x) for x in log)
+    assert "MFU is not shown" not in "".join(log)
     for line, row in zip(said, rows, strict=True):
         match = LINE.fullmatch(line)
         assert match, line
@@ -127,7 +128,7 @@ def test_what_was_predicted_stands_beside_what_was_measured(
             assert float(text) == pytest.approx(row[name], rel=6e-3)
 
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
-    for name in ("loss", "step_s", "predicted_step_s", "memory_bytes", "predicted_memory_bytes", "mfu", "tokens_per_s"):
+    for name in (*LINE.groupindex, "memory_bytes", "predicted_memory_bytes", "mfu", "tokens_per_s"):
         read = [(event.step, event.value) for event in events.Scalars(name)]
         assert read == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
 
@@ -145,6 +146,26 @@ def test_a_prediction_for_other_devices_or_another_plan_is_left_out(
         assert start(priced, tmp_path, "schedule.steps=2") == 0
         assert f"what is predicted of {predicted.cluster} is not of this run on cpu" in capsys.readouterr().out
         assert not any("predicted_step_s" in row for row in read_metrics(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "why"),
+    [
+        (None, "no cluster is named, of whose peak it is a share"),
+        ("grand-teton-h100", "what is predicted of grand-teton-h100 is not of this run on cpu: left out"),
+        ("local-cpu", "the peak of local-cpu is a placeholder"),
+    ],
+)
+def test_why_there_is_no_mfu_is_said_once(
+    cluster: str | None, why: str, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A number that is looked for in vain: in the log, not at every step."""
+    plan = check_config(values, "test").plan
+    if cluster:
+        Predicted(plan, cluster, load(cluster).device, {"1x4x4": 1.0}, 1, None).write(tmp_path / "run")
+    assert start({**values, "cluster": cluster}, tmp_path, "schedule.steps=2") == 0
+    assert capsys.readouterr().out.count(f"MFU is not shown: {why}\n") == 1
+    assert (tmp_path / "run" / LOG_FILE).read_text().count("MFU") == 1
 
 
 class Terminal(io.StringIO):
