@@ -108,7 +108,9 @@ def test_what_a_step_will_hold_is_compared_with_what_there_is(monkeypatch: pytes
 
     assert refused(needed) is None
     assert "smaller batch" in str(refused(needed - 1))
+    assert "smaller batch" in str(refused(3 * (states + PROCESS_BYTES)))
     assert "smaller model" in str(refused(3 * (states + PROCESS_BYTES) - 1))
+    assert "smaller model" in str(refused(3 * PROCESS_BYTES))
     assert refused(3 * PROCESS_BYTES - 1) == "start fewer processes, end other jobs"
     assert refused(needed, steps=1) == refused(needed - 1)
     assert "lower schedule.steps" in str(refused(needed, steps=10**9))

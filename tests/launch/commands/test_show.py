@@ -85,6 +85,26 @@ def test_a_block_that_differs_is_told() -> None:
     assert (name, kind) == ("h2", "modulate_norm") and " fp32" in outputs.split("\n")[0]
 
 
+@pytest.mark.parametrize("count", [4, 5])
+def test_one_that_differs_in_more_than_four_records_is_shown_whole(count: int) -> None:
+    """Each that is another counts twice: it is not there, and the other one is."""
+    program = program_of("tp=2,cp=2,dp_shard=2")
+    for name in ("q", "o", "cross_kv", "cross_q", "cross_o")[:count]:
+        (op,) = [op for op in program.ops if op.name == f"mb0/blocks.1.forward/{name}"]
+        program.buffers[op.outputs[0]] = replace(program.buffers[op.outputs[0]], dtype="float64")
+    ((heading, rows),) = [told for told in show.listing(program) if told[0].startswith("mb0/blocks.1.forward")]
+    assert heading == "mb0/blocks.1.forward" + (": as mb0/blocks.0.forward, but" if count == 4 else "")
+    assert len(rows) == 4 if count == 4 else len(rows) > 20
+
+
+def test_a_record_that_a_block_lacks_is_named() -> None:
+    program = program_of("tp=2,cp=2,dp_shard=2")
+    lost = next(op for op in program.ops if op.name == "mb0/blocks.1.forward/h2")
+    program = program.with_ops([op for op in program.ops if op is not lost])
+    ((heading, rows),) = [told for told in show.listing(program) if told[0].startswith("mb0/blocks.1.forward")]
+    assert (heading, rows) == ("mb0/blocks.1.forward: as mb0/blocks.0.forward without h2", ())
+
+
 @pytest.mark.parametrize(
     "changed",
     [
