@@ -137,25 +137,26 @@ class Watched:
 
 
 def order(reaches: Sequence[Reach], file: str, block: int | None, budget_s: float) -> list[str]:
-    """The tests that run the block (of a module's body: the file), within ``budget_s``; then those with programs.
+    """The tests that run the block, each within ``budget_s``.
 
-    One instance of every test comes before the second of any, the cheap ones first.
+    If there are none, or in a module's body: those that run no function of the package, which read what modules hold;
+    those that run anything of the file; those of its folder that start programs. One instance of every test comes
+    before the second of any, the cheap ones first.
     """
-
-    def surely(reach: Reach) -> bool:
-        return (file, block) in reach.blocks if block else any(of == file for of, _ in reach.blocks)
-
-    sure = [reach for reach in reaches if surely(reach)]
-    perhaps = [reach for reach in reaches if reach.programs and not surely(reach)]
+    groups = [[reach for reach in reaches if (file, block) in reach.blocks]]
+    if not groups[0]:
+        near = [reach for reach in reaches if any(of == file for of, _ in reach.blocks)]
+        others = [reach for reach in reaches if reach not in near]
+        groups = [[reach for reach in others if not reach.blocks and not reach.programs and block is None], near]
+        folder = f"tests/{Path(file).parent}/"
+        groups.append([reach for reach in others if reach.programs and reach.test.startswith(folder)])
     chosen: list[str] = []
-    for group in (sure, perhaps):
+    for group in groups:
         seen: Counter[str] = Counter()
         rounds: list[tuple[int, float, str]] = []
         for reach in sorted(group, key=lambda reach: reach.cpu_s):
             function = reach.test.partition("[")[0]
             rounds.append((seen[function], reach.cpu_s, reach.test))
             seen[function] += 1
-        for _, cpu_s, test in sorted(rounds):
-            if cpu_s < budget_s:
-                chosen.append(test)
+        chosen += [test for _, cpu_s, test in sorted(rounds) if cpu_s < budget_s]
     return chosen
