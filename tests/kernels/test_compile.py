@@ -7,9 +7,11 @@ loads and stores tell. Results are cached, so that only a changed kernel is buil
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +94,16 @@ def test_counting_takes_no_memory_of_the_tensors_it_counts() -> None:
     moved, kilobytes = map(int, in_a_worker(code, interpret=True).split())
     assert moved == pytest.approx(4 * 2.5 * 2**30, rel=0.01)  # of 65 programs, every second one stores
     assert kilobytes < 50_000
+
+
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_ctrl_c_is_heard_again_once_the_workers_run(handler: Any) -> None:
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        assert compiling._work_through([], lambda spec: spec, 2, interpret=False) == []
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_worker_that_dies_names_its_kernel() -> None:
@@ -195,8 +207,8 @@ def test_sampled_programs_reach_both_ends() -> None:
 
 
 def test_a_sample_stands_for_all_programs() -> None:
-    """The last program is cut short, and stands for itself alone."""
-    assert extrapolate([100, 100, 100, 100, 7], 1000) == 999 * 100 + 7
+    """The first and the last, which is cut short, stand for themselves alone."""
+    assert extrapolate([50, 90, 100, 110, 7], 1000) == 50 + 998 * 100 + 7
     assert extrapolate([100, 90, 7], 3) == 197
     assert extrapolate([50], 10) == 500
 
