@@ -24,8 +24,9 @@ from cinemesh.parallel.passes.liveness import lifetimes, persistent
 from cinemesh.parallel.runtime.comm import gather_objects
 from cinemesh.parallel.runtime.frozen import Frozen
 from cinemesh.parallel.runtime.mesh import Mesh
-from cinemesh.parallel.runtime.tape import CallRecorder, compile_calls, ready, storage_key, tensors_in
+from cinemesh.parallel.runtime.tape import CallRecorder, Prepared, compile_calls, ready, storage_key, tensors_in
 
+aten = torch.ops.aten
 STEPS = 6
 
 
@@ -212,6 +213,21 @@ def test_a_kernel_replays_on_other_values(kernel: Callable[[Tensor, Tensor], obj
 def test_what_depends_on_nothing_is_computed_once() -> None:
     calls, _ = replayed(lambda x, out: out.copy_(x + torch.arange(6.0).exp() * 2), torch.rand(4, 6), torch.empty(4, 6))
     assert [call.op._schema.name for call in calls] == ["aten::add", "aten::copy_"]
+
+
+def test_a_call_goes_through_torchs_binding_where_that_means_the_same() -> None:
+    """The binding costs half; of a number it makes a tensor, which is another overload, so that one is not believed."""
+    x, y, out, workspace = torch.rand(3), torch.rand(3), torch.empty(3), torch.empty(0, dtype=torch.uint8)
+    calls: list[tuple[Prepared, object, Tensor]] = [
+        (Prepared(aten.add.out, (x, y), {"alpha": 2, "out": out}), torch.add, x + 2 * y),
+        (Prepared(aten.mul.out, (x, y), {"out": out}), torch.mul, x * y),
+        (Prepared(aten.copy_.default, (out, x), {}), Tensor.copy_, x),
+        (Prepared(aten.add_.Scalar, (out, 1.0), {}), aten.add_.Scalar._op, x + 1),
+    ]
+    for prepared, function, wanted in calls:
+        call: Any = ready(prepared, workspace)
+        call()
+        assert call.func == function and torch.equal(out, wanted)
 
 
 # -- what no replay can do --------------------------------------------------------------------------------------------
