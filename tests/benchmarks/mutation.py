@@ -49,7 +49,7 @@ BUDGET_S = 60.0  # CPU seconds of a mutant, all its processes
 STUCK_S = 240.0  # in which no process could run: the pool gives up after 120
 STUCK_SHARE = 0.75  # of the budget: a test that runs so long when it ends
 FILES = 12  # test files that a fresh process collects
-TESTS = 200  # or tests
+TESTS = 400  # or tests
 POLL_S = 0.2
 
 

@@ -136,20 +136,24 @@ class Watched:
                 lines.write(reach.told() + "\n")
 
 
+def _folder(test: str) -> Path:
+    return Path(test.partition("::")[0]).parent
+
+
 def order(reaches: Sequence[Reach], file: str, block: int | None, budget_s: float) -> list[str]:
     """The tests that run the block, each within ``budget_s``.
 
-    If there are none, or in a module's body: those that run no function of the package, which read what modules hold;
-    those that run anything of the file; those of its folder that start programs. One instance of every test comes
-    before the second of any, the cheap ones first.
+    If there are none, or in a module's body: those of its folder and of none that run no function of the package, and
+    read what modules hold; those that run anything of the file; those of its folder that start programs. One instance
+    of every test comes before the second of any, the cheap ones first.
     """
     groups = [[reach for reach in reaches if (file, block) in reach.blocks]]
     if not groups[0]:
+        folder = "tests" / Path(file).parent
         near = [reach for reach in reaches if any(of == file for of, _ in reach.blocks)]
-        others = [reach for reach in reaches if reach not in near]
-        groups = [[reach for reach in others if not reach.blocks and not reach.programs and block is None], near]
-        folder = f"tests/{Path(file).parent}/"
-        groups.append([reach for reach in others if reach.programs and reach.test.startswith(folder)])
+        beside = [reach for reach in reaches if reach not in near and _folder(reach.test) in (folder, Path("tests"))]
+        groups = [[reach for reach in beside if not reach.blocks and not reach.programs and block is None], near]
+        groups.append([reach for reach in beside if reach.programs])
     chosen: list[str] = []
     for group in groups:
         seen: Counter[str] = Counter()

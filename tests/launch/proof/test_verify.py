@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.proof import verify
-from cinemesh.launch.proof.parity import QUANTITIES, RankRun, global_batch, run_rank
+from cinemesh.launch.proof.parity import QUANTITIES, RankRun, Worst, global_batch, run_rank
 from cinemesh.launch.proof.verify import Report, compare, small_case
 from cinemesh.model.inputs import MASK
 from cinemesh.model.step import build_step, check
@@ -53,6 +54,23 @@ def test_text_says_what_was_shrunk_and_what_came_out() -> None:
     ):
         assert said in done.stdout, done.stdout
     assert done.stdout.rstrip().endswith("ok")
+
+
+def test_the_largest_error_met_is_kept_with_its_place() -> None:
+    """Over the largest value wanted; nothing where nothing is wanted and found, without end where something is."""
+    worst = Worst()
+    assert worst.error == {"loss": 0.0, "gradient": 0.0, "weight": 0.0}
+    worst.note("gradient", "zeros", torch.zeros(2), torch.zeros(2))
+    assert (worst.error["gradient"], worst.where["gradient"]) == (0.0, "")
+    worst.note("gradient", "a", torch.tensor([1.0, 4.5]), torch.tensor([1.0, 4.0]))
+    worst.note("gradient", "smaller", torch.tensor([1.0, 4.25]), torch.tensor([1.0, 4.0]))
+    worst.note("gradient", "as large", torch.tensor([1.0, 4.5]), torch.tensor([1.0, 4.0]))
+    assert (worst.error["gradient"], worst.where["gradient"]) == (0.125, "a")
+    worst.note("gradient", "b", torch.tensor([0.0, -1.0]), torch.zeros(2))
+    assert (worst.error["gradient"], worst.where["gradient"]) == (math.inf, "b")
+    worst.note("gradient", "c", torch.tensor([math.nan]), torch.ones(1))
+    assert math.isnan(worst.error["gradient"]) and worst.where["gradient"] == "c"
+    assert worst.error["loss"] == worst.error["weight"] == 0.0
 
 
 def options(plan: str, **changed: Any) -> dict[str, Any]:
