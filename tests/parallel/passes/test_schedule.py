@@ -185,6 +185,15 @@ def test_units_wait_for_keys_and_values_when_asked() -> None:
     assert orders == [False, True]
 
 
+def test_a_reduction_goes_between_the_keys_and_values_that_come_first() -> None:
+    """``kv_first`` holds back the gathers of units alone."""
+    names = [op.name for op in overlap(before("cp=2,dp_shard=2,kv_chunks=3,grad_units=2,kv_first=true")).ops]
+    for block in (3, 2, 1):
+        first, last = (names.index(f"mb0/blocks.{block}.forward/kv_gathered.c{i}~") for i in (0, 2))
+        assert first < names.index(f"mb0/blocks.{block + 1}.backward/reduced") < last
+        assert last < names.index(f"mb0/blocks.{block - 1}.weights/flat~")
+
+
 def test_kept_keys_and_values_are_not_gathered_again() -> None:
     program = overlap(before("cp=2,kv_slices=2,recompute=kv_gathered:lse:o"))
     assert not [op for op in program.ops if op.clone and op.lane == "cp"]
