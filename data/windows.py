@@ -16,8 +16,7 @@ def held_out(scene_frames: int, frames: int, validation_share: float) -> int:
     return min(max(frames, round(validation_share * scene_frames)), scene_frames - frames)
 
 
-def windows(scene_frames: int, held_out: int, frames: int, stride: int) -> tuple[list[int], list[int]]:
+def windows(scene_frames: int, held_out: int, frames: int, stride: int) -> tuple[range, range]:
     """First frames, from the scene's start, of the train and of the validation windows."""
     border = scene_frames - held_out
-    train = list(range(0, border - frames + 1, stride))
-    return train, list(range(border, scene_frames - frames + 1, stride))
+    return range(0, border - frames + 1, stride), range(border, scene_frames - frames + 1, stride)

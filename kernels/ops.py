@@ -20,8 +20,8 @@ from .signature import Signature, parse
 
 # Draws run in chunks of this many elements: philox keeps some twenty 64-bit temporaries as large as its output.
 DRAW_CHUNK = 1 << 14
-# The last word of a draw's counter is purpose + PURPOSES * place: 32 bits.
-PURPOSES, MOST_PLACES = 1 << 8, 1 << 24
+# A draw's counter has four words of 32 bits: element / 4, sample id, step, purpose + PURPOSES * place.
+PURPOSES, MOST_PLACES, MOST_IDS, MOST_ELEMENTS = 1 << 8, 1 << 24, 1 << 32, 1 << 34
 # AdamW and the sum of squares walk the flat shard in chunks of this many elements: temporaries stay in cache.
 FLAT_CHUNK = 1 << 16
 

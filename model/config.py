@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Literal
 
 from ..errors import CinemeshError, did_you_mean
+from ..kernels.ops import MOST_ELEMENTS
 from ..parallel.ir.fields import MOST_BLOCKS
 from ..parallel.ir.units import Parameter
 
@@ -175,8 +176,19 @@ def block_unit(layer: int) -> str:
 
 @lru_cache(maxsize=32)
 def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
-    """The parameter table. Inside a unit, decayed parameters come first, so that one index splits them."""
-    return (*_replicated(config), *_conditioning(config), *_block_weights(config))
+    """The parameter table. Inside a unit, decayed parameters come first, so that one index splits them.
+
+    Raises CinemeshError for a parameter whose initial values no counter can tell apart.
+    """
+    rows = (*_replicated(config), *_conditioning(config), *_block_weights(config))
+    largest = max(rows, key=lambda row: row.elements)
+    if largest.elements > MOST_ELEMENTS:
+        raise CinemeshError(
+            f"model {config.name}: {largest.name} {list(largest.shape)} has {largest.elements} elements > "
+            f"{MOST_ELEMENTS}, those that the draws of its initial values can tell apart",
+            remedy="choose smaller sizes",
+        )
+    return rows
 
 
 Init = Literal["normal", "zeros", "ones"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CinemeshError
+from ..kernels.ops import MOST_IDS
 from ..kernels.reference import Kernel
 from ..parallel.ir.fields import AXES
 from ..parallel.ir.layout import BATCH, Axes, Placement
@@ -25,7 +26,7 @@ from ..parallel.runtime.graph import Graph, GraphPool, refuse
 from ..parallel.runtime.mesh import Mesh, backend_of, coordinates
 from ..parallel.runtime.watchdog import Heartbeat, vote
 from .config import CAPTION_DROPOUT, ModelConfig, latent_text
-from .inputs import LATENTS, PLACES, BatchShape, InputSpec
+from .inputs import IDS, LATENTS, PLACES, BatchShape, InputSpec
 from .step import Optimizer, build_step, unit_layout
 from .weights import Values, fill_shard
 
@@ -106,6 +107,11 @@ class StepRunner:
             raise CinemeshError(
                 f"places {batch[PLACES].tolist()} in a step's global batch of {size} samples",
                 remedy="a place is a sample's index there, over all micro-batches and data ranks",
+            )
+        if IDS in wanted and not 0 <= batch[IDS].min() <= batch[IDS].max() < MOST_IDS:
+            raise CinemeshError(
+                f"sample ids {batch[IDS].tolist()}, and one is a word of 32 bits of the counter that its draws have",
+                remedy=f"number samples from 0 to {MOST_IDS - 1}",
             )
         load_inputs(self.executor, batch, micro_batch)
 

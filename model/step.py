@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CinemeshError
-from ..kernels.ops import MOST_PLACES
+from ..kernels.ops import MOST_ELEMENTS, MOST_PLACES
 from ..parallel.ir.builder import Builder
 from ..parallel.ir.layout import REPLICATED_AXES, TOKENS, WORLD, Placement, replicated
 from ..parallel.ir.plan import Plan
@@ -65,6 +65,12 @@ def check(config: ModelConfig, plan: Plan, batch: BatchShape) -> None:
             f"samples({batch.samples}) * data ranks({plan.data_ranks}) * micro_batches({plan.micro_batches}) = "
             f"{samples} > {MOST_PLACES}, the places of a step's global batch that draws can tell apart",
             remedy="take fewer samples a step",
+        )
+    if (elements := config.channels * math.prod(batch.latent)) > MOST_ELEMENTS:
+        raise CinemeshError(
+            f"channels({config.channels}) of a latent {latent_text(batch.latent)} are {elements} elements > "
+            f"{MOST_ELEMENTS}, those that a sample's noise can tell apart",
+            remedy="choose a smaller latent",
         )
 
 

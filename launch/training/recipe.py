@@ -16,8 +16,8 @@ from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError, 
 from pydantic.dataclasses import dataclass
 
 from ...data.buckets import Bucket
-from ...data.cache import DataSettings
 from ...data.encoding import BlockDCT, CodecSettings, Encoding, codec_kind
+from ...data.settings import DataSettings
 from ...documents import mapping, parse_yaml, quoted, read_yaml
 from ...errors import CinemeshError, did_you_mean
 from ...model.config import MOST_SIZE, Encoder, ModelConfig, preset

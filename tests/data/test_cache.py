@@ -16,9 +16,10 @@ from torch import Tensor
 
 from cinemesh.data import cache as data
 from cinemesh.data.buckets import Bucket, BucketSettings
-from cinemesh.data.cache import Cache, DataSettings, Sample, Windows, build_cache, collate
+from cinemesh.data.cache import Cache, Sample, Windows, build_cache, collate
 from cinemesh.data.clips import read_frames, write_mp4
 from cinemesh.data.encoding import BlockDCT, Encoding
+from cinemesh.data.settings import DataSettings
 from cinemesh.data.text import ByteEncoder
 from cinemesh.data.windows import held_out, windows
 from cinemesh.errors import CinemeshError
@@ -79,7 +80,7 @@ def test_no_frame_is_in_a_train_and_in_a_validation_window(scene_frames: int, st
     assert seen | held <= set(range(scene_frames))
     assert bool(validation) == (share > 0 and scene_frames >= 16)
     if share == 0.6 and scene_frames == 61 and stride == 1:
-        assert train == list(range(17)) and validation == list(range(24, 54))  # 37 of 61 held
+        assert train == range(17) and validation == range(24, 54)  # 37 of 61 held
 
 
 @pytest.mark.parametrize("scene_frames", [8, 24, 32, 47, 48, 61, 132])
@@ -319,6 +320,25 @@ def test_settings_that_cannot_be_met_give_their_numbers(settings: DataSettings, 
     for weight in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(CinemeshError, match=f"weight is {weight}"):
             Bucket(1, 1, 1, weight)
+
+
+def test_more_windows_than_ids_have_bits_are_refused_before_a_frame_is_read(
+    settings: DataSettings, tmp_path: Path
+) -> None:
+    """Sample 2**32 + 5 would draw what sample 5 draws; of long videos there is no other limit."""
+    whole = (tmp_path / "clips/a.mp4").read_bytes()
+    scenes = list[str]()
+    for number in range(43):
+        (tmp_path / f"clips/{number}.mp4").write_bytes(whole)
+        scenes.append(f"- {{name: s{number}, file: {number}.mp4, first_frame: 0, last_frame: 100000000, caption: x}}\n")
+    asked = replace(settings, stride=1)
+    settings.captions.write_text("".join(scenes))
+    cut = r"stride\(1\) and 1 bucket.* cut 4,299,\d{3},\d{3} windows .*: at most 4,294,967,296; raise"
+    with pytest.raises(CinemeshError, match=cut):
+        build(asked, tmp_path / "cache")
+    settings.captions.write_text("".join(scenes[:42]))
+    with pytest.raises(CinemeshError, match="scene s0 ends at frame 100000000"):
+        build(asked, tmp_path / "cache")
 
 
 def test_settings_at_their_limits_are_met(settings: DataSettings) -> None:

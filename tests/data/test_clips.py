@@ -12,7 +12,6 @@ from PIL import Image, ImageFont
 from torch import Tensor
 
 from cinemesh.data import clips as video
-from cinemesh.data.cache import CAPTIONS
 from cinemesh.data.clips import (
     LABEL_PX,
     TEXT_PX,
@@ -25,6 +24,7 @@ from cinemesh.data.clips import (
     write_contact_sheet,
     write_mp4,
 )
+from cinemesh.data.settings import CAPTIONS
 from cinemesh.errors import CinemeshError
 from cinemesh.model.codec import psnr
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import zlib
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from cinemesh.errors import CinemeshError
-from cinemesh.model.config import MOST_SIZE, PRESETS, Encoder, LatentCondition, preset
+from cinemesh.model.config import MOST_SIZE, PRESETS, Encoder, LatentCondition, parameters, preset
+from cinemesh.model.inputs import BatchShape
+from cinemesh.model.step import check
 from cinemesh.parallel.ir.fields import MOST_BLOCKS
+from cinemesh.parallel.ir.plan import Plan
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 2.0, "2", None, 10**30], ids=repr)
@@ -63,6 +67,28 @@ def test_a_latent_uses_its_tables_whole_and_no_further() -> None:
             config.grid(latent)
     with pytest.raises(CinemeshError, match=r"H\(7\) is no positive multiple of the patch \(2\)"):
         config.grid((3, 7, 10))
+
+
+def test_elements_that_one_counter_would_draw_alike_are_refused() -> None:
+    """Beyond 2**34 of one tensor, element / 4 is more than the counter's 32 bits, and values repeat."""
+    tall = replace(preset("tiny"), patch=(1, 1, 1), position_lengths=(1 << 24, 256, 2))
+    check(tall, Plan(), BatchShape(1, (1 << 24, 256, 1)))
+    latent = rf"channels\(4\) of a latent 16777216x256x2 are {1 << 35} elements > {1 << 34}"
+    with pytest.raises(CinemeshError, match=latent):
+        check(tall, Plan(), BatchShape(1, (1 << 24, 256, 2)))
+    wide = replace(preset("tiny"), width=1 << 15, heads=1 << 8, ffn=1 << 19)
+    assert max(row.elements for row in parameters(wide)) == 1 << 34
+    with pytest.raises(
+        CinemeshError, match=rf"gate \[32768, 524289\] has {(1 << 34) + (1 << 15)} elements > {1 << 34}"
+    ):
+        parameters(replace(wide, ffn=(1 << 19) + 1))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_parameters_of_a_preset_draw_apart(name: str) -> None:
+    """The counter's word for a parameter is a hash of its name, 32 bits: two alike would have the same values."""
+    names = [row.name for row in parameters(preset(name))]
+    assert len({zlib.crc32(name.encode()) for name in names}) == len(names)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -130,7 +130,12 @@ def test_places_outside_of_the_batch_are_refused() -> None:
     for wrong in ([2, 4], [-1, 0]):
         with pytest.raises(CinemeshError, match=rf"places \[{wrong[0]}, {wrong[1]}\] in a step's global batch of 4"):
             runner.load(1, inputs | {PLACES: torch.tensor(wrong)})
-    runner.load(1, inputs | {PLACES: torch.tensor([2, 3])})
+    right = inputs | {PLACES: torch.tensor([2, 3])}
+    runner.load(1, right)
+    for ids in ([0, 1 << 32], [-1, 0]):  # 32 bits of the counter: sample 2**32 would draw as sample 0
+        with pytest.raises(CinemeshError, match=rf"sample ids \[{ids[0]}, {ids[1]}\], .* from 0 to 4294967295"):
+            runner.load(1, right | {IDS: torch.tensor(ids)})
+    runner.load(1, right | {IDS: torch.tensor([0, (1 << 32) - 1])})
 
 
 def test_more_places_than_a_counter_holds_are_refused() -> None:
