@@ -225,8 +225,9 @@ def choices(times: Sequence[Prediction], groups: Sequence[Mapping[str, Any]]) ->
 
 
 def _spearman(pairs: Sequence[tuple[float, float]]) -> float:
+    """0 where one side has the same cost for all: it tells no plan from another."""
     ranks = [[sorted(values).index(value) for value in values] for values in zip(*pairs, strict=True)]
-    return statistics.correlation(*ranks)
+    return statistics.correlation(*ranks) if all(any(side) for side in ranks) else 0.0
 
 
 # -- summaries --------------------------------------------------------------------------------------------------------

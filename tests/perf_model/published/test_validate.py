@@ -90,6 +90,22 @@ def test_choosing_among_plans(report: validate.ValidationReport) -> None:
     assert sum(c.regret for c in report.choices) / len(report.choices) < 0.01
 
 
+@pytest.mark.parametrize(
+    ("costs", "spearman", "regret"),
+    [
+        ([(1.0, 5.0), (2.0, 6.0), (3.0, 9.0)], 1.0, 0.0),
+        ([(1.0, 9.0), (2.0, 6.0), (3.0, 5.0)], -1.0, 2.0),
+        ([(1.0, 5.0), (1.0, 6.0)], 0.0, 0.0),
+        ([(2.0, 5.0), (3.0, 5.0)], 0.0, 0.0),
+    ],
+)
+def test_the_order_of_a_group(costs: list[tuple[float, float]], spearman: float, regret: float) -> None:
+    """A group whose plans all cost the same, by measurement or by prediction, has no order: no division by zero."""
+    times = [validate.Prediction(str(i), "layer", "s", "a", "s", 1.0, 1.0, cost) for i, cost in enumerate(costs)]
+    (found,) = validate.choices(times, [{"name": "g", "rows": [time.id for time in times]}])
+    assert (found.plans, found.spearman, found.regret) == (len(costs), pytest.approx(spearman), pytest.approx(regret))
+
+
 def one_nic(cluster: Cluster) -> Cluster:
     return cluster.with_(**{"topology.nics_per_server": 1})
 
