@@ -1,4 +1,4 @@
-"""Every constant of the model, the recipe, the data and the kernels, with where it comes from, asserted once.
+"""Every constant of model, recipe, data, kernels, parallel and cost model, with where it comes from, asserted once.
 
 Both sides of a comparison read the same constant, so parity passes with any value; only this table does not. It is
 complete: numbers at module level, of classes and dataclasses, of enums, the defaults of arguments, and numbers with a
@@ -22,9 +22,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from torch.distributed.constants import default_pg_timeout
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("model", "launch/training", "data", "kernels")
+FOLDERS = ("model", "launch/training", "data", "kernels", "parallel", "perf_model")
 ORDINARY = (0.0, 0.5, 1.0, 2.0)  # inside a function these are arithmetic
 
 # Sources. Sections and tables are those of Movie Gen, arXiv 2410.13720 v1.
@@ -37,6 +38,11 @@ RUNS = "ours: how often and how long, of a run"
 MATHS = "mathematics"
 NVIDIA = "CUDA programming guide, compute capabilities 8.0, 9.0 and 10.0"
 QUICK_START = "ours: the CPU quick start"
+UNSAID = "what is meant where nothing else is said"
+TIME_OUT = "torch.distributed.constants.default_pg_timeout"
+SI = "SI, and IEC for bytes"
+EAGER = "counted: bytes an element that torch's eager ops, and one fused kernel, read and write; kernels launched"
+MIXED = "counted: bytes a parameter, or a logit, of mixed-precision training"
 
 UL2, METACLIP, BYT5 = (4096, 512), (1280, 256), (1472, 100)  # width: Fig. 8; tokens: 256 is A.1, the others ours
 ENCODERS = (UL2, METACLIP, BYT5)
@@ -219,6 +225,110 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "kernels.compile.REGISTER_UNIT": (256, NVIDIA),
     "kernels.compile.THREADS": (32, NVIDIA),
     "kernels.rates.H100_DENSE_BF16_FLOPS_PER_S": (989.4e12, "NVIDIA H100 datasheet, SXM, dense"),
+    # -- parallel -------------------------------------------------------------------------------------------------
+    "parallel.ir.units.ALIGN": (256 // 2, "256 bytes of bf16: what cudaMalloc aligns to, CUDA programming guide"),
+    "parallel.passes.arena.ALIGN_BYTES": (256, "what cudaMalloc aligns to, CUDA programming guide"),
+    "parallel.passes.prices.RATES": (
+        (
+            (989e12 * 0.65, 3.35e12 * 0.8, 8, 900e9 / 2 * 0.8, 400e9 / 8 * 0.8, 20e-6, 5e-6),
+            (20e9, 4e9, 8, 400e6, 50e6, 300e-6, 0.0),
+        ),
+        "NVIDIA H100 SXM datasheet and 400 Gb/s a GPU, shares and latencies ours; gloo: ours",
+    ),
+    "parallel.runtime.comm.LAUNCH_ORDER_NCCL": ((2, 26), "NCCL release notes: NCCL_LAUNCH_ORDER_IMPLICIT"),
+    "parallel.runtime.mesh.Mesh.__init__(timeout_s)": (default_pg_timeout.total_seconds(), TIME_OUT),
+    "parallel.runtime.mesh.__init__: 1800.0": (default_pg_timeout.total_seconds(), TIME_OUT),
+    "parallel.runtime.watchdog.STALL_S": (default_pg_timeout.total_seconds(), TIME_OUT),
+    "parallel.runtime.watchdog.Heartbeat.__init__(stall_s)": (default_pg_timeout.total_seconds(), TIME_OUT),
+    # -- the cost model -------------------------------------------------------------------------------------------
+    "perf_model.clusters.constants.UNITS": (
+        (
+            (1, 1e-3, 1e-6, 1e-9),
+            (1, 1024, 1024**2, 1024**3, 1e9),
+            (1, 1e6, 1e9, 1e12, 1e6 / 8, 1e9 / 8),
+            (1, 1e9, 1e12),
+            (1, 1, 1, 1),
+        ),
+        SI,
+    ),
+    "perf_model.prices.compute.ITEM_BYTES": ((8, 4, 2, 8, 1, 2, 1), MATHS),
+    "perf_model.prices.compute._PER_ELEMENT": ((2 * 2, 5 * 2), "2 products forward, 5 backward, 2 FLOPs each"),
+    "perf_model.prices.compute._unfused: 2.5": ((2 + 2 + 1) / 2, "bf16 read and written, a mask of one byte"),
+    "perf_model.prices.encoders.WEIGHT_BYTES": (2, "bf16"),
+    "perf_model.prices.encoders.FROZEN": (
+        (
+            (32, 4 * 4096**2 + 3 * 4096 * 16384, 32128 * 4096),
+            (32, 12 * 1280**2, 49408 * 1280),
+            (12, 4 * 1472 * 6 * 64 + 3 * 1472 * 3584, 384 * 1472),
+        ),
+        "google/ul2, a text tower of MetaCLIP's width (Fig. 8), google/byt5-small: config.json",
+    ),
+    "perf_model.prices.network.MEMORY_PASSES": ((1 + 1, 2 + 1, 2 + 3, 1 + 1, 1 + 1), "counted: reads and writes"),
+    "perf_model.prices.network.NVLS_MEMORY_PASSES": (1 + 1, "counted: one read, one write"),
+    "perf_model.prices.network.LEAST_CHANNELS": (2, "NCCL's tuning log, over several servers"),
+    "perf_model.prices.network.SIMPLE_POSTS": (3, "NCCL, src/graph/tuning.cc"),
+    "perf_model.prices.network.RING_REACH_SERVERS": (32, "the largest runs in perf_model/clusters/h100_nccl.csv"),
+    "perf_model.published.paper.STAGES": (
+        (
+            (1, 32, 32),
+            1,
+            1,
+            6,
+            1536,
+            9216,
+            (32, 32, 32),
+            4,
+            1,
+            2,
+            6144,
+            3072,
+            (32, 96, 96),
+            4,
+            1,
+            1,
+            6144,
+            1536,
+            1536,
+            (32, 96, 96),
+            4,
+            2,
+            1,
+            6144,
+            768,
+            768,
+        ),
+        "Table 3; latents by 3.2.1; dp_shard * cp is 1536",
+    ),
+    "perf_model.published.peer_block.RMS_NORM": ((4, 1, 34, 6, 6, 1, 78, 11), EAGER),
+    "perf_model.published.peer_block.LAYER_NORM": ((2 + 2, 1, 3 * 2 + 2 * 2, 2), EAGER),
+    "perf_model.published.peer_block.ROPE": ((2 + 2, 1, 2 + 4 + 4 + 4 + 4 + 2, 5), EAGER),
+    "perf_model.published.peer_block.GATED": ((3 * 2, 1, 5 * 2, 2, 5 * 2, 1, 9 * 2, 4), EAGER),
+    "perf_model.published.peer_block.PLAIN": ((2 * 2, 1, 3 * 2, 1), EAGER),
+    "perf_model.published.peer_block.RESIDUAL": ((3 * 2, 1), EAGER),
+    "perf_model.published.peer_block.DROPOUT": ((1, 0, 2 + 2 + 1, 1, 2 + 1 + 2, 1, 2 + 1 + 2, 1), EAGER),
+    "perf_model.published.peer_block.ATTENTION_KERNELS": ((2, 4), EAGER),
+    "perf_model.published.peer_block.MERGE": ((40, 7, 56, 10), EAGER),
+    "perf_model.published.peer_block.LOSS": ((4, 1, 22, 4, 4, 1, 18, 3), EAGER),
+    "perf_model.published.peer_block.OPTIMIZER": ((3 * (4 + 4) + 4 + 2, 1, 60, 12), EAGER),
+    "perf_model.published.peer_block.CLIP": ((3 * 4, 2), EAGER),
+    "perf_model.published.peer_block.FP8_CAST": ((2, 0, 2 + 1 + 1, 1, 4, 1, 10, 2), EAGER),
+    "perf_model.published.peer_memory.STATES": ((16, 0, 16, 0, 4 + 8, 2 + 2, 0, 2 + 4 + 4 + 8), MIXED),
+    "perf_model.published.peer_memory.GATHERED_UNITS": (3, "in use, prefetched, copied out of"),
+    "perf_model.published.peer_memory.UNIT_GRADIENT": (2 + 4, MIXED),
+    "perf_model.published.peer_memory.LOGITS": ((2 + 2, 2 + 4 + 4, 2 + 3 * 4, 2 + 4 * 4, 2 + 2 + 3 * 4), MIXED),
+    "perf_model.published.peer_step.COPIES": ((0, 0, 0, 0, 4 + 4, 4 + 6 + 8, 4, 4, 6), MIXED),
+    "perf_model.published.peers.HALF": (2, MATHS),
+    "perf_model.published.peers.FLOAT": (4, MATHS),
+    "perf_model.published.peers.Stack.reduce_bytes": (2, "bf16"),
+    "perf_model.published.peers.EAGER_KERNEL_S": (4e-5, "the smallest steps that vTrain measured"),
+    "perf_model.published.rows._cluster: 125000000.0": (1e9 / 8, "bytes of a gigabit"),
+    "perf_model.published.rows.network_of: 200.0": (200, "Gb/s of HDR, beside an A100"),
+    "perf_model.published.rows.network_of: 400.0": (400, "Gb/s of NDR"),
+    "perf_model.published.rows.measured_s: 0.001": (1e-3, SI),
+    "perf_model.published.rows.measured_s: 1000000000000.0": (1e12, SI),
+    "perf_model.published.validate.GIB": (1024**3, SI),
+    "perf_model.search.planner.ERROR_BAR": (0.054, "cinemesh validate: the mean over sources left out of the fit"),
+    "perf_model.search.planner.NEAR": (0.02, "cinemesh validate: pairs of published plans by their distance"),
 }
 
 # Name or pattern -> why any value would do, or what else holds it.
@@ -252,6 +362,38 @@ FREE: Mapping[str, str] = {
     "data.clips.TEXT_PX": "layout of a picture",
     "launch.training.showcase.WORST": "layout of a picture",
     "data.clips.write_contact_sheet(columns)": "layout of a picture",
+    **dict.fromkeys(
+        ("parallel.ir.builder.*", "parallel.ir.communicators.*", "parallel.ir.fields.*", "parallel.ir.plan.*",
+         "parallel.ir.program.*", "parallel.ir.span.*", "parallel.layers.tensor.token_local(local)",
+         "parallel.passes.schedule._Clock.*", "perf_model.clusters.*.*.*", "perf_model.prices.*(*)",
+         "perf_model.prices.network.FREE", "perf_model.published.peers.Run.*", "perf_model.published.peers.Recorder.*",
+         "perf_model.published.peer_block.Blocks.*", "perf_model.published.validate.Prediction.*",
+         "perf_model.search.*.*.*"),
+        UNSAID,
+    ),
+    **dict.fromkeys(
+        ("parallel.passes.arena.GOOD_ENOUGH", "parallel.passes.arena.OUTLIVES", "parallel.passes.arena.WINDOW",
+         "parallel.passes.choose_kept.*", "perf_model.search.request.SHOWN", "perf_model.search.tune.*"),
+        "how far a search goes; what it finds is compared in the tests of its file",
+    ),
+    **dict.fromkeys(
+        ("parallel.runtime.comm.AWAKE_S", "parallel.runtime.graph.*", "parallel.runtime.witness.*",
+         "parallel.runtime.watchdog.Heartbeat.__init__(period_s)"),
+        "how often and how long one waits for what comes anyway",
+    ),
+    **dict.fromkeys(
+        ("perf_model.search.evaluator.BOUND_SLACK", "perf_model.search.planner.SEEMS", "perf_model.search.unroll.AGAIN",
+         "perf_model.search.few_blocks.*"),
+        "of a short cut that is compared with whole plays: tests/perf_model/search",
+    ),
+    "perf_model.calibration.*": "how a fit is sought; on machines that are known its tests say what it must find",
+    "perf_model.clusters.constants.LIMITS": "beyond, a number is a slip of the unit; tests/perf_model/clusters",
+    "perf_model.prices.timeline.*": "names of events, and what is below rounding",
+    "perf_model.published.peer_memory.FRAGMENTED": "fitted: runs out of memory are told by it, test_validate.py",
+    "perf_model.published.peer_step.STEADY_*": "any two depths of a steady step give the same block",
+    "perf_model.published.row_schema.*": "a limit of what is taken for a number at all",
+    "perf_model.published.validate.*: *": "percent and percentiles of a summary",
+    "perf_model.report.*": "how a picture or a page looks, and how much it shows: tests/perf_model/report",
     "*: 1000000.0": "MB of a message",
     "*: 1000000000.0": "GB of a message",
 }  # fmt: skip
