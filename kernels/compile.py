@@ -91,10 +91,12 @@ def compile_check(
     workers: int | None = None,
     count: bool = True,
     cache: Path | None = None,
+    begin: Callable[[str], None] = lambda _: None,
 ) -> list[CompileReport]:
     """Build every kernel of ``modules`` (default: all) at ``sizes``; identical (kernel, shape) pairs once.
 
-    ``count=False`` leaves out the bytes (0 in the report). Raises CinemeshError without Triton, or for a target that is
+    ``count=False`` leaves out the bytes (0 in the report). ``begin`` is told of every module at every size that begins,
+    twice: once to build its kernels, once to count. Raises CinemeshError without Triton, or for a target that is
     unknown.
     """
     if target not in TARGETS:
@@ -106,8 +108,11 @@ def compile_check(
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(module, size) for module in (modules or triton_modules()) for size in sizes]
     workers = workers or min(len(jobs), os.cpu_count() or 1, max(1, available_bytes() // WORKER_BYTES))
-    built = _work_through(jobs, partial(_build, target=target, folder=folder), workers, interpret=False)
-    moved = _work_through(jobs, partial(_count, folder=folder), workers, interpret=True) if count else None
+    build, measure = partial(_build, target=target, folder=folder), partial(_count, folder=folder)
+    built = _work_through(jobs, build, workers, interpret=False, begin=lambda name: begin(f"building {name}"))
+    moved = None
+    if count:
+        moved = _work_through(jobs, measure, workers, interpret=True, begin=lambda name: begin(f"counting {name}"))
     found: dict[tuple[str, str], CompileReport] = {}
     for i, reports in enumerate(built):
         for k, report in enumerate(reports):
@@ -161,7 +166,9 @@ class _Worker:
         return said
 
 
-def _work_through(jobs: Sequence[Job], look: Look[R], workers: int, *, interpret: bool) -> list[list[R]]:
+def _work_through(
+    jobs: Sequence[Job], look: Look[R], workers: int, *, interpret: bool, begin: Callable[[str], None] = lambda _: None
+) -> list[list[R]]:
     """``look`` at every kernel of every job, in ``workers`` processes; the results of each job."""
     results: dict[int, list[R]] = {}
     waiting = list(enumerate(jobs))[::-1]
@@ -173,6 +180,7 @@ def _work_through(jobs: Sequence[Job], look: Look[R], workers: int, *, interpret
             for worker in pool:
                 if worker.job is None and waiting:
                     worker.job, job = waiting.pop()
+                    begin(job[0])
                     worker.connection.send(job)
             ready = wait([worker.connection for worker in pool if worker.job is not None])
             for worker in (worker for worker in pool if worker.connection in ready):

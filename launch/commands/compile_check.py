@@ -11,6 +11,7 @@ from ...model.config import ModelConfig
 from ...model.inputs import BatchShape
 from ...model.step import check, unit_layout
 from ...parallel.ir.plan import Plan
+from ..progress import progress
 from ..tables import new_console, plain_table
 
 DEGREES = tuple((tp, cp) for tp in (1, 2, 4, 8) for cp in (1, 2))
@@ -45,9 +46,10 @@ def run(config: ModelConfig, plan: Plan | None, batch: BatchShape, *, target: st
     plans = [plan] if plan else [Plan(tp=tp, cp=cp, dp_shard=GPUS // (tp * cp)) for tp, cp in DEGREES]
     sizes = [sizes_of(config, each, batch) for each in plans]  # refuses before torch and Triton are loaded
     from ...kernels.compile import as_json as reports_as_json
-    from ...kernels.compile import compile_check
+    from ...kernels.compile import compile_check, triton_modules
 
-    reports = compile_check(sizes, target)
+    with progress("compile check", 2 * len(triton_modules()) * len(sizes), silent=as_json) as begin:
+        reports = compile_check(sizes, target, begin=begin)
     if as_json:
         print(json.dumps(reports_as_json(reports, target), indent=1))
         return

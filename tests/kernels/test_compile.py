@@ -120,7 +120,7 @@ def test_workers_are_bounded_by_memory(monkeypatch: pytest.MonkeyPatch, tmp_path
     """64 cores and memory for two workers and a half: two; never none."""
     asked: list[int] = []
 
-    def work_through(jobs: list[object], look: object, workers: int, *, interpret: bool) -> list[list[object]]:
+    def work_through(jobs: list[object], look: object, workers: int, **_: object) -> list[list[object]]:
         asked.append(workers)
         return [[] for _ in jobs]
 

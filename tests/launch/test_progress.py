@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import io
 import sys
+from pathlib import Path
 
 import pytest
 
+from cinemesh.kernels import compile as compiling
 from cinemesh.launch import progress as shown
-from cinemesh.launch.commands import compare, explain
+from cinemesh.launch.commands import compare, compile_check, explain
 from cinemesh.launch.progress import each, progress
 from cinemesh.launch.proof import lint, verify
+from cinemesh.model.config import preset
+from cinemesh.model.inputs import BatchShape
+from cinemesh.parallel.ir.plan import Plan
 
 
 class Terminal(io.StringIO):
@@ -69,3 +74,33 @@ def test_proofs_say_each_piece_of_their_work(
     steps = ("step 1", "step 2", "comparing with plain autograd")
     wanted += [f"verifying: {what} ({i + 1} of 3)" for i, what in enumerate(steps)]
     assert capfd.readouterr().err.splitlines() == ([] if as_json else wanted)
+
+
+def test_the_compile_check_says_each_module_twice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Minutes on a machine of two cores: it builds, then counts."""
+    pytest.importorskip("triton")
+
+    class Worker:
+        """Of no process: it is done at once."""
+
+        def __init__(self, look: object, interpret: bool) -> None:
+            self.job, self.connection, self.process = None, self, self
+
+        def send(self, job: object) -> None: ...
+        def kill(self) -> None: ...
+        def join(self) -> None: ...
+        def answer(self) -> list[object]:
+            return []
+
+    monkeypatch.setattr(shown, "EVERY_S", 0.0)
+    monkeypatch.setattr(compiling, "_Worker", Worker)
+    monkeypatch.setattr(compiling, "wait", lambda connections: connections)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    given = {"target": "sm_90", "as_json": False}
+    compile_check.run(preset("tiny"), Plan(dtype="float32"), BatchShape(1, (3, 4, 12)), **given)
+    modules = compiling.triton_modules()
+    said = [f"{what} {module}" for what in ("building", "counting") for module in modules]
+    wanted = [f"compile check: {what} ({i + 1} of {2 * len(modules)})" for i, what in enumerate(said)]
+    assert capsys.readouterr().err.splitlines() == wanted
