@@ -42,7 +42,7 @@ setup(
     package_dir=PACKAGES,
     package_data={
         "cinemesh.configs": ["*.yaml", "*/*.yaml"],
-        "cinemesh.kernels": ["tuning/*.yaml"],
+        "cinemesh.kernels": ["tuning/*.yaml", "rates/*.yaml"],
         "cinemesh.perf_model.clusters": ["*.yaml", "*.csv"],
         "cinemesh.perf_model.published": ["*.yaml"],
         "cinemesh.perf_model.report": ["templates/*.html"],

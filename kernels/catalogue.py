@@ -1,7 +1,7 @@
 """Every implementation of every op: where it can run, what it needs besides its outputs, how fast (torch-free).
 
 One list, read by ``registry.py`` on the machine that trains and by whatever plans a step where no GPU is. The choice
-among the usable ones goes by rate class; of equal ones the earlier in the list wins. On a CPU the list's order decides.
+(``selection.py``) goes by rate class; of equal ones the earlier in the list wins. On a CPU the list's order decides.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
+from typing import Literal
 
-from ..errors import CinemeshError
 from .op_spec import OpSpec
 from .ops import OPS
-from .rates import rate
+from .rates import capability_of, rate
 from .signature import Sizes
 from .tiles import flat_sums, gate_slices, layer_norm_slices, norm_slices
 from .tuning import DEFAULT_DEVICE
 
-PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "apex", "triton", "torch", "reference")
+PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "apex", "triton", "cudnn", "torch", "reference")
 
 Workspace = Callable[[Sizes, int], int]  # sizes, bytes of an element -> bytes
 
@@ -32,7 +32,8 @@ class Implementation:
 
     ``capability``: the least compute capability; ``below``: the first one that is too new. ``sizes``: label -> (rule in
     words, test). ``workspace``: bytes besides its outputs. ``why``: what it is, for people. ``margin``: it can leave
-    SMs alone (``sm_margin``).
+    SMs alone (``sm_margin``). ``ordered``: whether it sums in one fixed order, and so gives the same bits every time:
+    always, when asked (``deterministic=True``), or never.
     """
 
     op: str
@@ -48,6 +49,7 @@ class Implementation:
     sizes: tuple[tuple[str, str, Callable[[int], bool]], ...] = ()
     workspace: Workspace = lambda sizes, item: 0
     margin: bool = False
+    ordered: Literal["always", "asked", "never"] = "always"
 
 
 # -- workspaces ----------------------------------------------------------------------------------------------------
@@ -100,33 +102,39 @@ def _attention_entries() -> Iterable[Implementation]:
         backward = OPS[op].backward
         direction = "backward" if backward else "forward"
         held = _flash_backward if backward else _outputs
-        if not masked:  # none of the three takes a key mask
+        copied = _torch_backward if backward else _outputs
+        asked: Literal["asked", "always"] = "asked" if backward else "always"
+        if not masked:  # none of the four takes a key mask
             yield Implementation(
-                op, "flash-attn", "flash_attention", f"{plain}_2", ("cuda",), "attention.fa2",
-                "FlashAttention-2, package flash-attn", (8, 0), None, HALF, flash_dims, held,
+                op, "flash-attn", "flash_attention", f"{plain}_2", ("cuda",), "fa2",
+                "FlashAttention-2, package flash-attn", (8, 0), None, HALF, flash_dims, held, ordered=asked,
             )  # fmt: skip
             yield Implementation(
-                op, "flash-attn-3", "flash_attention", f"{plain}_3", ("cuda",), "attention.fa3",
-                "FlashAttention-3 for Hopper, built from source", (9, 0), (10, 0), HALF, flash_dims, held, True,
+                op, "flash-attn-3", "flash_attention", f"{plain}_3", ("cuda",), "fa3",
+                "FlashAttention-3 for Hopper, built from source", (9, 0), (10, 0), HALF, flash_dims, held, True, asked,
             )  # fmt: skip
             yield Implementation(
-                op, "flash-attn-4", "flash_attention", f"{plain}_4", ("cuda",), "attention.fa4",
+                op, "flash-attn-4", "flash_attention", f"{plain}_4", ("cuda",), "fa4",
                 "FlashAttention in CuTe, package flash-attn-4", (9, 0), (12, 0), HALF, cute_dims,
-                _flash_backward if backward else lambda z, item: 0,
+                _flash_backward if backward else lambda z, item: 0, ordered=asked,
+            )  # fmt: skip
+            yield Implementation(
+                op, "cudnn", "torch_cuda", f"cudnn_{plain}", ("cuda",), "cudnn",
+                "cuDNN's attention, in torch's CUDA builds" + (", sums in any order" if backward else ""),
+                (8, 0), None, HALF, cute_dims, copied, ordered="never" if backward else "always",
             )  # fmt: skip
         yield Implementation(
-            op, "triton", plain, plain, ("cuda",), "attention.triton",
+            op, "triton", plain, plain, ("cuda",), "triton",
             f"our Triton {direction}, deterministic", (8, 0), None, ("bfloat16", "float32"), triton_dims,
             _delta if backward else lambda z, item: 0,
         )  # fmt: skip
         yield Implementation(
-            op, "torch", "torch_cuda", op, ("cuda",), "attention.masked" if masked else "attention.torch",
+            op, "torch", "torch_cuda", op, ("cuda",), "masked" if masked else "torch",
             "torch's memory-efficient attention with a bias" if masked else "FlashAttention-2 as torch ships it",
-            (8, 0), None, (*HALF, "float32") if masked else HALF, flash_dims,
-            _torch_backward if backward else _outputs,
+            (8, 0), None, (*HALF, "float32") if masked else HALF, flash_dims, copied, ordered=asked,
         )  # fmt: skip
         yield Implementation(
-            op, "torch", "sdpa", plain, ("cpu",), "attention.cpu",
+            op, "torch", "sdpa", plain, ("cpu",), "sdpa",
             "torch's fused CPU attention: no score matrix in memory", workspace=_outputs,
         )  # fmt: skip
 
@@ -184,7 +192,7 @@ def _triton_entries() -> Iterable[Implementation]:
 def _reference_class(spec: OpSpec) -> str:
     """A product's, or that of a memory-bound op that is one kernel of torch already or several."""
     if spec.is_product:
-        return "matmul" if spec.law == "matmul" else "attention.reference"
+        return "matmul" if spec.law == "matmul" else "unfused"
     return "memory.one_pass" if spec.plain_bytes is None else "memory.passes"
 
 
@@ -195,6 +203,10 @@ def _entries() -> Iterable[Implementation]:
     yield Implementation(
         "matmul", "torch", "torch_cuda", "matmul", ("cuda",), "matmul",
         "cuBLAS through torch, fp32 written from bf16 factors", (8, 0), None, HALF,
+    )  # fmt: skip
+    yield Implementation(
+        "position_backward", "torch", "torch_cuda", "position_backward", ("cuda",), "memory.passes",
+        "the plain form, told to sum in one fixed order",
     )  # fmt: skip
     for op, spec in OPS.items():
         rate_class = _reference_class(spec)
@@ -211,16 +223,6 @@ OPTIONAL = ("flash-attn", "flash-attn-3", "flash-attn-4", "apex")
 NOT_ASSUMED: Mapping[str, str] = dict.fromkeys(OPTIONAL, "not part of a plain install")
 
 
-def capability_of(device: str) -> tuple[int, int] | None:
-    """``cpu`` -> None, ``sm_90`` -> (9, 0); ``cuda`` is taken for an H100 where none is at hand."""
-    if device == "cpu":
-        return None
-    digits = "90" if device == "cuda" else device.removeprefix("sm_")
-    if not digits.isdigit() or len(digits) < 2:
-        raise CinemeshError(f"device {device!r} is unknown", remedy="write cpu, cuda or a capability such as sm_90")
-    return int(digits[:-1]), int(digits[-1])
-
-
 def candidates(op: str) -> tuple[Implementation, ...]:
     """Every implementation of ``op``, in the list's order; the reference comes last."""
     return _BY_OP[op]
@@ -233,11 +235,13 @@ def refusal(
     dtype: str | None = None,
     sizes: Sizes | None = None,
     missing: Mapping[str, str] = NOT_ASSUMED,
+    deterministic: bool = False,
     interpreter: bool = False,
 ) -> str | None:
     """Why ``entry`` cannot run there, or None. What is not given (dtype, sizes) refuses nothing.
 
-    ``missing``: package -> why it cannot be used. ``interpreter``: Triton's, which runs on a CPU to prove a kernel.
+    ``missing``: package -> why it cannot be used. ``deterministic``: sums in one fixed order are asked for.
+    ``interpreter``: Triton's, which runs on a CPU to prove a kernel.
     """
     capability = capability_of(device)
     kind = "cpu" if capability is None else "cuda"
@@ -246,6 +250,8 @@ def refusal(
         return f"runs on {' and '.join(entry.devices)}, not on {kind}"
     if entry.package in missing:
         return missing[entry.package]
+    if deterministic and entry.ordered == "never":
+        return "sums in any order, and deterministic kernels are asked for"
     if capability is not None and capability < entry.capability:
         return f"needs sm_{_digits(entry.capability)} or newer, got sm_{_digits(capability)}"
     if capability is not None and entry.below is not None and capability >= entry.below:
@@ -258,28 +264,13 @@ def refusal(
     return None
 
 
-def choose(
-    op: str,
-    device: str = "cuda",
-    *,
-    dtype: str | None = None,
-    sizes: Sizes | None = None,
-    missing: Mapping[str, str] = NOT_ASSUMED,
-    tuned: str = DEFAULT_DEVICE,
-) -> Implementation | None:
-    """What runs ``op`` on ``device`` (``cpu``, ``cuda`` or ``sm_90``): the usable one of the best rate class.
+def share(entry: Implementation, device: str, deterministic: bool = False, tuned: str = DEFAULT_DEVICE) -> float:
+    """Share of the limit (tensor cores or memory) that the implementation reaches, as its rate class tells.
 
-    None: the plain reference, which runs everywhere. ``dtype`` is that of the activations, ``sizes`` maps labels of the
-    op table to local sizes, ``tuned`` the device whose tuning table is read.
+    ``device``: ``cpu`` or ``sm_90``; ``tuned``: the card whose tuning table is read.
     """
-    usable = [e for e in candidates(op) if refusal(e, device, dtype=dtype, sizes=sizes, missing=missing) is None]
-    best = usable[0] if device == "cpu" else max(usable, key=lambda entry: share(entry, tuned))
-    return None if best.package == "reference" else best
-
-
-def share(entry: Implementation, tuned: str = DEFAULT_DEVICE) -> float:
-    """Share of the limit (tensor cores or memory) that the implementation's rate class reaches on a tuned device."""
-    return rate(entry.rate_class, tuned).share(OPS[entry.op].backward)
+    known = rate(entry.rate_class, device, tuned)
+    return known.share(OPS[entry.op].backward, deterministic and entry.ordered == "asked")
 
 
 def _digits(capability: tuple[int, int]) -> str:

@@ -2,7 +2,7 @@
 
 Their layout is [B, T, H, K], ours [T, B, H, K] and [S, B, 2, h, K]: both are read and written by strides, nothing is
 transposed in memory. Versions 2 and 3 allocate o and the log-sum-exp, which are copied into ours; backward writes in
-place everywhere. Backward is deterministic: without it, dq is summed by atomics in any order.
+place everywhere. It sums dq by atomics, in any order, unless asked for a fixed one (``deterministic``).
 
 Version 3 keeps one block on every SM, and can leave SMs alone (``sm_margin``); the others cannot be told to.
 
@@ -93,8 +93,8 @@ def attention_2(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     _keep(outputs, o, lse)
 
 
-def attention_backward_2(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-    """As the reference, written in place; sums run in a fixed order."""
+def attention_backward_2(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, deterministic: bool = False) -> None:
+    """As the reference, written in place."""
     package = import_module("flash_attn.flash_attn_interface")
     do, q, k, v, o, dq, dk, dv = _backward_views(inputs, outputs)
     package._flash_attn_backward(
@@ -108,7 +108,7 @@ def attention_backward_2(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) ->
         dk=dk,
         dv=dv,
         softmax_scale=q.shape[-1] ** -0.5,
-        deterministic=True,
+        deterministic=deterministic,
         **_no_extras(),
     )
 
@@ -123,8 +123,10 @@ def attention_3(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, sm_margi
     _keep(outputs, o, lse)
 
 
-def attention_backward_3(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, sm_margin: int = 0) -> None:
-    """As the reference, written in place; sums run in a fixed order. ``sm_margin``: SMs that it leaves free."""
+def attention_backward_3(
+    inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, sm_margin: int = 0, deterministic: bool = False
+) -> None:
+    """As the reference, written in place. ``sm_margin``: SMs that it leaves free."""
     package = import_module("flash_attn_interface")
     do, q, k, v, o, dq, dk, dv = _backward_views(inputs, outputs)
     scale = q.shape[-1] ** -0.5
@@ -139,7 +141,7 @@ def attention_backward_3(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *,
         dk=dk,
         dv=dv,
         softmax_scale=scale,
-        deterministic=True,
+        deterministic=deterministic,
         sm_margin=sm_margin,
     )
 
@@ -153,8 +155,10 @@ def attention_4(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     package._flash_attn_fwd(q, k, v, softmax_scale=q.shape[-1] ** -0.5, out=o, lse=outputs[1])
 
 
-def attention_backward_4(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+def attention_backward_4(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, deterministic: bool = False) -> None:
     package = import_module("flash_attn.cute.interface")
     do, q, k, v, o, dq, dk, dv = _backward_views(inputs, outputs)
     scale = q.shape[-1] ** -0.5
-    package._flash_attn_bwd(q, k, v, o, do, inputs[4], softmax_scale=scale, deterministic=True, dq=dq, dk=dk, dv=dv)
+    package._flash_attn_bwd(
+        q, k, v, o, do, inputs[4], softmax_scale=scale, deterministic=deterministic, dq=dq, dk=dk, dv=dv
+    )

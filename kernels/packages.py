@@ -61,12 +61,24 @@ def _present(module: str, remedy: str) -> str | None:
     return None if find_spec(module) else f"not installed; {remedy}"
 
 
+FIRST_WITH_CUDNN = (2, 11)  # torch: the operators of its cuDNN attention are those that are called here
+
+
+def _cudnn() -> str | None:
+    """Every CUDA build of torch brings cuDNN."""
+    found = _distribution("torch")
+    if found is not None and tuple(map(int, found.split(".")[:2])) < FIRST_WITH_CUDNN:
+        return f"torch {found} is too old for it; install {'.'.join(map(str, FIRST_WITH_CUDNN))} or newer"
+    return None
+
+
 _PROBES: Mapping[str, Callable[[], str | None]] = {
     "flash-attn": _flash_attn,
     "flash-attn-3": _flash_attn_3,
     "flash-attn-4": _flash_attn_4,
     "apex": lambda: nvidia_apex(None),
     "triton": lambda: _present("triton", "torch's CUDA builds bring it"),
+    "cudnn": _cudnn,
     "torch": lambda: _present("torch", "pip install torch"),
     "reference": lambda: _present("torch", "pip install torch"),
 }

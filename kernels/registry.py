@@ -17,25 +17,26 @@ from torch import Tensor
 from ..errors import CinemeshError
 from .catalogue import Implementation, candidates
 from .ops import LEAVE_SMS, OPS
-from .packages import missing
 from .reference import REFERENCE, Kernel
-from .selection import override_of, overrides, select
+from .selection import Software, override_of, select
 from .signature import parse
 from .tuning import DEFAULT_DEVICE, device_key
 
 
-def kernels_for(device: str, of_recipe: Mapping[str, str] | None = None) -> dict[str, Kernel]:
+def kernels_for(
+    device: str, of_recipe: Mapping[str, str] | None = None, *, deterministic: bool = False
+) -> dict[str, Kernel]:
     """Op name -> implementation on ``device`` (``cpu``, ``cuda``, ``cuda:0``).
 
-    ``of_recipe``: overrides, op (or ``all``) -> package; those of the variable CINEMESH_KERNELS win. CinemeshError when
-    an override cannot be met.
+    ``of_recipe``: overrides, op (or ``all``) -> package; those of the variable CINEMESH_KERNELS win. ``deterministic``:
+    only kernels that sum in one fixed order, or do when asked. CinemeshError when an override cannot be met.
     """
-    wanted = overrides(of_recipe)
+    software = Software.here(of_recipe, deterministic)
     tuned = DEFAULT_DEVICE
     if torch.device(device).type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         device, tuned = f"sm_{major}{minor}", device_key(torch.cuda.get_device_name(device))
-    return {op: _kernel(op, device, override_of(op, wanted), tuned) for op in OPS}
+    return {op: _kernel(op, device, software, tuned) for op in OPS}
 
 
 def leave_sms(kernels: Mapping[str, Kernel], margin: int) -> dict[str, Kernel]:
@@ -76,19 +77,20 @@ def function(entry: Implementation) -> Kernel:
     return getattr(import_module(f".{entry.module}", __package__), entry.function)
 
 
-def _kernel(op: str, device: str, override: str | None, tuned: str = DEFAULT_DEVICE) -> Kernel:
-    choice = select(op, device, missing=missing(), override=override, tuned=tuned)
+def _kernel(op: str, device: str, software: Software, tuned: str = DEFAULT_DEVICE) -> Kernel:
+    choice = select(op, device, software, tuned=tuned)
+    override = override_of(op, software.overrides)
     asked = candidates(op) if override is None and device != "cpu" else (choice.entry,)
     if (device == "cpu" and override is None) or not any(entry.dtypes or entry.sizes for entry in asked):
         return function(choice.entry)
-    return _ByCall(op, device, override, tuned)
+    return _ByCall(op, device, software, tuned)
 
 
 class _ByCall:
     """Chooses at the first call with this dtype and these sizes of the labels that implementations look at."""
 
-    def __init__(self, op: str, device: str, override: str | None, tuned: str, margin: int = 0) -> None:
-        self.op, self.device, self.override, self.tuned, self.margin = op, device, override, tuned, margin
+    def __init__(self, op: str, device: str, software: Software, tuned: str, margin: int = 0) -> None:
+        self.op, self.device, self.software, self.tuned, self.margin = op, device, software, tuned, margin
         asked = {label for entry in candidates(op) for label, _, _ in entry.sizes}
         signature = OPS[op].signature
         self._places = [place for place in parse(signature).places if place[0] in asked] if signature else []
@@ -105,21 +107,15 @@ class _ByCall:
 
     def leaving(self, margin: int) -> _ByCall:
         """The same with ``margin`` SMs left alone. Raises CinemeshError when what the device chooses cannot."""
-        left = _ByCall(self.op, self.device, self.override, self.tuned, margin)
+        left = _ByCall(self.op, self.device, self.software, self.tuned, margin)
         left._choose(None, None)
         return left
 
     def _choose(self, dtype: str | None, sizes: dict[str, int] | None) -> Kernel:
-        choice = select(
-            self.op,
-            self.device,
-            dtype=dtype,
-            sizes=sizes,
-            missing=missing(),
-            override=self.override,
-            tuned=self.tuned,
-        )
-        if self.margin and not choice.entry.margin:
-            raise _holds_all(self.op, f"{choice.entry.package} ({choice.entry.why})", self.margin)
-        kernel = function(choice.entry)
-        return partial(kernel, sm_margin=self.margin) if self.margin else kernel
+        entry = select(self.op, self.device, self.software, dtype=dtype, sizes=sizes, tuned=self.tuned).entry
+        if self.margin and not entry.margin:
+            raise _holds_all(self.op, f"{entry.package} ({entry.why})", self.margin)
+        asked: dict[str, Any] = {"sm_margin": self.margin} if self.margin else {}
+        if self.software.deterministic and entry.ordered == "asked":
+            asked["deterministic"] = True
+        return partial(function(entry), **asked) if asked else function(entry)

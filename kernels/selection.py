@@ -7,18 +7,52 @@ holds for every op that the package offers. One that cannot be met is an error, 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ..errors import CinemeshError, did_you_mean
-from .catalogue import PACKAGES, Implementation, candidates, refusal, share
+from .catalogue import NOT_ASSUMED, OPTIONAL, PACKAGES, Implementation, candidates, refusal, share
 from .ops import OPS
 from .packages import interpreter as interpreting
+from .packages import missing
 from .signature import Sizes
 from .tuning import DEFAULT_DEVICE
 
 OVERRIDE_VARIABLE = "CINEMESH_KERNELS"
 EVERY_OP = "all"
+
+
+@dataclass(frozen=True)
+class Software:
+    """What a choice depends on besides the call and the device; by default a plain install of torch and Triton.
+
+    ``missing``: package -> why it cannot be used. ``overrides``: op, or ``all``, -> package. ``deterministic``: only
+    kernels that sum in one fixed order.
+    """
+
+    missing: Mapping[str, str] = field(default_factory=lambda: NOT_ASSUMED)
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    deterministic: bool = False
+
+    @classmethod
+    def here(cls, of_recipe: Mapping[str, str] | None = None, deterministic: bool = False) -> Software:
+        """What is installed on this machine, under overrides. Raises CinemeshError for one that names nothing."""
+        return cls(missing(), overrides(of_recipe), deterministic)
+
+    @classmethod
+    def planned(cls, of_recipe: Mapping[str, str] | None = None, deterministic: bool = False) -> Software:
+        """As ``here``, torch and Triton taken for granted: who plans may have neither. Raises as ``here``."""
+        return cls.here(of_recipe, deterministic).beside(("torch", "triton", "reference"))
+
+    def beside(self, packages: Iterable[str]) -> Software:
+        """The same with more packages installed."""
+        more = set(packages)
+        return replace(self, missing={name: why for name, why in self.missing.items() if name not in more})
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Those beside a plain install."""
+        return tuple(name for name in OPTIONAL if name not in self.missing)
 
 
 @dataclass(frozen=True)
@@ -29,23 +63,31 @@ class Choice:
     others: tuple[tuple[Implementation, str], ...]
 
 
+PLAIN_INSTALL = Software()
+
+
 def select(
     op: str,
     device: str,
+    software: Software = PLAIN_INSTALL,
     *,
     dtype: str | None = None,
     sizes: Sizes | None = None,
-    missing: Mapping[str, str],
-    override: str | None = None,
     interpreter: bool | None = None,
     tuned: str = DEFAULT_DEVICE,
 ) -> Choice:
-    """The implementation of ``op`` on ``device``, or the override's. Arguments as in ``catalogue.choose``."""
+    """What runs ``op`` on ``device`` (``cpu``, ``cuda`` or ``sm_90``): the override's, or the usable one of best rate.
+
+    ``dtype`` is that of the activations, ``sizes`` maps labels of the op table to local sizes, ``tuned`` the card whose
+    tuning table is read. Raises CinemeshError for an override that cannot be met.
+    """
     interpreted = interpreting() if interpreter is None else interpreter
+    override, ordered = override_of(op, software.overrides), software.deterministic
+    given = {"dtype": dtype, "sizes": sizes, "missing": software.missing, "interpreter": interpreted}
     usable: list[Implementation] = []
     others: list[tuple[Implementation, str]] = []
     for entry in candidates(op):
-        reason = refusal(entry, device, dtype=dtype, sizes=sizes, missing=missing, interpreter=interpreted)
+        reason = refusal(entry, device, deterministic=ordered, **given)
         if reason is None and device == "cpu" and "cpu" not in entry.devices and override != entry.package:
             reason = "Triton's interpreter proves kernels, far too slowly to train; an override asks for it"
         if reason is None:
@@ -58,18 +100,22 @@ def select(
             raise _unmet(op, override, device, others, usable)
         why = f"overridden by {op}={override}"
         others += [(entry, why) for entry in usable if entry is not best]
+    elif device == "cpu":
+        best = usable[0]
+        others += [(entry, f"{best.package} comes first") for entry in usable if entry is not best]
     else:
-        best = usable[0] if device == "cpu" else max(usable, key=lambda entry: share(entry, tuned))
-        others += [(entry, _slower(entry, best, device, tuned)) for entry in usable if entry is not best]
+        rated = {entry.package: share(entry, device, ordered, tuned) for entry in usable}
+        best = max(usable, key=lambda entry: rated[entry.package])
+        others += [(entry, _slower(entry, best, rated)) for entry in usable if entry is not best]
     others.sort(key=lambda pair: PACKAGES.index(pair[0].package))
     return Choice(best, tuple(others))
 
 
-def _slower(entry: Implementation, best: Implementation, device: str, tuned: str) -> str:
-    rated, better = share(entry, tuned), share(best, tuned)
-    if device == "cpu" or rated == better:
+def _slower(entry: Implementation, best: Implementation, rated: Mapping[str, float]) -> str:
+    own, better = rated[entry.package], rated[best.package]
+    if own == better:
         return f"{best.package} comes first"
-    return f"rate class {entry.rate_class} ({rated:.2f}) is below {best.rate_class} ({better:.2f})"
+    return f"rate class {entry.rate_class} ({own:.2f}) is below {best.rate_class} ({better:.2f})"
 
 
 def _unmet(
@@ -87,7 +133,22 @@ def _unmet(
     return CinemeshError(f"kernel override {op}={package} on {device}: {reason}. Usable there: {known}")
 
 
-# -- overrides --------------------------------------------------------------------------------------------------------
+# -- packages and overrides --------------------------------------------------------------------------------------------
+
+
+def packages_of(names: Iterable[str]) -> tuple[str, ...]:
+    """Optional packages by name, or by that of their attention (``fa3``). Raises CinemeshError for any other."""
+    known = {entry.rate_class: entry.package for entry in candidates("attention") if entry.package in OPTIONAL}
+    known |= {name: name for name in OPTIONAL}
+    found: dict[str, None] = {}
+    for name in names:
+        if name not in known:
+            raise CinemeshError(
+                f"package {name!r} is none beside torch and Triton, which are there",
+                remedy=did_you_mean(name, known),
+            )
+        found[known[name]] = None
+    return tuple(found)
 
 
 def overrides(of_recipe: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -1,8 +1,9 @@
-"""Torch's own CUDA kernels where the reference would do more than it must: products and attention.
+"""Torch's own CUDA kernels where the reference would do more than it must: products and attention; and sums in order.
 
-Attention without a key mask is FlashAttention-2 as torch ships it, with one the memory-efficient kernel with a bias.
-Both allocate their outputs, which are then copied into ours, and both backwards are asked to be deterministic. Operator
-signatures: torch 2.13.
+Attention without a key mask is FlashAttention-2 as torch ships it, or cuDNN's, with one the memory-efficient kernel
+with a bias. All allocate their outputs, which are then copied into ours. The backwards sum in any order; those of
+FlashAttention-2 and of the memory-efficient kernel in a fixed one if asked (``deterministic``), which torch does not
+offer for cuDNN's. Operator signatures: torch 2.13; cuDNN's from 2.11 on.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .reference import product_of
+from .reference import REFERENCE, product_of
 
 _LSE_ALIGNMENT = 32  # queries; rows of the memory-efficient kernel's log-sum-exp are padded to it
 _BIAS_ALIGNMENT = 8  # keys; rows of its bias must start at 16 bytes
@@ -31,11 +33,18 @@ def matmul(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, signature: st
         torch.ops.aten.mm.dtype_out(a, b, target.dtype, out=target)
 
 
+def position_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor], **attrs: Any) -> None:
+    """The reference, whose sums run by atomics on CUDA unless asked not to."""
+    with _in_order(True):
+        REFERENCE["position_backward"](inputs, outputs, **attrs)
+
+
 @contextmanager
-def _deterministic() -> Iterator[None]:
-    """Torch's attention backward looks at the global switch when it is launched."""
+def _in_order(asked: bool) -> Iterator[None]:
+    """Torch's attention backward looks at the global switch when it is launched; it ignores one that only warns."""
     before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    if asked:
+        torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
@@ -49,12 +58,12 @@ def attention(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     outputs[1].copy_(lse)
 
 
-def attention_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-    """As the reference, from o and lse, with sums in a fixed order; copied to the outputs."""
+def attention_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, deterministic: bool = False) -> None:
+    """As the reference, from o and lse; copied to the outputs."""
     do, q_rows, kv, o, lse = inputs
     q, k, v = _samples_first(q_rows, kv)
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a generator that no dropout asks
-    with _deterministic():
+    with _in_order(deterministic):
         gradients = torch.ops.aten._flash_attention_backward(
             do.transpose(0, 1), q, k, v, o.transpose(0, 1), lse, None, None, q.shape[1], k.shape[1], 0.0, False,
             state, state[0],
@@ -65,6 +74,26 @@ def attention_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> N
     outputs[1][:, :, 1].copy_(dv)
 
 
+def cudnn_attention(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    o, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*_heads_first(*inputs), None, True)
+    _rows(outputs[0]).copy_(o)
+    outputs[1].copy_(lse.view_as(outputs[1]))  # [B, H, T] or, by torch's version, [B, H, T, 1]
+
+
+def cudnn_attention_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """As the reference, from o and lse, with sums in any order; copied to the outputs."""
+    do, q_rows, kv, o, lse = inputs
+    q, k, v = _heads_first(q_rows, kv)
+    nothing = torch.zeros((), dtype=torch.int64, device=q.device)  # seed and offset of a dropout that is not
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        _rows(do), q, k, v, _rows(o), lse[..., None], nothing, nothing, None, None, None, q.shape[2], k.shape[2], 0.0,
+        False,
+    )  # fmt: skip
+    _rows(outputs[0]).copy_(dq)
+    _rows(outputs[1][:, :, 0]).copy_(dk)
+    _rows(outputs[1][:, :, 1]).copy_(dv)
+
+
 def cross_attention(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     q, k, v = _heads_first(inputs[0], inputs[1])
     o, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, _bias(inputs[2], q), True)
@@ -72,12 +101,14 @@ def cross_attention(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None
     outputs[1].copy_(lse[:, :, : q.shape[2]])
 
 
-def cross_attention_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+def cross_attention_backward(
+    inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, deterministic: bool = False
+) -> None:
     do, q_rows, kv, o, lse, mask = inputs
     q, k, v = _heads_first(q_rows, kv)
     padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % _LSE_ALIGNMENT), value=math.inf)
     nothing = torch.zeros((), dtype=torch.int64, device=q.device)  # seed and offset of a dropout that is not
-    with _deterministic():
+    with _in_order(deterministic):
         dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
             _rows(do), q, k, v, _bias(mask, q), _rows(o), padded, nothing, nothing, 0.0, [True, True, True, False]
         )

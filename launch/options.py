@@ -68,6 +68,14 @@ Servers = Annotated[
         "--servers", **bounds(SERVERS_RANGE), help="Servers of the cluster, in place of as many as its file says."
     ),
 ]
+Packages = Annotated[
+    str,
+    typer.Option(
+        "--packages",
+        metavar="NAMES",
+        help="Installed beside torch and Triton, for the kernels that they bring: fa3, or fa2,fa4,...",
+    ),
+]
 Latents = Annotated[
     list[str] | None,
     typer.Option(

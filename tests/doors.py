@@ -128,6 +128,8 @@ RECIPE: dict[str, Any] = {
     "caption_dropout": 0.1,
     "capture": "off",
     "kernels": {"attention": "reference"},
+    "packages": ["fa3"],
+    "deterministic": True,
 }
 PLAN = {
     "tp": 2,
@@ -158,6 +160,7 @@ MANIFEST = {
 ROWS = yaml.load((ROOT / "perf_model" / "published" / "rows.yaml").read_text(), Loader=yaml.CSafeLoader)
 CLUSTER = {
     "base": ["_hgx-h100", "_nccl"],
+    "packages": ["fa3"],
     **yaml.safe_load((ROOT / "perf_model" / "clusters" / "local-cpu.yaml").read_text()),
 }
 CLUSTER = json.loads(json.dumps({k: v for k, v in CLUSTER.items() if k != "base"}, default=str))
@@ -220,11 +223,14 @@ TEXTS = st.sampled_from(
 )
 OPTIONS = {
     "model": [],
-    "explain": ["--model", "--cluster", "--latent", "--global-batch", "--samples"],
-    "compare": ["--model", "--cluster", "--latent", "--samples"],
+    "explain": ["--model", "--cluster", "--latent", "--global-batch", "--samples", "--packages"],
+    "compare": ["--model", "--cluster", "--latent", "--samples", "--packages"],
     "program": ["--model", "--plan", "--latent", "--text-tokens", "--batch"],
     "kernels": ["--model", "--plan", "--latent", "--batch", "--device"],
-    "plan": ["--gpus", "--model", "--cluster", "--latent", "--samples", "--fix", "--top", "--dtype", "--global-batch"],
+    "plan": [
+        *("--gpus", "--model", "--cluster", "--latent", "--samples", "--fix", "--top", "--dtype", "--global-batch"),
+        "--packages",
+    ],
     "nothing": ["--version", "--help", "--plan"],
 }
 

@@ -205,6 +205,11 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "kernels.reference.UPDATES": (1, "counters are (step, updates)"),
     "kernels.reference.draw_noise(purpose)": (1, COUNTER),
     # -- kernels: mathematics and packages ------------------------------------------------------------------------
+    "kernels.packages.FIRST_WITH_CUDNN": (
+        (2, 11),
+        "torch 2.11.0+cu130: its CUDA build has kernels for _scaled_dot_product_cudnn_attention(_backward)",
+    ),
+    "kernels.rates.dense_bf16_flops: 1000000000000.0": (1e12, "FLOP/s in a TFLOP/s, the unit of the tables"),
     "kernels.attention.LOG2_E": (math.log2(math.e), MATHS),
     "kernels.attention.LN_2": (math.log(2), MATHS),
     "kernels.attention.LOWEST": (-1e30, "ours: below any score, and its exp2 is 0 without a NaN"),
@@ -224,7 +229,6 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "kernels.compile.SHARED_RESERVED_BYTES": (1024, NVIDIA),
     "kernels.compile.REGISTER_UNIT": (256, NVIDIA),
     "kernels.compile.THREADS": (32, NVIDIA),
-    "kernels.rates.H100_DENSE_BF16_FLOPS_PER_S": (989.4e12, "NVIDIA H100 datasheet, SXM, dense"),
     # -- parallel -------------------------------------------------------------------------------------------------
     "parallel.ir.units.ALIGN": (256 // 2, "256 bytes of bf16: what cudaMalloc aligns to, CUDA programming guide"),
     "parallel.passes.arena.ALIGN_BYTES": (256, "what cudaMalloc aligns to, CUDA programming guide"),
@@ -342,8 +346,8 @@ FREE: Mapping[str, str] = {
     "kernels.ops.OPS": "every column is counted on examples; tests/kernels/test_ops.py",
     "kernels.counts.count(constant)": "no constant term",
     "kernels.catalogue.*": "conditions of implementations; tests/kernels/test_registry.py",
-    "kernels.rates.ORDERED": "a prediction that a tuning table replaces",
     "kernels.rates.RATES": "predictions that a tuning table replaces, each with its origin",
+    "kernels.rates.Rate.ordered": "a kernel without another order loses nothing in its own",
     "kernels.registry._ByCall.__init__(margin)": "none unless the plan says so",
     **dict.fromkeys(
         ("kernels.*.BLOCK", "kernels.*.COLUMNS", "kernels.*.TOKENS", "kernels.*.STAGES", "kernels.*.SLICES",

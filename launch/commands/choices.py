@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...kernels.catalogue import OPTIONAL, PACKAGES, share
+from ...kernels.catalogue import PACKAGES, share
 from ...kernels.counts import DTYPE_BYTES
 from ...kernels.ops import OPS
-from ...kernels.packages import missing
 from ...kernels.rates import rate
-from ...kernels.selection import Choice, override_of, overrides, select
+from ...kernels.selection import Choice, Software, select
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ..tables import DTYPES, new_console, plain_table, quantity
@@ -37,8 +36,7 @@ class Line:
 
 def lines(program: Program, device: str) -> Iterator[Line]:
     """Every distinct call of a step: optional packages as installed here, torch and Triton taken for granted."""
-    absent = {package: reason for package, reason in missing().items() if package in OPTIONAL}
-    wanted = overrides()
+    software = Software.planned()
     calls: dict[tuple[str, str, tuple[tuple[str, int], ...]], list[int]] = {}
     for op in program.ops:
         if op.kind not in OPS:
@@ -51,8 +49,7 @@ def lines(program: Program, device: str) -> Iterator[Line]:
         entry[0] += 1
         entry[1] += program.bytes_moved(op)
     for (kind, dtype, sizes), (count, moved) in calls.items():
-        override = override_of(kind, wanted)
-        choice = select(kind, device, dtype=dtype, sizes=dict(sizes), missing=absent, override=override)
+        choice = select(kind, device, software, dtype=dtype, sizes=dict(sizes))
         yield Line(kind, dtype, dict(sizes), count, moved, choice)
 
 
@@ -70,7 +67,7 @@ def as_json(found: list[Line], device: str, origin: str, model: str, plan: Plan)
     ops = []
     for line in found:
         entry = line.choice.entry
-        known = rate(entry.rate_class)
+        known = rate(entry.rate_class, device)
         item = DTYPE_BYTES[line.dtype]
         ops.append(
             {
@@ -82,7 +79,7 @@ def as_json(found: list[Line], device: str, origin: str, model: str, plan: Plan)
                 "package": entry.package,
                 "function": f"{entry.module}.{entry.function}",
                 "rate_class": entry.rate_class,
-                "share": share(entry),
+                "share": share(entry, device),
                 "limit": known.limit,
                 "origin": known.origin,
                 "workspace_bytes": entry.workspace(line.sizes, item),
@@ -103,7 +100,7 @@ def show(found: list[Line], device: str, origin: str, model: str, plan: Plan) ->
     for line in sorted(found, key=lambda line: first[line.op]):
         entry = line.choice.entry
         dtype = DTYPES.get(line.dtype, line.dtype)
-        rated = f"{share(entry):.2f} {rate(entry.rate_class).limit}"
+        rated = f"{share(entry, device):.2f} {rate(entry.rate_class, device).limit}"
         table.add_row(line.op, f"{line.calls:,}", line.shape, dtype, entry.package, entry.rate_class, rated)
         for package, reason in _reasons(line).items():
             of.setdefault((package, reason), {})[line.op] = None

@@ -13,6 +13,7 @@ from ...parallel.ir.fields import AXES
 from ...parallel.ir.plan import Plan
 from ...perf_model.prices.played import PlayedStep
 from ...perf_model.report.explain import describe
+from ...perf_model.report.software import kernels_of
 from ...perf_model.search.evaluator import Evaluator
 from ...perf_model.search.request import Request
 from ..plans import read_plan
@@ -21,6 +22,7 @@ from ..tables import new_console, plain_table
 from . import reply
 from .explain import Asked, heading, played_plan
 from .reply import Against, CompareReply, Difference, Schema
+from .software import print_kernels
 
 LEAST = 5e-4  # of the cost of a sample: a smaller difference is shown as none
 # Fields that mean something only together; every other field of a plan is a difference of its own.
@@ -59,6 +61,7 @@ def run(*, plans: list[str], asked: Asked, as_json: bool) -> None:
             begin(f"playing {describe(plan)}")
             steps.append(evaluator.play_held(plan, of.samples)[0])
         first, others = steps[0], [_beside(evaluator, steps[0], step, begin) for step in steps[1:]]
+    kernels = kernels_of(requests[0].cluster, requests[0].config, chosen[0].compute_dtype)
     if as_json:
         told = CompareReply(
             schema=Schema(name="compare"),
@@ -68,11 +71,13 @@ def run(*, plans: list[str], asked: Asked, as_json: bool) -> None:
             against_the_first=[
                 Against(gain=other.gain, differences=other.differences, together=other.together) for other in others
             ],
+            kernels=kernels,
         )
         print(reply.text(told))
         return
     console = new_console()
     console.print(heading(requests[0]))
+    print_kernels(console, kernels)
     _print_steps(console, requests, steps)
     for number, other in enumerate(others, 2):
         _print_differences(console, number, first, other)

@@ -12,6 +12,7 @@ from ...perf_model.prices.played import PlayedStep
 from ...perf_model.prices.startup import StartUp, start_up
 from ...perf_model.report import explain
 from ...perf_model.report.explain import Sensitivity, describe
+from ...perf_model.report.software import OtherSoftware, PricedKernel, kernels_of, other_software
 from ...perf_model.search.evaluator import Evaluator
 from ...perf_model.search.planner import ERROR_BAR, survey
 from ...perf_model.search.request import LatentBucket, Request
@@ -21,10 +22,11 @@ from ..progress import Begin, progress
 from ..tables import new_console, plain_table
 from . import reply
 from .reply import Changed, ExplainReply, PlayedPlan, Schema, StartUpCost, Why
+from .software import print_kernels, print_others
 
 DISAGREES = 0.01  # relative difference between the search's step time and the whole step's that is told
 EXPOSED, DUPLICATES = 12, 8  # rows shown
-PIECES = 4  # of the work of ``cinemesh explain``, for its progress
+PIECES = 5  # of the work of ``cinemesh explain``, for its progress
 NUMBERS = ("ranks", "MB", "s")  # right-aligned
 
 
@@ -168,6 +170,7 @@ class Asked:
     model: str
     cluster: str
     servers: int | None = None
+    packages: str = ""
     latent: str | None
     global_batch: int | None
     samples: int
@@ -179,7 +182,7 @@ class Asked:
         return Request(
             config=named.config,
             buckets=(LatentBucket(named.latent(self.latent)),),
-            cluster=load(self.cluster, self.servers),
+            cluster=load(self.cluster, self.servers, self.packages),
             gpus=plan.world_size,
             global_batch=self.global_batch,
             samples=self.samples if self.global_batch is None else plan.local_batch(self.global_batch),
@@ -198,6 +201,8 @@ def run(*, plan: str, asked: Asked, as_json: bool) -> None:
     request = asked.of(chosen)
     with progress("explaining", PIECES, silent=as_json) as begin:
         step, reasons = _reasons(request, chosen, begin)
+        begin("pricing other software")
+        kernels, others = _software(request, step)
     if as_json:
         told = ExplainReply(
             schema=Schema(name="explain"),
@@ -207,12 +212,16 @@ def run(*, plan: str, asked: Asked, as_json: bool) -> None:
             rival=None if reasons.rival is None else played_plan(request, reasons.rival),
             why=reasons.told,
             start_up=start_up_cost(start_up(chosen, request.cluster)),
+            kernels=kernels,
+            other_software=others,
         )
         print(reply.text(told))
         return
     console = new_console()
     console.print(heading(request))
     console.print(f"{describe(chosen)}: {summary_line(request, step)}")
+    print_kernels(console, kernels)
+    print_others(console, step.step_s, others)
     reasons.print(console)
 
 
@@ -228,6 +237,17 @@ def _reasons(request: Request, chosen: Plan, begin: Begin) -> tuple[PlayedStep, 
     rival = evaluator.play_held(rivals[0].plan, rivals[0].samples)[0] if rivals else None
     begin("playing it on faster hardware")
     return step, Reasons(step, step.step_s, request.cluster, None, rival, list(explain.on_faster(request, step)))
+
+
+def _software(request: Request, step: PlayedStep) -> tuple[list[PricedKernel], list[OtherSoftware]]:
+    """The attention kernels that a step is priced on, and the step with other software."""
+    cluster, config, dtype = request.cluster, request.config, step.plan.compute_dtype
+
+    def price(other: Cluster) -> float:
+        evaluator = Evaluator(replace(request, cluster=other))
+        return evaluator.play_held(step.plan, step.batch.samples)[0].step_s
+
+    return kernels_of(cluster, config, dtype), other_software(cluster, config, dtype, step.step_s, price)
 
 
 def heading(request: Request) -> str:

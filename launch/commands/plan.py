@@ -16,11 +16,12 @@ from ...errors import CinemeshError
 from ...files import atomic_file, check_output_file, check_output_folder
 from ...model.config import latent_text
 from ...parallel.ir.plan import Plan, fields_of
-from ...perf_model.clusters.cluster import load
+from ...perf_model.clusters.cluster import Cluster, load
 from ...perf_model.prices.startup import start_up
 from ...perf_model.published.paper import STAGES
 from ...perf_model.report import explain
 from ...perf_model.report.explain import describe
+from ...perf_model.report.software import kernels_of, other_software
 from ...perf_model.search.evaluator import Evaluator
 from ...perf_model.search.planner import ERROR_BAR, Search, search
 from ...perf_model.search.refusals import Refusal, RefusalKind
@@ -34,6 +35,7 @@ from ..written import command, wrote
 from . import reply
 from .explain import Reasons, start_up_cost
 from .reply import PaperStage, PlanReply, RankedPlan, Refused, Schema
+from .software import print_kernels, print_others
 
 NUMBERS = (
     "batch",
@@ -81,6 +83,7 @@ def run(  # noqa: PLR0913  the options of the command
     out: Path | None,
     as_json: bool,
     servers: int | None = None,
+    packages: str = "",
 ) -> None:
     """Search, print, and write what was asked for.
 
@@ -97,7 +100,7 @@ def run(  # noqa: PLR0913  the options of the command
     request = Request(
         config=named.config,
         buckets=_buckets(latents) or (LatentBucket(named.latent()),),
-        cluster=load(cluster, servers),
+        cluster=load(cluster, servers, packages),
         gpus=gpus,
         global_batch=global_batch,
         samples=samples,
@@ -117,6 +120,8 @@ def run(  # noqa: PLR0913  the options of the command
     console = new_console()
     if not as_json:
         _print_search(console, request, found, flops)
+        print_kernels(console, told.kernels)
+        print_others(console, found.best.step_s, told.other_software)
     if paper:
         with progress("the paper's plans", len(STAGES), silent=as_json) as begin:
             rows = paper_rows(request, begin)
@@ -165,11 +170,15 @@ def _bucket(text: str) -> LatentBucket:
 
 
 def _reply(model: str, request: Request, found: Search, flops: float) -> PlanReply:
-    ties = {id(choice) for choice in found.near_ties()}
+    cluster, best, ties = request.cluster, found.best, {id(choice) for choice in found.near_ties()}
+
+    def price(other: Cluster) -> float:
+        return Evaluator(replace(request, cluster=other)).settled(replace(best, bound_s=0.0)).step_s
+
     return PlanReply(
         schema=Schema(name="plan"),
         model=model,
-        cluster=request.cluster.name,
+        cluster=cluster.name,
         gpus=request.gpus,
         plans=[_ranked(request, choice, flops) for choice in found.choices],
         refused=[
@@ -186,7 +195,9 @@ def _reply(model: str, request: Request, found: Search, flops: float) -> PlanRep
         near=found.error,
         played=found.played,
         bounded=found.bounded,
-        start_up=start_up_cost(start_up(found.best.plan, request.cluster)),
+        start_up=start_up_cost(start_up(best.plan, cluster)),
+        kernels=kernels_of(cluster, request.config, best.plan.compute_dtype),
+        other_software=other_software(cluster, request.config, best.plan.compute_dtype, best.step_s, price),
     )
 
 

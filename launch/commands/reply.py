@@ -12,10 +12,13 @@ from typing import Annotated, Any
 
 from ...perf_model.prices.startup import StartUp
 from ...perf_model.report.explain import Duplicate, Exposure
+from ...perf_model.report.software import OtherSoftware, PricedKernel
 
 VERSION = (
     1  # one more where a key goes, changes its meaning, its type or its place; a new key may come behind the others
 )
+KERNELS = "what each attention op is priced on: what would run it where the stated packages are installed"
+OTHERS = "the step with packages that would make it faster, and with deterministic kernels"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +156,8 @@ class PlanReply(Heading):
     start_up: Annotated[StartUpCost, "of the best plan"]
     paper: Annotated[list[PaperStage] | None, "with `--paper`"] = None
     why: Annotated[Why | None, "of the best plan, with `--explain`"] = None
+    kernels: Annotated[list[PricedKernel], KERNELS]
+    other_software: Annotated[list[OtherSoftware], OTHERS + ", of the best plan"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +167,8 @@ class ExplainReply(PlayedPlan, Heading):
     rival: Annotated[PlayedPlan | None, "the plan that lost to it, or that it loses to"]
     why: Why
     start_up: StartUpCost
+    kernels: Annotated[list[PricedKernel], KERNELS]
+    other_software: Annotated[list[OtherSoftware], OTHERS]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +197,7 @@ class CompareReply(Heading):
 
     plans: Annotated[list[PlayedPlan], "as they were named"]
     against_the_first: Annotated[list[Against], "of every other plan"]
+    kernels: Annotated[list[PricedKernel], KERNELS]
 
 
 REPLIES = (PlanReply, ExplainReply, CompareReply)

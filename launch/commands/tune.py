@@ -19,8 +19,9 @@ from ...errors import CinemeshError
 from ...files import check_output_file
 from ...kernels import tuning
 from ...kernels.catalogue import Implementation, candidates, refusal
+from ...kernels.ops import OPS
 from ...kernels.packages import missing
-from ...kernels.rates import H100_DENSE_BF16_FLOPS_PER_S
+from ...kernels.rates import dense_bf16_flops
 from ...kernels.registry import function
 from ...parallel.ir.program import Program
 from ..written import command, wrote
@@ -44,9 +45,10 @@ def run(program: Program) -> None:
     before = tuning.table(key)
     tiles = {kernel: dict(rows) for kernel, rows in before.tiles.items()}
     major, minor = torch.cuda.get_device_capability()
+    device = f"sm_{major}{minor}"
     calls = calls_of(program)
     for call in calls:
-        for entry in usable(call, f"sm_{major}{minor}"):
+        for entry in usable(call, device):
             if entry.package != "triton":
                 continue
             for (kernel, shape), best, seconds, first in search(launcher(entry, call), device_time_s):
@@ -57,13 +59,13 @@ def run(program: Program) -> None:
     rates = {rate_class: dict(shares) for rate_class, shares in before.rates.items()}
     for call in calls:  # with the new tiles
         direction = "backward" if call.op.endswith("backward") else "forward"
-        for entry in usable(call, f"sm_{major}{minor}"):
-            masked = entry.rate_class == "attention.masked"
-            if call.op.startswith("cross_attention") != masked or entry.package == "reference" or not call.flops:
+        for entry in usable(call, device):
+            masked = entry.rate_class == "masked"
+            if call.op.startswith("cross_attention") != masked or entry.package == "reference":
                 continue  # a class that serves both kinds of attention is rated by self-attention
-            if entry.rate_class.startswith("attention."):
+            if OPS[call.op].law == "attention":
                 seconds = device_time_s(launcher(entry, call))
-                reached = call.flops / seconds / H100_DENSE_BF16_FLOPS_PER_S
+                reached = call.flops / seconds / dense_bf16_flops(device)
                 rates.setdefault(entry.rate_class, {})[direction] = round(reached, 4)
                 print(f"{call.op} {entry.package}: {call.flops / seconds / 1e12:.0f} TFLOP/s", flush=True)
     tuning.write(tuning.Table(name, origin, tiles, rates), key)

@@ -1,7 +1,8 @@
 """``cinemesh train``: from a recipe to a trained model, resumed exactly where it stopped.
 
 Every batch, random number and learning rate is a function of the step, so a run that was stopped and resumed ends with
-the weights, bit by bit, of one that was not. It is resumed from the newest complete checkpoint in its directory.
+the weights, bit by bit, of one that was not (on GPUs: where the recipe asks for deterministic kernels). It is resumed
+from the newest complete checkpoint in its directory.
 All samples of a step are of one bucket; the steps of all buckets are captured when the run starts.
 """
 
@@ -80,7 +81,7 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
         seed=config.seed,
         caption_dropout=config.caption_dropout,
         device=place.device,
-        kernels=kernels_for(place.device, config.kernels),
+        kernels=kernels_for(place.device, config.kernels, deterministic=config.deterministic),
     )
     runner = buckets.first
     checkpoints = config.logging.directory / checkpoint.FOLDER

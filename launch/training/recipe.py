@@ -214,6 +214,14 @@ class Config:
     kernels: Annotated[dict[str, str], "op, or all, to the package that runs it in place of the registry's choice"] = (
         field(default_factory=dict)
     )
+    packages: Annotated[
+        tuple[str, ...] | None,
+        "optional packages that the plan and its price count on, `fa3` or `flash-attn-3`; default: what is installed "
+        "where the run starts",
+    ] = None
+    deterministic: Annotated[
+        bool, "only kernels that sum in one fixed order, so that a run on GPUs gives the same bits again; slower"
+    ] = False
 
     @property
     def sampled(self) -> Bucket:

@@ -106,6 +106,8 @@ def _allowed(hint: Any) -> tuple[str, str]:
         return ", ".join(f"`{word}`" for word in words), ""
     if any(get_origin(part) is dict for part in parts):
         return "a mapping of texts", ""
+    if bool in parts:
+        return "true, false", ""
     listed = any(get_origin(part) is tuple for part in parts)
     if _class_in(hint) is not None:
         return "a list of mappings, at least one", ""

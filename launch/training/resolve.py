@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from ...errors import CinemeshError
+from ...kernels.selection import PLAIN_INSTALL, Software, packages_of
 from ...parallel.ir.plan import Plan
-from ...perf_model.clusters.cluster import load
+from ...perf_model.clusters.cluster import Cluster, load
 from ...perf_model.report.explain import describe
 from ...perf_model.search.planner import search
 from ...perf_model.search.request import LatentBucket, Request
@@ -41,7 +43,18 @@ def resolve(config: Config, auto: Auto | None, world: int, rank: int) -> None:
         return
     if auto is not None:
         setting = setting.under(_settled(directory, world, auto, setting))
-    predict_run(setting, load(config.cluster), must_fit=auto is None).write(directory)
+    predict_run(setting, cluster_under(config, config.cluster), must_fit=auto is None).write(directory)
+
+
+def cluster_under(config: Config, name: str) -> Cluster:
+    """The cluster with the kernels that a run has there: of the packages that the recipe states, or of this machine's.
+
+    Raises CinemeshError for a package or an override that names nothing.
+    """
+    software = Software.planned(config.kernels, config.deterministic)
+    if config.packages is not None:
+        software = replace(software, missing=PLAIN_INSTALL.beside(packages_of(config.packages)).missing)
+    return load(name).running(software)
 
 
 def _settled(directory: Path, world: int, auto: Auto, setting: Setting) -> Plan:
@@ -77,7 +90,7 @@ def planned(world: int, auto: Auto, setting: Setting) -> Resolved:
     request = Request(
         config=setting.model,
         buckets=tuple(LatentBucket(at, of.weight) for at, of in zip(setting.latents, data.shapes, strict=True)),
-        cluster=load(auto.cluster),
+        cluster=cluster_under(setting.config, auto.cluster),
         gpus=world,
         global_batch=data.global_batch,
         fixed=dict(auto.held),

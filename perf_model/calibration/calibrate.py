@@ -135,7 +135,8 @@ def price_of(cluster: Cluster) -> Callable[[str, str, Key], float]:
                     heads=heads,
                     head_dim=head_dim,
                     dtype="float32",
-                )
+                ),
+                "sdpa",
             )
         if part == "stream":
             measured = cluster.measured

@@ -1,8 +1,9 @@
 """A cluster file from one measured card: what ``kernels_gpu.py`` wrote, over a shipped cluster (torch-free).
 
-The card's copy bandwidth sets the reached part of the memory's rate. Its large bf16 product, and the fastest attention
+The card's copy bandwidth sets the reached part of the memory's rate. Its large bf16 product, and the attention kernels
 of the step's longest call in each direction, scale the laws of the base cluster so that they predict what was measured
-(``tests/benchmarks/kernels_gpu.py``). Links, memory and everything else stay the base's.
+(``tests/benchmarks/kernels_gpu.py``). The file says which packages were there. Links, memory and everything else stay
+the base's.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from ...documents import mapping, quoted, read_json, write_yaml
 from ...errors import CinemeshError
 from ...files import atomic_file
+from ...kernels.catalogue import OPTIONAL, candidates
 from ...ranges import Range, integers, reals
 from ..clusters.cluster import Cluster, load
 from ..prices.compute import AttentionCall, Compute, Direction
@@ -52,7 +54,9 @@ def _read(path: Path) -> dict[str, Any]:
         row = {"error": 0.0} | mapping(row, at, _KERNEL, required=("op",), remedy=_REMEDY)
         if "failed" in row or row["op"] not in [*DIRECTIONS]:
             continue
-        mapping(row, at, row, required=("sizes", "flops", "seconds"), remedy=_REMEDY)
+        mapping(row, at, row, required=("package", "sizes", "flops", "seconds"), remedy=_REMEDY)
+        if not isinstance(row["package"], str):
+            raise CinemeshError(f"{at}: package is {quoted(row['package'])}", remedy="it must be a text")
         for key in ("seconds", "flops"):
             _check(f"{at}: {key}", _POSITIVE, row[key])
         _check(f"{at}: error", _ERROR, row["error"])
@@ -68,18 +72,18 @@ def _check(what: str, allowed: Range, value: object) -> None:
         raise CinemeshError(f"{what} is {quoted(value)}", remedy=must)
 
 
-def _attention(values: dict[str, Any], compute: Compute) -> dict[str, float]:
-    """By direction: measured rate over the predicted one, of the longest call's fastest kernel that was right."""
-    ratios: dict[str, float] = {}
+def _attention(values: dict[str, Any], compute: Compute) -> dict[tuple[str, Direction], float]:
+    """By family and direction: measured rate over the predicted one, of the longest call, where it was right."""
+    ratios: dict[tuple[str, Direction], float] = {}
     for op, direction in DIRECTIONS.items():
+        families = {e.package: e.rate_class for e in candidates(op) if e.rate_class in compute.cluster.attention}
         rows = [row for row in values["kernels"] if row["op"] == op and row["error"] <= WRONG]
-        if not rows:
-            continue
-        longest = max(row["flops"] for row in rows)
-        seconds = min(row["seconds"] for row in rows if row["flops"] == longest)
-        z = next(row["sizes"] for row in rows if row["flops"] == longest)
-        predicted = compute.attention_s(
-            AttentionCall(
+        longest = max((row["flops"] for row in rows), default=0)
+        for row in rows:
+            if row["flops"] < longest or row["package"] not in families:
+                continue
+            z, family = row["sizes"], families[row["package"]]
+            call = AttentionCall(
                 direction=direction,
                 batch=z["b"],
                 queries=z["t"],
@@ -88,8 +92,7 @@ def _attention(values: dict[str, Any], compute: Compute) -> dict[str, float]:
                 head_dim=z["k"],
                 dtype="bfloat16",
             )
-        )
-        ratios[direction] = predicted / seconds
+            ratios[family, direction] = compute.attention_s(call, family) / row["seconds"]
     return ratios
 
 
@@ -111,11 +114,11 @@ def text_of(values: dict[str, Any], base: Cluster, base_name: str, name: str) ->
         "sources": {
             "card": {"title": f"tests/benchmarks/kernels_gpu.py on {values['device']}", "date": values["date"]}
         },
+        "packages": [name for name in OPTIONAL if name in {row["package"] for row in values["kernels"]}],
         "matmul": {"efficiency": measured(efficiency, "fraction")},
         "stream": {"fraction": measured(fraction, "fraction")},
     }
-    family = compute.family
-    for direction, ratio in _attention(values, compute).items():
+    for (family, direction), ratio in _attention(values, compute).items():
         law = getattr(base.attention[family], direction)
         speeds = {int(dim): speed * ratio / 1e12 for dim, speed in law.speed.items()}
         made.setdefault("attention", {}).setdefault(family, {})[direction] = {"speed": measured(speeds, "TFLOP/s")}

@@ -57,8 +57,8 @@ SPREAD = Constant(
     "spread of ranks", ("spread.step_fraction",), 0.0, 0.02, physical_low="a spread is not less than nothing"
 )
 TRITON = (
-    Constant("Triton attention, forward", ("attention.triton.forward.speed.128",), 1.0e14, 2.4e14),
-    Constant("Triton attention, backward", ("attention.triton.backward.speed.128",), 0.7e14, 2.0e14),
+    Constant("Triton attention, forward", ("attention.flash1.forward.speed.128",), 1.0e14, 2.4e14),
+    Constant("Triton attention, backward", ("attention.flash1.backward.speed.128",), 0.7e14, 2.0e14),
 )
 
 KINDS: Mapping[str, tuple[Constant, ...]] = {

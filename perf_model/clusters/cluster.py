@@ -1,9 +1,11 @@
 """Clusters: every constant that the prices use, read from ``clusters/*.yaml`` and checked (torch-free).
 
 How a number is written: see ``constants.py``; what each one is: ``schema.py``. A file may name ``base`` files, those
-beside it that begin with ``_`` (parts, not clusters), whose numbers it has and may replace; of ``inherits`` files,
-which tell of another chip, it has the numbers as unvalidated ones. ``null`` takes out what such a file gives. All
-numbers are in SI units once read.
+beside it that begin with ``_`` (parts, not clusters), whose numbers it has and may replace, and the tables of what
+kernels reach on a chip (``kernels/rates``); of ``inherits`` files, which tell of another chip, it has the numbers as
+unvalidated ones. ``null`` takes out what such a file gives. All numbers are in SI units once read.
+
+Which kernels run is software: a plain install of torch and Triton, and the ``packages`` that a file says are beside it.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-from ...documents import mapping, read_yaml
+from ...documents import mapping, quoted, read_yaml
 from ...errors import CinemeshError, did_you_mean
 from ...files import file_name
+from ...kernels.rates import TABLES, capability_of
+from ...kernels.selection import PLAIN_INSTALL, Software, packages_of
 from .constants import INHERITED, PLACEHOLDER, Fact, Reader
 from .grid import Grid, read_grid
 from .schema import (
@@ -54,6 +58,7 @@ class Cluster:
     nccl: Nccl | None = None
     gloo: Gloo | None = None
     measured: Measured | None = None
+    software: Software = PLAIN_INSTALL
     facts: Mapping[str, Fact] = field(default_factory=dict, compare=False, repr=False)
     folder: Path = field(default=FOLDER, compare=False, repr=False)
 
@@ -67,8 +72,16 @@ class Cluster:
 
     @property
     def device(self) -> str:
-        """The device class of ``kernels/catalogue.py``."""
+        """``cuda`` or ``cpu``."""
         return "cuda" if self.nccl is not None else "cpu"
+
+    def running(self, software: Software) -> Cluster:
+        """The same machines with other software."""
+        return replace(self, software=software)
+
+    def with_packages(self, packages: Sequence[str]) -> Cluster:
+        """The same with more packages installed, by name. Raises CinemeshError for one that there is not."""
+        return self.running(self.software.beside(packages_of(packages)))
 
     def has_placeholders(self, section: str) -> bool:
         """Whether a number of a section, by its dotted name, is no better than an order of magnitude."""
@@ -131,10 +144,11 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("_"))
 
 
-def load(name_or_path: str, servers: int | None = None) -> Cluster:
+def load(name_or_path: str, servers: int | None = None, packages: str = "") -> Cluster:
     """A cluster by name, or from a file (anything that ends in .yaml). ``CinemeshError`` for what cannot be.
 
-    ``servers``: in place of as many as the file says, in pods of the same size.
+    ``servers``: in place of as many as the file says, in pods of the same size. ``packages``: installed beside those
+    that it says, by name, commas between them.
     """
     if name_or_path.endswith((".yaml", ".yml")):
         path = Path(name_or_path)
@@ -149,7 +163,7 @@ def load(name_or_path: str, servers: int | None = None) -> Cluster:
                 f"cluster: {name_or_path!r} is unknown",
                 remedy=f"{did_you_mean(name_or_path, names())}. Or give a .yaml file",
             )
-    cluster = from_dict(_read(path), path.stem, path.parent)
+    cluster = from_dict(_read(path), path.stem, path.parent).with_packages(packages.split(",") if packages else [])
     return cluster if servers is None else cluster.with_(**{"topology.servers": servers})
 
 
@@ -166,7 +180,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         bases = values.pop(kind, None) or []
         for base in bases if isinstance(bases, list) else [bases]:
             base = file_name(base, f"{where}: {kind}")
-            found = next((p for f in (path.parent, FOLDER) if (p := f / f"{base}.yaml").is_file()), None)
+            found = next((p for f in (path.parent, FOLDER, TABLES) if (p := f / f"{base}.yaml").is_file()), None)
             if found is None:
                 raise CinemeshError(
                     f"{where}: {kind} {base!r} is no file beside it or among the shipped ones",
@@ -210,7 +224,7 @@ _SECTIONS: dict[str, Any] = {
 }
 _BELOW = ("inherits", "base")
 _LIBRARIES: dict[str, Any] = {"nccl": Nccl, "gloo": Gloo}
-_KEYS = ("name", "about", "sources", "attention", "measured", *_SECTIONS, *_LIBRARIES)
+_KEYS = ("name", "about", "sources", "packages", "attention", "measured", *_SECTIONS, *_LIBRARIES)
 
 
 def from_dict(values: dict[str, Any], name: str, folder: Path = FOLDER) -> Cluster:
@@ -231,5 +245,12 @@ def from_dict(values: dict[str, Any], name: str, folder: Path = FOLDER) -> Clust
     read["attention"] = {
         key: reader.section(AttentionFamily, value, f"attention.{key}") for key, value in families.items()
     }
+    gpu_library, kind = libraries[0] == "nccl", capability_of(read["gpu"].device)
+    if gpu_library != (kind is not None):
+        raise reader.wrong("gpu.device", f"is {quoted(read['gpu'].device)} beside {libraries[0]}", "gloo joins CPUs")
+    packages = values.get("packages") or []
+    if not isinstance(packages, list):
+        raise reader.wrong("packages", f"is {quoted(packages)}, no list", "write for example [flash-attn-3]")
+    read["software"] = PLAIN_INSTALL.beside(packages_of(reader.text(name, "packages") for name in packages))
     title, about = reader.text(values.get("name", name), "name"), reader.text(values.get("about", ""), "about")
     return Cluster(name=title, about=about, **read, facts=reader.facts, folder=folder)

@@ -144,7 +144,9 @@ class Reader:
             where = f"{path}.{f.name}"
             if f.name not in values:
                 if f.default is MISSING:
-                    example = "{value: ..., unit: ..., origin: measured, source: ...}"
+                    example = (
+                        "a text" if hints[f.name] is str else "{value: ..., unit: ..., origin: measured, source: ...}"
+                    )
                     raise self.wrong(where, "is missing", f"add {f.name}: {example}")
                 continue
             hint = hints[f.name]

@@ -31,9 +31,13 @@ from .constants import (
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One GPU. ``sustained``: clock of a long step under its power limit over that of a short isolated kernel."""
+    """One GPU. ``sustained``: clock of a long step under its power limit over that of a short isolated kernel.
+
+    ``device``: what the catalogue of kernels asks, ``cpu`` or a capability such as ``sm_90``.
+    """
 
     name: str
+    device: str
     sms: WholeCount
     power_w: Watts
     memory_bytes: Bytes
@@ -71,10 +75,11 @@ class PassConstants:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionFamily:
-    """A family of attention kernels."""
+    """A family of attention kernels. ``ordered``: what is left of backward's speed with sums in one fixed order."""
 
     forward: PassConstants
     backward: PassConstants
+    ordered: Fraction = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

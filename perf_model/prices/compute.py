@@ -3,7 +3,8 @@
 matmul      small tiles of the output run in waves over the SMs; each costs its FLOPs and a prologue. The library picks
             among larger tiles and may split k, which shortens the last wave: only ``tail`` of what it leaves idle is
             paid. Never faster than its bytes from memory. Residual of the law by shape: a small measured grid.
-attention   blocks of rows of one head run in waves over the SMs and walk all keys; by family of kernels and head dim.
+attention   blocks of rows of one head run in waves over the SMs and walk all keys; by family of kernels and head dim:
+            that of the kernel which the catalogue chooses for the cluster's chip and software.
 others      bytes over the achieved part of the memory's rate. An op that has no kernel of its own runs in its plain
             form: the kernels, and the bytes that they move, are columns of the op table.
 Products and self-attention run on the SMs that ``plan.sm_margin`` leaves them: as fast a wave, more waves.
@@ -19,9 +20,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...errors import CinemeshError
-from ...kernels.catalogue import candidates, choose
+from ...kernels.catalogue import Implementation, candidates
 from ...kernels.counts import DTYPE_BYTES, Operands
 from ...kernels.ops import LEAVE_SMS, OPS
+from ...kernels.selection import PLAIN_INSTALL, Software, select
+from ...kernels.tuning import device_key
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import Op
@@ -37,13 +40,12 @@ _PER_ELEMENT = {
     OPS[op].backward: OPS[op].flops(Operands(dict.fromkeys("tsbhk", 1), (), (), {}, False))
     for op in ("attention", "attention_backward")
 }
-# Families of attention kernels that can leave SMs alone.
-LEAVING = tuple(entry.rate_class.removeprefix("attention.") for entry in candidates("attention") if entry.margin)
 
 
-def reference_ops(device: str) -> frozenset[str]:
-    """Memory-bound ops that run in their plain form on ``device`` in a plain install (kernels/catalogue.py)."""
-    return frozenset(op for op, spec in OPS.items() if not spec.is_product and choose(op, device) is None)
+def unfused_ops(device: str, software: Software = PLAIN_INSTALL) -> frozenset[str]:
+    """Memory-bound ops that run in their plain form on ``device`` (kernels/catalogue.py)."""
+    memory_bound = (op for op, spec in OPS.items() if not spec.is_product)
+    return frozenset(op for op in memory_bound if select(op, device, software).entry.rate_class != "memory.fused")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +77,9 @@ class OpPrice:
 
 
 class Compute:
-    """Prices the ops of one cluster's GPU.
+    """Prices the ops of one cluster's GPU, on the kernels that its software has.
 
-    ``attention``: family of kernels, the cluster file's first if None. ``unfused``: ops that run in their plain form;
-    None: as the catalogue tells for the cluster's device.
+    ``unfused``: ops that run in their plain form; None: as the catalogue tells.
     """
 
     def __init__(
@@ -86,18 +87,26 @@ class Compute:
         cluster: Cluster,
         *,
         mode: Literal["eager", "graph"] = "graph",
-        attention: str | None = None,
         unfused: Collection[str] | None = None,
         clock: Literal["sustained", "isolated"] = "sustained",
     ) -> None:
         self.cluster = cluster
-        self.family = attention or next(iter(cluster.attention))
         self.launch_s = cluster.launch.eager_s if mode == "eager" else cluster.launch.graph_s
-        self.unfused = reference_ops(cluster.device) if unfused is None else unfused
+        self.unfused = unfused_ops(cluster.gpu.device, cluster.software) if unfused is None else unfused
         self.clock = clock
         self._grid = cluster.grid(cluster.matmul.grid)
         self._on_gpus = cluster.device == "cuda"
         self._prices: dict[tuple[object, ...], OpPrice] = {}
+        self._card = device_key(cluster.gpu.name)
+
+    def kernel(self, op: str, dtype: str | None = None, head_dim: int | None = None) -> Implementation:
+        """What the catalogue chooses to run an attention op, on the cluster's chip with its software.
+
+        Raises CinemeshError for an override that cannot be met.
+        """
+        sizes = None if head_dim is None else {"k": head_dim}
+        gpu, software = self.cluster.gpu.device, self.cluster.software
+        return select(op, gpu, software, dtype=dtype, sizes=sizes, tuned=self._card).entry
 
     # -- ops ----------------------------------------------------------------------------------------------------------
 
@@ -131,12 +140,14 @@ class Compute:
         if not self._on_gpus:
             return
         plan.check_device(gpu.name, gpu.sms)
-        if plan.sm_margin and self.family not in LEAVING:
-            raise CinemeshError(
-                f"plan: sm_margin({plan.sm_margin}): attention on {self.cluster.name} is priced as {self.family}, "
-                "which takes every SM",
-                remedy=f"only {', '.join(LEAVING)} leaves some. Set sm_margin to 0",
-            )
+        for op in LEAVE_SMS if plan.sm_margin else ():
+            if OPS[op].law == "attention" and not (chosen := self.kernel(op)).margin:
+                able = ", ".join(entry.package for entry in candidates(op) if entry.margin)
+                raise CinemeshError(
+                    f"plan: sm_margin({plan.sm_margin}): {op} on {self.cluster.name} is priced as {chosen.package} "
+                    f"({chosen.why}), which takes every SM",
+                    remedy=f"only {able} leaves some. Set sm_margin to 0, or state --packages {able}",
+                )
 
     def margin(self, program: Program, op: Op) -> int:
         """SMs that an op leaves to communication."""
@@ -169,7 +180,9 @@ class Compute:
                 head_dim=z["k"],
                 dtype=dtype,
             )
-            work, memory, floor = self._attention(call, self.family, margin)
+            entry = self.kernel(op.kind, dtype, call.head_dim)
+            ordered = self.cluster.software.deterministic and entry.ordered == "asked"
+            work, memory, floor = self._attention(call, entry.rate_class, margin, ordered)
             return self._priced(work, memory, floor, 1)
         measured = self.cluster.measured
         if measured is not None and op.kind in measured.bytes_per_s:
@@ -212,13 +225,13 @@ class Compute:
         )
         return max(work, memory) + floor
 
-    def attention_s(self, call: AttentionCall, *, family: str | None = None, margin: int = 0) -> float:
-        """An attention kernel on the device, without launch. ``margin``: SMs left alone.
+    def attention_s(self, call: AttentionCall, family: str, *, margin: int = 0) -> float:
+        """An attention kernel of a family on the device, without launch. ``margin``: SMs left alone.
 
         ``unfused`` is the one family that every cluster has: products with the scores in memory, a softmax kernel and,
         with ``dropout``, one more kernel over the scores.
         """
-        work, memory, floor = self._attention(call, family or self.family, margin)
+        work, memory, floor = self._attention(call, family, margin)
         return max(work, memory) + floor
 
     def stream_s(self, bytes_moved: float) -> float:
@@ -260,19 +273,24 @@ class Compute:
         memory = batch * moved / (gpu.memory_bytes_per_s * law.memory_fraction)
         return work / sustained, memory, law.floor_s
 
-    def _attention(self, call: AttentionCall, family: str, margin: int) -> tuple[float, float, float]:
-        """(work, memory, floor) seconds."""
+    def _attention(
+        self, call: AttentionCall, family: str, margin: int, ordered: bool = False
+    ) -> tuple[float, float, float]:
+        """(work, memory, floor) seconds. ``ordered``: a backward that is asked to sum in one fixed order."""
         if family == "unfused":
             return self._unfused(call)
         if family not in self.cluster.attention:
             known = ", ".join((*self.cluster.attention, "unfused"))
             raise CinemeshError(
-                f"cluster {self.cluster.name}: no attention kernels {family!r}", remedy=f"choose one of {known}"
+                f"cluster {self.cluster.name}: no attention kernels {family!r} among {known}",
+                remedy="add their constants to its file, or inherit them: base: [sm_90]",
             )
         kernels, forward = self.cluster.attention[family], call.direction == "forward"
         law = kernels.forward if forward else kernels.backward
         sms = self.cluster.gpu.sms
         padded, speed = _head(law.speed, call.head_dim)
+        if ordered and not forward:
+            speed *= kernels.ordered
         # Forward blocks are rows of queries that walk the keys, backward blocks rows of keys that walk the queries.
         own, walked = (call.queries, call.keys) if forward else (call.keys, call.queries)
         if call.causal:

@@ -179,7 +179,7 @@ class Blocks:
             causal=causal,
             dropout=self.stack.dropout,
         )
-        seconds = self.r.compute.attention_s(call, family=self.stack.attention)
+        seconds = self.r.compute.attention_s(call, self.stack.attention)
         self.r.add(seconds, True, ATTENTION_KERNELS[self.stack.attention == "unfused"])
 
     def core(self, direction: Direction) -> None:

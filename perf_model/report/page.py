@@ -15,6 +15,7 @@ from ..search.request import Request
 from . import explain
 from .explain import Duplicate, Exposure, Sensitivity, describe
 from .landscape import FAMILIES, Landscape, Point
+from .software import kernels_of
 from .trace import Span, predicted
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -103,6 +104,7 @@ def render(story: Story, pictures: list[Picture]) -> str:
         identity=id,
         mfu=explain.mfu(best, request.cluster),
         hfu=explain.hfu(best, request.cluster),
+        kernels=kernels_of(request.cluster, request.config, best.plan.compute_dtype),
         binds=explain.binds(best),
         families=FAMILIES,
         refused=story.found.refused[:REFUSED],

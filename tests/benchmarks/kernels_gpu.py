@@ -38,7 +38,7 @@ from cinemesh.kernels.catalogue import candidates, refusal
 from cinemesh.kernels.packages import missing
 from cinemesh.kernels.reference import REFERENCE
 from cinemesh.kernels.registry import function
-from cinemesh.kernels.selection import select
+from cinemesh.kernels.selection import Software, select
 from cinemesh.kernels.tuning import device_key
 from cinemesh.launch.commands.calls import DistinctCall, calls_of, tensors
 from cinemesh.model.config import USUAL_LATENTS, preset
@@ -115,9 +115,9 @@ def measure(call: DistinctCall, device: str, limits: dict[str, float], flush: Te
     chosen = select(
         call.op,
         device,
+        Software(missing()),
         dtype=call.dtype,
         sizes=call.sizes,
-        missing=missing(),
         tuned=device_key(torch.cuda.get_device_name()),
     )
     limit = "tensor" if call.flops and (call.op == "matmul" or call.op in SEARCHED) else "memory"

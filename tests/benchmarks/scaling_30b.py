@@ -1,8 +1,9 @@
 """Predicted: what overlap brings the 30B at 73,728 tokens on 6,144 GPUs, and how one sample scales over more GPUs.
 
-    python tests/benchmarks/scaling_30b.py [--json FILE]
+    python tests/benchmarks/scaling_30b.py [--packages fa3] [--json FILE]
 
-Nothing here is measured: the numbers are the cost model's, for the cluster ``grand-teton-h100``. Communication cost is
+Nothing here is measured: the numbers are the cost model's, for the cluster ``grand-teton-h100`` with a plain install of
+torch and Triton, and the packages that are stated. Communication cost is
 1 - step(free network that takes no SM) / step(as it is), for the same program. Strong scaling holds one sample and lets
 tp * cp grow from 4 to 32; the plan of every point is the best of its degrees without recompute choice (``selective``),
 so that kept bytes can be compared.
@@ -19,7 +20,7 @@ from pathlib import Path
 from cinemesh.model.config import preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.parallel.ir.plan import Plan
-from cinemesh.perf_model.clusters.cluster import load
+from cinemesh.perf_model.clusters.cluster import Cluster, load
 from cinemesh.perf_model.prices.compute import Compute
 from cinemesh.perf_model.prices.models import PriceModels
 from cinemesh.perf_model.prices.played import PlayedStep, play_step
@@ -32,7 +33,7 @@ from cinemesh.perf_model.search.request import LatentBucket, PricedPlan, Request
 from cinemesh.perf_model.search.tune import tune
 
 MODEL, LATENT, GPUS = "movie-gen-30b", (32, 96, 96), 6144
-CLUSTER = load("grand-teton-h100")
+NAME = "grand-teton-h100"
 CONFIG = preset(MODEL)
 SCALING = ((1, 4), (2, 2), (4, 1), (2, 4), (4, 2), (2, 6), (4, 3), (2, 8), (4, 4), (4, 6), (2, 16), (4, 8), (8, 4))
 
@@ -87,9 +88,9 @@ def nic_share(played: PlayedStep) -> float:
     return sum(cost.transfer_s for cost in costs if cost.link == "nic") / played.step_s
 
 
-def row(name: str, plan: Plan) -> Row:
-    played = play_step(CONFIG, plan, BatchShape(1, LATENT), CLUSTER)
-    free = play(price(played.program, Compute(CLUSTER), None, CLUSTER)).step_s
+def row(name: str, plan: Plan, cluster: Cluster) -> Row:
+    played = play_step(CONFIG, plan, BatchShape(1, LATENT), cluster)
+    free = play(price(played.program, Compute(cluster), None, cluster)).step_s
     step = played.timeline.step_s
     return Row(
         name,
@@ -97,7 +98,7 @@ def row(name: str, plan: Plan) -> Row:
         played.step_s,
         1.0 - free / step,
         played.timeline.total_exposed_s / step,
-        mfu(played, CLUSTER),
+        mfu(played, cluster),
     )
 
 
@@ -105,29 +106,29 @@ def overlapped(request: Request) -> PricedPlan:
     return tune(request, search(request).best)
 
 
-def table() -> list[Row]:
+def table(cluster: Cluster) -> list[Row]:
     """The planner's plan and the paper's TP4 CP2, with every overlap off and as the planner sets them."""
     rows: list[Row] = []
     asked: tuple[tuple[str, dict[str, object]], ...] = (("planner's", {}), ("paper's TP4 CP2", {"tp": 4, "cp": 2}))
     for name, fixed in asked:
-        request = Request(CONFIG, (LatentBucket(LATENT),), CLUSTER, GPUS, shown=5, fixed=fixed)
+        request = Request(CONFIG, (LatentBucket(LATENT),), cluster, GPUS, shown=5, fixed=fixed)
         choices = [tune(request, choice) for choice in search(request).choices]
         best = min(choices, key=lambda c: c.step_s / c.global_batch)
         plan = best.plan
         off = Plan(plan.tp, plan.cp, plan.dp_shard, plan.dp_replicate, recompute=plan.recompute, prefetch=0)
         off = replace(off, order=plan.order, recompute_last=plan.recompute_last, last_blocks=plan.last_blocks)
-        rows += [row(f"{name}, no overlap", off), row(f"{name}, overlapped", best.plan)]
+        rows += [row(f"{name}, no overlap", off, cluster), row(f"{name}, overlapped", best.plan, cluster)]
     return rows
 
 
-def scaling() -> list[Point]:
+def scaling(cluster: Cluster) -> list[Point]:
     points: list[Point] = []
     base: tuple[PlayedStep, int, int] | None = None
     for tp, cp in SCALING:
         request = Request(
             CONFIG,
             (LatentBucket(LATENT),),
-            CLUSTER.with_(**{"memory.usable_bytes": 1e12}),
+            cluster.with_(**{"memory.usable_bytes": 1e12}),
             GPUS,
             shown=1,
             fixed={"tp": tp, "cp": cp, "recompute": "selective"},
@@ -135,8 +136,8 @@ def scaling() -> list[Point]:
         best = overlapped(request)
         pure = replace(best.plan, recompute_last=None, last_blocks=0)
         few = FewBlocks.build(CONFIG, pure, BatchShape(1, LATENT))
-        kept = Extrapolation(few, pure, PriceModels.of(CLUSTER)).kept_bytes * CONFIG.layers
-        played = play_step(CONFIG, best.plan, BatchShape(1, LATENT), CLUSTER)
+        kept = Extrapolation(few, pure, PriceModels.of(cluster)).kept_bytes * CONFIG.layers
+        played = play_step(CONFIG, best.plan, BatchShape(1, LATENT), cluster)
         ranks = tp * cp
         if base is None:
             base = (played, kept, ranks)
@@ -165,13 +166,15 @@ def scaling() -> list[Point]:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--json", type=Path, help="write the numbers to a file")
+    arguments.add_argument("--packages", default="", help="beside torch and Triton")
     given = arguments.parse_args()
+    cluster = load(NAME, packages=given.packages)
     print("Predicted, not measured.\n")
-    rows = table()
+    rows = table(cluster)
     print(f"{'plan':<32} {'step s':>8} {'communication':>14} {'exposed':>8} {'MFU':>6}")
     for r in rows:
         print(f"{r.name:<32} {r.step_s:8.3f} {r.communication_cost:14.1%} {r.exposed:8.1%} {r.mfu:6.1%}  {r.plan}")
-    points = scaling()
+    points = scaling(cluster)
     heads = ("tp", "cp", "step s", "scaling", "compute s", "kept GB", "scaling", "transient GB", "exposed", "NIC busy")
     print("\n" + " ".join(f"{head:>12}" for head in heads))
     for p in points:
@@ -192,7 +195,8 @@ def main() -> None:
     if given.json:
         values = {
             "predicted": True,
-            "cluster": CLUSTER.name,
+            "cluster": cluster.name,
+            "packages": cluster.software.packages,
             "model": MODEL,
             "gpus": GPUS,
             "plans": [asdict(r) for r in rows],

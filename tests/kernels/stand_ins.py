@@ -19,6 +19,9 @@ from torch import Tensor
 
 from cinemesh.kernels.reference import REFERENCE
 
+IN_ORDER: list[bool] = []  # for each backward since this was cleared, whether it was asked to sum in one fixed order
+
+
 # The bodies are ours. flash-attn 2.8.3.post2 (its sdist on PyPI), flash_attn/flash_attn_interface.py.
 
 
@@ -60,7 +63,8 @@ class FlashAttention2:
         window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
     ):  # fmt: skip
         assert (dropout_p, causal, window_size_left, window_size_right, softcap) == (0.0, False, -1, -1, 0.0)
-        assert alibi_slopes is None and deterministic
+        assert alibi_slopes is None
+        IN_ORDER.append(deterministic)
         gradients_of(dout, q, k, v, out, softmax_lse, (dq, dk, dv), softmax_scale)
 
 
@@ -87,7 +91,8 @@ class FlashAttention3:
         max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
         window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0,
     ):  # fmt: skip
-        assert cu_seqlens_q is None and not is_causal and deterministic
+        assert cu_seqlens_q is None and not is_causal
+        IN_ORDER.append(deterministic)
         gradients_of(dout, q, k, v, out, softmax_lse, (dq, dk, dv), softmax_scale)
 
 
@@ -118,7 +123,8 @@ class FlashAttention4:
         AtomLayoutMdQ=2, V_in_regs=False, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
         max_seqlen_q=None, max_seqlen_k=None, deterministic=False, dq=None, dk=None, dv=None,
     ):  # fmt: skip
-        assert not causal and deterministic
+        assert not causal
+        IN_ORDER.append(deterministic)
         gradients_of(dout, q, k, v, out, lse, (dq, dk, dv), softmax_scale)
 
 
@@ -185,6 +191,15 @@ STAND_INS: dict[str, type] = {
 # dispatcher, which holds every call to the operator's schema.
 
 
+def note_order() -> None:
+    """Torch's kernels look at the global switch, and ignore one that only warns."""
+    asked, only_warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    IN_ORDER.append(asked and not only_warns)
+
+
 def flash_forward(
     query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale=None
 ):  # fmt: skip
@@ -200,10 +215,37 @@ def flash_backward(
     grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, rng_state,
     unused, *, scale=None,
 ):  # fmt: skip
-    assert not dropout_p and not is_causal and torch.are_deterministic_algorithms_enabled()
+    assert not dropout_p and not is_causal
+    note_order()
     assert (max_q, max_k) == (query.shape[1], key.shape[1])
     found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     gradients_of(grad_out, query, key, value, out, logsumexp, found, scale or query.shape[-1] ** -0.5)
+    return found
+
+
+def cudnn_forward(
+    query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False, *,
+    scale=None,
+):  # fmt: skip
+    """[B, H, T, K]; log-sum-exp [B, H, T, 1]."""
+    assert attn_bias is None and compute_log_sumexp and not dropout_p and not is_causal and not return_debug_mask
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    o, lse = attention_of(q, k, v, scale or query.shape[-1] ** -0.5)
+    nothing = torch.empty(0)
+    counts = query.shape[2], key.shape[2]
+    return o.transpose(1, 2), lse[..., None], nothing, nothing, *counts, nothing, nothing, nothing
+
+
+def cudnn_backward(
+    grad_out, query, key, value, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q, cum_seq_k, max_q,
+    max_k, dropout_p, is_causal, *, scale=None,
+):  # fmt: skip
+    assert attn_bias is None and cum_seq_q is None and cum_seq_k is None and not dropout_p and not is_causal
+    assert philox_seed.dtype == philox_offset.dtype == torch.int64 and (max_q, max_k) == (query.shape[2], key.shape[2])
+    assert logsumexp.shape == (*query.shape[:3], 1) and logsumexp.is_contiguous()
+    found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    do, q, k, v, o, dq, dk, dv = (x.transpose(1, 2) for x in (grad_out, query, key, value, out, *found))
+    gradients_of(do, q, k, v, o, logsumexp[..., 0], (dq, dk, dv), scale or query.shape[-1] ** -0.5)
     return found
 
 
@@ -235,7 +277,7 @@ def efficient_backward(
 ):  # fmt: skip
     """Gradients [B, H, T, K]. The padding of the log-sum-exp must be infinite: its rows then weigh nothing."""
     assert not dropout_p and not is_causal and scale is None and list(grad_input_mask) == [True, True, True, False]
-    assert torch.are_deterministic_algorithms_enabled()
+    note_order()
     tokens = query.shape[2]
     assert logsumexp.shape[-1] % 32 == 0 and bool((logsumexp[..., tokens:] == torch.inf).all())
     do, q, o = (tokens_first(x) for x in (grad_out_, query, out))
@@ -260,6 +302,8 @@ def wide_addmm(self, mat1, mat2, out_dtype, *, beta=1, alpha=1, out):
 ATEN = {
     "_flash_attention_forward": flash_forward,
     "_flash_attention_backward": flash_backward,
+    "_scaled_dot_product_cudnn_attention": cudnn_forward,
+    "_scaled_dot_product_cudnn_attention_backward": cudnn_backward,
     "_scaled_dot_product_efficient_attention": efficient_forward,
     "_scaled_dot_product_efficient_attention_backward": efficient_backward,
     "mm.dtype_out": wide_mm,

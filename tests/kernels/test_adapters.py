@@ -10,6 +10,7 @@ import ast
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
 from types import ModuleType
 from typing import Any
@@ -24,7 +25,7 @@ from cinemesh.kernels.reference import REFERENCE
 from cinemesh.kernels.registry import function
 
 from .against_float64 import check, rand, relative_error
-from .stand_ins import ATEN, STAND_INS, aten_on_cpu
+from .stand_ins import ATEN, IN_ORDER, STAND_INS, aten_on_cpu, note_order
 
 T, S, B, H, K = 5, 7, 2, 3, 64  # queries, keys, samples, heads, head dim
 
@@ -62,7 +63,11 @@ def test_flash_attention(version: int) -> None:
     inputs, outputs = attention_tensors(torch.bfloat16)
     check("attention", getattr(flash_attention, f"attention_{version}"), inputs, outputs)
     inputs, outputs = backward_tensors(torch.bfloat16)
-    check("attention_backward", getattr(flash_attention, f"attention_backward_{version}"), inputs, outputs)
+    for given in ({}, {"deterministic": True}):
+        IN_ORDER.clear()
+        kernel = partial(getattr(flash_attention, f"attention_backward_{version}"), **given)
+        check("attention_backward", kernel, inputs, outputs)
+        assert set(IN_ORDER) == {bool(given)}
 
 
 ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "ema_decay": 0.99}
@@ -105,9 +110,11 @@ def test_torch_operators_take_the_calls() -> None:
     ))  # fmt: skip
     lse = torch.empty(B, H, T, device="meta")
     torch_cuda.attention([q, kv], [q, lse])
-    torch_cuda.attention_backward([q, q, kv, q, lse], [q, kv])
+    torch_cuda.attention_backward([q, q, kv, q, lse], [q, kv], deterministic=True)
+    torch_cuda.cudnn_attention([q, kv], [q, lse])
+    torch_cuda.cudnn_attention_backward([q, q, kv, q, lse], [q, kv])
     torch_cuda.cross_attention([q, kv, mask], [q, lse])
-    torch_cuda.cross_attention_backward([q, q, kv, q, lse, mask], [q, kv])
+    torch_cuda.cross_attention_backward([q, q, kv, q, lse, mask], [q, kv], deterministic=True)
     assert not torch.are_deterministic_algorithms_enabled()  # switched back
     x, weight, out = (torch.empty(s, device="meta", dtype=torch.bfloat16) for s in ((4, 2, 8), (8, 16), (4, 2, 16)))
     for target in (out, out.float()):
@@ -124,19 +131,48 @@ def masked(tensors: tuple[list[Tensor], list[Tensor]]) -> tuple[list[Tensor], li
     return [*inputs, mask], outputs
 
 
-def check_torch(op: str) -> None:
+def check_torch(name: str, **given: bool) -> None:
+    op = name.removeprefix("cudnn_")
     inputs, outputs = (backward_tensors if "backward" in op else attention_tensors)(torch.bfloat16)
     if "cross" in op:
         inputs, outputs = masked((inputs, outputs))
-    check(op, getattr(torch_cuda, op), inputs, outputs)
+    check(op, partial(getattr(torch_cuda, name), **given), inputs, outputs)
 
 
 @pytest.mark.parametrize("op", ["attention", "attention_backward", "cross_attention", "cross_attention_backward"])
 def test_torch_attention(op: str) -> None:
     """Layouts, the mask, the padded log-sum-exp and which gradient is whose, through the operators' own schemas."""
+    for given in ({}, {"deterministic": True}) if "backward" in op else ({},):
+        IN_ORDER.clear()
+        with aten_on_cpu():
+            check_torch(op, **given)
+        assert set(IN_ORDER) == ({bool(given)} if "backward" in op else set())
+    assert not torch.are_deterministic_algorithms_enabled()  # switched back
+
+
+def test_position_gradients_are_told_to_sum_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA ``index_add_`` adds by atomics unless the switch is on, and not one that only warns."""
+
+    def noted(*given: Any, **attrs: Any) -> None:
+        note_order()
+        plain(*given, **attrs)
+
+    plain = REFERENCE["position_backward"]
+    monkeypatch.setitem(REFERENCE, "position_backward", noted)
+    IN_ORDER.clear()
+    inputs, tables = [rand(6, 8)], [torch.empty(rows, 8) for rows in (3, 2, 2)]
+    wanted = [x.clone() for x in tables]
+    torch_cuda.position_backward(inputs, tables, grid=(3, 2, 2), rank=1)
+    plain(inputs, wanted, grid=(3, 2, 2), rank=1)
+    assert IN_ORDER == [True] and not torch.are_deterministic_algorithms_enabled()
+    assert all(torch.equal(a, b) for a, b in zip(tables, wanted, strict=True))
+
+
+@pytest.mark.parametrize("op", ["cudnn_attention", "cudnn_attention_backward"])
+def test_cudnn_attention(op: str) -> None:
+    """Layouts, the log-sum-exp's fourth dim and which gradient is whose, through the operators' own schemas."""
     with aten_on_cpu():
         check_torch(op)
-    assert not torch.are_deterministic_algorithms_enabled()  # switched back
 
 
 @pytest.mark.parametrize("add", [False, True])
@@ -165,7 +201,7 @@ def swapped(name: str) -> Callable[..., Any]:
     return body
 
 
-@pytest.mark.parametrize("op", ["attention_backward", "cross_attention_backward"])
+@pytest.mark.parametrize("op", ["attention_backward", "cudnn_attention_backward", "cross_attention_backward"])
 def test_gradients_that_change_places_are_found(op: str) -> None:
     names = [name for name in ATEN if name.endswith("backward")]
     with aten_on_cpu(**{name: swapped(name) for name in names}), pytest.raises(AssertionError, match="output 1"):
@@ -224,6 +260,12 @@ def calls(entry: Implementation) -> Iterator[tuple[list[Tensor], list[Tensor], d
         inputs = [x.cuda() for x in adamw_inputs(True, 4096)]
         attrs = {**ADAMW, "last_offset": 0, "last_elements": 4096, "last_decayed": 1024, "rank": 0}
         yield inputs, inputs[:4], attrs
+    elif entry.op == "position_backward":
+        yield (
+            [rand(64, 512).cuda()],
+            [torch.empty(rows, 512).cuda() for rows in (4, 4, 8)],
+            {"grid": (4, 4, 8), "rank": 1},
+        )
     elif entry.op == "matmul":
         x, weight = rand(64, 2, 128, dtype=torch.bfloat16).cuda(), rand(128, 256, dtype=torch.bfloat16).cuda()
         for dtype in (torch.bfloat16, torch.float32):
@@ -262,3 +304,19 @@ def test_package_computes_what_the_reference_does(entry: Implementation) -> None
         function(entry)(inputs, got, **attrs)
         for first, truth in zip(got, want, strict=True):
             assert relative_error(first, truth) <= 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("entry", [e for e in FOREIGN if e.ordered == "asked"], ids=lambda e: f"{e.op}-{e.package}")
+def test_a_backward_that_is_asked_to_sums_in_one_order(entry: Implementation) -> None:
+    """Over many blocks of keys, whose sums atomics would add in another order each time."""
+    if entry.package in packages.missing():
+        pytest.skip(f"{entry.package}: {packages.missing()[entry.package]}")
+    q, kv = rand(2048, 1, 4, K, dtype=torch.bfloat16).cuda(), rand(8192, 1, 2, 4, K, dtype=torch.bfloat16).cuda()
+    mask = [torch.ones(1, 8192, dtype=torch.bool, device="cuda")] if "cross" in entry.op else []
+    o, lse, forward = torch.empty_like(q), torch.empty(1, 4, 2048, device="cuda"), entry.op.removesuffix("_backward")
+    REFERENCE[forward]((q, kv, *mask), (o, lse))
+    first, second = ([torch.empty_like(q), torch.empty_like(kv)] for _ in range(2))
+    for outputs in (first, second):
+        function(entry)([q, q, kv, o, lse, *mask], outputs, deterministic=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

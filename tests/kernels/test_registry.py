@@ -6,6 +6,7 @@ A registry that falls back in silence trains at a tenth of the speed, or on a ke
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -14,13 +15,16 @@ import torch
 
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels import packages, rates, registry, selection, tuning
-from cinemesh.kernels.catalogue import IMPLEMENTATIONS, NOT_ASSUMED, Implementation, candidates, choose
+from cinemesh.kernels.catalogue import IMPLEMENTATIONS, NOT_ASSUMED, OPTIONAL, Implementation, candidates, refusal
 from cinemesh.kernels.checks import check
 from cinemesh.kernels.ops import LEAVE_SMS, OPS
 from cinemesh.kernels.reference import REFERENCE
+from cinemesh.kernels.selection import Software, packages_of, select
 from cinemesh.kernels.signature import parse
 
-EVERYTHING: dict[str, str] = {}  # nothing is missing
+PLAIN, EVERYTHING = Software(), Software(missing={})
+OLD_TORCH = Software({**NOT_ASSUMED, "cudnn": "torch is too old"})
+IN_ORDER = Software(deterministic=True)
 BF16 = {"dtype": "bfloat16", "sizes": {"k": 128, "t": 64, "s": 64, "b": 1, "h": 2, "n": 1 << 20}}
 
 
@@ -43,7 +47,8 @@ def test_every_implementation_is_there(entry: Implementation) -> None:
     if entry.package == "triton":
         pytest.importorskip("triton")
     assert callable(getattr(import_module(f"cinemesh.kernels.{entry.module}"), entry.function))
-    assert entry.rate_class in rates.RATES
+    if entry.devices == ("cpu",) or entry.package == "reference":
+        assert entry.rate_class in rates.RATES
     assert entry.workspace(dict.fromkeys("tsbhkdlfpn", 8), 2) >= 0
 
 
@@ -53,34 +58,66 @@ def test_a_rate_is_a_share_of_its_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "device", "given", "missing", "wanted"),
+    ("op", "device", "given", "software", "wanted"),
     [
         ("attention", "sm_90", BF16, EVERYTHING, "flash-attn-3"),  # the best rate class, not the first of the list
-        ("attention", "sm_80", BF16, EVERYTHING, "triton"),
+        ("attention", "sm_80", BF16, EVERYTHING, "flash-attn"),  # as fast as torch's, which would copy
         ("attention", "sm_100", BF16, EVERYTHING, "flash-attn-4"),
-        ("attention", "sm_90", BF16, NOT_ASSUMED, "triton"),
-        ("attention", "sm_90", {**BF16, "sizes": {"k": 96}}, NOT_ASSUMED, "torch"),  # no such head dim in Triton
-        ("attention", "sm_90", {**BF16, "dtype": "float64"}, EVERYTHING, None),
-        ("attention", "sm_75", BF16, EVERYTHING, None),
-        ("attention", "cpu", BF16, NOT_ASSUMED, "torch"),
+        ("attention", "sm_90", BF16, PLAIN, "cudnn"),
+        ("attention_backward", "sm_90", BF16, PLAIN, "cudnn"),
+        ("attention", "sm_80", BF16, PLAIN, "torch"),
+        ("attention", "sm_90", BF16, OLD_TORCH, "triton"),
+        ("attention_backward", "sm_90", BF16, OLD_TORCH, "torch"),  # 348 TFLOP/s in any order against 300
+        ("attention", "sm_90", BF16, IN_ORDER, "cudnn"),  # a forward sums in one order
+        ("attention_backward", "sm_90", BF16, IN_ORDER, "triton"),  # 300 against 0.85 of 348
+        ("attention_backward", "sm_90", BF16, Software({}, deterministic=True), "flash-attn-3"),
+        ("attention", "sm_90", {**BF16, "sizes": {"k": 96}}, OLD_TORCH, "torch"),  # no such head dim in Triton
+        ("attention", "sm_90", {**BF16, "dtype": "float64"}, EVERYTHING, "reference"),
+        ("attention", "sm_75", BF16, EVERYTHING, "reference"),
+        ("attention", "cpu", BF16, PLAIN, "torch"),
         ("cross_attention", "sm_90", BF16, EVERYTHING, "triton"),  # a key mask: none of the flash packages
-        ("swiglu", "sm_90", BF16, NOT_ASSUMED, "triton"),
-        ("swiglu", "sm_90", {"dtype": "float64"}, NOT_ASSUMED, None),
-        ("swiglu", "cpu", {"dtype": "float32"}, NOT_ASSUMED, None),
-        ("matmul", "sm_90", {"dtype": "bfloat16"}, NOT_ASSUMED, "torch"),
-        ("residual", "cuda", {}, NOT_ASSUMED, None),
+        ("swiglu", "sm_90", BF16, PLAIN, "triton"),
+        ("swiglu", "sm_90", {"dtype": "float64"}, PLAIN, "reference"),
+        ("swiglu", "cpu", {"dtype": "float32"}, PLAIN, "reference"),
+        ("matmul", "sm_90", {"dtype": "bfloat16"}, PLAIN, "torch"),
+        ("residual", "cuda", {}, PLAIN, "reference"),
     ],
 )
-def test_choice(op: str, device: str, given: dict, missing: dict[str, str], wanted: str | None) -> None:
-    chosen = choose(op, device, missing=missing, **given)
-    assert (chosen and chosen.package) == wanted
+def test_choice(op: str, device: str, given: dict, software: Software, wanted: str) -> None:
+    assert select(op, device, software, **given).entry.package == wanted
+
+
+def test_every_gpu_attention_has_a_rate_on_every_chip_with_a_table() -> None:
+    """A kernel that could be chosen on a chip and is not in its table would fail there, on the cluster."""
+    for path in rates.TABLES.glob("*.yaml"):
+        for entry in IMPLEMENTATIONS:
+            if refusal(entry, path.stem, missing={}) is None:
+                assert 0 < rates.rate(entry.rate_class, path.stem).share(OPS[entry.op].backward) <= 1, entry
+    assert rates.rate("fa2", "sm_86") == rates.rate("fa2", "sm_80") != rates.rate("fa2", "sm_90")
+    assert rates.rate("fa4", "sm_103") == rates.rate("fa4", "sm_100")
+
+
+def test_packages_go_by_their_name_or_that_of_their_attention() -> None:
+    assert packages_of(["fa3", "flash-attn-3", "apex"]) == ("flash-attn-3", "apex")
+    assert PLAIN.packages == () and PLAIN.beside(packages_of(["fa2"])).packages == ("flash-attn",)
+    assert EVERYTHING.packages == OPTIONAL
+    for wrong in ("torch", "cudnn", "fa33"):
+        with pytest.raises(CinemeshError, match=f"package '{wrong}' is none"):
+            packages_of([wrong])
+
+
+def test_only_a_torch_with_cudnns_operators_counts_as_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, reason in (("2.11.0+cu130", None), ("3.0", None), ("2.9.1", "2.9.1 is too old"), (None, None)):
+        monkeypatch.setattr(packages, "_distribution", lambda _, version=version: version)
+        found = packages._cudnn()
+        assert found is None if reason is None else reason in (found or "")
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_cuda_has_a_kernel_for_every_op(op: str, dtype: str) -> None:
-    choice = selection.select(op, "sm_90", dtype=dtype, sizes={"k": 8}, missing=NOT_ASSUMED)
-    assert choice.entry.package in ("torch", "reference", "triton")
+    choice = select(op, "sm_90", dtype=dtype, sizes={"k": 8})
+    assert choice.entry.package in ("torch", "cudnn", "reference", "triton")
     told = {id(choice.entry), *(id(entry) for entry, reason in choice.others if reason)}
     assert told == {id(entry) for entry in candidates(op)}  # each other one has its reason
 
@@ -95,7 +132,7 @@ def test_cpu_ops_are_bound_without_a_detour() -> None:
 def test_choice_follows_the_call_where_it_must() -> None:
     """One kernel object, three dtypes: bf16 and fp32 go to Triton (its interpreter here), float64 to the reference."""
     pytest.importorskip("triton")
-    kernel = registry._kernel("swiglu", "sm_90", None)
+    kernel = registry._kernel("swiglu", "sm_90", PLAIN)
     assert isinstance(kernel, registry._ByCall)
     for dtype, module in ((torch.bfloat16, "swiglu"), (torch.float32, "swiglu"), (torch.float64, "reference")):
         gate, up, out, want = (torch.randn(3, 2, 40).to(dtype) for _ in range(4))
@@ -106,11 +143,34 @@ def test_choice_follows_the_call_where_it_must() -> None:
 
 
 def test_measured_rates_change_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a card says that torch's attention is faster than ours, the registry picks torch's."""
-    measured = tuning.Table("H100", "measured", rates={"attention.torch": {"forward": 0.6}})
+    """Where a card says that torch's attention is faster than cuDNN's, the registry picks torch's."""
+    measured = tuning.Table("H100", "measured", rates={"torch": {"forward": 0.7}})
     monkeypatch.setattr(rates, "table", lambda _: measured)
-    assert choose("attention", "sm_90", **BF16).package == "torch"  # pyright: ignore[reportOptionalMemberAccess]
-    assert choose("attention_backward", "sm_90", **BF16).package == "triton"  # pyright: ignore[reportOptionalMemberAccess]
+    assert select("attention", "sm_90", **BF16).entry.package == "torch"
+    assert select("attention_backward", "sm_90", **BF16).entry.package == "cudnn"
+
+
+def test_deterministic_kernels_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only this sees that a recipe's wish arrives in the packages' calls; on a CPU every kernel sums in one order."""
+    called: list[tuple[str, dict]] = []
+    monkeypatch.setattr(registry, "function", lambda entry: lambda i, o, **attrs: called.append((entry.package, attrs)))
+    q, kv, mask = (torch.zeros(s, dtype=torch.bfloat16) for s in ((4, 1, 2, 128), (4, 1, 2, 2, 128), (1, 4)))
+    lse = torch.zeros(1, 2, 4)
+    for missing, deterministic in (({}, True), ({}, False), (NOT_ASSUMED, True), (NOT_ASSUMED, False)):
+        software = Software(missing, deterministic=deterministic)
+        registry._kernel("attention", "sm_90", software)([q, kv], [q, lse])
+        registry._kernel("attention_backward", "sm_90", software)([q, q, kv, q, lse], [q, kv])
+    asked = {"deterministic": True}
+    assert called == [
+        *(("flash-attn-3", {}), ("flash-attn-3", asked), ("flash-attn-3", {}), ("flash-attn-3", {})),
+        *(("cudnn", {}), ("triton", {}), ("cudnn", {}), ("cudnn", {})),
+    ]
+    called.clear()
+    only = Software(NOT_ASSUMED, {"cross_attention_backward": "torch"}, deterministic=True)
+    registry._kernel("cross_attention_backward", "sm_90", only)([q, q, kv, q, lse, mask], [q, kv])
+    assert called == [("torch", asked)]
+    with pytest.raises(CinemeshError, match="sums in any order, and deterministic kernels are asked for"):
+        select("attention_backward", "sm_90", Software({}, {"attention_backward": "cudnn"}, deterministic=True), **BF16)
 
 
 def test_a_rank_names_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,9 +195,9 @@ def blas(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     return asked
 
 
-def on_hopper(monkeypatch: pytest.MonkeyPatch, missing: dict[str, str], override: str | None = None) -> dict:
-    monkeypatch.setattr(registry, "missing", lambda: missing)
-    kernels = {op: registry._kernel(op, "sm_90", override if "attention" in op else None) for op in LEAVE_SMS}
+def on_hopper(software: Software, override: str | None = None) -> dict:
+    overrides = {op: override for op in LEAVE_SMS if "attention" in op} if override else {}
+    kernels = {op: registry._kernel(op, "sm_90", replace(software, overrides=overrides)) for op in LEAVE_SMS}
     return kernels | {"swiglu": REFERENCE["swiglu"]}
 
 
@@ -145,7 +205,7 @@ def test_sms_are_left_by_products_and_self_attention(monkeypatch: pytest.MonkeyP
     """Only this sees that the margin arrives in the packages' calls; without a GPU nothing else would notice."""
     called: list[tuple[str, dict]] = []
     monkeypatch.setattr(registry, "function", lambda entry: lambda i, o, **attrs: called.append((entry.package, attrs)))
-    kernels = on_hopper(monkeypatch, EVERYTHING)
+    kernels = on_hopper(EVERYTHING)
     left = registry.leave_sms(kernels, 16)
     assert blas == {"carveout": 16, "library": "cublaslt"}
     assert left["matmul"] is kernels["matmul"] and left["swiglu"] is kernels["swiglu"]
@@ -158,18 +218,19 @@ def test_sms_are_left_by_products_and_self_attention(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("missing", "override", "said"),
+    ("software", "override", "said"),
     [
-        (dict(NOT_ASSUMED), None, "attention runs on triton (our Triton forward, deterministic), which takes every SM"),
+        (OLD_TORCH, None, "attention runs on triton (our Triton forward, deterministic), which takes every SM"),
+        (PLAIN, None, "attention runs on cudnn (cuDNN's attention, in torch's CUDA builds), which takes every SM"),
         (EVERYTHING, "flash-attn", "attention runs on flash-attn (FlashAttention-2, package flash-attn)"),
         (EVERYTHING, "reference", "attention runs on reference, which takes every SM"),
     ],
 )
 def test_an_attention_that_takes_every_sm_is_an_error(
-    missing: dict, override: str | None, said: str, monkeypatch: pytest.MonkeyPatch, blas: dict
+    software: Software, override: str | None, said: str, blas: dict
 ) -> None:
     with pytest.raises(CinemeshError) as error:
-        registry.leave_sms(on_hopper(monkeypatch, missing, override), 16)
+        registry.leave_sms(on_hopper(software, override), 16)
     assert str(error.value).startswith(f"plan: sm_margin(16): {said}")
     assert str(error.value).endswith(
         "use flash-attn-3 (FlashAttention-3 for Hopper, built from source), or set sm_margin to 0"
@@ -219,7 +280,7 @@ def test_an_override_that_cannot_be_met_is_an_error(text: str, said: str, monkey
 )
 def test_an_override_on_the_wrong_call_is_an_error(device: str, given: dict, said: str) -> None:
     with pytest.raises(CinemeshError) as error:
-        selection.select("attention", device, missing=EVERYTHING, override="flash-attn-3", **given)
+        select("attention", device, Software({}, {"attention": "flash-attn-3"}), **given)
     assert said in str(error.value)
     assert f"kernel override attention=flash-attn-3 on {device}" in str(error.value)
 

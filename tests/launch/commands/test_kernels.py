@@ -41,11 +41,11 @@ def test_choices_of_the_30b_step_without_torch() -> None:
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
     attention = next(row for row in shown["ops"] if row["op"] == "attention")
-    assert attention["package"] == "triton" and attention["function"] == "attention.attention"
+    assert attention["package"] == "cudnn" and attention["function"] == "torch_cuda.cudnn_attention"
     assert attention["sizes"] == {"t": 36864, "s": 73728, "b": 1, "h": 12, "k": 128}
     assert attention["calls"] == 48
-    assert {"flash-attn", "flash-attn-3", "flash-attn-4", "torch", "reference"} == attention["others"].keys()
-    assert "below attention.triton" in attention["others"]["torch"]
+    assert {"flash-attn", "flash-attn-3", "flash-attn-4", "triton", "torch", "reference"} == attention["others"].keys()
+    assert attention["others"]["torch"] == "rate class torch (0.39) is below cudnn (0.60)"
     config = preset("movie-gen-30b")
     program = build_step(config, Plan(tp=4, cp=2, dp_shard=768), BatchShape(1, USUAL_LATENTS["movie-gen-30b"]))
     assert {row["op"] for row in shown["ops"]} <= set(REFERENCE)

@@ -70,6 +70,21 @@ def test_communicators_are_told_with_their_bytes_and_seconds(
         assert any(line.startswith(f"{row['name']} ") for line in text.splitlines()), row["name"]
 
 
+def test_the_kernels_that_are_priced_are_told_and_what_others_would_give(capsys: pytest.CaptureFixture[str]) -> None:
+    """The step that is told of a package is the one that the command tells where it is stated."""
+    asked: dict[str, object] = {"model": "movie-gen-5b", "latents": ["8x48x48"], "gpus": 8, "fix": "tp=8"}
+    plain, stated = (json.loads(printed(capsys, as_json=True, packages=p, **asked)) for p in ("", "fa3"))
+    assert [row["package"] for row in plain["kernels"]][:1] == ["cudnn"]
+    assert [row["package"] for row in stated["kernels"]][:1] == ["flash-attn-3"]
+    assert plain["plans"][0]["plan"] == stated["plans"][0]["plan"]
+    offered = {other["name"]: other["step_s"] for other in plain["other_software"]}
+    now, there = plain["plans"][0]["step_s"], stated["plans"][0]["step_s"]
+    assert offered["flash-attn-3"] == pytest.approx(there, rel=1e-3) and there < now < offered["deterministic"]
+    text = printed(capsys, **asked)
+    assert "cudnn (cuDNN's attention, in torch's CUDA builds): attention" in text
+    assert f"flash-attn-3: step {now:.3f} s -> {offered['flash-attn-3']:.3f} s" in text
+
+
 def test_help_says_what_is_searched_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all plans that brute force plays, what ever differs is in the help; prefetch, named there as fixed, never."""
     played: list[Plan] = []

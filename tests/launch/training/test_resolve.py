@@ -11,6 +11,7 @@ from harness import Pool
 from training import recipe
 
 from cinemesh.errors import CinemeshError
+from cinemesh.kernels import selection
 from cinemesh.launch import train as entry
 from cinemesh.launch.cluster.processes import Joined, StopSignal
 from cinemesh.launch.training import checkpoint, resolve, resolved
@@ -21,6 +22,7 @@ from cinemesh.launch.training.setting import Setting
 from cinemesh.launch.training.telemetry import read_metrics
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.runtime.mesh import Mesh
+from cinemesh.perf_model.prices.compute import Compute
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -96,6 +98,24 @@ def test_the_plan_is_the_planners_own_for_the_recipes_batch_and_buckets(auto: Pa
     held = replace(wanted, held={"dtype": "float32", "cp": 2, "recompute": "full"})
     plan = resolve.planned(2, held, setting).plan
     assert (plan.cp, plan.recompute) == (2, "full")
+
+
+def test_the_planner_counts_on_what_is_installed_or_stated(auto: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here there is FlashAttention 3 and an old torch; a recipe may say otherwise, and ask other kernels."""
+    here = {"flash-attn": "not here", "apex": "not here", "cudnn": "too old", "triton": "not here"}
+    monkeypatch.setattr(selection, "missing", lambda: here)
+
+    def attention(*overrides: str) -> list[str]:
+        config, _ = read_recipe(auto, overrides)
+        compute = Compute(resolve.cluster_under(config, "grand-teton-h100"))
+        return [compute.kernel(op).package for op in ("attention", "attention_backward", "cross_attention")]
+
+    assert attention() == ["flash-attn-3", "flash-attn-3", "triton"]
+    assert attention("packages=[]") == ["cudnn", "cudnn", "triton"]
+    assert attention("packages=[]", "deterministic=true") == ["cudnn", "triton", "triton"]
+    assert attention("packages=[fa2]", "kernels={attention_backward: flash-attn}") == ["cudnn", "flash-attn", "triton"]
+    with pytest.raises(CinemeshError, match="package 'fa33' is none"):
+        attention("packages=[fa33]")
 
 
 def test_only_rank_0_asks_the_planner_and_the_others_wait_for_it(

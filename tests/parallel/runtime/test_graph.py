@@ -177,7 +177,10 @@ def case_of(text: str) -> Case:
 
 
 def runner_of(case: Case) -> StepRunner:
-    runner = StepRunner(case.config, case.plan, case.batch, OPTIMIZER, None, seed=case.seed, device="cuda")
+    """With kernels that sum in one fixed order, so that two runs of a step can be compared bitwise."""
+    kernels = kernels_for("cuda", deterministic=True)
+    options = {"seed": case.seed, "device": "cuda", "kernels": kernels}
+    runner = StepRunner(case.config, case.plan, case.batch, OPTIMIZER, None, **options)
     runner.initialise(weights.probe_values(case.seed))
     return runner
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.compute import AttentionCall, Compute
 
 BASE = "grand-teton-h100"
+SLOWER = (("triton", "triton", 1.2), ("torch", "torch", 3.0), ("flash-attn-3", "fa3", 1.1))  # package, family, times
 CALL = {"b": 1, "t": 36864, "s": 73728, "h": 12, "k": 128}
 
 
 def benchmark(folder: Path, **changes: Any) -> Path:
-    """What kernels_gpu.py writes, of a card whose products reach 700 TFLOP/s and whose attention is 20 % slower."""
+    """What kernels_gpu.py writes, of a card whose products reach 700 TFLOP/s; attention is as SLOWER says."""
     compute = Compute(load(BASE), clock="isolated")
     shape: dict[str, Any] = {
         "batch": 1,
@@ -27,16 +29,17 @@ def benchmark(folder: Path, **changes: Any) -> Path:
         "heads": CALL["h"],
         "head_dim": CALL["k"],
     }
+    call = AttentionCall(direction="forward", dtype="bfloat16", **shape)
     rows = [
         {
             "op": op,
             "package": package,
             "sizes": CALL,
             "flops": 10**15,
-            "seconds": slower * compute.attention_s(AttentionCall(direction=direction, dtype="bfloat16", **shape)),
+            "seconds": slower * compute.attention_s(replace(call, direction=direction), family),
         }
         for op, direction in DIRECTIONS.items()
-        for package, slower in (("triton", 1.2), ("torch", 3.0))
+        for package, family, slower in SLOWER
     ]
     values = {
         "device": "a card",
@@ -58,9 +61,13 @@ def test_what_was_measured_is_what_is_predicted(tmp_path: Path) -> None:
     shape: dict[str, Any] = {"batch": 1, "queries": 36864, "keys": 73728, "heads": 12, "head_dim": 128}
     for direction in DIRECTIONS.values():
         call = AttentionCall(direction=direction, dtype="bfloat16", **shape)
-        assert after.attention_s(call) == pytest.approx(1.2 * before.attention_s(call), rel=0.02)
+        for _, family, slower in SLOWER:  # each kernel by its own time
+            assert after.attention_s(call, family) == pytest.approx(slower * before.attention_s(call, family), rel=0.02)
+        assert after.attention_s(call, "cudnn") == before.attention_s(call, "cudnn")  # not timed
     assert after.stream_s(1e12) == pytest.approx(1e12 / 2.7e12, rel=1e-3)
     assert made.topology == load(BASE).topology
+    assert made.software.packages == ("flash-attn-3",)  # it was there
+    assert after.kernel("attention").package == "flash-attn-3" != before.kernel("attention").package
     assert made.facts["stream.fraction"].origin == "measured"
 
 
@@ -71,7 +78,11 @@ def test_what_was_measured_is_what_is_predicted(tmp_path: Path) -> None:
         ({"matmul_flops_per_s": "fast"}, "matmul_flops_per_s is 'fast'; it must be a number"),
         ({"matmul_flops_per_s": True}, "matmul_flops_per_s is True; it must be a number"),
         ({"kernels": {}}, "kernels is {}"),
-        ({"kernels": [{"op": "attention", "seconds": 1.0}]}, "kernel 1 has no sizes, flops"),
+        ({"kernels": [{"op": "attention", "seconds": 1.0}]}, "kernel 1 has no package, sizes, flops"),
+        (
+            {"kernels": [{"op": "attention", "package": ["torch"], "sizes": CALL, "flops": 1, "seconds": 1}]},
+            "package is",
+        ),
         ({"speed": 3}, "unknown key 'speed'"),
     ],
 )

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels.ops import OPS
+from cinemesh.kernels.selection import PLAIN_INSTALL, Software
 from cinemesh.model.config import preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.model.step import Optimizer, build_step
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.perf_model.clusters.cluster import load
-from cinemesh.perf_model.prices.compute import AttentionCall, Compute, matmul_shape, reference_ops
+from cinemesh.perf_model.prices.compute import AttentionCall, Compute, matmul_shape, unfused_ops
 
 DATA = Path(__file__).parent / "data"
 H100 = load("grand-teton-h100")
@@ -59,7 +60,7 @@ def test_a_margin_leaves_fewer_sms_for_as_many_tiles(margin: int) -> None:
     block_s = 4 * fa3.rows * 73728 * 128 / (fa3.speed["128"] / 132) + fa3.prologue_s
     sizes: dict[str, Any] = {"batch": 2, "queries": 9216, "keys": 73728, "heads": 12, "head_dim": 128}
     sizes |= {"dtype": "bfloat16", "direction": "forward"}
-    assert bare.attention_s(AttentionCall(**sizes), margin=margin) == pytest.approx(
+    assert bare.attention_s(AttentionCall(**sizes), "fa3", margin=margin) == pytest.approx(
         waves * block_s + fa3.floor_s, rel=1e-12
     )
 
@@ -119,7 +120,7 @@ def test_attention_times_are_those_measured() -> None:
             head_dim=int(k),
             dtype="bfloat16",
         )
-        price = ISOLATED.attention_s(call)
+        price = ISOLATED.attention_s(call, "fa3")
         errors.append(abs(price / (ms * 1e-3) - 1))
     assert median(errors) <= 0.05
     assert fmean(errors) <= 0.08
@@ -154,7 +155,7 @@ def test_attention_families(family: str, direction: str, causal: bool) -> None:
             dtype="bfloat16",
             causal=causal,
         )
-        price = ISOLATED.attention_s(call, family=family)
+        price = ISOLATED.attention_s(call, family)
         assert flops / price / 1e12 == pytest.approx(shown, rel=0.13)
 
 
@@ -224,10 +225,10 @@ def test_attention_grows_with_its_lengths(direction: str, heads: int, queries: i
             dtype="bfloat16",
             causal=causal,
         )
-        return STEP.attention_s(call)
+        return STEP.attention_s(call, "cudnn")
 
     flops = (4 if direction == "forward" else 10) * heads * queries * keys * 128
-    kernels = H100.attention[STEP.family]
+    kernels = H100.attention["cudnn"]
     asymptote = (kernels.forward if direction == "forward" else kernels.backward).speed["128"]
     assert flops / price(queries, keys) <= asymptote * H100.gpu.sustained["bfloat16"]
     assert price(queries + 256, keys) >= price(queries, keys)
@@ -279,16 +280,54 @@ def test_the_plain_reference_costs_more_than_a_fused_kernel() -> None:
         operands, spec = program.operands(op), OPS[op.kind]
         several = not spec.is_product and spec.kernels(operands) > 1
         assert (plain.op_s(program, op) > fused.op_s(program, op)) == several, op.kind
-    assert Compute(load("local-cpu")).unfused == reference_ops("cpu") == {k for k in OPS if not OPS[k].is_product}
+    assert Compute(load("local-cpu")).unfused == unfused_ops("cpu") == {k for k in OPS if not OPS[k].is_product}
     assert "swiglu" not in STEP.unfused and {"silu_backward", "clip_factor", "cast"} <= set(STEP.unfused)
+
+
+ALIKE: dict[str, Any] = {"batch": 1, "queries": 96, "keys": 96, "heads": 2, "head_dim": 128, "dtype": "bfloat16"}
+
+
+def wide_step() -> Program:
+    """Two heads of 128, for which every package has kernels; 96 tokens."""
+    config = replace(preset("tiny"), layers=1, width=256, heads=2)
+    return build_step(config, Plan(), BatchShape(1, (6, 8, 8)), Optimizer(), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("software", "families"),
+    [
+        (PLAIN_INSTALL, ("cudnn", "cudnn", "triton")),
+        (PLAIN_INSTALL.beside(["flash-attn-3"]), ("fa3", "fa3", "triton")),
+        (Software(deterministic=True), ("cudnn", "triton", "triton")),
+        (Software({}, deterministic=True), ("fa3", "fa3 in order", "triton")),
+        (Software(overrides={"attention_backward": "torch", "cross_attention": "torch"}), ("cudnn", "torch", "masked")),
+    ],
+)
+def test_attention_is_priced_as_the_kernel_that_runs(software: Software, families: tuple[str, str, str]) -> None:
+    """What the registry would choose there, each direction by itself; its laws are looked up by hand here."""
+    program = wide_step()
+    compute = Compute(H100.running(software))
+    slower = Compute(H100.with_(**{"attention.fa3.backward.speed.128": 0.85 * 616e12}))
+    ops = {kind: next(op for op in program.ops if op.kind == kind) for kind in OPS if OPS[kind].law == "attention"}
+    forward = AttentionCall(direction="forward", **ALIKE)
+    for kind, call, family in (
+        ("attention", forward, families[0]),
+        ("attention_backward", replace(forward, direction="backward"), families[1]),
+    ):
+        law = slower if family == "fa3 in order" else compute
+        wanted = law.attention_s(call, family.removesuffix(" in order"))
+        assert compute.price(program, ops[kind]).kernel_s == wanted, kind
+    keys = program.label_sizes(ops["cross_attention"])["s"]
+    call = replace(forward, keys=keys)
+    assert compute.price(program, ops["cross_attention"]).kernel_s == compute.attention_s(call, families[2])
 
 
 def test_unfused_attention_is_bound_by_its_scores() -> None:
     """Korthikanti 2022: recomputing the core of 8 heads, 2,048 tokens, micro-batch 4: about 1.3 ms on an A100."""
-    compute = Compute(A100, attention="fa2")
+    compute = Compute(A100)
     call = AttentionCall(direction="forward", batch=4, queries=2048, keys=2048, heads=8, head_dim=96, dtype="float16")
-    core = compute.attention_s(replace(call, dropout=True), family="unfused")
-    flash = compute.attention_s(call)
+    core = compute.attention_s(replace(call, dropout=True), "unfused")
+    flash = compute.attention_s(call, "fa2")
     assert 0.7e-3 <= core <= 1.6e-3
     assert core > 2 * flash
 
@@ -301,9 +340,8 @@ def test_matmul_shape() -> None:
 
 
 def test_unknown_family_and_dtype() -> None:
-    with pytest.raises(CinemeshError, match="no attention kernels 'fa4'; choose one of fa3"):
-        Compute(H100, attention="fa4").attention_s(
-            AttentionCall(direction="forward", batch=1, queries=8, keys=8, heads=1, head_dim=64, dtype="bfloat16")
-        )
+    with pytest.raises(CinemeshError, match="no attention kernels 'fa4' among fa2"):
+        call = AttentionCall(direction="forward", batch=1, queries=8, keys=8, heads=1, head_dim=64, dtype="bfloat16")
+        Compute(A100).attention_s(call, "fa4")
     with pytest.raises(CinemeshError, match="A100 SXM has no float8 rate; use one of bfloat16"):
         Compute(A100).matmul_s(8, 8, 8, "float8")
