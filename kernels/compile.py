@@ -32,7 +32,7 @@ from typing import Any, TypeVar
 from ..documents import read_json
 from ..errors import CinemeshError
 from ..files import atomic_file, check_output_folder
-from ..interrupt import be_deaf, deaf_children, interrupt_later
+from ..interrupt import deaf_children
 from ..memory import available_bytes
 from .catalogue import IMPLEMENTATIONS
 from .packages import missing
@@ -188,15 +188,13 @@ def _work_through(
                 if said is not None and worker.job is not None:
                     results[worker.job], worker.job = said, None
     finally:
-        with interrupt_later():
-            for worker in pool:
-                worker.process.kill()
-                worker.process.join()
+        for worker in pool:
+            worker.process.kill()
+            worker.process.join()
     return [results[i] for i in range(len(jobs))]
 
 
 def _serve(connection: Connection, look: Look[Any], interpret: bool) -> None:
-    be_deaf()
     os.environ["TRITON_INTERPRET"] = "1" if interpret else "0"
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # multiply-add in one instruction; Triton 3.9 wants it said
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
-from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from types import FrameType
@@ -36,7 +35,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from ...errors import CinemeshError, in_a_line
-from ...interrupt import be_deaf, deaf_children, interrupt, interrupt_later
+from ...interrupt import deaf_children, interrupt
 from ...parallel.ir.plan import Plan
 from ...parallel.runtime.comm import barrier, set_up_nccl
 from ...parallel.runtime.mesh import Mesh
@@ -237,11 +236,10 @@ def launch(nproc: int, work: Callable[..., None], *args: object) -> int:
         with stop:
             ended = _watch(ranks, stop)
     finally:
-        with interrupt_later():
-            for process in ranks:
-                if process.pid is not None:
-                    process.kill()
-                    process.join()
+        for process in ranks:
+            if process.pid is not None:
+                process.kill()
+                process.join()
     message = None if said.empty() else said.get()
     lost = {rank: -code for rank, code in ended.items() if code < 0 and code != -signal.SIGTERM}
     for rank, signum in lost.items():  # what the others then say of a lost connection is no cause
@@ -293,12 +291,11 @@ def forked(ranks: int, work: Callable[[], T]) -> list[T]:
     """
     _over_loopback()
     with tempfile.TemporaryDirectory() as folder:
-        processes: list[BaseProcess] = []
+        with deaf_children():
+            started = start_processes(_forked, (ranks, Path(folder), work), ranks, join=False, start_method="fork")
+        assert started is not None
+        processes = [process for process in started.processes if process is not None]
         try:
-            with deaf_children():
-                started = start_processes(_forked, (ranks, Path(folder), work), ranks, join=False, start_method="fork")
-                assert started is not None
-                processes += [process for process in started.processes if process is not None]
             while not started.join():
                 pass
             answers = [pickle.loads((Path(folder) / f"answer{rank}").read_bytes()) for rank in range(ranks)]
@@ -311,15 +308,12 @@ def forked(ranks: int, work: Callable[[], T]) -> list[T]:
                     raise error from None
             raise
         finally:
-            with interrupt_later():
-                for process in processes:
-                    process.kill()
-                    process.join()
+            for process in processes:
+                process.kill()
         return answers
 
 
 def _forked(rank: int, ranks: int, folder: Path, work: Callable[[], object]) -> None:
-    be_deaf()
     torch.set_num_threads(1)
     meeting = dist.FileStore(str(folder / "store"), ranks)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=meeting, rank=rank, world_size=ranks)
@@ -340,7 +334,6 @@ def _over_loopback() -> None:
 def _rank(
     rank: int, nproc: int, port: int, said: SimpleQueue[str], work: Callable[..., None], args: Sequence[object]
 ) -> None:
-    be_deaf()
     show_what_it_can()
     os.environ |= {
         "RANK": str(rank),

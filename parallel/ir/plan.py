@@ -72,6 +72,10 @@ class Plan(Streams, Overlap, Memory, Degrees):  # a dataclass takes the fields o
         """The same plan, every record in the builder's order and whole. Units are prefetched all the same."""
         return replace(self, **{name: knob.off for name, knob in knobs(Overlap).items() if knob.axes})
 
+    def without_streams(self) -> Plan:
+        """The same records, the GPU shared as it is by default."""
+        return replace(self, **{name: knob.off for name, knob in knobs(Streams).items()})
+
     # -- the model ------------------------------------------------------------------------------------------------
 
     def divisors(self, size: Size) -> list[int]:

@@ -16,26 +16,38 @@ from .fuse_tp import fuse_tp
 from .prefetch import prefetch
 from .prices import RATES, Price
 from .recompute import rematerialize
-from .schedule import schedule
+from .schedule import ScheduleWindows
 from .staging import stage_for_gloo, stage_symmetric
 
 Pass = Callable[[Program], Program]
 
 
 def passes(plan: Plan, *, backend: str, price: Price | None = None) -> Iterator[Pass]:
-    """From a built program to the one that runs or is priced: recompute, fusion, order, degree-1 aliases, staging.
+    """From a built program to the one that runs or is priced: recompute, fusion, degree-1 aliases, order, staging.
 
     ``backend`` is ``nccl`` or ``gloo``; gloo's reduce-scatter needs a staging buffer, which is then listed. ``price``
     gives the seconds of a record where the plan asks for overlap; every rank must pass one that says the same. Without
     it, the backend's ``RATES`` do.
     """
+    yield from arranging(plan)
+    yield from finishing(plan, backend=backend, price=price)
+
+
+def arranging(plan: Plan) -> Iterator[Pass]:
+    """The passes that look at records alone: they do the same whatever the buffers measure."""
     yield from (rematerialize, fuse, prefetch, elide)
     if plan.fused_tp:
         yield fuse_tp
+
+
+def finishing(
+    plan: Plan, *, backend: str, price: Price | None = None, windows: ScheduleWindows | None = None
+) -> Iterator[Pass]:
+    """The passes behind these. ``windows``: of an arranged program of the same records."""
     if plan.overlaps:
 
         def scheduled(program: Program) -> Program:
-            return schedule(program, price or RATES[backend].price)
+            return (windows or ScheduleWindows(program)).ordered(program, price or RATES[backend].price)
 
         yield scheduled
     yield stage_for_gloo if backend == "gloo" else stage_symmetric

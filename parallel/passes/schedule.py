@@ -20,51 +20,65 @@ next window. Windows of equal records get equal orders, so that 48 blocks cost l
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from ...kernels.ops import OPS
 from ..ir.collectives import FUSED
 from ..ir.communicators import communicator
-from ..ir.dependencies import accesses, dependencies, families
-from ..ir.layout import FSDP, HEADS, TOKENS_GATHERED
+from ..ir.dependencies import accesses
 from ..ir.program import Program
-from ..ir.records import COMPUTE_LANE, BufferKind, Holds, Op, Phase, Place, Slice
+from ..ir.records import Op, Phase
 from .prices import Price
+from .windows import Stretch, cuts, ends_reduction, follows_of, signature, temporaries
 
 
 def schedule(program: Program, price: Price) -> Program:
     """The same records in the order in which they overlap best; ``price`` gives the seconds of one."""
-    program = delay_reductions(program)
-    follows = _follows(program, accesses(program))
-    uses = [_temporaries(program, op) for op in program.ops]
-    total = Counter(root for roots in uses for root in roots)
-    remaining = total.copy()
-    orders: dict[tuple[object, ...], list[int]] = {}
-    ops: list[Op] = []
-    start, carried = 0, list[int]()
-    for stop in _cuts(program):
-        members = [*carried, *range(start, stop)]
-        window = [program.ops[i] for i in members]
-        key = (stop == len(program.ops), len(carried), *_signature(window))
-        if key not in orders:
-            memory = _Memory(program, [uses[i] for i in members], len(carried), total, remaining)
-            scheduled = _Window(program, window, price, memory, follows)
-            orders[key] = scheduled.order(to_the_end=stop == len(program.ops))
-        order = orders[key]
-        for i in order:
-            ops.append(window[i])
-            remaining.subtract(uses[members[i]])
-        left = set(range(len(members))).difference(order)
-        carried = [members[i] for i in sorted(left)]
-        start = stop
-    return program.with_ops(ops)
+    return ScheduleWindows(program).ordered(program, price)
 
 
-def _temporaries(program: Program, op: Op) -> list[str]:
-    """Storages that a record touches and that do not outlive the step."""
-    roots = dict.fromkeys(program.root(name)[0] for name in (*op.inputs, *op.outputs))
-    return [root for root in roots if program.buffers[root].kind is BufferKind.TEMPORARY]
+class ScheduleWindows:
+    """A program's windows, and what must come before what in each.
+
+    They serve every program of the same records, whatever its buffers measure and its records take.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program = program = delay_reductions(program)
+        self._cuts = cuts(program)
+        self._follows = follows_of(program, accesses(program))
+        self._uses = [temporaries(program, op) for op in program.ops]
+        self._total = Counter(root for roots in self._uses for root in roots)
+        self._made: dict[tuple[int, ...], Stretch] = {}
+
+    def ordered(self, program: Program, price: Price) -> Program:
+        """A program of these records, in the order in which they overlap best; ``price`` gives the seconds of one."""
+        program = replace(program, ops=self._program.ops)
+        remaining = dict(self._total)
+        orders: dict[tuple[object, ...], list[int]] = {}
+        ops: list[Op] = []
+        start, carried = 0, list[int]()
+        for stop in self._cuts:
+            members = (*carried, *range(start, stop))
+            to_the_end = stop == len(program.ops)
+            key = (to_the_end, len(carried), *signature([program.ops[i] for i in members]))
+            if key not in orders:
+                window = self._window(members)
+                memory = _Memory(program, window.uses, len(carried), self._total, remaining)
+                orders[key] = _Scheduler(program, window, price, memory).order(to_the_end=to_the_end)
+            order = orders[key]
+            for i in order:
+                ops.append(program.ops[members[i]])
+                for root in self._uses[members[i]]:
+                    remaining[root] -= 1
+            carried = [members[i] for i in sorted(set(range(len(members))).difference(order))]
+            start = stop
+        return program.with_ops(ops)
+
+    def _window(self, members: tuple[int, ...]) -> Stretch:
+        if members not in self._made:
+            uses = [self._uses[i] for i in members]
+            self._made[members] = Stretch(self._program, [self._program.ops[i] for i in members], uses, self._follows)
+        return self._made[members]
 
 
 def delay_reductions(program: Program) -> Program:
@@ -75,7 +89,7 @@ def delay_reductions(program: Program) -> Program:
     """
     bound = program.plan.grad_units
     touched = accesses(program)
-    waits = [i for i, op in enumerate(program.ops) if _ends_reduction(program, op)]
+    waits = [i for i, op in enumerate(program.ops) if ends_reduction(program, op)]
     firsts = [touched[program.root(program.ops[i].inputs[1])[0]][0] for i in waits]
     moved: dict[int, list[Op]] = {}
     taken: set[int] = set()
@@ -84,7 +98,7 @@ def delay_reductions(program: Program) -> Program:
         behind, shard = [i], program.root(program.ops[i].outputs[0])[0]
         for j in range(i + 1, len(program.ops)):
             op = program.ops[j]
-            if not (op.kind == "accumulate" or op.axes == ("dp_replicate",)) or shard not in _temporaries(program, op):
+            if not (op.kind == "accumulate" or op.axes == ("dp_replicate",)) or shard not in temporaries(program, op):
                 break
             shard = program.root(op.outputs[0])[0]
             behind.append(j)
@@ -98,45 +112,6 @@ def delay_reductions(program: Program) -> Program:
         if i not in taken:
             ops.append(op)
     return program.with_ops(ops)
-
-
-def _ends_reduction(program: Program, op: Op) -> bool:
-    """Whether it waits for the reduction of a unit's gradient."""
-    if not op.is_wait or op.axes != FSDP:
-        return False
-    return program.buffers[op.inputs[1]].placement.partial != program.buffers[op.outputs[0]].placement.partial
-
-
-def _cuts(program: Program) -> list[int]:
-    """Where windows end: behind the last self-attention record of a block's forward or backward, and at the end."""
-    last: dict[tuple[Place, str], int] = {}
-    for i, op in enumerate(program.ops):
-        if op.kind in ("attention", "attention_backward") and not op.clone:
-            last[op.place, op.kind] = i + 1
-    return [*sorted(last.values()), len(program.ops)]
-
-
-def _signature(window: Sequence[Op]) -> tuple[object, ...]:
-    """What the records are, blocks and micro-batches counted from those of the last record in a block."""
-    last = next((op.place for op in reversed(window) if op.place.block is not None), Place())
-    mb, block = last.micro_batch or 0, last.block or 0
-    facts: list[object] = []
-    for op in window:
-        place = op.place
-        layer = None if place.block is None else place.block - block
-        micro_batch = None if place.micro_batch is None else place.micro_batch - mb
-        facts.append((micro_batch, layer, place.phase, op.role, op.slice, op.clone, op.kind))
-    return tuple(facts)
-
-
-def _follows(program: Program, touched: dict[str, tuple[int, int]]) -> dict[str, str]:
-    """Storage -> the one of its family that must have been read before this one is made."""
-    return {
-        later: earlier
-        for bound, storages in families(program)
-        for earlier, later in zip(storages, storages[bound:], strict=False)
-        if touched[earlier][1] < touched[later][0]
-    }
 
 
 @dataclass
@@ -158,7 +133,7 @@ class _Memory:
     """Live bytes of a window, counted from what is alive at its start for others than the records carried into it."""
 
     def __init__(
-        self, program: Program, uses: list[list[str]], carried: int, total: Counter[str], remaining: Counter[str]
+        self, program: Program, uses: list[list[str]], carried: int, total: dict[str, int], remaining: dict[str, int]
     ) -> None:
         self.uses = uses
         here = Counter(root for roots in uses for root in roots)
@@ -188,89 +163,16 @@ class _Memory:
                     self.live -= self.bytes[root]
 
 
-class _Window:
-    """One stretch of records, those left over from the one before in front, ordered as if nothing were in flight."""
+class _Scheduler:
+    """The list scheduler of one stretch, as if nothing were in flight at its start."""
 
-    def __init__(
-        self, program: Program, ops: Sequence[Op], price: Price, memory: _Memory, follows: dict[str, str]
-    ) -> None:
-        self.program, self.ops, self.memory = program, ops, memory
-        self.seconds = [price(program, op) for op in ops]
-        self.is_wait = [op.is_wait for op in ops]
-        self.is_issue = [op.is_issue for op in ops]
-        self.before = dependencies(program, ops)
-        self.in_chain: list[bool] = []
-        self._chain()
-        self._hold_clones()
-        self._hold_back(follows)
-        if program.plan.kv_first:
-            self._units_behind_kv()
-        self.after: list[list[int]] = [[] for _ in ops]
-        for i, needed in enumerate(self.before):
-            for k in needed:
-                self.after[k].append(i)
-        self.rank = [0.0] * len(ops)
-        for i in reversed(range(len(ops))):
+    def __init__(self, program: Program, window: Stretch, price: Price, memory: _Memory) -> None:
+        self.ops, self.before, self.after, self.is_wait = window.ops, window.before, window.after, window.is_wait
+        self.window, self.memory = window, memory
+        self.seconds = [price(program, op) for op in window.ops]
+        self.rank = [0.0] * len(window.ops)
+        for i in reversed(range(len(window.ops))):
             self.rank[i] = self.seconds[i] + max((self.rank[k] for k in self.after[i]), default=0.0)
-
-    def _chain(self) -> None:
-        """Compute keeps its order, but for what may be deferred; so do the collectives of units."""
-        defer = self.program.plan.defer_weight_gradients
-        last: dict[str | Slice, int] = {}
-        for i, op in enumerate(self.ops):
-            line: str | Slice | None
-            if self.is_wait[i]:
-                line = None
-            elif op.slice and not op.clone and op.kind in OPS and OPS[op.kind].token_local:
-                line = op.slice  # one slice may wait for its sum over tp while another is multiplied
-            elif self.is_issue[i]:
-                line = communicator(op) if op.axes == FSDP else None
-            else:
-                line = None if defer and (op.clone or self._is_weight_gradient(op)) else COMPUTE_LANE
-            self.in_chain.append(line == COMPUTE_LANE)
-            if line is not None:
-                if line in last:
-                    self.before[i].add(last[line])
-                last[line] = i
-
-    def _hold_clones(self) -> None:
-        """What is made again moves up by at most two collectives over tp: until it is read it takes memory."""
-        passed: list[int] = []
-        for i, op in enumerate(self.ops):
-            if self.is_wait[i]:
-                continue
-            if op.clone and op.axes in ((), HEADS) and len(passed) > 1:
-                self.before[i].add(passed[-2])
-            elif op.axes == HEADS and not op.clone and (op.slice is None or op.slice.index == 0):  # slices are one
-                passed.append(i)
-
-    def _units_behind_kv(self) -> None:
-        """A unit's gather is issued behind those of K and V that do not need it: see ``kv_first``."""
-        gathers = [i for i, op in enumerate(self.ops) if self.is_issue[i] and op.kind == "all_gather"]
-        kv = [i for i in gathers if self.ops[i].axes == TOKENS_GATHERED]
-        needed, stack = set[int](), list(kv)
-        while stack:
-            new = self.before[stack.pop()] - needed
-            needed |= new
-            stack.extend(new)
-        for i in gathers:
-            if self.ops[i].axes == FSDP and i not in needed:
-                self.before[i].update(kv)
-
-    def _hold_back(self, follows: dict[str, str]) -> None:
-        """Nothing touches a storage before the one that it follows was read for the last time."""
-        users: dict[str, list[int]] = {}
-        for i, roots in enumerate(self.memory.uses):
-            for root in roots:
-                self.before[i].update(users.get(follows.get(root, ""), ()))
-                users.setdefault(root, []).append(i)
-
-    def _is_weight_gradient(self, op: Op) -> bool:
-        """A product written into a unit's flat gradient."""
-        root, _ = self.program.root(op.outputs[0])
-        return op.kind == "matmul" and self.program.buffers[root].holds is Holds.UNIT_GRADIENT
-
-    # -- the list scheduler -------------------------------------------------------------------------------------------
 
     def order(self, *, to_the_end: bool) -> list[int]:
         """Positions of the window's records, in their new order.
@@ -286,7 +188,7 @@ class _Window:
         self.ready: set[int] = set()
         self.issues: set[int] = set()
         self.reductions: list[int] = []  # waits of theirs: taken as soon as they are over, they free their gradients
-        chain = sum(self.in_chain)
+        chain = sum(self.window.in_chain)
         for i in range(len(self.ops)):
             if not self.before[i]:
                 self._arrive(i)
@@ -299,7 +201,7 @@ class _Window:
             self._take_reductions()
             self._issue_until(begin + self.seconds[chosen])
             self._emit(chosen)
-            chain -= self.in_chain[chosen]
+            chain -= self.window.in_chain[chosen]
         if to_the_end:
             for i in range(len(self.ops)):
                 if self.is_wait[i] and i not in self.emitted:
@@ -309,13 +211,13 @@ class _Window:
     def _arrive(self, i: int) -> None:
         """All before ``i`` is done, or is a wait that will be done first. A wait is passed on: it comes last."""
         if self.is_wait[i]:
-            if _ends_reduction(self.program, self.ops[i]):
+            if self.window.ends_reduction[i]:
                 self.reductions.append(i)
             end = self.ends.get(self.ops[i].waits_for, 0.0)
             for k in self.after[i]:
                 self.release[k] = max(self.release[k], end)
             self._pass_on(i)
-        elif self.is_issue[i]:
+        elif self.window.is_issue[i]:
             self.issues.add(i)
         else:
             self.ready.add(i)

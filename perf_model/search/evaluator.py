@@ -65,6 +65,15 @@ class BuiltPlan:
         return max(step.peak_bytes(self.plan) for step in self.steps)
 
 
+@dataclass(frozen=True)
+class _Own:
+    """What a plan's own program says. ``hardware_flops``: of one rank's matrix products."""
+
+    timed: Timed
+    cost: PlanCost
+    hardware_flops: float
+
+
 class Evaluator:
     """Costs of a request's plans. Raises CinemeshError when its fixed fields share the GPU as it cannot be shared."""
 
@@ -74,7 +83,8 @@ class Evaluator:
         self.priced = 0
         self.bounded = 0
         self._held: dict[object, list[FrozenCost]] = {}
-        self._whole: dict[tuple[Plan, int, FrozenCost | None], tuple[PlanCost, float]] = {}
+        self._last: BuiltPlan | None = None
+        self._owned: dict[tuple[Plan, int, FrozenCost | None], _Own] = {}
 
     # -- time and memory of a plan --------------------------------------------------------------------------------
 
@@ -84,40 +94,33 @@ class Evaluator:
         return BuiltPlan(plan, samples, tuple(Extrapolation(one, plan, self.models) for one in few), held)
 
     def cost(self, built: BuiltPlan) -> PlanCost:
-        """Seconds and bytes of a step, from its few blocks, or from all where these do not tell."""
+        """Seconds and bytes of a step, from its few blocks, or by its own program where these do not tell."""
         self.priced += 1
         try:
             return self._extrapolated(built)
         except NotSteady:
-            return self._played(built.plan, built.samples, built.held)[0]
+            return self._by_own_program(built.plan, built.samples, built.held).cost
 
     def settled(self, choice: PricedPlan) -> PricedPlan:
         """A plan priced by its own program: within 0.1 % of the whole step played, or by that play.
 
         Warns where that is shorter than what was taken for a lower bound.
         """
-        plan, config, timed = choice.plan, self.request.config, Timed.STEADY
-        try:
-            few = (FewBlocks.proven(config, plan, batch) for batch in self._batches(plan, choice.samples))
-            steps = tuple(Extrapolation(one, plan, self.models) for one in few)
-            built = BuiltPlan(plan, choice.samples, steps, choice.frozen)
-            cost, flops = self._extrapolated(built), self.mean(step.hardware_flops(plan) for step in steps)
-        except NotSteady:
-            timed, (cost, flops) = Timed.PLAYED, self._played(plan, choice.samples, choice.frozen)
-        if choice.bound_s > cost.step_s * (1.0 + BOUND_SLACK):
+        own = self._by_own_program(choice.plan, choice.samples, choice.frozen)
+        if choice.bound_s > own.cost.step_s * (1.0 + BOUND_SLACK):
             warnings.warn(
-                f"{plan.to_text()}: a step of {cost.step_s:.4g} s was taken to be {choice.bound_s:.4g} s at least: the "
-                "search may have left out better plans",
+                f"{choice.plan.to_text()}: a step of {own.cost.step_s:.4g} s was taken to be {choice.bound_s:.4g} s at "
+                "least: the search may have left out better plans",
                 stacklevel=2,
             )
         return replace(
             choice,
-            step_s=cost.step_s,
-            compute_s=cost.compute_s,
-            exposed_s=cost.exposed_s,
-            peak_bytes=cost.peak_bytes,
-            hardware_flops=flops,
-            timed=timed,
+            step_s=own.cost.step_s,
+            compute_s=own.cost.compute_s,
+            exposed_s=own.cost.exposed_s,
+            hardware_flops=own.hardware_flops,
+            peak_bytes=own.cost.peak_bytes,
+            timed=own.timed,
             searched_s=choice.step_s,
         )
 
@@ -129,13 +132,27 @@ class Evaluator:
         )
         return PlanCost(self._whole_s(built.plan, step_s, built.held), compute_s, exposed_s, self.peak_bytes(built))
 
-    def _played(self, plan: Plan, samples: int, held: FrozenCost | None) -> tuple[PlanCost, float]:
-        """From every record, with its FLOPs; once for each plan: it takes seconds, and tuning comes back to plans."""
+    def _by_own_program(self, plan: Plan, samples: int, held: FrozenCost | None) -> _Own:
+        """From a few of its very own blocks, or from every record; once for each plan: tuning comes back to plans."""
         key = (plan, samples, held)
-        if key not in self._whole:
-            steps = self.play(plan, samples, held)
-            self._whole[key] = self.cost_of(steps), self.mean(step.hardware_flops for step in steps)
-        return self._whole[key]
+        if key not in self._owned:
+            try:
+                built = replace(self._own(plan, samples), plan=plan, held=held)
+                flops = self.mean(step.hardware_flops(plan) for step in built.steps)
+                self._owned[key] = _Own(Timed.STEADY, self._extrapolated(built), flops)
+            except NotSteady:
+                steps = self.play(plan, samples, held)
+                flops = self.mean(step.hardware_flops for step in steps)
+                self._owned[key] = _Own(Timed.PLAYED, self.cost_of(steps), flops)
+        return self._owned[key]
+
+    def _own(self, plan: Plan, samples: int) -> BuiltPlan:
+        """A plan's very own blocks. The last one's serve others of its records, which only share the GPU otherwise."""
+        plan = plan.without_streams()
+        if self._last is None or (self._last.plan, self._last.samples) != (plan, samples):
+            few = (FewBlocks.proven(self.request.config, plan, batch) for batch in self._batches(plan, samples))
+            self._last = BuiltPlan(plan, samples, tuple(Extrapolation(one, plan, self.models) for one in few))
+        return self._last
 
     def _batches(self, plan: Plan, samples: int) -> Iterator[BatchShape]:
         """Of every bucket. Raises CinemeshError where a shape forbids the plan."""

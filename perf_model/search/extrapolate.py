@@ -20,7 +20,6 @@ from ...parallel.ir.layout import Axes
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.records import Op
 from ...parallel.ir.units import Units
-from ...parallel.passes.pipeline import prepare
 from ..prices.footprint import FLAT, class_of
 from ..prices.models import PriceModels
 from ..prices.network import Cost, Group, Groups, group_of
@@ -113,7 +112,7 @@ class Extrapolation:
     def __init__(self, few: FewBlocks, plan: Plan, models: PriceModels) -> None:
         self.few, self.models = few, models
         self.plan = few.under(plan)
-        self.program = prepare(replace(few.program, plan=self.plan), backend="nccl")
+        self.program = few.prepared(plan)
         self.built = blocks_of(self.plan, few.blocks)
         self.stretches = Stretches(self.program, proven=few.own)
         self._unrolled: dict[tuple[tuple[int, int], int], Unrolled] = {}

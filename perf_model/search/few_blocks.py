@@ -7,9 +7,12 @@ from dataclasses import dataclass, field, replace
 from ...model.config import ModelConfig, block_unit
 from ...model.inputs import BatchShape
 from ...model.step import build_step, unit_layout
+from ...parallel.ir.fields import AXES
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.ir.units import Units
+from ...parallel.passes.pipeline import arranging, finishing
+from ...parallel.passes.schedule import ScheduleWindows
 
 BLOCKS = 3  # of each recompute mode, and one for each unit prefetched: lanes fill in the first, run dry in the last
 MICRO_BATCHES = 4  # the first, one that still waits for it, one like all others, the last
@@ -49,6 +52,7 @@ class FewBlocks:
     program: Program
     units: Units
     own: bool = False
+    _arranged: dict[Plan, tuple[FewBlocks, Program, ScheduleWindows]] = field(default_factory=dict, repr=False)
     _units: dict[int, Units] = field(default_factory=dict, init=False, repr=False)  # by ranks of the shard group
 
     @classmethod
@@ -90,18 +94,44 @@ class FewBlocks:
         plan = canonical(plan)
         if plan.data_ranks != self.plan.data_ranks:
             raise ValueError(f"a program of {self.plan.data_ranks} data ranks cannot serve {plan.data_ranks}")
-        units = unit_layout(replace(self.config, layers=self.blocks), plan)
-        shapes: dict[tuple[int, ...], tuple[int, int]] = {
-            (self.units.ranks, self.units.flat_elements): (units.ranks, units.flat_elements)
+        made = replace(self, plan=plan, units=unit_layout(replace(self.config, layers=self.blocks), plan))
+        return replace(made, program=made._sized(self.program, self))
+
+    def _sized(self, program: Program, other: FewBlocks) -> Program:
+        """A program of another's records, with the flat units laid out as here."""
+        units = list(zip(self.units.units, other.units.units, strict=True))
+        flat = (other.units.ranks, other.units.flat_elements)
+        shapes: dict[tuple[int, ...], tuple[int, int]] = {flat: (self.units.ranks, self.units.flat_elements)}
+        offsets: dict[tuple[int, ...], dict[int, int]] = {
+            flat: {there.flat_offset: u.flat_offset for u, there in units}
         }
-        for ours, theirs in zip(self.units.units, units.units, strict=True):
-            tp = (self.plan.tp, plan.tp) if ours.tp_sharded else (1, 1)
-            shapes[tp[0], ours.elements] = (tp[1], theirs.elements)
-        buffers = {
-            name: replace(buffer, shape=shapes[buffer.shape]) if buffer.shape in shapes else buffer
-            for name, buffer in self.program.buffers.items()
-        }
-        return replace(self, plan=plan, program=replace(self.program, plan=plan, buffers=buffers), units=units)
+        for unit, there in units:
+            tp, its_tp = (self.plan.tp, other.plan.tp) if unit.tp_sharded else (1, 1)
+            shapes[its_tp, there.elements] = (tp, unit.elements)
+            slots = zip(unit.slots, there.slots, strict=True)
+            offsets[its_tp, there.elements] = {its.offset: slot.offset for slot, its in slots}
+        buffers = dict(program.buffers)
+        for name, buffer in program.buffers.items():
+            moved = offsets.get(program.buffers[buffer.base].shape, {}) if buffer.base else {}
+            shape, offset = shapes.get(buffer.shape, buffer.shape), moved.get(buffer.offset, buffer.offset)
+            if shape != buffer.shape or offset != buffer.offset:
+                buffers[name] = replace(buffer, shape=shape, offset=offset)
+        return replace(program, plan=self.plan, buffers=buffers)
+
+    def prepared(self, plan: Plan) -> Program:
+        """What runs ``plan`` on NCCL: all passes applied, those that look at records alone once for all degrees."""
+        plan = self.under(plan)
+        alike = plan.with_degrees(**{axis: min(plan.size(axis), 2) for axis in AXES})
+        if alike not in self._arranged:
+            program = replace(self.program, plan=plan)
+            for run in arranging(plan):
+                program = run(program)
+            self._arranged[alike] = self, program, ScheduleWindows(program)
+        first, arranged, windows = self._arranged[alike]
+        program = replace(self._sized(arranged, first), plan=plan)
+        for run in finishing(plan, backend="nccl", windows=windows):
+            program = run(program)
+        return program
 
     @property
     def more(self) -> int:

@@ -138,9 +138,10 @@ class LowerBound:
         return self._one_rank(recompute).kept_bytes
 
     def peak_bytes(self, recompute: Recompute, plan: Plan) -> float:
-        """Of one rank under a plan's degrees, the whole job one shard group."""
-        key = (recompute, plan.data_ranks)
+        """Of one rank under a plan's degrees and shard group."""
+        ranks = plan.data_ranks if plan.dp_shard * plan.cp == 1 else plan.dp_shard  # one rank alone gathers nothing
+        key = (recompute, ranks)
         if key not in self._peaks:
-            shards = self._one.plan.with_degrees(dp_shard=plan.data_ranks)
+            shards = self._one.plan.with_degrees(dp_shard=ranks)
             self._peaks[key] = self._one_rank(recompute).peak_bytes(shards)
         return self._peaks[key] / (plan.tp * plan.cp)

@@ -72,23 +72,26 @@ class Peak:
             self._highest[key] = max(self._highest.get(key, 0), live + lives.workspace_bytes[i])
             for gone in stopping.get(i, ()):
                 held.remove(gone)
-        self._peaks: dict[tuple[int, int], int] = {}
+        self._sharded: dict[int, dict[tuple[bool, ...], int]] = {}
 
     def bytes(self, plan: Plan) -> int:
         """Most bytes that the deep step's own buffers hold at once on one rank under a plan's shard group."""
-        first, last = blocks_of(plan, self.few.config.layers)
-        key = (plan.dp_shard, last)
-        if key not in self._peaks:
-            ours, theirs = self.few.units, self.few.units_of(plan)
-            deep = self.few.flat_elements(plan) - ours.flat_elements
-            grown_by = [
-                (n - few) * kept for n, few, kept in zip((first, last), self.built, self.kept_bytes, strict=True)
-            ]
-            peak = 0
-            for (held, holds), live in self._highest.items():
-                grown = sum(bytes_ for bytes_, holding in zip(grown_by, holds, strict=True) if holding)
-                for unit, width in held:
-                    grown += width * (theirs.by_name[unit].elements - ours.by_name[unit].elements if unit else deep)
-                peak = max(peak, live + grown)
-            self._peaks[key] = peak
-        return self._peaks[key]
+        if plan.dp_shard not in self._sharded:
+            self._sharded[plan.dp_shard] = self._under(plan)
+        deep = blocks_of(plan, self.few.config.layers)
+        grown_by = [(n - few) * kept for n, few, kept in zip(deep, self.built, self.kept_bytes, strict=True)]
+        return max(
+            bytes_ + sum(grown for grown, holding in zip(grown_by, holds, strict=True) if holding)
+            for holds, bytes_ in self._sharded[plan.dp_shard].items()
+        )
+
+    def _under(self, plan: Plan) -> dict[tuple[bool, ...], int]:
+        """The most live bytes under a shard group, among records that grow alike with depth."""
+        ours, theirs = self.few.units, self.few.units_of(plan)
+        deep = self.few.flat_elements(plan) - ours.flat_elements
+        grown_by = {unit.name: theirs.by_name[unit.name].elements - unit.elements for unit in ours.units} | {"": deep}
+        most: dict[tuple[bool, ...], int] = {}
+        for (held, holds), live in self._highest.items():
+            grown = live + sum(width * grown_by[unit] for unit, width in held)
+            most[holds] = max(most.get(holds, 0), grown)
+        return most

@@ -194,6 +194,7 @@ class _Frontier:
     def __init__(self, space: SearchSpace, families: list[Family]) -> None:
         self.space, self.request = space, space.request
         self._priced: dict[Family, list[PricedPlan]] = {}
+        self._best: dict[Family, PricedPlan] = {}
         self._cut: dict[Family, list[_Todo]] = {}
         self._last_shown_s = math.inf  # a sample of the last plan shown, as far as known
         self._numbers = itertools.count()
@@ -215,33 +216,31 @@ class _Frontier:
             for family in rough:
                 priced, choice = self._priced[family], shown[family]
                 priced[priced.index(choice)] = self.space.evaluator.settled(choice)
-            self._rank()
+                self._rank(family)
             for todos in self._cut.values():
                 for todo in [todo for todo in todos if not self._beyond(todo)]:
                     todos.remove(todo)
                     heapq.heappush(self._heap, todo)
             self.exhaust()
 
-    def _best(self, family: Family) -> PricedPlan:
-        """Of a family; what was priced by its own program stays ahead of what only seems as fast."""
-        return min(
-            self._priced[family], key=lambda c: (c.step_s * (1.0 + SEEMS * (c.timed is Timed.SHARED)), repr(c.plan))
-        )
-
     def _ranked(self) -> list[tuple[Family, PricedPlan]]:
-        best = ((family, self._best(family)) for family in self._priced)
-        return sorted(best, key=lambda item: (_per_sample_s(item[1]), repr(item[1].plan)))
+        return sorted(self._best.items(), key=lambda item: (_per_sample_s(item[1]), repr(item[1].plan)))
 
-    def _rank(self) -> None:
-        times = sorted(_per_sample_s(self._best(family)) for family in self._priced)
-        self._last_shown_s = times[self.request.shown - 1] if len(times) >= self.request.shown else math.inf
+    def _rank(self, family: Family) -> None:
+        """Of a family whose plans have changed, the best; what its own program priced stays ahead of a seeming tie."""
+        times = [c.step_s * (1.0 + SEEMS * (c.timed is Timed.SHARED)) for c in self._priced[family]]
+        least = min(times)
+        ties = (choice for choice, time in zip(self._priced[family], times, strict=True) if time == least)
+        self._best[family] = min(ties, key=lambda choice: repr(choice.plan))
+        known = sorted(_per_sample_s(choice) for choice in self._best.values())
+        self._last_shown_s = known[self.request.shown - 1] if len(known) >= self.request.shown else math.inf
 
     def _beyond(self, todo: _Todo) -> bool:
         """Whether what a todo leads to is no better than what is known."""
         if not self.request.prune:
             return False
-        known = self._priced.get(todo.family)
-        least = _per_sample_s(self._best(todo.family)) if known and todo.variant is not None else math.inf
+        best = self._best.get(todo.family)
+        least = _per_sample_s(best) if best and todo.variant is not None else math.inf
         return todo.per_sample_s >= min(self._last_shown_s, least)
 
     def _push(self, family: Family, modes: tuple[Mode, ...], groups: list[int]) -> None:
@@ -287,12 +286,12 @@ class _Frontier:
             frozen=built.held,
         )
         self._priced.setdefault(family, []).append(choice)
-        self._rank()
+        self._rank(family)
 
     def refusal(self, family: Family) -> Refusal:
         """Why a family is not shown."""
         if family in self._priced:
-            behind = _per_sample_s(self._best(family)) / self._last_shown_s - 1.0
+            behind = _per_sample_s(self._best[family]) / self._last_shown_s - 1.0
             return Refusal(RefusalKind.SLOWER, family.key, slower=behind)
         if family in self._cut:
             behind = min(todo.per_sample_s for todo in self._cut[family]) / self._last_shown_s - 1.0

@@ -114,7 +114,9 @@ class Family:
         self.data_ranks = self.request.gpus // key.model_parallel
         self.plan = everywhere(self.request).with_degrees(tp=key.tp, cp=key.cp, dp_shard=self.data_ranks)
         self.plan = replace(self.plan, micro_batches=key.micro_batches)
-        self.needed_bytes = 0  # of its own buffers and encoders, by the last mode opened and the largest shard group
+        self.needed_bytes = (
+            0  # of its own buffers and encoders, by the last mode that did not fit the largest shard group
+        )
         self._placements: dict[tuple[int, int], list[tuple[tuple[str, ...], Groups]]] = {}
         self._few: dict[tuple[bool, bool], list[FewBlocks]] = {}
         self._steps: dict[tuple[Plan, bool], list[Extrapolation]] = {}
@@ -161,9 +163,10 @@ class Family:
         limit = self.evaluator.limit_bytes(self.plan)
         return tuple(mode for mode in MODES[:-1] if self.least_bytes(mode[0]) <= limit) + MODES[-1:]
 
-    def least_bytes(self, recompute: Recompute) -> float:
-        """A lower bound of what the program's own buffers need."""
-        return max(bound.peak_bytes(recompute, self.plan) for bound in self.space.bounds(self.plan, self.samples))
+    def least_bytes(self, recompute: Recompute, plan: Plan | None = None) -> float:
+        """A lower bound of what the program's own buffers need under a plan's shard group; without one, the largest."""
+        bounds = self.space.bounds(self.plan, self.samples)
+        return max(bound.peak_bytes(recompute, plan or self.plan) for bound in bounds)
 
     def bound_s(self, mode: Mode) -> float:
         """A lower bound of the step of every variant of a mode."""
@@ -240,12 +243,18 @@ class Family:
         base = replace(self.plan, recompute=recompute)
         plans = [base.with_degrees(dp_shard=n, dp_replicate=self.data_ranks // n) for n in groups]
 
-        def needs(plan: Plan) -> int:
-            return self._peak_bytes(plan) + self.held_bytes(plan)
+        def fits(plan: Plan) -> bool:
+            free = self.evaluator.limit_bytes(plan) - self.held_bytes(plan)
+            return self.least_bytes(recompute, plan) <= free and self._peak_bytes(plan) <= free
 
-        self.needed_bytes = needs(plans[-1])
-        first = bisect_left(plans, True, key=lambda plan: needs(plan) <= self.evaluator.limit_bytes(plan))
+        first = len(plans)
+        if lighter is not None:  # where one block can be lighter, nobody asks for none
+            first = bisect_left(
+                [replace(plan, recompute_last=lighter, last_blocks=1) for plan in plans], True, key=fits
+            )
+        first = bisect_left(plans[:first], True, key=fits)
         if first == len(plans):
+            self.needed_bytes = self._peak_bytes(plans[-1]) + self.held_bytes(plans[-1])
             alike = self._alike(recompute)
             self.space.too_big[alike] = max(self.plan.cp, self.space.too_big.get(alike, 0))
         variants: list[Variant] = []

@@ -132,7 +132,7 @@ def test_passes_and_prices_read_no_name(text: str, backend: str) -> None:
 def test_a_pass_that_reads_a_name_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weight gradients told by the end of a name, as they once were: under other names none is deferred."""
     by_name = lambda self, op: self.program.root(op.outputs[0])[0].endswith("flat_gradient")  # noqa: E731
-    monkeypatch.setattr("cinemesh.parallel.passes.schedule._Window._is_weight_gradient", by_name)
+    monkeypatch.setattr("cinemesh.parallel.passes.windows.Stretch._is_weight_gradient", by_name)
     built = build_step(CONFIG, Plan.parse(PLANS[2]), SHAPE)
     one, two = (told(prepare(program, backend="nccl")) for program in (built, renamed(built, seed=1)))
     assert one != two
