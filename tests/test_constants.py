@@ -331,7 +331,6 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "perf_model.published.rows.measured_s: 0.001": (1e-3, SI),
     "perf_model.published.rows.measured_s: 1000000000000.0": (1e12, SI),
     "perf_model.published.validate.GIB": (1024**3, SI),
-    "perf_model.search.planner.ERROR_BAR": (0.054, "cinemesh validate: the mean over sources left out of the fit"),
     "perf_model.search.planner.NEAR": (0.02, "cinemesh validate: pairs of published plans by their distance"),
 }
 
@@ -393,6 +392,7 @@ FREE: Mapping[str, str] = {
     "perf_model.calibration.*": "how a fit is sought; on machines that are known its tests say what it must find",
     "perf_model.clusters.constants.LIMITS": "beyond, a number is a slip of the unit; tests/perf_model/clusters",
     "perf_model.prices.timeline.*": "names of events, and what is below rounding",
+    "perf_model.published.evidence.*": "what a bar is called by: how many rows make one, how much of them it holds",
     "perf_model.published.peer_memory.FRAGMENTED": "fitted: runs out of memory are told by it, test_validate.py",
     "perf_model.published.peer_step.STEADY_*": "any two depths of a steady step give the same block",
     "perf_model.published.row_schema.*": "a limit of what is taken for a number at all",

@@ -12,7 +12,7 @@ from ...errors import CinemeshError
 from ...parallel.ir.fields import AXES
 from ...parallel.ir.plan import Plan
 from ...perf_model.prices.played import PlayedStep
-from ...perf_model.report.explain import describe
+from ...perf_model.report.explain import describe, error_bar_of
 from ...perf_model.report.software import kernels_of
 from ...perf_model.search.evaluator import Evaluator
 from ...perf_model.search.request import Request
@@ -72,6 +72,7 @@ def run(*, plans: list[str], asked: Asked, as_json: bool) -> None:
                 Against(gain=other.gain, differences=other.differences, together=other.together) for other in others
             ],
             kernels=kernels,
+            error_bar=error_bar_of(requests[0]),
         )
         print(reply.text(told))
         return
@@ -79,6 +80,7 @@ def run(*, plans: list[str], asked: Asked, as_json: bool) -> None:
     console.print(heading(requests[0]))
     print_kernels(console, kernels)
     _print_steps(console, requests, steps)
+    console.print(error_bar_of(requests[0]).text)
     for number, other in enumerate(others, 2):
         _print_differences(console, number, first, other)
 

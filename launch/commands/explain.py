@@ -14,7 +14,7 @@ from ...perf_model.report import explain
 from ...perf_model.report.explain import Sensitivity, describe
 from ...perf_model.report.software import OtherSoftware, PricedKernel, kernels_of, other_software
 from ...perf_model.search.evaluator import Evaluator
-from ...perf_model.search.planner import ERROR_BAR, survey
+from ...perf_model.search.planner import survey
 from ...perf_model.search.request import LatentBucket, Request
 from ..models import read_model
 from ..plans import read_plan
@@ -214,6 +214,7 @@ def run(*, plan: str, asked: Asked, as_json: bool) -> None:
             start_up=start_up_cost(start_up(chosen, request.cluster)),
             kernels=kernels,
             other_software=others,
+            error_bar=explain.error_bar_of(request),
         )
         print(reply.text(told))
         return
@@ -222,6 +223,7 @@ def run(*, plan: str, asked: Asked, as_json: bool) -> None:
     console.print(f"{describe(chosen)}: {summary_line(request, step)}")
     print_kernels(console, kernels)
     print_others(console, step.step_s, others)
+    console.print(explain.error_bar_of(request).text)
     reasons.print(console)
 
 
@@ -259,15 +261,15 @@ def heading(request: Request) -> str:
 
 def played_plan(request: Request, step: PlayedStep) -> PlayedPlan:
     """One step's numbers, as ``--json`` prints them."""
-    memory, exposed_s = step.footprint, step.timeline.total_exposed_s
+    memory, exposed_s, bar = step.footprint, step.timeline.total_exposed_s, explain.error_bar_of(request)
     return PlayedPlan(
         plan=step.plan.to_dict(),
         gpus=step.plan.world_size,
         samples=step.batch.samples,
         global_batch=step.samples,
         step_s=step.step_s,
-        step_s_low=step.step_s * (1.0 - ERROR_BAR),
-        step_s_high=step.step_s * (1.0 + ERROR_BAR),
+        step_s_low=step.step_s * (1.0 + bar.low),
+        step_s_high=step.step_s * (1.0 + bar.high),
         samples_per_s=step.samples / step.step_s,
         mfu=explain.mfu(step, request.cluster),
         hfu=explain.hfu(step, request.cluster),

@@ -23,7 +23,7 @@ from ...perf_model.report import explain
 from ...perf_model.report.explain import describe
 from ...perf_model.report.software import kernels_of, other_software
 from ...perf_model.search.evaluator import Evaluator
-from ...perf_model.search.planner import ERROR_BAR, Search, search
+from ...perf_model.search.planner import Search, search
 from ...perf_model.search.refusals import Refusal, RefusalKind
 from ...perf_model.search.request import LatentBucket, PricedPlan, Request
 from ...ranges import WEIGHT_RANGE
@@ -198,19 +198,21 @@ def _reply(model: str, request: Request, found: Search, flops: float) -> PlanRep
         start_up=start_up_cost(start_up(best.plan, cluster)),
         kernels=kernels_of(cluster, request.config, best.plan.compute_dtype),
         other_software=other_software(cluster, request.config, best.plan.compute_dtype, best.step_s, price),
+        error_bar=explain.error_bar_of(request),
     )
 
 
 def _ranked(request: Request, choice: PricedPlan, flops: float) -> RankedPlan:
     """A plan of a table; ``flops``: the model's, of a sample."""
+    bar = explain.error_bar_of(request)
     return RankedPlan(
         plan=choice.plan.to_dict(),
         gpus=choice.plan.world_size,
         samples=choice.samples,
         global_batch=choice.global_batch,
         step_s=choice.step_s,
-        step_s_low=choice.step_s * (1.0 - ERROR_BAR),
-        step_s_high=choice.step_s * (1.0 + ERROR_BAR),
+        step_s_low=choice.step_s * (1.0 + bar.low),
+        step_s_high=choice.step_s * (1.0 + bar.high),
         samples_per_s=choice.samples_per_s,
         mfu=explain.mfu_of(request, choice, flops),
         hfu=explain.hfu_of(request, choice),
@@ -281,13 +283,13 @@ def _print_search(console: Console, request: Request, found: Search, flops: floa
     )
     columns = ("", "plan", "batch", "step s", "samples/s", "MFU", "beside compute", "peak GB")
     table = plain_table(*columns, right=NUMBERS, breaks=("batch",))
-    ties = {id(choice) for choice in found.near_ties()}
+    ties, bar = {id(choice) for choice in found.near_ties()}, explain.error_bar_of(request)
     for rank, choice in enumerate(found.choices, 1):
         table.add_row(
             f"{rank}{'=' if id(choice) in ties else ''}",
             describe(choice.plan),
             f"{choice.global_batch:,}",
-            f"{choice.step_s:.3f} ±{choice.step_s * ERROR_BAR:.2g}",
+            f"{choice.step_s:.3f} {choice.step_s * bar.low:+.2g} {choice.step_s * bar.high:+.2g}",
             f"{choice.samples_per_s:.1f}",
             f"{explain.mfu_of(request, choice, flops):.1%}",
             f"{choice.beside_compute:.1%}",
@@ -300,7 +302,7 @@ def _print_search(console: Console, request: Request, found: Search, flops: floa
         "Step times are of each plan's own program, played record by record"
         + ("." if found.played_whole == len(found.choices) else ", until nothing changes from one block to the next.")
     )
-    console.print(f"± {ERROR_BAR:.1%}: error of these prices on other trainers' published steps left out of the fit")
+    console.print(bar.text)
     console.print(
         f"{cluster.memory.usable_bytes / 1e9:.1f} GB are usable on a GPU; "
         f"{found.played} plans priced, {found.bounded} bounded, {len(found.refused)} families refused, for example:"

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from ...perf_model.prices.startup import StartUp
+from ...perf_model.published.evidence import ErrorBar
 from ...perf_model.report.explain import Duplicate, Exposure
 from ...perf_model.report.software import OtherSoftware, PricedKernel
 
@@ -158,6 +159,7 @@ class PlanReply(Heading):
     why: Annotated[Why | None, "of the best plan, with `--explain`"] = None
     kernels: Annotated[list[PricedKernel], KERNELS]
     other_software: Annotated[list[OtherSoftware], OTHERS + ", of the best plan"]
+    error_bar: ErrorBar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +171,7 @@ class ExplainReply(PlayedPlan, Heading):
     start_up: StartUpCost
     kernels: Annotated[list[PricedKernel], KERNELS]
     other_software: Annotated[list[OtherSoftware], OTHERS]
+    error_bar: ErrorBar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +201,7 @@ class CompareReply(Heading):
     plans: Annotated[list[PlayedPlan], "as they were named"]
     against_the_first: Annotated[list[Against], "of every other plan"]
     kernels: Annotated[list[PricedKernel], KERNELS]
+    error_bar: ErrorBar
 
 
 REPLIES = (PlanReply, ExplainReply, CompareReply)

@@ -16,6 +16,7 @@ from ..progress import progress
 from ..tables import new_console, plain_table
 
 SOURCE_WIDTH = 58
+LEFT_OUT = "all, trust A, as if nothing were known of their software"
 NUMBERS = (
     "rows",
     "mean",
@@ -43,7 +44,12 @@ def run(*, rows: Path | None, show_all: bool, refit: bool, as_json: bool) -> Non
     fits = _fits(rows, silent=as_json) if refit else []
     if refit:
         values["fit"] = [
-            {**f.__dict__, "held_out": summarise(f.held_out).__dict__ if f.held_out else None} for f in fits
+            {
+                **f.__dict__,
+                "undescribed": summarise(f.undescribed).__dict__ if f.undescribed else None,
+                "held_out": summarise(f.held_out).__dict__ if f.held_out else None,
+            }
+            for f in fits
         ]
     if as_json:
         print(json.dumps(values, indent=1, default=_plain))
@@ -91,6 +97,8 @@ def _line(summary: Summary) -> tuple[str, ...]:
 def _print_sources(console: Console, report: ValidationReport) -> None:
     columns = ("rows", "mean", "median", "95th", "worst", "bias")
     table = plain_table("absolute error of time, by source", *columns, right=NUMBERS, breaks=("rows",))
+    if report.undescribed:
+        table.add_row(LEFT_OUT, *_line(summarise(report.undescribed)))
     for source, predictions in by_source(report.times).items():
         table.add_row(source[:SOURCE_WIDTH], *_line(summarise(predictions)))
     kinds: list[tuple[str, Sequence[Prediction]]] = [
@@ -98,8 +106,9 @@ def _print_sources(console: Console, report: ValidationReport) -> None:
         ("attention alone", [p for p in report.times if p.kind == "attention_layer"]),
         (
             "steps with a gap, trust B or C",
-            [p for p in report.times if p.trust in ("B", "C") and p.unit == "s" and p.kind != "attention_layer"],
+            [p for p in report.times if p.trust in ("B", "C") and not p.assumed and p.kind != "attention_layer"],
         ),
+        ("software that is not described", [p for p in report.times if p.assumed]),
         ("memory", report.memory),
     ]
     for name, predictions in kinds:
@@ -155,6 +164,8 @@ def _print_fit(console: Console, found: fit.Fit) -> None:
     )
     columns = ("rows", "mean", "median", "95th", "worst", "bias")
     held = plain_table("source left out", *columns, right=NUMBERS, breaks=("rows",))
+    if found.undescribed:
+        held.add_row("all, each left out, its software too", *_line(summarise(found.undescribed)))
     for source, predictions in by_source(found.held_out).items():
         held.add_row(source[:SOURCE_WIDTH], *_line(summarise(predictions)))
     if found.held_out:

@@ -11,8 +11,9 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ...errors import CinemeshError
 from ..clusters.cluster import Cluster
-from ..published.rows import RowCase
+from ..published.rows import RowCase, case_of
 from ..published.validate import Prediction, Predictor, timed
 
 FIRST_STEP, LEAST_STEP = 0.08, 0.008  # of a constant's range
@@ -57,7 +58,7 @@ SPREAD = Constant(
     "spread of ranks", ("spread.step_fraction",), 0.0, 0.02, physical_low="a spread is not less than nothing"
 )
 TRITON = (
-    Constant("Triton attention, forward", ("attention.flash1.forward.speed.128",), 1.0e14, 2.4e14),
+    Constant("Triton attention, forward", ("attention.flash1.forward.speed.128",), 1.0e14, 3.2e14),
     Constant("Triton attention, backward", ("attention.flash1.backward.speed.128",), 0.7e14, 2.0e14),
 )
 
@@ -67,19 +68,13 @@ KINDS: Mapping[str, tuple[Constant, ...]] = {
     "H100 500 W": (BF16, FP8),
 }
 
-# Constants that stand at a bound of the search's own, by hardware kind and name, with what is known of it. To be fitted
-# again; a test refuses any other, and any of these that has left its bound.
-CUT_SHORT: Mapping[tuple[str, str], str] = {
-    ("H100 700 W", "Triton attention, forward"): (
-        "240 TFLOP/s is the range's end. The 37 rows that it serves are of one source (MosaicML's tables of MPT); the "
-        "loss of all rows is least near 260 TFLOP/s, 0.0757 in place of 0.0759 (2026-11-29)"
-    ),
-}
-
 
 @dataclass
 class Fit:
-    """Of one hardware kind. ``held_out``: rows of each source, predicted with constants fitted to the others."""
+    """Of one hardware kind. ``held_out``: rows of each source, predicted with constants fitted to the others.
+
+    ``undescribed``: the same by the default stack, as if nothing were known of the source's software either.
+    """
 
     kind: str
     constants: tuple[Constant, ...]
@@ -88,6 +83,7 @@ class Fit:
     loss_before: float
     loss_after: float
     held_out: list[Prediction] = field(default_factory=list)
+    undescribed: list[Prediction] = field(default_factory=list)
 
 
 def kind_of(cluster: Cluster) -> str:
@@ -151,6 +147,17 @@ def fit(
     return best, least
 
 
+def refuse_cut_short(kind: str, constants: Sequence[Constant], values: Mapping[str, float]) -> None:
+    """Raise CinemeshError where a constant stands at a bound of the search's own: it carries an error of the model."""
+    for constant in constants:
+        if constant.cut_short(value := values[constant.name]):
+            raise CinemeshError(
+                f"the fit of {kind}: {constant.name} is {value:g}, an end of its range {constant.low:g} to "
+                f"{constant.high:g}",
+                remedy="widen the range, or say in KINDS why nothing can lie beyond it",
+            )
+
+
 def fit_count(cases: Sequence[RowCase]) -> int:
     """How many fits ``refit`` makes, and says that it begins."""
     kinds = {kind_of(case.cluster) for case in cases}
@@ -160,7 +167,7 @@ def fit_count(cases: Sequence[RowCase]) -> int:
 def refit(cases: Sequence[RowCase], tick: Callable[[str], object] = lambda _: None) -> list[Fit]:
     """Every hardware kind fitted to its rows, then with each source left out. Minutes for the project's rows.
 
-    ``tick`` is told what begins.
+    ``tick`` is told what begins. Raises CinemeshError as ``refuse_cut_short``.
     """
     kinds: dict[str, list[RowCase]] = {}
     for case in cases:
@@ -171,6 +178,7 @@ def refit(cases: Sequence[RowCase], tick: Callable[[str], object] = lambda _: No
         tick(kind)
         before = standing(of_kind[0].cluster, constants)
         after, least = fit(of_kind, constants, before)
+        refuse_cut_short(kind, constants, after)
         result = Fit(kind, constants, before, after, loss(of_kind, constants, before), least)
         for source in dict.fromkeys(case.source for case in of_kind):
             tick(f"{kind} without {source}")
@@ -179,5 +187,7 @@ def refit(cases: Sequence[RowCase], tick: Callable[[str], object] = lambda _: No
                 values, _ = fit(others, constants, after, HELD_OUT_STEP)
                 left = [case for case in of_kind if case.source == source]
                 result.held_out += predictions(left, constants, values)
+                plain = [case_of(case.row, described=False) for case in left]
+                result.undescribed += predictions(plain, constants, values)
         found.append(result)
     return found

@@ -46,6 +46,7 @@ class Stack:
     early_stop    recompute stops at the last activation that backward reads (the block's last product is not run again)
     whole_vocab   logits are gathered over tp and the loss is computed of all of them on every rank
     keeps_gathered  with sp, what was gathered for a product stays for its weight gradient
+    assumed       the default: nothing is known of what the software did
     """
 
     name: str
@@ -62,6 +63,7 @@ class Stack:
     early_stop: bool = False
     whole_vocab: bool = False
     keeps_gathered: bool = False
+    assumed: bool = False
 
 
 @dataclass(frozen=True)

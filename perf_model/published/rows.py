@@ -83,23 +83,31 @@ def _published() -> dict[str, Any]:
         {key: value for key, value in whole(entry).items() if key not in own or key in entry}
         for entry in values["stacks"]
     ]
-    return {"stacks": stacks, "hardware": values["hardware"]}
+    return {"stacks": stacks, "default": values["default"], "hardware": values["hardware"]}
 
 
 _STACK_FIELDS = {f.name for f in fields(Stack)}
 
 
-def stack_of(row: dict[str, Any]) -> Stack:
-    """The first stack whose title (and framework) are part of the row's, changed by what the row says of itself."""
+def stack_of(row: dict[str, Any], *, described: bool = True) -> Stack:
+    """The first stack whose title (and framework) are part of the row's, changed by what the row says of itself.
+
+    The default stack, changed so, where there is none, and where nothing is to be known of it (``described``).
+    """
     title = str(row["source"].get("title"))
     plan = row["plan"]
     framework, dtype = str(plan.get("framework")), str(plan.get("dtype"))
-    for entry in _published()["stacks"]:
-        if entry["title"] in title and entry.get("framework", "") in framework and entry.get("dtype", "") in dtype:
-            values = {key: value for key, value in entry.items() if key in _STACK_FIELDS}
-            values["fused"] = frozenset(entry["fused"])
-            return _overridden(Stack(**values), row)
-    raise Unpredictable(f"the software of {title!r} is not described in published/stacks.yaml")
+    published = _published()
+    fit = (
+        entry
+        for entry in published["stacks"]
+        if entry["title"] in title and entry.get("framework", "") in framework and entry.get("dtype", "") in dtype
+    )
+    known = next(fit, None) if described else None
+    entry = published["default"] if known is None else known
+    values = {key: value for key, value in entry.items() if key in _STACK_FIELDS}
+    values["fused"] = frozenset(entry["fused"])
+    return _overridden(Stack(**values), row)
 
 
 def _overridden(stack: Stack, row: dict[str, Any]) -> Stack:
@@ -236,14 +244,17 @@ def _tp_overlap(plan: dict[str, Any]) -> str:
     return "none" if value is False and "titan" in str(plan.get("framework")) else ""
 
 
-def run_of(row: dict[str, Any]) -> Run:
-    """The run that a row describes. ``Unpredictable`` with the reason where it says too little."""
+def run_of(row: dict[str, Any], *, described: bool = True) -> Run:
+    """The run that a row describes. ``Unpredictable`` with the reason where it says too little.
+
+    ``described``: its software is that of its source, as far as that is known, and not the default.
+    """
     plan, kind = row["plan"], row["kind"]
     if plan.get("pp", 1) not in (1, None):
         raise Unpredictable("pipeline parallelism is not among the peers' schedules")
     if plan.get("lora"):
         raise Unpredictable("LoRA skips the weight gradients")
-    model, stack = _model(row), stack_of(row)
+    model, stack = _model(row), stack_of(row, described=described)
     tp, cp = plan.get("tp") or 1, plan.get("cp") or 1
     gpus = row["hardware"].get("gpus")
     if gpus is None:
@@ -318,8 +329,9 @@ def measured_s(row: dict[str, Any], run: Run) -> float:
     raise Unpredictable("it prints a rate in FLOP/s, whose count is not sure, and no time")
 
 
-def case_of(row: dict[str, Any]) -> RowCase:
-    run = run_of(row)
+def case_of(row: dict[str, Any], *, described: bool = True) -> RowCase:
+    """A row ready to be predicted. Arguments and ``Unpredictable`` as of ``run_of``."""
+    run = run_of(row, described=described)
     cluster = cluster_of(row)
     measured = measured_s(row, run) if row["kind"] in TIMED else None
     title = str(row["source"].get("title"))

@@ -1,7 +1,9 @@
 """Predictions beside published measurements: errors by row and source, choices within groups (torch-free).
 
-Headline errors are those of steps and layers whose rows say all that a prediction needs (trust A, or no trust stated).
-What else can be predicted stands beside them: attention alone, rows with a gap (trust B, C), memory, out of memory.
+Headline errors are those of steps and layers whose rows say all that a prediction needs (trust A, or no trust stated),
+first as if nothing were known of their software, which is what a plan for a cluster of one's own must expect, then by
+what their software did. What else can be predicted stands beside them: attention alone, rows with a gap (trust B, C)
+or of software that is not described, memory, out of memory.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ Clock = Literal["sustained", "isolated"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """``error`` = predicted / measured - 1. ``unit``: s, GiB or %."""
+    """``error`` = predicted / measured - 1. ``unit``: s, GiB or %. ``assumed``: by the default stack."""
 
     id: str
     kind: str
@@ -39,6 +41,7 @@ class Prediction:
     measured: float
     predicted: float
     gpu_s_per_sample: tuple[float, float] = (0.0, 0.0)  # measured, predicted: what plans of a group are compared by
+    assumed: bool = False
 
     @property
     def error(self) -> float:
@@ -66,20 +69,27 @@ class GroupChoice:
 
 @dataclass
 class ValidationReport:
+    """``undescribed``: the headline's rows by the default stack."""
+
     times: list[Prediction] = field(default_factory=list)
     memory: list[Prediction] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     choices: list[GroupChoice] = field(default_factory=list)
+    undescribed: list[Prediction] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)  # id, why
 
     @property
     def headline(self) -> list[Prediction]:
-        return [p for p in self.times if p.trust in TRUSTED and p.kind != "attention_layer"]
+        return [p for p in self.times if _is_headline(p)]
 
     def right_verdicts(self) -> float:
         """Of the rows that ran out of memory, the part that is predicted to."""
         out = [v for v in self.verdicts if v.measured]
         return sum(v.predicted for v in out) / len(out) if out else 1.0
+
+
+def _is_headline(p: Prediction) -> bool:
+    return p.trust in TRUSTED and p.kind != "attention_layer" and not p.assumed
 
 
 # -- prices -----------------------------------------------------------------------------------------------------------
@@ -143,6 +153,9 @@ def _predict(row: dict[str, Any], report: ValidationReport, predictor: Predictor
     if kind in TIMED:
         case = case_of(row)
         report.times.append(timed(case, predictor.seconds(case)))
+        if _is_headline(report.times[-1]):
+            plain = case_of(row, described=False)
+            report.undescribed.append(timed(plain, predictor.seconds(plain)))
         if "peak_mem_gib" in row["measured"]:
             report.memory.append(_memory(row, "peak", row["measured"]["peak_mem_gib"], peak_bytes(case.run) / GIB))
     elif kind == "memory":
@@ -160,7 +173,8 @@ def timed(case: RowCase, predicted_s: float) -> Prediction:
     assert measured_s is not None
     share = case.gpus / (run.samples * run.micro_batches * run.replicas * run.shard / run.cp)
     cost = (measured_s * share, predicted_s * share)
-    return Prediction(case.id, case.kind, case.source, case.trust, "s", measured_s, predicted_s, cost)
+    assumed = run.stack.assumed
+    return Prediction(case.id, case.kind, case.source, case.trust, "s", measured_s, predicted_s, cost, assumed)
 
 
 def _memory(row: dict[str, Any], what: str, measured: float, predicted: float, unit: str = "GiB") -> Prediction:
@@ -272,11 +286,12 @@ def to_json(report: ValidationReport) -> dict[str, Any]:
     shown = report.headline or report.times
 
     def row(p: Prediction) -> dict[str, Any]:
-        keys = ("id", "kind", "trust", "unit", "measured", "predicted")
+        keys = ("id", "kind", "trust", "assumed", "unit", "measured", "predicted")
         return {**{key: getattr(p, key) for key in keys}, "error": p.error}
 
     overall = summarise(shown) if shown else None
     return {
+        "software_left_out": summarise(report.undescribed).__dict__ if report.undescribed else None,
         "mean_abs_error": overall and overall.mean,
         "p95_abs_error": overall and overall.p95,
         "predicted": len(shown),

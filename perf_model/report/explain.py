@@ -17,7 +17,9 @@ from ...parallel.ir.knobs import knobs, written
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.records import Op, Phase
 from ..clusters.cluster import Cluster
+from ..prices.models import PriceModels
 from ..prices.played import PlayedStep
+from ..published.evidence import ErrorBar, error_bar
 from ..search.evaluator import Evaluator
 from ..search.planner import Search, survey
 from ..search.request import PricedPlan, Request
@@ -67,6 +69,13 @@ def mfu(whole: PlayedStep, cluster: Cluster) -> float:
 
 def hfu(whole: PlayedStep, cluster: Cluster) -> float:
     return whole.hardware_flops / (whole.step_s * cluster.gpu.peak_flops[whole.plan.compute_dtype])
+
+
+def error_bar_of(request: Request) -> ErrorBar:
+    """How wrong the step times that answer a request may be."""
+    dtype = Plan(dtype=request.dtype).compute_dtype
+    kernel = PriceModels.of(request.cluster).compute.kernel("attention", dtype, request.config.head_dim)
+    return error_bar(request.cluster, kernel.rate_class)
 
 
 # -- exposed communication --------------------------------------------------------------------------------------------

@@ -23,10 +23,10 @@ from .refusals import FamilyKey, Refusal, RefusalKind
 from .request import PricedPlan, Request, Timed
 from .space import Family, Mode, SearchSpace, Variant, divisors
 
-# Relative errors on published runs of other trainers (perf_model/published, ``cinemesh validate``, 2026-11-23).
-ERROR_BAR = 0.054  # of a step time: mean over sources that were left out of the fit
 SEEMS = 0.002  # of a step: what programs that serve many plans may be off by, before a plan's own is asked
-NEAR = 0.02  # of a difference: of pairs of plans predicted further apart, 97 % ran in that order; closer, 88 %
+# Of a difference, on published runs of other trainers (``cinemesh validate``, 2026-11-23): of pairs of plans predicted
+# further apart, 97 % ran in that order; closer, 88 %.
+NEAR = 0.02
 
 
 @dataclass

@@ -154,4 +154,4 @@ def test_a_terminal_that_lacks_signs_shows_question_marks() -> None:
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}
     done = subprocess.run([sys.executable, "-c", HELP], env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert b" ?" in done.stdout and done.stdout.isascii() and b"Traceback" not in done.stderr
+    assert b"\n? -" in done.stdout and done.stdout.isascii() and b"Traceback" not in done.stderr

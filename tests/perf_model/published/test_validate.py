@@ -231,12 +231,26 @@ def cut_short(cluster: Cluster, constants: Sequence[fit.Constant]) -> set[tuple[
 
 
 def test_no_fitted_constant_stands_at_a_bound_of_the_search() -> None:
-    """There it would be an error of the model under another name. The known ones are listed, and no longer than so."""
+    """There it would be an error of the model under another name."""
     found: set[tuple[str, str]] = set()
     for name in ("dgx-a100-hdr200", "dgx-h100-ib400", "grand-teton-h100", "h100-hbm2e-500w"):
         cluster = load(name)
         found |= cut_short(cluster, fit.KINDS[fit.kind_of(cluster)])
-    assert found == set(fit.CUT_SHORT)
+    assert found == set()
+
+
+def test_a_fit_that_ends_at_a_bound_is_refused() -> None:
+    """Rows of a clock below the range: the least loss within it lies at its end, and would pass for the clock."""
+    constants = fit.KINDS["H100 500 W"]
+    cases = [case_of(PUBLISHED[name]) for name in ("titan2412-8b-8g-compile", "torchao-8b-8g-bf16")]
+    planted = {fit.BF16.name: 0.5, fit.FP8.name: 0.66}
+    slow = [
+        replace(case, measured=p.predicted)
+        for case, p in zip(cases, fit.predictions(cases, constants, planted), strict=True)
+    ]
+    with pytest.raises(CinemeshError, match=r"sustained clock, bf16 is 0\.55, an end of its range 0\.55 to 1"):
+        fit.refit(slow)
+    fit.refuse_cut_short("H100 500 W", constants, {fit.BF16.name: 1.0, fit.FP8.name: 0.66})  # a bound of the chip's own
 
 
 @pytest.mark.parametrize("constant", {c.name: c for kind in fit.KINDS.values() for c in kind}.values())
@@ -259,7 +273,6 @@ def test_a_constant_at_its_bound_is_seen(constant: fit.Constant) -> None:
         ({"plan": {"pp": 4}}, "pipeline"),
         ({"plan": {"mbs": None}}, "micro-batch is not stated"),
         ({"plan": {"recompute": None}}, "recomputed is not stated"),
-        ({"source": {"title": "A blog"}}, "software of 'A blog'"),
         ({"hardware": {"gpu": "B200"}}, "no cluster file for B200"),
         ({"model": {"hidden": None}}, "dimensions"),
         ({"plan": {"cp": 2, "cp_method": None}}, "context parallelism"),
@@ -311,10 +324,11 @@ def test_command_prints_json(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump([GOOD, unknown]))
     shown = CliRunner().invoke(app, ["validate", str(path), "--json"])
     values = json.loads(shown.stdout)
-    assert [row["id"] for row in values["rows"]] == [GOOD["id"]]
+    assert [(row["id"], row["assumed"]) for row in values["rows"]] == [(GOOD["id"], False), ("other", True)]
     assert values["mean_abs_error"] == pytest.approx(abs(values["rows"][0]["error"]))
     assert set(values["rows"][0]) >= {"id", "measured", "predicted", "error"}
-    assert values["skipped"][0]["id"] == "other" and "A blog" in values["skipped"][0]["why"]
+    # What is not described is predicted as what is described would be with that left out.
+    assert values["software_left_out"]["bias"] == values["rows"][1]["error"] != values["rows"][0]["error"]
 
 
 def test_command_prints_tables() -> None:
