@@ -40,6 +40,7 @@ from .options import (
     PlanText,
     RecipePlan,
     SamplesOption,
+    SearchedSamples,
     Servers,
     bounds,
 )
@@ -215,7 +216,7 @@ def plan(
     packages: Packages = "",
     latent: Latents = None,
     global_batch: GlobalBatch = None,
-    samples: SamplesOption = 1,
+    samples: SearchedSamples = None,
     dtype: Annotated[str, typer.Option("--dtype", help="bf16, float32 or float64.")] = "bf16",
     fix: Annotated[str, typer.Option("--fix", metavar="FIELDS", help="Plan fields by hand: tp=4,cp=2,...")] = "",
     encoders: Encoders = False,
@@ -237,9 +238,9 @@ def plan(
     """Choose a sharding plan for a cluster, by predicted time and memory.
 
     Searches tp, cp, the shard group and its replicas, how the axes lie on the network, what is
-    recomputed in which blocks and, for a given batch, micro-batches. Every other field of a plan
-    stays as it is (prefetch 1, nothing sliced) unless --fix gives it, or --tune tries it on the plans
-    shown.
+    recomputed in which blocks, and samples of a data rank or, for a given batch, micro-batches. Every
+    other field of a plan stays as it is (prefetch 1, nothing sliced) unless --fix gives it, or --tune
+    tries it on the plans shown.
 
     Needs no GPU and no torch. Every number is predicted, none measured.
     """

@@ -98,4 +98,8 @@ SamplesOption = Annotated[
     int,
     typer.Option("--samples", **bounds(BATCH_RANGE), help="Samples of one data rank, where no global batch is given."),
 ]
+SearchedSamples = Annotated[
+    int | None,
+    typer.Option("--samples", **bounds(BATCH_RANGE), help="Samples of one data rank; searched where neither is given."),
+]
 Encoders = Annotated[bool, typer.Option("--encoders", help="The frozen text encoders run in the loop.")]

@@ -332,6 +332,7 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "perf_model.published.rows.measured_s: 1000000000000.0": (1e12, SI),
     "perf_model.published.validate.GIB": (1024**3, SI),
     "perf_model.search.planner.NEAR": (0.02, "cinemesh validate: pairs of published plans by their distance"),
+    "perf_model.search.samples.WITHIN": (0.02, "as NEAR: fewer samples are worth what the planner cannot tell apart"),
 }
 
 # Name or pattern -> why any value would do, or what else holds it.
@@ -386,7 +387,7 @@ FREE: Mapping[str, str] = {
     ),
     **dict.fromkeys(
         ("perf_model.search.evaluator.BOUND_SLACK", "perf_model.search.planner.SEEMS", "perf_model.search.unroll.AGAIN",
-         "perf_model.search.few_blocks.*"),
+         "perf_model.search.few_blocks.*", "perf_model.search.samples.GAIN", "perf_model.search.samples.MOST"),
         "of a short cut that is compared with whole plays: tests/perf_model/search",
     ),
     "perf_model.calibration.*": "how a fit is sought; on machines that are known its tests say what it must find",

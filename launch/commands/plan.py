@@ -26,6 +26,7 @@ from ...perf_model.search.evaluator import Evaluator
 from ...perf_model.search.planner import Search, search
 from ...perf_model.search.refusals import Refusal, RefusalKind
 from ...perf_model.search.request import LatentBucket, PricedPlan, Request
+from ...perf_model.search.samples import WITHIN, TriedSamples, search_samples
 from ...ranges import WEIGHT_RANGE
 from ..models import parse_latent, read_model
 from ..plans import SUFFIXES, held_fields
@@ -71,7 +72,7 @@ def run(  # noqa: PLR0913  the options of the command
     cluster: str,
     latents: list[str],
     global_batch: int | None,
-    samples: int,
+    samples: int | None,
     dtype: str,
     fix: str,
     encoders: bool,
@@ -103,23 +104,28 @@ def run(  # noqa: PLR0913  the options of the command
         cluster=load(cluster, servers, packages),
         gpus=gpus,
         global_batch=global_batch,
-        samples=samples,
+        samples=samples or 1,
         dtype=dtype,  # type: ignore[arg-type]  # Plan checks it
         fixed=held_fields(fields_of(fix)),
         encoders=encoders,
         shown=top,
     )
-    found = search(request)
+    tried: list[TriedSamples] = []
+    if samples is None and global_batch is None:
+        request, found, tried = search_samples(request)
+    else:
+        found = search(request)
     if tune:
         from ...perf_model.search.tune import tuned
 
         with progress("tuning", len(found.choices), silent=as_json) as begin:
             found = tuned(request, found, lambda choices: each(choices, begin, lambda choice: describe(choice.plan)))
     flops = explain.mean_sample_flops(request)
-    told = _reply(model, request, found, flops)
+    told = replace(_reply(model, request, found, flops), samples_tried=tried)
     console = new_console()
     if not as_json:
         _print_search(console, request, found, flops)
+        _print_samples(console, request, tried)
         print_kernels(console, told.kernels)
         print_others(console, found.best.step_s, told.other_software)
     if paper:
@@ -254,6 +260,16 @@ def paper_rows(request: Request, begin: Begin = lambda _: None) -> list[PaperSta
             )
         )
     return rows
+
+
+def _print_samples(console: Console, request: Request, tried: list[TriedSamples]) -> None:
+    """How many samples a data rank takes, and what others would give."""
+    if tried:
+        shown = ", ".join(f"{one.samples} give {one.samples_per_s:,.1f}" for one in tried)
+        console.print(
+            f"samples of a data rank: {request.samples}, the fewest within {WITHIN:.0%} of the best; "
+            f"under the same tp and cp {shown} samples/s"
+        )
 
 
 def _why(request: Request, found: Search, begin: Begin) -> Reasons:

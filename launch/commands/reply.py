@@ -7,13 +7,14 @@ here. ``docs/json.md`` shows them; ``tests/launch/commands/test_reply.py`` write
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from ...perf_model.prices.startup import StartUp
 from ...perf_model.published.evidence import ErrorBar
 from ...perf_model.report.explain import Duplicate, Exposure
 from ...perf_model.report.software import OtherSoftware, PricedKernel
+from ...perf_model.search.samples import TriedSamples
 
 VERSION = (
     1  # one more where a key goes, changes its meaning, its type or its place; a new key may come behind the others
@@ -160,6 +161,9 @@ class PlanReply(Heading):
     kernels: Annotated[list[PricedKernel], KERNELS]
     other_software: Annotated[list[OtherSoftware], OTHERS + ", of the best plan"]
     error_bar: ErrorBar
+    samples_tried: Annotated[list[TriedSamples], "where neither samples nor a batch was given"] = field(
+        default_factory=list
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,8 @@ def test_plans_are_the_best_first_and_say_what_the_whole_step_says(told: dict[ty
         assert plan["step_s_low"] < plan["step_s"] < plan["step_s_high"]
         assert plan["exposed_fraction"] == plan["exposed_s"] / plan["step_s"]
     (tmp_path / "best.yaml").write_text(Plan.from_dict(plans[0]["plan"]).to_yaml())
-    whole = json.loads(CliRunner().invoke(app, ["explain", str(tmp_path / "best.yaml"), *SHAPE]).stdout)
+    asked = ["explain", str(tmp_path / "best.yaml"), "--samples", str(plans[0]["samples"]), *SHAPE]
+    whole = json.loads(CliRunner().invoke(app, asked).stdout)
     for key in ("step_s", "mfu", "hfu", "exposed_s", "compute_s", "samples_per_s"):
         assert plans[0][key] == pytest.approx(whole[key], rel=1e-3), key
     assert all(plans[0][key] == whole[key] for key in ("plan", "gpus", "samples", "global_batch", "limit_bytes"))
