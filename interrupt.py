@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 INTERRUPTED = 128 + signal.SIGINT  # exit code, by the shell's convention
+# What waits for children wakes so often: among ``deaf_children`` another thread may take a Ctrl-C, and ends no wait.
+WAKE_S = 0.2
 
 
 class Interrupted(BaseException):
@@ -22,25 +25,62 @@ def interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def interrupted_in_a_line() -> Iterator[None]:
-    """Inside, a Ctrl-C ends the process with one line and exit code 130; where it is ignored (nohup), it still is."""
+def interrupted_in_a_line(*, last: bool = False) -> Iterator[None]:
+    """Inside, a Ctrl-C ends the process with exit code 130, and of the ranks of a machine the first says so in a line.
+
+    Where it is ignored (nohup), it still is. ``last``: nothing follows but the interpreter's own end, in which a Ctrl-C
+    is ignored; else it is again what it was before.
+    """
     before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, interrupt)
+    if before in (signal.SIG_IGN, interrupt):  # or one is inside of another
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     except Interrupted:
-        print("interrupted", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN if last else before)
+
+
+@contextmanager
+def interrupt_later() -> Iterator[None]:
+    """A Ctrl-C inside is obeyed at the end: what must not be done by half is done."""
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before):  # ignored, or no handler of Python's
+        yield
+        return
+    heard: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda signum, frame: heard.append((signum, frame)))
+    try:
+        yield
+    finally:
         signal.signal(signal.SIGINT, before)
+        if heard:
+            before(*heard[0])
 
 
 @contextmanager
 def deaf_children() -> Iterator[None]:
-    """Processes started inside ignore Ctrl-C, which a terminal sends to all: who started them ends them."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    """Processes started inside hear no Ctrl-C, which a terminal sends to all: who started them ends them, and hears.
+
+    They inherit a mask, through exec too, until each calls :func:`be_deaf`.
+    """
+    from multiprocessing import resource_tracker
+
+    with interrupt_later():
+        resource_tracker.ensure_running()  # when the first process is started it would be, and takes the mask off
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def be_deaf() -> None:
+    """In a process that was started among :func:`deaf_children`: it may have a handler of its own from here on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -32,7 +32,7 @@ from typing import Any, TypeVar
 from ..documents import read_json
 from ..errors import CinemeshError
 from ..files import atomic_file, check_output_folder
-from ..interrupt import deaf_children
+from ..interrupt import WAKE_S, be_deaf, deaf_children, interrupt_later
 from ..memory import available_bytes
 from .catalogue import IMPLEMENTATIONS
 from .packages import missing
@@ -182,19 +182,21 @@ def _work_through(
                     worker.job, job = waiting.pop()
                     begin(job[0])
                     worker.connection.send(job)
-            ready = wait([worker.connection for worker in pool if worker.job is not None])
+            ready = wait([worker.connection for worker in pool if worker.job is not None], WAKE_S)
             for worker in (worker for worker in pool if worker.connection in ready):
                 said = worker.answer()
                 if said is not None and worker.job is not None:
                     results[worker.job], worker.job = said, None
     finally:
-        for worker in pool:
-            worker.process.kill()
-            worker.process.join()
+        with interrupt_later():
+            for worker in pool:
+                worker.process.kill()
+                worker.process.join()
     return [results[i] for i in range(len(jobs))]
 
 
 def _serve(connection: Connection, look: Look[Any], interpret: bool) -> None:
+    be_deaf()
     os.environ["TRITON_INTERPRET"] = "1" if interpret else "0"
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # multiply-add in one instruction; Triton 3.9 wants it said
     os.environ["OMP_NUM_THREADS"] = "1"

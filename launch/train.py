@@ -1,4 +1,7 @@
-"""The entry of training: ``cinemesh train``, and ``torchrun ... -m cinemesh.launch.train CONFIG`` with its options."""
+"""The entry of training: ``cinemesh train``, and ``torchrun ... -m cinemesh.launch.train CONFIG`` with its options.
+
+What takes time is imported when it is wanted, with Ctrl-C heard.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..interrupt import interrupted_in_a_line
-from .cluster.processes import rank_main, world_size
-from .plans import plan_override
-from .terminal import show_what_it_can
-from .training import checkpoint, loop
-from .training.needs import check_outputs
-from .training.recipe import read_recipe
-from .written import command, wrote
 
 PROMPT = "a red car"  # of the clip that a finished run proposes
 
 
 def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
     """Settle the plan, then train, on ``nproc`` processes of this machine or on those that torchrun started."""
+    from .cluster.processes import world_size
+    from .training import checkpoint, loop
+    from .training.needs import check_outputs
+    from .training.recipe import read_recipe
+    from .written import command, wrote
+
     recipe, auto = read_recipe(config, overrides)
     check_outputs(recipe)
     if recipe.cluster is not None:
@@ -37,6 +39,15 @@ def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
 
 def main() -> None:
     """Under torchrun: the same as ``cinemesh train CONFIG``."""
+    with interrupted_in_a_line(last=True):
+        _main()
+
+
+def _main() -> None:
+    from .cluster.processes import rank_main
+    from .plans import plan_override
+    from .terminal import show_what_it_can
+
     parser = argparse.ArgumentParser(prog="cinemesh.launch.train", description="Train a model, or resume its training.")
     parser.add_argument("config", type=Path, help="YAML recipe")
     parser.add_argument("--plan", metavar="PLAN", help="in place of the recipe's, as cinemesh train takes it")
@@ -44,8 +55,7 @@ def main() -> None:
     given = parser.parse_args()
     overrides = [*plan_override(given.plan), *given.overrides]
     show_what_it_can()
-    with interrupted_in_a_line():
-        sys.exit(rank_main(lambda: run(config=given.config, nproc=None, overrides=overrides)))
+    sys.exit(rank_main(lambda: run(config=given.config, nproc=None, overrides=overrides)))
 
 
 if __name__ == "__main__":

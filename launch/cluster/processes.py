@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from types import FrameType
@@ -35,7 +36,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from ...errors import CinemeshError, in_a_line
-from ...interrupt import deaf_children, interrupt
+from ...interrupt import WAKE_S, be_deaf, deaf_children, interrupt, interrupt_later
 from ...parallel.ir.plan import Plan
 from ...parallel.runtime.comm import barrier, set_up_nccl
 from ...parallel.runtime.mesh import Mesh
@@ -46,7 +47,6 @@ BUG = 1
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # ask a run to save and stop
 GRACE_S = 120.0  # what ranks get to save once the launcher was asked to stop
 LEFTOVER_S = 20.0  # and to end by themselves once one of them failed
-WATCH_S = 0.2  # between two looks at the ranks
 LOOPBACK = "127.0.0.1"
 MEETING_S = 600.0  # how long ranks wait for one another when they start
 ANSWER_S = 1800.0  # and in a collective
@@ -236,10 +236,11 @@ def launch(nproc: int, work: Callable[..., None], *args: object) -> int:
         with stop:
             ended = _watch(ranks, stop)
     finally:
-        for process in ranks:
-            if process.pid is not None:
-                process.kill()
-                process.join()
+        with interrupt_later():
+            for process in ranks:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
     message = None if said.empty() else said.get()
     lost = {rank: -code for rank, code in ended.items() if code < 0 and code != -signal.SIGTERM}
     for rank, signum in lost.items():  # what the others then say of a lost connection is no cause
@@ -259,7 +260,7 @@ def _watch(ranks: list[SpawnProcess], stop: StopSignal) -> dict[int, int]:
     deadline, passed_on = float("inf"), False
     while len(ended) < len(ranks):
         alive = {rank: process for rank, process in enumerate(ranks) if rank not in ended}
-        wait([process.sentinel for process in alive.values()], timeout=WATCH_S)
+        wait([process.sentinel for process in alive.values()], timeout=WAKE_S)
         for rank, process in alive.items():
             if process.exitcode is not None:
                 ended[rank] = process.exitcode
@@ -291,12 +292,13 @@ def forked(ranks: int, work: Callable[[], T]) -> list[T]:
     """
     _over_loopback()
     with tempfile.TemporaryDirectory() as folder:
-        with deaf_children():
-            started = start_processes(_forked, (ranks, Path(folder), work), ranks, join=False, start_method="fork")
-        assert started is not None
-        processes = [process for process in started.processes if process is not None]
+        processes: list[BaseProcess] = []
         try:
-            while not started.join():
+            with deaf_children():
+                started = start_processes(_forked, (ranks, Path(folder), work), ranks, join=False, start_method="fork")
+                assert started is not None
+                processes += [process for process in started.processes if process is not None]
+            while not started.join(WAKE_S):
                 pass
             answers = [pickle.loads((Path(folder) / f"answer{rank}").read_bytes()) for rank in range(ranks)]
         except ProcessException:  # of the rank that was found first: what it says of a lost connection is no cause
@@ -308,12 +310,15 @@ def forked(ranks: int, work: Callable[[], T]) -> list[T]:
                     raise error from None
             raise
         finally:
-            for process in processes:
-                process.kill()
+            with interrupt_later():
+                for process in processes:
+                    process.kill()
+                    process.join()
         return answers
 
 
 def _forked(rank: int, ranks: int, folder: Path, work: Callable[[], object]) -> None:
+    be_deaf()
     torch.set_num_threads(1)
     meeting = dist.FileStore(str(folder / "store"), ranks)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=meeting, rank=rank, world_size=ranks)
@@ -334,6 +339,7 @@ def _over_loopback() -> None:
 def _rank(
     rank: int, nproc: int, port: int, said: SimpleQueue[str], work: Callable[..., None], args: Sequence[object]
 ) -> None:
+    be_deaf()
     show_what_it_can()
     os.environ |= {
         "RANK": str(rank),

@@ -96,7 +96,7 @@ def test_the_compile_check_says_each_module_twice(
 
     monkeypatch.setattr(shown, "EVERY_S", 0.0)
     monkeypatch.setattr(compiling, "_Worker", Worker)
-    monkeypatch.setattr(compiling, "wait", lambda connections: connections)
+    monkeypatch.setattr(compiling, "wait", lambda connections, timeout: connections)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     given = {"target": "sm_90", "as_json": False}
     compile_check.run(preset("tiny"), Plan(dtype="float32"), BatchShape(1, (3, 4, 12)), **given)

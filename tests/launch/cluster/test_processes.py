@@ -5,17 +5,20 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from cinemesh.errors import CinemeshError
-from cinemesh.interrupt import INTERRUPTED, Interrupted
+from cinemesh.interrupt import INTERRUPTED, Interrupted, deaf_children, interrupt
 from cinemesh.launch import cli
 from cinemesh.launch.cluster.processes import StopSignal, forked, joined, launch
 from cinemesh.parallel.ir.plan import Plan
@@ -139,6 +142,106 @@ def test_a_ctrl_c_in_a_command_is_one_line(monkeypatch: pytest.MonkeyPatch, caps
     finally:
         signal.signal(signal.SIGINT, before)
     assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+# Ctrl-C when a module is asked for, before any of ours was imported; SIGINT as a terminal's foreground job has it.
+AT_IMPORT = """
+import os, runpy, signal, sys
+
+class Press:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            sys.meta_path.remove(self)
+            for _ in range({times}):
+                os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Press())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv[1:] = {arguments!r}
+runpy.run_module({module!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "arguments"),
+    [
+        ("cinemesh.launch", "typer", ["list"]),
+        ("cinemesh.launch", "yaml", ["plan", "--gpus", "8"]),
+        ("cinemesh.launch", "torch", ["train", "recipe.yaml"]),
+        ("cinemesh.launch.train", "torch", ["recipe.yaml"]),
+    ],
+)
+def test_a_ctrl_c_while_it_imports_is_one_line(module: str, name: str, arguments: list[str]) -> None:
+    """Typer takes 0.3 s and torch 2: whoever mistyped presses it then, and twice."""
+    code = AT_IMPORT.format(module=module, name=name, arguments=arguments, times=2)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, done.stdout) == (INTERRUPTED, "interrupted\n", "")
+
+
+def test_of_the_ranks_of_a_machine_the_first_says_that_it_was_interrupted() -> None:
+    """Under torchrun a terminal's Ctrl-C reaches all of them."""
+    code = AT_IMPORT.format(module="cinemesh.launch.train", name="torch", arguments=["recipe.yaml"], times=1)
+    for rank, said in ((0, "interrupted\n"), (1, "")):
+        environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (INTERRUPTED, said)
+
+
+def _presses(function: Callable[..., Any], pressed: list[int]) -> Callable[..., Any]:
+    """The same, and the first time a Ctrl-C behind it."""
+
+    def call(*given: Any, **options: Any) -> Any:
+        done = function(*given, **options)
+        pressed.append(len(pressed))
+        if len(pressed) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return done
+
+    return call
+
+
+@pytest.fixture
+def hearing() -> Iterator[None]:
+    """SIGINT as a command has it; a background job, which the suite may be, has it ignored."""
+    before = signal.signal(signal.SIGINT, interrupt)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("way", [launch, forked])
+@pytest.mark.parametrize("place", ["start", "kill"])
+def test_a_ctrl_c_between_two_ranks_leaves_none(
+    way: Callable[..., Any], place: str, hearing: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """Between the starts of two, or the ends: all are started and then ended, and Ctrl-C is obeyed after all."""
+    pressed, others = list[int](), _children()
+    monkeypatch.setattr(BaseProcess, place, _presses(getattr(BaseProcess, place), pressed))
+    ranks = {launch: (2, time.sleep, 60), forked: (2, lambda: time.sleep(60))}[way]
+    if place == "kill":  # the ranks end at once
+        ranks = {launch: (2, time.sleep, 0), forked: (2, lambda: None)}[way]
+    with pytest.raises(Interrupted):
+        way(*ranks)
+    assert len(pressed) == 2 and _children() == others
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_ranks_hear_no_ctrl_c_before_they_listen_themselves(tmp_path: Path) -> None:
+    """While they import torch it is blocked, by a mask that exec keeps; then ignored, until a run has its handler."""
+    found = tmp_path / "found"
+    state = "import signal; from pathlib import Path; " + (
+        f"Path({str(found)!r}).write_text(f'{{signal.getsignal(2)}} {{signal.pthread_sigmask(0, [])}}')"
+    )
+    assert launch(1, exec, state, {}) == 0
+    assert found.read_text() == f"{signal.SIG_IGN} set()"
+    with deaf_children():
+        seen = subprocess.run(
+            [sys.executable, "-c", "import signal; print(signal.pthread_sigmask(0, []))"],
+            capture_output=True,
+            check=True,
+        )
+    assert seen.stdout.split() == [b"{<Signals.SIGINT:", b"2>}"]
+    assert signal.SIGINT not in signal.pthread_sigmask(0, [])
 
 
 def _lost_or_refused(refused: bool) -> None:
