@@ -14,6 +14,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from ..documents import quoted
 from ..errors import CinemeshError, did_you_mean
 from ..model.codec import BlockDCTCodec, LatentCodec
 from ..model.inputs import MASK, text_input
@@ -46,9 +47,9 @@ CODECS: dict[str, type[CodecSettings]] = {settings.kind: settings for settings i
 
 def codec_kind(name: object) -> type[CodecSettings]:
     """The settings that a kind of codec has. Raises CinemeshError for a kind that nobody knows."""
-    if name not in CODECS:
-        raise CinemeshError(f"codec.kind is {name!r}", remedy=did_you_mean(name, CODECS))
-    return CODECS[str(name)]
+    if not isinstance(name, str) or name not in CODECS:
+        raise CinemeshError(f"codec.kind is {quoted(name)}", remedy=did_you_mean(name, CODECS))
+    return CODECS[name]
 
 
 @dataclass(frozen=True)

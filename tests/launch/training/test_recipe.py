@@ -101,6 +101,8 @@ def test_overrides_replace_one_value_each(recipe: Path) -> None:
         ("sample.guidnce=2", "unknown key 'sample.guidnce'; did you mean 'guidance'?"),
         ("codec.kind=block-dtc", "codec.kind is 'block-dtc'; did you mean 'block-dct'? Known: block-dct"),
         ("codec.path=x", "unknown key 'codec.path'; known: kind"),
+        ("codec.kind={a: b}", "codec.kind is {'a': 'b'}; known: block-dct"),
+        ("codec.kind=[block-dct]", "codec.kind is ['block-dct']; did you mean"),
         ("codec=block-dct", "codec is 'block-dct': input should be a dictionary"),
         ("zzz=1", "unknown key 'zzz'; known: model, plan, codec"),
         ("schedule.steps=many", "schedule.steps is 'many'; it must be a whole number, 1 to 10,000,000"),
