@@ -93,3 +93,36 @@ def test_the_least_bytes_are_those_of_the_arguments(spec: Spec) -> None:
                 assert isinstance(shape, tuple)
                 least += times.get(name, 1) * ITEM_BYTES[kind] * math.prod(shape)
     assert spec.least_bytes == pytest.approx(least, rel=1e-12) and spec.least_bytes > 0
+
+
+# Of SIZES: 48 rows of two samples where a rank holds tokens, 24 by token; each size rounded up to a power of two.
+ATTENTION = {
+    f"{op}{part}": f"E2,K16,S{keys},T64"
+    for op, keys in (("attention", 128), ("cross_attention", 8))
+    for part in (".forward", "_backward.queries", "_backward.keys")
+}
+BY_TOKEN = ("gated_residual.forward", "gated_residual.backward", "modulate_norm.forward", "modulate_norm.backward")
+SHAPES = {
+    **{name: {shape} for name, shape in ATTENTION.items()},
+    **dict.fromkeys((*BY_TOKEN, "modulate_norm.position_forward"), {"D32,T64"}),
+    **dict.fromkeys(("layer_norm.forward", "layer_norm.backward"), {"D32,L16"}),
+    **dict.fromkeys(("swiglu.forward", "swiglu.backward", "adamw.update"), {"N4096"}),
+    "merge.attention": {"K16,N4,T128", "K16,N16,T128"},
+    "merge.sum": {"E4096,N4", "E4096,N16"},
+}
+
+
+def test_a_tuned_tile_is_looked_up_by_the_shape_of_the_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under another shape the tile that was measured is never found, and nothing says so."""
+    asked: dict[str, set[str]] = {}
+
+    def noted(kernel: str, shape: str, default: dict[str, int], *_: str) -> dict[str, int]:
+        asked.setdefault(kernel, set()).add(shape)
+        return dict(default)
+
+    modules = [import_module(f"cinemesh.kernels.{name}") for name in triton_modules()]
+    for module in modules:
+        monkeypatch.setattr(module, "tile", noted, raising=False)
+    for module in modules:
+        module.compile_specs(SIZES)
+    assert asked == SHAPES
