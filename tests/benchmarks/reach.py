@@ -153,7 +153,7 @@ def order(reaches: Sequence[Reach], file: str, block: int | None, budget_s: floa
         near = [reach for reach in reaches if any(of == file for of, _ in reach.blocks)]
         beside = [reach for reach in reaches if reach not in near and _folder(reach.test) in (folder, Path("tests"))]
         groups = [[reach for reach in beside if not reach.blocks and not reach.programs and block is None], near]
-        groups.append([reach for reach in beside if reach.programs])
+        groups.append([reach for reach in beside if reach.programs and _folder(reach.test) == folder])
     chosen: list[str] = []
     for group in groups:
         seen: Counter[str] = Counter()

@@ -104,9 +104,9 @@ ATTENTION = {
 BY_TOKEN = ("gated_residual.forward", "gated_residual.backward", "modulate_norm.forward", "modulate_norm.backward")
 SHAPES = {
     **{name: {shape} for name, shape in ATTENTION.items()},
-    **dict.fromkeys((*BY_TOKEN, "modulate_norm.position_forward"), {"D32,T64"}),
-    **dict.fromkeys(("layer_norm.forward", "layer_norm.backward"), {"D32,L16"}),
-    **dict.fromkeys(("swiglu.forward", "swiglu.backward", "adamw.update"), {"N4096"}),
+    **{key: {"D32,T64"} for key in (*BY_TOKEN, "modulate_norm.position_forward")},
+    **{key: {"D32,L16"} for key in ("layer_norm.forward", "layer_norm.backward")},
+    **{key: {"N4096"} for key in ("swiglu.forward", "swiglu.backward", "adamw.update")},
     "merge.attention": {"K16,N4,T128", "K16,N16,T128"},
     "merge.sum": {"E4096,N4", "E4096,N16"},
 }
