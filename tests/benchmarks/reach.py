@@ -144,12 +144,12 @@ def order(reaches: Sequence[Reach], file: str, block: int | None, budget_s: floa
     """The tests that run the block, each within ``budget_s``.
 
     If there are none, or in a module's body: those of its folder and of none that run no function of the package, and
-    read what modules hold; those that run anything of the file; those of its folder that start programs. One instance
-    of every test comes before the second of any, the cheap ones first.
+    read what modules hold; those that run anything of the file; those of its folder that start programs. Tests of the
+    file's folder come first; one instance of every test before the second of any, the cheap ones first.
     """
+    folder = "tests" / Path(file).parent
     groups = [[reach for reach in reaches if (file, block) in reach.blocks]]
     if not groups[0]:
-        folder = "tests" / Path(file).parent
         near = [reach for reach in reaches if any(of == file for of, _ in reach.blocks)]
         beside = [reach for reach in reaches if reach not in near and _folder(reach.test) in (folder, Path("tests"))]
         groups = [[reach for reach in beside if not reach.blocks and not reach.programs and block is None], near]
@@ -157,10 +157,10 @@ def order(reaches: Sequence[Reach], file: str, block: int | None, budget_s: floa
     chosen: list[str] = []
     for group in groups:
         seen: Counter[str] = Counter()
-        rounds: list[tuple[int, float, str]] = []
+        rounds: list[tuple[bool, int, float, str]] = []
         for reach in sorted(group, key=lambda reach: reach.cpu_s):
             function = reach.test.partition("[")[0]
-            rounds.append((seen[function], reach.cpu_s, reach.test))
+            rounds.append((_folder(reach.test) != folder, seen[function], reach.cpu_s, reach.test))
             seen[function] += 1
-        chosen += [test for _, cpu_s, test in sorted(rounds) if cpu_s < budget_s]
+        chosen += [test for *_, cpu_s, test in sorted(rounds) if cpu_s < budget_s]
     return chosen
