@@ -222,6 +222,22 @@ def test_a_part_is_another_than_the_one_between_whose_elements_it_lies() -> None
         assert check(program.with_ops(ops), stage.built) != [], (stage.name, one)
 
 
+@pytest.mark.parametrize(
+    ("lost", "reader", "read"),
+    [
+        ("x1.t1", "x1_gathered.t1 (all_gather)", "x1.t1"),
+        ("cross_q.t0", "cross_o (cross_attention)", "cross_q"),  # the whole, of which a part is not there
+        ("kv.t1", "kv_slice.h1 (copy)", "kv.h1"),
+    ],
+)
+def test_who_reads_what_nobody_wrote_is_named(lost: str, reader: str, read: str) -> None:
+    """That a record is lost is found by other checks too; only this one says who reads what the arena holds by chance."""
+    stage, block = stages(PLANS["slices"])[0], "mb0/blocks.1.forward/"
+    (i,) = [i for i, op in enumerate(stage.program.ops) if op.name == block + lost]
+    found = {(finding.op, finding.what) for finding in check(without(stage.program, i), stage.built)}
+    assert (block + reader, f"reads {block}{read}, of which not all is written") in found
+
+
 def early(program: Program, arena: Arena) -> Arena:
     """What a collective sends is given away between its issue and its wait."""
     i = at(program, lambda op: op.kind == "reduce_scatter", 0)
