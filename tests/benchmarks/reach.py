@@ -140,12 +140,18 @@ def _folder(test: str) -> Path:
     return Path(test.partition("::")[0]).parent
 
 
+def _far(test: str, file: Path) -> int:
+    """0: in the mirror of a file; 1: beside it."""
+    mirror = Path(test.partition("::")[0]).name.startswith(f"test_{file.stem}")
+    return (0 if mirror else 1) if _folder(test) == "tests" / file.parent else 2
+
+
 def order(reaches: Sequence[Reach], file: str, block: int | None, budget_s: float) -> list[str]:
     """The tests that run the block, each within ``budget_s``.
 
     If there are none, or in a module's body: those of its folder and of none that run no function of the package, and
     read what modules hold; those that run anything of the file; those of its folder that start programs. Tests of the
-    file's folder come first; one instance of every test before the second of any, the cheap ones first.
+    file's mirror come first, then those beside it; one instance of every test before the second of any, the cheap ones first.
     """
     folder = "tests" / Path(file).parent
     groups = [[reach for reach in reaches if (file, block) in reach.blocks]]
@@ -157,10 +163,10 @@ def order(reaches: Sequence[Reach], file: str, block: int | None, budget_s: floa
     chosen: list[str] = []
     for group in groups:
         seen: Counter[str] = Counter()
-        rounds: list[tuple[bool, int, float, str]] = []
+        rounds: list[tuple[int, int, float, str]] = []
         for reach in sorted(group, key=lambda reach: reach.cpu_s):
             function = reach.test.partition("[")[0]
-            rounds.append((_folder(reach.test) != folder, seen[function], reach.cpu_s, reach.test))
+            rounds.append((_far(reach.test, Path(file)), seen[function], reach.cpu_s, reach.test))
             seen[function] += 1
         chosen += [test for *_, cpu_s, test in sorted(rounds) if cpu_s < budget_s]
     return chosen

@@ -231,7 +231,7 @@ def test_a_part_is_another_than_the_one_between_whose_elements_it_lies() -> None
     ],
 )
 def test_who_reads_what_nobody_wrote_is_named(lost: str, reader: str, read: str) -> None:
-    """That a record is lost is found by other checks too; only this one says who reads what the arena holds by chance."""
+    """That a record is lost is found by other checks too; only this one says who reads what lay there by chance."""
     stage, block = stages(PLANS["slices"])[0], "mb0/blocks.1.forward/"
     (i,) = [i for i, op in enumerate(stage.program.ops) if op.name == block + lost]
     found = {(finding.op, finding.what) for finding in check(without(stage.program, i), stage.built)}
