@@ -150,8 +150,8 @@ def order(reaches: Sequence[Reach], file: str, block: int | None, budget_s: floa
     """The tests that run the block, each within ``budget_s``.
 
     If there are none, or in a module's body: those of its folder and of none that run no function of the package, and
-    read what modules hold; those that run anything of the file; those of its folder that start programs. Tests of the
-    file's mirror come first, then those beside it; one instance of every test before the second of any, the cheap ones first.
+    read what modules hold; those that run anything of the file; those of its folder that start programs. The tests
+    of its mirror come first, then those beside it; one instance of every test before the second of any; cheap ones.
     """
     folder = "tests" / Path(file).parent
     groups = [[reach for reach in reaches if (file, block) in reach.blocks]]
