@@ -296,7 +296,9 @@ def survivors(before: Path, copy: Path) -> Iterator[Mutant]:
 def report(work: Path, path: Path) -> None:
     """Write the list, after the tests that killed were seen to pass on the copy as it is.
 
-    WORK/judged.json holds, by ``told`` of a survivor, why it is equivalent, or which test finds it today.
+    WORK/judged.json holds, by ``told`` of one that survived, what came of it: ``{"verdict": "killed later", "test"}``,
+    by a test that the budget left out; ``{"verdict": "mended", "test"}``, by one written for it; ``{"verdict":
+    "equivalent", "reason"}``.
     """
     results = [result for result in read(work) if result.verdict != "invalid"]
     killers = sorted({result.test for result in results if result.verdict == "killed" and result.test})
@@ -308,6 +310,7 @@ def report(work: Path, path: Path) -> None:
         name = told(result.mutant)
         found = {"verdict": result.verdict, "test": result.test, "cpu_s": result.cpu_s}
         rows.append({"mutant": name, **found, **judged.get(name, {})})
+    counts = Counter(str(row["verdict"]) for row in rows)
     about = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": f"{os.cpu_count()}-core {platform.machine()}, no GPU",
@@ -315,7 +318,10 @@ def report(work: Path, path: Path) -> None:
         | {name: importlib.metadata.version(name) for name in ("torch", "pytest", "hypothesis", "triton")},
         "revision": (work / "revision").read_text().strip(),
         "seed": SEED,
-        "counts": Counter(result.verdict for result in results),
+        "mutants_counted": len(rows),
+        "counts": counts,
+        "share_not_equivalent_before": round((counts["mended"] + counts["survived"]) / len(rows), 4),
+        "share_not_equivalent_now": round(counts["survived"] / len(rows), 4),
     }
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     path.write_text(json.dumps(about, indent=1)[:-2] + f',\n "mutants": [\n{lines}\n]\n}}\n')

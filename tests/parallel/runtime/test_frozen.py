@@ -215,6 +215,17 @@ def test_what_depends_on_nothing_is_computed_once() -> None:
     assert [call.op._schema.name for call in calls] == ["aten::add", "aten::copy_"]
 
 
+def test_what_stays_and_what_is_made_each_step_is_counted() -> None:
+    """A constant of 6 fp32, read twice; a temporary of 24. What is given from outside is neither."""
+    x, out = torch.rand(4, 6), torch.empty(4, 6)
+    with CallRecorder() as recorder:
+        constant = torch.arange(6.0) * 2
+        out.copy_((x + constant) * constant)
+    segment = compile_calls(recorder.calls, {storage_key(x), storage_key(out)})
+    assert segment.constant_bytes == 4 * 6
+    assert segment.workspace_bytes == 512, "two temporaries of 96 bytes, each on a boundary of 256"
+
+
 def test_a_call_goes_through_torchs_binding_where_that_means_the_same() -> None:
     """The binding costs half; of a number it makes a tensor, which is another overload, so that one is not believed."""
     x, y, out, workspace = torch.rand(3), torch.rand(3), torch.empty(3), torch.empty(0, dtype=torch.uint8)
