@@ -17,6 +17,7 @@ from ...kernels.selection import PLAIN_INSTALL, Software, packages_of
 from ...parallel.ir.plan import Plan
 from ...perf_model.clusters.cluster import Cluster, load
 from ...perf_model.report.explain import describe
+from ...perf_model.report.software import kernels_of
 from ...perf_model.search.planner import search
 from ...perf_model.search.request import LatentBucket, Request
 from ...perf_model.search.tune import tune
@@ -69,7 +70,10 @@ def _settled(directory: Path, world: int, auto: Auto, setting: Setting) -> Plan:
         _say(f"the plan of {directory / FILE} no longer suits the recipe: planned again")
     chosen = planned(world, auto, setting)
     chosen.write(directory)
-    _say(f"{describe(chosen.plan)}, predicted {chosen.step_s:.3g} s a step; written to {directory / FILE}")
+    cluster = cluster_under(setting.config, auto.cluster)
+    packages = dict.fromkeys(k.package for k in kernels_of(cluster, setting.model, chosen.plan.compute_dtype))
+    priced = f"predicted {chosen.step_s:.3g} s a step with attention on {', '.join(packages)}"
+    _say(f"{describe(chosen.plan)}, {priced}; written to {directory / FILE}")
     return chosen.plan
 
 

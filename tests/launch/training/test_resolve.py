@@ -57,6 +57,7 @@ def test_a_run_is_resolved_once_kept_by_a_resume_and_resolved_again_on_another_w
     assert known.cluster == "local-cpu" and known.step_s > 0 and known.peak_bytes > 0
     said = capsys.readouterr().err
     assert f"plan: auto: {resolve.describe(known.plan)}, predicted " in said and "again" not in said
+    assert " s a step with attention on torch; written to " in said
     assert pool.run(2, train_rank, auto, 2) == [(2, known.plan)] * 2
     text = (run / resolved.FILE).read_text()
 
