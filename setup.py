@@ -44,7 +44,7 @@ setup(
         "cinemesh.configs": ["*.yaml", "*/*.yaml"],
         "cinemesh.kernels": ["tuning/*.yaml", "rates/*.yaml"],
         "cinemesh.perf_model.clusters": ["*.yaml", "*.csv"],
-        "cinemesh.perf_model.published": ["*.yaml"],
+        "cinemesh.perf_model.published": ["*.yaml", "*.csv"],
         "cinemesh.perf_model.report": ["templates/*.html"],
     },
     include_package_data=False,  # or every file of the root counts as data of the package

@@ -38,6 +38,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
 # Code lines of kernels without Triton, parallel and model without its autoencoder: 8,000, and what stands in the core
 # so that nothing else need state it: check() (230 lines), and the op table's counts, which price and proof read (180).
 CORE_LINES = 8410
+READ = (".csv", ".html", ".yaml")  # suffixes of files that modules read
 FAN_OUT = 15  # modules of the package that a file imports
 WIDER_WITH_REASON: dict[str, str] = {  # path -> why
     "model/runner.py": "one rank of a step: where program, executor, capture and model meet",
@@ -485,8 +486,34 @@ for name in names:
     return done.stdout.splitlines()
 
 
+def check_shipped(root: Path) -> list[str]:
+    """setup.py names every folder of the package, and every file beside its modules that they read."""
+    if not (root / "setup.py").exists():
+        return []
+    tree = ast.parse((root / "setup.py").read_text(encoding="utf-8"))
+    named = {"FOLDERS": "()", "package_data": "{}"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            named[node.targets[0].id] = ast.unparse(node.value)
+        elif isinstance(node, ast.keyword) and node.arg:
+            named[node.arg] = ast.unparse(node.value)
+    folders, data = eval(named["FOLDERS"]), eval(named["package_data"])
+    found = [str(path.relative_to(root)) for path in sources(root) if path.parent != root]
+    missing = {place for place in found if place.rpartition("/")[0] not in folders}
+    shipped = {
+        path
+        for package, patterns in data.items()
+        for pattern in patterns
+        for path in (root / package.removeprefix("cinemesh.").replace(".", "/")).glob(pattern)
+    }
+    read = [path for folder in FOLDERS for path in (root / folder).rglob("*.*") if path.suffix in READ]
+    missing |= {str(path.relative_to(root)) for path in read if path not in shipped}
+    return [f"{place} is not shipped: name it in setup.py" for place in sorted(missing)]
+
+
 CHECKS = (
     check_imports,
+    check_shipped,
     check_cycles,
     check_rooms,
     check_core_size,
@@ -518,6 +545,15 @@ def test_something_is_checked() -> None:
 
 
 PLANTED = [
+    (check_shipped, {"model/a/b.py": "", "setup.py": f"FOLDERS = {FOLDERS}\n"}),
+    (
+        check_shipped,
+        {
+            "model/a.csv": "",
+            "model/b.yaml": "",
+            "setup.py": f"FOLDERS = {FOLDERS}\nsetup(package_data={{'cinemesh.model': ['*.yaml']}})\n",
+        },
+    ),
     (check_rooms, {"parallel/ir/a.py": "from ..passes import b\n", "parallel/passes/b.py": ""}),
     (check_rooms, {"parallel/layers/a.py": "from ..runtime import b\n", "parallel/runtime/b.py": ""}),
     (check_rooms, {"perf_model/a.py": "from ..data import clips\n"}),
