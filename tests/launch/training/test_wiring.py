@@ -24,7 +24,7 @@ from cinemesh.data.clips import read_frames, write_mp4
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels.philox import Purpose
 from cinemesh.launch import train as entry
-from cinemesh.launch.training import checkpoint, showcase
+from cinemesh.launch.training import checkpoint, resolve, showcase
 from cinemesh.launch.training import loop as train
 from cinemesh.launch.training import sample as sampling
 from cinemesh.launch.training.recipe import Config, check_config
@@ -108,9 +108,11 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
     did: dict[str, Any] = {name: [] for name in ("lr", "ids", "latents", "text", "plans")}
     did |= {
         "clips": {},
+        "packages": (),
     }
     run = Run(values, did)
     load, step, steps = StepRunner.load, StepRunner.step, train.train_steps
+    choose, predict = train.kernels_for, resolve.predict_run
 
     def loaded(self: StepRunner, micro_batch: int, batch: Mapping[str, Tensor]) -> None:
         did["ids"].append(batch[IDS].tolist())
@@ -139,6 +141,14 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
         did["final"] = {name: runner.buffers[name].clone() for name in STATES}
         return runner
 
+    def chosen(*given: Any, **asked: Any) -> Any:
+        did["asked"] = asked
+        return choose(*given, **asked)
+
+    def predicted(setting: Setting, cluster: Any, **rest: Any) -> Any:
+        did["packages"] = cluster.software.packages
+        return predict(setting, cluster, **rest)
+
     def shown(_: Path, clips: dict[str, Tensor], *rest: Any) -> list[Any]:
         did["clips"] = clips
         return []
@@ -157,6 +167,8 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
         patch.setattr(StepRunner, "load", loaded)
         patch.setattr(StepRunner, "step", stepped)
         patch.setattr(train, "train_steps", trained)
+        patch.setattr(train, "kernels_for", chosen)
+        patch.setattr(resolve, "predict_run", predicted)
         patch.setattr(showcase, "show", shown)
         patch.setattr(sampling, "Sampler", Watched)
         entry.run(config=folder / "recipe.yaml", nproc=None, overrides=[])
@@ -271,6 +283,8 @@ EFFECTS: Mapping[str, Sequence[Effect]] = {
     "weights": [Effect("master", frozenset({"validation", "clips"}))],
     "capture": [Effect("required", frozenset({"replay"}))],
     "kernels": [Effect({"attention": "reference"}, frozenset({"kernels"}), rounded=GRADIENT)],
+    "packages": [Effect(["fa3"], frozenset({"packages"}), {"cluster": "local-cpu"})],
+    "deterministic": [Effect(True, frozenset({"asked"}))],  # of the registry; on a CPU it has no others
 }
 # Keys of which another value cannot run here: the refusal names what they say.
 REFUSED = {
