@@ -377,7 +377,8 @@ FREE: Mapping[str, str] = {
     ),
     **dict.fromkeys(
         ("parallel.passes.arena.GOOD_ENOUGH", "parallel.passes.arena.OUTLIVES", "parallel.passes.arena.WINDOW",
-         "parallel.passes.choose_kept.*", "perf_model.search.request.SHOWN", "perf_model.search.tune.*"),
+         "parallel.passes.choose_kept.*", "perf_model.search.request.SHOWN", "perf_model.search.tune.*",
+         "perf_model.search.nearby.*"),
         "how far a search goes; what it finds is compared in the tests of its file",
     ),
     **dict.fromkeys(

@@ -23,7 +23,7 @@ from ...perf_model.report import explain
 from ...perf_model.report.explain import describe
 from ...perf_model.report.software import kernels_of, other_software
 from ...perf_model.search.evaluator import Evaluator
-from ...perf_model.search.planner import Search, search
+from ...perf_model.search.planner import Nearby, Search, nearby, search
 from ...perf_model.search.refusals import Refusal, RefusalKind
 from ...perf_model.search.request import LatentBucket, PricedPlan, Request
 from ...perf_model.search.samples import WITHIN, TriedSamples, search_samples
@@ -35,7 +35,7 @@ from ..tables import new_console, plain_table
 from ..written import command, wrote
 from . import reply
 from .explain import Reasons, start_up_cost
-from .reply import PaperStage, PlanReply, RankedPlan, Refused, Schema
+from .reply import NearbyPlan, PaperStage, PlanReply, RankedPlan, Refused, Schema
 from .software import print_kernels, print_others
 
 NUMBERS = (
@@ -115,17 +115,23 @@ def run(  # noqa: PLR0913  the options of the command
         request, found, tried = search_samples(request)
     else:
         found = search(request)
+    others = nearby(request, found)
     if tune:
         from ...perf_model.search.tune import tuned
 
         with progress("tuning", len(found.choices), silent=as_json) as begin:
             found = tuned(request, found, lambda choices: each(choices, begin, lambda choice: describe(choice.plan)))
     flops = explain.mean_sample_flops(request)
-    told = replace(_reply(model, request, found, flops), samples_tried=tried)
+    told = replace(
+        _reply(model, request, found, flops),
+        samples_tried=tried,
+        nearby=[_near(request, other, flops) for other in others],
+    )
     console = new_console()
     if not as_json:
         _print_search(console, request, found, flops)
         _print_samples(console, request, tried)
+        _print_nearby(console, request, others)
         print_kernels(console, told.kernels)
         print_others(console, found.best.step_s, told.other_software)
     if paper:
@@ -233,6 +239,11 @@ def _ranked(request: Request, choice: PricedPlan, flops: float) -> RankedPlan:
     )
 
 
+def _near(request: Request, other: Nearby, flops: float) -> NearbyPlan:
+    asked = replace(request, gpus=other.gpus)
+    return NearbyPlan(gpus=other.gpus, gain=other.gain, best=_ranked(asked, other.best, flops))
+
+
 def paper_rows(request: Request, begin: Begin = lambda _: None) -> list[PaperStage]:
     """The plans of Table 3 beside the best for the same samples and GPUs."""
     rows: list[PaperStage] = []
@@ -269,6 +280,21 @@ def _print_samples(console: Console, request: Request, tried: list[TriedSamples]
         console.print(
             f"samples of a data rank: {request.samples}, the fewest within {WITHIN:.0%} of the best; "
             f"under the same tp and cp {shown} samples/s"
+        )
+
+
+def _print_nearby(console: Console, request: Request, others: list[Nearby]) -> None:
+    """What would be better than what was asked for, close by."""
+    server = request.cluster.gpus_per_server
+    for other in others:
+        best, left = other.best, request.gpus - other.gpus
+        what = f"a global batch of {best.global_batch:,}"
+        if left:
+            servers = f" ({left // server:,} servers)" if left % server == 0 else ""
+            what = f"{other.gpus:,} GPUs, with {left:,} left out{servers},"
+        console.print(
+            f"close by: {what} would give {best.samples_per_s:,.1f} samples/s, {other.gain:.1%} more: "
+            f"{describe(best.plan)}"
         )
 
 

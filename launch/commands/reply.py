@@ -109,6 +109,15 @@ class PaperStage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NearbyPlan:
+    """The best plan of a batch close by, or of fewer GPUs, where it is better by more than the planner can be wrong."""
+
+    gpus: int
+    gain: Annotated[float, "samples/s more than the best of what was asked for, relative"]
+    best: RankedPlan
+
+
+@dataclass(frozen=True, kw_only=True)
 class Changed:
     """What would be if one thing were different."""
 
@@ -164,6 +173,7 @@ class PlanReply(Heading):
     samples_tried: Annotated[list[TriedSamples], "where neither samples nor a batch was given"] = field(
         default_factory=list
     )
+    nearby: Annotated[list[NearbyPlan], "what would be better close by, the best first"] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ tests compare with.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import math
@@ -19,6 +20,7 @@ from typing import Any, cast
 from ...errors import CinemeshError
 from ...model.config import latent_text
 from ...parallel.ir.fields import AXES
+from .nearby import close_batches, fewer_gpus
 from .refusals import FamilyKey, Refusal, RefusalKind
 from .request import PricedPlan, Request, Timed
 from .space import Family, Mode, SearchSpace, Variant, divisors
@@ -169,6 +171,33 @@ def survey(request: Request) -> Search:
     return Search(request, choices, refused, NEAR, space.evaluator.priced, space.evaluator.bounded)
 
 
+@dataclass(frozen=True)
+class Nearby:
+    """The best plan of another batch or of fewer GPUs. ``gain``: samples/s more than what was asked for, relative."""
+
+    gpus: int
+    best: PricedPlan
+    gain: float
+
+
+def nearby(request: Request, found: Search) -> list[Nearby]:
+    """What is better, close by, than the best plan found by more than the planner can be wrong; the best first."""
+    better: list[Nearby] = []
+    for best in _close_by(request):
+        gain = best.samples_per_s / found.best.samples_per_s - 1.0
+        if gain > NEAR:
+            better.append(Nearby(best.plan.world_size, best, gain))
+    return sorted(better, key=lambda other: -other.gain)
+
+
+def _close_by(request: Request) -> Iterator[PricedPlan]:
+    """The best plans of other batches and of fewer GPUs."""
+    asked = [replace(request, global_batch=batch) for batch in close_batches(request)]
+    for other in (*asked, *(replace(request, gpus=gpus) for gpus in fewer_gpus(request))):
+        with contextlib.suppress(CinemeshError):  # degrees fixed by hand that do not divide it
+            yield from survey(replace(other, shown=1)).choices
+
+
 def _per_sample_s(choice: PricedPlan) -> float:
     return choice.step_s / choice.global_batch
 
@@ -309,7 +338,11 @@ def _remedy(found: Search) -> str:
     request = found.request
     if found.nearest is None or found.nearest.kind is not RefusalKind.MEMORY:
         fixed = ", ".join(sorted(request.fixed))
-        return f"{f'free {fixed}, or ' if fixed else ''}change the GPUs or the global batch"
+        free = f"free {fixed}, or " if fixed else ""
+        for best in _close_by(request):
+            close = f"{best.plan.world_size} GPUs and a global batch of {best.global_batch}"
+            return f"{free}{close} would do, with tp={best.plan.tp} cp={best.plan.cp}"
+        return f"{free}change the GPUs or the global batch"
     if found.nearest.fixed and found.nearest.full_bytes <= found.nearest.free_bytes:
         return "free recompute: the planner chooses what to keep"
     gpus = 2 * request.gpus

@@ -27,6 +27,7 @@ SCREENS: dict[str, tuple[str, ...]] = {
         "±",
         "GB are usable on a GPU; ",
         "  tp=1",
+        "samples of a data rank: ",
     ),
     "explain tp=2,dp_shard=4 --model tiny": (
         "tiny on grand-teton-h100, 3x4x12 (36 tokens). Predicted, not measured.",

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.cli import app
 from cinemesh.launch.commands import plan as command
+from cinemesh.launch.tables import new_console
 from cinemesh.model.config import preset
 from cinemesh.parallel.ir.communicators import held
 from cinemesh.parallel.ir.fields import AXES
@@ -23,8 +24,8 @@ from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.startup import start_up
 from cinemesh.perf_model.report.report import explain
 from cinemesh.perf_model.search.evaluator import BuiltPlan, Evaluator, PlanCost
-from cinemesh.perf_model.search.planner import search
-from cinemesh.perf_model.search.request import LatentBucket, Request
+from cinemesh.perf_model.search.planner import Nearby, search
+from cinemesh.perf_model.search.request import LatentBucket, PricedPlan, Request
 
 
 def printed(capsys: pytest.CaptureFixture[str], **asked: object) -> str:
@@ -124,3 +125,16 @@ def test_the_plan_that_is_written_is_read_and_checked_as_the_line_on_stderr_says
 def test_a_plan_file_that_no_command_would_read_is_refused_before_the_search() -> None:
     done = CliRunner().invoke(app, ["plan", "--gpus=8", "--out=best"])
     assert isinstance(done.exception, CinemeshError) and "a plan file ends in .yaml" in str(done.exception)
+
+
+def test_what_is_close_by_is_said_with_what_it_leaves_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """Another batch keeps all GPUs, fewer GPUs say how many servers are free; a person plans a job by these lines."""
+    request = Request(preset("tiny"), (LatentBucket((2, 8, 8)),), load("grand-teton-h100"), 1040)
+    best = PricedPlan(Plan(tp=2), 1, 0.5, 0.4, 0.3, 10**9, 256)
+    others = [Nearby(1024, best, 0.145), Nearby(1040, best, 24.5)]
+    command._print_nearby(new_console(), request, others)  # pyright: ignore[reportPrivateUsage]
+    fewer, batch = capsys.readouterr().out.splitlines()
+    assert fewer.startswith(
+        "close by: 1,024 GPUs, with 16 left out (2 servers), would give 512.0 samples/s, 14.5% more"
+    )
+    assert batch.startswith("close by: a global batch of 256 would give 512.0 samples/s, 2450.0% more: tp=2")
