@@ -7,10 +7,11 @@ import typer
 
 from ..parallel.ir.fields import MOST_RANKS, NO_CLUSTER, Degrees, Memory, Overlap, Streams
 from ..parallel.ir.knobs import knobs
-from ..ranges import BATCH_RANGE, PROCESSES_RANGE, Range, integers
+from ..ranges import BATCH_RANGE, PROCESSES_RANGE, Range, integers, reals
 
 GPUS_RANGE = integers(1, MOST_RANKS, NO_CLUSTER, "GPUs")
 SERVERS_RANGE = integers(1, MOST_RANKS, NO_CLUSTER, "servers")
+HEADROOM_RANGE = reals(0.0, 1000.0, "no GPU has more memory", "GB")
 SHOWN_RANGE = integers(1, 10_000, "no search ranks more", "plans")
 TRIED_RANGE = integers(1, 1000, "each is a step of a model on CPU processes", "steps")
 TEXT_RANGE = integers(1, 2**20, "no prompts are longer", "tokens")
@@ -74,6 +75,15 @@ Packages = Annotated[
         "--packages",
         metavar="NAMES",
         help="Installed beside torch and Triton, for the kernels that they bring: fa3, or fa2,fa4,...",
+    ),
+]
+Headroom = Annotated[
+    float,
+    typer.Option(
+        "--headroom",
+        metavar="GB",
+        **bounds(HEADROOM_RANGE),
+        help="Of a GPU's memory, left free. None by default: buffers are exact, and what else takes memory is counted.",
     ),
 ]
 Latents = Annotated[

@@ -171,6 +171,7 @@ class Asked:
     cluster: str
     servers: int | None = None
     packages: str = ""
+    headroom: float = 0.0
     latent: str | None
     global_batch: int | None
     samples: int
@@ -182,7 +183,7 @@ class Asked:
         return Request(
             config=named.config,
             buckets=(LatentBucket(named.latent(self.latent)),),
-            cluster=load(self.cluster, self.servers, self.packages),
+            cluster=load(self.cluster, self.servers, self.packages, self.headroom),
             gpus=plan.world_size,
             global_batch=self.global_batch,
             samples=self.samples if self.global_batch is None else plan.local_batch(self.global_batch),

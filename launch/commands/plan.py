@@ -85,6 +85,7 @@ def run(  # noqa: PLR0913  the options of the command
     as_json: bool,
     servers: int | None = None,
     packages: str = "",
+    headroom: float = 0.0,
 ) -> None:
     """Search, print, and write what was asked for.
 
@@ -101,7 +102,7 @@ def run(  # noqa: PLR0913  the options of the command
     request = Request(
         config=named.config,
         buckets=_buckets(latents) or (LatentBucket(named.latent()),),
-        cluster=load(cluster, servers, packages),
+        cluster=load(cluster, servers, packages, headroom),
         gpus=gpus,
         global_batch=global_batch,
         samples=samples or 1,

@@ -83,6 +83,16 @@ class Cluster:
         """The same with more packages installed, by name. Raises CinemeshError for one that there is not."""
         return self.running(self.software.beside(packages_of(packages)))
 
+    def with_headroom(self, headroom_bytes: float) -> Cluster:
+        """The same with less of a GPU's memory to use. Raises CinemeshError where nothing is left."""
+        usable = self.memory.usable_bytes
+        if headroom_bytes >= usable:
+            raise CinemeshError(
+                f"headroom {headroom_bytes / 1e9:g} GB >= {usable / 1e9:.1f} GB usable of a GPU of {self.name}",
+                remedy="leave less of it free",
+            )
+        return self.with_(**{"memory.usable_bytes": usable - headroom_bytes})
+
     def has_placeholders(self, section: str) -> bool:
         """Whether a number of a section, by its dotted name, is no better than an order of magnitude."""
         return any(fact.origin == PLACEHOLDER for path, fact in self.facts.items() if path.startswith(section))
@@ -144,11 +154,11 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("_"))
 
 
-def load(name_or_path: str, servers: int | None = None, packages: str = "") -> Cluster:
+def load(name_or_path: str, servers: int | None = None, packages: str = "", headroom_gb: float = 0.0) -> Cluster:
     """A cluster by name, or from a file (anything that ends in .yaml). ``CinemeshError`` for what cannot be.
 
     ``servers``: in place of as many as the file says, in pods of the same size. ``packages``: installed beside those
-    that it says, by name, commas between them.
+    that it says, by name, commas between them. ``headroom_gb``: of a GPU's usable memory, left free.
     """
     if name_or_path.endswith((".yaml", ".yml")):
         path = Path(name_or_path)
@@ -164,6 +174,8 @@ def load(name_or_path: str, servers: int | None = None, packages: str = "") -> C
                 remedy=f"{did_you_mean(name_or_path, names())}. Or give a .yaml file",
             )
     cluster = from_dict(_read(path), path.stem, path.parent).with_packages(packages.split(",") if packages else [])
+    if headroom_gb:
+        cluster = cluster.with_headroom(headroom_gb * 1e9)
     return cluster if servers is None else cluster.with_(**{"topology.servers": servers})
 
 

@@ -138,3 +138,21 @@ def test_what_is_close_by_is_said_with_what_it_leaves_out(capsys: pytest.Capture
         "close by: 1,024 GPUs, with 16 left out (2 servers), would give 512.0 samples/s, 14.5% more"
     )
     assert batch.startswith("close by: a global batch of 256 would give 512.0 samples/s, 2450.0% more: tp=2")
+
+
+@pytest.mark.parametrize("command_line", ["plan --gpus 8 --samples 1", "explain tp=2,dp_shard=4"])
+def test_headroom_stays_free(command_line: str) -> None:
+    """Of what a GPU may use, in every command that says what fits: plans fill what they are given to the last byte."""
+    limits: list[float] = []
+    for headroom in ("0", "60"):
+        asked = [*command_line.split(), "--model", "movie-gen-5b", "--latent", "4x32x32", "--headroom", headroom]
+        told = json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout)
+        best = told["plans"][0] if "plans" in told else told
+        limits.append(best["limit_bytes"])
+        assert best["peak_bytes"] <= best["limit_bytes"]
+    assert limits[0] - limits[1] == 60e9
+
+
+def test_headroom_of_all_there_is_is_refused() -> None:
+    with pytest.raises(CinemeshError, match=r"^headroom 100 GB >= 84.9 GB usable of a GPU of grand-teton-h100; leave"):
+        load("grand-teton-h100", headroom_gb=100.0)
