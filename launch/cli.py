@@ -113,15 +113,29 @@ def train(
     nproc: LocalProcesses = None,
     plan: RecipePlan = None,
     overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what the run would be, as predicted for the recipe's cluster.")
+    ] = False,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", **bounds(GPUS_RANGE), help="Devices of the dry run; default: the plan's.")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train a model, or resume its training.
 
     Started again, a run goes on from its last checkpoint. On a cluster, torchrun starts the same
     command on every node: torchrun ... -m cinemesh.launch.train CONFIG
     """
+    given = [*plan_override(plan), *(overrides or [])]
+    if dry_run:
+        from .training.dry_run import run as show
+
+        return show(config=config, ranks=ranks or nproc, overrides=given, as_json=as_json)
+    for option in [name for name, said in (("--ranks", ranks is not None), ("--json", as_json)) if said]:
+        raise CinemeshError(f"{option} says nothing to a run that starts", remedy="add --dry-run, or leave it out")
     from .train import run
 
-    run(config=config, nproc=nproc, overrides=[*plan_override(plan), *(overrides or [])])
+    run(config=config, nproc=nproc, overrides=given)
 
 
 @app.command(epilog=epilog("sample"))

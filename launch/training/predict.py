@@ -18,21 +18,26 @@ from .predicted import Predicted
 from .setting import Setting
 
 
+def play_buckets(setting: Setting, cluster: Cluster) -> list[PlayedStep]:
+    """The whole step of every bucket of a recipe under its plan, played. Raises CinemeshError as ``batches`` does."""
+    plan, backend = setting.config.plan, "gloo" if cluster.nccl is None else "nccl"
+    models = PriceModels.of(cluster)
+    return [
+        play_program(prepare(build_step(setting.model, plan, batch), backend=backend), batch, models)
+        for batch in setting.batches
+    ]
+
+
 def predict_run(setting: Setting, cluster: Cluster, *, must_fit: bool) -> Predicted:
-    """What the cost model says of the recipe's plan: the whole step of every bucket, played.
+    """What the cost model says of the recipe's plan.
 
     ``must_fit``: raise CinemeshError when a step needs more memory, as the planner counts, than a device has.
     """
-    plan, backend = setting.config.plan, "gloo" if cluster.nccl is None else "nccl"
-    models = PriceModels.of(cluster)
-    step_s: dict[str, float] = {}
-    peak_bytes = 0
-    for batch in setting.batches:
-        step = play_program(prepare(build_step(setting.model, plan, batch), backend=backend), batch, models)
-        if must_fit:
-            _check_memory(step, cluster)
-        step_s[latent_text(batch.latent)] = step.step_s
-        peak_bytes = max(peak_bytes, step.footprint.peak_bytes)
+    plan, steps = setting.config.plan, play_buckets(setting, cluster)
+    for step in steps if must_fit else ():
+        check_memory(step, cluster)
+    step_s = {latent_text(step.batch.latent): step.step_s for step in steps}
+    peak_bytes = max(step.footprint.peak_bytes for step in steps)
     peak_flops_per_s = cluster.gpu.peak_flops[plan.compute_dtype]
     if cluster.has_placeholders("gpu.peak_flops"):
         print(
@@ -42,7 +47,8 @@ def predict_run(setting: Setting, cluster: Cluster, *, must_fit: bool) -> Predic
     return Predicted(plan, cluster.name, cluster.device, step_s, peak_bytes, peak_flops_per_s)
 
 
-def _check_memory(step: PlayedStep, cluster: Cluster) -> None:
+def check_memory(step: PlayedStep, cluster: Cluster) -> None:
+    """Raise CinemeshError when a step needs more memory, as the planner counts, than a device has."""
     needs = step.footprint
     if needs.peak_bytes > needs.limit_bytes:
         classes = ", ".join(f"{name} {bytes_ / 1e9:.2f}" for name, bytes_ in needs.by_class.items())
