@@ -17,7 +17,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh train configs/quickstart.yaml --nproc 2",
         "cinemesh train configs/quickstart.yaml --nproc 2 --plan cp=2,dtype=float32 --set logging.directory=runs/cp2",
         "torchrun --nproc-per-node 2 -m cinemesh.launch.train configs/quickstart.yaml",
-        "cinemesh train configs/quickstart.yaml --dry-run --set cluster=grand-teton-h100 --set plan=auto --ranks 8",
+        "cinemesh train configs/quickstart.yaml --nproc 2 --dry-run --set cluster=local-cpu",
     ),
     "sample": (
         'cinemesh sample configs/quickstart.yaml --prompt "Traffic crosses a square." --out clip.mp4',

@@ -391,6 +391,8 @@ FREE: Mapping[str, str] = {
          "perf_model.search.few_blocks.*", "perf_model.search.samples.GAIN", "perf_model.search.samples.MOST"),
         "of a short cut that is compared with whole plays: tests/perf_model/search",
     ),
+    "launch.training.dry_run.*": "how seconds and bytes are shown: tests/launch/training/test_dry_run.py",
+    "perf_model.clusters.cluster.load(headroom_gb)": "nothing is left free unless it is asked for",
     "perf_model.calibration.*": "how a fit is sought; on machines that are known its tests say what it must find",
     "perf_model.clusters.constants.LIMITS": "beyond, a number is a slip of the unit; tests/perf_model/clusters",
     "perf_model.prices.timeline.*": "names of events, and what is below rounding",
