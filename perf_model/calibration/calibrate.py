@@ -23,6 +23,7 @@ from ..clusters.constants import LIMITS, UNITS, Fact, Rule
 from ..clusters.schema import Measured
 from ..prices.compute import AttentionCall, Compute, Direction, matmul_shape
 from ..prices.network import Group, Network, ring_group
+from .descent import descend
 
 Key = tuple[int, ...]
 Times = dict[str, dict[Key, list[float]]]
@@ -176,20 +177,15 @@ def _descend(cluster: Cluster, names: Sequence[str], part: str, rows: FitRows, m
     """Move the constants ``names`` (dotted), none above ``most``, until no step helps."""
     if not rows:
         return cluster
-    best, least = cluster, error_of(cluster, part, rows)
-    for step in STEPS:
-        moved = True
-        while moved:
-            moved = False
-            for name in names:
-                for factor in (step, 1.0 / step):
-                    value = max(LEAST_CONSTANT, min(_find(best, name) * factor, most))
-                    candidate = best.with_(**{name: value})
-                    found = error_of(candidate, part, rows)
-                    if found < least * (1.0 - LEAST_GAIN):
-                        best, least, moved = candidate, found, True
-                        break
-    return best
+
+    def under(values: Sequence[float]) -> Cluster:
+        return cluster.with_(**dict(zip(names, values, strict=True)))
+
+    def error(values: Sequence[float]) -> float:
+        return error_of(under(values), part, rows)
+
+    start = [_find(cluster, name) for name in names]
+    return under(descend(start, error, STEPS, gain=LEAST_GAIN, least=LEAST_CONSTANT, most=most))
 
 
 def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -23,6 +23,7 @@ from ...errors import CinemeshError
 from ...files import atomic_file
 from ..clusters.cluster import Cluster, load
 from ..prices.network import Group, Network, ring_group
+from .descent import descend
 
 # name of the program: (kind of collective, its redop, bus bandwidth over algorithm bandwidth of n ranks)
 PROGRAMS: Mapping[str, tuple[str, bool, Callable[[int], float]]] = {
@@ -35,6 +36,7 @@ PROGRAMS: Mapping[str, tuple[str, bool, Callable[[int], float]]] = {
 PRINTED = 0.011  # GB/s: bandwidths have two decimals
 FACTOR = 0.03  # relative: of what two rounded bandwidths say of their ratio
 STEPS = (2.0, 1.3, 1.1, 1.03, 1.01, 1.003, 1.001)  # by which a scale is moved, one after the other
+LEAST_GAIN = 1e-6  # of the error, for a step to be kept
 LEAST_SHARE = 0.5  # of a time, that latency must be in some row for it to be told from the rate
 
 _PREFIX = re.compile(r"^\[\d+,\d+\]<stdout>:\s?")  # of mpirun --tag-output
@@ -184,7 +186,7 @@ def log_error(cluster: Cluster, tests: Sequence[LoggedTest]) -> float:
     )
 
 
-def scaled(cluster: Cluster, inside: bool, rate: float, latency: float) -> Cluster:
+def scaled(cluster: Cluster, inside: bool, rate: float, latency: float = 1.0) -> Cluster:
     """With the links within a domain, or between domains, that much faster, and their latencies that much longer."""
     changed = cluster.with_(**{"nvlink_scale" if inside else "nic_scale": rate})
     for name in LATENCIES[inside]:
@@ -211,20 +213,11 @@ def fit(base: Cluster, tests: Sequence[LoggedTest]) -> Cluster:
 
 
 def _scaled_to(cluster: Cluster, inside: bool, tests: Sequence[LoggedTest]) -> Cluster:
-    scales = [1.0, 1.0]  # of rates, of latencies
-    free = (0, 1) if _tells_latency(cluster, tests) else (0,)
-    least = log_error(cluster, tests)
-    for step in STEPS:
-        moved = True
-        while moved:
-            moved = False
-            for i in free:
-                for factor in (step, 1.0 / step):
-                    tried = [scale * factor if i == j else scale for j, scale in enumerate(scales)]
-                    found = log_error(scaled(cluster, inside, *tried), tests)
-                    if found < least * (1.0 - 1e-6):
-                        scales, least, moved = tried, found, True
-    return scaled(cluster, inside, *scales)
+    def error(scales: Sequence[float]) -> float:
+        return log_error(scaled(cluster, inside, *scales), tests)
+
+    start = [1.0, 1.0] if _tells_latency(cluster, tests) else [1.0]  # of rates, of latencies
+    return scaled(cluster, inside, *descend(start, error, STEPS, gain=LEAST_GAIN))
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------
