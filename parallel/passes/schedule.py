@@ -20,7 +20,7 @@ next window. Windows of equal records get equal orders, so that 48 blocks cost l
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ..ir.collectives import FUSED
 from ..ir.communicators import communicator
@@ -29,11 +29,6 @@ from ..ir.program import Program
 from ..ir.records import Op, Phase
 from .prices import Price
 from .windows import Stretch, cuts, ends_reduction, follows_of, signature, temporaries
-
-
-def schedule(program: Program, price: Price) -> Program:
-    """The same records in the order in which they overlap best; ``price`` gives the seconds of one."""
-    return ScheduleWindows(program).ordered(program, price)
 
 
 class ScheduleWindows:
@@ -52,7 +47,7 @@ class ScheduleWindows:
 
     def ordered(self, program: Program, price: Price) -> Program:
         """A program of these records, in the order in which they overlap best; ``price`` gives the seconds of one."""
-        program = replace(program, ops=self._program.ops)
+        program = program.with_ops(self._program.ops)
         remaining = dict(self._total)
         orders: dict[tuple[object, ...], list[int]] = {}
         ops: list[Op] = []

@@ -339,10 +339,11 @@ def _remedy(found: Search) -> str:
     if found.nearest is None or found.nearest.kind is not RefusalKind.MEMORY:
         fixed = ", ".join(sorted(request.fixed))
         free = f"free {fixed}, or " if fixed else ""
-        for best in _close_by(request):
-            close = f"{best.plan.world_size} GPUs and a global batch of {best.global_batch}"
-            return f"{free}{close} would do, with tp={best.plan.tp} cp={best.plan.cp}"
-        return f"{free}change the GPUs or the global batch"
+        best = next(_close_by(request), None)
+        if best is None:
+            return f"{free}change the GPUs or the global batch"
+        close = f"{best.plan.world_size} GPUs and a global batch of {best.global_batch}"
+        return f"{free}{close} would do, with tp={best.plan.tp} cp={best.plan.cp}"
     if found.nearest.fixed and found.nearest.full_bytes <= found.nearest.free_bytes:
         return "free recompute: the planner chooses what to keep"
     gpus = 2 * request.gpus

@@ -48,7 +48,7 @@ from cinemesh.parallel.passes.fuse_tp import fuse_tp, pipelined_s
 from cinemesh.parallel.passes.liveness import lifetimes, persistent
 from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.passes.prices import Rates
-from cinemesh.parallel.passes.schedule import schedule
+from cinemesh.parallel.passes.schedule import ScheduleWindows
 from cinemesh.parallel.passes.staging import SYMMETRIC, stage_for_gloo, stage_symmetric
 from cinemesh.parallel.runtime import ledger
 from cinemesh.parallel.runtime.comm import Communicator, set_up_nccl
@@ -263,7 +263,7 @@ def test_the_schedule_keeps_what_depends_on_what() -> None:
     plan = Plan.parse(f"{PLAN},dp_shard=2,kv_slices=3,defer_weight_gradients=true,recompute=full", dtype="float32")
     case = small_case(plan, max_procs=16)
     unordered = prepare(build_step(case.config, replace(plan, kv_slices=3), case.batch), backend="nccl")
-    ordered = schedule(unordered, lambda program, op: 0.5 if op.lane == "compute" else 1.0)
+    ordered = ScheduleWindows(unordered).ordered(unordered, lambda program, op: 0.5 if op.lane == "compute" else 1.0)
     position = {op.name: i for i, op in enumerate(ordered.ops)}
     for op, needed in zip(unordered.ops, dependencies(unordered, unordered.ops), strict=True):
         assert all(position[unordered.ops[k].name] < position[op.name] for k in needed), op.name

@@ -32,7 +32,7 @@ from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.passes.prefetch import prefetch
 from cinemesh.parallel.passes.prices import RATES, Price
 from cinemesh.parallel.passes.recompute import rematerialize
-from cinemesh.parallel.passes.schedule import schedule
+from cinemesh.parallel.passes.schedule import ScheduleWindows
 from cinemesh.parallel.runtime import ledger
 
 default_price = RATES["nccl"].price
@@ -57,7 +57,7 @@ def before(text: str, layers: int = 5) -> Program:
 
 
 def overlap(program: Program, price: Price = default_price) -> Program:
-    return schedule(program, price)
+    return ScheduleWindows(program).ordered(program, price)
 
 
 def even(program: Program, op: Op) -> float:
