@@ -11,6 +11,7 @@ from typing import Any
 from ...errors import CinemeshError
 from ...model.config import latent_text
 from ...perf_model.clusters.cluster import Cluster
+from ...perf_model.prices.footprint import Footprint
 from ...perf_model.prices.played import PlayedStep
 from ...perf_model.report.explain import describe, mfu
 from ..tables import new_console, plain_table
@@ -55,23 +56,24 @@ def run(*, config: Path, ranks: int | None, overrides: Sequence[str], as_json: b
         setting = setting.under(planned(ranks, auto, setting).plan)
     elif ranks is not None:
         recipe.plan.check_world_size(ranks)
-    steps = play_buckets(setting, cluster)
-    for step in steps:
-        check_memory(step, cluster)
-    told = _told(setting, cluster, steps)
+    told = _told(setting, cluster)
     if as_json:
         print(json.dumps(told, indent=1))
     else:
         _print(setting, told)
 
 
-def _told(setting: Setting, cluster: Cluster, steps: list[PlayedStep]) -> dict[str, Any]:
+def _told(setting: Setting, cluster: Cluster) -> dict[str, Any]:
     plan, schedule, data = setting.config.plan, setting.config.schedule, setting.config.data
-    weights = [bucket.weight for bucket in data.shapes]
-    shares = [weight / sum(weights) for weight in weights]
-    buckets = [_bucket(setting, cluster, step, share) for step, share in zip(steps, shares, strict=True)]
+    total = sum(bucket.weight for bucket in data.shapes)
+    buckets: list[BucketStep] = []
+    footprints: list[Footprint] = []
+    for bucket, step in zip(data.shapes, play_buckets(setting, cluster), strict=True):
+        check_memory(step, cluster)
+        buckets.append(_bucket(setting, cluster, step, bucket.weight / total))
+        footprints.append(step.footprint)
     step_s = sum(bucket.share * bucket.step_s for bucket in buckets)
-    most = max(steps, key=lambda step: step.footprint.peak_bytes).footprint
+    most = max(footprints, key=lambda footprint: footprint.peak_bytes)
     hours = step_s * schedule.steps / 3600.0
     return {
         "predicted": True,

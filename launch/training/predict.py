@@ -6,6 +6,7 @@ Asked on rank 0, before the run has a mesh; the loop reads the answer from its f
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 from ...errors import CinemeshError
 from ...model.config import latent_text
@@ -18,14 +19,15 @@ from .predicted import Predicted
 from .setting import Setting
 
 
-def play_buckets(setting: Setting, cluster: Cluster) -> list[PlayedStep]:
-    """The whole step of every bucket of a recipe under its plan, played. Raises CinemeshError as ``batches`` does."""
+def play_buckets(setting: Setting, cluster: Cluster) -> Iterator[PlayedStep]:
+    """The whole step of every bucket of a recipe under its plan, played one after the other: each is large.
+
+    Raises CinemeshError as ``batches`` does.
+    """
     plan, backend = setting.config.plan, "gloo" if cluster.nccl is None else "nccl"
     models = PriceModels.of(cluster)
-    return [
-        play_program(prepare(build_step(setting.model, plan, batch), backend=backend), batch, models)
-        for batch in setting.batches
-    ]
+    for batch in setting.batches:
+        yield play_program(prepare(build_step(setting.model, plan, batch), backend=backend), batch, models)
 
 
 def predict_run(setting: Setting, cluster: Cluster, *, must_fit: bool) -> Predicted:
@@ -33,11 +35,14 @@ def predict_run(setting: Setting, cluster: Cluster, *, must_fit: bool) -> Predic
 
     ``must_fit``: raise CinemeshError when a step needs more memory, as the planner counts, than a device has.
     """
-    plan, steps = setting.config.plan, play_buckets(setting, cluster)
-    for step in steps if must_fit else ():
-        check_memory(step, cluster)
-    step_s = {latent_text(step.batch.latent): step.step_s for step in steps}
-    peak_bytes = max(step.footprint.peak_bytes for step in steps)
+    plan = setting.config.plan
+    step_s: dict[str, float] = {}
+    peak_bytes = 0
+    for step in play_buckets(setting, cluster):
+        if must_fit:
+            check_memory(step, cluster)
+        step_s[latent_text(step.batch.latent)] = step.step_s
+        peak_bytes = max(peak_bytes, step.footprint.peak_bytes)
     peak_flops_per_s = cluster.gpu.peak_flops[plan.compute_dtype]
     if cluster.has_placeholders("gpu.peak_flops"):
         print(
