@@ -10,6 +10,7 @@ from ...model.step import build_step, unit_layout
 from ...parallel.ir.fields import AXES
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
+from ...parallel.ir.records import Buffer
 from ...parallel.ir.units import Units
 from ...parallel.passes.pipeline import arranging, finishing
 from ...parallel.passes.schedule import ScheduleWindows
@@ -116,7 +117,11 @@ class FewBlocks:
             shape, offset = shapes.get(buffer.shape, buffer.shape), moved.get(buffer.offset, buffer.offset)
             if shape != buffer.shape or offset != buffer.offset:
                 buffers[name] = replace(buffer, shape=shape, offset=offset)
-        return replace(program, plan=self.plan, buffers=buffers)
+        sized = replace(program, plan=self.plan, buffers=buffers)
+        for name, buffer in program.buffers.items():
+            if buffer.base and (buffer.offset or buffer.strides) and program.buffers[buffer.base].shape not in offsets:
+                buffers[name] = _part(program, sized, buffers[name])
+        return sized
 
     def prepared(self, plan: Plan) -> Program:
         """What runs ``plan`` on NCCL: all passes applied, those that look at records alone once for all degrees."""
@@ -148,3 +153,18 @@ class FewBlocks:
         """Elements of a rank's flat shard of the whole model."""
         units = self.units_of(plan)
         return units.flat_elements + self.more * units.by_name[block_unit(0)].shard_elements
+
+
+def _part(program: Program, sized: Program, buffer: Buffer) -> Buffer:
+    """A view that begins inside its base: as far along every dim of a base of other sizes."""
+    assert buffer.base is not None
+    before, after = program.local_shape(buffer.base), sized.local_shape(buffer.base)
+    if before == after:
+        return buffer
+    strides, others = program.local_strides(buffer.base), sized.local_strides(buffer.base)
+    rest, offset = buffer.offset, 0
+    for i in sorted(range(len(before)), key=lambda i: -strides[i]):
+        if before[i] > 1:
+            start, rest = divmod(rest, strides[i])
+            offset += start * after[i] // before[i] * others[i]
+    return replace(buffer, offset=offset, strides=buffer.strides and others)  # what is strided is as its base
