@@ -17,7 +17,6 @@ from ...files import atomic_file, check_output_file, check_output_folder
 from ...model.config import latent_text
 from ...parallel.ir.plan import Plan, fields_of
 from ...perf_model.clusters.cluster import Cluster, load
-from ...perf_model.prices.startup import start_up
 from ...perf_model.published.paper import STAGES
 from ...perf_model.report import explain
 from ...perf_model.report.explain import describe
@@ -34,7 +33,7 @@ from ..progress import Begin, each, progress
 from ..tables import new_console, plain_table
 from ..written import command, wrote
 from . import reply
-from .explain import Reasons, start_up_cost
+from .reasons import Reasons, start_up_cost
 from .reply import NearbyPlan, PaperStage, PlanReply, RankedPlan, Refused, Schema
 from .software import print_kernels, print_others
 
@@ -208,7 +207,7 @@ def _reply(model: str, request: Request, found: Search, flops: float) -> PlanRep
         near=found.error,
         played=found.played,
         bounded=found.bounded,
-        start_up=start_up_cost(start_up(best.plan, cluster)),
+        start_up=start_up_cost(best.plan, cluster),
         kernels=kernels_of(cluster, request.config, best.plan.compute_dtype),
         other_software=other_software(cluster, request.config, best.plan.compute_dtype, best.step_s, price),
         error_bar=explain.error_bar_of(request),

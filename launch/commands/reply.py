@@ -14,6 +14,7 @@ from ...perf_model.prices.startup import StartUp
 from ...perf_model.published.evidence import ErrorBar
 from ...perf_model.report.explain import Duplicate, Exposure
 from ...perf_model.report.software import OtherSoftware, PricedKernel
+from ...perf_model.report.waterfall import Loss
 from ...perf_model.search.samples import TriedSamples
 
 VERSION = (
@@ -141,6 +142,7 @@ class Why:
     duplicates: list[Duplicate]
     runner_up: Annotated[list[str], "term by term, where the slower of plan and rival spends more"]
     sensitivities: list[Changed]
+    waterfall: Annotated[list[Loss], "from the chip's peak down; their shares and the MFU add up to one"]
 
 
 @dataclass(frozen=True, kw_only=True)

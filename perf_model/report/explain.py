@@ -122,12 +122,18 @@ def exposures(whole: PlayedStep) -> list[Exposure]:
     return sorted(made, key=lambda e: -e.exposed_s)
 
 
-def terms(whole: PlayedStep) -> dict[str, float]:
-    """The step's seconds, split: compute alone, compute slowed by communication, exposed time by lane, stragglers."""
+def exposed_by_lane(whole: PlayedStep) -> dict[str, float]:
+    """Seconds in which compute waits, by the lane that it waits for."""
     lanes: dict[str, float] = {}
     for i, seconds in whole.timeline.exposed_s.items():
-        lane = f"exposed {whole.program.ops[i].lane}"
+        lane = whole.program.ops[i].lane
         lanes[lane] = lanes.get(lane, 0.0) + seconds
+    return lanes
+
+
+def terms(whole: PlayedStep) -> dict[str, float]:
+    """The step's seconds, split: compute alone, compute slowed by communication, exposed time by lane, stragglers."""
+    lanes = {f"exposed {lane}": seconds for lane, seconds in exposed_by_lane(whole).items()}
     slowed = whole.timeline.compute_busy_s - whole.tape.compute_s
     parts = {"compute": whole.tape.compute_s, "compute slowed by communication": slowed, **lanes}
     parts["stragglers and the rest"] = whole.step_s - sum(parts.values())

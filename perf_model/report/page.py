@@ -17,6 +17,7 @@ from .explain import Duplicate, Exposure, Sensitivity, describe
 from .landscape import FAMILIES, Landscape, Point
 from .software import kernels_of
 from .trace import Span, predicted
+from .waterfall import Loss, told, waterfall
 
 TEMPLATES = Path(__file__).parent / "templates"
 ROWS = 14  # of the tables of collectives and duplicates
@@ -62,6 +63,16 @@ class Story:
         """Of the best plan's step."""
         return predicted(self.best)
 
+    @cached_property
+    def waterfall(self) -> list[Loss]:
+        """Of the best plan's step."""
+        return waterfall(self.best, self.request.cluster)
+
+    @property
+    def mfu(self) -> float:
+        """Of the best plan's step."""
+        return explain.mfu(self.best, self.request.cluster)
+
     @property
     def exposures(self) -> list[Exposure]:
         return [row for row in explain.exposures(self.best) if row.exposed_s > 0.0][:ROWS]
@@ -102,7 +113,8 @@ def render(story: Story, pictures: list[Picture]) -> str:
         pictures={picture.name: picture for picture in pictures},
         ties={id(choice) for choice in story.found.near_ties()},
         identity=id,
-        mfu=explain.mfu(best, request.cluster),
+        mfu=story.mfu,
+        losses=told(story.waterfall),
         hfu=explain.hfu(best, request.cluster),
         kernels=kernels_of(request.cluster, request.config, best.plan.compute_dtype),
         binds=explain.binds(best),

@@ -1,6 +1,6 @@
 """The report of a plan: pictures, an HTML page that needs no network, and a trace of the step.
 
-    folder/report.html   plans.png   step.png   block.png   memory.png   landscape.png   scaling.png   step.trace.json
+    folder/report.html   step.trace.json   NAME.png: plans waterfall step block memory landscape scaling
 
 Every picture tells kinds apart by hatch or marker as well as by colour, and says that it is predicted.
 """
@@ -28,10 +28,12 @@ from ..search.request import Request
 from . import explain, trace
 from .draw_plans import draw_landscape, draw_scaling, draw_terms
 from .draw_step import GREY, draw_block, draw_memory, draw_step
+from .draw_waterfall import draw_waterfall
 from .explain import CHANGES, Tick, describe
 from .landscape import deals, explore, scale, sizes
 from .legend import columns
 from .page import Picture, Story, render
+from .waterfall import told
 
 COMPARED = 5  # plans whose step is taken apart side by side
 WIDTH_IN = 13.5  # of a picture on a screen; on a phone, where the page shows its text as large on 366 pixels:
@@ -78,6 +80,15 @@ SHEETS = (
         4.2,
         8.4,
         lambda figure, story: draw_terms(figure, story.wholes),
+    ),
+    Sheet(
+        "waterfall",
+        "From the chip's peak to the MFU",
+        "Shares of the best plan's step: what each cause takes of 100 % of the peak, and the MFU that is left. Every "
+        "loss stands on top of those above it.",
+        6.4,
+        9.6,
+        lambda figure, story: draw_waterfall(figure, told(story.waterfall), story.mfu),
     ),
     Sheet(
         "step",
@@ -176,16 +187,16 @@ def drawn(sheet: Sheet, story: Story, *, narrow: bool = False) -> Figure:
     width = NARROW_IN if narrow else WIDTH_IN
     across = columns(width - 0.3)
     title = textwrap.wrap(sheet.title, int(TITLE_COLUMNS * across))
-    told = textwrap.wrap(note(story), across, break_on_hyphens=False)
+    noted = textwrap.wrap(note(story), across, break_on_hyphens=False)
     below = 0.12 + len(title) * LINE_IN * TITLE_PT / TEXT_PT + 0.06
-    head = below + len(told) * LINE_IN + 0.14
+    head = below + len(noted) * LINE_IN + 0.14
     height = head + (sheet.narrow_in if narrow else sheet.height_in)
     with mpl.rc_context(STYLE):
         layout = ConstrainedLayoutEngine(rect=(0.005, 0.0, 0.99, 1.0 - head / height))
         figure = Figure(figsize=(width, height), layout=layout)
         top = {"fontsize": TITLE_PT, "fontweight": "bold", "va": "top"}
         figure.text(0.15 / width, 1.0 - 0.12 / height, "\n".join(title), **top)
-        figure.text(0.15 / width, 1.0 - below / height, "\n".join(told), color=GREY, va="top")
+        figure.text(0.15 / width, 1.0 - below / height, "\n".join(noted), color=GREY, va="top")
         sheet.draw(figure, story)
         for axes in figure.axes if narrow else ():
             if axes.get_xscale() == "linear":

@@ -45,6 +45,7 @@ def test_explain_plays_the_plan_it_is_given_as_text_or_as_a_file(tmp_path: Path)
     assert told["terms"] == terms(step) and sum(told["terms"].values()) == pytest.approx(step.step_s)
     exposed = [row for row in exposures(step) if row.exposed_s > 0]
     assert [row["exposed_s"] for row in told["why"]["exposed"]] == [row.exposed_s for row in exposed]
+    assert sum(loss["share"] for loss in told["why"]["waterfall"]) == pytest.approx(1.0 - told["mfu"], abs=1e-9)
     for row in told["why"]["sensitivities"]:
         assert Plan.from_dict(row["plan"]) == FIRST and row["gain"] > -1e-3
 

@@ -25,15 +25,16 @@ from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.footprint import CLASSES, outside
 from cinemesh.perf_model.prices.played import play_step
-from cinemesh.perf_model.report import draw_plans, draw_step, explain, landscape, report
+from cinemesh.perf_model.report import draw_plans, draw_step, draw_waterfall, explain, landscape, report
 from cinemesh.perf_model.report.explain import describe
 from cinemesh.perf_model.report.landscape import Landscape, neutral_groups
 from cinemesh.perf_model.report.page import Story
+from cinemesh.perf_model.report.waterfall import LEAST
 from cinemesh.perf_model.search.planner import Search, search
 from cinemesh.perf_model.search.refusals import RefusalKind
 from cinemesh.perf_model.search.request import LatentBucket, PricedPlan, Request
 
-PICTURES = ["plans", "step", "block", "memory", "landscape", "scaling"]
+PICTURES = ["plans", "waterfall", "step", "block", "memory", "landscape", "scaling"]
 
 
 def choice(batch: int, samples_per_s: float, tp: int = 1) -> PricedPlan:
@@ -173,6 +174,7 @@ def test_the_page_tells_the_search(written: tuple[Path, list[Story]]) -> None:
         assert f"{describe(ranked.plan)}</td>" in page and f"{ranked.step_s:.3f}" in page
     assert story.runner_up is not None and describe(story.runner_up.plan) in page
     assert all(row.change in page for row in story.sensitivities) and len(story.sensitivities) == report.CHANGES
+    assert all(f"{loss.seconds:.4f}</td>" in page for loss in story.waterfall if loss.share >= LEAST)
     assert story.exposures and all(row.name in page for row in story.exposures)
     assert story.found.refused and str(story.found.refused[0].family) in page
     assert story.start_up and all(f">{row.name}</td>" in page for row in story.start_up)
@@ -213,7 +215,8 @@ def grey(colour: str) -> float:
 def test_kinds_differ_without_colour() -> None:
     """Two kinds with the same hatch differ in brightness."""
     bars = [(style["facecolor"], style.get("hatch", "")) for style in draw_step.STYLES.values()]
-    for looks in (bars, list(draw_step.MEMORY.values()), list(draw_plans.TERMS)):
+    looks_of = bars, draw_step.MEMORY.values(), draw_plans.TERMS, draw_waterfall.KINDS.values()
+    for looks in map(list, looks_of):
         for (colour_a, hatch_a), (colour_b, hatch_b) in itertools.combinations(looks, 2):
             assert hatch_a != hatch_b or abs(grey(colour_a) - grey(colour_b)) > 0.15
 
