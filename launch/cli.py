@@ -224,7 +224,9 @@ def cluster_constants(
 
 @app.command(epilog=epilog("plan"))
 def plan(
-    gpus: Annotated[int, typer.Option("--gpus", **bounds(GPUS_RANGE), help="GPUs of the job.")],
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", **bounds(GPUS_RANGE), help="GPUs of the job; --paper has its own.")
+    ] = None,
     model: ModelName = "movie-gen-30b",
     cluster: ClusterName = "grand-teton-h100",
     servers: Servers = None,
@@ -244,7 +246,7 @@ def plan(
     explain: Annotated[
         bool, typer.Option("--explain", help="What binds the best plan, what it duplicates, what would change it.")
     ] = False,
-    paper: Annotated[bool, typer.Option("--paper", help="The plans of the paper's Table 3 as well.")] = False,
+    paper: Annotated[bool, typer.Option("--paper", help="The paper's Table 3 beside the best plans.")] = False,
     report: Annotated[
         Path | None, typer.Option("--report", metavar="DIR", help="Write pictures, an HTML page and a trace.")
     ] = None,

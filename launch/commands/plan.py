@@ -15,16 +15,15 @@ from ...documents import parse_yaml, quoted
 from ...errors import CinemeshError
 from ...files import atomic_file, check_output_file, check_output_folder
 from ...model.config import latent_text
-from ...parallel.ir.plan import Plan, fields_of
+from ...parallel.ir.plan import fields_of
 from ...perf_model.clusters.cluster import Cluster, load
-from ...perf_model.published.paper import STAGES
 from ...perf_model.report import explain
 from ...perf_model.report.explain import describe
 from ...perf_model.report.software import kernels_of, other_software
 from ...perf_model.search.evaluator import Evaluator
 from ...perf_model.search.planner import Nearby, Search, nearby, search
 from ...perf_model.search.refusals import Refusal, RefusalKind
-from ...perf_model.search.request import LatentBucket, PricedPlan, Request
+from ...perf_model.search.request import LatentBucket, Request
 from ...perf_model.search.samples import WITHIN, TriedSamples, search_samples
 from ...ranges import WEIGHT_RANGE
 from ..models import parse_latent, read_model
@@ -33,8 +32,10 @@ from ..progress import Begin, each, progress
 from ..tables import new_console, plain_table
 from ..written import command, wrote
 from . import reply
+from .paper import alone, paper_table, show
+from .ranked import ranked
 from .reasons import Reasons, start_up_cost
-from .reply import NearbyPlan, PaperStage, PlanReply, RankedPlan, Refused, Schema
+from .reply import NearbyPlan, PlanReply, Refused, Schema
 from .software import print_kernels, print_others
 
 NUMBERS = (
@@ -45,9 +46,6 @@ NUMBERS = (
     "MFU",
     "beside compute",
     "peak GB",
-    "tokens",
-    "GPUs",
-    "gain",
 )  # right-aligned
 
 
@@ -67,7 +65,7 @@ def collector_off() -> Iterator[None]:
 def run(  # noqa: PLR0913  the options of the command
     *,
     model: str,
-    gpus: int,
+    gpus: int | None,
     cluster: str,
     latents: list[str],
     global_batch: int | None,
@@ -86,23 +84,27 @@ def run(  # noqa: PLR0913  the options of the command
     packages: str = "",
     headroom: float = 0.0,
 ) -> None:
-    """Search, print, and write what was asked for.
+    """Search, print, and write what was asked for. Without ``gpus``: the paper's table alone.
 
-    Raises CinemeshError for an unknown model or cluster, an illegal latent, where no plan fits, and, before the search,
-    for what cannot be written.
+    Raises CinemeshError for a search without GPUs, an unknown model or cluster, an illegal latent, where no plan fits,
+    and, before the search, for what cannot be written.
     """
+    if gpus is None:
+        of_search = {"--latent": latents, "--global-batch": global_batch, "--samples": samples, "--fix": fix,
+                     "--tune": tune, "--explain": explain_it, "--report": report, "--out": out}  # fmt: skip
+        _check_no_search(paper, [name for name, value in of_search.items() if value])
     if out is not None:
         if out.suffix not in SUFFIXES:
             raise CinemeshError(f"--out {out}: a plan file ends in .yaml", remedy="write for example --out best.yaml")
         check_output_file(out, "--out")
     if report is not None:
         check_output_folder(report, "--report")
-    named = read_model(model)
+    named, on = read_model(model), load(cluster, servers, packages, headroom)
     request = Request(
         config=named.config,
         buckets=_buckets(latents) or (LatentBucket(named.latent()),),
-        cluster=load(cluster, servers, packages, headroom),
-        gpus=gpus,
+        cluster=on,
+        gpus=gpus or on.gpus,
         global_batch=global_batch,
         samples=samples or 1,
         dtype=dtype,  # type: ignore[arg-type]  # Plan checks it
@@ -110,6 +112,9 @@ def run(  # noqa: PLR0913  the options of the command
         encoders=encoders,
         shown=top,
     )
+    if gpus is None:
+        alone(model, request, as_json=as_json)
+        return
     tried: list[TriedSamples] = []
     if samples is None and global_batch is None:
         request, found, tried = search_samples(request)
@@ -135,11 +140,10 @@ def run(  # noqa: PLR0913  the options of the command
         print_kernels(console, told.kernels)
         print_others(console, found.best.step_s, told.other_software)
     if paper:
-        with progress("the paper's plans", len(STAGES), silent=as_json) as begin:
-            rows = paper_rows(request, begin)
+        rows = paper_table(request, silent=as_json)
         told = replace(told, paper=rows)
         if not as_json:
-            _print_paper(console, rows)
+            show(console, rows)
     if explain_it:
         with progress("explaining", explain.CHANGES + 1, silent=as_json) as begin:
             why = _why(request, found, begin)
@@ -160,6 +164,15 @@ def run(  # noqa: PLR0913  the options of the command
         wrote(report / PAGE, f"open it in a browser, and {report / TRACE} at https://ui.perfetto.dev")
     if as_json:
         print(reply.text(told))
+
+
+def _check_no_search(paper: bool, asked: list[str]) -> None:
+    """Raise CinemeshError where no number of GPUs is given and more than the paper's table is asked for."""
+    if not paper or asked:
+        why = f"{', '.join(asked)}: of a search, and for" if paper else "for"
+        raise CinemeshError(
+            f"{why} how many GPUs is not said", remedy="add --gpus 6144, or ask for the paper's plans alone: --paper"
+        )
 
 
 def _buckets(latents: list[str]) -> tuple[LatentBucket, ...]:
@@ -192,7 +205,7 @@ def _reply(model: str, request: Request, found: Search, flops: float) -> PlanRep
         model=model,
         cluster=cluster.name,
         gpus=request.gpus,
-        plans=[_ranked(request, choice, flops) for choice in found.choices],
+        plans=[ranked(request, choice, flops) for choice in found.choices],
         refused=[
             Refused(
                 **refusal.family._asdict(),
@@ -214,63 +227,9 @@ def _reply(model: str, request: Request, found: Search, flops: float) -> PlanRep
     )
 
 
-def _ranked(request: Request, choice: PricedPlan, flops: float) -> RankedPlan:
-    """A plan of a table; ``flops``: the model's, of a sample."""
-    bar = explain.error_bar_of(request)
-    return RankedPlan(
-        plan=choice.plan.to_dict(),
-        gpus=choice.plan.world_size,
-        samples=choice.samples,
-        global_batch=choice.global_batch,
-        step_s=choice.step_s,
-        step_s_low=choice.step_s * (1.0 + bar.low),
-        step_s_high=choice.step_s * (1.0 + bar.high),
-        samples_per_s=choice.samples_per_s,
-        mfu=explain.mfu_of(request, choice, flops),
-        hfu=explain.hfu_of(request, choice),
-        compute_s=choice.compute_s,
-        exposed_s=choice.exposed_s,
-        exposed_fraction=choice.exposed_fraction,
-        peak_bytes=choice.peak_bytes,
-        limit_bytes=request.cluster.memory.usable_bytes,
-        step_s_from=choice.timed.name.lower(),
-        bound_s=choice.bound_s,
-        sharded_encoders=list(choice.frozen.sharded) if choice.frozen else [],
-    )
-
-
 def _near(request: Request, other: Nearby, flops: float) -> NearbyPlan:
     asked = replace(request, gpus=other.gpus)
-    return NearbyPlan(gpus=other.gpus, gain=other.gain, best=_ranked(asked, other.best, flops))
-
-
-def paper_rows(request: Request, begin: Begin = lambda _: None) -> list[PaperStage]:
-    """The plans of Table 3 beside the best for the same samples and GPUs."""
-    rows: list[PaperStage] = []
-    for stage in STAGES:
-        begin(stage.name)
-        asked = replace(
-            request,
-            buckets=(LatentBucket(stage.latent),),
-            gpus=stage.gpus,
-            samples=stage.samples,
-            global_batch=None,
-            shown=1,
-        )
-        theirs = search(replace(asked, fixed=stage.fixed)).best
-        ours = search(asked).best
-        flops = explain.mean_sample_flops(asked)
-        rows.append(
-            PaperStage(
-                stage=stage.name,
-                tokens=request.config.tokens(stage.latent),
-                gpus=stage.gpus,
-                paper=_ranked(asked, theirs, flops),
-                best=_ranked(asked, ours, flops),
-                best_over_paper=ours.samples_per_s / theirs.samples_per_s,
-            )
-        )
-    return rows
+    return NearbyPlan(gpus=other.gpus, gain=other.gain, best=ranked(asked, other.best, flops))
 
 
 def _print_samples(console: Console, request: Request, tried: list[TriedSamples]) -> None:
@@ -359,21 +318,3 @@ def _telling(refused: list[Refusal]) -> list[Refusal]:
     for refusal in refused:
         kinds.setdefault(refusal.kind, refusal)
     return list(kinds.values())
-
-
-def _print_paper(console: Console, rows: list[PaperStage]) -> None:
-    columns = ("stage", "tokens", "GPUs", "paper's plan", "its step s", "best", "step s", "gain")
-    table = plain_table(*columns, right=NUMBERS, breaks=("paper's plan", "best"))
-    for row in rows:
-        table.add_row(
-            row.stage,
-            f"{row.tokens:,}",
-            f"{row.gpus:,}",
-            describe(Plan.from_dict(row.paper.plan)),
-            f"{row.paper.step_s:.3f}",
-            describe(Plan.from_dict(row.best.plan)),
-            f"{row.best.step_s:.3f}",
-            f"{row.best_over_paper - 1:+.1%}",
-        )
-    console.print()
-    console.print(table)

@@ -18,7 +18,7 @@ from ...perf_model.report.waterfall import Loss
 from ...perf_model.search.samples import TriedSamples
 
 VERSION = (
-    1  # one more where a key goes, changes its meaning, its type or its place; a new key may come behind the others
+    2  # one more where a key goes, changes its meaning, its type or its place; a new key may come behind the others
 )
 KERNELS = "what each attention op is priced on: what would run it where the stated packages are installed"
 OTHERS = "the step with packages that would make it faster, and with deterministic kernels"
@@ -28,7 +28,7 @@ OTHERS = "the step with packages that would make it faster, and with determinist
 class Schema:
     """What a reply follows."""
 
-    name: Annotated[str, "the command: `plan`, `explain` or `compare`"]
+    name: Annotated[str, "`plan`, `paper`, `explain` or `compare`"]
     version: Annotated[int, "changes where a key goes or changes its meaning, type or place"] = VERSION
 
 
@@ -99,14 +99,40 @@ class Refused:
 
 @dataclass(frozen=True, kw_only=True)
 class PaperStage:
-    """A stage of the paper's Table 3: its plan, and the best for as many GPUs and samples a rank."""
+    """A row of the paper's Table 3: its plan, and the best for as many GPUs and samples of a step."""
+
+    stage: str
+    tokens: Annotated[int, "of the stage's longest sample"]
+    gpus: int
+    global_batch: int
+    lr: float
+    steps: Annotated[int, "optimizer updates"]
+    paper: Annotated[RankedPlan, "the paper's degrees; what it does not say is searched"]
+    best: RankedPlan
+    best_over_paper: Annotated[float, "samples/s of the best over those of the paper's plan"]
+    paper_gpu_hours: Annotated[float, "of all steps, every sample as long as `tokens`"]
+    best_gpu_hours: Annotated[float, "the same with the best plan"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neutral:
+    """Of one sample shape and number of GPUs: plans of about equal throughput over different global batches."""
 
     stage: str
     tokens: int
     gpus: int
-    paper: RankedPlan
-    best: RankedPlan
-    best_over_paper: Annotated[float, "samples/s of the best over those of the paper's plan"]
+    groups: Annotated[list[list[RankedPlan]], "each of two batches or more, within `near`; one plan a batch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperTable:
+    """The paper's Table 3."""
+
+    stages: list[PaperStage]
+    paper_gpu_hours: Annotated[float, "of all stages"]
+    best_gpu_hours: Annotated[float, "of all stages"]
+    near: Annotated[float, "the relative difference below which throughputs are called equal"]
+    neutral: list[Neutral]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +193,7 @@ class PlanReply(Heading):
     played: Annotated[int, "plans priced"]
     bounded: Annotated[int, "plans for which a lower bound was enough"]
     start_up: Annotated[StartUpCost, "of the best plan"]
-    paper: Annotated[list[PaperStage] | None, "with `--paper`"] = None
+    paper: Annotated[PaperTable | None, "with `--paper`"] = None
     why: Annotated[Why | None, "of the best plan, with `--explain`"] = None
     kernels: Annotated[list[PricedKernel], KERNELS]
     other_software: Annotated[list[OtherSoftware], OTHERS + ", of the best plan"]
@@ -176,6 +202,14 @@ class PlanReply(Heading):
         default_factory=list
     )
     nearby: Annotated[list[NearbyPlan], "what would be better close by, the best first"] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperReply(PaperTable, Heading):
+    """`cinemesh plan --paper --json`, without `--gpus`."""
+
+    kernels: Annotated[list[PricedKernel], KERNELS]
+    error_bar: ErrorBar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +254,7 @@ class CompareReply(Heading):
     error_bar: ErrorBar
 
 
-REPLIES = (PlanReply, ExplainReply, CompareReply)
+REPLIES = (PlanReply, PaperReply, ExplainReply, CompareReply)
 
 
 def text(reply: Heading) -> str:

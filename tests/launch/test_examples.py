@@ -44,7 +44,7 @@ PLACEHOLDER = re.compile(r"\.\.\.|\b[A-Z]{4,}\b")  # CONFIG, NAME: a form, no ex
 LEFT_OUT = {
     "--tune": "seconds a plan: tests/perf_model/search/test_tune.py",
     "--explain": "a search for each thing that may change: tests/launch/commands/test_explain.py",
-    "--paper": "two searches a stage: tests/launch/commands/test_plan.py",
+    "--paper": "two searches a row: tests/launch/commands/test_paper.py",
     "--report": "a minute of drawing: tests/perf_model/report/test_report.py",
     "--fit": "minutes: tests/perf_model/calibration/test_fit.py",
 }
@@ -120,6 +120,7 @@ IN_PLACE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "train": (trained, "minutes: everything that is checked before the first step"),
     "sample": (sampled, "needs a trained model: recipe and sampled shape are checked"),
     "calibrate": (calibrated, "a minute, or a measured card: options are read"),
+    "plan --paper": (lambda _: None, "40 s: options are read"),
     "kernels --compile": (compiled, "minutes: shapes of every kernel are made"),
 }
 
@@ -145,7 +146,8 @@ def words_of(line: str) -> list[str]:
     kept: list[str] = []
     skip = False
     for word in words:
-        if not skip and word not in LEFT_OUT:
+        alone = word == "--paper" and "--gpus" not in words
+        if not skip and (word not in LEFT_OUT or alone):
             kept.append(word)
         skip = word == "--report"  # with its folder
     return kept
@@ -176,7 +178,7 @@ def test_examples_are_legal_fit_and_run(folder: Path) -> None:
     asked = {tuple(words_of(line)) for line in found}
     for words in sorted(asked, key=lambda words: ("--out" not in words, words)):  # first what others read
         command = commands()[words[0]]
-        name = "kernels --compile" if "--compile" in words else words[0]
+        name = next((f"{words[0]} {option}" for option in ("--compile", "--paper") if option in words), words[0])
         if name in IN_PLACE:
             with command.make_context(words[0], [*words[1:]]) as context:
                 IN_PLACE[name][0](context.params)
