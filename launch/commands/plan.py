@@ -20,7 +20,6 @@ from ...perf_model.clusters.cluster import Cluster, load
 from ...perf_model.report import explain
 from ...perf_model.report.explain import describe
 from ...perf_model.report.software import kernels_of, other_software
-from ...perf_model.search.evaluator import Evaluator
 from ...perf_model.search.planner import Nearby, Search, nearby, search
 from ...perf_model.search.refusals import Refusal, RefusalKind
 from ...perf_model.search.request import LatentBucket, Request
@@ -198,7 +197,7 @@ def _reply(model: str, request: Request, found: Search, flops: float) -> PlanRep
     cluster, best, ties = request.cluster, found.best, {id(choice) for choice in found.near_ties()}
 
     def price(other: Cluster) -> float:
-        return Evaluator(replace(request, cluster=other)).settled(replace(best, bound_s=0.0)).step_s
+        return found.evaluator.on(other).settled(replace(best, bound_s=0.0)).step_s
 
     return PlanReply(
         schema=Schema(name="plan"),
@@ -235,7 +234,7 @@ def _near(request: Request, other: Nearby, flops: float) -> NearbyPlan:
 def _print_samples(console: Console, request: Request, tried: list[TriedSamples]) -> None:
     """How many samples a data rank takes, and what others would give."""
     if tried:
-        shown = ", ".join(f"{one.samples} give {one.samples_per_s:,.1f}" for one in tried)
+        shown = ", ".join(f"{one.samples} give {'at most ' * one.at_most}{one.samples_per_s:,.1f}" for one in tried)
         console.print(
             f"samples of a data rank: {request.samples}, the fewest within {WITHIN:.0%} of the best; "
             f"under the same tp and cp {shown} samples/s"
@@ -260,7 +259,7 @@ def _print_nearby(console: Console, request: Request, others: list[Nearby]) -> N
 def _why(request: Request, found: Search, begin: Begin) -> Reasons:
     """Why the best plan of a search won."""
     begin("playing whole steps")
-    evaluator = Evaluator(request)
+    evaluator = found.evaluator
     best, *others = (evaluator.play(choice.plan, choice.samples, choice.frozen) for choice in found.choices[:2])
     return Reasons(
         step=best[0],

@@ -22,7 +22,6 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from ...errors import CinemeshError
 from ...files import atomic_file
 from ..prices.played import PlayedStep
-from ..search.evaluator import Evaluator
 from ..search.planner import Search
 from ..search.request import Request
 from . import explain, trace
@@ -155,10 +154,10 @@ def write(folder: Path, request: Request, found: Search, tick: Tick = lambda _: 
         raise CinemeshError(
             f"report {folder}: the folder cannot be written", remedy="change its permissions or name another"
         )
-    evaluator, wholes = Evaluator(request), list[PlayedStep]()
+    wholes: list[PlayedStep] = []
     for choice in found.choices[:COMPARED]:
         tick("playing whole steps")
-        wholes.append(evaluator.play(choice.plan, choice.samples, choice.frozen)[0])
+        wholes.append(found.evaluator.play(choice.plan, choice.samples, choice.frozen)[0])
     story = Story(
         request,
         found,

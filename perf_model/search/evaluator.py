@@ -16,11 +16,12 @@ from ...model.step import check
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import Op
+from ..clusters.cluster import Cluster
 from ..prices.encoders import FrozenCost, frozen_options
 from ..prices.footprint import outside
 from ..prices.models import PriceModels
 from ..prices.network import Groups, group_of, groups_of
-from ..prices.played import PlayedStep, play_step
+from ..prices.played import PlayedStep, play_program
 from .extrapolate import Extrapolation
 from .few_blocks import FewBlocks
 from .request import PricedPlan, Request, Timed
@@ -86,12 +87,25 @@ class Evaluator:
         self._last: BuiltPlan | None = None
         self._owned: dict[tuple[Plan, int, FrozenCost | None], _Own] = {}
 
+    def on(self, cluster: Cluster) -> Evaluator:
+        """For the same request on another cluster."""
+        other = Evaluator(replace(self.request, cluster=cluster))
+        if self._last is not None:
+            other._last = replace(self._last, steps=tuple(step.on(other.models) for step in self._last.steps))
+        return other
+
     # -- time and memory of a plan --------------------------------------------------------------------------------
 
     def build(self, plan: Plan, samples: int, held: FrozenCost | None = None) -> BuiltPlan:
-        """A plan that shares its programs with no family. Raises CinemeshError where a shape forbids it."""
-        few = (FewBlocks.build(self.request.config, plan, batch) for batch in self._batches(plan, samples))
-        return BuiltPlan(plan, samples, tuple(Extrapolation(one, plan, self.models) for one in few), held)
+        """A plan, under no family. Raises CinemeshError where a shape forbids it."""
+        steps = (Extrapolation(few, plan, self.models) for few in self.few(plan, samples))
+        return BuiltPlan(plan, samples, tuple(steps), held)
+
+    def few(self, plan: Plan, samples: int) -> list[FewBlocks]:
+        """The programs that serve a plan and others, one for each bucket. Raises CinemeshError as ``build`` does."""
+        return [
+            self.request.programs.shared(self.request.config, plan, batch) for batch in self._batches(plan, samples)
+        ]
 
     def cost(self, built: BuiltPlan) -> PlanCost:
         """Seconds and bytes of a step, from its few blocks, or by its own program where these do not tell."""
@@ -150,7 +164,9 @@ class Evaluator:
         """A plan's very own blocks. The last one's serve others of its records, which only share the GPU otherwise."""
         plan = plan.without_streams()
         if self._last is None or (self._last.plan, self._last.samples) != (plan, samples):
-            few = (FewBlocks.proven(self.request.config, plan, batch) for batch in self._batches(plan, samples))
+            few = (
+                self.request.programs.own(self.request.config, plan, batch) for batch in self._batches(plan, samples)
+            )
             self._last = BuiltPlan(plan, samples, tuple(Extrapolation(one, plan, self.models) for one in few))
         return self._last
 
@@ -163,8 +179,9 @@ class Evaluator:
 
     def play(self, plan: Plan, samples: int, held: FrozenCost | None = None) -> list[PlayedStep]:
         """The whole step on every bucket, record by record. Raises CinemeshError for a plan that cannot be."""
-        config, batches = self.request.config, (BatchShape(samples, bucket.latent) for bucket in self.request.buckets)
-        return [play_step(config, plan, batch, self.models, held) for batch in batches]
+        whole, config = self.request.programs.whole, self.request.config
+        batches = (BatchShape(samples, bucket.latent) for bucket in self.request.buckets)
+        return [play_program(whole(config, plan, batch), batch, self.models, held) for batch in batches]
 
     def play_held(self, plan: Plan, samples: int) -> list[PlayedStep]:
         """As ``play``, with the encoders held in the fastest way that fits beside the plan, or else in the smallest."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -119,6 +120,12 @@ class Extrapolation:
         self._tapes: dict[int, Tape] = {}  # by the SMs that compute leaves alone
         self._windows: dict[object, _Windows] = {}  # by the same, and the whole step's depth
         self._lanes: dict[object, _Lane] = {}
+
+    def on(self, models: PriceModels) -> Extrapolation:
+        """The same records on another cluster."""
+        other = copy(self)
+        other.models, other._tapes, other._windows, other._lanes = models, {}, {}, {}
+        return other
 
     # -- what the records are -------------------------------------------------------------------------------------
 

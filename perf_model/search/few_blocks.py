@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ...model.config import ModelConfig, block_unit
 from ...model.inputs import BatchShape
 from ...model.step import build_step, unit_layout
-from ...parallel.ir.fields import AXES
+from ...parallel.ir.fields import AXES, Overlap
+from ...parallel.ir.knobs import knobs
+from ...parallel.ir.layout import BATCH
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import Buffer
 from ...parallel.ir.units import Units
-from ...parallel.passes.pipeline import arranging, finishing
+from ...parallel.passes.pipeline import arranging, finishing, prepare
 from ...parallel.passes.schedule import ScheduleWindows
 
 BLOCKS = 3  # of each recompute mode, and one for each unit prefetched: lanes fill in the first, run dry in the last
@@ -57,17 +61,16 @@ class FewBlocks:
     _units: dict[int, Units] = field(default_factory=dict, init=False, repr=False)  # by ranks of the shard group
 
     @classmethod
-    def build(cls, config: ModelConfig, plan: Plan, batch: BatchShape, blocks: int = 0) -> FewBlocks:
-        """For plans of one recompute mode or two. ``blocks``: as many as both need, if 0; never more than the model."""
+    def build(cls, config: ModelConfig, plan: Plan, batch: BatchShape) -> FewBlocks:
+        """For plans of one recompute mode or two: as many blocks as both need; never more than the model."""
         plan = canonical(plan)
         each = BLOCKS + max(plan.prefetch, 1)
-        return cls._of(config, plan, batch, blocks or each + (each if plan.recompute_last is not None else 0))
+        return cls._of(config, plan, batch, each + (each if plan.recompute_last is not None else 0))
 
     @classmethod
     def proven(cls, config: ModelConfig, plan: Plan, batch: BatchShape) -> FewBlocks:
-        """For this plan alone, on its own degrees: enough for equal neighbours (``Stretches``)."""
-        each = BLOCKS + PROVEN_BLOCKS + plan.prefetch + plan.grad_units - 2
-        blocks = sum(min(each, deep) for deep in blocks_of(plan, config.layers))
+        """On a plan's own degrees: enough for equal neighbours (``Stretches``)."""
+        blocks = _proven_blocks(config, plan)
         micro_batches = min(plan.micro_batches, MICRO_BATCHES + PROVEN_MICRO_BATCHES)
         return cls._of(config, replace(plan, micro_batches=micro_batches), batch, blocks, own=True)
 
@@ -90,16 +93,34 @@ class FewBlocks:
             return replace(plan, last_blocks=max(self.blocks - first, min(last, self.blocks // 2)))
         return replace(plan, last_blocks=self.blocks // 2)
 
+    def serves(self, plan: Plan) -> bool:
+        """Whether a plan of the same overlap has these records: ``on`` it they are the plan's."""
+        plan = self._alike(plan)
+        if plan.data_ranks != self.plan.data_ranks and not self.own:
+            return False
+        padded = [[bool(unit.gaps) for unit in units.units] for units in (self.units, self._laid_out(plan))]
+        alone = [one.dp_shard * one.cp == 1 for one in (self.plan, plan)]
+        return alone[0] == alone[1] and (padded[0] == padded[1] or not self.own)
+
     def on(self, plan: Plan) -> FewBlocks:
-        """The same program under other degrees of tp and cp, with the flat units laid out for them."""
-        plan = canonical(plan)
-        if plan.data_ranks != self.plan.data_ranks:
-            raise ValueError(f"a program of {self.plan.data_ranks} data ranks cannot serve {plan.data_ranks}")
-        made = replace(self, plan=plan, units=unit_layout(replace(self.config, layers=self.blocks), plan))
+        """The same program under other degrees, with the flat units laid out for them. ValueError if it cannot be."""
+        if not self.serves(plan):
+            raise ValueError(f"a program of {self.plan.to_text()} cannot serve {plan.to_text()}")
+        plan = self._alike(plan)
+        made = replace(self, plan=plan, units=self._laid_out(plan))
         return replace(made, program=made._sized(self.program, self))
 
+    def _alike(self, plan: Plan) -> Plan:
+        """A plan as a program of this kind is built for it."""
+        if not self.own:
+            return canonical(plan)
+        return replace(plan, micro_batches=self.plan.micro_batches, recompute_last=None, last_blocks=0)
+
+    def _laid_out(self, plan: Plan) -> Units:
+        return unit_layout(replace(self.config, layers=self.blocks), plan)
+
     def _sized(self, program: Program, other: FewBlocks) -> Program:
-        """A program of another's records, with the flat units laid out as here."""
+        """A program of another's records, with the flat units laid out as here, and the samples of these data ranks."""
         units = list(zip(self.units.units, other.units.units, strict=True))
         flat = (other.units.ranks, other.units.flat_elements)
         shapes: dict[tuple[int, ...], tuple[int, int]] = {flat: (self.units.ranks, self.units.flat_elements)}
@@ -111,13 +132,23 @@ class FewBlocks:
             shapes[its_tp, there.elements] = (tp, unit.elements)
             slots = zip(unit.slots, there.slots, strict=True)
             offsets[its_tp, there.elements] = {its.offset: slot.offset for slot, its in slots}
-        buffers = dict(program.buffers)
+        buffers, ranks, its_ranks = dict(program.buffers), self.plan.data_ranks, other.plan.data_ranks
         for name, buffer in program.buffers.items():
             moved = offsets.get(program.buffers[buffer.base].shape, {}) if buffer.base else {}
             shape, offset = shapes.get(buffer.shape, buffer.shape), moved.get(buffer.offset, buffer.offset)
+            if ranks != its_ranks and BATCH in buffer.placement.dims:
+                batch = buffer.placement.dims.index(BATCH)
+                shape = (*shape[:batch], shape[batch] * ranks // its_ranks, *shape[batch + 1 :])
             if shape != buffer.shape or offset != buffer.offset:
                 buffers[name] = replace(buffer, shape=shape, offset=offset)
-        sized = replace(program, plan=self.plan, buffers=buffers)
+        gaps = {unit.name: unit.gaps for unit, there in units if unit.gaps != there.gaps}
+        ops = [
+            replace(op, attrs=op.attrs | {"gaps": gaps[op.place.unit]})
+            if op.kind == "zero_gaps" and op.place.unit in gaps
+            else op
+            for op in program.ops
+        ]
+        sized = replace(program, plan=self.plan, buffers=buffers, ops=ops)
         for name, buffer in program.buffers.items():
             if buffer.base and (buffer.offset or buffer.strides) and program.buffers[buffer.base].shape not in offsets:
                 buffers[name] = _part(program, sized, buffers[name])
@@ -153,6 +184,53 @@ class FewBlocks:
         """Elements of a rank's flat shard of the whole model."""
         units = self.units_of(plan)
         return units.flat_elements + self.more * units.by_name[block_unit(0)].shard_elements
+
+
+Build = Callable[[ModelConfig, Plan, BatchShape], FewBlocks]
+
+
+def overlaps(plan: Plan) -> dict[str, Any]:
+    """The fields of a plan that say how communication hides behind compute."""
+    return {name: getattr(plan, name) for name in knobs(Overlap)}
+
+
+def _proven_blocks(config: ModelConfig, plan: Plan) -> int:
+    each = BLOCKS + PROVEN_BLOCKS + plan.prefetch + plan.grad_units - 2
+    return sum(min(each, deep) for deep in blocks_of(plan, config.layers))
+
+
+class Programs:
+    """Programs of a few blocks, each built once for all plans that it serves, and the last whole one."""
+
+    def __init__(self) -> None:
+        self._built: dict[object, list[FewBlocks]] = {}
+        self._whole: tuple[object, Program] | None = None
+
+    def shared(self, config: ModelConfig, plan: Plan, batch: BatchShape) -> FewBlocks:
+        """Under a plan: what serves all of its overlap, and of as many recompute modes."""
+        key = (plan.recompute_last is None, min(plan.micro_batches, MICRO_BATCHES))
+        return self._serving(key, FewBlocks.build, config, plan, batch)
+
+    def own(self, config: ModelConfig, plan: Plan, batch: BatchShape) -> FewBlocks:
+        """A plan's own."""
+        micro_batches = min(plan.micro_batches, MICRO_BATCHES + PROVEN_MICRO_BATCHES)
+        key = (_proven_blocks(config, plan), micro_batches, "own")
+        return self._serving(key, FewBlocks.proven, config, plan, batch)
+
+    def whole(self, config: ModelConfig, plan: Plan, batch: BatchShape) -> Program:
+        """Every record of a plan's step, as it runs on NCCL."""
+        key = (config, plan, batch)
+        if self._whole is None or self._whole[0] != key:
+            self._whole = key, prepare(build_step(config, plan, batch), backend="nccl")
+        return self._whole[1]
+
+    def _serving(self, key: object, build: Build, config: ModelConfig, plan: Plan, batch: BatchShape) -> FewBlocks:
+        built = self._built.setdefault((key, config, batch, plan.dtype, *overlaps(plan).values()), [])
+        for few in built:
+            if few.serves(plan):
+                return few.on(plan)
+        built.append(build(config, plan, batch))
+        return built[-1]
 
 
 def _part(program: Program, sized: Program, buffer: Buffer) -> Buffer:

@@ -16,7 +16,7 @@ from ...kernels.ops import OPS
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ..prices.models import PriceModels
-from ..prices.network import ring_group
+from ..prices.network import Groups, ring_group
 from .extrapolate import Extrapolation, standing_s
 from .few_blocks import FewBlocks
 
@@ -53,32 +53,39 @@ class LowerBound:
         self._alone: dict[Recompute, Extrapolation] = {}
         self._peaks: dict[tuple[Recompute, int], int] = {}
         self._blocks: dict[Recompute, _Block | None] = {}
+        self._seconds: dict[tuple[Recompute, int, int], tuple[Program, dict[int, float]]] = {}
 
     # -- time -----------------------------------------------------------------------------------------------------
 
-    def step_s(self, recompute: Recompute, tp: int, cp: int, micro_batches: int) -> float:
-        """Of all blocks: compute, what nothing hides, and the busier lane where that is longer."""
+    def step_s(self, recompute: Recompute, plan: Plan, groups: Groups | None = None) -> float:
+        """Of all blocks: compute, what nothing hides, and the busier lane where that is longer.
+
+        ``groups``: where the groups over tp and over cp lie; without them, as well as any of their ranks can.
+        """
         if recompute not in self._blocks:
             self._blocks[recompute] = self._block(recompute)
         block = self._blocks[recompute]
         if block is None:
             return 0.0
-        built = block.step.program
-        plan = block.step.plan.with_degrees(tp=tp, cp=cp)
-        program = replace(built, plan=plan)
-        seconds = {i: self.models.compute.op_s(program, built.ops[i]) for i in block.compute}
+        micro_batches, degrees = plan.micro_batches, {"tp": plan.tp, "cp": plan.cp}
+        built, plan = block.step.program, block.step.plan.with_degrees(**degrees)
+        program, seconds = self._priced(recompute, block, plan)
         waited = {"tp": 0.0, "cp": 0.0}
         busy = {"tp": 0.0, "cp": 0.0}
         taken = {"tp": 0.0, "cp": 0.0}
         largest = {"tp": 0.0, "cp": 0.0}  # share of compute that one exchange takes
         exposed = 0.0
-        groups = {axis: ring_group(self.models.cluster, ranks) for axis, ranks in (("tp", tp), ("cp", cp)) if ranks > 1}
+        spread = {axis: ranks for axis, ranks in degrees.items() if ranks > 1}
+        if groups is None:
+            placed = {axis: ring_group(self.models.cluster, ranks) for axis, ranks in spread.items()}
+        else:
+            placed = {axis: groups[axis,] for axis in spread}
         for exchange in block.exchanges:
             axis = exchange.axis
-            if axis not in groups:
+            if axis not in placed:
                 continue
             op = built.ops[exchange.index]
-            cost = self.models.network.collective(op.kind, program.payload_bytes(op), groups[axis])
+            cost = self.models.network.collective(op.kind, program.payload_bytes(op), placed[axis])
             if ctas := plan.ctas(op.axes):  # as fast as without the limit: it slows groups of other places by less
                 cost = replace(cost, sms=min(cost.sms, ctas))
             busy[axis] += cost.seconds
@@ -95,6 +102,15 @@ class LowerBound:
         still = max(exposed, *waited.values())
         least = sum(seconds.values()) + standing_s(still, [(taken[axis], largest[axis]) for axis in taken])
         return max(least, *busy.values()) * self._one.config.layers * micro_batches
+
+    def _priced(self, recompute: Recompute, block: _Block, plan: Plan) -> tuple[Program, dict[int, float]]:
+        """A block under a plan's degrees, and the seconds of its compute records; made once."""
+        key = (recompute, plan.tp, plan.cp)
+        if key not in self._seconds:
+            program = replace(block.step.program, plan=plan)
+            op_s = self.models.compute.op_s
+            self._seconds[key] = program, {i: op_s(program, program.ops[i]) for i in block.compute}
+        return self._seconds[key]
 
     def _block(self, recompute: Recompute) -> _Block | None:
         """None: a model of so few blocks is built whole, and needs no bound."""

@@ -20,6 +20,7 @@ from typing import Any, cast
 from ...errors import CinemeshError
 from ...model.config import latent_text
 from ...parallel.ir.fields import AXES
+from .evaluator import Evaluator
 from .nearby import close_batches, fewer_gpus
 from .refusals import FamilyKey, Refusal, RefusalKind
 from .request import PricedPlan, Request, Timed
@@ -36,12 +37,14 @@ class Search:
     """Ranked plans, the best first, and what was refused.
 
     ``error``: relative error of a difference between plans. ``untuned``: the best one before they were tuned.
+    ``evaluator``: what priced them.
     """
 
     request: Request
     choices: list[PricedPlan]
     refused: list[Refusal]
     error: float
+    evaluator: Evaluator
     played: int = 0
     bounded: int = 0
     untuned: PricedPlan | None = None
@@ -168,7 +171,15 @@ def survey(request: Request) -> Search:
     shown = opened.settled()
     refused += [opened.refusal(family) for family in families if family not in shown]
     choices = list(shown.values())
-    return Search(request, choices, refused, NEAR, space.evaluator.priced, space.evaluator.bounded)
+    evaluator = space.evaluator
+    return Search(request, choices, refused, NEAR, evaluator, evaluator.priced, evaluator.bounded)
+
+
+def least_per_sample_s(request: Request) -> float:
+    """A lower bound of a sample's share of the step under every plan of a request; infinite where none is legal."""
+    families = _families(SearchSpace(request), [])
+    bounds = (family.bound_s(family.modes()[0], placed=True) / family.global_batch for family in families)
+    return min(bounds, default=math.inf)
 
 
 @dataclass(frozen=True)
@@ -206,7 +217,7 @@ def _per_sample_s(choice: PricedPlan) -> float:
 class _Todo:
     """Something that the search may open: a recompute mode of a family, or one variant to play.
 
-    ``per_sample_s`` is a lower bound of what it can lead to.
+    ``per_sample_s`` is a lower bound of what it can lead to; ``placed``: made with where a mode's axes can lie.
     """
 
     per_sample_s: float
@@ -215,6 +226,7 @@ class _Todo:
     modes: tuple[Mode, ...] = field(compare=False, default=())
     groups: list[int] = field(compare=False, default_factory=list)
     variant: Variant | None = field(compare=False, default=None)
+    placed: bool = field(compare=False, default=False)
 
 
 class _Frontier:
@@ -242,7 +254,7 @@ class _Frontier:
             rough = [family for family, choice in shown.items() if choice.timed is Timed.SHARED]
             if not rough:
                 return shown
-            for family in rough:
+            for family in reversed(rough):  # the best one last: more is asked of it, and the last program is kept
                 priced, choice = self._priced[family], shown[family]
                 priced[priced.index(choice)] = self.space.evaluator.settled(choice)
                 self._rank(family)
@@ -272,9 +284,9 @@ class _Frontier:
         least = _per_sample_s(best) if best and todo.variant is not None else math.inf
         return todo.per_sample_s >= min(self._last_shown_s, least)
 
-    def _push(self, family: Family, modes: tuple[Mode, ...], groups: list[int]) -> None:
-        bound_s = family.bound_s(modes[0]) / family.global_batch
-        heapq.heappush(self._heap, _Todo(bound_s, next(self._numbers), family, modes, groups))
+    def _push(self, family: Family, modes: tuple[Mode, ...], groups: list[int], *, placed: bool = False) -> None:
+        bound_s = family.bound_s(modes[0], placed=placed) / family.global_batch
+        heapq.heappush(self._heap, _Todo(bound_s, next(self._numbers), family, modes, groups, placed=placed))
 
     def exhaust(self) -> None:
         """Open whatever has the lowest bound, until no bound is below the last plan shown."""
@@ -284,6 +296,8 @@ class _Frontier:
                 self._cut.setdefault(todo.family, []).append(todo)
             elif todo.variant is not None:
                 self._price(todo, todo.variant)
+            elif not todo.placed:
+                self._push(todo.family, todo.modes, todo.groups, placed=True)
             else:
                 self._expand(todo)
 

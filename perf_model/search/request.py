@@ -10,6 +10,7 @@ from ...parallel.ir.fields import DtypePolicy
 from ...parallel.ir.plan import Plan
 from ..clusters.cluster import Cluster
 from ..prices.encoders import FrozenCost
+from .few_blocks import Programs
 from .refusals import FamilyKey
 
 SHOWN = 5  # families ranked
@@ -28,7 +29,8 @@ class Request:
     """What to plan for.
 
     ``fixed`` holds plan fields that are given by hand; ``samples`` those of one micro-batch on one data rank, used when
-    no global batch is asked for; ``encoders``: the frozen text encoders run in the loop.
+    no global batch is asked for; ``encoders``: the frozen text encoders run in the loop. ``programs``: built for this
+    request and for those that were made from it.
     """
 
     config: ModelConfig
@@ -42,6 +44,7 @@ class Request:
     encoders: bool = False
     shown: int = SHOWN
     prune: bool = True
+    programs: Programs = field(default_factory=Programs, compare=False, repr=False)
 
 
 class Timed(StrEnum):

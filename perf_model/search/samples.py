@@ -7,12 +7,13 @@ costs at most ``WITHIN`` more than that of the best that fits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated
 
 from ...errors import CinemeshError
-from .planner import Search, search, survey
+from .planner import Search, least_per_sample_s, search, survey
 from .request import PricedPlan, Request
 
 WITHIN = 0.02  # of a sample's cost: what the planner cannot tell apart (``NEAR``)
@@ -26,6 +27,7 @@ class TriedSamples:
 
     samples: Annotated[int, "of one micro-batch on one data rank"]
     samples_per_s: Annotated[float, "of all GPUs, under the tp and cp that are best for one"]
+    at_most: Annotated[bool, "whether that is a bound, too low for more to be asked"] = False
 
 
 def search_samples(request: Request) -> tuple[Request, Search, list[TriedSamples]]:
@@ -35,7 +37,7 @@ def search_samples(request: Request) -> tuple[Request, Search, list[TriedSamples
     """
     one = replace(request, samples=1)
     found = search(one)
-    tried = [TriedSamples(choice.samples, choice.samples_per_s) for choice in _more(one, found.best)]
+    tried = list(_more(one, found.best))
     fewest = _fewest(tried)
     if fewest == 1:
         return one, found, tried
@@ -43,24 +45,30 @@ def search_samples(request: Request) -> tuple[Request, Search, list[TriedSamples
     return chosen, search(chosen), tried
 
 
-def _more(one: Request, best: PricedPlan) -> Iterator[PricedPlan]:
+def _more(one: Request, best: PricedPlan) -> Iterator[TriedSamples]:
     """The best plan with twice as many samples, and again, as long as that pays and fits."""
-    yield best
+    yield TriedSamples(best.samples, best.samples_per_s)
     degrees = {"tp": best.plan.tp, "cp": best.plan.cp}
-    before, samples = best, 2
+    before, samples = best.samples_per_s, 2
     while samples <= MOST:
+        asked, enough = replace(one, samples=samples, shown=1, fixed=one.fixed | degrees), before * (1.0 + GAIN)
         try:
-            found = survey(replace(one, samples=samples, shown=1, fixed=one.fixed | degrees))
+            least_s = least_per_sample_s(asked)
+            if 1.0 / enough < least_s < math.inf:
+                yield TriedSamples(samples, 1.0 / least_s, at_most=True)
+                return
+            found = survey(asked)
         except CinemeshError:
             return  # a shape forbids it
         if not found.choices:
             return
-        yield found.best
-        if found.best.samples_per_s < before.samples_per_s * (1.0 + GAIN):
+        yield TriedSamples(samples, found.best.samples_per_s)
+        if found.best.samples_per_s < enough:
             return
-        before, samples = found.best, 2 * samples
+        before, samples = found.best.samples_per_s, 2 * samples
 
 
 def _fewest(tried: list[TriedSamples]) -> int:
-    enough = max(one.samples_per_s for one in tried) / (1.0 + WITHIN)
-    return min(one.samples for one in tried if one.samples_per_s >= enough)
+    known = [one for one in tried if not one.at_most]
+    enough = max(one.samples_per_s for one in known) / (1.0 + WITHIN)
+    return min(one.samples for one in known if one.samples_per_s >= enough)

@@ -10,21 +10,20 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ...model.inputs import BatchShape
 from ...model.step import check
-from ...parallel.ir.fields import AXES, Overlap
-from ...parallel.ir.knobs import knobs
-from ...parallel.ir.layout import HEADS
+from ...parallel.ir.fields import AXES
+from ...parallel.ir.layout import HEADS, TOKENS_GATHERED
 from ...parallel.ir.plan import Plan
 from ..prices.network import Groups, groups_of
 from ..prices.timeline import beyond_domain, check_fused
 from .evaluator import BuiltPlan, Evaluator
 from .extrapolate import Extrapolation
-from .few_blocks import FewBlocks
+from .few_blocks import FewBlocks, overlaps
 from .lower_bound import LowerBound, Recompute
 from .refusals import FamilyKey
 from .request import Request
@@ -53,13 +52,8 @@ def everywhere(request: Request) -> Plan:
     return Plan(tp=2, cp=2, dp_shard=2, **values)
 
 
-def overlaps(plan: Plan) -> dict[str, Any]:
-    """The fields of a plan that say how communication hides behind compute."""
-    return {name: getattr(plan, name) for name in knobs(Overlap)}
-
-
 class SearchSpace:
-    """What all families of one request share: the evaluator, the programs of a few blocks and the lower bounds.
+    """What all families of one request share: the evaluator and the lower bounds.
 
     Raises CinemeshError when the fixed fields share the GPU as it cannot be shared.
     """
@@ -69,31 +63,15 @@ class SearchSpace:
         self.evaluator = Evaluator(request)
         self.evaluator.models.compute.check(everywhere(request))
         self.too_big: dict[object, int] = {}  # the largest cp that did not fit, by all else that families differ in
-        self._few: dict[object, list[FewBlocks]] = {}
         self._bounds: dict[object, list[LowerBound]] = {}
-
-    def few(self, plan: Plan, samples: int) -> list[FewBlocks]:
-        """The programs that serve all families with as many samples and micro-batches; one for each bucket.
-
-        Where degrees leave an overlap without effect, the plan lacks it, and the records are others.
-        """
-        base = replace(everywhere(self.request), **overlaps(plan), micro_batches=plan.micro_batches)
-        if plan.recompute_last is not None:  # the passes look at what they are; here it is two modes' worth of blocks
-            base = replace(base, recompute="full", recompute_last="none", last_blocks=1)
-        if plan.dp_shard * plan.cp == 1:
-            base = base.with_degrees(cp=1, dp_shard=1)
-        key = (base, samples)
-        if key not in self._few:
-            batches = [BatchShape(samples, bucket.latent) for bucket in self.request.buckets]
-            self._few[key] = [FewBlocks.build(self.request.config, base, batch) for batch in batches]
-        return self._few[key]
 
     def bounds(self, plan: Plan, samples: int) -> list[LowerBound]:
         """One for each bucket."""
         key = (*overlaps(plan).values(), samples)
         if key not in self._bounds:
             one = replace(everywhere(self.request), **overlaps(plan))
-            self._bounds[key] = [LowerBound(few, self.evaluator.models) for few in self.few(one, samples)]
+            few = self.evaluator.few(one, samples)
+            self._bounds[key] = [LowerBound(one, self.evaluator.models) for one in few]
         return self._bounds[key]
 
 
@@ -146,7 +124,7 @@ class Family:
     def _few_of(self, plan: Plan) -> list[FewBlocks]:
         key = (plan.dp_shard * plan.cp == 1, plan.recompute_last is not None)
         if key not in self._few:
-            self._few[key] = [few.on(plan) for few in self.space.few(plan, self.samples)]
+            self._few[key] = self.evaluator.few(plan, self.samples)
         return self._few[key]
 
     def built(self, plan: Plan) -> BuiltPlan:
@@ -168,24 +146,33 @@ class Family:
         bounds = self.space.bounds(self.plan, self.samples)
         return max(bound.peak_bytes(recompute, plan or self.plan) for bound in bounds)
 
-    def bound_s(self, mode: Mode) -> float:
-        """A lower bound of the step of every variant of a mode."""
+    def bound_s(self, mode: Mode, *, placed: bool = False) -> float:
+        """A lower bound of the step of every variant of a mode; ``placed``: on the network as their axes can lie."""
         recompute, lighter = mode
-        if lighter is None:
-            least = self._bound_s(recompute)
-        else:
+        shares = [(1.0, recompute)]
+        if lighter is not None:
             spare = self.evaluator.limit_bytes(self.plan) - self.least_bytes(recompute)
             bounds = self.space.bounds(self.plan, self.samples)
             each = min(bound.kept_bytes(lighter) - bound.kept_bytes(recompute) for bound in bounds)
             blocks = spare * self.plan.tp * self.plan.cp / each if each else math.inf  # a lighter mode keeps no more
             share = min(1.0, max(0.0, blocks / self.request.config.layers))
-            shares = ((1.0 - share, recompute), (share, lighter))
-            least = sum(part * self._bound_s(of) for part, of in shares if part > 0.0)
+            shares = [(1.0 - share, recompute), (share, lighter)]
+        places = [*self._distinct_places()] if placed else []
+        least = min(sum(part * self._bound_s(of, at) for part, of in shares if part > 0.0) for at in places or [None])
         return least * self.request.cluster.spread.factor(self.request.gpus)
 
-    def _bound_s(self, recompute: Recompute) -> float:
-        plan, bounds = self.plan, self.space.bounds(self.plan, self.samples)
-        return self.evaluator.mean(b.step_s(recompute, plan.tp, plan.cp, plan.micro_batches) for b in bounds)
+    def _bound_s(self, recompute: Recompute, groups: Groups | None) -> float:
+        bounds = self.space.bounds(self.plan, self.samples)
+        return self.evaluator.mean(bound.step_s(recompute, self.plan, groups) for bound in bounds)
+
+    def _distinct_places(self) -> Collection[Groups]:
+        """Where the groups over tp and over cp may lie, whatever the shard group."""
+        found: dict[object, Groups] = {}
+        for n in self.shard_groups():
+            plan = self.plan.with_degrees(dp_shard=n, dp_replicate=self.data_ranks // n)
+            for _, groups in self.placements(plan):
+                found[groups.get(HEADS), groups.get(TOKENS_GATHERED)] = groups
+        return found.values()
 
     # -- variants -------------------------------------------------------------------------------------------------
 

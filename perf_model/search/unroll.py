@@ -64,8 +64,8 @@ class Stretches:
         self.last_blocks = program.plan.last_blocks
         self.marks = _marks(program)
         self._issue_of = _issue_of(program)
-        self.ordered = True
-        self.lines, self.still = self._lines()
+        self._disordered: set[int] = set()
+        self.lines, self.places, self.still = self._lines()
         self._facts = [self._fact(i, op) for i, op in enumerate(program.ops)]
         directions: dict[int, list[tuple[list[int], list[int]]]] = {}
         for (micro_batch, direction), starts in self.marks.items():
@@ -86,29 +86,33 @@ class Stretches:
 
     # -- what is equal --------------------------------------------------------------------------------------------
 
-    def _lines(self) -> tuple[list[int], list[int]]:
-        """Of every record its line, and how many issues of the line are open behind it. -1: neither issue nor wait.
+    def _lines(self) -> tuple[list[int], list[int], list[int]]:
+        """Of every record its line, of a wait its issue's place among those open, and how many stay open behind it.
 
-        The issues of a line are waited for in their order, or all at the end.
+        The issues of a line are waited for in their order, or all at the end; else it is ``_disordered``, and every
+        stretch that is repeated must wait for as many as it issues. -1: neither issue nor wait.
         """
         numbers: dict[object, int] = {}
-        lines, still = [-1] * len(self.program.ops), [0] * len(self.program.ops)
+        lines, places, still = ([n] * len(self.program.ops) for n in (-1, 0, 0))
         issued: dict[int, list[int]] = {}
-        disordered: set[int] = set()
+        later: dict[int, list[int]] = {}  # waits for another issue than the first, with none issued since
         for i, op in enumerate(self.program.ops):
             if op.is_issue:
                 where = op.place.title if op.place.block is None else ""
                 key = (communicator(op), op.place.phase, where, op.role, op.slice, op.clone)
-                lines[i] = numbers.setdefault(key, len(numbers))
-                issued.setdefault(lines[i], []).append(i)
-                self.ordered = self.ordered and lines[i] not in disordered
+                lines[i] = line = numbers.setdefault(key, len(numbers))
+                issued.setdefault(line, []).append(i)
+                self._disordered.update([line] if line in later else ())
             elif op.is_wait:
                 lines[i] = line = lines[self._issue_of[i]]
-                if issued[line].index(self._issue_of[i]):
-                    disordered.add(line)
+                places[i] = issued[line].index(self._issue_of[i])
+                if places[i]:
+                    later.setdefault(line, []).append(i)
                 issued[line].remove(self._issue_of[i])
                 still[i] = len(issued[line])
-        return lines, still
+        for line in later.keys() - self._disordered:
+            places = [0 if at == line else place for at, place in zip(lines, places, strict=True)]
+        return lines, places, still
 
     def _fact(self, i: int, op: Op) -> tuple[object, ...]:
         """What a record is, wherever it stands; of a wait also how far behind its issue."""
@@ -117,14 +121,15 @@ class Stretches:
         return (op.kind, op.role, op.slice, op.clone, op.place.phase, op.lane, shapes, behind)
 
     def _balanced(self, body: tuple[int, int]) -> bool:
-        """Whether on every line as many are waited for as are issued, or none: these at the end of the step."""
+        """Whether on every line as many are waited for as are issued, or none where these are in order: at the end."""
         lines = max(self.lines, default=-1) + 1
         issues, waits = [0] * lines, [0] * lines
         for i in range(*body):
             if (line := self.lines[i]) >= 0:
                 counted = issues if self.program.ops[i].is_issue else waits
                 counted[line] += 1
-        return all(not n or n == issued for issued, n in zip(issues, waits, strict=True))
+        none = [not n and line not in self._disordered for line, n in enumerate(waits)]
+        return all(n == issued or none for issued, n, none in zip(issues, waits, none, strict=True))
 
     def _steady(self, bodies: list[tuple[int, int]]) -> int:
         """Which of neighbouring stretches stands for those left out; -1 if there are none."""
@@ -142,8 +147,6 @@ class Stretches:
 
     def unroll(self, blocks: tuple[int, int], micro_batches: int) -> Unrolled:
         """The step of ``blocks`` first and last blocks; raises NotSteady where nothing stands for those left out."""
-        if not self.ordered:
-            raise NotSteady("collectives are waited for in another order than they are issued in")
         loops: list[Loop] = []
         for micro_batch, directions in self._blocks.items():
             inner = tuple(sorted(self._block_loops(directions, blocks), key=lambda loop: loop.begin))
@@ -219,7 +222,8 @@ class _Run:
     """A tape being played. ``open``: on every line, the issues that nothing has waited for."""
 
     def __init__(self, tape: Tape, stretches: Stretches) -> None:
-        self.records, self.lines, self.still = tape.records, stretches.lines, stretches.still
+        self.records, self.lines = tape.records, stretches.lines
+        self.places, self.still = stretches.places, stretches.still
         self.player = Player(tape)
         self.open: list[deque[int]] = [deque() for _ in range(max(self.lines, default=-1) + 1)]
         self.issued = 0
@@ -247,6 +251,9 @@ class _Run:
                 self.exposed_s += player.fused(self.issued, record)[1]
             else:
                 waiting, reached = self.open[self.lines[i]], player.now
+                if place := self.places[i]:
+                    player.wait(waiting[place])
+                    del waiting[place]
                 while len(waiting) > self.still[i]:  # at the end of the step: as many more as blocks were left out
                     player.wait(waiting.popleft())
                 self.exposed_s += player.now - reached

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from cinemesh.kernels.ops import OPS
 from cinemesh.model.config import preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.model.step import build_step, unit_layout
 from cinemesh.parallel.ir.flops import hardware_flops
 from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.ir.records import Op
 from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.footprint import outside
@@ -22,11 +24,10 @@ from cinemesh.perf_model.prices.network import groups_of
 from cinemesh.perf_model.prices.played import play_step
 from cinemesh.perf_model.search.evaluator import BOUND_SLACK, Evaluator
 from cinemesh.perf_model.search.extrapolate import Extrapolation
-from cinemesh.perf_model.search.few_blocks import FewBlocks
+from cinemesh.perf_model.search.few_blocks import FewBlocks, overlaps
 from cinemesh.perf_model.search.lower_bound import LowerBound
 from cinemesh.perf_model.search.planner import search
 from cinemesh.perf_model.search.request import LatentBucket, PricedPlan, Request, Timed
-from cinemesh.perf_model.search.space import overlaps
 from cinemesh.perf_model.search.unroll import NotSteady
 
 CLUSTER = load("grand-teton-h100", packages="fa3")  # whose kernels can leave SMs alone
@@ -35,6 +36,7 @@ BIG = preset("movie-gen-30b")
 LATENT = (32, 96, 96)
 OWN = 1e-3  # of the whole step: a plan's own few blocks; some records over the flat shard are rounded otherwise
 
+MIXED: dict[str, Any] = {"recompute": ("o", "lse"), "recompute_last": "selective", "last_blocks": 42}
 PLANS = [
     Plan(tp=4, cp=2, dp_shard=768, recompute="full"),
     Plan(tp=4, cp=1, dp_shard=1536, recompute="full", grad_units=2),
@@ -43,6 +45,8 @@ PLANS = [
     Plan(tp=4, cp=8, dp_shard=12, dp_replicate=16, grad_units=2, kv_chunks=6, kv_first=True, tp_slices=4),
     Plan(tp=1, cp=12, dp_shard=512, grad_units=2, prefetch=2),
     Plan(tp=2, cp=6, dp_shard=16, dp_replicate=32, grad_units=2, recompute_last="none", last_blocks=12),
+    # Between the two modes a gather is waited for before one that was issued earlier.
+    Plan(tp=2, cp=4, dp_shard=64, grad_units=2, tp_slices=4, defer_weight_gradients=True, **MIXED),
 ]
 
 
@@ -182,7 +186,8 @@ def test_no_step_is_shorter_than_its_bounds(
     step_s = step.price(plan).step_s
     assert step.bound_s(plan, groups_of(plan, CLUSTER)) <= step_s * (1 + 1e-9)
     least = LowerBound(FewBlocks.build(BIG, base, BatchShape(1, LATENT)), MODELS)
-    assert least.step_s(recompute, tp, cp, 1) <= step_s * (1 + 1e-9)
+    somewhere, placed = (least.step_s(recompute, plan, groups) for groups in (None, groups_of(plan, CLUSTER)))
+    assert somewhere <= placed * (1 + 1e-9) <= step_s * (1 + 2e-9)
     assert least.peak_bytes(recompute, plan) <= step.peak_bytes(plan)
 
 
@@ -223,6 +228,46 @@ def test_records_arranged_for_other_degrees_run_in_the_order_of_their_own(
     program = prepare(replace(own.program, plan=own.under(plans[1])), backend="nccl")
     assert [op.name for op in moved.ops] == [op.name for op in program.ops]
     assert {name: moved.span(name) for name in moved.buffers} == {name: program.span(name) for name in program.buffers}
+
+
+SHARDS = st.tuples(st.sampled_from((2, 48, 64, 96, 768)), st.sampled_from((1, 6, 8)))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.tuples(UNPADDED, SHARDS), st.tuples(UNPADDED, SHARDS), st.sampled_from(PARTS), st.sampled_from((1, 3)))
+def test_a_plans_own_program_is_the_same_moved_or_built(
+    first: tuple[tuple[int, int], tuple[int, int]],
+    degrees: tuple[tuple[int, int], tuple[int, int]],
+    parts: dict[str, Any],
+    micro_batches: int,
+) -> None:
+    """Every record and every buffer, but for attributes that no price reads: else a plan is priced as another one."""
+    base = Plan(tp=2, cp=2, dp_shard=2, grad_units=2, micro_batches=micro_batches, **parts)
+    one, other = (
+        base.with_degrees(tp=tp, cp=cp, dp_shard=shards, dp_replicate=replicas)
+        for (tp, cp), (shards, replicas) in (first, degrees)
+    )
+    assume(overlaps(one) == overlaps(other))
+    fresh, batch = FewBlocks.proven(BIG, one, BatchShape(3, LATENT)), BatchShape(3, LATENT)
+    assume(fresh.serves(other))
+    moved, built = fresh.on(other), FewBlocks.proven(BIG, other, batch)
+    assert moved.units == built.units
+    assert moved.program.buffers == built.program.buffers
+
+    def read(op: Op) -> Op:
+        counted = ("signature", *(OPS[op.kind].counted if op.kind in OPS else ()))
+        return replace(op, attrs={name: op.attrs[name] for name in counted if name in op.attrs})
+
+    assert [read(op) for op in moved.program.ops] == [read(op) for op in built.program.ops]
+
+
+def test_padding_that_comes_and_goes_is_another_program() -> None:
+    """256 ranks share a block without padding, 768 do not: gaps are zeroed then, by records of their own."""
+    plans = [Plan(tp=2, cp=4, dp_shard=n, dp_replicate=3, grad_units=2) for n in (64, 256)]
+    few = FewBlocks.proven(BIG, plans[0], BatchShape(1, LATENT))
+    assert few.serves(replace(plans[0], dp_shard=96)) and not few.serves(plans[1])
+    with pytest.raises(ValueError, match="cannot serve"):
+        few.on(plans[1])
 
 
 def test_a_plans_own_blocks_serve_other_stream_settings() -> None:
