@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from ...kernels.ops import OPS
+from ...parallel.ir.plan import Plan
+from ...parallel.ir.program import Program
+from ...parallel.ir.records import Op
 from ..clusters.cluster import Cluster
 from .compute import Compute
-from .network import Network
+from .network import Network, group_of
 
 
 @dataclass(frozen=True)
@@ -20,3 +25,16 @@ class PriceModels:
     @classmethod
     def of(cls, cluster: Cluster) -> PriceModels:
         return cls(cluster, Compute(cluster), Network(cluster))
+
+    def record_s(self, plan: Plan) -> Callable[[Program, Op], float]:
+        """Seconds of a record alone, as the choice of kept activations asks for them."""
+
+        def seconds(program: Program, op: Op) -> float:
+            if op.kind in OPS:
+                return self.compute.op_s(program, op)
+            if op.is_wait:
+                return 0.0
+            group = group_of(self.cluster, plan, op.axes)
+            return self.network.collective(op.kind, program.payload_bytes(op), group, plan.ctas(op.axes)).seconds
+
+        return seconds

@@ -7,20 +7,17 @@ the choice of kept activations and explanations all ask here.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ...kernels.ops import OPS
 from ...model.inputs import BatchShape
 from ...model.step import check
 from ...parallel.ir.plan import Plan
-from ...parallel.ir.program import Program
-from ...parallel.ir.records import Op
 from ..clusters.cluster import Cluster
 from ..prices.encoders import FrozenCost, frozen_options
 from ..prices.footprint import outside
 from ..prices.models import PriceModels
-from ..prices.network import Groups, group_of, groups_of
+from ..prices.network import Groups, groups_of
 from ..prices.played import PlayedStep, play_program
 from .extrapolate import Extrapolation
 from .few_blocks import FewBlocks
@@ -248,19 +245,3 @@ class Evaluator:
             tokens = {encoder.name: encoder.tokens for encoder in self.request.config.encoders}
             self._held[key] = frozen_options(plan, tokens, samples * plan.micro_batches, self.models)
         return self._held[key]
-
-    # -- a record -------------------------------------------------------------------------------------------------
-
-    def record_s(self, plan: Plan) -> Callable[[Program, Op], float]:
-        """Seconds of a record alone, as the choice of kept activations asks for them."""
-
-        def seconds(program: Program, op: Op) -> float:
-            if op.kind in OPS:
-                return self.models.compute.op_s(program, op)
-            if op.is_wait:
-                return 0.0
-            group = group_of(self.request.cluster, plan, op.axes)
-            payload = program.payload_bytes(op)
-            return self.models.network.collective(op.kind, payload, group, plan.ctas(op.axes)).seconds
-
-        return seconds

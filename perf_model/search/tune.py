@@ -24,7 +24,6 @@ from ...parallel.ir.plan import Plan
 from ...parallel.passes.choose_kept import choose_kept
 from .evaluator import BuiltPlan, Evaluator
 from .extrapolate import Extrapolation
-from .few_blocks import FewBlocks
 from .planner import Search
 from .request import PricedPlan, Request, Timed
 
@@ -189,7 +188,8 @@ class _Tuner:
         pure = replace(choice.plan, recompute_last=None, last_blocks=0)
         mixed = replace(pure, recompute_last="none", last_blocks=1)
         batch = BatchShape(choice.samples, self.request.buckets[0].latent)
-        few = {plan.last_blocks > 0: FewBlocks.build(config, plan, batch) for plan in (pure, mixed)}
+        programs = self.request.programs
+        few = {plan.last_blocks > 0: programs.shared(config, plan, batch) for plan in (pure, mixed)}
         made: dict[Plan, Extrapolation] = {}
 
         def peak_bytes(plan: Plan) -> int:
@@ -201,7 +201,7 @@ class _Tuner:
 
         usable = self.request.cluster.memory.usable_bytes
         limit = int(self.evaluator.limit_bytes(choice.plan)) - (choice.frozen.bytes if choice.frozen else 0)
-        seconds = self.evaluator.record_s(pure)
+        seconds = models.record_s(pure)
         while True:
             try:
                 plan, _ = choose_kept(pure, few[False].program, seconds, limit, peak_bytes, blocks=config.layers)
