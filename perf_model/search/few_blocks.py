@@ -96,19 +96,25 @@ class FewBlocks:
     def serves(self, plan: Plan) -> bool:
         """Whether a plan of the same overlap has these records: ``on`` it they are the plan's."""
         plan = self._alike(plan)
-        if plan.data_ranks != self.plan.data_ranks and not self.own:
-            return False
         padded = [[bool(unit.gaps) for unit in units.units] for units in (self.units, self._laid_out(plan))]
         alone = [one.dp_shard * one.cp == 1 for one in (self.plan, plan)]
         return alone[0] == alone[1] and (padded[0] == padded[1] or not self.own)
 
-    def on(self, plan: Plan) -> FewBlocks:
-        """The same program under other degrees, with the flat units laid out for them. ValueError if it cannot be."""
+    def on(self, plan: Plan, samples: int = 0) -> FewBlocks:
+        """The same program under other degrees, with the flat units laid out for them, and on as many samples, if any.
+
+        Raises ValueError where it does not serve the plan.
+        """
         if not self.serves(plan):
             raise ValueError(f"a program of {self.plan.to_text()} cannot serve {plan.to_text()}")
-        plan = self._alike(plan)
-        made = replace(self, plan=plan, units=self._laid_out(plan))
+        plan, batch = self._alike(plan), replace(self.batch, samples=samples or self.batch.samples)
+        made = replace(self, plan=plan, batch=batch, units=self._laid_out(plan))
         return replace(made, program=made._sized(self.program, self))
+
+    @property
+    def _all_samples(self) -> int:
+        """Of one micro-batch, on all data ranks."""
+        return self.batch.samples * self.plan.data_ranks
 
     def _alike(self, plan: Plan) -> Plan:
         """A plan as a program of this kind is built for it."""
@@ -120,7 +126,7 @@ class FewBlocks:
         return unit_layout(replace(self.config, layers=self.blocks), plan)
 
     def _sized(self, program: Program, other: FewBlocks) -> Program:
-        """A program of another's records, with the flat units laid out as here, and the samples of these data ranks."""
+        """A program of another's records, with the flat units laid out as here, and as many samples."""
         units = list(zip(self.units.units, other.units.units, strict=True))
         flat = (other.units.ranks, other.units.flat_elements)
         shapes: dict[tuple[int, ...], tuple[int, int]] = {flat: (self.units.ranks, self.units.flat_elements)}
@@ -132,13 +138,13 @@ class FewBlocks:
             shapes[its_tp, there.elements] = (tp, unit.elements)
             slots = zip(unit.slots, there.slots, strict=True)
             offsets[its_tp, there.elements] = {its.offset: slot.offset for slot, its in slots}
-        buffers, ranks, its_ranks = dict(program.buffers), self.plan.data_ranks, other.plan.data_ranks
+        buffers, samples, its_samples = dict(program.buffers), self._all_samples, other._all_samples
         for name, buffer in program.buffers.items():
             moved = offsets.get(program.buffers[buffer.base].shape, {}) if buffer.base else {}
             shape, offset = shapes.get(buffer.shape, buffer.shape), moved.get(buffer.offset, buffer.offset)
-            if ranks != its_ranks and BATCH in buffer.placement.dims:
+            if samples != its_samples and BATCH in buffer.placement.dims:
                 batch = buffer.placement.dims.index(BATCH)
-                shape = (*shape[:batch], shape[batch] * ranks // its_ranks, *shape[batch + 1 :])
+                shape = (*shape[:batch], shape[batch] * samples // its_samples, *shape[batch + 1 :])
             if shape != buffer.shape or offset != buffer.offset:
                 buffers[name] = replace(buffer, shape=shape, offset=offset)
         gaps = {unit.name: unit.gaps for unit, there in units if unit.gaps != there.gaps}
@@ -225,10 +231,10 @@ class Programs:
         return self._whole[1]
 
     def _serving(self, key: object, build: Build, config: ModelConfig, plan: Plan, batch: BatchShape) -> FewBlocks:
-        built = self._built.setdefault((key, config, batch, plan.dtype, *overlaps(plan).values()), [])
+        built = self._built.setdefault((key, config, batch.latent, plan.dtype, *overlaps(plan).values()), [])
         for few in built:
             if few.serves(plan):
-                return few.on(plan)
+                return few.on(plan, batch.samples)
         built.append(build(config, plan, batch))
         return built[-1]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 from .request import Request
 
@@ -13,16 +12,18 @@ SERVERS = 16  # left out at most: a tray or two of a cluster of any size
 SEARCHED = 2  # numbers of GPUs, those that split best
 
 
-def close_batches(request: Request) -> Iterator[int]:
-    """The next smaller and the next larger batch that have far larger divisors in common with the GPUs."""
+def close_batches(request: Request) -> list[int]:
+    """The next smaller and the next larger batch that have far larger divisors in common with the GPUs, most first."""
     asked = request.global_batch
     if asked is None:
-        return
+        return []
+    found: list[int] = []
     reach = max(1, int(asked * REACH))
     for side in (range(asked - 1, max(0, asked - reach - 1), -1), range(asked + 1, asked + reach + 1)):
         best = max(side, key=lambda batch: math.gcd(batch, request.gpus), default=asked)  # the nearest of equal ones
         if math.gcd(best, request.gpus) >= BETTER * math.gcd(asked, request.gpus):
-            yield best
+            found.append(best)
+    return sorted(found, key=lambda batch: -math.gcd(batch, request.gpus))
 
 
 def fewer_gpus(request: Request) -> list[int]:

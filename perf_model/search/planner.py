@@ -37,7 +37,7 @@ class Search:
     """Ranked plans, the best first, and what was refused.
 
     ``error``: relative error of a difference between plans. ``untuned``: the best one before they were tuned.
-    ``evaluator``: what priced them.
+    ``evaluator``: what priced them. ``least_left_s``: a lower bound of a sample's seconds under what was not opened.
     """
 
     request: Request
@@ -48,6 +48,7 @@ class Search:
     played: int = 0
     bounded: int = 0
     untuned: PricedPlan | None = None
+    least_left_s: float = math.inf
 
     @property
     def best(self) -> PricedPlan:
@@ -149,8 +150,8 @@ def _check_degrees(request: Request) -> None:
         )
 
 
-def survey(request: Request) -> Search:
-    """As ``search``; where no plan fits, a search without choices.
+def survey(request: Request, worth_s: float = math.inf) -> Search:
+    """As ``search``; where no plan fits, a search without choices. ``worth_s``: more for a sample is not looked at.
 
     Raises CinemeshError for more GPUs than the cluster has, and for latents that the model cannot take.
     """
@@ -167,19 +168,13 @@ def survey(request: Request) -> Search:
     space = SearchSpace(request)
     refused: list[Refusal] = []
     families = _families(space, refused)
-    opened = _Frontier(space, families)
+    opened = _Frontier(space, families, worth_s)
     shown = opened.settled()
     refused += [opened.refusal(family) for family in families if family not in shown]
     choices = list(shown.values())
     evaluator = space.evaluator
-    return Search(request, choices, refused, NEAR, evaluator, evaluator.priced, evaluator.bounded)
-
-
-def least_per_sample_s(request: Request) -> float:
-    """A lower bound of a sample's share of the step under every plan of a request; infinite where none is legal."""
-    families = _families(SearchSpace(request), [])
-    bounds = (family.bound_s(family.modes()[0], placed=True) / family.global_batch for family in families)
-    return min(bounds, default=math.inf)
+    counted = evaluator.priced, evaluator.bounded
+    return Search(request, choices, refused, NEAR, evaluator, *counted, least_left_s=opened.least_left_s)
 
 
 @dataclass(frozen=True)
@@ -192,21 +187,33 @@ class Nearby:
 
 
 def nearby(request: Request, found: Search) -> list[Nearby]:
-    """What is better, close by, than the best plan found by more than the planner can be wrong; the best first."""
+    """What is better, close by, than the best plan found by more than the planner can be wrong; the best first.
+
+    What is looked at later is told where it is better than that, too.
+    """
     better: list[Nearby] = []
-    for best in _close_by(request):
-        gain = best.samples_per_s / found.best.samples_per_s - 1.0
-        if gain > NEAR:
+    worth_s = _per_sample_s(found.best) / (1.0 + NEAR)
+    for asked in _close_by(request):
+        for best in _best_of(asked, worth_s):
+            worth_s = min(worth_s, _per_sample_s(best))
+            gain = best.samples_per_s / found.best.samples_per_s - 1.0
             better.append(Nearby(best.plan.world_size, best, gain))
-    return sorted(better, key=lambda other: -other.gain)
+    return sorted((other for other in better if other.gain > NEAR), key=lambda other: -other.gain)
 
 
-def _close_by(request: Request) -> Iterator[PricedPlan]:
-    """The best plans of other batches and of fewer GPUs."""
-    asked = [replace(request, global_batch=batch) for batch in close_batches(request)]
-    for other in (*asked, *(replace(request, gpus=gpus) for gpus in fewer_gpus(request))):
-        with contextlib.suppress(CinemeshError):  # degrees fixed by hand that do not divide it
-            yield from survey(replace(other, shown=1)).choices
+def _best_of(asked: Request, worth_s: float = math.inf) -> list[PricedPlan]:
+    """The best plan of a request, if it has one."""
+    with contextlib.suppress(CinemeshError):  # degrees fixed by hand that do not divide it
+        return survey(replace(asked, shown=1), worth_s).choices
+    return []
+
+
+def _close_by(request: Request) -> Iterator[Request]:
+    """The same for other batches and for fewer GPUs, what splits best first."""
+    for batch in close_batches(request):
+        yield replace(request, global_batch=batch)
+    for gpus in fewer_gpus(request):
+        yield replace(request, gpus=gpus)
 
 
 def _per_sample_s(choice: PricedPlan) -> float:
@@ -232,8 +239,8 @@ class _Todo:
 class _Frontier:
     """What may still be opened, by its lower bound, and the plans priced so far."""
 
-    def __init__(self, space: SearchSpace, families: list[Family]) -> None:
-        self.space, self.request = space, space.request
+    def __init__(self, space: SearchSpace, families: list[Family], worth_s: float) -> None:
+        self.space, self.request, self.worth_s = space, space.request, worth_s
         self._priced: dict[Family, list[PricedPlan]] = {}
         self._best: dict[Family, PricedPlan] = {}
         self._cut: dict[Family, list[_Todo]] = {}
@@ -282,7 +289,7 @@ class _Frontier:
             return False
         best = self._best.get(todo.family)
         least = _per_sample_s(best) if best and todo.variant is not None else math.inf
-        return todo.per_sample_s >= min(self._last_shown_s, least)
+        return todo.per_sample_s >= min(self._last_shown_s, self.worth_s, least)
 
     def _push(self, family: Family, modes: tuple[Mode, ...], groups: list[int], *, placed: bool = False) -> None:
         bound_s = family.bound_s(modes[0], placed=placed) / family.global_batch
@@ -331,13 +338,18 @@ class _Frontier:
         self._priced.setdefault(family, []).append(choice)
         self._rank(family)
 
+    @property
+    def least_left_s(self) -> float:
+        """A lower bound of a sample's seconds under all that was not opened."""
+        return min((todo.per_sample_s for todos in self._cut.values() for todo in todos), default=math.inf)
+
     def refusal(self, family: Family) -> Refusal:
         """Why a family is not shown."""
         if family in self._priced:
             behind = _per_sample_s(self._best[family]) / self._last_shown_s - 1.0
             return Refusal(RefusalKind.SLOWER, family.key, slower=behind)
         if family in self._cut:
-            behind = min(todo.per_sample_s for todo in self._cut[family]) / self._last_shown_s - 1.0
+            behind = min(todo.per_sample_s for todo in self._cut[family]) / min(self._last_shown_s, self.worth_s) - 1.0
             return Refusal(RefusalKind.SLOWER, family.key, slower=behind, at_least=True)
         fixed: Any = self.request.fixed.get("recompute", "")
         held = family.held_bytes(family.plan)
@@ -353,7 +365,7 @@ def _remedy(found: Search) -> str:
     if found.nearest is None or found.nearest.kind is not RefusalKind.MEMORY:
         fixed = ", ".join(sorted(request.fixed))
         free = f"free {fixed}, or " if fixed else ""
-        best = next(_close_by(request), None)
+        best = next((best for asked in _close_by(request) for best in _best_of(asked)), None)
         if best is None:
             return f"{free}change the GPUs or the global batch"
         close = f"{best.plan.world_size} GPUs and a global batch of {best.global_batch}"

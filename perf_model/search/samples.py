@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from ...errors import CinemeshError
-from .planner import Search, least_per_sample_s, search, survey
+from .planner import Search, search, survey
 from .request import PricedPlan, Request
 
 WITHIN = 0.02  # of a sample's cost: what the planner cannot tell apart (``NEAR``)
@@ -53,14 +53,12 @@ def _more(one: Request, best: PricedPlan) -> Iterator[TriedSamples]:
     while samples <= MOST:
         asked, enough = replace(one, samples=samples, shown=1, fixed=one.fixed | degrees), before * (1.0 + GAIN)
         try:
-            least_s = least_per_sample_s(asked)
-            if 1.0 / enough < least_s < math.inf:
-                yield TriedSamples(samples, 1.0 / least_s, at_most=True)
-                return
-            found = survey(asked)
+            found = survey(asked, worth_s=1.0 / enough)
         except CinemeshError:
             return  # a shape forbids it
         if not found.choices:
+            if found.least_left_s < math.inf:
+                yield TriedSamples(samples, 1.0 / found.least_left_s, at_most=True)
             return
         yield TriedSamples(samples, found.best.samples_per_s)
         if found.best.samples_per_s < enough:

@@ -248,9 +248,9 @@ def test_a_plans_own_program_is_the_same_moved_or_built(
         for (tp, cp), (shards, replicas) in (first, degrees)
     )
     assume(overlaps(one) == overlaps(other))
-    fresh, batch = FewBlocks.proven(BIG, one, BatchShape(3, LATENT)), BatchShape(3, LATENT)
+    fresh = FewBlocks.proven(BIG, one, BatchShape(3, LATENT))
     assume(fresh.serves(other))
-    moved, built = fresh.on(other), FewBlocks.proven(BIG, other, batch)
+    moved, built = fresh.on(other, 2), FewBlocks.proven(BIG, other, BatchShape(2, LATENT))
     assert moved.units == built.units
     assert moved.program.buffers == built.program.buffers
 
