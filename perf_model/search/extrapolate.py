@@ -249,10 +249,10 @@ class Extrapolation:
 
     def taken(self, plan: Plan, cost: Cost) -> float:
         """The share of compute that a collective in flight takes at least, whatever runs beside it."""
-        tape, margin = self._free(plan), self.models.compute.left_sms(plan)
-        sms = max(0.0, cost.sms - margin) / (tape.sms - margin)
-        share = min(sms, cost.memory_bytes_per_s / tape.memory_bytes_per_s)
-        return min(share * tape.compute_slowdown, 1.0)
+        cluster, margin = self.models.cluster, self.models.compute.left_sms(plan)
+        sms = max(0.0, cost.sms - margin) / (cluster.gpu.sms - margin)
+        share = min(sms, cost.memory_bytes_per_s / cluster.gpu.memory_bytes_per_s)
+        return min(share * cluster.overlap.compute_slowdown, 1.0)
 
     def _lane(self, plan: Plan, axes: Axes, group: Group) -> _Lane:
         units, flat = self.few.units_of(plan), self.few.flat_elements(plan)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from ...kernels.ops import OPS
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
+from ...parallel.ir.records import Op
 from ..prices.models import PriceModels
 from ..prices.network import Groups, ring_group
 from .extrapolate import Extrapolation, standing_s
@@ -30,6 +31,17 @@ class _Exchange:
     index: int
     axis: str
     between: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Sized:
+    """A block under degrees of tp and cp: seconds of its compute; of every exchange what it moves, and what hides it.
+
+    ``hidden_s``: seconds of the compute between; None where there is none.
+    """
+
+    compute_s: float
+    exchanges: list[tuple[str, Op, int, float | None]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,7 @@ class LowerBound:
         self._alone: dict[Recompute, Extrapolation] = {}
         self._peaks: dict[tuple[Recompute, int], int] = {}
         self._blocks: dict[Recompute, _Block | None] = {}
-        self._seconds: dict[tuple[Recompute, int, int], tuple[Program, dict[int, float]]] = {}
+        self._of_degrees: dict[tuple[Recompute, int, int], _Sized] = {}
 
     # -- time -----------------------------------------------------------------------------------------------------
 
@@ -68,8 +80,8 @@ class LowerBound:
         if block is None:
             return 0.0
         micro_batches, degrees = plan.micro_batches, {"tp": plan.tp, "cp": plan.cp}
-        built, plan = block.step.program, block.step.plan.with_degrees(**degrees)
-        program, seconds = self._priced(recompute, block, plan)
+        plan = block.step.plan.with_degrees(**degrees)
+        sized = self._sized(recompute, block, plan)
         waited = {"tp": 0.0, "cp": 0.0}
         busy = {"tp": 0.0, "cp": 0.0}
         taken = {"tp": 0.0, "cp": 0.0}
@@ -80,37 +92,39 @@ class LowerBound:
             placed = {axis: ring_group(self.models.cluster, ranks) for axis, ranks in spread.items()}
         else:
             placed = {axis: groups[axis,] for axis in spread}
-        for exchange in block.exchanges:
-            axis = exchange.axis
+        for axis, op, payload, hidden_s in sized.exchanges:
             if axis not in placed:
                 continue
-            op = built.ops[exchange.index]
-            cost = self.models.network.collective(op.kind, program.payload_bytes(op), placed[axis])
+            cost = self.models.network.collective(op.kind, payload, placed[axis])
             if ctas := plan.ctas(op.axes):  # as fast as without the limit: it slows groups of other places by less
                 cost = replace(cost, sms=min(cost.sms, ctas))
             busy[axis] += cost.seconds
             if axis == "tp" and self._fused:
                 continue
-            if exchange.between:
-                share = block.step.taken(plan, cost)
-                hidden = sum(seconds.get(i, 0.0) for i in exchange.between)
-                waited[axis] += max(0.0, cost.seconds * (1.0 - share) - hidden)
-                taken[axis] += cost.seconds * share
-                largest[axis] = max(largest[axis], share)
-            else:
+            if hidden_s is None:
                 exposed += cost.seconds
+                continue
+            share = block.step.taken(plan, cost)
+            waited[axis] += max(0.0, cost.seconds * (1.0 - share) - hidden_s)
+            taken[axis] += cost.seconds * share
+            largest[axis] = max(largest[axis], share)
         still = max(exposed, *waited.values())
-        least = sum(seconds.values()) + standing_s(still, [(taken[axis], largest[axis]) for axis in taken])
+        least = sized.compute_s + standing_s(still, [(taken[axis], largest[axis]) for axis in taken])
         return max(least, *busy.values()) * self._one.config.layers * micro_batches
 
-    def _priced(self, recompute: Recompute, block: _Block, plan: Plan) -> tuple[Program, dict[int, float]]:
-        """A block under a plan's degrees, and the seconds of its compute records; made once."""
+    def _sized(self, recompute: Recompute, block: _Block, plan: Plan) -> _Sized:
+        """A block under a plan's degrees; made once."""
         key = (recompute, plan.tp, plan.cp)
-        if key not in self._seconds:
+        if key not in self._of_degrees:
             program = replace(block.step.program, plan=plan)
-            op_s = self.models.compute.op_s
-            self._seconds[key] = program, {i: op_s(program, program.ops[i]) for i in block.compute}
-        return self._seconds[key]
+            seconds = {i: self.models.compute.op_s(program, program.ops[i]) for i in block.compute}
+            exchanges: list[tuple[str, Op, int, float | None]] = []
+            for exchange in block.exchanges:
+                op = program.ops[exchange.index]
+                hidden_s = sum(seconds.get(i, 0.0) for i in exchange.between) if exchange.between else None
+                exchanges.append((exchange.axis, op, program.payload_bytes(op), hidden_s))
+            self._of_degrees[key] = _Sized(sum(seconds.values()), exchanges)
+        return self._of_degrees[key]
 
     def _block(self, recompute: Recompute) -> _Block | None:
         """None: a model of so few blocks is built whole, and needs no bound."""
