@@ -9,10 +9,13 @@ bounds only cut the search; tests hold them against built and played steps.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ...errors import CinemeshError
 from ...kernels.ops import OPS
+from ...model.step import check
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import Op
@@ -60,11 +63,11 @@ class LowerBound:
         self.models = models
         plain = few.plan.without_overlap()
         self._fused = few.plan.fused_tp  # products hide what they hold: all of it, for what a bound can tell
-        self._plain = few.on(plain.with_degrees(tp=2, cp=2))
+        self._few, self._plain = few, plain
         self._one = few.on(plain.with_degrees(tp=1, cp=1))
         self._alone: dict[Recompute, Extrapolation] = {}
         self._peaks: dict[tuple[Recompute, int], int] = {}
-        self._blocks: dict[Recompute, _Block | None] = {}
+        self._blocks: dict[tuple[Recompute, int, int], _Block] = {}
         self._of_degrees: dict[tuple[Recompute, int, int], _Sized] = {}
 
     # -- time -----------------------------------------------------------------------------------------------------
@@ -74,11 +77,9 @@ class LowerBound:
 
         ``groups``: where the groups over tp and over cp lie; without them, as well as any of their ranks can.
         """
-        if recompute not in self._blocks:
-            self._blocks[recompute] = self._block(recompute)
-        block = self._blocks[recompute]
-        if block is None:
+        if self._few.more == 0:  # a model of so few blocks is built whole, and needs no bound
             return 0.0
+        block = self._block(recompute, plan)
         micro_batches, degrees = plan.micro_batches, {"tp": plan.tp, "cp": plan.cp}
         plan = block.step.plan.with_degrees(**degrees)
         sized = self._sized(recompute, block, plan)
@@ -110,7 +111,7 @@ class LowerBound:
             largest[axis] = max(largest[axis], share)
         still = max(exposed, *waited.values())
         least = sized.compute_s + standing_s(still, [(taken[axis], largest[axis]) for axis in taken])
-        return max(least, *busy.values()) * self._one.config.layers * micro_batches
+        return max(least, *busy.values()) * self._few.config.layers * micro_batches
 
     def _sized(self, recompute: Recompute, block: _Block, plan: Plan) -> _Sized:
         """A block under a plan's degrees; made once."""
@@ -126,15 +127,25 @@ class LowerBound:
             self._of_degrees[key] = _Sized(sum(seconds.values()), exchanges)
         return self._of_degrees[key]
 
-    def _block(self, recompute: Recompute) -> _Block | None:
-        """None: a model of so few blocks is built whole, and needs no bound."""
-        if self._plain.more == 0:
-            return None
-        step = Extrapolation(self._plain, replace(self._plain.plan, recompute=recompute), self.models)
-        program = step.program
-        within = [i for loop in step.unrolled(step.plan).loops for i in range(loop.begin, loop.end)]
-        compute = tuple(i for i in within if program.ops[i].kind in OPS)
-        return _Block(step, compute, tuple(self._exchanges(program, within)))
+    def _block(self, recompute: Recompute, plan: Plan) -> _Block:
+        """A block with every exchange of a plan's: over two ranks of tp and cp, or over as many as the plan has."""
+        two = plan.with_degrees(tp=2, cp=2)
+        degrees = two if self._legal(two) else plan
+        key = (recompute, degrees.tp, degrees.cp)
+        if key not in self._blocks:
+            few = self._few.on(self._plain.with_degrees(tp=degrees.tp, cp=degrees.cp))
+            step = Extrapolation(few, replace(few.plan, recompute=recompute), self.models)
+            program = step.program
+            within = [i for loop in step.unrolled(step.plan).loops for i in range(loop.begin, loop.end)]
+            compute = tuple(i for i in within if program.ops[i].kind in OPS)
+            self._blocks[key] = _Block(step, compute, tuple(self._exchanges(program, within)))
+        return self._blocks[key]
+
+    def _legal(self, plan: Plan) -> bool:
+        with contextlib.suppress(CinemeshError):
+            check(self._few.config, plan, self._few.batch)
+            return True
+        return False
 
     def _exchanges(self, program: Program, within: list[int]) -> Iterator[_Exchange]:
         made: dict[str, int] = {}

@@ -69,9 +69,9 @@ class SearchSpace:
         """One for each bucket."""
         key = (*overlaps(plan).values(), samples)
         if key not in self._bounds:
-            one = replace(everywhere(self.request), **overlaps(plan))
+            one = replace(everywhere(self.request), tp=plan.tp, cp=plan.cp, **overlaps(plan))
             few = self.evaluator.few(one, samples)
-            self._bounds[key] = [LowerBound(one, self.evaluator.models) for one in few]
+            self._bounds[key] = [LowerBound(of, self.evaluator.models) for of in few]
         return self._bounds[key]
 
 

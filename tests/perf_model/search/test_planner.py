@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cinemesh.errors import CinemeshError
-from cinemesh.model.config import preset
+from cinemesh.model.config import ModelConfig, preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.played import play_step
 from cinemesh.perf_model.published.paper import STAGES
 from cinemesh.perf_model.report.explain import sample_flops, why_lost
-from cinemesh.perf_model.search.planner import search
+from cinemesh.perf_model.search.planner import search, survey
 from cinemesh.perf_model.search.refusals import FamilyKey, Refusal, RefusalKind
 from cinemesh.perf_model.search.request import LatentBucket, Request
 from cinemesh.perf_model.search.tune import tune
@@ -48,6 +48,27 @@ def test_pruning_finds_the_plan_of_brute_force(request_: Request) -> None:
     assert pruned.best.step_s == brute.best.step_s
     assert [c.plan for c in pruned.choices] == [c.plan for c in brute.choices]
     assert pruned.played < brute.played
+
+
+ODD = replace(MIDDLE, name="odd", layers=9, heads=15, width=1920, ffn=4608 + 384)  # two ranks share no heads
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    st.sampled_from((ODD, replace(ODD, heads=9, width=1152), replace(ODD, ffn=4605, heads=16, width=2048))),
+    st.sampled_from(((4, 32, 32), (3, 18, 10), (1, 6, 6), (5, 14, 30))),
+    st.sampled_from((6, 8, 9, 15, 16)),
+    st.sampled_from(({}, {"tp_slices": 3}, {"grad_units": 1, "prefetch": 0})),
+)
+def test_models_that_two_ranks_do_not_divide_are_planned(
+    config: ModelConfig, latent: tuple[int, int, int], gpus: int, fixed: dict[str, object]
+) -> None:
+    """What serves many plans must not stand on degrees that this model forbids: tp=2 of 15 heads, cp=2 of 9 tokens."""
+    asked = ask(config=config, buckets=(LatentBucket(latent),), gpus=gpus, fixed=fixed)
+    pruned, brute = survey(asked), survey(replace(asked, prune=False))
+    assert [c.plan for c in pruned.choices] == [c.plan for c in brute.choices]
+    if not fixed:
+        assert pruned.choices  # data parallel alone always divides
 
 
 @pytest.mark.parametrize(
