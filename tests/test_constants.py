@@ -423,6 +423,7 @@ FREE: Mapping[str, str] = {
     ),
     "launch.training.dry_run.*": "how seconds and bytes are shown: tests/launch/training/test_dry_run.py",
     "perf_model.clusters.cluster.load(headroom_gb)": "nothing is left free unless it is asked for",
+    "perf_model.search.planner.*(worth_s)": "whatever it takes is looked at, unless something is known already",
     "perf_model.calibration.*": "how a fit is sought; on machines that are known its tests say what it must find",
     "perf_model.clusters.constants.LIMITS": "beyond, a number is a slip of the unit; tests/perf_model/clusters",
     "perf_model.prices.timeline.*": "names of events, and what is below rounding",
