@@ -18,6 +18,7 @@ from ..interrupt import interrupted_in_a_line
 from ..ranges import BATCH_RANGE, EULER_RANGE, PROCESSES_RANGE, SEED_RANGE
 from .examples import PAPER, epilog
 from .options import (
+    DEFAULT_DTYPE,
     GPUS_RANGE,
     MODEL_HELP,
     PLAN_HELP,
@@ -26,24 +27,19 @@ from .options import (
     TRIED,
     TRIED_RANGE,
     AsJson,
-    ClusterName,
+    Asked,
     ConfigFile,
-    Encoders,
-    GlobalBatch,
-    Headroom,
     LatentOption,
     Latents,
     LocalProcesses,
     ModelName,
+    On,
     Overrides,
-    Packages,
     PlanArgument,
     PlanText,
     RecipePlan,
-    SamplesOption,
-    SearchedSamples,
-    Servers,
     bounds,
+    taking,
 )
 from .plans import plan_override
 from .terminal import show_what_it_can
@@ -128,7 +124,12 @@ def train(
     """
     given = [*plan_override(plan), *(overrides or [])]
     if dry_run:
-        from .training.dry_run import run as show
+        if ranks is not None and nproc is not None:
+            raise CinemeshError(
+                f"--ranks {ranks} and --nproc {nproc} both say how many devices the dry run is of",
+                remedy="leave one of them out",
+            )
+        from .commands.dry_run import run as show
 
         return show(config=config, ranks=ranks or nproc, overrides=given, as_json=as_json)
     for option in [name for name, said in (("--ranks", ranks is not None), ("--json", as_json)) if said]:
@@ -223,21 +224,31 @@ def cluster_constants(
 
 
 @app.command(epilog=epilog("plan"))
+@taking(On)
 def plan(
-    gpus: Annotated[
-        int | None, typer.Option("--gpus", **bounds(GPUS_RANGE), help="GPUs of the job; --paper has its own.")
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="CONFIG",
+            help="YAML recipe, for what the options leave out: model, latents, batch, dtype, cluster, packages, GPUs.",
+        ),
     ] = None,
-    model: ModelName = "movie-gen-30b",
-    cluster: ClusterName = "grand-teton-h100",
-    servers: Servers = None,
-    packages: Packages = "",
-    headroom: Headroom = 0.0,
+    *,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            "--gpus",
+            **bounds(GPUS_RANGE),
+            help="GPUs of the job. Default: those of the recipe's plan; --paper has its own.",
+        ),
+    ] = None,
+    on: On,
     latent: Latents = None,
-    global_batch: GlobalBatch = None,
-    samples: SearchedSamples = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="bf16, float32 or float64.")] = "bf16",
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help=f"bf16, float32 or float64. Default: the recipe's, else {DEFAULT_DTYPE}."),
+    ] = None,
     fix: Annotated[str, typer.Option("--fix", metavar="FIELDS", help="Plan fields by hand: tp=4,cp=2,...")] = "",
-    encoders: Encoders = False,
     top: Annotated[int, typer.Option("--top", **bounds(SHOWN_RANGE), help="Plans in the table.")] = 5,
     tune: Annotated[
         bool,
@@ -258,25 +269,20 @@ def plan(
     Searches tp, cp, the shard group and its replicas, how the axes lie on the network, what is
     recomputed in which blocks, and samples of a data rank or, for a given batch, micro-batches. Every
     other field of a plan stays as it is (prefetch 1, nothing sliced) unless --fix gives it, or --tune
-    tries it on the plans shown.
+    tries it on the plans shown. For a recipe it also prints what a run under the best plan would be,
+    as train --dry-run does.
 
-    Needs no GPU and no torch. Every number is predicted, none measured.
+    Needs no GPU, and no torch without a recipe. Every number is predicted, none measured.
     """
     from .commands.plan import run
 
     run(
-        model=model,
+        on=on,
+        recipe=config,
         gpus=gpus,
-        cluster=cluster,
-        servers=servers,
-        packages=packages,
-        headroom=headroom,
         latents=latent or [],
-        global_batch=global_batch,
-        samples=samples,
         dtype=dtype,
         fix=fix,
-        encoders=encoders,
         top=top,
         tune=tune,
         explain_it=explain,
@@ -288,73 +294,38 @@ def plan(
 
 
 @app.command(epilog=epilog("explain"))
+@taking(Asked)
 def explain(
     plan: PlanArgument,
-    model: ModelName = "movie-gen-30b",
-    cluster: ClusterName = "grand-teton-h100",
-    servers: Servers = None,
-    packages: Packages = "",
-    headroom: Headroom = 0.0,
-    latent: LatentOption = None,
-    global_batch: GlobalBatch = None,
-    samples: SamplesOption = 1,
-    encoders: Encoders = False,
+    asked: Asked,
     as_json: AsJson = False,
 ) -> None:
     """Say why a plan takes as long as it does.
 
     Plays every record of its step: what binds it, what is exposed, what is done twice, what beats it
-    on as many GPUs and why, and what other hardware would change. Needs no GPU and no torch.
+    on as many GPUs and why, and what other hardware would change. Needs no GPU, and no torch without a
+    recipe.
     """
-    from .commands.explain import Asked, run
+    from .commands.explain import run
 
-    asked = Asked(
-        model=model,
-        cluster=cluster,
-        servers=servers,
-        packages=packages,
-        headroom=headroom,
-        latent=latent,
-        global_batch=global_batch,
-        samples=samples,
-        encoders=encoders,
-    )
     run(plan=plan, asked=asked, as_json=as_json)
 
 
 @app.command(epilog=epilog("compare"))
+@taking(Asked)
 def compare(
     plans: Annotated[list[str], typer.Argument(metavar="PLAN PLAN ...", help=PLAN_HELP)],
-    model: ModelName = "movie-gen-30b",
-    cluster: ClusterName = "grand-teton-h100",
-    servers: Servers = None,
-    packages: Packages = "",
-    headroom: Headroom = 0.0,
-    latent: LatentOption = None,
-    global_batch: GlobalBatch = None,
-    samples: SamplesOption = 1,
-    encoders: Encoders = False,
+    asked: Asked,
     as_json: AsJson = False,
 ) -> None:
     """Show plans side by side, and what each difference costs.
 
     Plays every record of each step, and of the first plan's with each difference alone. Costs are
-    GPU seconds of a sample, so that jobs of other sizes and batches compare. Needs no GPU and no torch.
+    GPU seconds of a sample, so that jobs of other sizes and batches compare. Needs no GPU, and no torch
+    without a recipe.
     """
     from .commands.compare import run
-    from .commands.explain import Asked
 
-    asked = Asked(
-        model=model,
-        cluster=cluster,
-        servers=servers,
-        packages=packages,
-        headroom=headroom,
-        latent=latent,
-        global_batch=global_batch,
-        samples=samples,
-        encoders=encoders,
-    )
     run(plans=plans, asked=asked, as_json=as_json)
 
 

@@ -34,10 +34,12 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh plan --gpus 6144 --fix tp=4,cp=2 --report report/",
         "cinemesh plan --gpus 8192 --servers 1024",
         "cinemesh plan --paper",
+        "cinemesh plan configs/quickstart.yaml --gpus 4 --cluster local-cpu --tune --out plan.yaml",
     ),
     "explain": (
         f"cinemesh explain {PAPER}",
         "cinemesh explain 5b.yaml --model movie-gen-5b --global-batch 256 --json",
+        "cinemesh explain tp=2 --recipe configs/quickstart.yaml --cluster local-cpu",
     ),
     "compare": (f"cinemesh compare {PAPER} tp=2,cp=4,dp_shard=768,recompute=o:lse",),
     "validate": ("cinemesh validate --rows --json",),

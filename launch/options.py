@@ -1,7 +1,10 @@
 """Options that several commands share (torch-free)."""
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -62,7 +65,19 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text
 # What a plan is predicted on.
 MODEL_HELP = "A preset, for example movie-gen-30b, or a .yaml file of a model's fields (docs/cost_model.md)."
 ModelName = Annotated[str, typer.Option("--model", metavar="MODEL", help=MODEL_HELP)]
-ClusterName = Annotated[str, typer.Option("--cluster", help="A cluster by name, or a file that ends in .yaml.")]
+DEFAULT_MODEL, DEFAULT_CLUSTER, DEFAULT_DTYPE = "movie-gen-30b", "grand-teton-h100", "bf16"
+AskedModel = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help=f"{MODEL_HELP} Default: the recipe's, else {DEFAULT_MODEL}."),
+]
+AskedCluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="CLUSTER",
+        help=f"By name, or a file that ends in .yaml. Default: the recipe's, else {DEFAULT_CLUSTER}.",
+    ),
+]
 Servers = Annotated[
     int | None,
     typer.Option(
@@ -70,11 +85,12 @@ Servers = Annotated[
     ),
 ]
 Packages = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--packages",
         metavar="NAMES",
-        help="Installed beside torch and Triton, for the kernels that they bring: fa3, or fa2,fa4,...",
+        help="Installed beside torch and Triton, for the kernels that they bring: fa3, or fa2,fa4,... Default: none, "
+        "with a recipe as a run of it would have.",
     ),
 ]
 Headroom = Annotated[
@@ -91,25 +107,87 @@ Latents = Annotated[
     typer.Option(
         "--latent",
         metavar="TxHxW[:SHARE]",
-        help="Sample shape, and its share of the steps; may be repeated. Default: the model's usual one.",
+        help="Sample shape, and its share of the steps; may be repeated. Default: the recipe's, else the usual one.",
     ),
 ]
 LatentOption = Annotated[
     str | None,
     typer.Option(
-        "--latent", metavar="TxHxW", help="Sample shape: latent frames, height, width. Default: the model's usual one."
+        "--latent",
+        metavar="TxHxW",
+        help="Sample shape: latent frames, height, width. Default: a recipe's largest, else the model's usual one.",
     ),
 ]
 GlobalBatch = Annotated[
     int | None,
-    typer.Option("--global-batch", **bounds(BATCH_RANGE), help="Samples of a step. Default: left to the plan."),
+    typer.Option(
+        "--global-batch", **bounds(BATCH_RANGE), help="Samples of a step. Default: the recipe's, else left to the plan."
+    ),
 ]
 SamplesOption = Annotated[
-    int,
-    typer.Option("--samples", **bounds(BATCH_RANGE), help="Samples of one data rank, where no global batch is given."),
-]
-SearchedSamples = Annotated[
     int | None,
-    typer.Option("--samples", **bounds(BATCH_RANGE), help="Samples of one data rank; searched where neither is given."),
+    typer.Option(
+        "--samples",
+        **bounds(BATCH_RANGE),
+        help="Samples of one data rank, where no global batch is given. Default: plan searches, others take 1.",
+    ),
 ]
 Encoders = Annotated[bool, typer.Option("--encoders", help="The frozen text encoders run in the loop.")]
+RecipeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe", metavar="CONFIG", help="YAML recipe, for what is left out: model, latent, batch, cluster, packages."
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class On:
+    """What plans are predicted on. None: left out."""
+
+    model: AskedModel = None
+    cluster: AskedCluster = None
+    servers: Servers = None
+    packages: Packages = None
+    headroom: Headroom = 0.0
+    global_batch: GlobalBatch = None
+    samples: SamplesOption = None
+    encoders: Encoders = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked(On):
+    """What given plans are predicted on, one sample shape."""
+
+    latent: LatentOption = None
+    recipe: RecipeOption = None
+
+    @property
+    def latents(self) -> list[str]:
+        return [] if self.latent is None else [self.latent]
+
+
+def taking(record: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command of which one argument is such a record: in its place stands an option for each of the fields."""
+
+    def with_options(command: Callable[..., None]) -> Callable[..., None]:
+        name = next(name for name, kind in get_type_hints(command).items() if kind is record)
+        hints = get_type_hints(record, include_extras=True)
+
+        def called(**given: Any) -> None:
+            options = {f.name: given.pop(f.name) for f in fields(record)}
+            command(**given, **{name: record(**options)})
+
+        taken: list[inspect.Parameter] = []
+        for said in inspect.signature(command).parameters.values():
+            if said.name == name:
+                taken += (inspect.Parameter(f.name, said.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+                          for f in fields(record))  # fmt: skip
+            else:
+                taken.append(said.replace(kind=said.KEYWORD_ONLY))
+        called.__name__, called.__doc__ = command.__name__, command.__doc__
+        called.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]  # typer reads it
+        called.__annotations__ = {said.name: said.annotation for said in taken}
+        return called
+
+    return with_options

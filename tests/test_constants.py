@@ -421,7 +421,6 @@ FREE: Mapping[str, str] = {
          "perf_model.search.few_blocks.*", "perf_model.search.samples.GAIN", "perf_model.search.samples.MOST"),
         "of a short cut that is compared with whole plays: tests/perf_model/search",
     ),
-    "launch.training.dry_run.*": "how seconds and bytes are shown: tests/launch/training/test_dry_run.py",
     "perf_model.clusters.cluster.load(headroom_gb)": "nothing is left free unless it is asked for",
     "perf_model.search.planner.*(worth_s)": "whatever it takes is looked at, unless something is known already",
     "perf_model.calibration.*": "how a fit is sought; on machines that are known its tests say what it must find",

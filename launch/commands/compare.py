@@ -16,11 +16,12 @@ from ...perf_model.report.explain import describe, error_bar_of
 from ...perf_model.report.software import kernels_of
 from ...perf_model.search.evaluator import Evaluator
 from ...perf_model.search.request import Request
-from ..plans import read_plan
+from ..options import Asked
 from ..progress import Begin, progress
 from ..tables import new_console, plain_table
 from . import reply
-from .explain import Asked, heading, played_plan
+from .asked import plans_asked, print_taken
+from .explain import asked_of, heading, played_plan
 from .reply import Against, CompareReply, Difference, Schema
 from .software import print_kernels
 
@@ -51,8 +52,8 @@ def run(*, plans: list[str], asked: Asked, as_json: bool) -> None:
     """
     if len(plans) < 2:
         raise CinemeshError(f"compare: {len(plans)} plan given", remedy="name two or more, the one to start from first")
-    chosen = [read_plan(plan) for plan in plans]
-    requests = [asked.of(plan) for plan in chosen]
+    chosen, load = plans_asked(plans, asked)
+    requests = [asked_of(plan, load, asked.encoders) for plan in chosen]
     evaluator = Evaluator(requests[0])
     alone = sum(1 for plan in chosen[1:] for _ in changes(chosen[0], plan))
     with progress("comparing", len(chosen) + alone, silent=as_json) as begin:
@@ -65,7 +66,7 @@ def run(*, plans: list[str], asked: Asked, as_json: bool) -> None:
     if as_json:
         told = CompareReply(
             schema=Schema(name="compare"),
-            model=asked.model,
+            model=load.model,
             cluster=requests[0].cluster.name,
             plans=[played_plan(request, step) for request, step in zip(requests, steps, strict=True)],
             against_the_first=[
@@ -73,10 +74,12 @@ def run(*, plans: list[str], asked: Asked, as_json: bool) -> None:
             ],
             kernels=kernels,
             error_bar=error_bar_of(requests[0]),
+            taken=load.taken,
         )
         print(reply.text(told))
         return
     console = new_console()
+    print_taken(console, load)
     console.print(heading(requests[0]))
     print_kernels(console, kernels)
     _print_steps(console, requests, steps)

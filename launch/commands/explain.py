@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ...parallel.ir.plan import Plan
-from ...perf_model.clusters.cluster import Cluster, load
+from ...perf_model.clusters.cluster import Cluster
 from ...perf_model.prices.played import PlayedStep
 from ...perf_model.report import explain
 from ...perf_model.report.explain import describe
 from ...perf_model.report.software import OtherSoftware, PricedKernel, kernels_of, other_software
 from ...perf_model.search.evaluator import Evaluator
 from ...perf_model.search.planner import survey
-from ...perf_model.search.request import LatentBucket, Request
-from ..models import read_model
-from ..plans import read_plan
+from ...perf_model.search.request import Request
+from ..options import Asked
 from ..progress import Begin, progress
 from ..tables import new_console
 from . import reply
+from .asked import Workload, plans_asked, print_taken
 from .reasons import Reasons, start_up_cost
 from .reply import ExplainReply, PlayedPlan, Schema
 from .software import print_kernels, print_others
@@ -25,34 +25,19 @@ from .software import print_kernels, print_others
 PIECES = 5  # of the work of ``cinemesh explain``, for its progress
 
 
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What plans are predicted on, as the options of ``explain`` and ``compare`` say it."""
-
-    model: str
-    cluster: str
-    servers: int | None = None
-    packages: str = ""
-    headroom: float = 0.0
-    latent: str | None
-    global_batch: int | None
-    samples: int
-    encoders: bool
-
-    def of(self, plan: Plan) -> Request:
-        """What the planner would be asked, for as many GPUs and micro-batches as a plan has."""
-        named = read_model(self.model)
-        return Request(
-            config=named.config,
-            buckets=(LatentBucket(named.latent(self.latent)),),
-            cluster=load(self.cluster, self.servers, self.packages, self.headroom),
-            gpus=plan.world_size,
-            global_batch=self.global_batch,
-            samples=self.samples if self.global_batch is None else plan.local_batch(self.global_batch),
-            dtype=plan.dtype,
-            fixed={} if self.global_batch is not None else {"micro_batches": plan.micro_batches},
-            encoders=self.encoders,
-        )
+def asked_of(plan: Plan, load: Workload, encoders: bool) -> Request:
+    """What the planner would be asked, for as many GPUs and micro-batches as a plan has."""
+    return Request(
+        config=load.config,
+        buckets=load.buckets,
+        cluster=load.cluster,
+        gpus=plan.world_size,
+        global_batch=load.global_batch,
+        samples=load.samples or 1 if load.global_batch is None else plan.local_batch(load.global_batch),
+        dtype=plan.dtype,
+        fixed={} if load.global_batch is not None else {"micro_batches": plan.micro_batches},
+        encoders=encoders,
+    )
 
 
 def run(*, plan: str, asked: Asked, as_json: bool) -> None:
@@ -60,8 +45,8 @@ def run(*, plan: str, asked: Asked, as_json: bool) -> None:
 
     Raises CinemeshError for what is no plan, and for a plan that the model, the batch or the cluster cannot have.
     """
-    chosen = read_plan(plan)
-    request = asked.of(chosen)
+    (chosen,), load = plans_asked([plan], asked)
+    request = asked_of(chosen, load, asked.encoders)
     with progress("explaining", PIECES, silent=as_json) as begin:
         step, reasons = _reasons(request, chosen, begin)
         begin("pricing other software")
@@ -69,7 +54,7 @@ def run(*, plan: str, asked: Asked, as_json: bool) -> None:
     if as_json:
         told = ExplainReply(
             schema=Schema(name="explain"),
-            model=asked.model,
+            model=load.model,
             cluster=request.cluster.name,
             **vars(played_plan(request, step)),
             rival=None if reasons.rival is None else played_plan(request, reasons.rival),
@@ -78,10 +63,12 @@ def run(*, plan: str, asked: Asked, as_json: bool) -> None:
             kernels=kernels,
             other_software=others,
             error_bar=explain.error_bar_of(request),
+            taken=load.taken,
         )
         print(reply.text(told))
         return
     console = new_console()
+    print_taken(console, load)
     console.print(heading(request))
     console.print(f"{describe(chosen)}: {summary_line(request, step)}")
     print_kernels(console, kernels)

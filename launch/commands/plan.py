@@ -4,37 +4,38 @@ from __future__ import annotations
 
 import gc
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from ...documents import parse_yaml, quoted
 from ...errors import CinemeshError
 from ...files import atomic_file, check_output_file, check_output_folder
-from ...model.config import latent_text
+from ...model.inputs import BatchShape
 from ...parallel.ir.plan import fields_of
-from ...perf_model.clusters.cluster import Cluster, load
+from ...perf_model.clusters.cluster import Cluster
+from ...perf_model.prices.played import play_step
 from ...perf_model.report import explain
 from ...perf_model.report.explain import describe
 from ...perf_model.report.software import kernels_of, other_software
 from ...perf_model.search.planner import Nearby, Search, nearby, search
 from ...perf_model.search.refusals import Refusal, RefusalKind
-from ...perf_model.search.request import LatentBucket, Request
+from ...perf_model.search.request import PricedPlan, Request
 from ...perf_model.search.samples import WITHIN, TriedSamples, search_samples
-from ...ranges import WEIGHT_RANGE
-from ..models import parse_latent, read_model
+from ..options import On
 from ..plans import SUFFIXES, held_fields
 from ..progress import Begin, each, progress
 from ..tables import new_console, plain_table
 from ..written import command, wrote
 from . import reply
+from .asked import Workload, print_taken, workload
 from .paper import alone, paper_table, show
 from .ranked import ranked
 from .reasons import Reasons, start_up_cost
-from .reply import NearbyPlan, PlanReply, Refused, Schema
+from .recipe_run import Steps, print_recipe_run, recipe_run
+from .reply import NearbyPlan, PlanReply, RecipeRun, Refused, Schema
 from .software import print_kernels, print_others
 
 NUMBERS = (
@@ -63,15 +64,12 @@ def collector_off() -> Iterator[None]:
 @collector_off()
 def run(  # noqa: PLR0913  the options of the command
     *,
-    model: str,
+    on: On,
     gpus: int | None,
-    cluster: str,
-    latents: list[str],
-    global_batch: int | None,
-    samples: int | None,
-    dtype: str,
-    fix: str,
-    encoders: bool,
+    latents: Sequence[str] = (),
+    dtype: str | None = None,
+    recipe: Path | None = None,
+    fix: str = "",
     top: int,
     tune: bool,
     explain_it: bool,
@@ -79,17 +77,16 @@ def run(  # noqa: PLR0913  the options of the command
     report: Path | None,
     out: Path | None,
     as_json: bool,
-    servers: int | None = None,
-    packages: str = "",
-    headroom: float = 0.0,
 ) -> None:
     """Search, print, and write what was asked for. Without ``gpus``: the paper's table alone.
 
     Raises CinemeshError for a search without GPUs, an unknown model or cluster, an illegal latent, where no plan fits,
     and, before the search, for what cannot be written.
     """
+    load = workload(on, latents, dtype, recipe)
+    gpus = gpus or load.gpus
     if gpus is None:
-        of_search = {"--latent": latents, "--global-batch": global_batch, "--samples": samples, "--fix": fix,
+        of_search = {"--latent": latents, "--global-batch": on.global_batch, "--samples": on.samples, "--fix": fix,
                      "--tune": tune, "--explain": explain_it, "--report": report, "--out": out}  # fmt: skip
         _check_no_search(paper, [name for name, value in of_search.items() if value])
     if out is not None:
@@ -98,24 +95,23 @@ def run(  # noqa: PLR0913  the options of the command
         check_output_file(out, "--out")
     if report is not None:
         check_output_folder(report, "--report")
-    named, on = read_model(model), load(cluster, servers, packages, headroom)
     request = Request(
-        config=named.config,
-        buckets=_buckets(latents) or (LatentBucket(named.latent()),),
-        cluster=on,
-        gpus=gpus or on.gpus,
-        global_batch=global_batch,
-        samples=samples or 1,
-        dtype=dtype,  # type: ignore[arg-type]  # Plan checks it
-        fixed=held_fields(fields_of(fix)),
-        encoders=encoders,
+        config=load.config,
+        buckets=load.buckets,
+        cluster=load.cluster,
+        gpus=gpus or load.cluster.gpus,
+        global_batch=load.global_batch,
+        samples=load.samples or 1,
+        dtype=load.dtype,
+        fixed=load.held | held_fields(fields_of(fix)),
+        encoders=on.encoders,
         shown=top,
     )
     if gpus is None:
-        alone(model, request, as_json=as_json)
+        alone(load.model, request, as_json=as_json)
         return
     tried: list[TriedSamples] = []
-    if samples is None and global_batch is None:
+    if load.samples is None and load.global_batch is None:
         request, found, tried = search_samples(request)
     else:
         found = search(request)
@@ -127,17 +123,23 @@ def run(  # noqa: PLR0913  the options of the command
             found = tuned(request, found, lambda choices: each(choices, begin, lambda choice: describe(choice.plan)))
     flops = explain.mean_sample_flops(request)
     told = replace(
-        _reply(model, request, found, flops),
+        _reply(load.model, request, found, flops),
         samples_tried=tried,
         nearby=[_near(request, other, flops) for other in others],
+        taken=load.taken,
+        run=_run(load, found.best),
     )
     console = new_console()
     if not as_json:
+        print_taken(console, load)
         _print_search(console, request, found, flops)
         _print_samples(console, request, tried)
         _print_nearby(console, request, others)
         print_kernels(console, told.kernels)
         print_others(console, found.best.step_s, told.other_software)
+        if told.run is not None:
+            console.print("\na run of it under the best plan\n")
+            print_recipe_run(console, told.run)
     if paper:
         rows = paper_table(request, silent=as_json)
         told = replace(told, paper=rows)
@@ -152,9 +154,9 @@ def run(  # noqa: PLR0913  the options of the command
     if out is not None:
         with atomic_file(out) as unfinished:
             unfinished.write_text(found.best.plan.to_yaml(), encoding="utf-8")
-        wrote(
-            out, f"{command('lint', plan=out, model=model)}, then cinemesh train CONFIG --plan {shlex.quote(str(out))}"
-        )
+        lint = f"{command('lint', plan=out, model=load.model)}, then cinemesh train CONFIG"
+        start = lint if recipe is None else command("train", recipe)
+        wrote(out, f"{start} --plan {shlex.quote(str(out))}")
     if report is not None:
         from ...perf_model.report.report import PAGE, TRACE, pieces, write
 
@@ -174,20 +176,14 @@ def _check_no_search(paper: bool, asked: list[str]) -> None:
         )
 
 
-def _buckets(latents: list[str]) -> tuple[LatentBucket, ...]:
-    buckets = tuple(map(_bucket, latents))
-    shapes = [bucket.latent for bucket in buckets]
-    if twice := [latent for latent in shapes if shapes.count(latent) > 1]:
-        raise CinemeshError(f"--latent {latent_text(twice[0])} is given twice", remedy="leave one of them out")
-    return buckets
-
-
-def _bucket(text: str) -> LatentBucket:
-    latent, colon, weight = text.partition(":")
-    share = parse_yaml(weight, f"latent {quoted(text)}", "write for example 32x96x96:0.5") if colon else 1.0
-    if must := WEIGHT_RANGE.wrong(share):
-        raise CinemeshError(f"latent {quoted(text)}: the weight is {quoted(share)}", remedy=must)
-    return LatentBucket(parse_latent(latent), float(share))
+def _run(load: Workload, best: PricedPlan) -> RecipeRun | None:
+    """What a run of the recipe would be under a plan."""
+    if load.steps is None:
+        return None
+    batches = (BatchShape(best.samples, bucket.latent) for bucket in load.buckets)
+    played = (play_step(load.config, best.plan, batch, load.cluster, best.frozen) for batch in batches)
+    steps = Steps(load.steps, best.global_batch, [bucket.weight for bucket in load.buckets])
+    return recipe_run(load.config, load.cluster, best.plan, played, steps)
 
 
 # -- as data ----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
-"""What ``plan``, ``explain`` and ``compare`` print with ``--json``: every key, its type and its meaning (torch-free).
+"""What commands that predict print with ``--json``: every key, its type and its meaning (torch-free).
 
+``plan``, ``explain``, ``compare`` and ``train --dry-run``.
 A reply is made of these records and printed by ``text``, so that no key is forgotten, added or moved without a change
 here. ``docs/json.md`` shows them; ``tests/launch/commands/test_reply.py`` writes that page and holds replies to them.
 """
@@ -21,6 +22,7 @@ VERSION = (
     2  # one more where a key goes, changes its meaning, its type or its place; a new key may come behind the others
 )
 KERNELS = "what each attention op is priced on: what would run it where the stated packages are installed"
+TAKEN = "what a recipe gave, by name, in words; empty without one"
 OTHERS = "the step with packages that would make it faster, and with deterministic kernels"
 
 
@@ -28,7 +30,7 @@ OTHERS = "the step with packages that would make it faster, and with determinist
 class Schema:
     """What a reply follows."""
 
-    name: Annotated[str, "`plan`, `paper`, `explain` or `compare`"]
+    name: Annotated[str, "`plan`, `paper`, `explain`, `compare` or `train --dry-run`"]
     version: Annotated[int, "changes where a key goes or changes its meaning, type or place"] = VERSION
 
 
@@ -182,6 +184,43 @@ class StartUpCost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BucketStep:
+    """A step of one bucket of a recipe."""
+
+    latent: Annotated[str, "`TxHxW`"]
+    tokens: Annotated[int, "of a sample"]
+    share: Annotated[float, "of the run's steps"]
+    samples: Annotated[int, "of one micro-batch on one data rank"]
+    micro_batches: int
+    step_s: Annotated[float, "seconds of a step, every record played"]
+    tokens_per_s: Annotated[float, "of all ranks together"]
+    mfu: Annotated[float, "model FLOPs over what the devices' peak would do in the step"]
+    peak_bytes: Annotated[int, "most that one rank holds at once"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeRun:
+    """A run of a recipe under one plan. Bytes are of one rank."""
+
+    ranks: int
+    plan: Annotated[dict[str, Any], "every field of the plan, as its YAML file has them"]
+    global_batch: Annotated[int, "samples of a step"]
+    buckets: list[BucketStep]
+    step_s: Annotated[float, "mean seconds of a step, buckets by their shares"]
+    peak_bytes: Annotated[int, "in the bucket that needs most"]
+    limit_bytes: Annotated[float, "what there is"]
+    bytes: Annotated[dict[str, int], "what `peak_bytes` are, by class"]
+    steps: Annotated[int, "of the run"]
+    hours: Annotated[float, "of the run: its steps alone"]
+    device_hours: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRunReply(RecipeRun, Heading):
+    """`cinemesh train CONFIG --dry-run --json`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanReply(Heading):
     """`cinemesh plan --json`."""
 
@@ -202,6 +241,8 @@ class PlanReply(Heading):
         default_factory=list
     )
     nearby: Annotated[list[NearbyPlan], "what would be better close by, the best first"] = field(default_factory=list)
+    taken: Annotated[dict[str, str], TAKEN] = field(default_factory=dict)
+    run: Annotated[RecipeRun | None, "of a recipe under the best plan"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +263,7 @@ class ExplainReply(PlayedPlan, Heading):
     kernels: Annotated[list[PricedKernel], KERNELS]
     other_software: Annotated[list[OtherSoftware], OTHERS]
     error_bar: ErrorBar
+    taken: Annotated[dict[str, str], TAKEN] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,9 +294,10 @@ class CompareReply(Heading):
     against_the_first: Annotated[list[Against], "of every other plan"]
     kernels: Annotated[list[PricedKernel], KERNELS]
     error_bar: ErrorBar
+    taken: Annotated[dict[str, str], TAKEN] = field(default_factory=dict)
 
 
-REPLIES = (PlanReply, PaperReply, ExplainReply, CompareReply)
+REPLIES = (PlanReply, PaperReply, ExplainReply, CompareReply, DryRunReply)
 
 
 def text(reply: Heading) -> str:

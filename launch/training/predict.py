@@ -10,11 +10,9 @@ from collections.abc import Iterator
 
 from ...errors import CinemeshError
 from ...model.config import latent_text
-from ...model.step import build_step
-from ...parallel.passes.pipeline import prepare
 from ...perf_model.clusters.cluster import Cluster
 from ...perf_model.prices.models import PriceModels
-from ...perf_model.prices.played import PlayedStep, play_program
+from ...perf_model.prices.played import PlayedStep, play_step
 from .predicted import Predicted
 from .setting import Setting
 
@@ -24,10 +22,9 @@ def play_buckets(setting: Setting, cluster: Cluster) -> Iterator[PlayedStep]:
 
     Raises CinemeshError as ``batches`` does.
     """
-    plan, backend = setting.config.plan, "gloo" if cluster.nccl is None else "nccl"
     models = PriceModels.of(cluster)
     for batch in setting.batches:
-        yield play_program(prepare(build_step(setting.model, plan, batch), backend=backend), batch, models)
+        yield play_step(setting.model, setting.config.plan, batch, models)
 
 
 def predict_run(setting: Setting, cluster: Cluster, *, must_fit: bool) -> Predicted:

@@ -48,22 +48,26 @@ def resolve(config: Config, auto: Auto | None, world: int, rank: int) -> None:
 
 
 def cluster_under(config: Config, name: str) -> Cluster:
-    """The cluster with the kernels that a run has there: of the packages that the recipe states, or of this machine's.
+    """The cluster with the kernels that a run has there. Raises CinemeshError as ``software_of``."""
+    return load(name).running(software_of(config))
+
+
+def software_of(config: Config) -> Software:
+    """What a run's kernels are chosen of: the packages that the recipe states, or this machine's.
 
     Raises CinemeshError for a package or an override that names nothing.
     """
     software = Software.planned(config.kernels, config.deterministic)
-    if config.packages is not None:
-        software = replace(software, missing=PLAIN_INSTALL.beside(packages_of(config.packages)).missing)
-    return load(name).running(software)
+    if config.packages is None:
+        return software
+    return replace(software, missing=PLAIN_INSTALL.beside(packages_of(config.packages)).missing)
 
 
 def _settled(directory: Path, world: int, auto: Auto, setting: Setting) -> Plan:
     """The plan of ``plan: auto``: that of the run's directory where it still holds, else the planner's, written."""
+    if (held := resolved_before(world, auto, setting)) is not None:
+        return held.plan
     known = Resolved.read(directory)
-    if known is not None and holds(known.plan, world, auto, setting):
-        _say(f"keeps {describe(known.plan)} of {directory / FILE}")
-        return known.plan
     if known is not None and known.plan.world_size != world:
         _say(f"{directory / FILE} is of {known.plan.world_size} processes, this job of {world}: planned again")
     elif known is not None:
@@ -75,6 +79,16 @@ def _settled(directory: Path, world: int, auto: Auto, setting: Setting) -> Plan:
     priced = f"predicted {chosen.step_s:.3g} s a step with attention on {', '.join(packages)}"
     _say(f"{describe(chosen.plan)}, {priced}; written to {directory / FILE}")
     return chosen.plan
+
+
+def resolved_before(world: int, auto: Auto, setting: Setting) -> Resolved | None:
+    """The plan of the run's directory, where it still holds; says so."""
+    directory = setting.config.logging.directory
+    known = Resolved.read(directory)
+    if known is None or not holds(known.plan, world, auto, setting):
+        return None
+    _say(f"keeps {describe(known.plan)} of {directory / FILE}")
+    return known
 
 
 def holds(plan: Plan, world: int, auto: Auto, setting: Setting) -> bool:

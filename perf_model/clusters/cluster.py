@@ -173,10 +173,15 @@ def load(name_or_path: str, servers: int | None = None, packages: str = "", head
                 f"cluster: {name_or_path!r} is unknown",
                 remedy=f"{did_you_mean(name_or_path, names())}. Or give a .yaml file",
             )
-    cluster = from_dict(_read(path), path.stem, path.parent).with_packages(packages.split(",") if packages else [])
+    cluster = from_dict(_read(path), path.stem, path.parent).with_packages(names_in(packages))
     if headroom_gb:
         cluster = cluster.with_headroom(headroom_gb * 1e9)
     return cluster if servers is None else cluster.with_(**{"topology.servers": servers})
+
+
+def names_in(packages: str) -> list[str]:
+    """``fa3,fa4`` -> ``fa3``, ``fa4``."""
+    return packages.split(",") if packages else []
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -50,7 +50,9 @@ def play_step(
     config: ModelConfig, plan: Plan, batch: BatchShape, on: Cluster | PriceModels, frozen: FrozenCost | None = None
 ) -> PlayedStep:
     """Build, price and play every record of a step. Raises CinemeshError for a plan that cannot run it."""
-    return play_program(prepare(build_step(config, plan, batch), backend="nccl"), batch, on, frozen)
+    models = on if isinstance(on, PriceModels) else PriceModels.of(on)
+    backend = "gloo" if models.cluster.nccl is None else "nccl"
+    return play_program(prepare(build_step(config, plan, batch), backend=backend), batch, models, frozen)
 
 
 def play_program(

@@ -11,6 +11,7 @@ import pytest
 from cinemesh.kernels import compile as compiling
 from cinemesh.launch import progress as shown
 from cinemesh.launch.commands import compare, compile_check, explain
+from cinemesh.launch.options import Asked
 from cinemesh.launch.progress import each, progress
 from cinemesh.launch.proof import lint, verify
 from cinemesh.model.config import preset
@@ -48,8 +49,7 @@ def test_on_a_terminal_a_bar_stands_and_goes(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_commands_say_what_they_do_unless_asked_for_json(as_json: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    given = {"model": "tiny", "cluster": "grand-teton-h100", "latent": None, "global_batch": None, "samples": 1}
-    asked = explain.Asked(**given, encoders=False)  # pyright: ignore[reportArgumentType]
+    asked = Asked(model="tiny")
     explain.run(plan="tp=2", asked=asked, as_json=as_json)
     compare.run(plans=["tp=2", "cp=2"], asked=asked, as_json=as_json)
     said = (

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from cinemesh.launch import tables
 from cinemesh.launch.commands import plan, show
+from cinemesh.launch.options import On
 from cinemesh.launch.tables import PIPED_WIDTH, new_console, plain_table
 
 ROOT = Path(tables.__file__).parents[1]
@@ -65,9 +66,8 @@ def plain(text: str) -> list[str]:
 
 def search_for(gpus: int) -> None:
     plan.run(
-        model="tiny-video", gpus=gpus, cluster="grand-teton-h100", latents=[], global_batch=None, samples=1,
-        dtype="bf16", fix="", encoders=False, top=5, tune=False, explain_it=False, paper=False, report=None, out=None,
-        as_json=False,
+        on=On(model="tiny-video", samples=1), gpus=gpus, top=5, tune=False, explain_it=False, paper=False, report=None,
+        out=None, as_json=False,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.cli import app
 from cinemesh.launch.commands import plan as command
+from cinemesh.launch.options import On
 from cinemesh.launch.tables import new_console
 from cinemesh.model.config import preset
 from cinemesh.parallel.ir.communicators import held
@@ -30,15 +31,9 @@ from cinemesh.perf_model.search.request import LatentBucket, PricedPlan, Request
 
 def printed(capsys: pytest.CaptureFixture[str], **asked: object) -> str:
     defaults: dict[str, object] = {
-        "model": "tiny",
+        "on": On(model="tiny", samples=1),
         "gpus": 16,
-        "cluster": "grand-teton-h100",
         "latents": ["2x8x8"],
-        "global_batch": None,
-        "samples": 1,
-        "dtype": "bf16",
-        "fix": "",
-        "encoders": False,
         "top": 1,
         "tune": False,
         "explain_it": False,
@@ -73,15 +68,16 @@ def test_communicators_are_told_with_their_bytes_and_seconds(
 
 def test_the_kernels_that_are_priced_are_told_and_what_others_would_give(capsys: pytest.CaptureFixture[str]) -> None:
     """The step that is told of a package is the one that the command tells where it is stated."""
-    asked: dict[str, object] = {"model": "movie-gen-5b", "latents": ["8x48x48"], "gpus": 8, "fix": "tp=8"}
-    plain, stated = (json.loads(printed(capsys, as_json=True, packages=p, **asked)) for p in ("", "fa3"))
+    asked: dict[str, object] = {"latents": ["8x48x48"], "gpus": 8, "fix": "tp=8"}
+    on = [On(model="movie-gen-5b", samples=1, packages=packages) for packages in (None, "fa3")]
+    plain, stated = (json.loads(printed(capsys, as_json=True, on=one, **asked)) for one in on)
     assert [row["package"] for row in plain["kernels"]][:1] == ["cudnn"]
     assert [row["package"] for row in stated["kernels"]][:1] == ["flash-attn-3"]
     assert plain["plans"][0]["plan"] == stated["plans"][0]["plan"]
     offered = {other["name"]: other["step_s"] for other in plain["other_software"]}
     now, there = plain["plans"][0]["step_s"], stated["plans"][0]["step_s"]
     assert offered["flash-attn-3"] == pytest.approx(there, rel=1e-3) and there < now < offered["deterministic"]
-    text = printed(capsys, **asked)
+    text = printed(capsys, on=on[0], **asked)
     assert "cudnn (cuDNN's attention, in torch's CUDA builds): attention" in text
     assert f"flash-attn-3: step {now:.3f} s -> {offered['flash-attn-3']:.3f} s" in text
 

@@ -1,4 +1,4 @@
-"""``--json`` of plan, explain and compare is what its records say, and docs/json.md shows these.
+"""``--json`` of plan, explain, compare and train --dry-run is what its records say, and docs/json.md shows these.
 
 Run as a program, it writes the page.
 """
@@ -17,16 +17,19 @@ import pytest
 from typer.testing import CliRunner
 
 from cinemesh.launch.cli import app
-from cinemesh.launch.commands.reply import VERSION, CompareReply, ExplainReply, PlanReply
+from cinemesh.launch.commands.reply import VERSION, CompareReply, DryRunReply, ExplainReply, PlanReply
 from cinemesh.parallel.ir.plan import Plan
 
 PAGE = Path(__file__).parents[3] / "docs" / "json.md"
 SHAPE = ("--model", "tiny", "--latent", "2x8x8", "--json")
+QUICK = str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")
 REPLIES = {
-    PlanReply: ("plan", "--gpus", "8", "--top", "3"),
-    ExplainReply: ("explain", "tp=2,dp_shard=2"),
-    CompareReply: ("compare", "tp=2,dp_shard=2", "tp=2,cp=2"),
+    PlanReply: ("plan", "--gpus", "8", "--top", "3", *SHAPE),
+    ExplainReply: ("explain", "tp=2,dp_shard=2", *SHAPE),
+    CompareReply: ("compare", "tp=2,dp_shard=2", "tp=2,cp=2", *SHAPE),
+    DryRunReply: ("train", QUICK, "--dry-run", "--set", "cluster=local-cpu", "--json"),
 }
+NAMES = {PlanReply: "plan", ExplainReply: "explain", CompareReply: "compare", DryRunReply: "train --dry-run"}
 
 
 def hints(record: type) -> dict[str, tuple[Any, str]]:
@@ -63,14 +66,14 @@ def wrong(value: Any, kind: Any, at: str = "reply") -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def told() -> dict[type, Any]:
-    ran = {record: CliRunner().invoke(app, [*asked, *SHAPE]) for record, asked in REPLIES.items()}
+    ran = {record: CliRunner().invoke(app, [*asked]) for record, asked in REPLIES.items()}
     return {record: json.loads(done.stdout) for record, done in ran.items()}
 
 
 @pytest.mark.parametrize("record", REPLIES, ids=lambda record: record.__name__)
 def test_a_reply_has_exactly_its_keys_in_their_order(told: dict[type, Any], record: type) -> None:
     assert [*wrong(told[record], record)] == []
-    assert told[record]["schema"] == {"name": REPLIES[record][0], "version": VERSION}
+    assert told[record]["schema"] == {"name": NAMES[record], "version": VERSION}
 
 
 def test_what_is_asked_for_besides_is_of_its_type() -> None:
@@ -141,7 +144,7 @@ def inner_records(kind: Any) -> Iterator[type]:
 
 def page() -> str:
     lines = [
-        "# What `--json` prints: plan, explain, compare",
+        "# What `--json` prints: plan, explain, compare, train --dry-run",
         "",
         f"Version {VERSION}, as `schema` says in each reply. Every key is always there, in this order; what was not",
         "asked for is null. The version goes up where a key goes or changes its meaning, type or place; a new key may",

@@ -1,0 +1,62 @@
+"""``cinemesh train CONFIG --dry-run``: what a run would be on so many devices. Starts nothing, writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ...errors import CinemeshError
+from ...perf_model.clusters.cluster import Cluster
+from ...perf_model.prices.played import PlayedStep
+from ...perf_model.report.explain import describe
+from ..tables import new_console
+from ..training.predict import check_memory, play_buckets
+from ..training.recipe import read_recipe
+from ..training.resolve import cluster_under, planned, resolved_before
+from ..training.setting import Setting
+from . import reply
+from .recipe_run import Steps, print_recipe_run, recipe_run
+from .reply import DryRunReply, Schema
+
+
+def run(*, config: Path, ranks: int | None, overrides: Sequence[str], as_json: bool) -> None:
+    """Print the recipe's plan, its bytes, and what the cost model says of a step of every bucket.
+
+    Raises CinemeshError where training would refuse the recipe on so many devices: no plan that fits, or not the given
+    one; and for a recipe that names no cluster.
+    """
+    recipe, auto = read_recipe(config, overrides)
+    if recipe.cluster is None:
+        raise CinemeshError(
+            f"{config}: it names no cluster to price its steps on", remedy="add --set cluster=grand-teton-h100"
+        )
+    setting, cluster = Setting.of(recipe), cluster_under(recipe, recipe.cluster)
+    if auto is not None:
+        if ranks is None:
+            raise CinemeshError(f"{config}: its plan is auto", remedy="say for how many devices: --ranks 6144")
+        setting = setting.under((resolved_before(ranks, auto, setting) or planned(ranks, auto, setting)).plan)
+    elif ranks is not None:
+        recipe.plan.check_world_size(ranks)
+    data, plan = recipe.data, setting.config.plan
+    steps = Steps(recipe.schedule.steps, data.global_batch, [bucket.weight for bucket in data.shapes])
+    told = DryRunReply(
+        schema=Schema(name="train --dry-run"),
+        model=setting.model.name,
+        cluster=cluster.name,
+        **vars(recipe_run(setting.model, cluster, plan, _that_fit(setting, cluster), steps)),
+    )
+    if as_json:
+        print(reply.text(told))
+        return
+    console = new_console()
+    console.print(
+        f"{told.model} on {told.ranks:,} devices of {told.cluster}, a global batch of {told.global_batch:,}. "
+        f"Predicted, not measured; nothing was started or written.\n\n{describe(plan)}\n"
+    )
+    print_recipe_run(console, told)
+
+
+def _that_fit(setting: Setting, cluster: Cluster) -> Iterator[PlayedStep]:
+    for step in play_buckets(setting, cluster):
+        check_memory(step, cluster)
+        yield step
