@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..errors import CinemeshError
+
 
 def _distribution(name: str) -> str | None:
     try:
@@ -61,24 +63,13 @@ def _present(module: str, remedy: str) -> str | None:
     return None if find_spec(module) else f"not installed; {remedy}"
 
 
-FIRST_WITH_CUDNN = (2, 11)  # torch: the operators of its cuDNN attention are those that are called here
-
-
-def _cudnn() -> str | None:
-    """Every CUDA build of torch brings cuDNN."""
-    found = _distribution("torch")
-    if found is not None and tuple(map(int, found.split(".")[:2])) < FIRST_WITH_CUDNN:
-        return f"torch {found} is too old for it; install {'.'.join(map(str, FIRST_WITH_CUDNN))} or newer"
-    return None
-
-
 _PROBES: Mapping[str, Callable[[], str | None]] = {
     "flash-attn": _flash_attn,
     "flash-attn-3": _flash_attn_3,
     "flash-attn-4": _flash_attn_4,
     "apex": lambda: nvidia_apex(None),
     "triton": lambda: _present("triton", "torch's CUDA builds bring it"),
-    "cudnn": _cudnn,
+    "cudnn": lambda: _present("torch", "its CUDA builds bring it"),
     "torch": lambda: _present("torch", "pip install torch"),
     "reference": lambda: _present("torch", "pip install torch"),
 }
@@ -94,3 +85,13 @@ def missing() -> Mapping[str, str]:
 def interpreter() -> bool:
     """Whether Triton's kernels run under its interpreter: on any device, far too slowly to train."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+OLDEST_TORCH = (2, 11)  # whose operators of cuDNN's attention, and all else, are those that are called here
+
+
+def check_torch() -> None:
+    """Raise CinemeshError where the torch that is installed is older than ``OLDEST_TORCH``. Vendors' builds count."""
+    found, oldest = _distribution("torch"), ".".join(map(str, OLDEST_TORCH))
+    if found is not None and tuple(map(int, found.split(".")[:2])) < OLDEST_TORCH:
+        raise CinemeshError(f"torch {found} is older than {oldest}", remedy=f"install {oldest} or newer")

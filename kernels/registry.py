@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import CinemeshError
 from .catalogue import Implementation, candidates
 from .ops import LEAVE_SMS, OPS
+from .packages import check_torch
 from .reference import REFERENCE, Kernel
 from .selection import Software, override_of, select
 from .signature import parse
@@ -29,8 +30,10 @@ def kernels_for(
     """Op name -> implementation on ``device`` (``cpu``, ``cuda``, ``cuda:0``).
 
     ``of_recipe``: overrides, op (or ``all``) -> package; those of the variable CINEMESH_KERNELS win. ``deterministic``:
-    only kernels that sum in one fixed order, or do when asked. CinemeshError when an override cannot be met.
+    only kernels that sum in one fixed order, or do when asked. CinemeshError when an override cannot be met, and where
+    torch is too old.
     """
+    check_torch()
     software = Software.here(of_recipe, deterministic)
     tuned = DEFAULT_DEVICE
     if torch.device(device).type == "cuda":

@@ -205,7 +205,7 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "kernels.reference.UPDATES": (1, "counters are (step, updates)"),
     "kernels.reference.draw_noise(purpose)": (1, COUNTER),
     # -- kernels: mathematics and packages ------------------------------------------------------------------------
-    "kernels.packages.FIRST_WITH_CUDNN": (
+    "kernels.packages.OLDEST_TORCH": (
         (2, 11),
         "torch 2.11.0+cu130: its CUDA build has kernels for _scaled_dot_product_cudnn_attention(_backward)",
     ),

@@ -5,6 +5,7 @@ A registry that falls back in silence trains at a tenth of the speed, or on a ke
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -106,11 +107,18 @@ def test_packages_go_by_their_name_or_that_of_their_attention() -> None:
             packages_of([wrong])
 
 
-def test_only_a_torch_with_cudnns_operators_counts_as_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    for version, reason in (("2.11.0+cu130", None), ("3.0", None), ("2.9.1", "2.9.1 is too old"), (None, None)):
-        monkeypatch.setattr(packages, "_distribution", lambda _, version=version: version)
-        found = packages._cudnn()
-        assert found is None if reason is None else reason in (found or "")
+@pytest.mark.parametrize("version", ["2.9.1", "2.10.0+cu128", "1.13.1"])
+def test_an_older_torch_is_refused_by_name(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first record: else the first operator that it lacks ends every rank with an AttributeError."""
+    monkeypatch.setattr(packages, "_distribution", lambda _: version)
+    with pytest.raises(CinemeshError, match=rf"torch {re.escape(version)} is older than 2\.11; install 2\.11 or newer"):
+        registry.kernels_for("cpu")
+
+
+@pytest.mark.parametrize("version", ["2.11.0a0+nv", "2.11.0+cu130", "2.14.1", "3.0", None])
+def test_a_vendors_torch_is_taken(version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "_distribution", lambda _: version)
+    packages.check_torch()
 
 
 @pytest.mark.parametrize("op", OPS)
