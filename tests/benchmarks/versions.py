@@ -4,7 +4,7 @@
 
 Makes a virtual environment (kept in ``--env``, else gone at the end), installs cinemesh beside that torch and runs
 ``SUITE``: parity, the ledger, frozen replay, checkpoints, Triton's kernels under its interpreter and their compilation
-for sm_90. Prints what pytest says, and the versions. Exit code 1 where a test fails, or where an install replaced torch.
+for sm_90. Prints what pytest says, and the versions. Exit code 1 where a test fails, or where torch was replaced.
 
 CUDA builds of torch import without a GPU; they take gigabytes.
 """
