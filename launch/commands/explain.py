@@ -22,7 +22,7 @@ from .reasons import Reasons, start_up_cost
 from .reply import ExplainReply, PlayedPlan, Schema
 from .software import print_kernels, print_others
 
-PIECES = 5  # of the work of ``cinemesh explain``, for its progress
+PIECES = 6  # of the work of ``cinemesh explain``, for its progress
 
 
 def asked_of(plan: Plan, load: Workload, encoders: bool) -> Request:
@@ -88,7 +88,9 @@ def _reasons(request: Request, chosen: Plan, begin: Begin) -> tuple[PlayedStep, 
     begin("playing its whole step")
     rival = evaluator.play_held(rivals[0].plan, rivals[0].samples)[0] if rivals else None
     begin("playing it on faster hardware")
-    return step, Reasons(step, step.step_s, request.cluster, None, rival, list(explain.on_faster(request, step)))
+    faster = list(explain.on_faster(request, step))
+    begin("pricing alternatives")
+    return step, Reasons.of(request, step, rival, faster)
 
 
 def _software(request: Request, step: PlayedStep) -> tuple[list[PricedKernel], list[OtherSoftware]]:

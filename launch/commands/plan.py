@@ -146,7 +146,7 @@ def run(  # noqa: PLR0913  the options of the command
         if not as_json:
             show(console, rows)
     if explain_it:
-        with progress("explaining", explain.CHANGES + 1, silent=as_json) as begin:
+        with progress("explaining", explain.CHANGES + 2, silent=as_json) as begin:
             why = _why(request, found, begin)
         told = replace(told, why=why.told)
         if not as_json:
@@ -257,13 +257,12 @@ def _why(request: Request, found: Search, begin: Begin) -> Reasons:
     begin("playing whole steps")
     evaluator = found.evaluator
     best, *others = (evaluator.play(choice.plan, choice.samples, choice.frozen) for choice in found.choices[:2])
-    return Reasons(
-        step=best[0],
+    changed = list(explain.sensitivities(request, found, begin))
+    begin("pricing alternatives")
+    return replace(
+        Reasons.of(request, best[0], others[0][0] if others else None, changed),
         whole_s=evaluator.cost_of(best).step_s,
-        cluster=request.cluster,
         searched_s=found.best.step_s,
-        rival=others[0][0] if others else None,
-        sensitivities=list(explain.sensitivities(request, found, begin)),
     )
 
 

@@ -11,14 +11,20 @@ from ...perf_model.clusters.cluster import Cluster
 from ...perf_model.prices.played import PlayedStep
 from ...perf_model.prices.startup import StartUp, start_up
 from ...perf_model.report import explain
+from ...perf_model.report.exchanges import Exchange, exchanges
 from ...perf_model.report.explain import Sensitivity, describe
+from ...perf_model.report.float8 import Float8, float8
 from ...perf_model.report.waterfall import told, waterfall
+from ...perf_model.search.request import Request
 from ..tables import plain_table
 from .reply import Changed, StartUpCost, Why
 
 DISAGREES = 0.01  # relative difference between the search's step time and the whole step's that is told
 EXPOSED, DUPLICATES = 12, 8  # rows shown
-NUMBERS = ("ranks", "MB", "s", "of the step", "MFU so far")  # right-aligned
+NUMBERS = (  # right-aligned
+    *("ranks", "MB", "s", "of the step", "MFU so far", "sent GB", "alone s", "exposed s", "step s", "samples/s"),
+    *("in bf16 s", "in fp8 s", "casts s"),
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,16 @@ class Reasons:
     searched_s: float | None
     rival: PlayedStep | None
     sensitivities: list[Sensitivity]
+    exchanges: list[Exchange]
+    float8: list[Float8]
+
+    @classmethod
+    def of(
+        cls, request: Request, step: PlayedStep, rival: PlayedStep | None, sensitivities: list[Sensitivity]
+    ) -> Reasons:
+        """Of a plan that no search found, on one bucket; its alternatives are priced here."""
+        ways = exchanges(step, request.config, request.cluster), float8(step, request.cluster)
+        return cls(step, step.step_s, request.cluster, None, rival, sensitivities, *ways)
 
     @property
     def won(self) -> bool:
@@ -72,6 +88,8 @@ class Reasons:
                 for row in self.sensitivities
             ],
             waterfall=waterfall(step, self.cluster),
+            exchanges=self.exchanges,
+            float8=self.float8,
         )
 
     def print(self, console: Console) -> None:
@@ -111,6 +129,7 @@ class Reasons:
         changes = [f"{row.change}: {row.gain:+.1%} samples/s; {row.note}" for row in self.sensitivities]
         title = "what would change it" + (" (searched anew, not tuned, on both sides)" if self.searched_s else "")
         _lines(console, title, changes)
+        print_alternatives(console, self.exchanges, self.float8)
         print_start_up(console, start_up(step.plan, self.cluster))
 
 
@@ -130,6 +149,34 @@ def print_waterfall(console: Console, step: PlayedStep, cluster: Cluster) -> Non
     left = explain.mfu(step, cluster)
     table.add_row("left: the MFU", f"{step.step_s * left:.3f}", f"{left:.1%}", "", "the model's FLOPs at the peak")
     console.print(table)
+
+
+def print_alternatives(console: Console, over_cp: list[Exchange], in_float8: list[Float8]) -> None:
+    """What the design gives away: other exchanges over cp, and fp8, as tables."""
+    console.print(
+        "\nalternatives, priced but not runnable here: other exchanges over cp than the plan's own, the first"
+    )
+    if over_cp:
+        table = plain_table("", "sent GB", "alone s", "exposed s", "step s", "samples/s", right=NUMBERS)
+        for row in over_cp:
+            if not row.problem:
+                seconds = (f"{value:.3f}" for value in (row.alone_s, row.exposed_s, row.step_s))
+                table.add_row(row.name, f"{row.sent_bytes / 1e9:.1f}", *seconds, f"{row.gain:+.1%}")
+        console.print(table)
+    else:
+        console.print("  none: cp is 1")
+    if any(not one.problem for one in in_float8):
+        console.print("alternatives, priced but not runnable here: products of the blocks in fp8")
+        table = plain_table("", "in bf16 s", "in fp8 s", "casts s", "step s", "samples/s", right=NUMBERS)
+        for one in in_float8:
+            seconds = (f"{value:.3f}" for value in (one.linear_s, one.float8_s, one.cast_s, one.step_s))
+            table.add_row(one.name, *seconds, f"{one.gain:+.1%}")
+        console.print(table)
+    for one in (*over_cp, *in_float8):
+        if one.problem:
+            console.print(f"  no {one.name}: {one.problem}")
+    for rates in dict.fromkeys(one.rates for one in in_float8 if one.rates):
+        console.print(f"  fp8 rates: {rates}")
 
 
 def start_up_cost(plan: Plan, cluster: Cluster) -> StartUpCost:

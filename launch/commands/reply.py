@@ -13,7 +13,9 @@ from typing import Annotated, Any
 
 from ...perf_model.prices.startup import StartUp
 from ...perf_model.published.evidence import ErrorBar
+from ...perf_model.report.exchanges import Exchange
 from ...perf_model.report.explain import Duplicate, Exposure
+from ...perf_model.report.float8 import Float8
 from ...perf_model.report.software import OtherSoftware, PricedKernel
 from ...perf_model.report.waterfall import Loss
 from ...perf_model.search.samples import TriedSamples
@@ -171,6 +173,8 @@ class Why:
     runner_up: Annotated[list[str], "term by term, where the slower of plan and rival spends more"]
     sensitivities: list[Changed]
     waterfall: Annotated[list[Loss], "from the chip's peak down; their shares and the MFU add up to one"]
+    exchanges: Annotated[list[Exchange], "ways to exchange tokens over cp, the plan's own first; none where cp is 1"]
+    float8: Annotated[list[Float8], "what fp8 linear layers would give, by how they are scaled"]
 
 
 @dataclass(frozen=True, kw_only=True)

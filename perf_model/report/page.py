@@ -13,7 +13,9 @@ from ..prices.startup import StartUp, start_up
 from ..search.planner import Search
 from ..search.request import Request
 from . import explain
+from .exchanges import Exchange, exchanges
 from .explain import Duplicate, Exposure, Sensitivity, describe
+from .float8 import Float8, float8
 from .landscape import FAMILIES, Landscape, Point
 from .software import kernels_of
 from .trace import Span, predicted
@@ -67,6 +69,16 @@ class Story:
     def waterfall(self) -> list[Loss]:
         """Of the best plan's step."""
         return waterfall(self.best, self.request.cluster)
+
+    @cached_property
+    def exchanges(self) -> list[Exchange]:
+        """What the best plan's step would be with other exchanges over cp."""
+        return exchanges(self.best, self.request.config, self.request.cluster)
+
+    @cached_property
+    def float8(self) -> list[Float8]:
+        """What the best plan's step would be with fp8 linear layers."""
+        return float8(self.best, self.request.cluster)
 
     @property
     def mfu(self) -> float:

@@ -55,7 +55,7 @@ def test_commands_say_what_they_do_unless_asked_for_json(as_json: bool, capsys: 
     said = (
         []
         if as_json
-        else ["explaining: playing the whole step (1 of 5)", "comparing: playing tp=2 recompute=selective (1 of 3)"]
+        else ["explaining: playing the whole step (1 of 6)", "comparing: playing tp=2 recompute=selective (1 of 3)"]
     )
     assert capsys.readouterr().err.splitlines() == ([] if as_json else said)
 

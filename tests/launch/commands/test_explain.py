@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from cinemesh.model.inputs import BatchShape
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.played import PlayedStep, play_step
+from cinemesh.perf_model.report.exchanges import exchanges
 from cinemesh.perf_model.report.explain import exposures, terms
 
 CONFIG, LATENT, CLUSTER = preset("tiny"), (4, 12, 12), load("grand-teton-h100")
@@ -46,6 +47,7 @@ def test_explain_plays_the_plan_it_is_given_as_text_or_as_a_file(tmp_path: Path)
     exposed = [row for row in exposures(step) if row.exposed_s > 0]
     assert [row["exposed_s"] for row in told["why"]["exposed"]] == [row.exposed_s for row in exposed]
     assert sum(loss["share"] for loss in told["why"]["waterfall"]) == pytest.approx(1.0 - told["mfu"], abs=1e-9)
+    assert told["why"]["exchanges"] == [] and [row["runs"] for row in told["why"]["float8"]] == [False, False]
     for row in told["why"]["sensitivities"]:
         assert Plan.from_dict(row["plan"]) == FIRST and row["gain"] > -1e-3
 
@@ -60,6 +62,19 @@ def test_explain_says_what_beats_the_plan_and_what_it_beats(tmp_path: Path) -> N
     assert Plan.from_dict(worse["rival"]["plan"]) == best
     assert worse["rival"]["samples_per_s"] > worse["samples_per_s"]
     assert "where it loses to " in cinemesh("explain", "tp=2,dp_shard=8,recompute=full", *SHAPE)
+
+
+def test_explain_shows_what_the_design_gives_away() -> None:
+    """Each with its step, or with why it has none; that none of it runs here is said."""
+    asked = ("explain", "tp=2,cp=2,dp_shard=2", *SHAPE)
+    told = json.loads(cinemesh(*asked, "--json"))["why"]["exchanges"]
+    step = played(Plan(tp=2, cp=2, dp_shard=2))
+    assert told == [asdict(row) for row in exchanges(step, CONFIG, CLUSTER)]
+    gather, ulysses, ring = told
+    assert gather["runs"] and not ulysses["runs"] and "heads(6) % (tp(2) * cp(2))" in ulysses["problem"]
+    text = cinemesh(*asked)
+    assert f"no {ulysses['name']}: {ulysses['problem']}" in text and f"{ring['step_s']:.3f}" in text
+    assert text.count("priced but not runnable here") == 2 and "fp8 rates: gpu.peak_flops 1978.9" in text
 
 
 def test_a_plan_that_does_not_fit_says_so() -> None:

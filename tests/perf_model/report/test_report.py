@@ -175,6 +175,9 @@ def test_the_page_tells_the_search(written: tuple[Path, list[Story]]) -> None:
     assert story.runner_up is not None and describe(story.runner_up.plan) in page
     assert all(row.change in page for row in story.sensitivities) and len(story.sensitivities) == report.CHANGES
     assert all(f"{loss.seconds:.4f}</td>" in page for loss in story.waterfall if loss.share >= LEAST)
+    assert all(row.name in page and f"{row.step_s:.3f}</td>" in page for row in story.exchanges if not row.problem)
+    assert all(row.name in page and (row.problem or row.rates.split(";")[0]) in page for row in story.float8)
+    assert len(story.exchanges) == 3 and "neither these exchanges nor fp8 run here" in page
     assert story.exposures and all(row.name in page for row in story.exposures)
     assert story.found.refused and str(story.found.refused[0].family) in page
     assert story.start_up and all(f">{row.name}</td>" in page for row in story.start_up)
