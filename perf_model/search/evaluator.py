@@ -6,6 +6,7 @@ the choice of kept activations and explanations all ask here.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from ..prices.models import PriceModels
 from ..prices.network import Groups, groups_of
 from ..prices.played import PlayedStep, play_program
 from .extrapolate import Extrapolation
-from .few_blocks import FewBlocks
+from .few_blocks import PROVEN_BLOCKS, FewBlocks
 from .request import PricedPlan, Request, Timed
 from .unroll import NotSteady
 
@@ -81,7 +82,7 @@ class Evaluator:
         self.priced = 0
         self.bounded = 0
         self._held: dict[object, list[FrozenCost]] = {}
-        self._last: BuiltPlan | None = None
+        self._last: BuiltPlan | None = None  # of a plan's own blocks, where these told
         self._owned: dict[tuple[Plan, int, FrozenCost | None], _Own] = {}
 
     def on(self, cluster: Cluster) -> Evaluator:
@@ -147,25 +148,35 @@ class Evaluator:
         """From a few of its very own blocks, or from every record; once for each plan: tuning comes back to plans."""
         key = (plan, samples, held)
         if key not in self._owned:
-            try:
-                built = replace(self._own(plan, samples), plan=plan, held=held)
-                flops = self.mean(step.hardware_flops(plan) for step in built.steps)
-                self._owned[key] = _Own(Timed.STEADY, self._extrapolated(built), flops)
-            except NotSteady:
-                steps = self.play(plan, samples, held)
-                flops = self.mean(step.hardware_flops for step in steps)
-                self._owned[key] = _Own(Timed.PLAYED, self.cost_of(steps), flops)
+            self._owned[key] = self._steady(plan, samples, held) or self._played(plan, samples, held)
         return self._owned[key]
 
-    def _own(self, plan: Plan, samples: int) -> BuiltPlan:
-        """A plan's very own blocks. The last one's serve others of its records, which only share the GPU otherwise."""
-        plan = plan.without_streams()
-        if self._last is None or (self._last.plan, self._last.samples) != (plan, samples):
-            few = (
-                self.request.programs.own(self.request.config, plan, batch) for batch in self._batches(plan, samples)
-            )
-            self._last = BuiltPlan(plan, samples, tuple(Extrapolation(one, plan, self.models) for one in few))
-        return self._last
+    def _steady(self, plan: Plan, samples: int, held: FrozenCost | None) -> _Own | None:
+        """From a few blocks, or some more; None where only the whole step can say.
+
+        The last plan's serve others of its records, which only share the GPU otherwise.
+        """
+        bare, last = plan.without_streams(), self._last
+        known = last is not None and (last.plan, last.samples) == (bare, samples)
+        for own in [last] if known else (self._own(bare, samples, more) for more in PROVEN_BLOCKS):
+            assert own is not None
+            with contextlib.suppress(NotSteady):
+                built = replace(own, plan=plan, held=held)
+                flops = self.mean(step.hardware_flops(plan) for step in built.steps)
+                found = _Own(Timed.STEADY, self._extrapolated(built), flops)
+                self._last = own
+                return found
+        return None
+
+    def _played(self, plan: Plan, samples: int, held: FrozenCost | None) -> _Own:
+        steps = self.play(plan, samples, held)
+        return _Own(Timed.PLAYED, self.cost_of(steps), self.mean(step.hardware_flops for step in steps))
+
+    def _own(self, plan: Plan, samples: int, more: int) -> BuiltPlan:
+        """A plan's very own blocks, with ``more`` for equal neighbours."""
+        build, config = self.request.programs.own, self.request.config
+        few = (build(config, plan, batch, more) for batch in self._batches(plan, samples))
+        return BuiltPlan(plan, samples, tuple(Extrapolation(one, plan, self.models) for one in few))
 
     def _batches(self, plan: Plan, samples: int) -> Iterator[BatchShape]:
         """Of every bucket. Raises CinemeshError where a shape forbids the plan."""

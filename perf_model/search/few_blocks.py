@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from ...model.config import ModelConfig, block_unit
@@ -21,7 +22,7 @@ from ...parallel.passes.schedule import ScheduleWindows
 
 BLOCKS = 3  # of each recompute mode, and one for each unit prefetched: lanes fill in the first, run dry in the last
 MICRO_BATCHES = 4  # the first, one that still waits for it, one like all others, the last
-PROVEN_BLOCKS = 4  # more, until two neighbours of either direction have equal records
+PROVEN_BLOCKS = (4, 8)  # more, until two neighbours of either direction have equal records; where few do not do
 PROVEN_MICRO_BATCHES = 1
 
 
@@ -68,9 +69,9 @@ class FewBlocks:
         return cls._of(config, plan, batch, each + (each if plan.recompute_last is not None else 0))
 
     @classmethod
-    def proven(cls, config: ModelConfig, plan: Plan, batch: BatchShape) -> FewBlocks:
-        """On a plan's own degrees: enough for equal neighbours (``Stretches``)."""
-        blocks = _proven_blocks(config, plan)
+    def proven(cls, config: ModelConfig, plan: Plan, batch: BatchShape, more: int = PROVEN_BLOCKS[0]) -> FewBlocks:
+        """On a plan's own degrees, with ``more`` blocks for equal neighbours (``Stretches``)."""
+        blocks = _proven_blocks(config, plan, more)
         micro_batches = min(plan.micro_batches, MICRO_BATCHES + PROVEN_MICRO_BATCHES)
         return cls._of(config, replace(plan, micro_batches=micro_batches), batch, blocks, own=True)
 
@@ -200,8 +201,8 @@ def overlaps(plan: Plan) -> dict[str, Any]:
     return {name: getattr(plan, name) for name in knobs(Overlap)}
 
 
-def _proven_blocks(config: ModelConfig, plan: Plan) -> int:
-    each = BLOCKS + PROVEN_BLOCKS + plan.prefetch + plan.grad_units - 2
+def _proven_blocks(config: ModelConfig, plan: Plan, more: int) -> int:
+    each = BLOCKS + more + plan.prefetch + plan.grad_units - 2
     return sum(min(each, deep) for deep in blocks_of(plan, config.layers))
 
 
@@ -217,11 +218,11 @@ class Programs:
         key = (plan.recompute_last is None, min(plan.micro_batches, MICRO_BATCHES))
         return self._serving(key, FewBlocks.build, config, plan, batch)
 
-    def own(self, config: ModelConfig, plan: Plan, batch: BatchShape) -> FewBlocks:
-        """A plan's own."""
+    def own(self, config: ModelConfig, plan: Plan, batch: BatchShape, more: int) -> FewBlocks:
+        """A plan's own, with ``more`` blocks for equal neighbours."""
         micro_batches = min(plan.micro_batches, MICRO_BATCHES + PROVEN_MICRO_BATCHES)
-        key = (_proven_blocks(config, plan), micro_batches, "own")
-        return self._serving(key, FewBlocks.proven, config, plan, batch)
+        key = (_proven_blocks(config, plan, more), micro_batches, "own")
+        return self._serving(key, partial(FewBlocks.proven, more=more), config, plan, batch)
 
     def whole(self, config: ModelConfig, plan: Plan, batch: BatchShape) -> Program:
         """Every record of a plan's step, as it runs on NCCL."""
