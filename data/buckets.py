@@ -10,21 +10,26 @@ from typing import Annotated
 from ..errors import CinemeshError
 from ..model.buckets import Latent, latent_text
 from ..model.codec import LatentCodec
-from ..ranges import WEIGHT_RANGE, check_ranges, integers
+from ..ranges import BATCH_RANGE, WEIGHT_RANGE, check_ranges, integers
 
 Frames = Annotated[int, integers(1, 10_000, "all frames of a window are in memory at once", "frames")]
 Pixels = Annotated[int, integers(1, 8192, "no codec here encodes a larger frame at once", "pixels")]
 Weight = Annotated[float, WEIGHT_RANGE]
+Batch = Annotated[int, BATCH_RANGE]
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """A window shape in frames and pixels. Steps take windows of it in proportion to ``weight``."""
+    """A window shape in frames and pixels. Steps take windows of it in proportion to ``weight``.
+
+    ``global_batch``: of a step of it; None: the data's.
+    """
 
     frames: Frames
     height: Pixels
     width: Pixels
     weight: Weight
+    global_batch: Batch | None = None
 
     def __post_init__(self) -> None:
         check_ranges(self, "data.buckets: ")
@@ -52,6 +57,9 @@ class BucketSettings:
     height: Annotated[Pixels | None, "of a window; default: the data's size"] = None
     width: Annotated[Pixels | None, "of a window; default: the data's size"] = None
     weight: Annotated[Weight, "its part of the steps, over the sum of all weights"] = 1.0
+    global_batch: Annotated[
+        Batch | None, "samples of a step of it; default: the data's. A short window takes more to fill the devices"
+    ] = None
 
     def whole(self, frames: int, size: int) -> Bucket:
         """With what it left out. Raises CinemeshError for sizes or a weight that are not positive."""
@@ -60,6 +68,7 @@ class BucketSettings:
             size if self.height is None else self.height,
             size if self.width is None else self.width,
             self.weight,
+            self.global_batch,
         )
 
 

@@ -24,8 +24,8 @@ class BucketRunner:
     """One :class:`StepRunner` a shape; states are shared. All shapes are known when it is made.
 
     ``first`` is the runner of the shape that needs most memory; whatever is read of the states may be read of it.
-    All micro-batches of a step are of one shape: the one that was loaded last. Raises CinemeshError when two buckets
-    have the same latent, and as StepRunner does.
+    Each shape has its own samples. All micro-batches of a step are of one shape: the one that was loaded last. Raises
+    CinemeshError when two buckets have the same latent, and as StepRunner does.
     """
 
     def __init__(  # noqa: PLR0913  what a runner takes, the batches in place of the batch

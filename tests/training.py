@@ -75,6 +75,13 @@ def in_two_buckets(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "data": data, "seed": 11}
 
 
+def in_two_batches(values: dict[str, Any]) -> dict[str, Any]:
+    """The two buckets, each with its own samples of a step: 2 of 4 tokens, 4 of 8."""
+    values = in_two_buckets(values)
+    values["data"]["buckets"][1]["global_batch"] = 4
+    return values
+
+
 @pytest.fixture
 def values(clips: Path, tmp_path: Path) -> dict[str, Any]:
     return recipe(clips, tmp_path)

@@ -207,7 +207,8 @@ class _Loop:
         return None if stopped else ids
 
     def _fill(self, step: int) -> list[int]:
-        plan, size, bucket = self.config.plan, self.config.data.global_batch, self.bucket[step]
+        plan, bucket = self.config.plan, self.bucket[step]
+        size = self.config.data.global_batches[bucket]
         rank = self.runner.mesh.data_rank if self.runner.mesh else 0
         train, share = self.cache.buckets[bucket].train, size // plan.micro_batches
         indices = self.streams[bucket].take(self.turn[step] * size, size)

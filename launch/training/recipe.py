@@ -83,8 +83,13 @@ class DataSection(DataSettings):
     """The data's settings, the directory of their cache, and what one optimizer step takes of them."""
 
     cache: Annotated[Path, "directory of the latent cache, made when it is missing or of other data"]
-    global_batch: Annotated[int, BATCH_RANGE, "samples of a step, whatever its bucket"]
+    global_batch: Annotated[int, BATCH_RANGE, "samples of a step whose bucket does not give its own"]
     balance: Annotated[Share, "of scenes: 0 takes every window as often, 1 every scene"] = 0.0
+
+    @property
+    def global_batches(self) -> list[int]:
+        """Samples of a step of every bucket."""
+        return [bucket.global_batch or self.global_batch for bucket in self.shapes]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

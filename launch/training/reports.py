@@ -90,11 +90,11 @@ class Reports:
         buckets = [
             StepOf(
                 str(bucket),
-                runners.first.config.tokens(latent) * config.data.global_batch,
+                runners.first.config.tokens(latent) * batch,
                 model_flops(runners.runners[latent].program),
                 predicted.step_s[latent_text(latent)] if predicted else None,
             )
-            for bucket, latent in zip(config.data.shapes, latents, strict=True)
+            for bucket, latent, batch in zip(config.data.shapes, latents, config.data.global_batches, strict=True)
         ]
         return cls(buckets, predicted, config, device, first, telemetry)
 

@@ -46,8 +46,8 @@ class Setting:
     @cached_property
     def batches(self) -> list[BatchShape]:
         """One data rank's micro-batch of every bucket. Raises CinemeshError when the plan does not divide one."""
-        samples = self.config.plan.local_batch(self.config.data.global_batch)
-        batches = [BatchShape(samples, latent) for latent in self.latents]
+        samples = map(self.config.plan.local_batch, self.config.data.global_batches)
+        batches = [BatchShape(*of) for of in zip(samples, self.latents, strict=True)]
         for batch in batches:
             check(self.model, self.config.plan, batch)
         return batches

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import yaml
 from harness import Pool
 from torch import Tensor
-from training import RATE, STATES, cinemesh, in_two_buckets, recipe, start, states
+from training import RATE, STATES, cinemesh, in_two_batches, in_two_buckets, recipe, start, states
 
 from cinemesh.data.cache import Sample, collate
 from cinemesh.data.clips import frame_rate, read_frames
@@ -121,7 +121,7 @@ def one_bucket(values: dict[str, Any]) -> dict[str, Any]:
         ({"dp_shard": 2, "cp": 2}, one_bucket),
         ({"tp": 2, "micro_batches": 2}, one_bucket),
         ({"dp_shard": 2}, in_two_buckets),
-        ({"tp": 2, "micro_batches": 2}, in_two_buckets),
+        ({"tp": 2, "micro_batches": 2}, in_two_batches),
     ],
 )
 def test_ranks_stop_after_the_same_step_and_resume_to_the_same_bits(
@@ -133,7 +133,7 @@ def test_ranks_stop_after_the_same_step_and_resume_to_the_same_bits(
 ) -> None:
     """A rank that stopped alone would leave the others waiting; resuming under shards must lose nothing either.
 
-    With two buckets, the places in both streams must be found again.
+    With two buckets, the places in both streams must be found again; where one has more samples, at its own pace.
     """
     ranks = 4 if "cp" in plan else 2
     a, b = (buckets(recipe(clips, tmp_path / name, **plan)) for name in "ab")
@@ -206,15 +206,15 @@ def steps_by_hand(values: dict[str, Any]) -> dict[str, Tensor]:
         runner = runners[bucket]
         for name, value in state.items():
             runner.buffers[name].copy_(value)
-        train = cache.buckets[bucket].train
-        batch = collate(train.select(Stream(config.seed, bucket, range(len(train))).take(2 * place, 2)), 0, 1)
+        train, size = cache.buckets[bucket].train, setting.batches[bucket].samples
+        batch = collate(train.select(Stream(config.seed, bucket, range(len(train))).take(size * place, size)), 0, 1)
         runner.load(0, batch)
         runner.step(config.schedule.lr(config.optimizer.lr, step))
         state = {name: runner.buffers[name].clone() for name in STATES}
     return state
 
 
-@pytest.mark.parametrize("buckets", [one_bucket, in_two_buckets])
+@pytest.mark.parametrize("buckets", [one_bucket, in_two_buckets, in_two_batches])
 def test_a_run_is_the_steps_of_plain_runners(
     values: dict[str, Any], tmp_path: Path, buckets: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
@@ -222,6 +222,34 @@ def test_a_run_is_the_steps_of_plain_runners(
     values = buckets(values)
     assert start(values, tmp_path) == 0
     assert_same(states(tmp_path / "run", values), steps_by_hand(values))
+
+
+def test_a_bucket_s_own_samples_are_captured_counted_and_of_the_same_mean(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps take buckets 1, 0, 0, 1, 1, 1. A sum, or a mean over the other bucket's samples, would be off by 2.
+
+    In the first step weights are equal to those of a run in which every step takes 4 samples: the same losses there.
+    """
+    wide = in_two_buckets(values)
+    wide["data"]["global_batch"] = 4
+    loaded = list[int]()
+    load = StepRunner.load
+
+    def noted(self: StepRunner, micro_batch: int, batch: Any) -> None:
+        loaded.append(len(batch[LATENTS]))
+        load(self, micro_batch, batch)
+
+    monkeypatch.setattr(StepRunner, "load", noted)
+    first: list[float] = []
+    for name, run in (("own", in_two_batches(values)), ("wide", wide)):
+        run["logging"] |= {"every": 1, "directory": str(tmp_path / name)}
+        assert start(run | {"capture": "required"}, tmp_path) == 0
+        first.append(read_metrics(tmp_path / name)[1]["loss"])
+    assert loaded == [4, 2, 2, 4, 4, 4] + [4] * 6 and first[0] == first[1] < 10
+    assert "2 buckets, 2 captured steps; one arena of " in capsys.readouterr().out
+    tokens = [row["tokens_per_step"] for row in read_metrics(tmp_path / "own") if "loss" in row]
+    assert tokens == [32, 8, 8, 32, 32, 32]
 
 
 def test_every_bucket_is_captured_counted_and_validated(

@@ -244,6 +244,7 @@ EFFECTS: Mapping[str, Sequence[Effect]] = {
     "data.buckets.0.height": [Effect(64, SHAPE)],
     "data.buckets.0.width": [Effect(64, SHAPE)],
     "data.buckets.0.weight": [Effect(0.01, SAMPLES - GRADIENT | LATER, TWO_BUCKETS)],
+    "data.buckets.0.global_batch": [Effect(4, SAMPLES)],
     "data.stride": [Effect(1, SAMPLES | {"windows"})],
     "data.validation_share": [Effect(0.0, SAMPLES | {"windows", "validated"})],
     "data.encoders.0.name": [Effect("letters", MODEL | {"text"})],
