@@ -15,7 +15,7 @@ from ..ranges import BATCH_RANGE, WEIGHT_RANGE, check_ranges, integers
 Frames = Annotated[int, integers(1, 10_000, "all frames of a window are in memory at once", "frames")]
 Pixels = Annotated[int, integers(1, 8192, "no codec here encodes a larger frame at once", "pixels")]
 Weight = Annotated[float, WEIGHT_RANGE]
-Batch = Annotated[int, BATCH_RANGE]
+OwnBatch = Annotated[int, BATCH_RANGE]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Bucket:
     height: Pixels
     width: Pixels
     weight: Weight
-    global_batch: Batch | None = None
+    global_batch: OwnBatch | None = None
 
     def __post_init__(self) -> None:
         check_ranges(self, "data.buckets: ")
@@ -58,7 +58,7 @@ class BucketSettings:
     width: Annotated[Pixels | None, "of a window; default: the data's size"] = None
     weight: Annotated[Weight, "its part of the steps, over the sum of all weights"] = 1.0
     global_batch: Annotated[
-        Batch | None, "samples of a step of it; default: the data's. A short window takes more to fill the devices"
+        OwnBatch | None, "samples of a step of it; default: the data's. A short window takes more to fill the devices"
     ] = None
 
     def whole(self, frames: int, size: int) -> Bucket:

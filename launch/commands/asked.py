@@ -19,7 +19,7 @@ from ...model.config import ModelConfig, latent_text
 from ...parallel.ir.fields import DtypePolicy
 from ...parallel.ir.plan import Plan, fields_of
 from ...perf_model.clusters.cluster import Cluster, load, names_in
-from ...perf_model.search.request import LatentBucket
+from ...perf_model.search.request import LatentBucket, buckets_of_batches
 from ...ranges import WEIGHT_RANGE
 from ..models import parse_latent, read_model
 from ..options import DEFAULT_CLUSTER, DEFAULT_DTYPE, DEFAULT_MODEL, Asked, On
@@ -76,13 +76,18 @@ def _of_recipe(on: On, given: tuple[LatentBucket, ...], dtype: str | None, path:
     setting, shapes = Setting.of(recipe), recipe.data.shapes
     held = {} if auto is None else {name: value for name, value in auto.held.items() if name != "dtype" or not dtype}
     policy = held.get("dtype", DEFAULT_DTYPE) if auto else recipe.plan.dtype
-    batch = None if on.samples is not None else recipe.data.global_batch
+    weights = [bucket.weight for bucket in shapes]
+    buckets, batch = buckets_of_batches(setting.latents, weights, recipe.data.global_batches)
+    if given or on.global_batch or on.samples is not None:  # a batch that is asked for is every bucket's
+        buckets = given or tuple(replace(bucket, times=1) for bucket in buckets)
+        batch = on.global_batch or (None if on.samples is not None else recipe.data.global_batch)
+    batches = " + ".join(dict.fromkeys(f"{batch * bucket.times:,}" for bucket in buckets if batch))
     stated = recipe if on.packages is None else replace(recipe, packages=packages_of(names_in(on.packages)))
     software = software_of(stated)
     gives = {
         "model": None if on.model else setting.model.name,
         "latents": None if given else ", ".join(map(latent_text, setting.latents)),
-        "global batch": None if on.global_batch or batch is None else f"{batch:,}",
+        "global batch": None if on.global_batch else batches,
         "dtype": None if dtype else policy,
         "cluster": None if on.cluster else recipe.cluster,
         "packages": None if on.packages is not None else _installed(recipe.packages is not None, software),
@@ -91,9 +96,9 @@ def _of_recipe(on: On, given: tuple[LatentBucket, ...], dtype: str | None, path:
     return Workload(
         model=on.model or str(path),
         config=read_model(on.model).config if on.model else setting.model,
-        buckets=given or tuple(LatentBucket(at, of.weight) for at, of in zip(setting.latents, shapes, strict=True)),
+        buckets=buckets,
         cluster=load(on.cluster or recipe.cluster or DEFAULT_CLUSTER, on.servers, "", on.headroom).running(software),
-        global_batch=on.global_batch or batch,
+        global_batch=batch,
         samples=on.samples,
         dtype=dtype or policy,  # type: ignore[arg-type]  # Plan checks it
         held=held,
@@ -122,7 +127,10 @@ def plans_asked(given: Sequence[str], asked: Asked) -> tuple[list[Plan], Workloa
         taken.pop("dtype", None)
     if "latents" in taken and len(load.buckets) > 1:
         taken["latents"] = f"{latent_text(largest.latent)} (the largest of {len(load.buckets)})"
-    return plans, replace(load, buckets=(largest,), taken=taken)
+    batch = load.global_batch and load.global_batch * largest.times
+    if "global batch" in taken:
+        taken["global batch"] = f"{batch:,}"
+    return plans, replace(load, buckets=(replace(largest, times=1),), global_batch=batch, taken=taken)
 
 
 def print_taken(console: Console, load: Workload) -> None:

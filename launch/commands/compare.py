@@ -110,9 +110,7 @@ def _beside(evaluator: Evaluator, first: PlayedStep, other: PlayedStep, begin: B
 
 def _difference(evaluator: Evaluator, first: PlayedStep, name: str, values: dict[str, Any]) -> Difference:
     """One change alone on the first plan; degrees take along what they forbid, as ``Plan.with_degrees`` does."""
-    changed = {field: value for field, value in values.items() if getattr(first.plan, field) != value}
-    before = ", ".join(_text(field, getattr(first.plan, field)) for field in changed)
-    after = ", ".join(_text(field, value) for field, value in changed.items())
+    before, after = before_and_after(first.plan, values)
     try:
         degrees = tuple(values) == AXES
         plan = first.plan.with_degrees(**values) if degrees else replace(first.plan, **values)
@@ -123,6 +121,15 @@ def _difference(evaluator: Evaluator, first: PlayedStep, name: str, values: dict
         return Difference(name=name, before=before, after=after, gain=None, problem=error.problem)
     gain = step.gpu_s_per_sample / first.gpu_s_per_sample - 1.0
     return Difference(name=name, before=before, after=after, gain=gain)
+
+
+def before_and_after(first: Plan, values: dict[str, Any]) -> tuple[str, str]:
+    """The fields that a change of a plan changes, as they are and as they would be."""
+    changed = {field: value for field, value in values.items() if getattr(first, field) != value}
+    return (
+        ", ".join(_text(field, getattr(first, field)) for field in changed),
+        ", ".join(_text(field, value) for field, value in changed.items()),
+    )
 
 
 def _text(field: str, value: object) -> str:

@@ -38,7 +38,7 @@ def run(*, config: Path, ranks: int | None, overrides: Sequence[str], as_json: b
     elif ranks is not None:
         recipe.plan.check_world_size(ranks)
     data, plan = recipe.data, setting.config.plan
-    steps = Steps(recipe.schedule.steps, data.global_batch, [bucket.weight for bucket in data.shapes])
+    steps = Steps(recipe.schedule.steps, [bucket.weight for bucket in data.shapes])
     told = DryRunReply(
         schema=Schema(name="train --dry-run"),
         model=setting.model.name,
@@ -49,8 +49,9 @@ def run(*, config: Path, ranks: int | None, overrides: Sequence[str], as_json: b
         print(reply.text(told))
         return
     console = new_console()
+    batches = " + ".join(dict.fromkeys(f"{bucket.global_batch:,}" for bucket in told.buckets))
     console.print(
-        f"{told.model} on {told.ranks:,} devices of {told.cluster}, a global batch of {told.global_batch:,}. "
+        f"{told.model} on {told.ranks:,} devices of {told.cluster}, a global batch of {batches}. "
         f"Predicted, not measured; nothing was started or written.\n\n{describe(plan)}\n"
     )
     print_recipe_run(console, told)

@@ -23,7 +23,8 @@ from ..progress import Begin, progress
 from ..tables import TextTable, new_console, plain_table
 from . import reply
 from .ranked import ranked
-from .reply import Neutral, PaperReply, PaperStage, PaperTable, RankedPlan, Schema
+from .relaunch import relaunch, relaunch_text
+from .reply import Neutral, PaperReply, PaperStage, PaperTable, RankedPlan, Relaunch, Schema
 from .software import print_kernels
 
 NUMBERS = ("tokens", "GPUs", "batch", "lr", "steps", "step s", "samples/s", "MFU", "peak GB", "GPU hours")
@@ -63,7 +64,11 @@ def paper_table(request: Request, *, silent: bool) -> PaperTable:
     with progress("the paper's plans", 2 * len(distinct) + len(jobs), silent=silent) as begin:
         priced = {stage: _searched(request, stage, begin) for stage in distinct}
         neutral = [_neutral(request, first, priced, begin) for first in reversed(jobs.values())]
-    stages = [_row(request, stage, *priced[_alike(stage)]) for stage in STAGES]
+    best = [priced[_alike(stage)][1].plan for stage in STAGES]
+    stages = [
+        _row(request, stage, *priced[_alike(stage)], relaunch(request.config, request.cluster, before, after))
+        for stage, before, after in zip(STAGES, [None, *best], best, strict=False)
+    ]
     return PaperTable(
         stages=stages,
         paper_gpu_hours=sum(row.paper_gpu_hours for row in stages),
@@ -95,7 +100,7 @@ def _searched(request: Request, stage: Stage, begin: Begin) -> tuple[PricedPlan,
     return theirs, search(asked).best
 
 
-def _row(request: Request, stage: Stage, theirs: PricedPlan, ours: PricedPlan) -> PaperStage:
+def _row(request: Request, stage: Stage, theirs: PricedPlan, ours: PricedPlan, between: Relaunch | None) -> PaperStage:
     asked = _asked(request, stage)
     flops = explain.mean_sample_flops(asked)
     hours = stage.steps * stage.gpus / 3600.0  # a second of a step
@@ -111,6 +116,7 @@ def _row(request: Request, stage: Stage, theirs: PricedPlan, ours: PricedPlan) -
         best_over_paper=ours.samples_per_s / theirs.samples_per_s,
         paper_gpu_hours=theirs.step_s * hours,
         best_gpu_hours=ours.step_s * hours,
+        relaunch=between,
     )
 
 
@@ -148,6 +154,8 @@ def show(console: Console, found: PaperTable) -> None:
         f"in all, as if every sample were as long as the tokens say: {hours[0]:,.0f} GPU hours with the paper's "
         f"degrees, {hours[1]:,.0f} with the best plans ({hours[1] / hours[0] - 1.0:+.1%})"
     )
+    for number, row in enumerate(found.stages[1:], 2):
+        console.print(f"from row {number - 1} to {number}: {relaunch_text(row.relaunch)}")
     for job in found.neutral:
         console.print(f"{job.stage}, {job.gpus:,} GPUs: {'; '.join(map(_said, job.groups)) or NOT_NEUTRAL}")
 

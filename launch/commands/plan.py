@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ...errors import CinemeshError
 from ...files import atomic_file, check_output_file, check_output_folder
-from ...model.inputs import BatchShape
+from ...model.config import latent_text
 from ...parallel.ir.plan import fields_of
 from ...perf_model.clusters.cluster import Cluster
 from ...perf_model.prices.played import play_step
@@ -35,7 +35,7 @@ from .paper import alone, paper_table, show
 from .ranked import ranked
 from .reasons import Reasons, start_up_cost
 from .recipe_run import Steps, print_recipe_run, recipe_run
-from .reply import NearbyPlan, PlanReply, RecipeRun, Refused, Schema
+from .reply import NearbyPlan, PlanReply, RankedPlan, RecipeRun, Refused, Schema
 from .software import print_kernels, print_others
 
 NUMBERS = (
@@ -47,6 +47,8 @@ NUMBERS = (
     "beside compute",
     "peak GB",
 )  # right-aligned
+LATENT_NUMBERS = ("tokens", "share", "samples a rank", "batch", "step s", "samples/s", "MFU")
+HELD = {True: "the plan of the longest latent", False: "the same tp and cp"}
 
 
 @contextmanager
@@ -127,12 +129,14 @@ def run(  # noqa: PLR0913  the options of the command
         samples_tried=tried,
         nearby=[_near(request, other, flops) for other in others],
         taken=load.taken,
-        run=_run(load, found.best),
+        run=_run(load, request, found.best),
     )
     console = new_console()
     if not as_json:
         print_taken(console, load)
         _print_search(console, request, found, flops)
+        if len(request.buckets) > 1:
+            _print_latents(console, told.plans[0])
         _print_samples(console, request, tried)
         _print_nearby(console, request, others)
         print_kernels(console, told.kernels)
@@ -176,13 +180,13 @@ def _check_no_search(paper: bool, asked: list[str]) -> None:
         )
 
 
-def _run(load: Workload, best: PricedPlan) -> RecipeRun | None:
+def _run(load: Workload, request: Request, best: PricedPlan) -> RecipeRun | None:
     """What a run of the recipe would be under a plan."""
     if load.steps is None:
         return None
-    batches = (BatchShape(best.samples, bucket.latent) for bucket in load.buckets)
+    batches = request.batches(best.samples)
     played = (play_step(load.config, best.plan, batch, load.cluster, best.frozen) for batch in batches)
-    steps = Steps(load.steps, best.global_batch, [bucket.weight for bucket in load.buckets])
+    steps = Steps(load.steps, [bucket.weight for bucket in load.buckets])
     return recipe_run(load.config, load.cluster, best.plan, played, steps)
 
 
@@ -229,12 +233,33 @@ def _near(request: Request, other: Nearby, flops: float) -> NearbyPlan:
 
 def _print_samples(console: Console, request: Request, tried: list[TriedSamples]) -> None:
     """How many samples a data rank takes, and what others would give."""
-    if tried:
-        shown = ", ".join(f"{one.samples} give {'at most ' * one.at_most}{one.samples_per_s:,.1f}" for one in tried)
-        console.print(
-            f"samples of a data rank: {request.samples}, the fewest within {WITHIN:.0%} of the best; "
-            f"under the same tp and cp {shown} samples/s"
+    for bucket, batch in zip(request.buckets, request.batches(request.samples), strict=True):
+        latent = latent_text(bucket.latent)
+        of = [one for one in tried if one.latent == latent]
+        shown = ", ".join(f"{one.samples} give {'at most ' * one.at_most}{one.samples_per_s:,.1f}" for one in of)
+        if of:
+            console.print(
+                f"samples of a data rank{f' of {latent}' * (len(request.buckets) > 1)}: {batch.samples}, the fewest "
+                f"within {WITHIN:.0%} of the best; under {HELD[of[0].under_its_plan]} {shown} samples/s"
+            )
+
+
+def _print_latents(console: Console, plan: RankedPlan) -> None:
+    """A step of each latent under the best plan, where they are several."""
+    table = plain_table("latent", *LATENT_NUMBERS, right=LATENT_NUMBERS)
+    for step in plan.latents:
+        table.add_row(
+            step.latent,
+            f"{step.tokens:,}",
+            f"{step.share:.0%}",
+            f"{step.samples:,}",
+            f"{step.global_batch:,}",
+            f"{step.step_s:.3f}",
+            f"{step.samples_per_s:,.1f}",
+            f"{step.mfu:.1%}",
         )
+    console.print("\nsteps of the best plan, by latent; in a recipe the batch is that of the bucket (global_batch)")
+    console.print(table)
 
 
 def _print_nearby(console: Console, request: Request, others: list[Nearby]) -> None:
@@ -283,7 +308,7 @@ def _print_search(console: Console, request: Request, found: Search, flops: floa
         table.add_row(
             f"{rank}{'=' if id(choice) in ties else ''}",
             describe(choice.plan),
-            f"{choice.global_batch:,}",
+            " + ".join(f"{batch:,}" for batch in dict.fromkeys(_batches(request, choice))),
             f"{choice.step_s:.3f} {choice.step_s * bar.low:+.2g} {choice.step_s * bar.high:+.2g}",
             f"{choice.samples_per_s:.1f}",
             f"{explain.mfu_of(request, choice, flops):.1%}",
@@ -304,6 +329,11 @@ def _print_search(console: Console, request: Request, found: Search, flops: floa
     )
     for refusal in _telling(found.refused):
         console.print(f"  {refusal.family}: {refusal.reason}")
+
+
+def _batches(request: Request, choice: PricedPlan) -> Iterator[int]:
+    """Samples of a step of each latent."""
+    return (bucket.times * choice.global_batch for bucket in request.buckets)
 
 
 def _telling(refused: list[Refusal]) -> list[Refusal]:

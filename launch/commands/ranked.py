@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from ...model.config import latent_text
 from ...perf_model.report import explain
 from ...perf_model.search.request import PricedPlan, Request
-from .reply import RankedPlan
+from .reply import LatentStep, RankedPlan
 
 
 def ranked(request: Request, choice: PricedPlan, flops: float) -> RankedPlan:
     """A plan of a table; ``flops``: the model's, of a sample."""
     bar = explain.error_bar_of(request)
+    latents = _latents(request, choice)
     return RankedPlan(
         plan=choice.plan.to_dict(),
         gpus=choice.plan.world_size,
-        samples=choice.samples,
-        global_batch=choice.global_batch,
+        samples=latents[0].samples,
+        global_batch=latents[0].global_batch,
         step_s=choice.step_s,
         step_s_low=choice.step_s * (1.0 + bar.low),
         step_s_high=choice.step_s * (1.0 + bar.high),
@@ -29,4 +31,25 @@ def ranked(request: Request, choice: PricedPlan, flops: float) -> RankedPlan:
         step_s_from=choice.timed.name.lower(),
         bound_s=choice.bound_s,
         sharded_encoders=list(choice.frozen.sharded) if choice.frozen else [],
+        latents=latents,
     )
+
+
+def _latents(request: Request, choice: PricedPlan) -> list[LatentStep]:
+    weights = sum(bucket.weight for bucket in request.buckets)
+    peak_flops = request.gpus * request.cluster.gpu.peak_flops[choice.plan.compute_dtype]
+    steps: list[LatentStep] = []
+    for bucket, step_s in zip(request.buckets, choice.bucket_s, strict=True):
+        samples_per_s = bucket.times * choice.global_batch / step_s
+        step = LatentStep(
+            latent=latent_text(bucket.latent),
+            tokens=request.config.tokens(bucket.latent),
+            share=bucket.weight / weights,
+            samples=bucket.times * choice.samples,
+            global_batch=bucket.times * choice.global_batch,
+            step_s=step_s,
+            samples_per_s=samples_per_s,
+            mfu=explain.sample_flops(request.config, bucket.latent) * samples_per_s / peak_flops,
+        )
+        steps.append(step)
+    return steps

@@ -19,14 +19,13 @@ from .reply import BucketStep, RecipeRun
 
 @dataclass(frozen=True)
 class Steps:
-    """Of a run: how many, samples of each, and in which proportion they are of each bucket."""
+    """Of a run: how many, and in which proportion they are of each bucket."""
 
     count: int
-    global_batch: int
     weights: Sequence[float]
 
 
-NUMBERS = ("tokens", "share", "samples a rank", "step s", "tokens/s", "MFU", "peak GB")
+NUMBERS = ("tokens", "share", "samples a rank", "batch", "step s", "tokens/s", "MFU", "peak GB")
 
 
 def recipe_run(
@@ -44,7 +43,7 @@ def recipe_run(
     return RecipeRun(
         ranks=plan.world_size,
         plan=plan.to_dict(),
-        global_batch=load.global_batch,
+        global_batch=buckets[0].global_batch,
         buckets=buckets,
         step_s=step_s,
         peak_bytes=most.peak_bytes,
@@ -64,6 +63,7 @@ def _bucket(config: ModelConfig, cluster: Cluster, step: PlayedStep, share: floa
         tokens=tokens,
         share=share,
         samples=step.batch.samples,
+        global_batch=step.samples,
         micro_batches=step.plan.micro_batches,
         step_s=step.step_s,
         tokens_per_s=step.samples * tokens / step.step_s,
@@ -82,6 +82,7 @@ def print_recipe_run(console: Console, run: RecipeRun) -> None:
             f"{bucket.tokens:,}",
             f"{bucket.share:.0%}",
             f"{bucket.samples}{many}",
+            f"{bucket.global_batch:,}",
             f"{bucket.step_s:.3g}",
             f"{bucket.tokens_per_s:,.0f}",
             f"{bucket.mfu:.1%}",

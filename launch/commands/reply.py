@@ -48,7 +48,7 @@ class Heading:
 
 @dataclass(frozen=True, kw_only=True)
 class PricedStep:
-    """A plan and its step. Over several latents, times are the mean by weight. Bytes are of one rank."""
+    """A plan and its step; bytes are of one rank. Over several latents: the first one's samples, the mean of times."""
 
     plan: Annotated[dict[str, Any], "every field of the plan, as its YAML file has them"]
     gpus: int
@@ -68,6 +68,20 @@ class PricedStep:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentStep:
+    """A step of one latent."""
+
+    latent: Annotated[str, "`TxHxW`"]
+    tokens: Annotated[int, "of a sample"]
+    share: Annotated[float, "of the steps"]
+    samples: Annotated[int, "of one micro-batch on one data rank"]
+    global_batch: Annotated[int, "samples of a step"]
+    step_s: float
+    samples_per_s: float
+    mfu: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class RankedPlan(PricedStep):
     """A plan of the table."""
 
@@ -76,6 +90,7 @@ class RankedPlan(PricedStep):
     ]
     bound_s: Annotated[float, "seconds that the search took for a lower bound of the step"]
     sharded_encoders: Annotated[list[str], "frozen encoders that are sharded, not replicated"]
+    latents: Annotated[list[LatentStep], "a step of each latent"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +117,28 @@ class Refused:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanChange:
+    """Fields of a plan that change together."""
+
+    name: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relaunch:
+    """From the best plan of one stage to that of the next: the job is saved, stopped, and started with the new plan.
+
+    A checkpoint is read under any plan: every rank reads its own new part of every state.
+    """
+
+    changes: list[PlanChange]
+    state_bytes: Annotated[int, "of the checkpoint: weights, moments and averaged weights, of all ranks together"]
+    rank_bytes: Annotated[int, "what a rank reads of them"]
+    start_up_s: Annotated[float, "seconds until the new communicators are made"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class PaperStage:
     """A row of the paper's Table 3: its plan, and the best for as many GPUs and samples of a step."""
 
@@ -116,6 +153,7 @@ class PaperStage:
     best_over_paper: Annotated[float, "samples/s of the best over those of the paper's plan"]
     paper_gpu_hours: Annotated[float, "of all steps, every sample as long as `tokens`"]
     best_gpu_hours: Annotated[float, "the same with the best plan"]
+    relaunch: Annotated[Relaunch | None, "from the best plan of the stage before; null where the plan stays"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +238,7 @@ class BucketStep:
     tokens_per_s: Annotated[float, "of all ranks together"]
     mfu: Annotated[float, "model FLOPs over what the devices' peak would do in the step"]
     peak_bytes: Annotated[int, "most that one rank holds at once"]
+    global_batch: Annotated[int, "samples of a step"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +247,7 @@ class RecipeRun:
 
     ranks: int
     plan: Annotated[dict[str, Any], "every field of the plan, as its YAML file has them"]
-    global_batch: Annotated[int, "samples of a step"]
+    global_batch: Annotated[int, "samples of a step; of the first bucket, where each has its own"]
     buckets: list[BucketStep]
     step_s: Annotated[float, "mean seconds of a step, buckets by their shares"]
     peak_bytes: Annotated[int, "in the bucket that needs most"]

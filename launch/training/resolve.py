@@ -19,7 +19,7 @@ from ...perf_model.clusters.cluster import Cluster, load
 from ...perf_model.report.explain import describe
 from ...perf_model.report.software import kernels_of
 from ...perf_model.search.planner import search
-from ...perf_model.search.request import LatentBucket, Request
+from ...perf_model.search.request import Request, buckets_of_batches
 from ...perf_model.search.tune import tune
 from ..cluster.processes import MEETING_S
 from .predict import predict_run
@@ -105,12 +105,14 @@ def holds(plan: Plan, world: int, auto: Auto, setting: Setting) -> bool:
 def planned(world: int, auto: Auto, setting: Setting) -> Resolved:
     """The planner's best plan for the recipe's batch and buckets, tuned. Raises CinemeshError when none fits."""
     data = setting.config.data
+    weights = [bucket.weight for bucket in data.shapes]
+    buckets, global_batch = buckets_of_batches(setting.latents, weights, data.global_batches)
     request = Request(
         config=setting.model,
-        buckets=tuple(LatentBucket(at, of.weight) for at, of in zip(setting.latents, data.shapes, strict=True)),
+        buckets=buckets,
         cluster=cluster_under(setting.config, auto.cluster),
         gpus=world,
-        global_batch=data.global_batch,
+        global_batch=global_batch,
         fixed=dict(auto.held),
         shown=1,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from ...errors import CinemeshError
 from ...kernels.ops import OPS
@@ -33,6 +34,7 @@ SEARCHED_WITH = "grad_units=2"  # what the search gives every plan that can have
 # -- FLOPs ------------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=64)
 def sample_flops(config: ModelConfig, latent: tuple[int, int, int]) -> int:
     """Model FLOPs of one sample: blocks are alike, so programs of one and of two tell those of all."""
     one, two = (
@@ -43,9 +45,9 @@ def sample_flops(config: ModelConfig, latent: tuple[int, int, int]) -> int:
 
 
 def mean_sample_flops(request: Request) -> float:
-    """Model FLOPs of a sample, averaged over the buckets by their weights."""
-    total = sum(bucket.weight for bucket in request.buckets)
-    return sum(b.weight * sample_flops(request.config, b.latent) for b in request.buckets) / total
+    """Model FLOPs of a sample, averaged over those of the buckets' steps."""
+    parts = [(b.weight * b.times, sample_flops(request.config, b.latent)) for b in request.buckets]
+    return sum(part * flops for part, flops in parts) / sum(part for part, _ in parts)
 
 
 def mfu_of(request: Request, choice: PricedPlan, flops: float) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from ..search.planner import Search, survey
 from ..search.refusals import Refusal, RefusalKind
 from ..search.request import PricedPlan, Request
-from .explain import Tick, sample_flops
+from .explain import Tick, mean_sample_flops
 
 DEALS = ((1, 1), (2, 1), (4, 1), (1, 2))  # samples of one micro-batch on one data rank, micro-batches
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144)  # GPUs
@@ -147,9 +147,7 @@ def scale(request: Request, known: Search, tick: Tick = lambda _: None) -> list[
 
 
 def _points(asked: Request, request: Request, known: Search, tick: Tick) -> Iterator[Point]:
-    weights = [bucket.weight for bucket in request.buckets]
-    flops = [sample_flops(request.config, bucket.latent) for bucket in request.buckets]
-    per_sample = sum(w * f for w, f in zip(weights, flops, strict=True)) / sum(weights)
+    per_sample = mean_sample_flops(request)
     for gpus in sizes(request):
         tick(f"{gpus:,} GPUs")
         if gpus == request.gpus and request.global_batch is None:

@@ -32,13 +32,14 @@ BOUND_SLACK = 0.005  # relative: the bounds are of programs that serve many plan
 class PlanCost:
     """Of one step: mean seconds over the buckets by weight, encoders and stragglers included; bytes of one rank.
 
-    ``exposed_s``: of those, the seconds in which compute waits for collectives.
+    ``exposed_s``: of those, the seconds in which compute waits for collectives. ``bucket_s``: a step of each bucket.
     """
 
     step_s: float
     compute_s: float
     exposed_s: float
     peak_bytes: int
+    bucket_s: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ class Evaluator:
             peak_bytes=own.cost.peak_bytes,
             timed=own.timed,
             searched_s=choice.step_s,
+            bucket_s=own.cost.bucket_s,
         )
 
     def _extrapolated(self, built: BuiltPlan) -> PlanCost:
@@ -142,7 +144,9 @@ class Evaluator:
         step_s, compute_s, exposed_s = (
             self.mean(getattr(p, name) for p in priced) for name in ("step_s", "compute_s", "exposed_s")
         )
-        return PlanCost(self._whole_s(built.plan, step_s, built.held), compute_s, exposed_s, self.peak_bytes(built))
+        bucket_s = tuple(self._whole_s(built.plan, p.step_s, built.held) for p in priced)
+        whole_s = self._whole_s(built.plan, step_s, built.held)
+        return PlanCost(whole_s, compute_s, exposed_s, self.peak_bytes(built), bucket_s)
 
     def _by_own_program(self, plan: Plan, samples: int, held: FrozenCost | None) -> _Own:
         """From a few of its very own blocks, or from every record; once for each plan: tuning comes back to plans."""
@@ -180,15 +184,13 @@ class Evaluator:
 
     def _batches(self, plan: Plan, samples: int) -> Iterator[BatchShape]:
         """Of every bucket. Raises CinemeshError where a shape forbids the plan."""
-        for bucket in self.request.buckets:
-            batch = BatchShape(samples, bucket.latent)
+        for batch in self.request.batches(samples):
             check(self.request.config, plan, batch)
             yield batch
 
     def play(self, plan: Plan, samples: int, held: FrozenCost | None = None) -> list[PlayedStep]:
         """The whole step on every bucket, record by record. Raises CinemeshError for a plan that cannot be."""
-        whole, config = self.request.programs.whole, self.request.config
-        batches = (BatchShape(samples, bucket.latent) for bucket in self.request.buckets)
+        whole, config, batches = self.request.programs.whole, self.request.config, self.request.batches(samples)
         return [play_program(whole(config, plan, batch), batch, self.models, held) for batch in batches]
 
     def play_held(self, plan: Plan, samples: int) -> list[PlayedStep]:
@@ -208,6 +210,7 @@ class Evaluator:
             self.mean(step.tape.compute_s for step in steps),
             self.mean(step.timeline.total_exposed_s for step in steps),
             max(step.footprint.peak_bytes for step in steps),
+            tuple(step.step_s for step in steps),
         )
 
     def bound_s(self, built: BuiltPlan) -> float:
@@ -251,8 +254,9 @@ class Evaluator:
         """Ways to hold the frozen encoders beside a plan, the fastest first."""
         if not self.request.encoders:
             return (None,)
-        key = (plan.dp_shard, plan.order, samples * plan.micro_batches, plan.tp, plan.cp)
+        encoded = round(samples * plan.micro_batches * self.request.mean_times)  # of a mean step
+        key = (plan.dp_shard, plan.order, encoded, plan.tp, plan.cp)
         if key not in self._held:
             tokens = {encoder.name: encoder.tokens for encoder in self.request.config.encoders}
-            self._held[key] = frozen_options(plan, tokens, samples * plan.micro_batches, self.models)
+            self._held[key] = frozen_options(plan, tokens, encoded, self.models)
         return self._held[key]

@@ -333,6 +333,8 @@ class _Frontier:
             peak_bytes=cost.peak_bytes,
             exposed_s=cost.exposed_s,
             global_batch=family.global_batch,
+            mean_times=self.request.mean_times,
+            bucket_s=cost.bucket_s,
             frozen=built.held,
         )
         self._priced.setdefault(family, []).append(choice)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ...model.config import ModelConfig
+from ...model.inputs import BatchShape
 from ...parallel.ir.fields import DtypePolicy
 from ...parallel.ir.plan import Plan
 from ..clusters.cluster import Cluster
@@ -18,10 +21,20 @@ SHOWN = 5  # families ranked
 
 @dataclass(frozen=True)
 class LatentBucket:
-    """A sample shape: latent (T, H, W), and its share of the steps."""
+    """A sample shape: latent (T, H, W), and its share of the steps, which have ``times`` the request's samples."""
 
     latent: tuple[int, int, int]
     weight: float = 1.0
+    times: int = 1
+
+
+def buckets_of_batches(
+    latents: Sequence[tuple[int, int, int]], weights: Sequence[float], batches: Sequence[int]
+) -> tuple[tuple[LatentBucket, ...], int]:
+    """Buckets whose steps have these samples, and the request's global batch for that."""
+    common = math.gcd(*batches)  # ranks and micro-batches divide it where they divide every batch
+    parts = zip(latents, weights, (batch // common for batch in batches), strict=True)
+    return tuple(LatentBucket(*part) for part in parts), common
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,15 @@ class Request:
     prune: bool = True
     programs: Programs = field(default_factory=Programs, compare=False, repr=False)
 
+    def batches(self, samples: int) -> list[BatchShape]:
+        """A data rank's micro-batch of every bucket."""
+        return [BatchShape(samples * bucket.times, bucket.latent) for bucket in self.buckets]
+
+    @property
+    def mean_times(self) -> float:
+        """Samples of a mean step over those of ``global_batch``."""
+        return sum(b.weight * b.times for b in self.buckets) / sum(b.weight for b in self.buckets)
+
 
 class Timed(StrEnum):
     """What a step's time was made from."""
@@ -61,7 +83,7 @@ class PricedPlan:
 
     ``exposed_s``: of the step, the seconds in which compute waits for collectives. ``hardware_flops``: of the matrix
     products of one rank's step, 0 until its own program was priced. ``searched_s``: what the search took for the step
-    before that.
+    before that. ``mean_times``, ``bucket_s``: the request's, and a step of each bucket, where buckets are several.
     """
 
     plan: Plan
@@ -76,10 +98,12 @@ class PricedPlan:
     frozen: FrozenCost | None = None
     timed: Timed = Timed.SHARED
     searched_s: float = 0.0
+    mean_times: float = 1.0
+    bucket_s: tuple[float, ...] = ()
 
     @property
     def samples_per_s(self) -> float:
-        return self.global_batch / self.step_s
+        return self.mean_times * self.global_batch / self.step_s
 
     @property
     def beside_compute(self) -> float:

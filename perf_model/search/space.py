@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...model.inputs import BatchShape
 from ...model.step import check
 from ...parallel.ir.fields import AXES
 from ...parallel.ir.layout import HEADS, TOKENS_GATHERED
@@ -110,8 +109,8 @@ class Family:
 
     def check_shapes(self) -> None:
         """Raise CinemeshError where a degree does not divide what it splits of the model or of a bucket."""
-        for bucket in self.request.buckets:
-            check(self.request.config, self.plan, BatchShape(self.samples, bucket.latent))
+        for batch in self.request.batches(self.samples):
+            check(self.request.config, self.plan, batch)
 
     def steps(self, plan: Plan) -> list[Extrapolation]:
         """Programs that price a plan of this family, one for each bucket."""

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from ...errors import CinemeshError
-from ...model.inputs import BatchShape
 from ...parallel.ir.fields import Overlap, Streams
 from ...parallel.ir.knobs import knobs
 from ...parallel.ir.plan import Plan
@@ -187,7 +186,7 @@ class _Tuner:
         config, models = self.request.config, self.evaluator.models
         pure = replace(choice.plan, recompute_last=None, last_blocks=0)
         mixed = replace(pure, recompute_last="none", last_blocks=1)
-        batch = BatchShape(choice.samples, self.request.buckets[0].latent)
+        batch = self.request.batches(choice.samples)[0]
         programs = self.request.programs
         few = {plan.last_blocks > 0: programs.shared(config, plan, batch) for plan in (pure, mixed)}
         made: dict[Plan, Extrapolation] = {}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from training import in_two_buckets, recipe
+from training import in_two_batches, recipe
 from typer.testing import CliRunner
 
 from cinemesh.errors import CinemeshError
@@ -27,8 +27,8 @@ from cinemesh.parallel.ir.plan import Plan
 
 @pytest.fixture
 def path(clips: Path, tmp_path: Path) -> Path:
-    """A recipe of two buckets, priced on CPU processes."""
-    values = in_two_buckets(recipe(clips, tmp_path)) | {"cluster": "local-cpu"}
+    """A recipe of two buckets with batches of their own, priced on CPU processes."""
+    values = in_two_batches(recipe(clips, tmp_path)) | {"cluster": "local-cpu"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     return tmp_path / "recipe.yaml"
 
@@ -61,8 +61,9 @@ def test_a_given_plan_is_priced_as_its_start_would_write_it(path: Path, tmp_path
     assert (first["share"], second["share"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
     assert said["step_s"] == pytest.approx(first["step_s"] / 3 + 2 * second["step_s"] / 3)
     assert said["hours"] * 3600 == pytest.approx(said["steps"] * said["step_s"])
+    assert [bucket["global_batch"] for bucket in said["buckets"]] == [2, 4] and said["global_batch"] == 2
     for bucket in said["buckets"]:
-        assert bucket["tokens_per_s"] * bucket["step_s"] == pytest.approx(said["global_batch"] * bucket["tokens"])
+        assert bucket["tokens_per_s"] * bucket["step_s"] == pytest.approx(bucket["global_batch"] * bucket["tokens"])
         assert 0 < bucket["mfu"] < 1 and math.isclose(bucket["peak_bytes"], said["peak_bytes"], rel_tol=0.5)
 
 
@@ -97,7 +98,7 @@ def test_a_run_under_the_planners_best_plan_is_what_its_dry_run_says(path: Path,
     assert said["taken"] == {
         "model": "tiny",
         "latents": "1x4x4, 1x4x8",
-        "global batch": "2",
+        "global batch": "2 + 4",
         "dtype": "float32",
         "cluster": "local-cpu",
         "packages": "none (what is installed here)",
@@ -134,13 +135,13 @@ def test_a_given_plan_is_explained_in_the_recipes_largest_bucket(path: Path) -> 
     """By the dry run's own step of it; and the text says once what was taken."""
     second = told(path, "--ranks", "2", "--plan", "dp_shard=2,dtype=float32")["buckets"][1]
     said = answer("explain", "dp_shard=2", "--recipe", str(path))
-    assert (said["step_s"], said["global_batch"]) == (second["step_s"], 2) and said["plan"]["dtype"] == "float32"
+    assert (said["step_s"], said["global_batch"]) == (second["step_s"], 4) and said["plan"]["dtype"] == "float32"
     assert said["taken"]["latents"] == "1x4x8 (the largest of 2)" and said["model"] == str(path)
     both = answer("compare", "dp_shard=2", "tp=2,dtype=float64", "--recipe", str(path), "--latent", "1x4x4")
     assert [plan["plan"]["dtype"] for plan in both["plans"]] == ["float32", "float64"]
     assert "latents" not in both["taken"] and both["taken"]["dtype"] == "float32"
     shown = CliRunner().invoke(app, ["compare", "dp_shard=2", "tp=2", "--recipe", str(path)]).stdout
-    assert shown.count(f"taken from {path}: model tiny; latents 1x4x8 (the largest of 2); global batch 2;") == 1
+    assert shown.count(f"taken from {path}: model tiny; latents 1x4x8 (the largest of 2); global batch 4;") == 1
 
 
 def test_without_a_recipe_nothing_is_said_to_be_taken() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from cinemesh.launch.cli import app
 from cinemesh.launch.commands import paper
 from cinemesh.launch.commands.reply import PaperReply, PaperTable
 from cinemesh.model.config import preset
+from cinemesh.model.reference import Reference
 from cinemesh.parallel.ir.flops import model_flops
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
+from cinemesh.perf_model.prices.startup import start_up
 from cinemesh.perf_model.published.paper import Stage
 from cinemesh.perf_model.search.evaluator import Evaluator
 from cinemesh.perf_model.search.request import LatentBucket, Request
@@ -79,6 +82,25 @@ def test_neutral_batches_are_within_the_error_and_of_one_job(told: dict[str, Any
         assert {plan["gpus"] for plan in group} == {job["gpus"]}
 
 
+def test_what_changes_from_a_row_to_the_next_is_all_that_differs(told: dict[str, Any]) -> None:
+    """A field that is left out would be found at the restart; states are four float32 a weight of the plain model."""
+    assert [row["relaunch"] is None for row in told["stages"]] == [True, True, True, False]
+    weights = sum(weight.numel() for weight in Reference(preset("tiny")).parameters())
+    for before, row in pairwise(told["stages"]):
+        old, new, relaunch = before["best"]["plan"], row["best"]["plan"], row["relaunch"]
+        differ = {name for name in old if old[name] != new[name]}
+        if relaunch is None:
+            assert differ == set()
+            continue
+        said = [change[side].split(", ") for change in relaunch["changes"] for side in ("before", "after")]
+        assert {field.partition("=")[0] for fields in said for field in fields} == differ
+        ranks = row["gpus"] // new["dp_replicate"]
+        assert relaunch["state_bytes"] == 16 * weights and relaunch["rank_bytes"] * ranks >= 16 * weights
+        assert relaunch["start_up_s"] == sum(
+            each.seconds for each in start_up(Plan.from_dict(new), load("grand-teton-h100"))
+        )
+
+
 def test_the_text_is_the_data(told: dict[str, Any]) -> None:
     """Alone, and below a search, where --json has it under a key."""
     text = printed()
@@ -93,10 +115,11 @@ def test_the_text_is_the_data(told: dict[str, Any]) -> None:
     assert (
         f"{told['paper_gpu_hours']:,.0f} GPU hours with the paper's degrees, {told['best_gpu_hours']:,.0f} with" in text
     )
+    assert "\nfrom row 1 to 2: the best plan stays\n" in text and "\nfrom row 3 to 4: dp_" in text
     beside = ("--gpus", "8", "--samples", "1", "--latent", "2x8x8", "--top", "1")
     below = printed(*beside, stages=STAGES[-1:])
     inner = json.loads(printed(*beside, "--json", stages=STAGES[-1:]))["paper"]
-    assert [*wrong(inner, PaperTable)] == [] and inner["stages"] == told["stages"][-1:]
+    assert [*wrong(inner, PaperTable)] == [] and inner["stages"] == [told["stages"][-1] | {"relaunch": None}]
     assert below.startswith("tiny on 8 GPUs") and f"{inner['paper_gpu_hours']:,.0f} GPU hours with" in below
 
 

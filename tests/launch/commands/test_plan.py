@@ -82,6 +82,27 @@ def test_the_kernels_that_are_priced_are_told_and_what_others_would_give(capsys:
     assert f"flash-attn-3: step {now:.3f} s -> {offered['flash-attn-3']:.3f} s" in text
 
 
+def test_a_mixture_is_told_by_latent(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each with its own samples, which fill its step; the mean of the steps by share is the step of the table."""
+    asked: dict[str, object] = {"on": On(model="movie-gen-5b"), "latents": ["16x24x44:3", "1x24x44"]}
+    asked |= {"gpus": 8, "fix": "tp=4,cp=1,recompute=selective"}
+    best = (told := json.loads(printed(capsys, as_json=True, **asked)))["plans"][0]
+    video, image = best["latents"]
+    assert (video["latent"], video["share"], image["share"]) == ("16x24x44", 0.75, 0.25)
+    assert image["samples"] > video["samples"] == best["samples"] and video["global_batch"] == best["global_batch"]
+    assert best["step_s"] == pytest.approx(0.75 * video["step_s"] + 0.25 * image["step_s"])
+    samples = 0.75 * video["global_batch"] + 0.25 * image["global_batch"]
+    assert best["samples_per_s"] == pytest.approx(samples / best["step_s"])
+    busy = sum(latent["share"] * latent["mfu"] * latent["step_s"] for latent in best["latents"])
+    assert best["mfu"] == pytest.approx(busy / best["step_s"])
+    assert {one["latent"] for one in told["samples_tried"]} == {"16x24x44", "1x24x44"}
+    text = printed(capsys, **asked)
+    row = next(line.split() for line in text.splitlines() if line.startswith("1x24x44 "))
+    assert row[2:6] == ["25%", str(image["samples"]), str(image["global_batch"]), f"{image['step_s']:.3f}"]
+    assert f"{video['global_batch']} + {image['global_batch']}" in text
+    assert f"samples of a data rank of 1x24x44: {image['samples']}, the fewest" in text
+
+
 def test_help_says_what_is_searched_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all plans that brute force plays, what ever differs is in the help; prefetch, named there as fixed, never."""
     played: list[Plan] = []

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from harness import Pool
-from training import recipe
+from training import in_two_batches, recipe
 
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels import selection
@@ -16,6 +16,7 @@ from cinemesh.launch import train as entry
 from cinemesh.launch.cluster.processes import Joined, StopSignal
 from cinemesh.launch.training import checkpoint, resolve, resolved
 from cinemesh.launch.training.loop import train_steps
+from cinemesh.launch.training.predicted import Predicted
 from cinemesh.launch.training.recipe import read_config, read_recipe
 from cinemesh.launch.training.resolved import Resolved
 from cinemesh.launch.training.setting import Setting
@@ -34,6 +35,18 @@ def auto(clips: Path, tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+def test_the_planner_is_asked_for_every_bucket_s_own_samples(auto: Path, tmp_path: Path) -> None:
+    """By the plays of whole steps that stand beside the run: 2 samples of one bucket, 4 of the other, 1 to 2."""
+    auto.write_text(yaml.safe_dump(in_two_batches(yaml.safe_load(auto.read_text()))))
+    resolve.resolve(*read_recipe(auto), 2, rank=0)
+    known, predicted = Resolved.read(tmp_path / "run"), Predicted.read(tmp_path / "run")
+    assert known is not None and predicted is not None
+    setting = Setting.of(read_config(auto))
+    assert [batch.samples * known.plan.data_ranks * known.plan.micro_batches for batch in setting.batches] == [2, 4]
+    first, second = predicted.step_s.values()
+    assert known.step_s == pytest.approx((first + 2 * second) / 3, rel=1e-3)
 
 
 def train_rank(path: Path, steps: int) -> tuple[int, Plan]:
