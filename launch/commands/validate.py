@@ -10,13 +10,26 @@ from rich.console import Console
 
 from ...perf_model.calibration import fit
 from ...perf_model.published import validate
+from ...perf_model.published.evidence import Way, covered
 from ...perf_model.published.rows import TRUSTED, Unpredictable, case_of, read
-from ...perf_model.published.validate import Prediction, Summary, ValidationReport, by_source, source_means, summarise
+from ...perf_model.published.validate import (
+    Prediction,
+    Summary,
+    ValidationReport,
+    by_source,
+    left_out,
+    source_means,
+    summarise,
+)
 from ..progress import progress
 from ..tables import new_console, plain_table
 
 SOURCE_WIDTH = 58
-LEFT_OUT = "all, trust A, as if nothing were known of their software"
+HELD = {
+    Way.UNDESCRIBED: "where only the day of their software is known",
+    Way.GAP: "where rows leave one thing out besides",
+    Way.HELD_OUT: "where all of it is known",
+}
 NUMBERS = (
     "rows",
     "mean",
@@ -73,12 +86,14 @@ def _percent(value: float) -> str:
 
 
 def _print_rows(console: Console, report: ValidationReport) -> None:
-    table = plain_table("row", "unit", "measured", "predicted", "error", right=NUMBERS, breaks=("unit",))
+    shown = ("measured", "predicted", "error")
+    table = plain_table("row", "unit", *shown, "software", right=NUMBERS, breaks=("unit", "software"))
     for p in (*report.times, *report.memory):
-        table.add_row(p.id, p.unit, f"{p.measured:.4g}", f"{p.predicted:.4g}", f"{100 * p.error:+.1f} %")
+        numbers = (f"{p.measured:.4g}", f"{p.predicted:.4g}", f"{100 * p.error:+.1f} %")
+        table.add_row(p.id, p.unit, *numbers, f"its day's: {p.attention}; {p.bar.span}" if p.bar else "")
     for v in report.verdicts:
         words = ["out of memory" if out else "fits" for out in (v.measured, v.predicted)]
-        table.add_row(v.id, "", words[0], words[1], "" if v.measured == v.predicted else "wrong")
+        table.add_row(v.id, "", words[0], words[1], "" if v.measured == v.predicted else "wrong", "")
     console.print(table)
     skipped = plain_table("not predicted", "why", breaks=("why",))
     for name, why in report.skipped:
@@ -97,8 +112,10 @@ def _line(summary: Summary) -> tuple[str, ...]:
 def _print_sources(console: Console, report: ValidationReport) -> None:
     columns = ("rows", "mean", "median", "95th", "worst", "bias")
     table = plain_table("absolute error of time, by source", *columns, right=NUMBERS, breaks=("rows",))
+    for name, way in (("its software too, but its day", Way.UNDESCRIBED), ("its software known", Way.HELD_OUT)):
+        table.add_row(f"each source left out, {name}", *_line(left_out(way)))
     if report.undescribed:
-        table.add_row(LEFT_OUT, *_line(summarise(report.undescribed)))
+        table.add_row("none left out, only the day of their software known", *_line(summarise(report.undescribed)))
     for source, predictions in by_source(report.times).items():
         table.add_row(source[:SOURCE_WIDTH], *_line(summarise(predictions)))
     kinds: list[tuple[str, Sequence[Prediction]]] = [
@@ -108,7 +125,7 @@ def _print_sources(console: Console, report: ValidationReport) -> None:
             "steps with a gap, trust B or C",
             [p for p in report.times if p.trust in ("B", "C") and not p.assumed and p.kind != "attention_layer"],
         ),
-        ("software that is not described", [p for p in report.times if p.assumed]),
+        ("software that is not described: its day's", [p for p in report.times if p.assumed]),
         ("memory", report.memory),
     ]
     for name, predictions in kinds:
@@ -118,6 +135,8 @@ def _print_sources(console: Console, report: ValidationReport) -> None:
     if report.headline:
         mean, p95 = source_means(report.headline)
         console.print(f"trust A, averaged a source first: mean {_percent(mean)}, 95th percentile {_percent(p95)}")
+        held = ", ".join(f"{_percent(covered(way))} {what}" for way, what in HELD.items())
+        console.print(f"error bars made without a source hold of its rows: {held}")
     if report.verdicts:
         console.print(f"runs out of memory that are predicted to be: {_percent(report.right_verdicts())}")
     console.print(f"{len(report.skipped)} rows are not predicted; --rows shows which, and why")

@@ -24,14 +24,16 @@ HELD_OUT_STEP = 0.04
 class Constant:
     """``paths``: dotted names in the cluster file that take the value.
 
-    ``physical_low``, ``physical_high``: why nothing can lie beyond that bound, so that a value may stand at it. At a
-    bound without such a reason the search was cut short, and the constant carries an error of the model.
+    ``fp8``: of fp8 products alone. ``physical_low``, ``physical_high``: why nothing can lie beyond that bound, so that
+    a value may stand at it. At a bound without such a reason the search was cut short, and the constant carries an
+    error of the model.
     """
 
     name: str
     paths: tuple[str, ...]
     low: float
     high: float
+    fp8: bool = False
     physical_low: str = ""
     physical_high: str = ""
 
@@ -44,7 +46,7 @@ _CLOCK = "a long step runs no faster than a short isolated kernel"
 BF16 = Constant(
     "sustained clock, bf16", ("gpu.sustained.bfloat16", "gpu.sustained.float16"), 0.55, 1.0, physical_high=_CLOCK
 )
-FP8 = Constant("sustained clock, fp8", ("gpu.sustained.float8",), 0.50, 1.0, physical_high=_CLOCK)
+FP8 = Constant("sustained clock, fp8", ("gpu.sustained.float8",), 0.50, 1.0, fp8=True, physical_high=_CLOCK)
 STREAM = Constant("memory fraction", ("stream.fraction",), 0.70, 0.92)
 SLOWDOWN = Constant("compute beside collectives", ("overlap.compute_slowdown",), 0.5, 1.6)
 COMMUNICATION = Constant(
@@ -55,16 +57,11 @@ COMMUNICATION = Constant(
     physical_low="compute beside it cannot speed a collective up",
 )
 SPREAD = Constant(
-    "spread of ranks", ("spread.step_fraction",), 0.0, 0.02, physical_low="a spread is not less than nothing"
+    "spread of ranks", ("spread.step_fraction",), 0.0, 0.04, physical_low="a spread is not less than nothing"
 )
-TRITON = (
-    Constant("Triton attention, forward", ("attention.flash1.forward.speed.128",), 1.0e14, 3.2e14),
-    Constant("Triton attention, backward", ("attention.flash1.backward.speed.128",), 0.7e14, 2.0e14),
-)
-
 KINDS: Mapping[str, tuple[Constant, ...]] = {
-    "A100": (BF16, STREAM, SLOWDOWN, COMMUNICATION, *TRITON),
-    "H100 700 W": (BF16, FP8, SLOWDOWN, COMMUNICATION, SPREAD, *TRITON),
+    "A100": (BF16, STREAM, SLOWDOWN, COMMUNICATION),
+    "H100 700 W": (BF16, FP8, SLOWDOWN, COMMUNICATION, SPREAD),
     "H100 500 W": (BF16, FP8),
 }
 
@@ -109,16 +106,27 @@ def changed(cluster: Cluster, constants: Sequence[Constant], values: Mapping[str
     return cluster.with_(**{path: values[c.name] for c in constants for path in c.paths})
 
 
-def predictions(
-    cases: Sequence[RowCase], constants: Sequence[Constant], values: Mapping[str, float]
-) -> list[Prediction]:
-    predictor = Predictor(lambda cluster: changed(cluster, constants, values))
-    return [timed(case, predictor.seconds(case)) for case in cases]
+class PricedRows:
+    """Predictions of rows by values of ``constants``. What was priced is kept: fits of nearly the same rows ask it."""
+
+    def __init__(self, constants: Sequence[Constant]) -> None:
+        self.constants = constants
+        self._seconds: dict[tuple[object, ...], float] = {}
+
+    def of(self, cases: Sequence[RowCase], values: Mapping[str, float]) -> list[Prediction]:
+        predictor = Predictor(lambda cluster: changed(cluster, self.constants, values))
+        return [timed(case, self._priced(case, values, predictor)) for case in cases]
+
+    def _priced(self, case: RowCase, values: Mapping[str, float], predictor: Predictor) -> float:
+        matter = (values[c.name] for c in self.constants if case.run.fp8 or not c.fp8)
+        key = (case.id, case.run, *matter)
+        if key not in self._seconds:
+            self._seconds[key] = predictor.seconds(case)
+        return self._seconds[key]
 
 
-def loss(cases: Sequence[RowCase], constants: Sequence[Constant], values: Mapping[str, float]) -> float:
+def loss(found: Sequence[Prediction]) -> float:
     """Half the mean absolute error over rows, half that averaged by source, and a tenth of the 95th percentile."""
-    found = predictions(cases, constants, values)
     errors = sorted(abs(p.error) for p in found)
     by_source: dict[str, list[float]] = {}
     for prediction in found:
@@ -128,18 +136,19 @@ def loss(cases: Sequence[RowCase], constants: Sequence[Constant], values: Mappin
 
 
 def fit(
-    cases: Sequence[RowCase], constants: Sequence[Constant], values: Mapping[str, float], step: float = FIRST_STEP
+    cases: Sequence[RowCase], predicted: PricedRows, values: Mapping[str, float], step: float = FIRST_STEP
 ) -> tuple[dict[str, float], float]:
     """The constants with the least loss over ``cases``, searched from ``values`` on."""
+    constants = predicted.constants
     best = {c.name: min(max(values[c.name], c.low), c.high) for c in constants}
-    least = loss(cases, constants, best)
+    least = loss(predicted.of(cases, best))
     while step >= LEAST_STEP:
         improved = False
         for constant in constants:
             for sign in (1.0, -1.0):
                 moved = best[constant.name] + sign * step * (constant.high - constant.low)
                 trial = {**best, constant.name: min(max(moved, constant.low), constant.high)}
-                if trial != best and (score := loss(cases, constants, trial)) < least - 1e-6:
+                if trial != best and (score := loss(predicted.of(cases, trial))) < least - 1e-6:
                     best, least, improved = trial, score, True
                     break
         if not improved:
@@ -175,19 +184,20 @@ def refit(cases: Sequence[RowCase], tick: Callable[[str], object] = lambda _: No
     found: list[Fit] = []
     for kind, of_kind in kinds.items():
         constants = KINDS[kind]
+        predicted = PricedRows(constants)
         tick(kind)
         before = standing(of_kind[0].cluster, constants)
-        after, least = fit(of_kind, constants, before)
+        after, least = fit(of_kind, predicted, before)
         refuse_cut_short(kind, constants, after)
-        result = Fit(kind, constants, before, after, loss(of_kind, constants, before), least)
+        result = Fit(kind, constants, before, after, loss(predicted.of(of_kind, before)), least)
         for source in dict.fromkeys(case.source for case in of_kind):
             tick(f"{kind} without {source}")
             others = [case for case in of_kind if case.source != source]
             if others:
-                values, _ = fit(others, constants, after, HELD_OUT_STEP)
+                values, _ = fit(others, predicted, after, HELD_OUT_STEP)
                 left = [case for case in of_kind if case.source == source]
-                result.held_out += predictions(left, constants, values)
+                result.held_out += predicted.of(left, values)
                 plain = [case_of(case.row, described=False) for case in left]
-                result.undescribed += predictions(plain, constants, values)
+                result.undescribed += predicted.of(plain, values)
         found.append(result)
     return found

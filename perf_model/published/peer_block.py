@@ -30,6 +30,7 @@ ATTENTION_KERNELS = (2, 4)  # launched for one attention, fused and not
 # MagiAttention's rings beside its all-to-all, which differ by as much a step whatever the sequence or the mask
 MERGE: dict[Direction, Site] = {"forward": (40, 7), "backward": (56, 10)}
 LOSS: dict[Direction, Pair] = {"forward": ((4, 1), (22, 4)), "backward": ((4, 1), (18, 3))}
+METRIC: Site = (14, 3)  # of a logit: cast to fp32, log-softmax; the loss of each token
 OPTIMIZER: Pair = ((30, 1), (60, 12))  # a parameter: p, m, v read and written, gradient read, copy written
 CLIP: Site = (12, 2)  # a gradient: read for its norm, read and written to be scaled
 # An operand of an fp8 product: read, written as it is and transposed; scaled by row, each form is read for its maxima.
@@ -83,7 +84,7 @@ class Blocks:
     def residual(self, direction: Direction) -> None:
         elements = self.t_local * self.width
         self._stream(RESIDUAL, elements)
-        if self.stack.dropout:
+        if self.m.dropout:
             self._site("residual", DROPOUT[direction], elements)
 
     def rope(self) -> None:
@@ -177,7 +178,7 @@ class Blocks:
             head_dim=self.m.head_dim,
             dtype=self.run.dtype,
             causal=causal,
-            dropout=self.stack.dropout,
+            dropout=self.m.dropout,
         )
         seconds = self.r.compute.attention_s(call, self.stack.attention)
         self.r.add(seconds, True, ATTENTION_KERNELS[self.stack.attention == "unfused"])
@@ -225,7 +226,7 @@ class Blocks:
         steps[-1]()
 
     def _gathered(self, direction: Direction, queries: int) -> None:
-        """K and V gathered behind the rank's own part; backward gathers again and reduces dK, dV (fp32 when split)."""
+        """K and V gathered behind the rank's own part; backward gathers again and sums dK and dV (fp32 when split)."""
         index = self.r.issue("all_gather", self._kv_bytes(), "cp")
         if "keys" in self.stack.fused:  # one kernel over all keys, as TransformerEngine does
             self.r.wait(index)
@@ -237,10 +238,18 @@ class Blocks:
         own, *others = self._steps(direction, queries)
         own()
         self.r.wait(index)
+        gradients = self._kv_bytes() / self.run.cp * FLOAT / HALF if direction == "backward" else 0.0
+        if not self.stack.cp_passes_gradients:
+            for step in others:
+                step()
+            self.r.wait(self.r.issue("reduce_scatter", gradients * self.run.cp, "cp") if gradients else -1)
+            return
+        passed = self.r.issue("send_recv", gradients, "cp") if gradients else -1
         for step in others:
             step()
-        if direction == "backward":
-            self.r.wait(self.r.issue("reduce_scatter", self._kv_bytes() * FLOAT / HALF, "cp"))
+            self.r.wait(passed)
+            passed = self.r.issue("send_recv", gradients, "cp") if gradients else -1
+        self.r.wait(passed)
 
     def _all_to_all(self, direction: Direction) -> None:
         cp = self.run.cp
@@ -311,6 +320,8 @@ class Blocks:
         self._site("loss", LOSS["backward"], logits)
         self.r.matmul(self.t, self.width, columns)
         self.r.matmul(self.width, columns, self.t, accumulate=self.stack.shard in ("zero1", "ddp"))
+        for _ in range(self.stack.metrics):
+            self._stream(METRIC, logits)
         self.norm("backward")
         if self.run.tp > 1:
             self.r.wait(self.r.issue("all_reduce", self.t * self.width * HALF, "tp"))

@@ -34,9 +34,9 @@ def kept(run: Run) -> dict[str, float]:
     local = t / tp if run.sp else t  # sequence parallel: token-local tensors are split
     heads = m.heads * m.head_dim
     unfused = stack.attention == "unfused"
-    scores = (5 if stack.dropout else 2) * m.heads * m.seq if unfused else FLOAT * m.heads
+    scores = (5 if m.dropout else 2) * m.heads * m.seq if unfused else FLOAT * m.heads
     silu = HALF * m.ffn if m.gated and "activation" not in stack.fused else 0
-    mask = m.width if stack.dropout else 0
+    mask = m.width if m.dropout else 0
     return {
         "input": HALF * m.width * local,
         "norm1": HALF * m.width * gathered,

@@ -32,7 +32,6 @@ class Stack:
     attention     kernel family of the cluster file, or ``unfused``: scores in memory, one fused softmax kernel
     eager         every kernel is dispatched by the host; False: compiled, fused or replayed
     fused         which of norm, rope, activation, residual, loss, optimizer, qkv, gate_up run as one kernel
-    dropout       on the residual branches and, with ``unfused`` attention, on the probabilities
     repeat_kv     keys and values are copied to all query heads before attention (and before any gather over cp)
     tp_overlap    none; wgrad: the gradient's reduction hides behind the weight gradient; pipelined: ring exchange in
                   chunks behind the products, only the first chunk exposed
@@ -46,6 +45,9 @@ class Stack:
     early_stop    recompute stops at the last activation that backward reads (the block's last product is not run again)
     whole_vocab   logits are gathered over tp and the loss is computed of all of them on every rank
     keeps_gathered  with sp, what was gathered for a product stays for its weight gradient
+    metrics       cross entropies that training metrics make of all logits, unfused, after every backward
+    cp_passes_gradients  where K and V are gathered over cp, their gradients go around the ranks, each adding its own
+                  after every step, the last exposed; False: reduced at once when all are there
     assumed       the default: nothing is known of what the software did
     """
 
@@ -54,7 +56,6 @@ class Stack:
     eager: bool
     fused: frozenset[str]
     shard: Literal["fsdp", "grad_op", "zero1", "ddp"]
-    dropout: bool = False
     repeat_kv: bool = False
     tp_overlap: Literal["none", "wgrad", "pipelined"] = "none"
     overlap_data: bool = True
@@ -63,12 +64,17 @@ class Stack:
     early_stop: bool = False
     whole_vocab: bool = False
     keeps_gathered: bool = False
+    metrics: int = 0
+    cp_passes_gradients: bool = False
     assumed: bool = False
 
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder. ``vocab`` 0: a row of one block, without ends."""
+    """A decoder. ``vocab`` 0: a row of one block, without ends.
+
+    ``dropout``: on the residual branches, and on the probabilities of ``unfused`` attention.
+    """
 
     layers: int
     width: int
@@ -81,6 +87,7 @@ class Model:
     seq: int
     causal: bool = True
     tied: bool = False
+    dropout: bool = False
 
     @property
     def qkv_columns(self) -> int:

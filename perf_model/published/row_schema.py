@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 from ...documents import mapping, quoted
@@ -21,6 +22,7 @@ class Kind:
     text: bool = False
     flag: bool = False
     texts: bool = False
+    day: bool = False
     number: Range | None = None
 
     def wrong(self, value: object) -> str | None:
@@ -29,13 +31,21 @@ class Kind:
             "a text": self.text and isinstance(value, str),
             "true or false": self.flag and isinstance(value, bool),
             "a list of texts": self.texts and isinstance(value, list) and all(isinstance(x, str) for x in value),
+            "a day, as 2024-06-13": self.day and _is_day(value),
         }
         if value is None or any(allowed.values()) or (self.number and self.number.wrong(value) is None):
             return None
         if self.number and not isinstance(value, str | bool):
             return self.number.wrong(value)
-        said = [word for word, of in zip(allowed, (self.text, self.flag, self.texts), strict=True) if of]
+        said = [word for word, of in zip(allowed, (self.text, self.flag, self.texts, self.day), strict=True) if of]
         return f"it must be {' or '.join([*said, *(['a number'] if self.number else [])])}"
+
+
+def _is_day(value: object) -> bool:
+    try:
+        return isinstance(value, str) and date.fromisoformat(value).isoformat() == value
+    except ValueError:
+        return False
 
 
 COUNT = Kind(number=integers(1, 2**40, "it counts GPUs, layers or the like, and none has as many"))
@@ -44,7 +54,10 @@ TEXT, FLAG, TEXTS = Kind(text=True), Kind(flag=True), Kind(texts=True)
 SAID = Kind(text=True, flag=True)
 
 KEYS: dict[str, dict[str, Kind]] = {
-    "source": dict.fromkeys(("title", "url", "table", "repo", "path", "commit", "software"), TEXT),
+    "source": {
+        **dict.fromkeys(("title", "url", "table", "repo", "path", "commit", "software"), TEXT),
+        "date": Kind(day=True),
+    },
     "hardware": {
         **dict.fromkeys(("gpu", "intra", "inter", "hbm"), TEXT),
         **dict.fromkeys(("gpus", "gpus_per_node", "power_limit_w"), COUNT),
@@ -53,7 +66,7 @@ KEYS: dict[str, dict[str, Kind]] = {
         **dict.fromkeys(("name", "activation", "latent_grid"), TEXT),
         **dict.fromkeys(("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "seq"), COUNT),
         **dict.fromkeys(("context_tokens", "n_params_reported"), COUNT),
-        **dict.fromkeys(("ffn_gated", "causal", "tied_embeddings", "learned_positions"), FLAG),
+        **dict.fromkeys(("ffn_gated", "causal", "tied_embeddings", "learned_positions", "dropout"), FLAG),
         "cross_attention": SAID,
     },
     "plan": {

@@ -1,13 +1,13 @@
 """Rows of published measurements: read, decided whether they can be predicted, turned into runs (torch-free).
 
 The form is that of ``published/rows.yaml``: a list of items with ``id``, ``kind``, ``source``, ``hardware``, ``model``,
-``plan`` and ``measured``. What the software of a source did comes from ``published/stacks.yaml``.
+``plan`` and ``measured``. What the software of a source did comes from ``stacks.py``.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ...errors import CinemeshError
 from ..clusters.cluster import Cluster, load
 from .peers import Model, Run, Stack
 from .row_schema import check_row
+from .stacks import chips, stack_of
 
 FOLDER = Path(__file__).parent
 TIMED = ("training_step", "layer", "attention_layer")
@@ -67,71 +68,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [*found.values()]
 
 
-# -- what a source's software did, and its hardware ----------------------------------------------------------------
-
-
-@lru_cache(maxsize=1)
-def _published() -> dict[str, Any]:
-    values = read_yaml(FOLDER / "stacks.yaml", "the stacks", "restore the file")
-    by_name = {entry["name"]: entry for entry in values["stacks"]}
-
-    def whole(entry: dict[str, Any]) -> dict[str, Any]:
-        return {**whole(by_name[entry["like"]]), **entry} if "like" in entry else entry
-
-    own = ("title", "framework", "dtype")  # what a row must match is never taken from another
-    stacks = [
-        {key: value for key, value in whole(entry).items() if key not in own or key in entry}
-        for entry in values["stacks"]
-    ]
-    return {"stacks": stacks, "default": values["default"], "hardware": values["hardware"]}
-
-
-_STACK_FIELDS = {f.name for f in fields(Stack)}
-
-
-def stack_of(row: dict[str, Any], *, described: bool = True) -> Stack:
-    """The first stack whose title (and framework) are part of the row's, changed by what the row says of itself.
-
-    The default stack, changed so, where there is none, and where nothing is to be known of it (``described``).
-    """
-    title = str(row["source"].get("title"))
-    plan = row["plan"]
-    framework, dtype = str(plan.get("framework")), str(plan.get("dtype"))
-    published = _published()
-    fit = (
-        entry
-        for entry in published["stacks"]
-        if entry["title"] in title and entry.get("framework", "") in framework and entry.get("dtype", "") in dtype
-    )
-    known = next(fit, None) if described else None
-    entry = published["default"] if known is None else known
-    values = {key: value for key, value in entry.items() if key in _STACK_FIELDS}
-    values["fused"] = frozenset(entry["fused"])
-    return _overridden(Stack(**values), row)
-
-
-def _overridden(stack: Stack, row: dict[str, Any]) -> Stack:
-    plan = row["plan"]
-    fused = set(stack.fused)
-    if plan.get("compile") is True:
-        stack = replace(stack, eager=False)
-        fused |= {"norm", "rope", "activation", "residual"}
-    if "RMS kernel" in str(plan.get("attention")):
-        fused.add("norm")
-    dtype, fsdp = str(plan.get("dtype")), plan.get("fsdp")
-    if "PURE" in dtype:
-        stack = replace(stack, reduce_bytes=2)
-    if fsdp and fsdp is not True:
-        stack = replace(stack, shard="grad_op" if "ZeRO-2" in str(fsdp) else "fsdp")
-    elif "ZeRO-1" in str(plan.get("optimizer")):
-        stack = replace(stack, shard="zero1")
-    return replace(stack, fused=frozenset(fused))
+# -- hardware ---------------------------------------------------------------------------------------------------------
 
 
 def cluster_of(row: dict[str, Any]) -> Cluster:
     hardware = row["hardware"]
     gpu = str(hardware.get("gpu"))
-    for entry in _published()["hardware"]:
+    for entry in chips():
         if entry["gpu"] in gpu:
             changes = tuple(entry.get("with", {}).items())
             return _cluster(entry["cluster"], changes, hardware.get("gpus_per_node") or 8, *network_of(hardware))
@@ -192,6 +135,7 @@ def _model(row: dict[str, Any]) -> Model:
         seq=m["seq"],
         causal=bool(m.get("causal", True)),
         tied=bool(m.get("tied_embeddings")),
+        dropout=bool(m.get("dropout")),
     )
 
 
@@ -247,14 +191,14 @@ def _tp_overlap(plan: dict[str, Any]) -> str:
 def run_of(row: dict[str, Any], *, described: bool = True) -> Run:
     """The run that a row describes. ``Unpredictable`` with the reason where it says too little.
 
-    ``described``: its software is that of its source, as far as that is known, and not the default.
+    ``described``: its software is that of its source, as far as that is known, and not the default of its day.
     """
     plan, kind = row["plan"], row["kind"]
     if plan.get("pp", 1) not in (1, None):
         raise Unpredictable("pipeline parallelism is not among the peers' schedules")
     if plan.get("lora"):
         raise Unpredictable("LoRA skips the weight gradients")
-    model, stack = _model(row), stack_of(row, described=described)
+    model, stack = _model(row), stack_of(row, lambda: cluster_of(row).gpu.device, described=described)
     tp, cp = plan.get("tp") or 1, plan.get("cp") or 1
     gpus = row["hardware"].get("gpus")
     if gpus is None:

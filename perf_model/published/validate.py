@@ -1,9 +1,10 @@
 """Predictions beside published measurements: errors by row and source, choices within groups (torch-free).
 
 Headline errors are those of steps and layers whose rows say all that a prediction needs (trust A, or no trust stated),
-first as if nothing were known of their software, which is what a plan for a cluster of one's own must expect, then by
-what their software did. What else can be predicted stands beside them: attention alone, rows with a gap (trust B, C)
-or of software that is not described, memory, out of memory.
+first with their source left out of the fit and nothing known of its software but its day, which is what a plan for a
+cluster of one's own must expect (``evidence.py`` holds them), then by what their software did. What else can be
+predicted stands beside them: attention alone, rows with a gap (trust B, C) or of software that is not described,
+memory, out of memory.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ...documents import read_yaml
 from ..clusters.cluster import Cluster
 from ..prices.compute import Compute
 from ..prices.network import Network
+from .evidence import ErrorBar, Way, covered, published_residuals, undescribed_bar
 from .peer_memory import activation_bytes, fits, peak_bytes, state_bytes
 from .peer_step import attention_s, layer_s, step_s
 from .rows import BLOCK, FOLDER, TIMED, TRUSTED, RowCase, Unpredictable, case_of, cluster_of, read, run_of
@@ -31,7 +33,10 @@ Clock = Literal["sustained", "isolated"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """``error`` = predicted / measured - 1. ``unit``: s, GiB or %. ``assumed``: by the default stack."""
+    """``error`` = predicted / measured - 1. ``unit``: s, GiB or %.
+
+    ``assumed``: by the default stack of its day; then it has an error bar, and ``attention`` names its kernel.
+    """
 
     id: str
     kind: str
@@ -42,6 +47,8 @@ class Prediction:
     predicted: float
     gpu_s_per_sample: tuple[float, float] = (0.0, 0.0)  # measured, predicted: what plans of a group are compared by
     assumed: bool = False
+    attention: str = ""
+    bar: ErrorBar | None = None
 
     @property
     def error(self) -> float:
@@ -152,7 +159,11 @@ def _predict(row: dict[str, Any], report: ValidationReport, predictor: Predictor
     kind = row["kind"]
     if kind in TIMED:
         case = case_of(row)
-        report.times.append(timed(case, predictor.seconds(case)))
+        found = timed(case, predictor.seconds(case))
+        if found.assumed:
+            way = Way.UNDESCRIBED if case.trust in TRUSTED else Way.GAP
+            found = replace(found, bar=undescribed_bar(case.cluster, way, without=case.source))
+        report.times.append(found)
         if _is_headline(report.times[-1]):
             plain = case_of(row, described=False)
             report.undescribed.append(timed(plain, predictor.seconds(plain)))
@@ -173,8 +184,8 @@ def timed(case: RowCase, predicted_s: float) -> Prediction:
     assert measured_s is not None
     share = case.gpus / (run.samples * run.micro_batches * run.replicas * run.shard / run.cp)
     cost = (measured_s * share, predicted_s * share)
-    assumed = run.stack.assumed
-    return Prediction(case.id, case.kind, case.source, case.trust, "s", measured_s, predicted_s, cost, assumed)
+    said = (case.id, case.kind, case.source, case.trust, "s", measured_s, predicted_s, cost)
+    return Prediction(*said, run.stack.assumed, run.stack.attention)
 
 
 def _memory(row: dict[str, Any], what: str, measured: float, predicted: float, unit: str = "GiB") -> Prediction:
@@ -260,12 +271,21 @@ class Summary:
 
 
 def summarise(predictions: Sequence[Prediction]) -> Summary:
-    errors = sorted(abs(p.error) for p in predictions)
+    return summary_of([p.error for p in predictions])
+
+
+def summary_of(signed: Sequence[float]) -> Summary:
+    errors = sorted(map(abs, signed))
     at = 0.95 * (len(errors) - 1)
     low = int(at)
     p95 = errors[low] + (at - low) * (errors[min(low + 1, len(errors) - 1)] - errors[low])
-    bias = statistics.mean(p.error for p in predictions)
-    return Summary(len(errors), statistics.mean(errors), statistics.median(errors), p95, errors[-1], bias)
+    mean, median = statistics.mean(errors), statistics.median(errors)
+    return Summary(len(errors), mean, median, p95, errors[-1], statistics.mean(signed))
+
+
+def left_out(way: Way) -> Summary:
+    """Of the published rows, with their source left out of the fit, as it was fitted when error bars were made."""
+    return summary_of([residual.error for residual in published_residuals() if residual.way is way])
 
 
 def by_source(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
@@ -286,12 +306,18 @@ def to_json(report: ValidationReport) -> dict[str, Any]:
     shown = report.headline or report.times
 
     def row(p: Prediction) -> dict[str, Any]:
-        keys = ("id", "kind", "trust", "assumed", "unit", "measured", "predicted")
-        return {**{key: getattr(p, key) for key in keys}, "error": p.error}
+        keys = ("id", "kind", "trust", "assumed", "attention", "unit", "measured", "predicted")
+        bar = {"low": p.bar.low, "high": p.bar.high} if p.bar else None
+        return {**{key: getattr(p, key) for key in keys}, "error": p.error, "error_bar": bar}
 
     overall = summarise(shown) if shown else None
     return {
+        "source_and_software_left_out": left_out(Way.UNDESCRIBED).__dict__,
+        "source_left_out": left_out(Way.HELD_OUT).__dict__,
         "software_left_out": summarise(report.undescribed).__dict__ if report.undescribed else None,
+        "held_by_bars_without_their_source": {
+            way.value: covered(way) for way in (Way.UNDESCRIBED, Way.GAP, Way.HELD_OUT)
+        },
         "mean_abs_error": overall and overall.mean,
         "p95_abs_error": overall and overall.p95,
         "predicted": len(shown),

@@ -3,9 +3,10 @@
     python tests/benchmarks/residuals.py
 
 Writes ``perf_model/published/residuals.csv``. Half an hour: the constants are fitted once for every source left out.
-Every row of trust A is predicted with its source left out of the fit; the same by the default stack, as if nothing were
-known of its software; and by the default stack with the parts of a peak and the small constants of the other chip (H100
-for A100 and the reverse), without and with its attention, scaled by the two peaks, as a file that inherits has them.
+Every row of trust A is predicted with its source left out of the fit; the same by the default stack, as if nothing
+were known of its software but its day; and by the default stack with the parts of a peak and the small constants of the
+other chip (H100 for A100 and the reverse), without and with its attention, scaled by the two peaks, as a file that
+inherits has them. Rows of trust B are predicted by the default stack.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from cinemesh.perf_model.published.rows import TRUSTED, RowCase, Unpredictable, 
 A100, H100 = "dgx-a100-hdr200", "dgx-h100-ib400"
 
 
-def cases() -> Iterator[RowCase]:
-    """Steps and layers of trust A."""
+def cases(trust: tuple[str, ...] = TRUSTED) -> Iterator[RowCase]:
+    """Steps and layers of trust A, or another."""
     for row in read(validate.ROWS):
-        if row["kind"] in ("training_step", "layer") and (row.get("trust") or "") in TRUSTED:
+        if row["kind"] in ("training_step", "layer") and (row.get("trust") or "") in trust:
             try:
                 yield case_of(row)
             except Unpredictable:
@@ -77,6 +78,13 @@ def by_other_chip(found: list[RowCase]) -> Iterator[Residual]:
                 yield residual(case, way, validate.timed(moved, validate.Predictor().seconds(moved)).error)
 
 
+def with_a_gap() -> Iterator[Residual]:
+    """Rows that leave one thing out, which no fit has seen."""
+    for case in cases(("B",)):
+        plain = case_of(case.row, described=False)
+        yield residual(case, Way.GAP, validate.timed(plain, validate.Predictor().seconds(plain)).error)
+
+
 def residual(case: RowCase, way: Way, error: float) -> Residual:
     chip = chip_of(case.cluster)
     assert chip is not None, f"{case.id}: none of {VALIDATED}"
@@ -105,4 +113,4 @@ def write(rows: list[Residual]) -> None:
 
 if __name__ == "__main__":
     published = list(cases())
-    write([*left_out(published), *by_other_chip(published)])
+    write([*left_out(published), *with_a_gap(), *by_other_chip(published)])
