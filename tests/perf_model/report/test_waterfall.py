@@ -17,6 +17,7 @@ from cinemesh.model.inputs import BatchShape
 from cinemesh.parallel.ir.flops import hardware_flops, model_flops
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import Cluster, load
+from cinemesh.perf_model.clusters.schema import Measured
 from cinemesh.perf_model.prices.encoders import FrozenCost
 from cinemesh.perf_model.prices.played import PlayedStep, play_step
 from cinemesh.perf_model.report import waterfall as module
@@ -25,6 +26,7 @@ from cinemesh.perf_model.report.explain import mfu
 from cinemesh.perf_model.report.waterfall import CAUSES, Loss, told, waterfall
 
 H100, LAYERS = load("grand-teton-h100", packages="fa3"), 2  # its attention leaves SMs
+CALIBRATED = replace(load("local-cpu"), measured=Measured(floor_s={"swiglu": 1e-4}, bytes_per_s={"swiglu": 1e9}))
 LARGE = replace(preset("movie-gen-30b"), layers=LAYERS)  # products of its width are not bound by memory
 LATENT = (8, 32, 32)
 SHARED = Plan(tp=2, cp=2, dp_shard=4, dp_replicate=2, recompute="selective", grad_units=2, dtype="bf16")
@@ -48,7 +50,7 @@ def moved(before: Mapping[str, float], after: Mapping[str, float]) -> set[str]:
 
 
 def some_plan(draw: random.Random) -> tuple[Plan, Cluster]:
-    cluster = draw.choice((H100, *map(load, ("h100-hbm2e-500w", "gb200-nvl72-ib400", "local-cpu"))))
+    cluster = draw.choice((H100, CALIBRATED, *map(load, ("h100-hbm2e-500w", "gb200-nvl72-ib400", "local-cpu"))))
     on_gpus = cluster.device == "cuda"
     tp, cp = draw.choice((1, 2)), draw.choice((1, 2, 3))
     shard = draw.choice((1, 2, 4)) if on_gpus else 1
@@ -81,6 +83,16 @@ def test_losses_and_mfu_add_up_to_the_peak(seed: int) -> None:
     assert all(loss.kind in KINDS and loss.share * step.step_s == pytest.approx(loss.seconds) for loss in losses)
     # gradients that nobody reads are FLOPs that the model's count has and no rank runs
     assert all(loss.seconds > -1e-12 for loss in losses if loss.name != "alike on several ranks")
+
+
+def test_ops_that_were_measured_lose_by_their_own_table() -> None:
+    """Bytes and floors of a calibrated file's table are losses as those of the law are."""
+    found = []
+    for change in {}, {"floor_s": {"swiglu": 1.0}}, {"bytes_per_s": {"swiglu": 1e6}}:
+        cluster = replace(CALIBRATED, measured=replace(CALIBRATED.measured, **change))  # type: ignore[type-var]
+        step = play_step(preset("tiny"), Plan(recompute="none"), BatchShape(1, (2, 4, 4)), cluster)
+        found.append({loss.name: loss.seconds for loss in waterfall(step, cluster)})
+    assert moved(found[0], found[1]) == {"short kernels"} and moved(found[0], found[2]) == {"memory-bound ops"}
 
 
 def test_a_loss_that_is_left_out_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
