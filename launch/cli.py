@@ -332,8 +332,14 @@ def compare(
 @app.command(epilog=epilog("validate"))
 def validate(
     rows: Annotated[
-        Path | None,
-        typer.Argument(metavar="ROWS", help="YAML list of published measurements. Default: the project's own."),
+        list[Path] | None,
+        typer.Argument(
+            metavar="ROWS ...",
+            help="YAML lists of measurements: rows.yaml of a run, or published ones. Default: those that ship.",
+        ),
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", help="Predict own runs on it, in place of the one that their rows name.")
     ] = None,
     show_all: Annotated[bool, typer.Option("--rows", help="Also list every row, and why rows are left out.")] = False,
     fit: Annotated[
@@ -341,15 +347,15 @@ def validate(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Hold the cost model against published runs.
+    """Hold the cost model against measured runs: published ones, and your own.
 
-    Predicts each row with its own hardware, model, plan and software, and prints the errors: steps of
-    other trainers, built from the prices that plan uses, and none of this trainer's own. Needs no GPU
-    and no torch.
+    Predicts each row with its own hardware, model, plan and software, and prints the errors. Published
+    rows are steps of other trainers, built from the prices that plan uses. Rows that train writes into
+    a run's folder are predicted with this trainer's own program. Needs no GPU and no torch.
     """
     from .commands.validate import run
 
-    run(rows=rows, show_all=show_all, refit=fit, as_json=as_json)
+    run(rows=rows or [], cluster=cluster, show_all=show_all, refit=fit, as_json=as_json)
 
 
 @app.command(epilog=epilog("verify"))

@@ -42,7 +42,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh explain tp=2 --recipe configs/quickstart.yaml --cluster local-cpu",
     ),
     "compare": (f"cinemesh compare {PAPER} tp=2,cp=4,dp_shard=768,recompute=o:lse",),
-    "validate": ("cinemesh validate --rows --json",),
+    "validate": ("cinemesh validate --rows --json", "cinemesh validate FOLDER/rows.yaml --cluster local-cpu"),
     "verify": (
         "cinemesh verify --plan tp=2,cp=2,dp_shard=2",
         "cinemesh verify --plan 5b.yaml --model movie-gen-5b --dtype bf16",

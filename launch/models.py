@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import get_type_hints
 
 from ..documents import mapping, quoted, read_yaml
 from ..errors import CinemeshError, did_you_mean
 from ..model.config import PRESETS, USUAL_LATENTS, ModelConfig
+from ..reading import read_value
 from .plans import SUFFIXES
 
 PRESET, LATENT = "preset", "latent"  # keys of a file that are no fields: whose fields it changes; the usual sample
-RULES: dict[Any, str] = {float: "a positive number", int: "a whole number", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def read_model(given: str) -> NamedModel:
     hints = get_type_hints(ModelConfig)
     values = mapping(read_yaml(Path(given), "the model", remedy), where, [PRESET, LATENT, *hints])
     base, usual = _preset(values.pop(PRESET, None), where), values.pop(LATENT, None)
-    given_fields = {name: _value(hints[name], value, f"{where}: {name}") for name, value in values.items()}
+    given_fields = {name: read_value(hints[name], value, f"{where}: {name}") for name, value in values.items()}
     read = {"name": Path(given).stem} | given_fields
     if base is None:
         required = [field.name for field in fields(ModelConfig) if field.default is MISSING]
@@ -91,27 +90,3 @@ def _inherited(base: ModelConfig | None, config: ModelConfig) -> tuple[int, int,
         return latent if latent is None or config.grid(latent) else None
     except CinemeshError:
         return None
-
-
-def _value(kind: Any, value: Any, where: str) -> Any:
-    """A value of a file as its field's type says. Raises CinemeshError for any other."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if isinstance(kind, type) and is_dataclass(kind):
-        hints = get_type_hints(kind)
-        required = [field.name for field in fields(kind) if field.default is MISSING]
-        given = mapping(value, where, [*hints], required=required)
-        return kind(**{name: _value(hints[name], item, f"{where}.{name}") for name, item in given.items()})
-    if origin is tuple:
-        kinds = inner[:1] * len(value) if inner[-1] is ... and isinstance(value, list) else inner
-        if not isinstance(value, list) or len(value) != len(kinds):
-            raise _wrong(where, value, f"a list of {len(inner)}" if inner[-1] is not ... else "a list")
-        return tuple(_value(one, item, f"{where}[{i}]") for i, (one, item) in enumerate(zip(kinds, value, strict=True)))
-    if kind is float and type(value) in (int, float) and math.isfinite(value) and value > 0:
-        return float(value)
-    if kind is not float and type(value) is kind:
-        return value
-    raise _wrong(where, value, RULES.get(kind, "a text"))
-
-
-def _wrong(where: str, value: object, rule: str) -> CinemeshError:
-    return CinemeshError(f"{where} is {quoted(value)}", remedy=f"it must be {rule}")

@@ -20,6 +20,7 @@ def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
     """Settle the plan, then train, on ``nproc`` processes of this machine or on those that torchrun started."""
     from .cluster.processes import world_size
     from .training import checkpoint, loop
+    from .training.measured_rows import ROWS_FILE
     from .training.needs import check_outputs
     from .training.recipe import read_recipe
     from .written import command, wrote
@@ -35,6 +36,8 @@ def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
     if newest is not None and int(os.environ.get("RANK", "0")) == 0:
         given = [word for override in overrides for word in ("--set", override)]
         wrote(newest, command("sample", config, *given, prompt=PROMPT))
+        if (rows := recipe.logging.directory / ROWS_FILE).exists():
+            wrote(rows, command("validate", rows))
 
 
 def main() -> None:

@@ -139,6 +139,10 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "model.buckets.BucketRunner.__init__(seed)": (0, RUNS),
     "model.step.build_step(seed)": (0, RUNS),
     "launch.training.reports.MAXRSS_BYTES": (1024, "getrusage(2): ru_maxrss is in kilobytes"),
+    "launch.training.measured_rows.WARM_UP_STEPS": (3, "ours: allocators, caches and clocks settle"),
+    "launch.training.measured_rows.LEAST_STEPS": (3, "ours: a median of fewer is one step or the mean of two"),
+    "launch.training.measured_rows.LATEST_STEPS": (10_000, "ours: what is held of a long run"),
+    "launch.training.measured_rows.BEYOND": (20, "ours: as error bars are made, nine of ten within"),
     "launch.training.validation.SEED": (1, "ours: fixed, so that runs can be compared"),
     "launch.training.recipe.DataSection.balance": (0.0, "ours: scenes as often as they have windows"),
     # -- data -----------------------------------------------------------------------------------------------------
@@ -391,6 +395,7 @@ FREE: Mapping[str, str] = {
     "kernels.*.compile_specs: *": "arguments of a kernel that is compiled, not run",
     "kernels.compile.WORKER_BYTES": "measured, where it stands; how many workers, not what they find",
     "kernels.traffic.*": "how many programs are counted; tests/kernels/counting.py",
+    "launch.training.measured_rows._Times.begun": "nothing has begun yet",
     "launch.training.resolve.POLL_S": "how often a rank looks",
     "launch.training.sample.sample_clips(samples)": "clips at once; a clip depends on its index alone",
     "*.FORMAT": "rises with what the files hold; tests of their readers say what happens to older ones",

@@ -21,7 +21,7 @@ FOLDERS = (
     "launch",
 )  # each imports from its left only
 # setup.py is no part of the package
-ROOT_MODULES = ("__init__", "documents", "errors", "files", "interrupt", "memory", "ranges")
+ROOT_MODULES = ("__init__", "documents", "errors", "files", "interrupt", "memory", "ranges", "reading")
 LONGEST_FILE = 400  # lines
 LONGER_WITH_REASON: dict[str, str] = {  # path -> why it is not two files
     "kernels/reference.py": "the truth of every op, in the order of the op table",
@@ -68,7 +68,7 @@ TWICE_WITH_REASON: dict[str, str] = {  # public name -> why it stands in more th
 # Planning runs where no torch is installed. A module outside this list joins it by ending the first
 # line of its docstring in "(torch-free)."; all of perf_model is in it but for NEEDS_TORCH.
 TORCH_FREE = {
-    *("documents", "errors", "files", "interrupt", "memory", "ranges"),
+    *("documents", "errors", "files", "interrupt", "memory", "ranges", "reading"),
     *("kernels.ops", "kernels.catalogue"),
     *(
         f"parallel.{name}"

@@ -11,6 +11,7 @@ from rich.console import Console
 from ...perf_model.calibration import fit
 from ...perf_model.published import validate
 from ...perf_model.published.evidence import Way, covered
+from ...perf_model.published.own_rows import OwnPrediction
 from ...perf_model.published.rows import TRUSTED, Unpredictable, case_of, read
 from ...perf_model.published.validate import (
     Prediction,
@@ -21,6 +22,7 @@ from ...perf_model.published.validate import (
     source_means,
     summarise,
 )
+from ...perf_model.report.explain import describe
 from ..progress import progress
 from ..tables import new_console, plain_table
 
@@ -39,6 +41,9 @@ NUMBERS = (
     "bias",
     "measured",
     "predicted",
+    "measured s",
+    "predicted s",
+    "ratio",
     "error",
     "plans",
     "now",
@@ -46,13 +51,13 @@ NUMBERS = (
 )
 
 
-def run(*, rows: Path | None, show_all: bool, refit: bool, as_json: bool) -> None:
-    """Predict a file of rows (the project's own by default) and print the errors.
+def run(*, rows: Sequence[Path], cluster: str | None, show_all: bool, refit: bool, as_json: bool) -> None:
+    """Predict files of rows (the published ones by default) and print the errors.
 
-    ``refit`` searches the fitted constants again, with every source left out in turn: minutes. Raises CinemeshError for
-    a file that holds no such rows.
+    ``cluster``: of own runs, in place of their rows'. ``refit`` searches the fitted constants again, with every source
+    left out in turn: minutes. Raises CinemeshError for a file that holds no such rows, and for a row that is wrong.
     """
-    report = validate.validate(rows)
+    report = validate.validate(rows, cluster=cluster)
     values = validate.to_json(report)
     fits = _fits(rows, silent=as_json) if refit else []
     if refit:
@@ -68,9 +73,12 @@ def run(*, rows: Path | None, show_all: bool, refit: bool, as_json: bool) -> Non
         print(json.dumps(values, indent=1, default=_plain))
         return
     console = new_console()
+    if report.own:
+        _print_own(console, report.own)
     if show_all:
         _print_rows(console, report)
-    _print_sources(console, report)
+    if report.times or report.memory or report.verdicts or report.skipped:
+        _print_sources(console, report)
     if report.choices:
         _print_choices(console, report)
     for found in fits:
@@ -102,6 +110,27 @@ def _print_rows(console: Console, report: ValidationReport) -> None:
         console.print()
         console.print(skipped)
     console.print()
+
+
+def _print_own(console: Console, own: Sequence[OwnPrediction]) -> None:
+    """Steps of this trainer: what was measured beside what its own program is predicted to take."""
+    columns = ("own run", "plan", "cluster", "measured s", "predicted s", "ratio", "bar")
+    table = plain_table(*columns, right=NUMBERS, breaks=("plan",))
+    for p in own:
+        times, (low_s, high_s) = p.row.measured, p.span
+        table.add_row(
+            p.row.id,
+            describe(p.plan),
+            p.cluster,
+            f"{times.iter_time_s:.3g} ({times.iter_time_low_s:.3g} to {times.iter_time_high_s:.3g})",
+            f"{p.predicted_s:.3g} ({low_s:.3g} to {high_s:.3g})",
+            f"{p.ratio:.2f}",
+            "within" if p.within else "OUTSIDE",
+        )
+    console.print(table)
+    for says in dict.fromkeys(f"{p.cluster}: {p.bar.text}" for p in own):
+        console.print(says)
+    console.print("measured: the median of a row's steps, and what nine of ten lie between; ratio: predicted over it")
 
 
 def _line(summary: Summary) -> tuple[str, ...]:
@@ -157,9 +186,9 @@ def _print_choices(console: Console, report: ValidationReport) -> None:
 # -- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def _fits(rows: Path | None, *, silent: bool) -> list[fit.Fit]:
+def _fits(rows: Sequence[Path], *, silent: bool) -> list[fit.Fit]:
     cases = []
-    for row in read(rows or validate.ROWS):
+    for row in (row for path in rows or (validate.ROWS,) for row in read(path)):
         if row["kind"] in ("training_step", "layer") and (row.get("trust") or "") in TRUSTED:
             try:
                 cases.append(case_of(row))

@@ -27,6 +27,7 @@ from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, ran
 from . import checkpoint
 from .average import remark
 from .differences import RECIPE, differences, recorded
+from .measured_rows import MeasuredRows
 from .needs import check_training_memory
 from .recipe import Config, read_config
 from .reports import Done, Reports
@@ -124,6 +125,7 @@ class _Loop:
         self.cache, self.checkpoints, self.telemetry = cache, checkpoints, telemetry
         self.latents = [batch.latent for batch in setting.batches]
         log, data, seed = self.config.logging, self.config.data, self.config.seed
+        self.rows = MeasuredRows(self.config, runners, self.latents) if telemetry else None
         self.weights = [bucket.weight for bucket in data.shapes]
         drawn = turns(seed, self.config.schedule.steps, self.weights)
         self.bucket, self.turn = (values.tolist() for values in drawn)  # of every step
@@ -150,11 +152,15 @@ class _Loop:
             ids = self._load(step, stop)
             if ids is None:
                 break
+            loaded = time.perf_counter()
             lr = self.config.schedule.lr(self.config.optimizer.lr, step)
             self.runners.step(lr)
             loss, norm = runner.loss.item(), runner.gradient_norm.item()  # between steps: the step itself reads nothing
-            done = Done(self.bucket[step], lr, time.perf_counter() - begun, loss, norm)
+            ended = time.perf_counter()
+            done = Done(self.bucket[step], lr, ended - begun, loss, norm)
             reports.add(done)
+            if self.rows:
+                self.rows.add(done.bucket, ended - loaded, loaded - begun)
             step += 1
             if done.finite:
                 skipped = 0
@@ -248,5 +254,7 @@ class _Loop:
     def _save(self) -> None:
         note = {RECIPE: recorded(self.config), FRAME_RATE: str(self.cache.frame_rate)}
         path = checkpoint.save(self.checkpoints, self.runner, keep=self.config.logging.keep, note=note)
+        if self.rows:
+            self.rows.write()
         if self.telemetry:
             self.telemetry.say(f"saved {path}")

@@ -11,6 +11,7 @@ from ...parallel.passes.pipeline import prepare
 from ..cluster.processes import on_gpus, processes_here
 from ..preflight import check_host_memory
 from . import checkpoint
+from .measured_rows import ROWS_FILE
 from .recipe import Config
 from .setting import Setting
 
@@ -20,6 +21,7 @@ def check_outputs(config: Config) -> None:
     run = config.logging.directory
     for folder in (run, *(run / name for name in (checkpoint.FOLDER, "tensorboard", "samples"))):
         check_output_folder(folder, "logging.directory")
+    check_output_file(run / ROWS_FILE, "logging.directory")
     check_output_file(config.data.cache / CACHE_FILE, "data.cache")
 
 

@@ -20,8 +20,10 @@ from ..clusters.cluster import Cluster
 from ..prices.compute import Compute
 from ..prices.network import Network
 from .evidence import ErrorBar, Way, covered, published_residuals, undescribed_bar
+from .own_rows import OwnPrediction, predict_own
 from .peer_memory import activation_bytes, fits, peak_bytes, state_bytes
 from .peer_step import attention_s, layer_s, step_s
+from .row_schema import OWN_STEP
 from .rows import BLOCK, FOLDER, TIMED, TRUSTED, RowCase, Unpredictable, case_of, cluster_of, read, run_of
 
 ROWS = FOLDER / "rows.yaml"
@@ -76,7 +78,7 @@ class GroupChoice:
 
 @dataclass
 class ValidationReport:
-    """``undescribed``: the headline's rows by the default stack."""
+    """``undescribed``: the headline's rows by the default stack. ``own``: of this trainer's own runs."""
 
     times: list[Prediction] = field(default_factory=list)
     memory: list[Prediction] = field(default_factory=list)
@@ -84,6 +86,7 @@ class ValidationReport:
     choices: list[GroupChoice] = field(default_factory=list)
     undescribed: list[Prediction] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)  # id, why
+    own: list[OwnPrediction] = field(default_factory=list)
 
     @property
     def headline(self) -> list[Prediction]:
@@ -143,14 +146,20 @@ class Predictor:
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-def validate(path: Path | None = None, change: RowChange | None = None) -> ValidationReport:
-    """Predict the rows of a file (the project's own by default)."""
+def validate(
+    paths: Sequence[Path] = (), change: RowChange | None = None, cluster: str | None = None
+) -> ValidationReport:
+    """Predict the rows of files (the published ones by default); those of own runs on another ``cluster``, if given."""
     report, predictor = ValidationReport(), Predictor(change)
-    for row in read(path or ROWS):
-        try:
-            _predict(row, report, predictor)
-        except Unpredictable as reason:
-            report.skipped.append((row["id"], str(reason)))
+    for path in paths or (ROWS,):
+        for row in read(path):
+            if row["kind"] == OWN_STEP:
+                report.own.append(predict_own(f"the rows file {path}: row {row['id']}", row, cluster))
+                continue
+            try:
+                _predict(row, report, predictor)
+            except Unpredictable as reason:
+                report.skipped.append((row["id"], str(reason)))
     report.choices = choices(report.times, read_yaml(GROUPS, "the groups of rows", "restore the file"))
     return report
 
@@ -329,4 +338,28 @@ def to_json(report: ValidationReport) -> dict[str, Any]:
         "out_of_memory": [v.__dict__ for v in report.verdicts],
         "groups": [c.__dict__ for c in report.choices],
         "skipped": [{"id": name, "why": why} for name, why in report.skipped],
+        "own": [_own(p) for p in report.own],
+    }
+
+
+def _own(p: OwnPrediction) -> dict[str, Any]:
+    times, hardware, (low_s, high_s) = p.row.measured, p.row.hardware, p.span
+    return {
+        "id": p.row.id,
+        "plan": p.plan.to_dict(),
+        "latent": p.row.shape.latent,
+        "global_batch": p.row.shape.global_batch,
+        "gpu": hardware.gpu,
+        "gpus": hardware.gpus,
+        "cluster": p.cluster,
+        "steps": times.steps,
+        "measured_s": times.iter_time_s,
+        "measured_s_low": times.iter_time_low_s,
+        "measured_s_high": times.iter_time_high_s,
+        "predicted_s": p.predicted_s,
+        "predicted_s_low": low_s,
+        "predicted_s_high": high_s,
+        "ratio": p.ratio,
+        "within": p.within,
+        "error_bar": p.bar.__dict__,
     }

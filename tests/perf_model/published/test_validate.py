@@ -317,7 +317,7 @@ def test_nonsense_is_refused_in_one_message(tmp_path: Path, content: str, told: 
     path = tmp_path / "rows.yaml"
     path.write_text(content)
     with pytest.raises(CinemeshError, match=told) as error:
-        validate.validate(path)
+        validate.validate([path])
     assert "\n" not in str(error.value)
 
 

@@ -1,0 +1,163 @@
+"""``rows.yaml``: what the steps of a run took, in the form that ``cinemesh validate`` reads and predicts.
+
+One row for each latent of each start of a run, written with every checkpoint, so that an interrupted run has them. Rows
+of earlier starts stay, unless a start begins at the same step as one of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...documents import quoted, read_yaml, write_yaml
+from ...errors import CinemeshError
+from ...files import atomic_file
+from ...kernels.selection import Software
+from ...model.buckets import BucketRunner, Latent
+from ...model.config import latent_text
+from ..cluster.processes import processes_here
+from .recipe import Config
+
+ROWS_FILE = "rows.yaml"
+WARM_UP_STEPS = 3  # of each latent in each start: allocators, caches and clocks settle
+LEAST_STEPS = 3  # behind them, of which a median is one
+LATEST_STEPS = 10_000  # of each latent, the last ones: more change no median
+BEYOND = 20  # of as many steps, one lies beyond either end of the spread that is told: nine of ten lie within
+NO_CLUSTER = "local-cpu"  # what CPU processes are predicted on where the recipe names no cluster
+VERSIONS = ("cinemesh", "torch", "triton")  # of a row, beside those of optional packages
+HEAD = "# Measured steps of this run; cinemesh validate predicts them.\n"
+
+
+@dataclass
+class _Times:
+    """Of the steps of one latent behind the warm-up: seconds, and those that each waited for its samples before."""
+
+    begun: int = 0
+    step_s: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
+    loading_s: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
+
+
+class MeasuredRows:
+    """Gathers the steps of one start of a run, and writes their rows beside those of earlier starts.
+
+    Raises CinemeshError where the file of earlier ones is none.
+    """
+
+    def __init__(self, config: Config, runners: BucketRunner, latents: Sequence[Latent]) -> None:
+        runner = runners.first
+        device, directory = runner.executor.device, config.logging.directory
+        self._path, self._device, first = directory / ROWS_FILE, device, runner.steps_done
+        software = Software.here(config.kernels, config.deterministic)
+        gpu = "CPU core" if device == "cpu" else torch.cuda.get_device_name(device)
+        self._rows = [
+            {
+                "id": f"{directory.name}/{latent_text(latent)}/from-step-{first}",
+                "kind": "own_step",
+                "source": {"title": str(directory), "date": ""},
+                "hardware": {
+                    "gpu": gpu,
+                    "gpus": config.plan.world_size,
+                    "gpus_per_node": processes_here(config.plan.world_size),
+                    "cluster": config.cluster or (NO_CLUSTER if device == "cpu" else None),
+                    "clock_mhz": None,
+                },
+                "software": {
+                    "versions": _versions((*VERSIONS, *software.packages)),
+                    "packages": list(software.packages),
+                    "kernels": dict(software.overrides),
+                    "deterministic": software.deterministic,
+                    "captured": runner.replay is not None,
+                },
+                "model": asdict(runner.config),
+                "shape": {
+                    "latent": list(latent),
+                    "samples": runners.runners[latent].batch.samples,
+                    "global_batch": batch,
+                },
+                "plan": config.plan.to_dict(),
+            }
+            for latent, batch in zip(latents, config.data.global_batches, strict=True)
+        ]
+        self._times = [_Times() for _ in latents]
+        own = {row["id"] for row in self._rows}
+        self._earlier = [row for row in _read(self._path) if not (isinstance(row, dict) and row.get("id") in own)]
+
+    def add(self, bucket: int, step_s: float, loading_s: float) -> None:
+        """One more step, of the latent at this place."""
+        times = self._times[bucket]
+        times.begun += 1
+        if times.begun > WARM_UP_STEPS:
+            times.step_s.append(step_s)
+            times.loading_s.append(loading_s)
+
+    def write(self) -> None:
+        """All rows of which there are steps enough, whole or not at all."""
+        rows = [
+            row | {"measured": measured}
+            for row, times in zip(self._rows, self._times, strict=True)
+            if (measured := _measured(times)) is not None
+        ]
+        if not rows:
+            return
+        clock_mhz = _clock_mhz(self._device)
+        for row in rows:
+            row["source"] = row["source"] | {"date": date.today().isoformat()}
+            row["hardware"] = row["hardware"] | {"clock_mhz": clock_mhz}
+        with atomic_file(self._path) as unfinished:
+            unfinished.write_text(HEAD + write_yaml(self._earlier + rows), encoding="utf-8")
+
+
+def _read(path: Path) -> list[Any]:
+    if not path.exists():
+        return []
+    rows = read_yaml(path, "the measured rows", "move it away, and this start writes another")
+    if not isinstance(rows, list):
+        raise CinemeshError(
+            f"the measured rows {path} are {quoted(rows)}, no list",
+            remedy="move it away, and this start writes another",
+        )
+    return rows
+
+
+def _measured(times: _Times) -> dict[str, Any] | None:
+    """What a row says of them; None where they are too few."""
+    step_s = sorted(times.step_s)
+    if len(step_s) < LEAST_STEPS:
+        return None
+    beyond = len(step_s) // BEYOND
+    return {
+        "iter_time_s": statistics.median(step_s),
+        "iter_time_low_s": step_s[beyond],
+        "iter_time_high_s": step_s[-1 - beyond],
+        "loading_s": statistics.median(times.loading_s),
+        "steps": len(step_s),
+        "warm_up_steps": WARM_UP_STEPS,
+    }
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed under this name."""
+    found: dict[str, str] = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _clock_mhz(device: str) -> int | None:
+    """Of the SMs in the driver's last sample; None of a CPU, or where the driver does not tell."""
+    if device == "cpu":
+        return None
+    try:
+        return torch.cuda.clock_rate(device) or None
+    except (RuntimeError, ModuleNotFoundError):
+        return None
