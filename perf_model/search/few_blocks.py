@@ -95,11 +95,14 @@ class FewBlocks:
         return replace(plan, last_blocks=self.blocks // 2)
 
     def serves(self, plan: Plan) -> bool:
-        """Whether a plan of the same overlap has these records: ``on`` it they are the plan's."""
-        plan = self._alike(plan)
-        padded = [[bool(unit.gaps) for unit in units.units] for units in (self.units, self._laid_out(plan))]
-        alone = [one.dp_shard * one.cp == 1 for one in (self.plan, plan)]
-        return alone[0] == alone[1] and (padded[0] == padded[1] or not self.own)
+        """Whether a plan of the same overlap has these records, but for the zeroing of gaps: see ``padded_as``."""
+        alone = [one.dp_shard * one.cp == 1 for one in (self.plan, self._alike(plan))]
+        return alone[0] == alone[1]
+
+    def padded_as(self, plan: Plan) -> bool:
+        """Whether the same units have gaps under a plan: these are zeroed by records of their own."""
+        ours, theirs = self.units.units, self._laid_out(self._alike(plan)).units
+        return all(bool(unit.gaps) == bool(there.gaps) for unit, there in zip(ours, theirs, strict=True))
 
     def on(self, plan: Plan, samples: int = 0) -> FewBlocks:
         """The same program under other degrees, with the flat units laid out for them, and on as many samples, if any.
@@ -234,7 +237,7 @@ class Programs:
     def _serving(self, key: object, build: Build, config: ModelConfig, plan: Plan, batch: BatchShape) -> FewBlocks:
         built = self._built.setdefault((key, config, batch.latent, plan.dtype, *overlaps(plan).values()), [])
         for few in built:
-            if few.serves(plan):
+            if few.serves(plan) and few.padded_as(plan):
                 return few.on(plan, batch.samples)
         built.append(build(config, plan, batch))
         return built[-1]

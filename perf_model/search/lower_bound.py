@@ -137,7 +137,7 @@ class LowerBound:
             step = Extrapolation(few, replace(few.plan, recompute=recompute), self.models)
             program = step.program
             within = [i for loop in step.unrolled(step.plan).loops for i in range(loop.begin, loop.end)]
-            compute = tuple(i for i in within if program.ops[i].kind in OPS)
+            compute = tuple(i for i in within if program.ops[i].kind in OPS and not _over_unit(program, program.ops[i]))
             self._blocks[key] = _Block(step, compute, tuple(self._exchanges(program, within)))
         return self._blocks[key]
 
@@ -186,3 +186,8 @@ class LowerBound:
             shards = self._one.plan.with_degrees(dp_shard=ranks)
             self._peaks[key] = self._one_rank(recompute).peak_bytes(shards)
         return self._peaks[key] / (plan.tp * plan.cp)
+
+
+def _over_unit(program: Program, op: Op) -> bool:
+    """Whether a record reads or writes a whole flat unit: its size is that of the degrees it was laid out for."""
+    return any(program.buffers[name].unit and not program.buffers[name].base for name in (*op.inputs, *op.outputs))

@@ -27,6 +27,7 @@ from .request import PricedPlan, Request, Timed
 from .space import Family, Mode, SearchSpace, Variant, divisors
 
 SEEMS = 0.002  # of a step: what programs that serve many plans may be off by, before a plan's own is asked
+MOST_TIMES = 8  # as many GPUs as asked for are offered where no plan fits: more is another job
 # Of a difference, on published runs of other trainers (``cinemesh validate``, 2026-11-23): of pairs of plans predicted
 # further apart, 97 % ran in that order; closer, 88 %.
 NEAR = 0.02
@@ -201,6 +202,15 @@ def nearby(request: Request, found: Search) -> list[Nearby]:
     return sorted((other for other in better if other.gain > NEAR), key=lambda other: -other.gain)
 
 
+def _fitting(asked: Request) -> FamilyKey | None:
+    """A family with a plan that fits, of low lower bound: found without a price."""
+    with contextlib.suppress(CinemeshError):
+        _check_degrees(asked)
+        space = SearchSpace(asked)
+        return _Frontier(space, _families(space, []), math.inf).first_that_fits()
+    return None
+
+
 def _best_of(asked: Request, worth_s: float = math.inf) -> list[PricedPlan]:
     """The best plan of a request, if it has one."""
     with contextlib.suppress(CinemeshError):  # degrees fixed by hand that do not divide it
@@ -303,13 +313,26 @@ class _Frontier:
                 self._cut.setdefault(todo.family, []).append(todo)
             elif todo.variant is not None:
                 self._price(todo, todo.variant)
-            elif not todo.placed:
-                self._push(todo.family, todo.modes, todo.groups, placed=True)
             else:
-                self._expand(todo)
+                self._open(todo)
 
-    def _expand(self, todo: _Todo) -> None:
-        """The variants of a mode that fit; what does not, under the next heavier mode."""
+    def first_that_fits(self) -> FamilyKey | None:
+        """Of the lowest bound, as far as modes are opened one after the other."""
+        while self._heap:
+            todo = heapq.heappop(self._heap)
+            if self._open(todo):
+                return todo.family.key
+        return None
+
+    def _open(self, todo: _Todo) -> bool:
+        """Whether variants to price came of a mode."""
+        if todo.placed:
+            return self._expand(todo)
+        self._push(todo.family, todo.modes, todo.groups, placed=True)
+        return False
+
+    def _expand(self, todo: _Todo) -> bool:
+        """The variants of a mode that fit, if any; what does not, under the next heavier mode."""
         family = todo.family
         if family.too_big(todo.modes[0][0]):
             variants, unfit = [], todo.groups
@@ -320,6 +343,7 @@ class _Frontier:
             heapq.heappush(self._heap, _Todo(bound_s, next(self._numbers), family, variant=variant))
         if unfit and todo.modes[1:]:
             self._push(family, todo.modes[1:], unfit)
+        return bool(variants)
 
     def _price(self, todo: _Todo, variant: Variant) -> None:
         family = todo.family
@@ -367,16 +391,16 @@ def _remedy(found: Search) -> str:
     if found.nearest is None or found.nearest.kind is not RefusalKind.MEMORY:
         fixed = ", ".join(sorted(request.fixed))
         free = f"free {fixed}, or " if fixed else ""
-        best = next((best for asked in _close_by(request) for best in _best_of(asked)), None)
-        if best is None:
-            return f"{free}change the GPUs or the global batch"
-        close = f"{best.plan.world_size} GPUs and a global batch of {best.global_batch}"
-        return f"{free}{close} would do, with tp={best.plan.tp} cp={best.plan.cp}"
+        for asked in _close_by(request):
+            if (fits := _fitting(asked)) is not None:
+                close = f"{asked.gpus} GPUs and a global batch of {fits.global_batch(asked.gpus)}"
+                return f"{free}{close} would do, with tp={fits.tp} cp={fits.cp}"
+        return f"{free}change the GPUs or the global batch"
     if found.nearest.fixed and found.nearest.full_bytes <= found.nearest.free_bytes:
         return "free recompute: the planner chooses what to keep"
     gpus = 2 * request.gpus
-    while request.global_batch is None and gpus <= request.cluster.gpus:
-        if fits := survey(replace(request, gpus=gpus, shown=1)).choices:
-            return f"{gpus} GPUs fit, with tp={fits[0].plan.tp} cp={fits[0].plan.cp}; or use a smaller latent"
+    while request.global_batch is None and gpus <= min(request.cluster.gpus, MOST_TIMES * request.gpus):
+        if (fits := _fitting(replace(request, gpus=gpus))) is not None:
+            return f"{gpus} GPUs fit, with tp={fits.tp} cp={fits.cp}; or use a smaller latent"
         gpus *= 2
-    return "use GPUs with more memory or a smaller latent"
+    return "use far more GPUs, GPUs with more memory, or a smaller latent"

@@ -25,6 +25,7 @@ from unittest.mock import patch
 from cinemesh.launch import cli
 
 MODELS = ("movie-gen-30b", "movie-gen-30b", "movie-gen-5b", "movie-gen-upsampler-7b", "tiny", "tiny-video")
+OWN_MODELS = sorted((Path(__file__).parent / "models").glob("*.yaml"))  # of numbers that no preset has
 CLUSTERS = ("grand-teton-h100", "dgx-h100-ib400", "h200-ib400", "dgx-a100-hdr200", "h100-hbm2e-500w", "local-cpu")
 GPUS = (1, 2, 3, 4, 6, 7, 8, 12, 16, 24, 32, 64, 96, 250, 257, 512, 1000, 1024, 1025, 1536, 2048, 4096, 6136, 6144)
 BATCHES = (1, 2, 7, 64, 255, 256, 257, 512, 768, 1024, 1537, 2048, 3072, 6144, 8191)
@@ -50,6 +51,12 @@ FIELDS = {  # of a plan, by hand; degrees more often than the rest
     "normal_priority": ("unit",),
     "order": ("cp:tp:dp_shard:dp_replicate", "dp_shard:dp_replicate:cp:tp"),
 }
+OPTIONS: tuple[tuple[str, tuple[object, ...], float], ...] = (  # with how often each is given
+    ("--packages", ("fa2", "fa3", "fa2,fa3", "apex"), 0.1),
+    ("--headroom", (0, 2.5, 40), 0.1),
+    ("--servers", (1, 3, 33, 1000), 0.1),
+    ("--top", (1, 20), 0.1),
+)
 LIMITS_S = {(): 5.0, ("--tune",): 10.0, ("--explain",): 10.0, ("--tune", "--explain"): 20.0}  # by what else is asked
 SLOWEST = 10  # requests listed
 OFTEN = ("tp", "cp", "dp_shard", "dp_replicate", "recompute")
@@ -60,10 +67,12 @@ def arguments(seed: int) -> list[str]:
     draw = random.Random(seed)
     cluster = draw.choice(CLUSTERS)
     gpus = draw.choice(GPUS[:8] if cluster == "local-cpu" else GPUS)
-    asked = ["plan", "--gpus", str(gpus), "--model", draw.choice(MODELS), "--cluster", cluster]
+    model = draw.choice((*MODELS, str(draw.choice(OWN_MODELS))))
+    asked = ["plan", "--gpus", str(gpus), "--model", model, "--cluster", cluster]
     if draw.random() < 0.7:
         for _ in range(draw.choice((1, 1, 1, 2))):
-            latent = draw.choice((1, 2, 4, 8, 14, 16, 32)), *(draw.choice((4, 8, 16, 32, 44, 96)) for _ in range(2))
+            sides = (draw.choice((4, 6, 8, 16, 30, 32, 44, 96)) for _ in range(2))
+            latent = draw.choice((1, 2, 3, 4, 8, 14, 16, 32)), *sides
             asked += ["--latent", "x".join(map(str, latent)) + draw.choice(("", ":0.3"))]
     which = draw.random()
     if which < 0.35:
@@ -78,6 +87,9 @@ def arguments(seed: int) -> list[str]:
     if fixed:
         asked += ["--fix", ",".join(fixed)]
     asked += ["--dtype", draw.choice(("bf16", "bf16", "bf16", "float32", "float64"))]
+    for option, values, often in OPTIONS:
+        if draw.random() < often:
+            asked += [option, str(draw.choice(values))]
     for flag, often in (("--encoders", 0.15), ("--json", 0.5)):
         if draw.random() < often:
             asked.append(flag)

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 # Each was a traceback: a group that divides no family's ranks, encoders larger than a device, slices that only some
-# degrees can have.
+# degrees can have, units with gaps that two ranks of tp do not have.
 ONCE_BROKEN = [
     ("--gpus 64 --fix dp_shard=8", 0, "data ranks % dp_shard(8) != 0: gpus(64) / tp(1) / cp(16) = 4"),
     (
@@ -18,6 +18,8 @@ ONCE_BROKEN = [
     ),
     ("--gpus 8 --model tiny --fix dp_shard=2,dp_replicate=3", 2, "gpus(8) % (dp_shard(2) * dp_replicate(3) = 6) = 2"),
     ("--gpus 4 --model tiny --cluster local-cpu --encoders", 2, "needs at least 6.0 GB even with full recompute; 4.0"),
+    ("--gpus 12 --model movie-gen-upsampler-7b --cluster h200-ib400 --latent 4x96x30 --samples 1", 0, "tp=4"),
+    ("--gpus 1000 --cluster h200-ib400 --latent 14x30x96 --samples 1", 0, "tp=2 cp=2"),
     ("--gpus 64 --latent 2x24x16 --fix tp_slices=2 --dtype float64", 0, "tokens of one rank(3) % tp_slices(2) = 1"),
 ]
 

@@ -24,7 +24,7 @@ from cinemesh.perf_model.prices.network import groups_of
 from cinemesh.perf_model.prices.played import play_step
 from cinemesh.perf_model.search.evaluator import BOUND_SLACK, Evaluator
 from cinemesh.perf_model.search.extrapolate import Extrapolation
-from cinemesh.perf_model.search.few_blocks import FewBlocks, overlaps
+from cinemesh.perf_model.search.few_blocks import FewBlocks, Programs, overlaps
 from cinemesh.perf_model.search.lower_bound import LowerBound
 from cinemesh.perf_model.search.planner import search
 from cinemesh.perf_model.search.request import LatentBucket, PricedPlan, Request, Timed
@@ -249,7 +249,7 @@ def test_a_plans_own_program_is_the_same_moved_or_built(
     )
     assume(overlaps(one) == overlaps(other))
     fresh = FewBlocks.proven(BIG, one, BatchShape(3, LATENT))
-    assume(fresh.serves(other))
+    assume(fresh.padded_as(other))
     moved, built = fresh.on(other, 2), FewBlocks.proven(BIG, other, BatchShape(2, LATENT))
     assert moved.units == built.units
     assert moved.program.buffers == built.program.buffers
@@ -265,9 +265,18 @@ def test_padding_that_comes_and_goes_is_another_program() -> None:
     """256 ranks share a block without padding, 768 do not: gaps are zeroed then, by records of their own."""
     plans = [Plan(tp=2, cp=4, dp_shard=n, dp_replicate=3, grad_units=2) for n in (64, 256)]
     few = FewBlocks.proven(BIG, plans[0], BatchShape(1, LATENT))
-    assert few.serves(replace(plans[0], dp_shard=96)) and not few.serves(plans[1])
+    assert few.padded_as(replace(plans[0], dp_shard=96)) and not few.padded_as(plans[1])
+    programs = Programs()
+    first, other, again = (programs.own(BIG, plan, BatchShape(1, LATENT), 4) for plan in (*plans, plans[0]))
+    assert (len(first.program.ops), len(again.program.ops)) == (len(few.program.ops),) * 2
+    assert len(other.program.ops) > len(few.program.ops)
+
+
+def test_a_program_of_one_rank_serves_no_group() -> None:
+    """A unit that is never gathered has other records than one that is."""
+    few = FewBlocks.build(BIG, Plan(dp_replicate=2), BatchShape(1, LATENT))
     with pytest.raises(ValueError, match="cannot serve"):
-        few.on(plans[1])
+        few.on(Plan(dp_shard=2, dp_replicate=2))
 
 
 def test_a_plans_own_blocks_serve_other_stream_settings() -> None:
