@@ -425,7 +425,8 @@ FREE: Mapping[str, str] = {
         "how often and how long one waits for what comes anyway",
     ),
     **dict.fromkeys(
-        ("perf_model.search.evaluator.BOUND_SLACK", "perf_model.search.planner.SEEMS", "perf_model.search.unroll.AGAIN",
+        ("perf_model.search.evaluator.BOUND_SLACK", "perf_model.search.frontier.SEEMS",
+         "perf_model.search.unroll.AGAIN",
          "perf_model.search.few_blocks.*", "perf_model.search.samples.GAIN", "perf_model.search.samples.MOST"),
         "of a short cut that is compared with whole plays: tests/perf_model/search",
     ),

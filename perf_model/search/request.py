@@ -106,6 +106,10 @@ class PricedPlan:
         return self.mean_times * self.global_batch / self.step_s
 
     @property
+    def per_sample_s(self) -> float:
+        return self.step_s / self.global_batch
+
+    @property
     def beside_compute(self) -> float:
         """Share of the step that compute alone does not explain."""
         return 1.0 - self.compute_s / self.step_s

@@ -234,5 +234,5 @@ Watch = Callable[[list[PricedPlan]], Iterable[PricedPlan]]
 def tuned(request: Request, found: Search, watch: Watch = iter) -> Search:
     """All plans of a table, tuned and ranked anew. ``watch`` sees them one by one: some seconds each."""
     choices = [tune(request, choice, found.evaluator) for choice in watch(found.choices)]
-    choices.sort(key=lambda c: (c.step_s / c.global_batch, repr(c.plan)))
+    choices.sort(key=lambda c: (c.per_sample_s, repr(c.plan)))
     return replace(found, choices=choices, untuned=found.best)
