@@ -367,7 +367,6 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "perf_model.published.rows.measured_s: 0.001": (1e-3, SI),
     "perf_model.published.rows.measured_s: 1000000000000.0": (1e12, SI),
     "perf_model.published.validate.GIB": (1024**3, SI),
-    "perf_model.search.planner.MOST_TIMES": (64, "ours: where more GPUs would be needed, another job is"),
     "perf_model.search.planner.NEAR": (0.02, "cinemesh validate: pairs of published plans by their distance"),
     "perf_model.search.samples.WITHIN": (0.02, "as NEAR: fewer samples are worth what the planner cannot tell apart"),
 }

@@ -1,6 +1,7 @@
 """Another Python, torch and Triton: an environment of its own, and the tests there that such a change can break.
 
-    python tests/benchmarks/versions.py --python python3.12 --torch 2.11.0 --triton 3.6.0 [--env DIR] [--out FILE]
+    python tests/benchmarks/versions.py --python python3.12 --torch 2.11.0 --triton 3.6.0 --beside numpy==2.3.5 \
+        [--env DIR] [--out FILE]
 
 Makes a virtual environment (kept in ``--env``, else gone at the end), installs cinemesh beside that torch and runs
 ``SUITE``: parity, the ledger, frozen replay, checkpoints, Triton's kernels under its interpreter and their compilation
@@ -44,15 +45,15 @@ def call(*command: str | Path) -> str:
     return done.stdout
 
 
-def measure(env: Path, python: str, torch: str, triton: str | None) -> dict[str, object]:
+def measure(env: Path, python: str, torch: str, triton: str | None, beside: list[str]) -> dict[str, object]:
     """Make the environment if it is not there, and run the suite in it."""
     inside = env / "bin" / "python"
     if not inside.exists():
         call(python, "-m", "venv", env)
-    brought = [f"torch=={torch}", *([f"triton=={triton}"] if triton else [])]
+    brought = [f"torch=={torch}", *([f"triton=={triton}"] if triton else []), *beside]
     call(inside, "-m", "pip", "install", "--quiet", *brought)
     before = json.loads(call(inside, "-c", TOLD))
-    call(inside, "-m", "pip", "install", "--quiet", "--editable", ".[dev]")
+    call(inside, "-m", "pip", "install", "--quiet", *beside, "--editable", ".[dev]")
     after = json.loads(call(inside, "-c", TOLD))
     begun = time.monotonic()
     tests = subprocess.run(
@@ -70,6 +71,7 @@ def measure(env: Path, python: str, torch: str, triton: str | None) -> dict[str,
         "python": after[0],
         "torch": after[1],
         "triton": after[2],
+        "beside": beside,
         "replaced_by_the_install": before != after,
         "suite": list(SUITE),
         "exit_code": tests.returncode,
@@ -84,16 +86,17 @@ def main() -> None:
     options.add_argument("--python", default=sys.executable)
     options.add_argument("--torch", required=True)
     options.add_argument("--triton", help="by default the one that torch brings")
+    options.add_argument("--beside", action="append", default=[], help="another requirement of the environment")
     options.add_argument("--env", type=Path)
     options.add_argument("--out", type=Path, help="a list of runs, to which this one is added")
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(given.env or Path(folder) / "env", given.python, given.torch, given.triton)
+        found = measure(given.env or Path(folder) / "env", given.python, given.torch, given.triton, given.beside)
     print(json.dumps(found, indent=1))
     if given.out is not None:
         others = json.loads(given.out.read_text()) if given.out.exists() else []
-        ours = (found["python"], found["torch"], found["triton"])
-        others = [run for run in others if (run["python"], run["torch"], run["triton"]) != ours]
+        same = ("python", "torch", "triton", "beside")
+        others = [run for run in others if any(run[name] != found[name] for name in same)]
         given.out.write_text(json.dumps([*others, found], indent=1) + "\n")
     sys.exit(1 if found["exit_code"] or found["replaced_by_the_install"] else 0)
 
