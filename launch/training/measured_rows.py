@@ -157,7 +157,9 @@ def _clock_mhz(device: str) -> int | None:
     """Of the SMs in the driver's last sample; None of a CPU, or where the driver does not tell."""
     if device == "cpu":
         return None
+    import pynvml
+
     try:
         return torch.cuda.clock_rate(device) or None
-    except (RuntimeError, ModuleNotFoundError):
+    except (RuntimeError, pynvml.NVMLError):  # on parts of a GPU, and without the driver's library
         return None

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pynvml
 import pytest
 import torch
 import yaml
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.cli import app
 from cinemesh.launch.cluster.processes import Joined, StopSignal
+from cinemesh.launch.training import measured_rows
 from cinemesh.launch.training.loop import train_steps
 from cinemesh.launch.training.measured_rows import ROWS_FILE, MeasuredRows
 from cinemesh.launch.training.recipe import check_config, read_config
@@ -144,6 +146,18 @@ def test_times_are_the_median_and_the_middle_nine_tenths_behind_the_warm_up(path
         "steps": 40,
         "warm_up_steps": 3,
     }
+
+
+def test_a_driver_that_tells_no_clock_stops_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a part of a GPU NVML refuses, at a checkpoint, hours into a run: the row says null."""
+
+    def refuse(_: str) -> int:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    monkeypatch.setattr(torch.cuda, "clock_rate", refuse)
+    assert measured_rows._clock_mhz("cuda:0") is None  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(torch.cuda, "clock_rate", lambda _: 1755)
+    assert measured_rows._clock_mhz("cuda:0") == 1755  # pyright: ignore[reportPrivateUsage]
 
 
 def test_steps_that_are_too_few_are_no_row(measured: MeasuredRows, tmp_path: Path) -> None:
