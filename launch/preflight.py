@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from ..errors import CinemeshError
 from ..memory import available_bytes
 from ..parallel.ir.program import Program
+from ..parallel.ir.records import Space
 from ..parallel.passes.arena import place
 from ..parallel.passes.liveness import lifetimes
 
@@ -22,7 +23,8 @@ def check_host_memory(programs: Iterable[Program], processes: int, *, steps: int
     largest = (0, 0)  # bytes of states, and of all that a program holds
     for program in programs:
         lives = lifetimes(program)
-        whole = lives.persistent_bytes + place(program, lives).total_bytes + max(lives.workspace_bytes, default=0)
+        arenas = (place(program, lifetimes(program, space)).total_bytes for space in Space)
+        whole = lives.persistent_bytes + sum(arenas) + max(lives.workspace_bytes, default=0)
         largest = max(largest, (lives.persistent_bytes, whole), key=lambda pair: pair[1])
     states, held = (beside_bytes + size for size in largest)
     free, order = available_bytes(), steps * STEP_BYTES

@@ -87,7 +87,7 @@ def _width(widths: Sequence[int], group: range) -> int:
 
 def _fold(text: str, width: int) -> list[str]:
     lines = text.split("\n")
-    return [part for line in lines for part in textwrap.wrap(line, width, break_on_hyphens=False) or [""]]
+    return [part for line in lines for part in textwrap.wrap(line, max(width, 1), break_on_hyphens=False) or [""]]
 
 
 def quantity(value: float, unit: str) -> str:

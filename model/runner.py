@@ -72,8 +72,8 @@ class StepRunner:
         if device != "cpu" and beside is None:
             check_fits(program, torch.cuda.mem_get_info(device)[0])
         shared = {} if beside is None else shared_storages(program, beside)
-        arena = None if beside is None else beside.executor.arena
-        self.executor = Executor(program, self.coordinates, self.comm, device, kernels, shared, arena)
+        arenas = () if beside is None else (beside.executor.arena, beside.executor.host.arena)
+        self.executor = Executor(program, self.coordinates, self.comm, device, kernels, shared, *arenas)
         self.buffers = named_buffers(self.executor)
         self.replay: Frozen | Graph | None = None
         self.pool: GraphPool | None = None if beside is None else beside.pool

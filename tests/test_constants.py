@@ -238,10 +238,10 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "parallel.passes.arena.ALIGN_BYTES": (256, "what cudaMalloc aligns to, CUDA programming guide"),
     "parallel.passes.prices.RATES": (
         (
-            (989e12 * 0.65, 3.35e12 * 0.8, 8, 900e9 / 2 * 0.8, 400e9 / 8 * 0.8, 20e-6, 5e-6),
-            (20e9, 4e9, 8, 400e6, 50e6, 300e-6, 0.0),
+            (989e12 * 0.65, 3.35e12 * 0.8, 8, 900e9 / 2 * 0.8, 400e9 / 8 * 0.8, 20e-6, 5e-6, 64e9 * 0.8),
+            (20e9, 4e9, 8, 400e6, 50e6, 300e-6, 0.0, 4e9),
         ),
-        "NVIDIA H100 SXM datasheet and 400 Gb/s a GPU, shares and latencies ours; gloo: ours",
+        "NVIDIA H100 SXM datasheet, PCIe Gen5 x16 and 400 Gb/s a GPU, shares and latencies ours; gloo: ours",
     ),
     "parallel.runtime.comm.LAUNCH_ORDER_NCCL": ((2, 26), "NCCL release notes: NCCL_LAUNCH_ORDER_IMPLICIT"),
     "parallel.runtime.mesh.Mesh.__init__(timeout_s)": (default_pg_timeout.total_seconds(), TIME_OUT),
@@ -407,7 +407,8 @@ FREE: Mapping[str, str] = {
         ("parallel.ir.builder.*", "parallel.ir.communicators.*", "parallel.ir.fields.*", "parallel.ir.plan.*",
          "parallel.ir.program.*", "parallel.ir.span.*", "parallel.layers.tensor.token_local(local)",
          "parallel.passes.schedule._Clock.*", "perf_model.clusters.*.*.*", "perf_model.prices.*(*)",
-         "perf_model.prices.network.FREE", "perf_model.published.peers.Run.*", "perf_model.published.peers.Recorder.*",
+         "perf_model.prices.footprint.Footprint.*", "perf_model.prices.network.FREE",
+         "perf_model.published.peers.Run.*", "perf_model.published.peers.Recorder.*",
          "perf_model.published.peer_block.Blocks.*", "perf_model.published.validate.Prediction.*",
          "perf_model.search.*.*.*"),
         UNSAID,

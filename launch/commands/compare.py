@@ -27,7 +27,7 @@ from .software import print_kernels
 
 LEAST = 5e-4  # of the cost of a sample: a smaller difference is shown as none
 # Fields that mean something only together; every other field of a plan is a difference of its own.
-TOGETHER = {"degrees": AXES, "recompute": ("recompute", "recompute_last", "last_blocks")}
+TOGETHER = {"degrees": AXES, "recompute": ("recompute", "recompute_last", "last_blocks", "offload")}
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,7 @@ def played_plan(request: Request, step: PlayedStep) -> PlayedPlan:
         peak_bytes=memory.peak_bytes,
         limit_bytes=memory.limit_bytes,
         fits=memory.peak_bytes <= memory.limit_bytes,
+        host_bytes=memory.host_bytes,
         gpu_s_per_sample=step.gpu_s_per_sample,
         terms=explain.terms(step),
     )

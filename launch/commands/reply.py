@@ -100,6 +100,7 @@ class PlayedPlan(PricedStep):
     fits: Annotated[bool, "whether `peak_bytes` are within `limit_bytes`"]
     gpu_s_per_sample: Annotated[float, "GPU seconds of one sample: what plans of any batch compare by"]
     terms: Annotated[dict[str, float], "seconds that add up to `step_s`"]
+    host_bytes: Annotated[int, "most that lies in host memory at once, for what the plan offloads"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,7 @@ class Refused:
     cp: int
     samples: int
     micro_batches: int
-    kind: Annotated[str, "`divides`, `placement`, `memory`, or `slower`: it fits, behind those shown"]
+    kind: Annotated[str, "`divides`, `placement`, `memory`, `host`, or `slower`: it fits, behind those shown"]
     reason: Annotated[str, "a sentence with the numbers"]
     needs_bytes: Annotated[float, "of one rank at least; 0 unless `memory`"]
     free_bytes: Annotated[float, "what there is of them; 0 unless `memory`"]

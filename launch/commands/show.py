@@ -18,7 +18,7 @@ from ...model.step import build_step
 from ...parallel.ir.collectives import FUSED
 from ...parallel.ir.flops import model_flops
 from ...parallel.ir.program import Program
-from ...parallel.ir.records import Op, Phase, Place
+from ...parallel.ir.records import Op, Phase, Place, Space
 from ...parallel.ir.units import Parameter
 from ...parallel.passes.liveness import lifetimes
 from ...parallel.passes.pipeline import prepare
@@ -126,6 +126,7 @@ def program_listing(
         return
     console = new_console()
     kept = degrees.recompute if isinstance(degrees.recompute, str) else f"all but {', '.join(degrees.recompute)}"
+    kept += f", offload {', '.join(degrees.offload)}" if degrees.offload else ""
     console.print(
         f"{model}, latent {latent_text(size)} = {config.tokens(size):,} tokens, {config.text_tokens} text tokens, "
         f"{batch} sample(s) a data rank and micro-batch\n"
@@ -190,6 +191,7 @@ def totals(program: Program) -> dict[str, object]:
         "peak_bytes": lives.peak_bytes,
         "peak_at": lives.peak_op(program).name,
         "persistent_bytes": lives.persistent_bytes,
+        "host_bytes": lifetimes(program, Space.HOST).peak_bytes,
     }
 
 
@@ -348,9 +350,10 @@ def _print_totals(console: Console, program: Program) -> None:
         "of scores that attention's backward makes again, element-wise work and what ranks do alike; "
         f"{quantity(compute['bytes'], 'B')} read and written"
     )
-    peak, persistent = found["peak_bytes"], found["persistent_bytes"]
-    assert isinstance(peak, int) and isinstance(persistent, int)
+    peak, persistent, on_host = (found[f"{name}_bytes"] for name in ("peak", "persistent", "host"))
+    assert isinstance(peak, int) and isinstance(persistent, int) and isinstance(on_host, int)
     console.print(
         f"memory:  peak {quantity(peak, 'B')} ({peak / 2**30:.2f} GiB) at {found['peak_at']}, "
         f"of it {quantity(persistent, 'B')} persistent"
+        + (f"; {quantity(on_host, 'B')} in host memory" if on_host else "")
     )

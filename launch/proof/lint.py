@@ -16,7 +16,9 @@ from ...model.step import build_step
 from ...parallel.ir.check import Finding, check, disjoint
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
+from ...parallel.ir.records import Space
 from ...parallel.passes.arena import place
+from ...parallel.passes.liveness import lifetimes
 from ...parallel.passes.pipeline import passes
 from ..models import read_model
 from ..plans import read_plan
@@ -28,8 +30,8 @@ from .verify import small_case
 CHECKS = {
     "same": "behind every pass all records are there and read the values that they were built on",
     "types": "behind every pass each value is placed as its record and its inputs say",
-    "arena": "temporaries lie in the arena, and no two that live together overlap",
-    "order": "collectives run in the program's order, each is waited for once, and there are no others",
+    "arena": "temporaries lie in the arena of their space, and no two that live together overlap",
+    "order": "collectives and host copies run in the program's order, each is waited for once, and there are no others",
     "synchronises": "nothing reads back to the host, depends on data in shape, or draws from a generator",
     "allocates": "no op allocates more than the workspace that it declares",
     "writes": "no op writes outside of its outputs",
@@ -49,8 +51,10 @@ def lint_program(built: Program, begin: Begin = lambda _: None) -> list[Finding]
         program = run(program)
         found += (one for one in check(program, built) if one not in found)
     begin("the arena")
-    arena = place(program)
-    return found + disjoint(program, arena.offsets, arena.total_bytes)
+    for space in Space:
+        arena = place(program, lifetimes(program, space))
+        found += disjoint(program, arena.offsets, arena.total_bytes, space)
+    return found
 
 
 def lint(plan: Plan, model: str, begin: Begin = lambda _: None) -> list[Finding]:

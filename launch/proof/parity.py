@@ -27,6 +27,7 @@ from ...model.runner import StepRunner, data_share
 from ...model.step import Optimizer, unit_layout
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
+from ...parallel.ir.records import Space
 from ...parallel.passes.liveness import lifetimes, persistent
 from ...parallel.runtime import ledger
 from ...parallel.runtime.frozen import Frozen
@@ -133,7 +134,7 @@ def run_rank(
     runner.initialise(weights_by_name.probe_values(case.seed))
     program, executor = runner.program, runner.executor
     optimizer_record = next(i for i, op in enumerate(program.ops) if op.kind == "adamw")
-    lives = lifetimes(program)
+    lives, on_host = lifetimes(program), lifetimes(program, Space.HOST)
     run = RankRun(runner.coordinates)
 
     def copy(tensor: Tensor) -> Tensor:
@@ -156,19 +157,21 @@ def run_rank(
         load_batch(case, runner, step)
         if watched and step == case.steps - 1:
             alive = [executor.buffers[name] for name in persistent(program)]
-            held_bytes = lives.persistent_bytes + executor.placement.total_bytes
+            held_bytes = lives.persistent_bytes + executor.placement.total_bytes + executor.host_placement.total_bytes
             if isinstance(runner.replay, Frozen):
                 alive.append(runner.replay.workspace)
                 held_bytes += runner.replay.workspace.numel()
-            witness = Witness([*alive, executor.arena], held_bytes + max(lives.workspace_bytes))
-            overwrite(executor.placement.offsets)
+            arenas = [executor.arena, executor.host.arena]
+            witness = Witness([*alive, *arenas], held_bytes + max(lives.workspace_bytes), executor.host.arena)
+            overwrite([*executor.placement.offsets, *executor.host_placement.offsets])
+            executor.host.record = True
             if runner.comm is not None:
                 runner.comm.record = True
 
             def watch(i: int, witness: Witness = witness, held_bytes: int = held_bytes) -> None:
                 run.live_bytes_equal = run.live_bytes_equal and witness.settles_at(held_bytes)
                 note_gradient(i)
-                overwrite(lives.free[i])
+                overwrite([*lives.free[i], *on_host.free[i]])
 
             with witness:
                 runner.step(LR, watch)
@@ -183,12 +186,12 @@ def run_rank(
 
 
 def _note_what_was_seen(case: Case, runner: StepRunner, witness: Witness, planned: Program, run: RankRun) -> None:
-    """Both ledgers against the program's: what the dispatcher saw, and what ``comm.py`` wrote."""
+    """Both ledgers against the program's: what the dispatcher saw, and what ``comm.py`` and ``host.py`` wrote."""
     wanted = ledger.expected(planned)
     run.peak_bytes = witness.peak_bytes
     run.ledger_difference = ledger.difference(witness.entries(case.plan), wanted)
     if run.ledger_difference is None and runner.comm is not None:
-        run.ledger_difference = ledger.difference(runner.comm.ledger, wanted)
+        run.ledger_difference = ledger.difference([*runner.comm.ledger, *runner.executor.host.ledger], wanted)
 
 
 # -- what should have run ---------------------------------------------------------------------------------------------

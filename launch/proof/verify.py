@@ -22,6 +22,7 @@ from ...model.runner import StepRunner
 from ...model.step import build_step, check
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
+from ...parallel.ir.records import Space
 from ...parallel.passes.arena import place
 from ...parallel.passes.liveness import lifetimes
 from ...parallel.passes.pipeline import prepare
@@ -41,7 +42,8 @@ BLIND = 1e-6  # a reference gradient this much smaller than the largest would pr
 class Report:
     """``worst``: the largest max|a - b| / max|b| of loss, gradients and weight updates; ``where``: whose it is.
 
-    ``live_bytes_equal``: after every record of the last step exactly the persistent buffers and the arena were alive.
+    ``live_bytes_equal``: after every record of the last step exactly the persistent buffers and the arenas, that of
+    the host with that of the device, were alive.
     ``peak_bytes_predicted`` are those; ``workspace_bytes`` the most that one record may add. ``replicas_equal``: ranks
     that differ on dp_replicate alone hold bitwise the same weights.
     """
@@ -136,7 +138,8 @@ def compare(case: Case, runs: list[RankRun], program: Program) -> Report:
     if blind:
         remarks.append(f"the check is blind: reference gradients below {BLIND} of the largest: {', '.join(blind)}")
     lives = lifetimes(program)
-    predicted = lives.persistent_bytes + place(program, lives).total_bytes
+    arenas = (place(program, lives).total_bytes, place(program, lifetimes(program, Space.HOST)).total_bytes)
+    predicted = lives.persistent_bytes + sum(arenas)
     workspace = max(lives.workspace_bytes)
     ran = max(run.peak_bytes for run in runs)
     difference = next((run.ledger_difference for run in runs if run.ledger_difference), None)
@@ -227,7 +230,9 @@ def _show(report: Report) -> None:
     console.print(table)
     console.print(f"collectives   {report.ledger_difference or 'equal to the program, on every rank'}")
     equal = (
-        "persistent buffers and one arena, at every record" if report.live_bytes_equal else "NOT those of the program"
+        "persistent buffers and one arena a space, at every record"
+        if report.live_bytes_equal
+        else "NOT those of the program"
     )
     console.print(f"live bytes    {equal}")
     console.print(

@@ -1,6 +1,7 @@
 """What must still hold after a pass: the builder's rules on records that have been moved, cloned, fused (torch-free).
 
-    types       every record's outputs are placed as its inputs and its op say, every rename keeps its placement
+    types       every record's outputs are placed as its inputs and its op say, every rename keeps its placement; only
+                copies between spaces touch the host's
     order       every collective is waited for once, after its issue, before it is read
     same        nothing reads what nobody has written; and against the program that was built: every record is still
                 there, and reads what it read then. Not the same names: the same values, told by the records that wrote
@@ -9,7 +10,8 @@
                 last, the wait of a collective included
 
 A pass may reorder records, run one again (``clone_of``), take several as one (``Fused``, or one record with the outputs
-of several) and turn collectives over one rank into aliases. Nothing else is the same program.
+of several), turn collectives over one rank into aliases and copy storages between spaces. Nothing else is the same
+program.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from dataclasses import dataclass
 from ...kernels.ops import OPS
 from .layout import Axes, Placement, PlacementError, infer
 from .program import Program
-from .records import Buffer, BufferKind, Collective, Op, Wait
+from .records import Buffer, BufferKind, Collective, Op, Space, Transfer, Wait
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,9 @@ def _types(program: Program) -> Iterator[Finding]:
         for name, placement in zip(op.outputs, wanted, strict=False):
             if _live(program, placed := program.buffers[name].placement) != _live(program, placement):
                 yield finding("types", op, f"{name} is placed {placed}; the record makes {placement}")
+        far = (name for name in (*op.inputs, *op.outputs) if program.buffers[name].space is not Space.DEVICE)
+        if op.to is None and (name := next(far, None)) is not None:
+            yield finding("types", op, f"{name} lies in host memory")
 
 
 def _live(program: Program, placement: Placement) -> Placement:
@@ -93,7 +98,7 @@ def _placements(program: Program, op: Op) -> Sequence[Placement]:
     if isinstance(op.comm, Collective):
         gathered = {"all_gather": Placement.gathered, "reduce_scatter": Placement.scattered}.get(op.kind)
         return [gathered(inputs[0], op.axes, op.comm.dim) if gathered else inputs[0].reduced(op.axes)]
-    if isinstance(op.comm, Wait):
+    if isinstance(op.comm, (Transfer, Wait)):
         return inputs[:1]
     spec, signature = OPS[op.kind], program.label_signature(op)
     read = {label for labels in signature.inputs for label in labels}
@@ -221,11 +226,15 @@ class _Values:
         self._written[root] = [*kept, (here, values)]
 
     def _step(self, op: Op) -> None:
-        if op.is_wait and op.waits_for in self._passing:
+        if op.is_wait and (op.waits_for in self._passing or op.to is not None):
             return
         operands = tuple(self._at(name) for name in op.inputs)
         if not op.is_wait:  # it reads for the collective, which has looked
             self._look_for_unwritten(op)
+        if op.to is not None:  # a whole storage, whatever was written into its parts
+            source, target = (self.program.root(name)[0] for name in (op.inputs[0], op.outputs[0]))
+            self._written[target] = list(self._written.get(source, ()))
+            return
         if (op.clone_of or op.name) in self._alone:
             self._passing.add(op.name)
             self._write(op.outputs[0], operands[0])
@@ -283,8 +292,8 @@ def _tell(operands: Iterable[frozenset[Value]]) -> str:
 # -- the arena --------------------------------------------------------------------------------------------------------
 
 
-def disjoint(program: Program, offsets: dict[str, int], total_bytes: int) -> list[Finding]:
-    """Temporary storages that live together and share a byte of the arena, or lie outside of it.
+def disjoint(program: Program, offsets: dict[str, int], total_bytes: int, space: Space = Space.DEVICE) -> list[Finding]:
+    """Temporary storages of a space that live together and share a byte of its arena, or lie outside of it.
 
     Counted from the records alone, not from the lifetimes by which the arena was packed.
     """
@@ -298,7 +307,7 @@ def disjoint(program: Program, offsets: dict[str, int], total_bytes: int) -> lis
                 last[root] = i
     starting: dict[int, list[str]] = {}
     for root, i in first.items():
-        if _is_temporary(program.buffers[root]):
+        if _is_temporary(program.buffers[root]) and program.buffers[root].space is space:
             starting.setdefault(i, []).append(root)
     found: list[Finding] = []
     alive: list[str] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .collectives import FUSED
 from .layout import FSDP, REPLICATED_AXES, WORLD, Axes
 from .plan import Plan
 from .records import Op, lane_name
@@ -44,8 +45,8 @@ def communicator_name(axes: Axes, kind: str) -> str:
 
 
 def communicator(op: Op) -> str:
-    """The name of the communicator that a collective runs on."""
-    return communicator_name(op.axes, op.kind)
+    """What runs a record one after the other: a collective's communicator, by name, or a copy's way of the link."""
+    return op.lane if op.to is not None else communicator_name(op.axes, FUSED.get(op.kind, op.kind))
 
 
 def communicators(plan: Plan) -> list[Held]:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Literal, cast
 
 from ...errors import CinemeshError
-from .knobs import Divides, Kept, KnobGroup, OneOf, Order, SomeOf, Switch, Whole, knob, knobs, written
+from .knobs import Activations, Divides, Kept, KnobGroup, OneOf, Order, SomeOf, Switch, Whole, knob, knobs, written
 
 AXES = ("tp", "cp", "dp_shard", "dp_replicate")
 DTYPES: dict[str, tuple[str, str]] = {
@@ -151,6 +151,14 @@ class Memory(KnobGroup):
         None, Kept(does="the same, of the last `last_blocks` blocks", words=RECOMPUTE, optional=True)
     )
     last_blocks: int = knob(0, _units(does="how many blocks follow `recompute_last`", least=0))
+    offload: tuple[str, ...] = knob(
+        (),
+        Activations(
+            does="activations that live in host memory from forward to backward, of all blocks but the last one and "
+            "those of `last_blocks`. Their copies run beside the block that is computed meanwhile",
+            bound="on the device, what one block keeps of them",
+        ),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

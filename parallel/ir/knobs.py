@@ -238,6 +238,19 @@ class Kept(Names):
         return super().write(value) + ":" * (len(value) < 2)  # else it would be a word
 
 
+@dataclass(frozen=True, kw_only=True)
+class Activations(Names):
+    """Some activations of a block."""
+
+    @property
+    def values(self) -> str:
+        return "a list of activations"
+
+    def check(self, value: Any) -> None:
+        if not self.are_names(value) or len({*value}) < len(value):
+            raise self.wrong(value, "list activations, each once")
+
+
 def knob(default: T, facts: Knob) -> T:
     """A field of a group of settings, for ``dataclass``."""
     return cast(T, field(default=default, metadata={"knob": facts}))

@@ -137,12 +137,12 @@ class Program:
         return self._counts(op)[2] if op.kind in OPS else 0
 
     def payload_bytes(self, op: Op) -> int:
-        """Full gathered size of a collective: the larger side."""
+        """Full gathered size of a collective: the larger side; of a copy between spaces, what it copies."""
         op = op.collective
         return max(self.bytes(op.inputs[0]), self.bytes(op.outputs[0]))
 
     def wire_bytes(self, op: Op) -> float:
-        """What one rank sends: payload * (n - 1) / n, twice that for an all-reduce."""
+        """What one rank sends to others: payload * (n - 1) / n, twice that for an all-reduce."""
         op, ranks = op.collective, self.plan.size(op.axes)
         return self.payload_bytes(op) * (ranks - 1) / ranks * (2 if op.kind == "all_reduce" else 1)
 

@@ -5,7 +5,8 @@ waits for (``Collective``, ``Wait``, ``Fused``), what a buffer is for (``BufferK
 apart, for people and as keys; nothing reads a meaning out of one.
 
 [Note: collectives] A collective is two records, issue and wait. Only the wait may read what was issued; its output is
-the same storage under its final name. Inputs and outputs live until the wait.
+the same storage under its final name. Inputs and outputs live until the wait. So it is with a copy of a whole storage
+from one ``Space`` to another (``Transfer``).
 """
 
 from __future__ import annotations
@@ -80,6 +81,17 @@ class BufferKind(Enum):
     WORKSPACE = "workspace"  # persists, holds nothing between records
 
 
+class Space(StrEnum):
+    """Where a storage lies."""
+
+    DEVICE = "device"
+    HOST = "host"
+
+
+# The lanes of the link between them, one each way, by where a copy goes; a copy is of the kind that its lane is called.
+HOST_LANES = {Space.HOST: "to_host", Space.DEVICE: "from_host"}
+
+
 class Holds(Enum):
     """What a storage that is sized by units is for; everything else are values of the computation."""
 
@@ -116,6 +128,7 @@ class Buffer:
     unit: str | None = None
     place: Place = NOWHERE
     clone_of: str | None = None
+    space: Space = Space.DEVICE
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +140,21 @@ class Collective:
 
 
 @dataclass(frozen=True, slots=True)
+class Transfer:
+    """Of the issue of a copy between spaces: where it goes. No mesh axis takes part."""
+
+    to: Space
+    axes: Axes = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Wait:
-    """Of a wait: the record that issued its collective."""
+    """Of a wait: the record that issued its collective, or its copy to the space ``to``."""
 
     issue: str
-    axes: Axes
-    dim: int
+    axes: Axes = ()
+    dim: int = 0
+    to: Space | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +179,7 @@ class Op:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attrs: dict[str, Any] = field(default_factory=dict)
-    comm: Collective | Wait | Fused | None = None
+    comm: Collective | Transfer | Wait | Fused | None = None
     place: Place = NOWHERE
     of: str | None = None
     clone_of: str | None = None
@@ -176,8 +198,15 @@ class Op:
 
     @property
     def lane(self) -> str:
-        """``compute``, or the axes whose link it uses, as ``dp_shard*cp``."""
+        """``compute``, or the link that it uses: that of axes, as ``dp_shard*cp``, or one way of the host's."""
+        if (to := self.to) is not None:
+            return HOST_LANES[to]
         return lane_name(self.comm.axes) if self.comm else COMPUTE_LANE
+
+    @property
+    def to(self) -> Space | None:
+        """Of a copy between spaces, and of its wait: where it goes."""
+        return self.comm.to if isinstance(self.comm, (Transfer, Wait)) else None
 
     @property
     def label(self) -> str:
@@ -186,8 +215,8 @@ class Op:
 
     @property
     def is_issue(self) -> bool:
-        """A collective's start; a fused record is none."""
-        return isinstance(self.comm, Collective)
+        """The start of a collective, or of a copy between spaces; a fused record is none."""
+        return isinstance(self.comm, (Collective, Transfer))
 
     @property
     def is_wait(self) -> bool:

@@ -45,7 +45,7 @@ class Arena:
 
 
 def place(program: Program, lives: Lifetimes | None = None) -> Arena:
-    """Offsets for all temporaries of a program: at no record do two that live overlap."""
+    """Offsets for all temporaries of a program's space: at no record do two that live overlap."""
     lives = lives or lifetimes(program)
     names, intervals = storages(program, lives)
     offsets, total = pack(intervals)

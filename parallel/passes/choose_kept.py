@@ -13,13 +13,18 @@ two neighbours of that hull, the last blocks the one that keeps more. No choice 
 at the budget's mean, so what this loses is less than the difference of the two neighbours for ONE block; the bound
 comes with the answer. It is never worse than ``none``, ``selective`` or ``full`` where those fit: they are tried too.
 
+A byte that goes to the host (``plan.offload``) weighs nothing on the device: what it costs is the link's time, beside
+the block that is computed meanwhile. So the choices stay those of the hull, and those that do not fit are tried: with
+as much of each block on the host as they lack, and all of it on the device in as many last blocks as do fit.
+
 Prior art: torch's min-cut partitioner (functorch) weighs bytes the same way; Checkmate (Jain et al., arXiv 1910.02653)
 solves the constrained problem as an integer program.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -135,6 +140,11 @@ class BlockCosts:
         inside = cut.source_side(source, sink)
         kept = [a for i, a in enumerate(self.activations) if i in inside and count + a.maker not in inside]
         return self.point([role for a in kept for role in a.roles])
+
+    def largest(self, point: KeptPoint) -> list[tuple[str, int]]:
+        """Role and bytes of what a choice keeps, the largest first: large copies are few."""
+        kept = [a for a in self.activations if a.bytes and set(a.roles) & set(point.keep)]
+        return [(a.roles[0], a.bytes) for a in sorted(kept, key=lambda a: -a.bytes)]
 
     def hull(self) -> list[KeptPoint]:
         """All choices that are best for some weight, from the fewest bytes to the least time."""
@@ -325,3 +335,35 @@ def choose_kept(
         if uniform.seconds < best.seconds and peak_bytes(uniform.applied(plan)) <= limit_bytes:
             best = uniform
     return best.applied(plan), best
+
+
+def offloads(
+    plan: Plan,
+    block: BlockCosts,
+    blocks: int,
+    limit_bytes: int,
+    host_bytes: float,
+    peak_bytes: Callable[[Plan], int],
+    seconds: float,
+) -> Iterator[Plan]:
+    """Plans that make less again than ``seconds`` in all blocks, since a part of what they keep is on the host.
+
+    Those that make least again, and copy most, come first: whether the link hides behind compute is for prices to say.
+    ``host_bytes``: what a rank may take there.
+    """
+    for point in reversed(block.hull()):
+        if blocks * point.seconds >= seconds:
+            return
+        kept = replace(plan, recompute=point.keep, recompute_last=point.keep, last_blocks=1)
+        lacks = (peak_bytes(kept) - limit_bytes) / max(blocks - 2, 1)  # of each block that offloads
+        roles, sent = (), 0
+        for role, size in block.largest(point):
+            roles, sent = (*roles, role), sent + size
+            away = replace(kept, offload=roles)
+            if sent < lacks or peak_bytes(away) > limit_bytes:
+                continue
+            tried = [replace(away, last_blocks=last) for last in range(1, blocks)]
+            fitting = bisect_left(tried, True, key=lambda plan: peak_bytes(plan) > limit_bytes)
+            if (blocks - fitting) * sent <= host_bytes:
+                yield tried[fitting - 1]
+            break

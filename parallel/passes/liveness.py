@@ -1,7 +1,8 @@
 """Liveness: which bytes are live at every record (torch-free).
 
 A storage lives from the first record that writes it (or a view of it) to the last that reads or writes it. Inputs and
-states live always. The placement pass (``arena.py``) packs them by exactly this rule.
+states live always. The placement pass (``arena.py``) packs them by exactly this rule. Every space has lifetimes of its
+own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 from ..ir.dependencies import accesses
 from ..ir.program import Program
-from ..ir.records import BufferKind, Op
+from ..ir.records import BufferKind, Op, Space
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,24 @@ def persistent(program: Program) -> list[str]:
     return [name for name, buffer in buffers if buffer.kind is not BufferKind.TEMPORARY and buffer.base is None]
 
 
-def lifetimes(program: Program) -> Lifetimes:
-    """When every storage is taken and given back, and the bytes that are live at every record of one rank."""
+def lifetimes(program: Program, space: Space = Space.DEVICE) -> Lifetimes:
+    """When every storage of a space is taken and given back, and its bytes live at every record of one rank.
+
+    Inputs, states and workspace are on the device.
+    """
+    on_device = space is Space.DEVICE
     allocate: list[list[str]] = [[] for _ in program.ops]
     free: list[list[str]] = [[] for _ in program.ops]
     for root, (first, last) in accesses(program).items():
-        if program.buffers[root].kind is BufferKind.TEMPORARY:
+        buffer = program.buffers[root]
+        if buffer.kind is BufferKind.TEMPORARY and buffer.space is space:
             allocate[first].append(root)
             free[last].append(root)
-    always = sum(program.bytes(name) for name in persistent(program))
+    always = sum(program.bytes(name) for name in persistent(program)) if on_device else 0
     live, current = [], always
     for i in range(len(program.ops)):
         current += sum(map(program.bytes, allocate[i]))
         live.append(current)
         current -= sum(map(program.bytes, free[i]))
-    work = [program.workspace_bytes(op) for op in program.ops]
+    work = [program.workspace_bytes(op) if on_device else 0 for op in program.ops]
     return Lifetimes(always, allocate, free, live, work)

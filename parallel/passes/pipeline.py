@@ -13,6 +13,7 @@ from ..ir.program import Program
 from .elide import elide
 from .fuse import fuse
 from .fuse_tp import fuse_tp
+from .offload import offload
 from .prefetch import prefetch
 from .prices import RATES, Price
 from .recompute import rematerialize
@@ -23,7 +24,9 @@ Pass = Callable[[Program], Program]
 
 
 def passes(plan: Plan, *, backend: str, price: Price | None = None) -> Iterator[Pass]:
-    """From a built program to the one that runs or is priced: recompute, fusion, degree-1 aliases, order, staging.
+    """From a built program to the one that runs or is priced.
+
+    Recompute, fusion, degree-1 aliases, copies to the host, order, staging.
 
     ``backend`` is ``nccl`` or ``gloo``; gloo's reduce-scatter needs a staging buffer, which is then listed. ``price``
     gives the seconds of a record where the plan asks for overlap; every rank must pass one that says the same. Without
@@ -36,6 +39,8 @@ def passes(plan: Plan, *, backend: str, price: Price | None = None) -> Iterator[
 def arranging(plan: Plan) -> Iterator[Pass]:
     """The passes that look at records alone: they do the same whatever the buffers measure."""
     yield from (rematerialize, fuse, prefetch, elide)
+    if plan.offload:
+        yield offload
     if plan.fused_tp:
         yield fuse_tp
 

@@ -22,7 +22,7 @@ class Rates:
     """What ranks that must agree on an order take for prices when no cost model speaks. All of one rank, each way.
 
     ``server_ranks`` neighbouring ranks share a server. A collective takes ``latency_s``, ``hop_s`` more for each
-    server, and its wire bytes over the slowest link on its way.
+    server, and its wire bytes over the slowest link on its way. A copy to or from the host has its way for itself.
     """
 
     flops_per_s: float
@@ -32,6 +32,7 @@ class Rates:
     link_bytes_per_s: float
     latency_s: float
     hop_s: float
+    host_bytes_per_s: float
 
     def price(self, program: Program, op: Op) -> float:
         """Seconds of a record: FLOPs or bytes, whichever takes longer; a wait is free."""
@@ -39,6 +40,8 @@ class Rates:
             return max(program.flops(op) / self.flops_per_s, program.bytes_moved(op) / self.memory_bytes_per_s)
         if op.is_wait:
             return 0.0
+        if op.to is not None:
+            return self.latency_s + program.payload_bytes(op) / self.host_bytes_per_s
         if op.kind in FUSED:
             products = sum(self.price(program, part) for part in op.parts if part.kind in OPS)
             return pipelined_s(products, self.price(program, op.collective), program.plan.size(op.axes))
@@ -52,9 +55,9 @@ class Rates:
 
 
 RATES = {
-    # NVIDIA's datasheets (H100 SXM: 989 TFLOP/s dense bf16, 3.35 TB/s, NVLink 450 GB/s each way; 400 Gb/s a GPU), times
-    # what large kernels and messages reach of them
-    "nccl": Rates(989e12 * 0.65, 3.35e12 * 0.8, 8, 450e9 * 0.8, 50e9 * 0.8, 20e-6, 5e-6),
+    # NVIDIA's datasheets (H100 SXM: 989 TFLOP/s dense bf16, 3.35 TB/s, NVLink 450 and PCIe 64 GB/s each way; 400 Gb/s a
+    # GPU), times what large kernels and messages reach of them
+    "nccl": Rates(989e12 * 0.65, 3.35e12 * 0.8, 8, 450e9 * 0.8, 50e9 * 0.8, 20e-6, 5e-6, 64e9 * 0.8),
     # one core of a laptop and gloo over loopback, to an order of magnitude
-    "gloo": Rates(20e9, 4e9, 8, 400e6, 50e6, 300e-6, 0.0),
+    "gloo": Rates(20e9, 4e9, 8, 400e6, 50e6, 300e-6, 0.0, 4e9),
 }

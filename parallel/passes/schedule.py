@@ -5,6 +5,7 @@ A list scheduler on a simulated clock. It takes the records as they stand and a 
     issue    as soon as the inputs are there, unless its communicator is busy for longer than the next record runs:
              a collective that is issued and cannot start holds back all that are issued later
     wait     just before the first record that needs the result
+    copy     to or from the host: where it stands, and it holds back nothing else
     compute  in the order of the builder; with ``plan.defer_weight_gradients`` weight gradients and what is made again
              leave it and run where the others would wait, as long as that takes no more memory
 
@@ -117,8 +118,13 @@ class _Clock:
     free: dict[str, float] = field(default_factory=dict)
     last_start: float = 0.0
 
+    def copy(self, name: str, seconds: float) -> float:
+        """When a copy to or from the host ends: only those of its own way are before it."""
+        self.free[name] = max(self.now, self.free.get(name, 0.0)) + seconds
+        return self.free[name]
+
     def issue(self, name: str, seconds: float) -> float:
-        """When it ends."""
+        """When a collective ends."""
         self.last_start = max(self.now, self.free.get(name, 0.0), self.last_start)
         self.free[name] = self.last_start + seconds
         return self.free[name]
@@ -212,6 +218,8 @@ class _Scheduler:
             for k in self.after[i]:
                 self.release[k] = max(self.release[k], end)
             self._pass_on(i)
+        elif self.ops[i].to is not None:
+            self._issue(i)
         elif self.window.is_issue[i]:
             self.issues.add(i)
         else:
@@ -252,7 +260,8 @@ class _Scheduler:
     def _issue(self, i: int) -> None:
         self.issues.discard(i)
         self._emit_waits_before(i)
-        self.ends[self.ops[i].name] = self.clock.issue(communicator(self.ops[i]), self.seconds[i])
+        start = self.clock.issue if self.ops[i].to is None else self.clock.copy
+        self.ends[self.ops[i].name] = start(communicator(self.ops[i]), self.seconds[i])
         self._account(i)
         self._pass_on(i)
 

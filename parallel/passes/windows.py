@@ -12,7 +12,7 @@ from ..ir.communicators import communicator
 from ..ir.dependencies import dependencies, families
 from ..ir.layout import FSDP, HEADS, TOKENS_GATHERED
 from ..ir.program import Program
-from ..ir.records import COMPUTE_LANE, BufferKind, Holds, Op, Place, Slice
+from ..ir.records import COMPUTE_LANE, BufferKind, Holds, Op, Place, Slice, Space
 
 
 def cuts(program: Program) -> list[int]:
@@ -48,9 +48,9 @@ def follows_of(program: Program, touched: dict[str, tuple[int, int]]) -> dict[st
 
 
 def temporaries(program: Program, op: Op) -> list[str]:
-    """Storages that a record touches and that do not outlive the step."""
-    roots = dict.fromkeys(program.root(name)[0] for name in (*op.inputs, *op.outputs))
-    return [root for root in roots if program.buffers[root].kind is BufferKind.TEMPORARY]
+    """Storages of the device that a record touches and that do not outlive the step."""
+    buffers, roots = program.buffers, dict.fromkeys(program.root(name)[0] for name in (*op.inputs, *op.outputs))
+    return [r for r in roots if buffers[r].kind is BufferKind.TEMPORARY and buffers[r].space is Space.DEVICE]
 
 
 def ends_reduction(program: Program, op: Op) -> bool:
@@ -81,12 +81,17 @@ class Stretch:
                 self.after[k].append(i)
 
     def _chain(self) -> None:
-        """Compute keeps its order, but for what may be deferred; so do the collectives of units."""
+        """Compute keeps its order, but for what may be deferred; so do the collectives of units.
+
+        Copies to and from the host stay where they stand in it: memory hangs on their waits.
+        """
         defer = self.program.plan.defer_weight_gradients
         last: dict[str | Slice, int] = {}
         for i, op in enumerate(self.ops):
             line: str | Slice | None
-            if self.is_wait[i]:
+            if op.to is not None:
+                line = COMPUTE_LANE
+            elif self.is_wait[i]:
                 line = None
             elif op.slice and not op.clone and op.kind in OPS and OPS[op.kind].token_local:
                 line = op.slice  # one slice may wait for its sum over tp while another is multiplied
@@ -94,7 +99,7 @@ class Stretch:
                 line = communicator(op) if op.axes == FSDP else None
             else:
                 line = None if defer and (op.clone or self._is_weight_gradient(op)) else COMPUTE_LANE
-            self.in_chain.append(line == COMPUTE_LANE)
+            self.in_chain.append(line == COMPUTE_LANE and op.to is None)
             if line is not None:
                 if line in last:
                     self.before[i].add(last[line])

@@ -21,11 +21,12 @@ from ...kernels.registry import kernels_for, leave_sms
 from ..ir.collectives import FUSED
 from ..ir.layout import HEADS
 from ..ir.program import Program
-from ..ir.records import BufferKind, Op
+from ..ir.records import BufferKind, Op, Space
 from ..ir.units import communicator_order, nested_index
 from ..passes.arena import place
-from ..passes.liveness import persistent
+from ..passes.liveness import lifetimes, persistent
 from .comm import BoundCollective, Communicator
+from .host import HostLink
 
 
 @dataclass(slots=True)
@@ -60,11 +61,12 @@ class Executor:
         kernels: dict[str, Kernel] | None = None,
         shared: dict[str, Tensor] | None = None,
         arena: Tensor | None = None,
+        host_arena: Tensor | None = None,
     ) -> None:
         """``comm`` may be None when every axis has one rank. ``shared`` are storages of another executor, by name.
 
         ``arena``: bytes in which the temporaries lie, of another executor that never runs at the same time; where it is
-        too small, or None, the executor has its own.
+        too small, or None, the executor has its own. ``host_arena``: the same, of those in host memory.
         """
         self.program = program
         self.device = device
@@ -77,7 +79,9 @@ class Executor:
         if arena is None or arena.numel() < self.placement.total_bytes:
             arena = torch.empty(self.placement.total_bytes, dtype=torch.uint8, device=device)
         self.arena = arena
-        self._collectives: dict[str, BoundCollective] = {}  # by the name of the issue, until its wait is bound
+        self.host_placement = place(program, lifetimes(program, Space.HOST))
+        self.host = HostLink(self.host_placement.total_bytes, device, host_arena)
+        self._issued: dict[str, BoundCollective] = {}  # by the name of the issue, until its wait is bound
         self._flat: dict[str, Tensor] = {}  # every storage, as one row of its elements
         self._tensors: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
@@ -92,9 +96,10 @@ class Executor:
             assert tensor.shape == program.local_shape(name) and tensor.dtype == TORCH_DTYPES[buffer.dtype], name
             self.buffers[name] = tensor
             self._flat[name] = tensor.view(-1)
-        for name, offset in self.placement.offsets.items():
-            part = arena[offset : offset + program.bytes(name)]
-            self._flat[name] = part.view(TORCH_DTYPES[program.buffers[name].dtype])
+        for whole, placement in ((arena, self.placement), (self.host.arena, self.host_placement)):
+            for name, offset in placement.offsets.items():
+                part = whole[offset : offset + program.bytes(name)]
+                self._flat[name] = part.view(TORCH_DTYPES[program.buffers[name].dtype])
         self.records = [self._bind(op) for op in program.ops]
 
     # -- binding ------------------------------------------------------------------------------------------------
@@ -102,14 +107,17 @@ class Executor:
     def _bind(self, op: Op) -> BoundRecord:
         inputs, outputs = [self.tensor(name) for name in op.inputs], [self.tensor(name) for name in op.outputs]
         if op.is_wait:
-            return BoundRecord(op, inputs, outputs, {}, self._collectives.pop(op.waits_for).wait)
+            return BoundRecord(op, inputs, outputs, {}, self._issued.pop(op.waits_for).wait)
+        if op.to is not None:
+            copy = self._issued[op.name] = self.host.bind(op.to, inputs[0], outputs[0])
+            return BoundRecord(op, inputs, outputs, {}, copy.issue)
         if op.kind in FUSED:
             return self._bind_fused(op, inputs, outputs)
         if op.kind not in OPS:
             assert self.comm is not None, f"{op.name}: a collective over {op.axes} without processes"
             staging = outputs[1] if len(outputs) > 1 else None
             collective = self.comm.bind(op.kind, op.axes, inputs[0], outputs[0], staging)
-            self._collectives[op.name] = collective
+            self._issued[op.name] = collective
             return BoundRecord(op, inputs, outputs, {}, collective.issue)
         attrs = {key: value for key, value in op.attrs.items() if key not in ("rank_axes", "shard_axes")}
         for key in ("rank_axes", "shard_axes"):

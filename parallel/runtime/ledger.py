@@ -1,8 +1,8 @@
-"""The ledger: the sequence of collectives that a step ran, to be compared with its program's (torch-free).
+"""The ledger: the sequence of collectives and host copies that a step ran, against its program's (torch-free).
 
-An entry says kind, axes, communicator, payload bytes; order counts within a lane (the axes' link). The executor never
-writes it: ``comm.py`` does when it calls the collective, and tests watch from outside. Both ask the process group which
-communicator it is.
+An entry says kind, axes, communicator, payload bytes; order counts within a lane (the axes' link, or one way of the
+host's). The executor never writes it: ``comm.py`` does when it calls the collective, ``host.py`` when it copies, and
+tests watch from outside. Both ask the process group which communicator it is.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..ir.collectives import FUSED
-from ..ir.communicators import communicator_name
+from ..ir.communicators import communicator
 from ..ir.program import Program
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One collective. ``communicator``: the name of that on which it runs (``ir/communicators.py``)."""
+    """One collective or copy. ``communicator``: the name of that on which it runs (``ir/communicators.py``)."""
 
     kind: str
     lane: str
@@ -29,12 +29,8 @@ class Entry:
 
 def expected(program: Program) -> list[Entry]:
     """What one rank of the program will run. Needs neither tensors nor processes: this is the dry run's ledger."""
-    collectives = [op for op in program.ops if op.comm is not None and not op.is_wait]
-    kinds = [FUSED.get(op.kind, op.kind) for op in collectives]
-    return [
-        Entry(kind, op.lane, communicator_name(op.axes, kind), program.payload_bytes(op))
-        for op, kind in zip(collectives, kinds, strict=True)
-    ]
+    sent = (op for op in program.ops if op.comm is not None and not op.is_wait)
+    return [Entry(FUSED.get(op.kind, op.kind), op.lane, communicator(op), program.payload_bytes(op)) for op in sent]
 
 
 def by_lane(entries: list[Entry]) -> dict[str, list[Entry]]:

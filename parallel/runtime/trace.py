@@ -31,9 +31,9 @@ def traced_step(executor: Executor) -> list[Span]:
     records = [part for record in executor.records for part in record.parts or (record,)]
     for record in records:
         op, start = record.op, now()
-        if op.kind in OPS:
+        if op.kind in OPS or op.to is not None:  # a copy to or from the host is done when it is issued
             record.run()
-            done.append(Span.of(op, COMPUTE_LANE, start, now()))
+            done.append(Span.of(op, COMPUTE_LANE if op.kind in OPS or op.is_wait else op.lane, start, now()))
         elif not op.is_wait:
             work, ended = record.run(), list[float]()
             assert isinstance(work, dist.Work)

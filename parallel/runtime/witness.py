@@ -1,4 +1,4 @@
-"""Watches a step from outside: which c10d ops ran, and how many bytes of storage were alive.
+"""Watches a step from outside: which c10d ops and host copies ran, and how many bytes of storage were alive.
 
 Independent of the executor: a TorchDispatchMode sees every op that torch dispatches, its outputs and their storages.
 What a kernel allocates and frees inside one dispatched op cannot be seen from here.
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..ir.communicators import communicators
 from ..ir.plan import Plan
-from ..ir.records import lane_name
+from ..ir.records import HOST_LANES, Space, lane_name
 from .ledger import Entry
 
 # How torch's dispatcher names the collectives; gloo's reduce-scatter is an all-to-all and a sum (``comm.py``).
@@ -33,14 +33,15 @@ _KINDS = {
 class Witness(TorchDispatchMode):
     """``seen`` lists (kind, communicator, payload bytes) in order; ``peak_bytes`` the most storage alive after any op.
 
-    The communicator's name is the process group's own description.
+    The communicator's name is the process group's own description. ``host``: where copies to the host go.
 
     A count above ``ceiling_bytes`` is believed only when it lasts: gloo's threads hold the tensors of a finished
     collective for up to some milliseconds after ``wait`` returned.
     """
 
-    def __init__(self, alive: Iterable[Tensor], ceiling_bytes: int | None = None) -> None:
+    def __init__(self, alive: Iterable[Tensor], ceiling_bytes: int | None = None, host: Tensor | None = None) -> None:
         super().__init__()
+        self._host = None if host is None else host.untyped_storage()._cdata
         self._ceiling_bytes = ceiling_bytes
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
         self.seen: list[tuple[str, str, int]] = []
@@ -81,6 +82,11 @@ class Witness(TorchDispatchMode):
             group = next(leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.ScriptObject))
             payload = max(t.numel() * t.element_size() for t in tensors)
             self.seen.append((kind, torch.distributed.ProcessGroup.unbox(group).group_desc, payload))
+        if func._schema.name == "aten::copy_":
+            target, source = (tensor.untyped_storage()._cdata for tensor in args[:2])
+            if self._host in (target, source):
+                lane = HOST_LANES[Space.HOST if target == self._host else Space.DEVICE]
+                self.seen.append((lane, lane, args[0].numel() * args[0].element_size()))
         if (ceiling := self._ceiling_bytes) is not None and self.peak_bytes <= ceiling:
             self._wait_for(lambda live: live <= ceiling)
         self.peak_bytes = max(self.peak_bytes, self.live_bytes())

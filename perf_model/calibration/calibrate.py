@@ -336,7 +336,7 @@ def cluster_text(cluster: Cluster, machine: Machine) -> str:
                 written[f.name] = value
         return written
 
-    parts = ("gpu", "matmul", "stream", "measured", "launch", "memory", "topology", "overlap", "spread", "gloo")
+    parts = ("gpu", "matmul", "stream", "measured", "launch", "memory", "topology", "overlap", "spread", "gloo", "host")
     body: dict[str, Any] = {name: section(name, getattr(cluster, name)) for name in parts}
     body["attention"] = {name: section(f"attention.{name}", family) for name, family in cluster.attention.items()}
     head = {"name": machine.name, "about": f"{machine.about}. Measured {machine.date}", "sources": sources}

@@ -26,6 +26,7 @@ from .schema import (
     AttentionFamily,
     Gloo,
     Gpu,
+    Host,
     LaunchConstants,
     Matmul,
     Measured,
@@ -58,6 +59,7 @@ class Cluster:
     nccl: Nccl | None = None
     gloo: Gloo | None = None
     measured: Measured | None = None
+    host: Host | None = None
     software: Software = PLAIN_INSTALL
     facts: Mapping[str, Fact] = field(default_factory=dict, compare=False, repr=False)
     folder: Path = field(default=FOLDER, compare=False, repr=False)
@@ -92,6 +94,17 @@ class Cluster:
                 remedy="leave less of it free",
             )
         return self.with_(**{"memory.usable_bytes": usable - headroom_bytes})
+
+    def check_host(self, held_bytes: int) -> None:
+        """Raise CinemeshError where the host has less memory for a GPU than its rank is to hold there."""
+        free = self.host.memory_bytes if self.host else 0.0
+        if held_bytes > free:
+            raise CinemeshError(
+                f"plan: offload puts {held_bytes / 1e9:.1f} GB a GPU into host memory, and {self.name} has "
+                f"{free / 1e9:.1f}",
+                remedy="offload fewer activations, in fewer blocks (raise last_blocks), or raise tp or cp",
+                what="offload",
+            )
 
     def has_placeholders(self, section: str) -> bool:
         """Whether a number of a section, by its dotted name, is no better than an order of magnitude."""
@@ -241,7 +254,7 @@ _SECTIONS: dict[str, Any] = {
 }
 _BELOW = ("inherits", "base")
 _LIBRARIES: dict[str, Any] = {"nccl": Nccl, "gloo": Gloo}
-_KEYS = ("name", "about", "sources", "packages", "attention", "measured", *_SECTIONS, *_LIBRARIES)
+_KEYS = ("name", "about", "sources", "packages", "attention", "measured", "host", *_SECTIONS, *_LIBRARIES)
 
 
 def from_dict(values: dict[str, Any], name: str, folder: Path = FOLDER) -> Cluster:
@@ -256,6 +269,10 @@ def from_dict(values: dict[str, Any], name: str, folder: Path = FOLDER) -> Clust
         measured = read["measured"] = reader.section(Measured, values["measured"], "measured")
         if other := sorted(set(measured.floor_s) ^ set(measured.bytes_per_s)):
             raise reader.wrong("measured", f"has {other[0]} in one of its two tables", "give each op in both")
+    if "host" in values:
+        read["host"] = reader.section(Host, values["host"], "host")
+        if (link := read["host"].link) not in ("", "nic"):
+            raise reader.wrong("host.link", f"is {quoted(link)}", "write nic, or leave it out")
     families = reader.keyed(values.get("attention") or {}, "attention")
     if not families:
         raise reader.wrong("attention", "is missing", "give at least one family of kernels")

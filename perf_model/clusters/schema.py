@@ -142,6 +142,20 @@ class Topology:
         return self.gpus_per_server * self.servers_per_domain
 
 
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """A server's own memory, and the link of each GPU to it. All for one GPU while every GPU of the server copies.
+
+    ``link``: ``nic`` where copies and the bytes of the GPU's NIC cross one bus; without it, each way is its own.
+    """
+
+    memory_bytes: Bytes
+    to_bytes_per_s: BytesPerSecond
+    from_bytes_per_s: BytesPerSecond
+    latency_s: SecondsOrZero
+    link: str = ""
+
+
 PROTOCOLS = ("LL", "LL128", "Simple")
 SERVERS = ("1", "2", "4")  # the last: and more
 PRIMITIVES = ("all_gather", "all_reduce", "all_to_all", "send_recv")  # of gloo

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ...parallel.ir.communicators import bytes_beside
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
-from ...parallel.ir.records import BufferKind, Holds, Phase
+from ...parallel.ir.records import BufferKind, Holds, Phase, Space
 from ...parallel.passes.liveness import lifetimes
 from ..clusters.cluster import Cluster
 
@@ -69,12 +69,16 @@ def _kept(program: Program) -> set[str]:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Peak bytes of one rank by class, at the record where the program's own bytes peak, its workspace included."""
+    """Peak bytes of one rank by class, at the record where the program's own bytes peak, its workspace included.
+
+    ``host_bytes``: the most that lies in host memory.
+    """
 
     peak_bytes: int
     by_class: dict[str, int]
     peak_op: str
     limit_bytes: float
+    host_bytes: int = 0
 
 
 def outside(cluster: Cluster, plan: Plan) -> dict[str, int]:
@@ -123,4 +127,5 @@ def footprint(program: Program, cluster: Cluster, frozen_bytes: int = 0) -> Foot
     by_class |= outside(cluster, program.plan)
     if frozen_bytes:
         by_class["frozen encoders"] = frozen_bytes
-    return Footprint(sum(by_class.values()), by_class, program.ops[at].name, cluster.memory.usable_bytes)
+    host_bytes = lifetimes(program, Space.HOST).peak_bytes if program.plan.offload else 0
+    return Footprint(sum(by_class.values()), by_class, program.ops[at].name, cluster.memory.usable_bytes, host_bytes)

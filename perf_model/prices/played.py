@@ -58,9 +58,11 @@ def play_step(
 def play_program(
     program: Program, batch: BatchShape, on: Cluster | PriceModels, frozen: FrozenCost | None = None
 ) -> PlayedStep:
-    """Price and play a program that was prepared."""
+    """Price and play a program that was prepared. Raises CinemeshError where host memory is too small for it."""
     models = on if isinstance(on, PriceModels) else PriceModels.of(on)
     cluster, plan = models.cluster, program.plan
+    held = footprint(program, cluster, frozen.bytes if frozen else 0)
+    cluster.check_host(held.host_bytes)
     tape = price(program, models.compute, models.network, cluster)
     timeline = play(tape)
     return PlayedStep(
@@ -69,6 +71,6 @@ def play_program(
         program,
         tape,
         timeline,
-        footprint(program, cluster, frozen.bytes if frozen else 0),
+        held,
         (timeline.step_s + (frozen.seconds if frozen else 0.0)) * cluster.spread.factor(plan.world_size),
     )

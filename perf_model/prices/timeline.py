@@ -17,6 +17,8 @@ was issued earlier has started. After the collective's latency all products but 
 transfer; when both are done, those: latency + max(C (R - 1) / R, W) + C / R, which is the formula given there. What a
 rank copies or sums in its own memory comes on top. Ranks copy without SMs. On gloo nothing runs beside.
 
+[Note: host] A copy to or from the host is in no order with the collectives: only those of its own way stand before it.
+
 A ``Tape`` is a program with its prices, flat and small: playing the 48-layer step takes tens of milliseconds.
 """
 
@@ -32,9 +34,10 @@ from ...parallel.ir.communicators import communicator
 from ...parallel.ir.layout import HEADS, Axes
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
-from ...parallel.ir.records import Op
+from ...parallel.ir.records import Op, Space
 from ..clusters.cluster import Cluster
 from .compute import Compute
+from .host import copy_cost
 from .network import FREE, Cost, Group, Network, group_of
 
 COMPUTE, ISSUE, WAIT, FUSE = 0, 1, 2, 3
@@ -45,9 +48,10 @@ _FOREVER = float("inf")
 class Record:
     """One record of the program with its price.
 
-    ``key``: of a wait, the index of its issue; of an issue, its communicator. ``busy``: compute that needs SMs (True)
-    or memory bandwidth (False). ``leaves``: SMs that compute leaves alone. ``late``: of an issue, without priority.
-    ``alone_s``: of a fused record's ``seconds``, those behind its transfer.
+    ``key``: of a wait, the index of its issue; of an issue, its communicator, or its way of the host's link. ``busy``:
+    compute that needs SMs (True) or memory bandwidth (False). ``leaves``: SMs that compute leaves alone. ``late``: of
+    an issue, without priority. ``copies``: of an issue, see [Note: host]. ``alone_s``: of a fused record's ``seconds``,
+    those behind its transfer.
     """
 
     kind: int
@@ -58,6 +62,7 @@ class Record:
     leaves: int = 0
     late: bool = False
     alone_s: float = 0.0
+    copies: bool = False
 
     @property
     def computes(self) -> bool:
@@ -126,13 +131,13 @@ def price(program: Program, compute: Compute, network: Network | None, cluster: 
                 if op.axes not in groups:
                     groups[op.axes] = group_of(cluster, program.plan, op.axes)
                 ctas = program.plan.ctas(op.axes)
-                cost = cost_of(network, op.kind, program.payload_bytes(op), groups[op.axes], ctas)
+                cost = cost_of(network, op.kind, program.payload_bytes(op), groups[op.axes], ctas, op.to)
             key, late = communicators.setdefault(name, len(communicators)), late_on(cluster, program.plan, op.axes)
             if op.kind in FUSED:
                 records.append(fused_record(program, op, compute, key, cost))
                 total += records[-1].seconds
             else:
-                records.append(Record(ISSUE, key=key, cost=cost, late=late))
+                records.append(Record(ISSUE, key=key, cost=cost, late=late, copies=op.to is not None))
     return Tape(
         records,
         total,
@@ -154,8 +159,10 @@ def late_on(cluster: Cluster, plan: Plan, axes: Axes) -> bool:
     return cluster.nccl is not None and not plan.high_priority(axes)
 
 
-def cost_of(network: Network, kind: str, payload_bytes: int, group: Group, ctas: int) -> Cost:
-    """Of a collective, or of that within a fused record."""
+def cost_of(network: Network, kind: str, payload_bytes: int, group: Group, ctas: int, to: Space | None = None) -> Cost:
+    """Of a collective, or of that within a fused record; of a copy to a space."""
+    if to is not None:
+        return copy_cost(network.cluster, to, payload_bytes)
     cost = network.collective(FUSED.get(kind, kind), payload_bytes, group, ctas if kind not in FUSED else 0)
     if kind not in FUSED:
         return cost
@@ -218,12 +225,13 @@ class Player:
         self.end: dict[int, float] = {}
         self.now = 0.0
         self.queue: deque[tuple[int, Record]] = deque()
+        self.copies: list[tuple[int, Record]] = []  # to and from the host, whose way is not free
         self.flights: list[Flight] = []
         self.occupied: set[int] = set()  # communicators with a collective in flight
         self.computing: Record | None = None
 
     def issue(self, index: int, record: Record) -> None:
-        self.queue.append((index, record))
+        (self.copies if record.copies else self.queue).append((index, record))
         self.launch()
 
     def wait(self, index: int) -> None:
@@ -274,18 +282,28 @@ class Player:
         return busy + self.now - at, waited
 
     def launch(self) -> None:
-        """Start queued collectives in the order of their issue, as far as their communicators are free."""
+        """Start queued collectives in the order of their issue, as far as their communicators are free; and copies."""
         while self.queue:
             index, record = self.queue[0]
             if record.key in self.occupied or (record.late and self._must_yield(record)):
-                return
+                break
             self.queue.popleft()
-            self.start[index] = self.now
-            if record.cost.seconds <= 0.0:
-                self.end[index] = self.now
-                continue
-            self.occupied.add(record.key)
-            self.flights.append(Flight(index, record))
+            self._start(index, record)
+        if self.copies:
+            waiting, self.copies = self.copies, []
+            for index, record in waiting:
+                if record.key in self.occupied:
+                    self.copies.append((index, record))
+                else:
+                    self._start(index, record)
+
+    def _start(self, index: int, record: Record) -> None:
+        self.start[index] = self.now
+        if record.cost.seconds <= 0.0:
+            self.end[index] = self.now
+            return
+        self.occupied.add(record.key)
+        self.flights.append(Flight(index, record))
 
     def _must_yield(self, record: Record) -> bool:
         """Whether the SMs that a collective needs are taken by blocks of compute that stand before its own."""

@@ -34,6 +34,8 @@ STYLES: dict[str, Style] = {
     "all_gather": {"facecolor": "#f2d388", "hatch": "\\\\\\"},
     "reduce_scatter": {"facecolor": "#cf7f5c", "hatch": "...."},
     "all_reduce": {"facecolor": "#9cc5a1", "hatch": "ooo"},
+    "to_host": {"facecolor": "#c9b3d6", "hatch": "--"},
+    "from_host": {"facecolor": "#7a4f7d", "hatch": "--"},
     "compute waits": {"facecolor": "#ffffff", "hatch": "xxxxx", "edgecolor": "#b00020"},
 }
 MEMORY: dict[str, tuple[str, str]] = {  # class: colour, hatch

@@ -268,6 +268,8 @@ def describe(plan: Plan) -> str:
     if plan.recompute_last is not None:
         keep += f" (last {plan.last_blocks} blocks {_keep(plan.recompute_last)})"
     parts.append(f"recompute={keep}")
+    if plan.offload:
+        parts.append(f"offload={':'.join(plan.offload)}")
     parts += [text for text in written(plan, knobs(Overlap)) if text != SEARCHED_WITH]
     parts += plan.streams
     split = [axis for axis in plan.order if plan.size(axis) > 1]
@@ -291,6 +293,7 @@ def binds(whole: PlayedStep) -> list[str]:
     lines.append(
         f"memory: {peak / 1e9:.1f} of {limit / 1e9:.1f} GB at {whole.footprint.peak_op}"
         + (f"; recompute is {whole.plan.recompute}" if whole.plan.recompute != "none" else "; nothing is recomputed")
+        + (f"; {whole.footprint.host_bytes / 1e9:.1f} GB in host memory" if whole.footprint.host_bytes else "")
     )
     return lines
 

@@ -19,7 +19,7 @@ from ...kernels.ops import OPS
 from ...parallel.ir.communicators import communicator
 from ...parallel.ir.layout import Axes
 from ...parallel.ir.plan import Plan
-from ...parallel.ir.records import Op
+from ...parallel.ir.records import Op, Space
 from ...parallel.ir.units import Units
 from ..prices.footprint import FLAT, class_of
 from ..prices.models import PriceModels
@@ -44,7 +44,7 @@ class Alike:
     """A collective that stands in the step as often as it has records.
 
     ``unit``: the unit whose size it has, or whose shard's size if it sums over replicas; "" the whole flat shard; None
-    neither.
+    neither. ``to``: of a copy to or from the host, where it goes.
     """
 
     kind: str
@@ -53,6 +53,7 @@ class Alike:
     bytes: int
     unit: str | None
     width: int
+    to: Space | None = None
 
     def payload(self, units: Units, flat_elements: int) -> int:
         """Bytes under another shard group."""
@@ -156,7 +157,7 @@ class Extrapolation:
                 unit = by_elements.get(payload // width)
             elif op.axes == ("dp_replicate",):
                 unit = by_shard.get(payload // width, "")
-            alike = Alike(op.kind, op.axes, communicator(op), payload, unit, width)
+            alike = Alike(op.kind, op.axes, communicator(op), payload, unit, width, op.to)
             found.setdefault(alike, []).append(i)
         return found
 
@@ -189,7 +190,7 @@ class Extrapolation:
         for alike, at in self._collectives.items():
             axes, was = alike.axes, free.records[at[0]]
             payload, ctas = alike.payload(units, flat), plan.ctas(axes)
-            cost = cost_of(self.models.network, alike.kind, payload, groups[axes], ctas)
+            cost = cost_of(self.models.network, alike.kind, payload, groups[axes], ctas, alike.to)
             if was.kind == ISSUE:
                 changed.update(dict.fromkeys(at, replace(was, cost=cost, late=late_on(cluster, plan, axes))))
             else:  # a fused record has compute of its own
@@ -312,6 +313,14 @@ class Extrapolation:
     @cached_property
     def _peak(self) -> Peak:
         return Peak(self.program, self.few, self.stretches.marks)
+
+    @cached_property
+    def _host_peak(self) -> Peak:
+        return Peak(self.program, self.few, self.stretches.marks, Space.HOST)
+
+    def host_bytes(self, plan: Plan) -> int:
+        """Most bytes that the whole step holds at once in host memory for one rank."""
+        return self._host_peak.bytes(plan) if plan.offload else 0
 
     @property
     def kept_bytes(self) -> int:

@@ -166,6 +166,8 @@ class Frontier:
         if family in self._cut:
             behind = min(todo.per_sample_s for todo in self._cut[family]) / min(self._last_shown_s, self.worth_s) - 1.0
             return Refusal(RefusalKind.SLOWER, family.key, slower=behind, at_least=True)
+        if family.host_refused:
+            return Refusal(RefusalKind.HOST, family.key, family.host_refused)
         fixed: Any = self.request.fixed.get("recompute", "")
         held = family.held_bytes(family.plan)
         full = family.least_bytes("full") + held

@@ -170,7 +170,9 @@ class LowerBound:
 
     def _one_rank(self, recompute: Recompute) -> Extrapolation:
         if recompute not in self._alone:
-            plan = replace(self._one.plan, recompute=recompute)
+            given = self._one.plan  # what is offloaded by hand goes with what is kept by hand
+            offload = given.offload if recompute == given.recompute else ()
+            plan = replace(given, recompute=recompute, offload=offload)
             self._alone[recompute] = Extrapolation(self._one, plan, self.models)
         return self._alone[recompute]
 

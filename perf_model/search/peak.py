@@ -1,11 +1,11 @@
-"""Peak bytes of a step from a few of its blocks, under any shard group (torch-free)."""
+"""Peak bytes of a step in one space from a few of its blocks, under any shard group (torch-free)."""
 
 from __future__ import annotations
 
 from ...kernels.counts import DTYPE_BYTES
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
-from ...parallel.ir.records import BufferKind, Phase
+from ...parallel.ir.records import BufferKind, Phase, Space
 from ...parallel.passes.liveness import lifetimes
 from ..prices.footprint import FLAT, UNIT, class_of
 from .few_blocks import FewBlocks, blocks_of
@@ -19,9 +19,15 @@ class Peak:
     ``kept_bytes``: what one more of the first, and of the last blocks keeps from forward to backward.
     """
 
-    def __init__(self, program: Program, few: FewBlocks, marks: dict[tuple[int | None, Phase], list[int]]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        few: FewBlocks,
+        marks: dict[tuple[int | None, Phase], list[int]],
+        space: Space = Space.DEVICE,
+    ) -> None:
         self.few = few
-        lives = lifetimes(program)
+        lives = lifetimes(program, space)
         self.built = blocks_of(program.plan, few.blocks)
         self.kept_bytes = (0, 0)
         deeper: tuple[list[tuple[int, int]], ...] = ([], [])  # records during which those left out hold kept bytes
@@ -46,7 +52,7 @@ class Peak:
         starting: dict[int, list[Sized]] = {}
         stopping: dict[int, list[Sized]] = {}
         for name, buffer in program.buffers.items():
-            class_ = class_of(program, name, set()) if buffer.base is None else ""
+            class_ = class_of(program, name, set()) if buffer.base is None and space is Space.DEVICE else ""
             if class_ not in FLAT and class_ not in UNIT:
                 continue
             if buffer.kind is not BufferKind.TEMPORARY or name in first:

@@ -164,6 +164,11 @@ def survey(request: Request, worth_s: float = math.inf) -> Search:
             remedy="use fewer, another cluster, or more --servers of this one",
         )
     _check_degrees(request)
+    if request.fixed.get("offload") and "recompute" not in request.fixed:
+        raise CinemeshError(
+            "offload is fixed, and recompute is not: what is kept decides what can be offloaded",
+            remedy="fix recompute too, or leave both to --tune",
+        )
     space = SearchSpace(request)
     refused: list[Refusal] = []
     families = _families(space, refused)

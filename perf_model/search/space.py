@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...errors import CinemeshError
 from ...model.step import check
 from ...parallel.ir.fields import AXES
 from ...parallel.ir.layout import HEADS, TOKENS_GATHERED
@@ -45,7 +46,7 @@ def divisors(value: int) -> list[int]:
 
 def everywhere(request: Request) -> Plan:
     """The fixed fields on degrees that allow every overlap; ``with_degrees`` drops those that others cannot have."""
-    searched = (*AXES, "recompute", "order", "micro_batches")
+    searched = (*AXES, "order", "micro_batches", *(() if "offload" in request.fixed else ("recompute",)))
     fixed = {name: value for name, value in request.fixed.items() if name not in searched}
     values: dict[str, Any] = {"dtype": request.dtype, "prefetch": 1, "grad_units": 2} | fixed
     return Plan(tp=2, cp=2, dp_shard=2, **values)
@@ -91,6 +92,7 @@ class Family:
         self.data_ranks = self.request.gpus // key.model_parallel
         self.plan = everywhere(self.request).with_degrees(tp=key.tp, cp=key.cp, dp_shard=self.data_ranks)
         self.plan = replace(self.plan, micro_batches=key.micro_batches)
+        self.host_refused = ""  # why what is offloaded does not fit there
         self.needed_bytes = (
             0  # of its own buffers and encoders, by the last mode that did not fit the largest shard group
         )
@@ -228,6 +230,14 @@ class Family:
         recompute, lighter = mode
         base = replace(self.plan, recompute=recompute)
         plans = [base.with_degrees(dp_shard=n, dp_replicate=self.data_ranks // n) for n in groups]
+
+        if plans and base.offload:
+            host_bytes = max(step.host_bytes(plans[-1]) for step in self.steps(plans[-1]))
+            try:
+                self.request.cluster.check_host(host_bytes)
+            except CinemeshError as error:
+                self.host_refused = error.problem
+                return [], groups
 
         def fits(plan: Plan) -> bool:
             free = self.evaluator.limit_bytes(plan) - self.held_bytes(plan)

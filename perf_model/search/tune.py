@@ -3,9 +3,9 @@
 The search ranks plans of a few recompute modes whose unit gradients are reduced behind compute and that slice nothing.
 Here the parts of K and V, token slices, deferral, prefetch depth and smaller shard groups are tried, each on top of
 what the ones before brought, and kept when the step becomes shorter by more than ``WORTH``, until none pays any more;
-then the activations worth keeping are chosen for the memory that is left. Last come thread blocks, SM margin and
-priorities: they change prices and no record, so all are tried on one built program, and played only where a lower bound
-leaves something to win.
+then the activations worth keeping are chosen for the memory that is left, and for the host's. Last come thread blocks,
+SM margin and priorities: they change prices and no record, so all are tried on one built program, and played only where
+a lower bound leaves something to win.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ...errors import CinemeshError
 from ...parallel.ir.fields import Overlap, Streams
 from ...parallel.ir.knobs import knobs
 from ...parallel.ir.plan import Plan
-from ...parallel.passes.choose_kept import choose_kept
+from ...parallel.passes.choose_kept import block_of, choose_kept, offloads
 from .evaluator import BuiltPlan, Evaluator
 from .extrapolate import Extrapolation
 from .planner import Search
@@ -203,13 +203,32 @@ class _Tuner:
         seconds = models.record_s(pure)
         while True:
             try:
-                plan, _ = choose_kept(pure, few[False].program, seconds, limit, peak_bytes, blocks=config.layers)
+                plan, kept = choose_kept(pure, few[False].program, seconds, limit, peak_bytes, blocks=config.layers)
             except CinemeshError:
                 return None
             tried = self.price(choice, plan)
             if tried is None or (over := self._peak_bytes(tried.choice) - usable) <= 0:
-                return tried
+                break
             limit -= math.ceil(over)  # a few blocks tell a peak that is a little too low: the rest must fit in less
+        host = self.request.cluster.host
+        if tried is None or host is None or "offload" in self.request.fixed:
+            return tried
+        block = block_of(few[False].program, seconds)
+        more = offloads(pure, block, config.layers, limit, host.memory_bytes, peak_bytes, kept.seconds)
+        return self._offloading(tried, more)
+
+    def _offloading(self, best: _Tried, plans: Iterable[Plan]) -> _Tried:
+        """With what pays of it in host memory: of plans that copy less and less, until that is slower again."""
+        last = math.inf
+        for plan in plans:
+            tried = self.price(best.choice, plan)
+            if tried is None or tried.choice.step_s > last:
+                break
+            last = tried.choice.step_s
+            pays = last < best.choice.step_s * (1.0 - WORTH)
+            if pays and self._peak_bytes(tried.choice) <= self.request.cluster.memory.usable_bytes:
+                best = tried
+        return best
 
     def _peak_bytes(self, choice: PricedPlan) -> int:
         """By whatever judges the plan later on."""

@@ -272,7 +272,7 @@ class _Run:
 
     def _state(self) -> State:
         flights = [(flight.record, flight.latency, flight.transfer) for flight in self.player.flights]
-        return flights, [record for _, record in self.player.queue]
+        return flights, [record for _, record in (*self.player.queue, *self.player.copies)]
 
 
 def _alike(one: State, other: State, within_s: float) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -17,6 +18,7 @@ from harness import Pool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cinemesh.errors import CinemeshError
 from cinemesh.launch.proof.parity import (
     FLOAT64_BOUND,
     OPTIMIZER,
@@ -85,6 +87,15 @@ OVERLAP_PLANS = (
     f"tp=2,cp=2,fused_tp=true,kv_slices=3,{DEFER},recompute=gate:q:lse,recompute_last=full,last_blocks=1",
     f"tp=2,cp=2,dp_shard=2,fused_tp=true,{DEFER},grad_units=2,micro_batches=2",
 )
+# Copies to the host and back: nothing is computed otherwise, so the result is bitwise that of the same plan without.
+OFFLOAD_PLANS = (
+    ("recompute=none,micro_batches=2", "x0:q:lse:o:gate:up"),
+    ("tp=2,recompute=full", "x"),
+    (f"tp=2,cp=2,kv_slices=3,tp_slices=3,grad_units=2,{DEFER}", "kv:q:y1:cross_lse:gate:y3"),
+    (f"cp=2,kv_chunks=3,recompute=kv_gathered:q:lse,recompute_last=none,last_blocks=1,{DEFER}", "kv_gathered:q:x"),
+    (f"tp=2,fused_tp=true,recompute=none,{DEFER}", "h1_gathered:act:rstd2"),
+    ("dp_shard=2,dp_replicate=2,recompute=selective,prefetch=2", "gate:up:o"),
+)
 SLOW_PLANS = (
     *("dp_shard=3", "cp=5", "dp_replicate=3", "cp=7", "cp=8", "dp_shard=8"),
     *(f"tp=2,cp=2,dp_shard=2,recompute={r},prefetch={p}" for r in ("none", "selective", "full") for p in (0, 1, 2)),
@@ -111,12 +122,13 @@ def random_price(seed: int, program: Program, op: Op) -> float:
     return 10.0 ** (zlib.crc32(f"{seed} {op.name}".encode()) % 5)
 
 
-def case_of(text: str, dtype: str) -> Case:
-    return small_case(Plan.parse(text, dtype=dtype))
+def case_of(text: str, dtype: str, layers: int = 0) -> Case:
+    case = small_case(Plan.parse(text, dtype=dtype))
+    return replace(case, config=replace(case.config, layers=layers)) if layers else case
 
 
-def check(pool: Pool, text: str, dtype: str, prices: int | None = None) -> Report:
-    case = case_of(text, dtype)
+def check(pool: Pool, text: str, dtype: str, prices: int | None = None, layers: int = 0) -> Report:
+    case = case_of(text, dtype, layers)
     answer = pool.run(case.plan.world_size, job, case, prices)[0]
     assert answer is not None
     report, norms = answer
@@ -142,6 +154,17 @@ def test_float64(pool: Pool, text: str) -> None:
 @pytest.mark.parametrize("text", OVERLAP_PLANS)
 def test_float64_with_overlap(pool: Pool, text: str) -> None:
     check(pool, text, "float64")
+
+
+@pytest.mark.parametrize(("text", "away"), OFFLOAD_PLANS)
+def test_float64_with_activations_on_the_host(pool: Pool, text: str, away: str) -> None:
+    check(pool, f"{text},offload={away}", "float64", layers=4)
+    kept, gone = (
+        pool.run(case.plan.world_size, whole_run, replace(case, steps=2))
+        for case in (case_of(f"{text}{more}", "float64", 4) for more in ("", f",offload={away}"))
+    )
+    for a, b in zip(kept, gone, strict=True):
+        assert a.losses == b.losses and all(torch.equal(x, y) for x, y in zip(a.weights, b.weights, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +215,21 @@ def plans(draw: st.DrawFn) -> str:
         knobs["grad_units"] = one_of(1, 2, 3)
     if tp * cp > 1:
         knobs["defer_weight_gradients"] = one_of("true", "false")
-    return ",".join(f"{name}={value}" for name, value in knobs.items())
+    text = ",".join(f"{name}={value}" for name, value in knobs.items())
+    away = [
+        role for role in draw(st.lists(st.sampled_from((*ROLES, "x")), max_size=4, unique=True)) if goes(text, role)
+    ]
+    return f"{text},offload={':'.join(away)}" if away else text
+
+
+def goes(text: str, role: str) -> bool:
+    """Whether a plan keeps an activation for backward: else it is refused to offload it."""
+    case = case_of(f"{text},offload={role}", "float64")
+    try:
+        prepare(build_step(case.config, case.plan, case.batch), backend="gloo")
+    except CinemeshError:
+        return False
+    return True
 
 
 ANY_PLAN = (plans(), st.integers(0, 999))

@@ -26,6 +26,7 @@ PLANS = {
     "chunks": "tp=2,cp=2,kv_chunks=2,kv_first=true,recompute=none,micro_batches=2",
     "fused": "tp=2,cp=2,fused_tp=true,recompute=full,recompute_last=selective,last_blocks=1",
     "alone": "tp=1",
+    "host": "tp=2,cp=2,kv_slices=3,tp_slices=2,grad_units=2,recompute=selective,offload=kv:q:o:gate:y1,micro_batches=2",
 }
 CONFIG = replace(preset("tiny"), layers=3)
 SHAPE = BatchShape(2, (6, 4, 12))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from cinemesh.errors import CinemeshError
 from cinemesh.parallel.ir.fields import AXES, Degrees, Memory, Overlap, Streams
-from cinemesh.parallel.ir.knobs import Kept, Knob, OneOf, Order, Size, SomeOf, Switch, Whole, knobs
+from cinemesh.parallel.ir.knobs import Activations, Kept, Knob, OneOf, Order, Size, SomeOf, Switch, Whole, knobs
 from cinemesh.parallel.ir.plan import KNOBS, Plan
 
 DOCS = Path(__file__).parents[3] / "docs" / "overlap.md"
@@ -26,7 +26,7 @@ DOCS = Path(__file__).parents[3] / "docs" / "overlap.md"
 # A field that is added here is one that no other field implies: what follows from others is a property of the plan.
 FIELDS: dict[type, str] = {
     Degrees: "tp cp dp_shard dp_replicate micro_batches order",
-    Memory: "dtype recompute recompute_last last_blocks",
+    Memory: "dtype recompute recompute_last last_blocks offload",
     Overlap: "grad_units kv_slices kv_chunks kv_first tp_slices fused_tp defer_weight_gradients prefetch",
     Streams: "tp_ctas cp_ctas unit_ctas sm_margin normal_priority",
 }
@@ -59,6 +59,8 @@ def values(knob: Knob) -> st.SearchStrategy[Any]:
             return st.lists(st.sampled_from(list(groups)), unique=True).map(tuple)
         case Kept(words=words):
             return st.sampled_from(words) | st.lists(st.sampled_from(["q", "kv_gathered", "o"]), unique=True).map(tuple)
+        case Activations():
+            return st.lists(st.sampled_from(["q", "kv", "o"]), unique=True).map(tuple)
     raise AssertionError(f"{knob.name}: a new kind of knob")
 
 

@@ -17,8 +17,16 @@ from cinemesh.model.inputs import BatchShape
 from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
-from cinemesh.parallel.ir.records import Phase
-from cinemesh.parallel.passes.choose_kept import Activation, BlockCosts, Maker, block_of, choose_kept, share_budget
+from cinemesh.parallel.ir.records import Phase, Space
+from cinemesh.parallel.passes.choose_kept import (
+    Activation,
+    BlockCosts,
+    Maker,
+    block_of,
+    choose_kept,
+    offloads,
+    share_budget,
+)
 from cinemesh.parallel.passes.elide import elide
 from cinemesh.parallel.passes.liveness import lifetimes
 from cinemesh.parallel.passes.pipeline import prepare
@@ -188,3 +196,32 @@ def test_what_even_full_does_not_fit_is_refused() -> None:
     program = step_30b(layers=6)
     with pytest.raises(CinemeshError, match=re.escape("recompute full peaks at ")):
         choose_kept(program.plan, program, default_price, 10**9, peak_bytes)
+
+
+def test_what_goes_to_the_host_fits_both_memories_and_saves_time() -> None:
+    """Of every plan that is offered, by the whole program: only this sees one that would not fit when it runs."""
+    program, layers = built("tp=2,cp=2", layers=6), 6
+    block = block_of(program, default_price)
+
+    @lru_cache
+    def lives(plan: Plan) -> tuple[int, int]:
+        prepared = prepare(replace(program, plan=plan), backend="nccl")
+        return tuple(lifetimes(prepared, space).peak_bytes for space in Space)  # type: ignore[return-value]
+
+    def peak(plan: Plan) -> int:
+        return lives(plan)[0]
+
+    least, most = (peak(replace(program.plan, recompute=name)) for name in ("full", "none"))
+    limit = (least + most) // 2
+    _, kept = choose_kept(program.plan, program, default_price, limit, peak)
+    offered = list(offloads(program.plan, block, layers, limit, 1e12, peak, kept.seconds))
+    assert len(offered) > 1
+    again = [layers * block.point(plan.recompute).seconds for plan in offered]
+    assert again == sorted(again) and again[-1] < kept.seconds
+    for plan in offered:
+        assert peak(plan) <= limit < peak(replace(plan, offload=()))
+        if plan.last_blocks < layers - 1:
+            assert peak(replace(plan, last_blocks=plan.last_blocks + 1)) > limit, "more blocks may keep their own"
+    most_away = max(lives(plan)[1] for plan in offered)
+    fewer = list(offloads(program.plan, block, layers, limit, most_away - 1, peak, kept.seconds))
+    assert fewer == [plan for plan in offered if lives(plan)[1] < most_away] != offered

@@ -253,7 +253,7 @@ def test_the_formula_at_its_two_ends_and_where_they_meet() -> None:
 
 def test_the_default_prices_say_the_same() -> None:
     program = fuse_tp(small())
-    rates = Rates(1e3, 1e9, 8, 100.0, 1.0, 0.0, 0.0)
+    rates = Rates(1e3, 1e9, 8, 100.0, 1.0, 0.0, 0.0, 1.0)
     for op in program.ops[1:]:
         products = program.flops(op) / 1e3
         assert rates.price(program, op) == pytest.approx(max(products, program.wire_bytes(op) / 100 + products / 2))

@@ -202,6 +202,23 @@ def test_replay_is_bitwise_the_eager_step(text: str) -> None:
 
 
 @pytest.mark.gpu
+def test_activations_go_to_the_host_and_back_inside_a_graph() -> None:
+    """Eager and replayed, a step that offloads is bitwise one that keeps: only a GPU has copies that may come late."""
+    kept, away = case_of("dtype=bf16,recompute=none"), case_of("dtype=bf16,recompute=none,offload=gate:up:q:x0")
+    eager, gone, replayed = runner_of(kept), runner_of(away), runner_of(away)
+    assert replayed.capture("required") is None
+    assert gone.executor.host.arena.is_pinned()
+    for step in range(5):
+        for case, runner in ((kept, eager), (away, gone), (away, replayed)):
+            load_batch(case, runner, step)
+            runner.step(1e-2)
+        for name in ("master", "loss"):
+            for other in (gone, replayed):
+                assert torch.equal(eager.buffers[name], other.buffers[name]), f"step {step}: {name}"
+    replayed.close()
+
+
+@pytest.mark.gpu
 def test_replay_allocates_nothing() -> None:
     case = case_of("dtype=bf16")
     runner = runner_of(case)

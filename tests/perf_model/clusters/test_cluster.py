@@ -45,8 +45,9 @@ def test_every_number_says_where_it_comes_from(name: str) -> None:
     guessed = {path.split(".")[0] for path, fact in cluster.facts.items() if fact.origin == "placeholder"}
     if name == "local-cpu":
         assert "gpu" in guessed and "gloo" in guessed
-    else:  # kernels that nobody has measured: ours, torch's with a bias, what sums in order cost
-        assert guessed == {"attention"}
+    else:  # kernels that nobody has measured: ours, torch's with a bias, what sums in order cost; what of its memory a
+        # server leaves to copies
+        assert guessed == {"attention", "host"}
 
 
 def test_rates_stand_in_one_table() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from cinemesh.errors import CinemeshError
 from cinemesh.model.config import preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.model.step import build_step, unit_layout
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.records import BufferKind
 from cinemesh.parallel.passes.pipeline import prepare
+from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.footprint import stack
+from cinemesh.perf_model.prices.played import play_step
 
 
 @pytest.mark.parametrize("text", ["tp=2,dp_shard=2", "dp_shard=4,prefetch=2,grad_units=2", "cp=2,micro_batches=2"])
@@ -30,3 +35,22 @@ def test_states_and_units_stand_in_their_classes(text: str) -> None:
     for name in ("gathered units", "unit gradients"):
         assert min(classes[name]) == 0 and max(classes[name]) >= largest
     assert classes["kept activations"][-1] == 0 < max(classes["kept activations"])
+
+
+def test_host_memory_is_counted_apart_and_refused_where_it_is_too_small() -> None:
+    """Of the whole step: 7 of 8 blocks send one storage each; a byte less than they need does not do."""
+    config, batch, cluster = (
+        replace(preset("movie-gen-30b"), layers=8),
+        BatchShape(1, (4, 32, 32)),
+        load("grand-teton-h100"),
+    )
+    plan = Plan.parse("tp=2,cp=2,recompute=selective,offload=gate")
+    kept, away = (play_step(config, p, batch, cluster).footprint for p in (replace(plan, offload=()), plan))
+    needed = (
+        7 * 4 * 32 * 32 // 4 // 2 * config.ffn // 2 * 2
+    )  # tokens of a rank's cp share, columns of its tp share, bf16
+    assert (kept.host_bytes, away.host_bytes) == (0, needed)
+    assert away.by_class["kept activations"] < kept.by_class["kept activations"]
+    play_step(config, plan, batch, cluster.with_(**{"host.memory_bytes": float(needed)}))
+    with pytest.raises(CinemeshError, match="GB a GPU into host memory"):
+        play_step(config, plan, batch, cluster.with_(**{"host.memory_bytes": float(needed - 1)}))

@@ -10,9 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cinemesh.errors import CinemeshError
 from cinemesh.parallel.ir.fields import AXES
 from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.ir.records import Space
 from cinemesh.perf_model.clusters.cluster import load
+from cinemesh.perf_model.prices.host import copy_cost
 from cinemesh.perf_model.prices.network import FREE, KINDS, Candidate, Group, Network, group_of, groups_of, ring_group
 
 DATA = Path(__file__).parent / "data"
@@ -209,6 +212,21 @@ def test_of_all_groups_the_worst_is_priced(plan: Plan, axes: tuple[str, ...], do
     """Only here: a price of rank 0's group where others lie worse, as where tp 16 meets racks of 72."""
     group = group_of(load("gb200-nvl72-ib400"), plan, axes)
     assert (group.domains, group.nics) == (domains, nics) == worst_of(plan, {*axes}, 72)
+
+
+def test_copies_to_and_from_the_host() -> None:
+    """Each way at its own rate; on x86 over the bus of the NIC, on a Grace over a link of its own; refused unknown."""
+    for name, out_s, back_s, link in (
+        ("grand-teton-h100", 1 / 52.8, 1 / 55.6, "nic"),
+        ("gb200-nvl72-ib400", 1 / 148, 1 / 187, "to_host"),
+    ):
+        out, back = (copy_cost(load(name), to, 10**9) for to in (Space.HOST, Space.DEVICE))
+        assert (out.transfer_s, back.transfer_s) == pytest.approx((out_s, back_s))
+        assert (out.link, out.sms, out.latency_s) == (link, 0, pytest.approx(10e-6))
+        assert out.memory_bytes_per_s == pytest.approx(1e9 / out_s)
+    with pytest.raises(CinemeshError, match="cluster grand-teton-h100 says nothing of its host's memory"):
+        copy_cost(replace(load("grand-teton-h100"), host=None), Space.HOST, 1)
+    assert copy_cost(load("local-cpu"), Space.HOST, 1).sms == 1, "the core that copies computes nothing meanwhile"
 
 
 def test_half_the_nics_halve_the_rate() -> None:

@@ -29,8 +29,8 @@ def compute(seconds: float, needs_sms: bool = True, leaves: int = 0) -> Record:
     return Record(COMPUTE, seconds, needs_sms, leaves=leaves)
 
 
-def issue(communicator: int, what: Cost, late: bool = False) -> Record:
-    return Record(ISSUE, key=communicator, cost=what, late=late)
+def issue(communicator: int, what: Cost, late: bool = False, copies: bool = False) -> Record:
+    return Record(ISSUE, key=communicator, cost=what, late=late, copies=copies)
 
 
 def wait(index: int) -> Record:
@@ -61,6 +61,23 @@ def test_a_collective_starts_after_the_start_of_every_earlier_issue() -> None:
         tape(issue(0, cost(1.0)), issue(0, cost(1.0)), issue(1, cost(1.0, link="nic")), wait(0), wait(1), wait(2))
     )
     assert played.start[2] == pytest.approx(1.0, abs=EXACT)
+
+
+def test_a_copy_to_the_host_is_in_no_order_with_collectives() -> None:
+    """The second collective has not started; the copy issued behind it does, and holds back nothing itself.
+
+    Two copies of one way run one after the other. Rule (c) for them would expose what the copy engines hide.
+    """
+    away = cost(4.0, link="to_host")
+    records = (issue(0, cost(1.0)), issue(0, cost(1.0)), issue(1, away, copies=True), issue(1, away, copies=True))
+    played = play(tape(*records, issue(2, cost(1.0, link="nic")), wait(4), wait(0), wait(1), wait(2), wait(3)))
+    assert [played.start[i] for i in (2, 3, 4)] == pytest.approx([0.0, 4.0, 1.0], abs=EXACT)
+    assert played.step_s == pytest.approx(8.0, abs=EXACT)
+
+
+def test_a_copy_shares_the_bus_that_the_nic_is_on() -> None:
+    played = play(tape(issue(0, cost(1.0, link="nic")), issue(1, cost(1.0, link="nic"), copies=True), wait(0), wait(1)))
+    assert played.end[0] == played.end[1] == pytest.approx(2.0, abs=EXACT)
 
 
 def test_two_collectives_on_one_link_share_it() -> None:

@@ -25,7 +25,7 @@ from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.footprint import CLASSES, outside
 from cinemesh.perf_model.prices.played import play_step
-from cinemesh.perf_model.report import draw_plans, draw_step, draw_waterfall, explain, landscape, report
+from cinemesh.perf_model.report import draw_plans, draw_step, draw_waterfall, explain, landscape, report, trace
 from cinemesh.perf_model.report.explain import describe
 from cinemesh.perf_model.report.landscape import Landscape, neutral_groups
 from cinemesh.perf_model.report.page import Story
@@ -222,6 +222,14 @@ def test_kinds_differ_without_colour() -> None:
     for looks in map(list, looks_of):
         for (colour_a, hatch_a), (colour_b, hatch_b) in itertools.combinations(looks, 2):
             assert hatch_a != hatch_b or abs(grey(colour_a) - grey(colour_b)) > 0.15
+
+
+def test_every_kind_of_record_has_a_look() -> None:
+    """Copies to the host are collectives of no kind: a picture of a plan that offloads would stop at the first."""
+    plan = Plan.parse("tp=2,cp=2,dp_shard=2,recompute=selective,offload=gate")
+    played = play_step(replace(preset("tiny"), layers=3), plan, BatchShape(1, (2, 8, 8)), load("grand-teton-h100"))
+    drawn = {draw_step.style_of(span) for span in trace.predicted(played)}
+    assert {"to_host", "from_host", "all_gather"} <= drawn <= set(draw_step.STYLES)
 
 
 def test_every_class_of_memory_has_a_look() -> None:

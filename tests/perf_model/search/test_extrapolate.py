@@ -47,6 +47,10 @@ PLANS = [
     Plan(tp=2, cp=6, dp_shard=16, dp_replicate=32, grad_units=2, recompute_last="none", last_blocks=12),
     # Between the two modes a gather is waited for before one that was issued earlier.
     Plan(tp=2, cp=4, dp_shard=64, grad_units=2, tp_slices=4, defer_weight_gradients=True, **MIXED),
+    replace(
+        Plan(tp=1, cp=4, dp_shard=128, dp_replicate=12, grad_units=2, offload=("kv", "q", "gate", "up", "y3")),
+        **{"recompute_last": "selective", "last_blocks": 6},
+    ),
 ]
 
 
@@ -63,6 +67,7 @@ def test_a_few_blocks_say_what_the_whole_48_layers_take(plan: Plan) -> None:
     own = deep.footprint.peak_bytes - sum(deep.footprint.by_class.get(name, 0) for name in outside(CLUSTER, plan))
     # 100 MB of 66 GB: where the order differs, one gathered K or V may live a little longer.
     assert step.peak_bytes(plan) == pytest.approx(own, abs=1e8)
+    assert step.host_bytes(plan) == deep.footprint.host_bytes
 
 
 def test_eight_micro_batches_take_what_a_few_of_them_say() -> None:

@@ -89,6 +89,20 @@ def test_a_recompute_that_is_fixed_is_what_does_not_fit() -> None:
     assert search(ask(gpus=64, fixed={"tp": 1, "cp": 4})).best.plan.recompute != "none"
 
 
+def test_an_offload_that_is_fixed_stands_where_it_can() -> None:
+    """Host memory keeps families out, each with its numbers; what is kept must be fixed with what of it goes."""
+    fixed = {"recompute": "selective", "offload": ("gate", "up"), "tp": 2}
+    request = ask(gpus=64, buckets=(LatentBucket((16, 96, 96)),), fixed=fixed)
+    found = search(request)
+    assert found.best.plan.offload == ("gate", "up")
+    small = search(replace(request, cluster=request.cluster.with_(**{"host.memory_bytes": 20e9})))
+    refused = {refusal.family.cp: refusal for refusal in small.refused if refusal.kind is RefusalKind.HOST}
+    assert refused and max(refused) < small.best.plan.cp
+    assert all("GB a GPU into host memory" in refusal.reason for refusal in refused.values())
+    with pytest.raises(CinemeshError, match="offload is fixed, and recompute is not"):
+        search(replace(request, fixed={"offload": ("gate",)}))
+
+
 def test_numbers_of_refusals_read_as_what_they_are() -> None:
     family = FamilyKey(1, 1)
     slow = Refusal(RefusalKind.SLOWER, family, slower=239.324, at_least=True)

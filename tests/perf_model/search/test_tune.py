@@ -18,7 +18,7 @@ from cinemesh.perf_model.prices.timeline import play, price
 from cinemesh.perf_model.search import tune as tuning
 from cinemesh.perf_model.search.evaluator import Evaluator
 from cinemesh.perf_model.search.planner import search
-from cinemesh.perf_model.search.request import LatentBucket, Request
+from cinemesh.perf_model.search.request import LatentBucket, PricedPlan, Request
 from cinemesh.perf_model.search.tune import tune
 
 CLUSTER = load("grand-teton-h100", packages="fa3")  # whose kernels can leave SMs alone
@@ -118,3 +118,27 @@ def test_gloo_takes_as_long_whatever_is_set() -> None:
         play_step(preset("tiny"), p, BatchShape(1, (2, 4, 4)), load("local-cpu")).timeline.step_s for p in (plan, asked)
     }
     assert len(times) == 1
+
+
+def test_activations_go_to_the_host_where_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else tells that the choice is priced: with a link a hundredth as fast the same plan would be chosen."""
+    monkeypatch.setattr(tuning, "SHARING", {})
+    monkeypatch.setattr(tuning, "_changes", lambda: iter(()))
+    fixed: dict[str, object] = {"tp": 1, "cp": 4, "dp_shard": 8}
+    request = Request(replace(BIG, layers=12), (LatentBucket(LATENT),), CLUSTER.with_headroom(45e9), 64, fixed=fixed)
+    found = search(replace(request, shown=1)).best
+
+    def chosen(**changes: object) -> PricedPlan:
+        cluster = replace(CLUSTER.with_headroom(45e9), **changes)  # type: ignore[arg-type]
+        return tune(replace(request, cluster=cluster), found)
+
+    host = CLUSTER.host
+    assert host is not None
+    slow = replace(host, to_bytes_per_s=host.to_bytes_per_s / 100, from_bytes_per_s=host.from_bytes_per_s / 100)
+    pays, unknown, slower = chosen(), chosen(host=None), chosen(host=slow)
+    assert pays.plan.offload and pays.step_s < 0.99 * unknown.step_s
+    assert pays.peak_bytes <= request.cluster.memory.usable_bytes
+    assert not unknown.plan.offload and slower.plan == unknown.plan
+    played = play_step(request.config, pays.plan, BatchShape(pays.samples, LATENT), request.cluster)
+    assert pays.step_s == pytest.approx(played.step_s, rel=1e-3)
+    assert played.footprint.peak_bytes <= request.cluster.memory.usable_bytes

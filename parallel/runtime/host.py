@@ -1,0 +1,71 @@
+"""Copies between a device and the memory of its host: pinned there, on a stream for each way, beside compute.
+
+On a CPU both are the same memory, and a copy is done when it is issued.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+from torch.cuda import cudart
+
+from ...errors import CinemeshError
+from ..ir.records import HOST_LANES, Space
+from .comm import BoundCollective
+from .ledger import Entry
+
+
+class HostLink:
+    """One rank's copies. ``arena``: the bytes on the host in which its storages lie."""
+
+    def __init__(self, size_bytes: int, device: str, arena: Tensor | None = None) -> None:
+        """``arena``: of another executor that never runs at the same time; where it is too small, or None, its own."""
+        self.ledger: list[Entry] = []
+        self.record = False
+        on_gpu = torch.device(device).type == "cuda"
+        if arena is None or arena.numel() < size_bytes:
+            arena = torch.empty(size_bytes, dtype=torch.uint8)
+            if on_gpu and size_bytes:
+                _pin(arena)
+        self.arena = arena
+        self._streams = {to: torch.cuda.Stream(device) for to in Space} if on_gpu and size_bytes else {}
+
+    def bind(self, to: Space, source: Tensor, output: Tensor) -> BoundCollective:
+        """A copy of one contiguous tensor onto another, resolved once for all steps.
+
+        It starts after all compute before its issue; compute behind its wait starts after it. A capture takes it in.
+        """
+        entry = Entry(HOST_LANES[to], HOST_LANES[to], HOST_LANES[to], source.numel() * source.element_size())
+        stream = self._streams.get(to)
+        done = None if stream is None else torch.cuda.Event()
+
+        def issue() -> None:
+            if self.record:
+                self.ledger.append(entry)
+            if stream is None or done is None:
+                output.copy_(source)
+                return
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                output.copy_(source, non_blocking=True)
+            done.record(stream)
+
+        def wait() -> None:
+            if done is not None:
+                torch.cuda.current_stream().wait_event(done)
+
+        return BoundCollective(issue, wait)
+
+
+def _pin(arena: Tensor) -> None:
+    """Lock its pages. Torch's own pinned memory comes in powers of two: up to twice as much as a step needs."""
+    runtime, address = cudart(), arena.data_ptr()
+    assert runtime is not None
+    if (error := runtime.cudaHostRegister(address, arena.numel(), 0)) != runtime.cudaError.success:
+        raise CinemeshError(
+            f"plan: offload: {arena.numel() / 1e9:.1f} GB of host memory cannot be pinned: {error}",
+            remedy="offload less, or raise the limit of locked memory (ulimit -l)",
+        )
+    weakref.finalize(arena, runtime.cudaHostUnregister, address)
