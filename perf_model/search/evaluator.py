@@ -60,6 +60,11 @@ class BuiltPlan:
         return replace(self, plan=plan)
 
     @property
+    def rough(self) -> bool:
+        """Whether blocks that are not shown to repeat stand for others: some percent of a step with late gradients."""
+        return any(step.stretches.rough for step in self.steps)
+
+    @property
     def program_bytes(self) -> int:
         """Most bytes that the step's own buffers hold at once on one rank, in the bucket that needs most."""
         return max(step.peak_bytes(self.plan) for step in self.steps)
@@ -106,13 +111,17 @@ class Evaluator:
             self.request.programs.shared(self.request.config, plan, batch) for batch in self._batches(plan, samples)
         ]
 
+    def own_cost(self, built: BuiltPlan) -> PlanCost:
+        """By the plan's own program."""
+        return self._by_own_program(built.plan, built.samples, built.held).cost
+
     def cost(self, built: BuiltPlan) -> PlanCost:
         """Seconds and bytes of a step, from its few blocks, or by its own program where these do not tell."""
         self.priced += 1
         try:
             return self._extrapolated(built)
         except NotSteady:
-            return self._by_own_program(built.plan, built.samples, built.held).cost
+            return self.own_cost(built)
 
     def settled(self, choice: PricedPlan) -> PricedPlan:
         """A plan priced by its own program: within 0.1 % of the whole step played, or by that play.

@@ -105,8 +105,8 @@ class _Tuner:
         except CinemeshError:
             return None
 
-    def _priced(self, choice: PricedPlan, built: BuiltPlan) -> _Tried:
-        cost = self.evaluator.cost(built)
+    def _priced(self, choice: PricedPlan, built: BuiltPlan, *, own: bool = False) -> _Tried:
+        cost = self.evaluator.own_cost(built) if own else self.evaluator.cost(built)
         priced = replace(
             choice, plan=built.plan, step_s=cost.step_s, compute_s=cost.compute_s, peak_bytes=cost.peak_bytes
         )
@@ -118,6 +118,8 @@ class _Tuner:
         if self.evaluator.bound_s(built) >= enough:
             return None
         tried = self._priced(best, built)
+        if tried.choice.step_s < enough and built.rough:
+            tried = self._priced(best, built, own=True)
         return tried if tried.choice.step_s < enough else None
 
     def _fits(self, choice: PricedPlan) -> bool:

@@ -56,11 +56,11 @@ class Stretches:
     """What repeats in a program of a few blocks and micro-batches.
 
     ``last_blocks``: those that recompute otherwise than the first ones. With ``proven`` only stretches are taken that
-    equal their neighbour: raises NotSteady where there are none.
+    equal their neighbour: raises NotSteady where there are none. ``rough``: another one stands for what is left out.
     """
 
     def __init__(self, program: Program, *, proven: bool) -> None:
-        self.program, self.proven = program, proven
+        self.program, self.proven, self.rough = program, proven, False
         self.last_blocks = program.plan.last_blocks
         self.marks = _marks(program)
         self._issue_of = _issue_of(program)
@@ -139,7 +139,7 @@ class Stretches:
                 return j + 1
         if self.proven or not bodies:
             return -1
-        middle = (len(bodies) - 1) // 2
+        self.rough, middle = True, (len(bodies) - 1) // 2
         order = sorted(range(len(bodies)), key=lambda j: (abs(j - middle), j))
         return next((j for j in order if self._balanced(bodies[j])), -1)
 
