@@ -86,7 +86,7 @@ def test_how_the_gpu_is_shared_is_what_brute_force_finds(slowdown: float, monkey
 
 
 def test_what_a_few_blocks_promise_is_asked_of_a_plans_own_program() -> None:
-    """Late gradients take blocks to repeat: the few that serve many plans promise 1 %, the whole step takes 1 % more."""
+    """Late gradients take blocks to repeat: the few that serve many plans promise 1 %, whole it takes 1 % more."""
     kept = ("modulation", "kv", "q", "o", "lse", "y1", "cross_kv", "cross_q", "x2", "up", "y3")
     both = {"recompute": kept, "recompute_last": (*kept, "gate"), "last_blocks": 33}
     more = {"kv_chunks": 3, "tp_slices": 8, "defer_weight_gradients": True, "prefetch": 2, "grad_units": 2}
