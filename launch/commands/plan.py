@@ -267,7 +267,7 @@ def _print_nearby(console: Console, request: Request, others: list[Nearby]) -> N
     server = request.cluster.gpus_per_server
     for other in others:
         best, left = other.best, request.gpus - other.gpus
-        what = f"a global batch of {best.global_batch:,}"
+        what = f"a global batch of {request.batch_text(best.global_batch)}"
         if left:
             servers = f" ({left // server:,} servers)" if left % server == 0 else ""
             what = f"{other.gpus:,} GPUs, with {left:,} left out{servers},"
@@ -308,7 +308,7 @@ def _print_search(console: Console, request: Request, found: Search, flops: floa
         table.add_row(
             f"{rank}{'=' if id(choice) in ties else ''}",
             describe(choice.plan),
-            " + ".join(f"{batch:,}" for batch in dict.fromkeys(_batches(request, choice))),
+            request.batch_text(choice.global_batch),
             f"{choice.step_s:.3f} {choice.step_s * bar.low:+.2g} {choice.step_s * bar.high:+.2g}",
             f"{choice.samples_per_s:.1f}",
             f"{explain.mfu_of(request, choice, flops):.1%}",
@@ -329,11 +329,6 @@ def _print_search(console: Console, request: Request, found: Search, flops: floa
     )
     for refusal in _telling(found.refused):
         console.print(f"  {refusal.family}: {refusal.reason}")
-
-
-def _batches(request: Request, choice: PricedPlan) -> Iterator[int]:
-    """Samples of a step of each latent."""
-    return (bucket.times * choice.global_batch for bucket in request.buckets)
 
 
 def _telling(refused: list[Refusal]) -> list[Refusal]:

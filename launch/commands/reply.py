@@ -111,7 +111,10 @@ class Refused:
     cp: int
     samples: int
     micro_batches: int
-    kind: Annotated[str, "`divides`, `placement`, `memory`, `host`, or `slower`: it fits, behind those shown"]
+    kind: Annotated[
+        str,
+        "`divides`, `placement`, `micro_batches` (too many), `memory`, `host`, or `slower`: it fits, but behind",
+    ]
     reason: Annotated[str, "a sentence with the numbers"]
     needs_bytes: Annotated[float, "of one rank at least; 0 unless `memory`"]
     free_bytes: Annotated[float, "what there is of them; 0 unless `memory`"]

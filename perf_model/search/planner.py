@@ -18,6 +18,7 @@ from typing import cast
 from ...errors import CinemeshError
 from ...model.config import latent_text
 from ...parallel.ir.fields import AXES
+from .dealing import dealt
 from .evaluator import Evaluator
 from .frontier import Frontier
 from .nearby import close_batches, fewer_gpus
@@ -68,7 +69,10 @@ class Search:
 
     @property
     def nearest(self) -> Refusal | None:
-        """The refused family that needs the least memory; one of another kind where none fails for that."""
+        """The refused family of the fewest micro-batches too many, else that of the least memory, else the first."""
+        too_many = [refusal for refusal in self.refused if refusal.kind is RefusalKind.MICRO_BATCHES]
+        if too_many:
+            return min(too_many, key=lambda r: r.family.micro_batches)
         too_big = [refusal for refusal in self.refused if refusal.kind is RefusalKind.MEMORY]
         return min(too_big, key=lambda r: r.needs_bytes) if too_big else self.refused[0] if self.refused else None
 
@@ -103,27 +107,8 @@ def _families(space: SearchSpace, refused: list[Refusal]) -> list[Family]:
             if not family.shard_groups():
                 refused.append(Refusal(RefusalKind.DIVIDES, family.key, family.no_groups()))
                 continue
-            families.extend(_batches(space, tp, cp, refused))
+            families.extend(dealt(space, tp, cp, refused))
     return families
-
-
-def _batches(space: SearchSpace, tp: int, cp: int, refused: list[Refusal]) -> Iterator[Family]:
-    """Families of one (tp, cp): how the samples of a step are dealt out."""
-    request = space.request
-    data_ranks = request.gpus // (tp * cp)
-    fixed = request.fixed
-    if request.global_batch is None:
-        micro_batches = int(fixed.get("micro_batches", 1))  # type: ignore[arg-type]
-        yield Family(space, FamilyKey(tp, cp, request.samples, micro_batches))
-        return
-    if request.global_batch % data_ranks:
-        rule = f"global batch({request.global_batch}) % data ranks({data_ranks}) != 0"
-        refused.append(Refusal(RefusalKind.DIVIDES, FamilyKey(tp, cp), rule))
-        return
-    share = request.global_batch // data_ranks
-    for micro_batches in divisors(share):
-        if fixed.get("micro_batches", micro_batches) == micro_batches:
-            yield Family(space, FamilyKey(tp, cp, share // micro_batches, micro_batches))
 
 
 def search(request: Request) -> Search:
@@ -237,8 +222,12 @@ def _remedy(found: Search) -> str:
         free = f"free {fixed}, or " if fixed else ""
         for asked in _close_by(request):
             if (fits := _fitting(asked)) is not None:
-                close = f"{asked.gpus} GPUs and a global batch of {fits.global_batch(asked.gpus)}"
+                batch = asked.batch_text(fits.global_batch(asked.gpus))
+                close = f"{asked.gpus} GPUs and a global batch of {batch}"
                 return f"{free}{close} would do, with tp={fits.tp} cp={fits.cp}"
+        if found.nearest is not None and found.nearest.kind is RefusalKind.MICRO_BATCHES:
+            many = found.nearest.family.micro_batches
+            return f"{free}take fewer samples a step or more GPUs, or ask for them: --fix micro_batches={many}"
         return f"{free}change the GPUs or the global batch"
     if found.nearest.fixed and found.nearest.full_bytes <= found.nearest.free_bytes:
         return "free recompute: the planner chooses what to keep"

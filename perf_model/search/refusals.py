@@ -36,6 +36,7 @@ class RefusalKind(StrEnum):
 
     DIVIDES = "divides"  # a degree does not divide what it splits
     PLACEMENT = "placement"  # a group would lie where it cannot
+    MICRO_BATCHES = "micro_batches"  # more than a plan may have
     MEMORY = "memory"
     HOST = "host"  # what is offloaded needs more host memory than there is
     SLOWER = "slower"  # it fits, and is not among the plans shown
@@ -45,10 +46,11 @@ class RefusalKind(StrEnum):
 class Refusal:
     """A family that is not in the table, and the number that keeps it out.
 
-    ``rule``: what is broken, with its numbers (``DIVIDES``, ``PLACEMENT``, ``HOST``). ``needs_bytes``, ``free_bytes``:
-    of one rank, the least under full recompute, or under ``fixed`` if one was given, and what there is (``MEMORY``);
-    ``full_bytes``: then the least under full recompute. ``slower``: seconds a sample over those of the
-    last plan shown, less 1; ``at_least``: only a lower bound of it is known, no plan was played (``SLOWER``).
+    ``rule``: what is broken, with its numbers (``DIVIDES``, ``PLACEMENT``, ``MICRO_BATCHES``, ``HOST``).
+    ``needs_bytes``, ``free_bytes``: of one rank, the least under full recompute, or under ``fixed`` if one was given,
+    and what there is (``MEMORY``); ``full_bytes``: then the least under full recompute. ``slower``: seconds a sample
+    over those of the last plan shown, less 1; ``at_least``: only a lower bound of it is known, no plan was played
+    (``SLOWER``).
     """
 
     kind: RefusalKind

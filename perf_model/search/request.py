@@ -63,6 +63,10 @@ class Request:
         """A data rank's micro-batch of every bucket."""
         return [BatchShape(samples * bucket.times, bucket.latent) for bucket in self.buckets]
 
+    def batch_text(self, global_batch: int) -> str:
+        """Samples of a step, in words; of each bucket, where they differ."""
+        return " + ".join(dict.fromkeys(f"{bucket.times * global_batch:,}" for bucket in self.buckets))
+
     @property
     def mean_times(self) -> float:
         """Samples of a mean step over those of ``global_batch``."""
