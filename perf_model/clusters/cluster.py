@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from ...documents import mapping, quoted, read_yaml
 from ...errors import CinemeshError, did_you_mean
@@ -71,6 +71,11 @@ class Cluster:
     @property
     def gpus(self) -> int:
         return self.topology.gpus_per_server * self.topology.servers
+
+    @property
+    def backend(self) -> Literal["gloo", "nccl"]:
+        """What carries the collectives of a step there."""
+        return "gloo" if self.nccl is None else "nccl"
 
     @property
     def device(self) -> str:

@@ -51,8 +51,7 @@ def play_step(
 ) -> PlayedStep:
     """Build, price and play every record of a step. Raises CinemeshError for a plan that cannot run it."""
     models = on if isinstance(on, PriceModels) else PriceModels.of(on)
-    backend = "gloo" if models.cluster.nccl is None else "nccl"
-    return play_program(prepare(build_step(config, plan, batch), backend=backend), batch, models, frozen)
+    return play_program(prepare(build_step(config, plan, batch), backend=models.cluster.backend), batch, models, frozen)
 
 
 def play_program(

@@ -114,7 +114,7 @@ class Extrapolation:
     def __init__(self, few: FewBlocks, plan: Plan, models: PriceModels) -> None:
         self.few, self.models = few, models
         self.plan = few.under(plan)
-        self.program = few.prepared(plan)
+        self.program = few.prepared(plan, models.cluster.backend)
         self.built = blocks_of(self.plan, few.blocks)
         self.stretches = Stretches(self.program, proven=few.own)
         self._unrolled: dict[tuple[tuple[int, int], int], Unrolled] = {}

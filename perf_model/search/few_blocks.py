@@ -164,8 +164,8 @@ class FewBlocks:
                 buffers[name] = _part(program, sized, buffers[name])
         return sized
 
-    def prepared(self, plan: Plan) -> Program:
-        """What runs ``plan`` on NCCL: all passes applied, those that look at records alone once for all degrees."""
+    def prepared(self, plan: Plan, backend: str) -> Program:
+        """What runs ``plan``: all passes applied, those that look at records alone once for all degrees."""
         plan = self.under(plan)
         alike = plan.with_degrees(**{axis: min(plan.size(axis), 2) for axis in AXES})
         if alike not in self._arranged:
@@ -175,7 +175,7 @@ class FewBlocks:
             self._arranged[alike] = self, program, ScheduleWindows(program)
         first, arranged, windows = self._arranged[alike]
         program = replace(self._sized(arranged, first), plan=plan)
-        for run in finishing(plan, backend="nccl", windows=windows):
+        for run in finishing(plan, backend=backend, windows=windows):
             program = run(program)
         return program
 
@@ -227,11 +227,11 @@ class Programs:
         key = (_proven_blocks(config, plan, more), micro_batches, "own")
         return self._serving(key, partial(FewBlocks.proven, more=more), config, plan, batch)
 
-    def whole(self, config: ModelConfig, plan: Plan, batch: BatchShape) -> Program:
-        """Every record of a plan's step, as it runs on NCCL."""
-        key = (config, plan, batch)
+    def whole(self, config: ModelConfig, plan: Plan, batch: BatchShape, backend: str) -> Program:
+        """Every record of a plan's step, as it runs on a backend."""
+        key = (config, plan, batch, backend)
         if self._whole is None or self._whole[0] != key:
-            self._whole = key, prepare(build_step(config, plan, batch), backend="nccl")
+            self._whole = key, prepare(build_step(config, plan, batch), backend=backend)
         return self._whole[1]
 
     def _serving(self, key: object, build: Build, config: ModelConfig, plan: Plan, batch: BatchShape) -> FewBlocks:

@@ -228,7 +228,7 @@ def test_records_arranged_for_other_degrees_run_in_the_order_of_their_own(
     plans = [replace(base, **parts).with_degrees(tp=tp, cp=cp) for tp, cp in (first, degrees)]
     assume(overlaps(plans[0]) == overlaps(plans[1]))  # degrees of one drop some: then another program serves
     shared = FewBlocks.build(BIG, replace(base, **overlaps(plans[1])), BatchShape(1, LATENT))
-    _, moved = (shared.on(plan).prepared(plan) for plan in plans)
+    _, moved = (shared.on(plan).prepared(plan, "nccl") for plan in plans)
     own = FewBlocks.build(BIG, plans[1], BatchShape(1, LATENT))
     program = prepare(replace(own.program, plan=own.under(plans[1])), backend="nccl")
     assert [op.name for op in moved.ops] == [op.name for op in program.ops]
