@@ -69,7 +69,7 @@ _PROBES: Mapping[str, Callable[[], str | None]] = {
     "flash-attn-4": _flash_attn_4,
     "apex": lambda: nvidia_apex(None),
     "triton": lambda: _present("triton", "torch's CUDA builds bring it"),
-    "cudnn": lambda: _present("torch", "its CUDA builds bring it"),
+    "cudnn": lambda: None,  # every CUDA build of a torch that is new enough brings it
     "torch": lambda: _present("torch", "pip install torch"),
     "reference": lambda: _present("torch", "pip install torch"),
 }
