@@ -119,6 +119,8 @@ def test_torch_operators_take_the_calls() -> None:
     x, weight, out = (torch.empty(s, device="meta", dtype=torch.bfloat16) for s in ((4, 2, 8), (8, 16), (4, 2, 16)))
     for target in (out, out.float()):
         for add in (False, True):
+            if add and target.dtype != x.dtype and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+                continue  # an older meta function takes the dtype for beta; the CUDA kernel does not
             torch_cuda.matmul([x, weight], [target], signature="tbi,io->tbo", add=add)
 
 
