@@ -10,12 +10,13 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels import compile as compiling
@@ -30,7 +31,7 @@ SIZES = sizes_of(preset(MODEL), Plan(tp=4, cp=2, dp_shard=768), BatchShape(1, US
 REDUCTION = 1 << 20  # bytes: a second stage adds partial sums of a few programs, too small to matter
 # Least share of wide accesses. Noise: two stores; three scalars are read. Merge: with each 16 bytes of a part, a thread
 # reads the four of its row's log-sum-exp, out of L1 but for the first that does.
-WIDE = 0.7 if tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6) else 0.6  # 3.6: gradients of keys 0.64
+WIDE = 0.7 if tuple(map(int, version("triton").split(".")[:2])) > (3, 6) else 0.6  # 3.6: gradients of keys 0.64
 NARROW = {"noise.draw": 0.4, "merge.attention": 0.4}
 
 
