@@ -12,7 +12,7 @@ from ...model.inputs import BatchShape
 from ...model.step import build_step, unit_layout
 from ...parallel.ir.fields import AXES, Overlap
 from ...parallel.ir.knobs import knobs
-from ...parallel.ir.layout import BATCH
+from ...parallel.ir.layout import BATCH, HEADS
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import Buffer
@@ -132,20 +132,30 @@ class FewBlocks:
     def _sized(self, program: Program, other: FewBlocks) -> Program:
         """A program of another's records, with the flat units laid out as here, and as many samples."""
         units = list(zip(self.units.units, other.units.units, strict=True))
-        flat = (other.units.ranks, other.units.flat_elements)
-        shapes: dict[tuple[int, ...], tuple[int, int]] = {flat: (self.units.ranks, self.units.flat_elements)}
-        offsets: dict[tuple[int, ...], dict[int, int]] = {
-            flat: {there.flat_offset: u.flat_offset for u, there in units}
+        flat = _Moved(
+            (self.units.ranks, self.units.flat_elements), {there.flat_offset: u.flat_offset for u, there in units}
+        )
+        # By shape, and whether tp splits it: what is replicated may be as large as what is not, on one rank of tp.
+        flats: dict[tuple[tuple[int, ...], bool], dict[str | None, _Moved]] = {
+            ((other.units.ranks, other.units.flat_elements), False): {None: flat}
         }
         for unit, there in units:
             tp, its_tp = (self.plan.tp, other.plan.tp) if unit.tp_sharded else (1, 1)
-            shapes[its_tp, there.elements] = (tp, unit.elements)
             slots = zip(unit.slots, there.slots, strict=True)
-            offsets[its_tp, there.elements] = {its.offset: slot.offset for slot, its in slots}
+            moved = _Moved((tp, unit.elements), {its.offset: slot.offset for slot, its in slots})
+            flats.setdefault(((its_tp, there.elements), unit.tp_sharded), {})[unit.name] = moved
+
+        def moved_of(buffer: Buffer) -> _Moved | None:
+            if (alike := flats.get((buffer.shape, buffer.placement.dims[:1] == (HEADS,)))) is None:
+                return None
+            first = next(iter(alike.values()))  # units of one size there may be of different sizes here
+            return alike.get(buffer.unit) or alike.get(buffer.place.unit) or first
+
         buffers, samples, its_samples = dict(program.buffers), self._all_samples, other._all_samples
         for name, buffer in program.buffers.items():
-            moved = offsets.get(program.buffers[buffer.base].shape, {}) if buffer.base else {}
-            shape, offset = shapes.get(buffer.shape, buffer.shape), moved.get(buffer.offset, buffer.offset)
+            whole, base = moved_of(buffer), moved_of(program.buffers[buffer.base]) if buffer.base else None
+            shape = whole.shape if whole else buffer.shape
+            offset = base.offsets.get(buffer.offset, buffer.offset) if base else buffer.offset
             if samples != its_samples and BATCH in buffer.placement.dims:
                 batch = buffer.placement.dims.index(BATCH)
                 shape = (*shape[:batch], shape[batch] * samples // its_samples, *shape[batch + 1 :])
@@ -160,7 +170,7 @@ class FewBlocks:
         ]
         sized = replace(program, plan=self.plan, buffers=buffers, ops=ops)
         for name, buffer in program.buffers.items():
-            if buffer.base and (buffer.offset or buffer.strides) and program.buffers[buffer.base].shape not in offsets:
+            if buffer.base and (buffer.offset or buffer.strides) and not moved_of(program.buffers[buffer.base]):
                 buffers[name] = _part(program, sized, buffers[name])
         return sized
 
@@ -194,6 +204,14 @@ class FewBlocks:
         """Elements of a rank's flat shard of the whole model."""
         units = self.units_of(plan)
         return units.flat_elements + self.more * units.by_name[block_unit(0)].shard_elements
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """A flat buffer under other degrees: its shape, and where the views of it begin, by where they began."""
+
+    shape: tuple[int, int]
+    offsets: dict[int, int]
 
 
 Build = Callable[[ModelConfig, Plan, BatchShape], FewBlocks]

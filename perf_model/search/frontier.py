@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from .refusals import FamilyKey, Refusal, RefusalKind
+from .refusals import Refusal, RefusalKind
 from .request import PricedPlan, Timed
 from .space import Family, Mode, SearchSpace, Variant
 
@@ -102,26 +102,13 @@ class Frontier:
                 self._cut.setdefault(todo.family, []).append(todo)
             elif todo.variant is not None:
                 self._price(todo, todo.variant)
+            elif not todo.placed:
+                self._push(todo.family, todo.modes, todo.groups, placed=True)
             else:
-                self._open(todo)
+                self._expand(todo)
 
-    def first_that_fits(self) -> FamilyKey | None:
-        """Of the lowest bound, as far as modes are opened one after the other."""
-        while self._heap:
-            todo = heapq.heappop(self._heap)
-            if self._open(todo):
-                return todo.family.key
-        return None
-
-    def _open(self, todo: _Todo) -> bool:
-        """Whether variants to price came of a mode."""
-        if todo.placed:
-            return self._expand(todo)
-        self._push(todo.family, todo.modes, todo.groups, placed=True)
-        return False
-
-    def _expand(self, todo: _Todo) -> bool:
-        """The variants of a mode that fit, if any; what does not, under the next heavier mode."""
+    def _expand(self, todo: _Todo) -> None:
+        """The variants of a mode that fit; what does not, under the next heavier mode."""
         family = todo.family
         if family.too_big(todo.modes[0][0]):
             variants, unfit = [], todo.groups
@@ -132,7 +119,6 @@ class Frontier:
             heapq.heappush(self._heap, _Todo(bound_s, next(self._numbers), family, variant=variant))
         if unfit and todo.modes[1:]:
             self._push(family, todo.modes[1:], unfit)
-        return bool(variants)
 
     def _price(self, todo: _Todo, variant: Variant) -> None:
         family = todo.family

@@ -191,11 +191,13 @@ def nearby(request: Request, found: Search) -> list[Nearby]:
 
 
 def _fitting(asked: Request) -> FamilyKey | None:
-    """A family with a plan that fits, of low lower bound: found without a price."""
+    """A family with a plan that fits, of few samples at once: found without a price."""
     with contextlib.suppress(CinemeshError):
         _check_degrees(asked)
-        space = SearchSpace(asked)
-        return Frontier(space, _families(space, []), math.inf).first_that_fits()
+        families = _families(SearchSpace(asked), [])
+        for family in sorted(families, key=lambda f: (f.samples, f.key.micro_batches, f.key.model_parallel)):
+            if family.expand(family.modes()[-1], family.shard_groups())[0]:
+                return family.key
     return None
 
 

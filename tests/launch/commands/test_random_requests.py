@@ -8,7 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 # Each was a traceback: a group that divides no family's ranks, encoders larger than a device, slices that only some
-# degrees can have, units with gaps that two ranks of tp do not have.
+# degrees can have, units with gaps that two ranks of tp do not have,
+# units of one size with tp whole that differ with tp split.
 ONCE_BROKEN = [
     ("--gpus 64 --fix dp_shard=8", 0, "data ranks % dp_shard(8) != 0: gpus(64) / tp(1) / cp(16) = 4"),
     (
@@ -20,6 +21,7 @@ ONCE_BROKEN = [
     ("--gpus 4 --model tiny --cluster local-cpu --encoders", 2, "needs at least 6.0 GB even with full recompute; 4.0"),
     ("--gpus 12 --model movie-gen-upsampler-7b --cluster h200-ib400 --latent 4x96x30 --samples 1", 0, "tp=4"),
     ("--gpus 1000 --cluster h200-ib400 --latent 14x30x96 --samples 1", 0, "tp=2 cp=2"),
+    ("--gpus 2048 --model tiny --samples 6 --fix dp_replicate=16,grad_units=3", 0, "tp=2 dp_shard=64"),
     ("--gpus 64 --latent 2x24x16 --fix tp_slices=2 --dtype float64", 0, "tokens of one rank(3) % tp_slices(2) = 1"),
 ]
 

@@ -277,6 +277,15 @@ def test_padding_that_comes_and_goes_is_another_program() -> None:
     assert len(other.program.ops) > len(few.program.ops)
 
 
+def test_units_of_one_size_move_to_sizes_of_their_own() -> None:
+    """Padded for 128 ranks a tiny block is as large as all that is replicated; two ranks of tp halve it."""
+    tiny, batch = preset("tiny"), BatchShape(6, (3, 4, 12))
+    one, two = (Plan(tp=tp, dp_shard=128 // tp, dp_replicate=16, grad_units=2) for tp in (1, 2))
+    first, built = (FewBlocks.proven(tiny, plan, batch) for plan in (one, two))
+    assert len({unit.elements for unit in first.units.units}) < len({unit.elements for unit in built.units.units})
+    assert first.padded_as(two) and first.on(two).program.buffers == built.program.buffers
+
+
 def test_a_program_of_one_rank_serves_no_group() -> None:
     """A unit that is never gathered has other records than one that is."""
     few = FewBlocks.build(BIG, Plan(dp_replicate=2), BatchShape(1, LATENT))
