@@ -194,10 +194,14 @@ def _fitting(asked: Request) -> FamilyKey | None:
     """A family with a plan that fits, of few samples at once: found without a price."""
     with contextlib.suppress(CinemeshError):
         _check_degrees(asked)
-        families = _families(SearchSpace(asked), [])
+        families, too_big = _families(SearchSpace(asked), []), set[tuple[int, int]]()
         for family in sorted(families, key=lambda f: (f.samples, f.key.micro_batches, f.key.model_parallel)):
+            degrees = family.key.tp, family.key.cp
+            if degrees in too_big:  # on fewer samples
+                continue
             if family.expand(family.modes()[-1], family.shard_groups())[0]:
                 return family.key
+            too_big.add(degrees)
     return None
 
 
