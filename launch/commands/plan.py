@@ -16,13 +16,12 @@ from ...files import atomic_file, check_output_file, check_output_folder
 from ...model.config import latent_text
 from ...parallel.ir.plan import fields_of
 from ...perf_model.clusters.cluster import Cluster
-from ...perf_model.prices.played import play_step
 from ...perf_model.report import explain
 from ...perf_model.report.explain import describe
 from ...perf_model.report.software import kernels_of, other_software
 from ...perf_model.search.planner import Nearby, Search, nearby, search
 from ...perf_model.search.refusals import Refusal, RefusalKind
-from ...perf_model.search.request import PricedPlan, Request
+from ...perf_model.search.request import Request
 from ...perf_model.search.samples import WITHIN, TriedSamples, search_samples
 from ..options import On
 from ..plans import SUFFIXES, held_fields
@@ -41,7 +40,6 @@ from .software import print_kernels, print_others
 NUMBERS = (
     "batch",
     "step s",
-    "its step s",
     "samples/s",
     "MFU",
     "beside compute",
@@ -129,7 +127,7 @@ def run(  # noqa: PLR0913  the options of the command
         samples_tried=tried,
         nearby=[_near(request, other, flops) for other in others],
         taken=load.taken,
-        run=_run(load, request, found.best),
+        run=_run(load, found),
     )
     console = new_console()
     if not as_json:
@@ -180,13 +178,12 @@ def _check_no_search(paper: bool, asked: list[str]) -> None:
         )
 
 
-def _run(load: Workload, request: Request, best: PricedPlan) -> RecipeRun | None:
-    """What a run of the recipe would be under a plan."""
+def _run(load: Workload, found: Search) -> RecipeRun | None:
+    """What a run of the recipe would be under the best plan."""
     if load.steps is None:
         return None
-    batches = request.batches(best.samples)
-    played = (play_step(load.config, best.plan, batch, load.cluster, best.frozen) for batch in batches)
-    steps = Steps(load.steps, [bucket.weight for bucket in load.buckets])
+    best, steps = found.best, Steps(load.steps, [bucket.weight for bucket in load.buckets])
+    played = found.evaluator.plays(best.plan, best.samples, best.frozen)
     return recipe_run(load.config, load.cluster, best.plan, played, steps)
 
 

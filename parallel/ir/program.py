@@ -89,6 +89,10 @@ class Program:
             self._root[name] = found
         return found
 
+    def storages(self, op: Op) -> list[str]:
+        """What a record touches, each once."""
+        return list(dict.fromkeys([self.root(name)[0] for name in (*op.inputs, *op.outputs)]))
+
     def label_signature(self, op: Op) -> Signature:
         return signature_of(op.kind, op.attrs)
 

@@ -76,7 +76,7 @@ class _Finder:
         self.written: dict[str, list[int]] = {}
         self.wait_of: dict[str, int] = {}
         for i, op in enumerate(program.ops):
-            for root in {program.root(name)[0] for name in (*op.inputs, *op.outputs)}:
+            for root in program.storages(op):
                 self.touched.setdefault(root, []).append(i)
             for root in {program.root(name)[0] for name in op.outputs}:
                 self.written.setdefault(root, []).append(i)

@@ -12,7 +12,6 @@ The last block keeps its own: backward begins there. So do the last ``last_block
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from ...errors import CinemeshError
@@ -46,7 +45,7 @@ class _Offloader:
         self.begin: dict[tuple[int | None, int | None], int] = {}  # of a block's backward
         for i, op in enumerate(program.ops):
             forward = op.place.phase is Phase.FORWARD and not op.clone
-            for root in self._roots(op):
+            for root in program.storages(op):
                 if forward:
                     self.last[root] = i
                 elif (clone_of := program.buffers[root].clone_of) is not None:
@@ -67,9 +66,6 @@ class _Offloader:
         self.extra: dict[str, Buffer] = {}
         self.before: dict[int, list[Op]] = {}
         self.behind: dict[int, list[Op]] = {}
-
-    def _roots(self, op: Op) -> Iterable[str]:
-        return dict.fromkeys(self.program.root(name)[0] for name in (*op.inputs, *op.outputs))
 
     def run(self) -> Program:
         if not self.begin:

@@ -49,8 +49,8 @@ def follows_of(program: Program, touched: dict[str, tuple[int, int]]) -> dict[st
 
 def temporaries(program: Program, op: Op) -> list[str]:
     """Storages of the device that a record touches and that do not outlive the step."""
-    buffers, roots = program.buffers, dict.fromkeys(program.root(name)[0] for name in (*op.inputs, *op.outputs))
-    return [r for r in roots if buffers[r].kind is BufferKind.TEMPORARY and buffers[r].space is Space.DEVICE]
+    found = [(root, program.buffers[root]) for root in program.storages(op)]
+    return [root for root, whole in found if whole.kind is BufferKind.TEMPORARY and whole.space is Space.DEVICE]
 
 
 def ends_reduction(program: Program, op: Op) -> bool:

@@ -161,14 +161,7 @@ class Compute:
         dtype = program.buffers[op.inputs[0]].dtype
         spec = OPS[op.kind]
         if spec.law == "matmul":
-            signature = program.label_signature(op)
-            batch, m, n, k = matmul_shape(signature.inputs, signature.outputs[0], program.label_sizes(op))
-            accumulate = len(op.inputs) > len(signature.inputs)
-            out = program.buffers[op.outputs[0]].dtype
-            work, memory, floor = self._matmul(
-                m, n, k, dtype, out_dtype=out, accumulate=accumulate, batch=batch, margin=margin
-            )
-            return self._priced(work, memory, floor, 1)
+            return self.product(program, op, dtype, margin)
         if spec.law == "attention":
             z = program.label_sizes(op)
             call = AttentionCall(
@@ -195,6 +188,17 @@ class Compute:
         stream = self.cluster.stream
         memory = moved / (self.cluster.gpu.memory_bytes_per_s * stream.fraction)
         return self._priced(0.0, memory, kernels * stream.floor_s, kernels)
+
+    def product(self, program: Program, op: Op, dtype: str, margin: int) -> OpPrice:
+        """Of a matmul whose factors are of a dtype; its result is as the program has it. ``margin``: SMs left alone."""
+        signature = program.label_signature(op)
+        batch, m, n, k = matmul_shape(signature.inputs, signature.outputs[0], program.label_sizes(op))
+        accumulate = len(op.inputs) > len(signature.inputs)
+        out = program.buffers[op.outputs[0]].dtype
+        work, memory, floor = self._matmul(
+            m, n, k, dtype, out_dtype=out, accumulate=accumulate, batch=batch, margin=margin
+        )
+        return self._priced(work, memory, floor, 1)
 
     def _priced(self, work: float, memory: float, floor: float, kernels: int) -> OpPrice:
         kernel, host = max(work, memory) + floor, kernels * self.launch_s

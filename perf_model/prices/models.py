@@ -12,6 +12,7 @@ from ...parallel.ir.records import Op
 from ..clusters.cluster import Cluster
 from .compute import Compute
 from .network import Network, group_of
+from .timeline import cost_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class PriceModels:
             if op.is_wait:
                 return 0.0
             group = group_of(self.cluster, plan, op.axes)
-            return self.network.collective(op.kind, program.payload_bytes(op), group, plan.ctas(op.axes)).seconds
+            ctas = plan.ctas(op.axes)
+            return cost_of(self.network, op.kind, program.payload_bytes(op), group, ctas, op.to).seconds
 
         return seconds

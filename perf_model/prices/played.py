@@ -45,6 +45,10 @@ class PlayedStep:
         """What one sample costs, whatever the GPUs and the batch."""
         return self.step_s * self.plan.world_size / self.samples
 
+    def played_as(self, timeline: Timeline, cluster: Cluster) -> float:
+        """Seconds of the step if its records were played so: with the encoders as they are, and stragglers."""
+        return self.step_s + (timeline.step_s - self.timeline.step_s) * cluster.spread.factor(self.plan.world_size)
+
 
 def play_step(
     config: ModelConfig, plan: Plan, batch: BatchShape, on: Cluster | PriceModels, frozen: FrozenCost | None = None

@@ -115,9 +115,7 @@ class _Altered:
         records = [self.records[key] for key in keys]
         records = [replace(r, key=at[r.key]) if r.kind == WAIT else r for r in records]
         timeline = play(replace(self.step.tape, records=records, compute_s=0.0))
-        cluster = self.models.cluster
-        factor = cluster.spread.factor(whole.plan.world_size)
-        step_s = whole.step_s + (timeline.step_s - whole.timeline.step_s) * factor  # encoders as they are
+        step_s = whole.played_as(timeline, self.models.cluster)
         return Exchange(
             name,
             runs=True,

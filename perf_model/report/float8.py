@@ -15,7 +15,7 @@ from ...parallel.ir.program import Program
 from ...parallel.ir.records import Holds, Op
 from ..clusters.cluster import Cluster
 from ..clusters.constants import Fact
-from ..prices.compute import Compute, OpPrice, matmul_shape
+from ..prices.compute import Compute, OpPrice
 from ..prices.network import Network
 from ..prices.played import PlayedStep
 from ..prices.timeline import play, price
@@ -59,7 +59,7 @@ def _priced(whole: PlayedStep, cluster: Cluster, scaling: str) -> Float8:
     program = whole.program
     before, after = Compute(cluster), _Float8Compute(cluster, program, scaling)
     timeline = play(price(program, after, Network(cluster), cluster))
-    step_s = whole.step_s + (timeline.step_s - whole.timeline.step_s) * cluster.spread.factor(whole.plan.world_size)
+    step_s = whole.played_as(timeline, cluster)
     products = [part for op in program.ops for part in op.parts if _is_linear(part)]
     casts_s = sum(after.cast_s(part) for part in products)
     return Float8(
@@ -109,17 +109,5 @@ class _Float8Compute(Compute):
         """Of a linear layer in fp8; of others as they are."""
         if not _is_linear(op):
             return super().price(program, op)
-        signature = program.label_signature(op)
-        batch, m, n, k = matmul_shape(signature.inputs, signature.outputs[0], program.label_sizes(op))
-        work, memory, floor = self._matmul(
-            m,
-            n,
-            k,
-            FLOAT8,
-            out_dtype=program.buffers[op.outputs[0]].dtype,
-            accumulate=len(op.inputs) > len(signature.inputs),
-            batch=batch,
-            margin=self.margin(program, op),
-        )
-        priced = self._priced(work, memory, floor, 1)
+        priced = self.product(program, op, FLOAT8, self.margin(program, op))
         return replace(priced, kernel_s=priced.kernel_s + self.cast_s(op))

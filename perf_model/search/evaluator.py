@@ -199,11 +199,13 @@ class Evaluator:
 
     def play(self, plan: Plan, samples: int, held: FrozenCost | None = None) -> list[PlayedStep]:
         """The whole step on every bucket, record by record. Raises CinemeshError for a plan that cannot be."""
+        return list(self.plays(plan, samples, held))
+
+    def plays(self, plan: Plan, samples: int, held: FrozenCost | None = None) -> Iterator[PlayedStep]:
+        """As ``play``, one after the other: each is large."""
         whole, config, batches = self.request.programs.whole, self.request.config, self.request.batches(samples)
-        return [
-            play_program(whole(config, plan, batch, self.models.cluster.backend), batch, self.models, held)
-            for batch in batches
-        ]
+        for batch in batches:
+            yield play_program(whole(config, plan, batch, self.models.cluster.backend), batch, self.models, held)
 
     def play_held(self, plan: Plan, samples: int) -> list[PlayedStep]:
         """As ``play``, with the encoders held in the fastest way that fits beside the plan, or else in the smallest."""

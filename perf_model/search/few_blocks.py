@@ -71,8 +71,7 @@ class FewBlocks:
     @classmethod
     def proven(cls, config: ModelConfig, plan: Plan, batch: BatchShape, more: int = PROVEN_BLOCKS[0]) -> FewBlocks:
         """On a plan's own degrees, with ``more`` blocks for equal neighbours (``Stretches``)."""
-        blocks = _proven_blocks(config, plan, more)
-        micro_batches = min(plan.micro_batches, MICRO_BATCHES + PROVEN_MICRO_BATCHES)
+        blocks, micro_batches = _proven_size(config, plan, more)
         return cls._of(config, replace(plan, micro_batches=micro_batches), batch, blocks, own=True)
 
     @classmethod
@@ -222,9 +221,11 @@ def overlaps(plan: Plan) -> dict[str, Any]:
     return {name: getattr(plan, name) for name in knobs(Overlap)}
 
 
-def _proven_blocks(config: ModelConfig, plan: Plan, more: int) -> int:
+def _proven_size(config: ModelConfig, plan: Plan, more: int) -> tuple[int, int]:
+    """Blocks and micro-batches of a plan's own program."""
     each = BLOCKS + more + plan.prefetch + plan.grad_units - 2
-    return sum(min(each, deep) for deep in blocks_of(plan, config.layers))
+    blocks = sum(min(each, deep) for deep in blocks_of(plan, config.layers))
+    return blocks, min(plan.micro_batches, MICRO_BATCHES + PROVEN_MICRO_BATCHES)
 
 
 class Programs:
@@ -241,8 +242,7 @@ class Programs:
 
     def own(self, config: ModelConfig, plan: Plan, batch: BatchShape, more: int) -> FewBlocks:
         """A plan's own, with ``more`` blocks for equal neighbours."""
-        micro_batches = min(plan.micro_batches, MICRO_BATCHES + PROVEN_MICRO_BATCHES)
-        key = (_proven_blocks(config, plan, more), micro_batches, "own")
+        key = (*_proven_size(config, plan, more), "own")
         return self._serving(key, partial(FewBlocks.proven, more=more), config, plan, batch)
 
     def whole(self, config: ModelConfig, plan: Plan, batch: BatchShape, backend: str) -> Program:
