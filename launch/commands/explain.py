@@ -8,7 +8,7 @@ from ...parallel.ir.plan import Plan
 from ...perf_model.clusters.cluster import Cluster
 from ...perf_model.prices.played import PlayedStep
 from ...perf_model.report import explain
-from ...perf_model.report.explain import describe
+from ...perf_model.report.explain import describe, digits
 from ...perf_model.report.software import OtherSoftware, PricedKernel, kernels_of, other_software
 from ...perf_model.search.evaluator import Evaluator
 from ...perf_model.search.planner import survey
@@ -142,7 +142,8 @@ def summary_line(request: Request, step: PlayedStep) -> str:
     memory = step.footprint
     fits = "" if memory.peak_bytes <= memory.limit_bytes else ": IT DOES NOT FIT"
     return (
-        f"{step.step_s:.3f} s a step of {step.samples:,} samples, {step.samples / step.step_s:.1f} samples/s, MFU "
-        f"{explain.mfu(step, request.cluster):.1%}, {memory.peak_bytes / 1e9:.1f} of "
+        f"{digits(step.step_s, 3)} s a step of {step.samples:,} samples, "
+        f"{digits(step.samples / step.step_s, 1)} samples/s, "
+        f"MFU {explain.mfu(step, request.cluster):.1%}, {memory.peak_bytes / 1e9:.1f} of "
         f"{memory.limit_bytes / 1e9:.1f} GB{fits}"
     )

@@ -14,7 +14,7 @@ from rich.console import Console
 from ...parallel.ir.plan import Plan
 from ...perf_model.published.paper import STAGES, Stage
 from ...perf_model.report import explain
-from ...perf_model.report.explain import describe
+from ...perf_model.report.explain import describe, digits
 from ...perf_model.report.landscape import FAMILIES, neutral_groups
 from ...perf_model.report.software import kernels_of
 from ...perf_model.search.planner import NEAR, search, survey
@@ -164,8 +164,8 @@ def _add(table: TextTable, head: tuple[str, ...], plan: RankedPlan, gpu_hours: f
     table.add_row(
         *head,
         describe(Plan.from_dict(plan.plan)),
-        f"{plan.step_s:.3f}",
-        f"{plan.samples_per_s:,.1f}",
+        digits(plan.step_s, 3),
+        digits(plan.samples_per_s, 1),
         f"{plan.mfu:.1%}",
         f"{plan.peak_bytes / 1e9:.1f}",
         f"{gpu_hours:,.0f}",

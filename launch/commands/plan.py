@@ -17,7 +17,7 @@ from ...model.config import latent_text
 from ...parallel.ir.plan import fields_of
 from ...perf_model.clusters.cluster import Cluster
 from ...perf_model.report import explain
-from ...perf_model.report.explain import describe
+from ...perf_model.report.explain import describe, digits
 from ...perf_model.report.software import kernels_of, other_software
 from ...perf_model.search.planner import Nearby, Search, nearby, search
 from ...perf_model.search.refusals import Refusal, RefusalKind
@@ -233,7 +233,7 @@ def _print_samples(console: Console, request: Request, tried: list[TriedSamples]
     for bucket, batch in zip(request.buckets, request.batches(request.samples), strict=True):
         latent = latent_text(bucket.latent)
         of = [one for one in tried if one.latent == latent]
-        shown = ", ".join(f"{one.samples} give {'at most ' * one.at_most}{one.samples_per_s:,.1f}" for one in of)
+        shown = ", ".join(f"{one.samples} give {'at most ' * one.at_most}{digits(one.samples_per_s, 1)}" for one in of)
         if of:
             console.print(
                 f"samples of a data rank{f' of {latent}' * (len(request.buckets) > 1)}: {batch.samples}, the fewest "
@@ -251,8 +251,8 @@ def _print_latents(console: Console, plan: RankedPlan) -> None:
             f"{step.share:.0%}",
             f"{step.samples:,}",
             f"{step.global_batch:,}",
-            f"{step.step_s:.3f}",
-            f"{step.samples_per_s:,.1f}",
+            digits(step.step_s, 3),
+            digits(step.samples_per_s, 1),
             f"{step.mfu:.1%}",
         )
     console.print("\nsteps of the best plan, by latent; in a recipe the batch is that of the bucket (global_batch)")
@@ -269,7 +269,7 @@ def _print_nearby(console: Console, request: Request, others: list[Nearby]) -> N
             servers = f" ({left // server:,} servers)" if left % server == 0 else ""
             what = f"{other.gpus:,} GPUs, with {left:,} left out{servers},"
         console.print(
-            f"close by: {what} would give {best.samples_per_s:,.1f} samples/s, {other.gain:.1%} more: "
+            f"close by: {what} would give {digits(best.samples_per_s, 1)} samples/s, {other.gain:.1%} more: "
             f"{describe(best.plan)}"
         )
 
@@ -306,8 +306,8 @@ def _print_search(console: Console, request: Request, found: Search, flops: floa
             f"{rank}{'=' if id(choice) in ties else ''}",
             describe(choice.plan),
             request.batch_text(choice.global_batch),
-            f"{choice.step_s:.3f} {choice.step_s * bar.low:+.2g} {choice.step_s * bar.high:+.2g}",
-            f"{choice.samples_per_s:.1f}",
+            f"{digits(choice.step_s, 3)} {choice.step_s * bar.low:+.2g} {choice.step_s * bar.high:+.2g}",
+            digits(choice.samples_per_s, 1),
             f"{explain.mfu_of(request, choice, flops):.1%}",
             f"{choice.beside_compute:.1%}",
             f"{choice.peak_bytes / 1e9:.1f}",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from ...perf_model.report.explain import digits
 from ...perf_model.report.software import OtherSoftware, PricedKernel
 
 
@@ -27,4 +28,4 @@ def print_others(console: Console, step_s: float, others: Sequence[OtherSoftware
     for other in others:
         runs = "; ".join(dict.fromkeys(f"{kernel.op} on {kernel.package}" for kernel in other.kernels))
         guess = ", at rates that are a guess" if any(kernel.guessed for kernel in other.kernels) else ""
-        console.print(f"  {other.name}: step {step_s:.3f} s -> {other.step_s:.3f} s ({runs}{guess})")
+        console.print(f"  {other.name}: step {digits(step_s, 3)} s -> {digits(other.step_s, 3)} s ({runs}{guess})")

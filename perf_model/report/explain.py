@@ -259,6 +259,11 @@ def on_faster(request: Request, step: PlayedStep) -> Iterator[Sensitivity]:
 # -- words ------------------------------------------------------------------------------------------------------------
 
 
+def digits(value: float, decimals: int) -> str:
+    """A number with so many decimals, and never less than three digits of it: ``0.00392``."""
+    return f"{value:,.{decimals}f}" if abs(value) >= 10.0 ** (2 - decimals) or not value else f"{value:#.3g}"
+
+
 def describe(plan: Plan) -> str:
     """A plan in one line: degrees above one, recompute, and every other field that is not as the search has it."""
     parts = [f"{axis}={plan.size(axis)}" for axis in AXES if plan.size(axis) > 1]

@@ -14,7 +14,7 @@ from ..search.planner import Search
 from ..search.request import Request
 from . import explain
 from .exchanges import Exchange, exchanges
-from .explain import Duplicate, Exposure, Sensitivity, describe
+from .explain import Duplicate, Exposure, Sensitivity, describe, digits
 from .float8 import Float8, float8
 from .landscape import FAMILIES, Landscape, Point
 from .software import kernels_of
@@ -118,7 +118,7 @@ def render(story: Story, pictures: list[Picture]) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters["describe"] = describe
+    environment.filters |= {"describe": describe, "digits": digits}
     request, best = story.request, story.best
     return environment.get_template("report.html").render(
         story=story,

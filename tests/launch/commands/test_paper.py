@@ -111,7 +111,7 @@ def test_the_text_is_the_data(told: dict[str, Any]) -> None:
             plan: dict[str, Any] = row[whose]
             rate, mfu, peak = f"{plan['samples_per_s']:,.1f}", f"{plan['mfu']:.1%}", f"{plan['peak_bytes'] / 1e9:.1f}"
             hours = f"{row[f'{whose}_gpu_hours']:,.0f}"
-            assert lines[at][-5:] == [f"{plan['step_s']:.3f}", rate, mfu, peak, hours]
+            assert lines[at][-5:] == [f"{plan['step_s']:#.3g}", rate, mfu, peak, hours]
     assert (
         f"{told['paper_gpu_hours']:,.0f} GPU hours with the paper's degrees, {told['best_gpu_hours']:,.0f} with" in text
     )

@@ -26,7 +26,7 @@ from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.footprint import CLASSES, outside
 from cinemesh.perf_model.prices.played import play_step
 from cinemesh.perf_model.report import draw_plans, draw_step, draw_waterfall, explain, landscape, report, trace
-from cinemesh.perf_model.report.explain import describe
+from cinemesh.perf_model.report.explain import describe, digits
 from cinemesh.perf_model.report.landscape import Landscape, neutral_groups
 from cinemesh.perf_model.report.page import Story
 from cinemesh.perf_model.report.waterfall import LEAST
@@ -43,6 +43,16 @@ def choice(batch: int, samples_per_s: float, tp: int = 1) -> PricedPlan:
 
 
 # -- what is told -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "decimals", "text"),
+    [(77.06, 1, "77.1"), (3505.3, 1, "3,505.3"), (0.0139, 1, "0.0139"), (0.17, 1, "0.170"), (9.22, 1, "9.22"),
+     (9.9624, 3, "9.962"), (0.104, 3, "0.104"), (0.003649, 3, "0.00365"), (0.0, 3, "0.000")],
+)  # fmt: skip
+def test_a_small_number_keeps_three_digits(value: float, decimals: int, text: str) -> None:
+    """A clip of a million tokens on 72 GPUs is 0.0139 samples/s: with one decimal every plan has 0.0."""
+    assert digits(value, decimals) == text
 
 
 def test_neutral_groups() -> None:
