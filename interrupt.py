@@ -1,12 +1,14 @@
-"""Ctrl-C: one line and the shell's exit code, wherever it strikes (torch-free)."""
+"""Ctrl-C: one line and the shell's exit code, wherever it strikes; no rank outlives who started it (torch-free)."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Thread
 from types import FrameType
 
 INTERRUPTED = 128 + signal.SIGINT  # exit code, by the shell's convention
@@ -81,6 +83,19 @@ def deaf_children() -> Iterator[None]:
 
 
 def be_deaf() -> None:
-    """In a process that was started among :func:`deaf_children`: it may have a handler of its own from here on."""
+    """In a process that was started among :func:`deaf_children`: it may have a handler of its own from here on.
+
+    It is killed when who started it is gone: else a killed launcher leaves ranks that write on, beside a new start.
+    """
+    from multiprocessing import parent_process
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    if (parent := parent_process()) is not None:
+        Thread(target=_end_with, args=(parent.pid,), name="parent", daemon=True).start()
+
+
+def _end_with(parent: int | None) -> None:
+    while os.getppid() == parent:  # forked siblings hold the pipes by which one could wait for it
+        time.sleep(WAKE_S)
+    os.kill(os.getpid(), signal.SIGKILL)

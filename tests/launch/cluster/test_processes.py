@@ -68,6 +68,48 @@ def test_a_local_job_listens_on_loopback_alone_and_a_lost_rank_is_one_line(
     assert "Traceback" not in capfd.readouterr().err
 
 
+# Ranks that say who they are, then never end.
+ENDLESS = """
+import os, time
+from pathlib import Path
+from cinemesh.launch.cluster.processes import forked, launch
+
+def work(folder):
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    START
+"""
+
+
+def _is_alive(pid: int) -> bool:
+    """A zombie is none: this process may be its reaper, and does not wait for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize("start", ["launch(3, work, {folder!r})", "forked(3, lambda: work({folder!r}))"])
+def test_no_rank_outlives_a_killed_launcher(start: str, tmp_path: Path) -> None:
+    """Ranks that train on write checkpoints into the folder in which the job is started again."""
+    script, folder = tmp_path / "endless.py", tmp_path / "ranks"
+    folder.mkdir()
+    script.write_text(ENDLESS.replace("START", start.format(folder=str(folder))))
+    launcher = subprocess.Popen([sys.executable, str(script)])
+    deadline = time.monotonic() + 60.0
+    while len(ranks := [int(path.name) for path in folder.iterdir()]) < 3:
+        assert launcher.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    launcher.kill()
+    launcher.wait()
+    while any(map(_is_alive, ranks)):
+        assert time.monotonic() < deadline, "ranks go on without their launcher"
+        time.sleep(0.05)
+
+
 class _Threads(Exception):
     """How many threads a rank asks for."""
 
