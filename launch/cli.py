@@ -34,14 +34,16 @@ from .options import (
     LocalProcesses,
     ModelName,
     On,
+    OnDevice,
     Overrides,
     PlanArgument,
     PlanText,
+    RecipeDevice,
     RecipePlan,
     bounds,
     taking,
 )
-from .plans import plan_override
+from .plans import device_override, plan_override
 from .terminal import show_what_it_can
 from .written import command, wrote
 
@@ -107,6 +109,7 @@ def cinemesh(
 def train(
     config: ConfigFile,
     nproc: LocalProcesses = None,
+    device: RecipeDevice = None,
     plan: RecipePlan = None,
     overrides: Overrides = None,
     dry_run: Annotated[
@@ -122,7 +125,7 @@ def train(
     Started again, a run goes on from its last checkpoint. On a cluster, torchrun starts the same
     command on every node: torchrun ... -m cinemesh.launch.train CONFIG
     """
-    given = [*plan_override(plan), *(overrides or [])]
+    given = [*plan_override(plan), *device_override(device), *(overrides or [])]
     if dry_run:
         if ranks is not None and nproc is not None:
             raise CinemeshError(
@@ -162,6 +165,7 @@ def sample(
         typer.Option("--weights", help="Their running average, or the last step's own; default: the recipe's."),
     ] = None,
     nproc: LocalProcesses = None,
+    device: RecipeDevice = None,
     plan: RecipePlan = None,
     overrides: Overrides = None,
 ) -> None:
@@ -178,7 +182,7 @@ def sample(
         out=out,
         asked={"weights": weights, "sample.steps": steps, "sample.guidance": guidance, "sample.seed": seed},
         nproc=nproc,
-        overrides=[*plan_override(plan), *(overrides or [])],
+        overrides=[*plan_override(plan), *device_override(device), *(overrides or [])],
     )
 
 
@@ -511,6 +515,7 @@ def calibrate(
     base: Annotated[
         str, typer.Option("--base", help="With --card, --nccl-tests: the cluster of all else.")
     ] = "grand-teton-h100",
+    device: OnDevice = "auto",
 ) -> None:
     """Measure this machine, or take what was measured on GPUs, and write a cluster file.
 
@@ -541,7 +546,7 @@ def calibrate(
         return
     from .commands.calibrate import run
 
-    raise typer.Exit(run(out=out, nproc=nproc))
+    raise typer.Exit(run(out=out, nproc=nproc, device=device))
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -60,6 +60,10 @@ LocalProcesses = Annotated[
         help="Start this many processes on this machine. Leave it out under torchrun.",
     ),
 ]
+Device = Literal["auto", "cpu", "cuda"]
+DEVICE_HELP = "cpu, cuda (a GPU for each process), or auto: cuda where a process sees a GPU, else cpu, and it says so."
+OnDevice = Annotated[Device, typer.Option("--device", help=DEVICE_HELP)]
+RecipeDevice = Annotated[Device | None, typer.Option("--device", help=f"{DEVICE_HELP} Default: the recipe's.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 # What a plan is predicted on.

@@ -31,6 +31,11 @@ def plan_override(given: str | None) -> list[str]:
     return [] if given is None else [f"plan={json.dumps(given)}"]  # a JSON text is a YAML text
 
 
+def device_override(given: str | None) -> list[str]:
+    """``--device`` of a recipe's command, as ``--set`` takes it."""
+    return [] if given is None else [f"device={json.dumps(given)}"]
+
+
 def held_fields(given: Mapping[str, Any]) -> dict[str, object]:
     """Plan fields that are given by hand, as a plan has them; checked on degrees that allow every overlap."""
     plan = Plan.from_dict({"tp": 2, "cp": 2, "dp_shard": 2} | dict(given))

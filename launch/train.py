@@ -18,7 +18,7 @@ PROMPT = "a red car"  # of the clip that a finished run proposes
 
 def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
     """Settle the plan, then train, on ``nproc`` processes of this machine or on those that torchrun started."""
-    from .cluster.processes import world_size
+    from .cluster.environment import processes_here, say_device, world_size
     from .training import checkpoint, loop
     from .training.measured_rows import ROWS_FILE
     from .training.needs import check_outputs
@@ -26,11 +26,13 @@ def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
     from .written import command, wrote
 
     recipe, auto = read_recipe(config, overrides)
+    world = world_size(nproc)
+    say_device(recipe.device, processes_here(world))
     check_outputs(recipe)
     if recipe.cluster is not None:
         from .training.resolve import resolve  # the planner: loaded by who needs it
 
-        resolve(recipe, auto, world_size(nproc), int(os.environ.get("RANK", "0")))
+        resolve(recipe, auto, world, int(os.environ.get("RANK", "0")))
     loop.run(config=config, nproc=nproc, overrides=overrides)
     newest = checkpoint.latest(recipe.logging.directory / checkpoint.FOLDER)
     if newest is not None and int(os.environ.get("RANK", "0")) == 0:
@@ -48,15 +50,16 @@ def main() -> None:
 
 def _main() -> None:
     from .cluster.processes import rank_main
-    from .plans import plan_override
+    from .plans import device_override, plan_override
     from .terminal import show_what_it_can
 
     parser = argparse.ArgumentParser(prog="cinemesh.launch.train", description="Train a model, or resume its training.")
     parser.add_argument("config", type=Path, help="YAML recipe")
     parser.add_argument("--plan", metavar="PLAN", help="in place of the recipe's, as cinemesh train takes it")
+    parser.add_argument("--device", metavar="DEVICE", help="in place of the recipe's: auto, cpu or cuda")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
-    overrides = [*plan_override(given.plan), *given.overrides]
+    overrides = [*plan_override(given.plan), *device_override(given.device), *given.overrides]
     show_what_it_can()
     sys.exit(rank_main(lambda: run(config=given.config, nproc=None, overrides=overrides)))
 

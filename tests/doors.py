@@ -124,6 +124,7 @@ RECIPE: dict[str, Any] = {
     "schedule": {"steps": 10, "warmup_steps": 2, "decay": "cosine", "final_share": 0.1},
     "logging": {"directory": "run", "every": 2, "validate_every": 3, "keep": 2},
     "sample": {"scenes": ["bus"], "bucket": "16x128x128", "steps": 5, "guidance": 2.0, "seed": 1},
+    "device": "cpu",
     "seed": 3,
     "caption_dropout": 0.1,
     "capture": "off",

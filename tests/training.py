@@ -54,6 +54,7 @@ def recipe(clips: Path, out: Path, **plan: Any) -> dict[str, Any]:
     return {
         "model": {"preset": "tiny"},
         "plan": {"dtype": "float32", "recompute": "none", **plan},
+        "device": "cpu",
         "data": {
             "clips": [str(clips / "a.mp4")],
             "captions": str(clips / "captions.yaml"),

@@ -40,7 +40,9 @@ from ...interrupt import WAKE_S, be_deaf, deaf_children, interrupt, interrupt_la
 from ...parallel.ir.plan import Plan
 from ...parallel.runtime.comm import barrier, set_up_nccl
 from ...parallel.runtime.mesh import Mesh
+from ..options import Device
 from ..terminal import show_what_it_can
+from .environment import claim, device_here, launched, processes_here
 
 USER_ERROR = 2  # exit code of a CinemeshError, see cli.py
 BUG = 1
@@ -65,37 +67,6 @@ class Stopped(Exception):
         self.exit_code = 128 + signum  # the shell's convention
 
 
-# -- the environment of a launcher ------------------------------------------------------------------------------------
-
-
-def launched() -> bool:
-    """Whether torchrun, or a launcher that speaks its environment, started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def world_size(nproc: int | None) -> int:
-    """Processes of this job. Raises CinemeshError for ``--nproc`` under torchrun."""
-    if launched():
-        if nproc is not None:
-            raise CinemeshError(
-                f"--nproc {nproc} inside a job of {os.environ['WORLD_SIZE']} processes: torchrun has started the "
-                "processes already",
-                remedy="leave --nproc out",
-            )
-        return int(os.environ["WORLD_SIZE"])
-    return nproc or 1
-
-
-def processes_here(world: int) -> int:
-    """Of a job of ``world`` processes, those of this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else world
-
-
-def on_gpus(local: int) -> bool:
-    """Whether ``local`` processes of this machine each have a GPU."""
-    return torch.cuda.is_available() and torch.cuda.device_count() >= local
-
-
 # -- one rank ---------------------------------------------------------------------------------------------------------
 
 
@@ -109,17 +80,17 @@ class Joined:
 
 
 @contextmanager
-def joined(plan: Plan) -> Iterator[Joined]:
-    """This process as a rank of its job: threads, device, process group and mesh.
+def joined(plan: Plan, wanted: Device) -> Iterator[Joined]:
+    """This process as a rank of its job: threads, device, process group (NCCL on GPUs, gloo on CPUs) and mesh.
 
-    One process a GPU where there are as many GPUs as local processes (NCCL), else CPU (gloo). Raises CinemeshError when
-    the world size is not the plan's, and when the ranks cannot meet.
+    Raises CinemeshError when there is no such device for it, when the world size is not the plan's, when the ranks
+    cannot meet, and when one of them computes where it may not: see :func:`environment.claim`.
     """
     global _store
     local = processes_here(1)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
-    cuda = on_gpus(local)
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
+    device = device_here(wanted, local)
+    cuda = device != "cpu"
     if cuda:
         torch.cuda.set_device(device)
     if not launched():
@@ -136,6 +107,7 @@ def joined(plan: Plan) -> Iterator[Joined]:
         ) from error
     plan.check_world_size(world)
     _store = store
+    claim(store, rank, device)
     if cuda:
         set_up_nccl()
     dist.init_process_group(

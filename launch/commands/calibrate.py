@@ -25,7 +25,9 @@ from ...parallel.ir.plan import Plan
 from ...parallel.runtime.comm import BoundCollective, Communicator, barrier, gather_objects, summing
 from ...parallel.runtime.mesh import Mesh
 from ...perf_model.calibration.calibrate import Machine, TimedSamples, fit, residuals, write
-from ..cluster.processes import joined, launch, launched, rank_main, world_size
+from ..cluster.environment import ON_CPU, device_here, launched, processes_here, say_device, world_size
+from ..cluster.processes import joined, launch, rank_main
+from ..options import Device
 from ..progress import Begin, each, progress
 from ..written import command, wrote
 from .measure_compute import CASES, measure_compute
@@ -208,13 +210,13 @@ def machine_of(name: str) -> Machine:
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def _work(out: Path) -> None:
+def _work(out: Path, device: Device) -> None:
     world = int(os.environ["WORLD_SIZE"])
-    with joined(Plan(dp_replicate=world)) as place:
+    say_device(device, processes_here(world))
+    with joined(Plan(dp_replicate=world), device) as place:
         if place.device != "cpu":
             raise CinemeshError(
-                "calibrate measures CPU processes",
-                remedy="for GPUs use a shipped cluster file, or hide them: CUDA_VISIBLE_DEVICES= cinemesh calibrate",
+                "calibrate measures CPU processes", remedy=f"for GPUs use a shipped cluster file, or {ON_CPU}"
             )
         samples = measure()
         if samples is not None:
@@ -226,9 +228,10 @@ def _work(out: Path) -> None:
             wrote(out, command("plan", gpus=cluster.gpus, cluster=out, model="tiny-video", dtype="float32"))
 
 
-def run(*, out: Path, nproc: int | None) -> int:
-    """Measure and write ``out``; the exit code."""
+def run(*, out: Path, nproc: int | None, device: Device) -> int:
+    """Measure and write ``out``; the exit code. Raises CinemeshError for a device that is not here."""
     if launched():
         world_size(nproc)
-        return rank_main(lambda: _work(out))
-    return launch(nproc or PROCESSES, _work, out)
+        return rank_main(lambda: _work(out, device))
+    device_here(device, nproc or PROCESSES)
+    return launch(nproc or PROCESSES, _work, out, device)

@@ -23,7 +23,8 @@ from ...model.buckets import BucketRunner
 from ...model.runner import StepRunner
 from ...model.weights import initial_values
 from ...parallel.runtime import comm
-from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, rank_main, world_size
+from ..cluster.environment import world_size
+from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, rank_main
 from . import checkpoint
 from .average import remark
 from .differences import RECIPE, differences, recorded
@@ -55,7 +56,7 @@ def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
 
 def train(config: Config) -> None:
     """The work of one rank. Raises Stopped when a signal asked for it and the state is saved."""
-    with joined(config.plan) as place:
+    with joined(config.plan, config.device) as place:
         setting, stop = Setting.of(config), StopSignal()
         cache = setting.open_cache(place)
         with stop:

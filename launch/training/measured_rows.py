@@ -24,7 +24,7 @@ from ...files import atomic_file
 from ...kernels.selection import Software
 from ...model.buckets import BucketRunner, Latent
 from ...model.config import latent_text
-from ..cluster.processes import processes_here
+from ..cluster.environment import processes_here
 from .recipe import Config
 
 ROWS_FILE = "rows.yaml"

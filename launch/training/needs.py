@@ -8,7 +8,7 @@ from ...model.forward import build_velocity
 from ...model.inputs import BatchShape
 from ...model.step import build_step
 from ...parallel.passes.pipeline import prepare
-from ..cluster.processes import on_gpus, processes_here
+from ..cluster.environment import device_here, processes_here
 from ..preflight import check_host_memory
 from . import checkpoint
 from .measured_rows import ROWS_FILE
@@ -29,7 +29,7 @@ def check_training_memory(setting: Setting) -> None:
     """Raise CinemeshError when CPU processes will not find memory for the steps of a run."""
     config = setting.config
     local, steps = processes_here(config.plan.world_size), config.schedule.steps
-    if not on_gpus(local):
+    if device_here(config.device, local) == "cpu":
         check_host_memory((), local, steps=steps)  # before anything is built
         steps_of = (build_step(setting.model, config.plan, each, config.optimizer) for each in setting.batches)
         check_host_memory((prepare(step, backend="gloo") for step in steps_of), local, steps=steps)
@@ -38,6 +38,6 @@ def check_training_memory(setting: Setting) -> None:
 def check_sampling_memory(setting: Setting) -> None:
     """Raise CinemeshError when CPU processes will not find memory for a clip."""
     plan, latent = setting.config.plan, setting.config.sampled.latent(setting.encoding.codec)
-    if not on_gpus(local := processes_here(plan.world_size)):
+    if device_here(setting.config.device, local := processes_here(plan.world_size)) == "cpu":
         velocity = build_velocity(setting.model, plan, BatchShape(1, latent))
         check_host_memory([prepare(velocity, backend="gloo")], local)

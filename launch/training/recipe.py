@@ -216,6 +216,10 @@ class Config:
     capture: Annotated[Capture, "steps replay, as frozen calls or a CUDA Graph: where it can be, never, or always"] = (
         "auto"
     )
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        "cuda: a GPU for each process; auto: where one is visible, else the CPU, and the run says so",
+    ] = "auto"
     kernels: Annotated[dict[str, str], "op, or all, to the package that runs it in place of the registry's choice"] = (
         field(default_factory=dict)
     )

@@ -21,7 +21,8 @@ from ...model.sampler import Sampler
 from ...model.step import unit_layout
 from ...parallel.runtime.comm import gather_objects
 from ...parallel.runtime.mesh import coordinates
-from ..cluster.processes import Joined, joined, launch, rank_main, world_size
+from ..cluster.environment import processes_here, say_device, world_size
+from ..cluster.processes import Joined, joined, launch, rank_main
 from ..progress import progress
 from ..written import wrote
 from . import checkpoint as checkpoints
@@ -68,6 +69,7 @@ def run(
     if processes == 1:
         recipe = replace(recipe, plan=recipe.plan.with_degrees(tp=1, cp=1, dp_shard=1, dp_replicate=1))
     recipe.plan.check_world_size(processes)
+    say_device(recipe.device, processes_here(processes))
     check_output_file(out, "--out")
     folder = recipe.logging.directory / checkpoints.FOLDER
     newest = checkpoint or checkpoints.latest(folder)
@@ -110,7 +112,7 @@ def _frame_rate(checkpoint: Path, note: Mapping[str, object]) -> Fraction:
 def sample(order: ClipOrder) -> None:
     """The work of one rank; rank 0 writes the file."""
     setting, plan = Setting.of(order.config), order.config.plan
-    with joined(plan) as place:
+    with joined(plan, order.config.device) as place:
         units = unit_layout(setting.model, plan)
         position = place.mesh.coordinates if place.mesh else coordinates(plan, 0)
         weights = torch.empty(1, units.flat_elements, dtype=TORCH_DTYPES[plan.stat_dtype], device=place.device)

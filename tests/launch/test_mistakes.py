@@ -128,7 +128,7 @@ from cinemesh.parallel.ir.plan import Plan
 
 
 def work(folder: Path) -> None:
-    with processes.joined(Plan(tp=2)) as place:
+    with processes.joined(Plan(tp=2), "cpu") as place:
         if place.rank == 0:
             atexit.register(linger, folder / "rank 1 has ended")
             raise CinemeshError("the cause")

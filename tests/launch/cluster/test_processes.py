@@ -39,7 +39,7 @@ def sockets(pid):
     links = [os.readlink(path) for path in found if path.is_symlink()]
     return {link[8:-1] for link in links if link.startswith("socket:[")}
 
-with joined(Plan(dp_shard=2)) as place:
+with joined(Plan(dp_shard=2), "cpu") as place:
     barrier()
     if place.rank == 0:
         launcher = os.getppid()
@@ -126,7 +126,7 @@ def test_local_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch, cores: int
         monkeypatch.setenv(name, str(value))
     with monkeypatch.context() as patch:  # the fixture sets the threads again
         patch.setattr(torch, "set_num_threads", asked)
-        with pytest.raises(_Threads, match=f"^{threads}$"), joined(Plan()):
+        with pytest.raises(_Threads, match=f"^{threads}$"), joined(Plan(), "cpu"):
             pass
 
 

@@ -36,6 +36,7 @@ MODEL = ModelConfig(
 RECIPE = {
     "model": {"preset": "tiny-video", "layers": 1, "width": 24, "heads": 2, "ffn": 32},
     "plan": {"dp_shard": 2, "dtype": "float32"},
+    "device": "cpu",
     "data": {
         "cache": "cache",
         "size": 16,

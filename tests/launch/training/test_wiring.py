@@ -112,7 +112,7 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
     }
     run = Run(values, did)
     load, step, steps = StepRunner.load, StepRunner.step, train.train_steps
-    choose, predict = train.kernels_for, resolve.predict_run
+    choose, predict, join = train.kernels_for, resolve.predict_run, train.joined
 
     def loaded(self: StepRunner, micro_batch: int, batch: Mapping[str, Tensor]) -> None:
         did["ids"].append(batch[IDS].tolist())
@@ -149,6 +149,10 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
         did["packages"] = cluster.software.packages
         return predict(setting, cluster, **rest)
 
+    def joined(plan: Plan, wanted: Any) -> Any:
+        did["device"] = wanted
+        return join(plan, wanted)
+
     def shown(_: Path, clips: dict[str, Tensor], *rest: Any) -> list[Any]:
         did["clips"] = clips
         return []
@@ -168,6 +172,7 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
         patch.setattr(StepRunner, "step", stepped)
         patch.setattr(train, "train_steps", trained)
         patch.setattr(train, "kernels_for", chosen)
+        patch.setattr(train, "joined", joined)
         patch.setattr(resolve, "predict_run", predicted)
         patch.setattr(showcase, "show", shown)
         patch.setattr(sampling, "Sampler", Watched)
@@ -285,6 +290,7 @@ EFFECTS: Mapping[str, Sequence[Effect]] = {
     "capture": [Effect("required", frozenset({"replay"}))],
     "kernels": [Effect({"attention": "reference"}, frozenset({"kernels"}), rounded=GRADIENT)],
     "packages": [Effect(["fa3"], frozenset({"packages"}), {"cluster": "local-cpu"})],
+    "device": [Effect("auto", frozenset({"device"}))],  # without a GPU, the same
     "deterministic": [Effect(True, frozenset({"asked"}))],  # of the registry; on a CPU it has no others
 }
 # Keys of which another value cannot run here: the refusal names what they say.
