@@ -78,6 +78,19 @@ def tile_of(pointers: tl.tensor, rows: tl.tensor, WHOLE: tl.constexpr) -> tl.ten
 
 
 @triton.jit
+def left_factor(tile: tl.tensor, HEAD_DIM: tl.constexpr, HELD: tl.constexpr) -> tl.tensor:
+    """The same values [rows, K]; if ``HELD``, times the identity: a result of the tensor cores stays in registers.
+
+    Any other left factor of wgmma lies in shared memory, and every product reads it there again.
+    """
+    if HELD:
+        column = tl.arange(0, HEAD_DIM)
+        identity = (column[:, None] == column[None, :]).to(tl.float32)
+        tile = narrowed(product(tile, narrowed(identity, tile), None), tile)
+    return tile
+
+
+@triton.jit
 def forward_kernel(
     q: tl.tensor,
     k: tl.tensor,
@@ -102,10 +115,14 @@ def forward_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    HELD: tl.constexpr,
     WHOLE_KEYS: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> None:
-    """One block of queries of one head. Strides in elements; ``WHOLE_KEYS``: keys % BLOCK_KEYS == 0."""
+    """One block of queries of one head. Strides in elements; ``WHOLE_KEYS``: keys % BLOCK_KEYS == 0.
+
+    ``HELD``: q in registers.
+    """
     SCALE: tl.constexpr = LOG2_E / HEAD_DIM**0.5
     first = tl.program_id(0).to(tl.int64) * BLOCK_QUERIES
     head = tl.program_id(1).to(tl.int64)
@@ -119,6 +136,7 @@ def forward_kernel(
     k += sample * kv_sample + head * kv_head
     v += sample * kv_sample + head * kv_head
     q_tile = tl.load(q + row[:, None] * q_row + column[None, :], mask=valid[:, None], other=0.0)
+    q_tile = left_factor(q_tile, HEAD_DIM, HELD)
     kv_offset = key[:, None] * kv_row + column[None, :]
 
     largest = tl.full([BLOCK_QUERIES], LOWEST, tl.float32)
@@ -209,6 +227,7 @@ def _forward(op: str, q: Tensor, kv: Tensor, mask: Tensor | None, o: Tensor, lse
     arguments |= {"lse_sample": lse.stride(0), "lse_head": lse.stride(1)}
     arguments |= {"mask_sample": 0 if mask is None else mask.stride(0)}
     default = block_tile(16, 16, 8, 2) if q.dtype == torch.float32 else block_tile(128, 64, 8, 3)
+    default["HELD"] = 0  # with q in registers the compiler waits for the next scores before it weighs these
     tile = chosen_tile(f"{op}.forward", default, q, k)
     whole = kv.shape[0] % tile["BLOCK_KEYS"] == 0
     return launch(q, q.shape[0], tile, "BLOCK_QUERIES", WHOLE_KEYS=whole, MASKED=mask is not None), arguments

@@ -8,7 +8,11 @@ Shapes   as in ``attention.py``; do, dq [T, B, H, K]; dkv [S, B, 2, H, K], which
 Bytes    least: ``queries_kernel`` reads do, q, o, kv, lse and writes dq, delta; ``keys_kernel`` reads do, q, kv, lse,
          delta and writes dkv. Each reads the other side's rows again for every block of its own, mostly from L2.
 Tiling   ``queries_kernel``: 128 queries (two warpgroups of 64 rows) walk 64 keys at a time: a thread holds 64 floats of
-         dq and 32 each of s and dp; q, do (64 KB) and three stages of K and V (96 KB) fit in 227 KB.
+         dq and 32 each of s and dp; do (32 KB) and three stages of K and V (96 KB) fit in 227 KB. Products of 64 keys
+         whose two factors lie in shared memory read it as fast as it gives (128 B a clock: 4 KB for 64 x 64 x 16 in 32
+         clocks), and K and V come in over it too; q in registers (``left_factor``) takes a sixth of all that away, and
+         only s waits for nothing but its product: exponentials run beside dp's. Not where it costs a program of two
+         (K 64) or the last registers (a key mask).
          ``keys_kernel``: 128 keys walk 64 queries at a time: 64 floats each of dk and dv, 32 each of p and dp and 16
          registers of p in bf16 are 208 of 255, and a row of statistics is 16 more. So delta enters as the first value
          of dp's accumulator, and padded keys are dropped from the sums instead of from every p: a key's sums are its
@@ -36,6 +40,7 @@ from .attention import (
     chosen_tile,
     launch,
     least_bytes,
+    left_factor,
     narrowed,
     problems,
     product,
@@ -82,6 +87,7 @@ def queries_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    HELD: tl.constexpr,
     WHOLE_KEYS: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> None:
@@ -109,6 +115,7 @@ def queries_kernel(
     delta += (sample * tl.num_programs(1) + head) * queries + first
     tl.store(delta + row[:, None], row_delta, mask=valid[:, None])
 
+    q_tile = left_factor(q_tile, HEAD_DIM, HELD)
     mask += sample * mask_sample
     kv_offset = key[:, None] * kv_row + column[None, :]
     accumulator = tl.zeros([BLOCK_QUERIES, HEAD_DIM], tl.float32)
@@ -241,6 +248,7 @@ def _queries(
     arguments |= strides("do", do) | strides("q", q) | strides("kv", k) | strides("o", o) | strides("dq", dq)
     arguments |= _statistics(lse, mask)
     default = block_tile(32, 32, 8, 2) if q.dtype == torch.float32 else block_tile(128, 64, 8, 3)
+    default["HELD"] = int(q.dtype == torch.bfloat16 and q.shape[3] == 128 and mask is None)
     tile = chosen_tile(f"{op}.queries", default, q, k)
     whole = kv.shape[0] % tile["BLOCK_KEYS"] == 0
     return launch(q, q.shape[0], tile, "BLOCK_QUERIES", WHOLE_KEYS=whole, MASKED=mask is not None), arguments

@@ -22,7 +22,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
@@ -59,6 +59,7 @@ class CompileReport:
     """What one kernel is at one shape. Registers and spilled bytes (its stack) are a thread's, shared bytes a block's.
 
     ``wide_accesses``: share of the global loads and stores in the binary that move 16 bytes a thread or more.
+    ``held_factors``: share of the wgmma instructions whose left factor is in registers, not read from shared memory.
     ``occupancy``: warps that fit on a multiprocessor over those that it can hold.
     """
 
@@ -69,6 +70,7 @@ class CompileReport:
     shared_bytes: int
     tensor_core_instructions: int
     wgmma_instructions: int
+    held_factors: float
     wide_accesses: float
     occupancy: float
     programs: int
@@ -234,7 +236,10 @@ def _build(spec: Spec, target: str, folder: Path) -> CompileReport:
     import triton
 
     signature, constexprs, attributes = specialise(spec)
-    key = repr((spec.kernel.cache_key, signature, constexprs, attributes, spec.num_warps, spec.num_stages, target))
+    told = [field.name for field in fields(CompileReport)]  # an older form is none
+    key = repr(
+        (spec.kernel.cache_key, signature, constexprs, attributes, spec.num_warps, spec.num_stages, target, told)
+    )
     binary = _cached(folder, f"build {triton.__version__} {key}", partial(_binary, spec, target))
     programs = math.prod(spec.grid)
     return CompileReport(
@@ -300,15 +305,18 @@ def _binary(spec: Spec, target: str) -> dict[str, Any]:
 def read_binary(usage: str, sass: str) -> dict[str, Any]:
     """Registers, spilled bytes and instructions from what cuobjdump prints of resources and code."""
     resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z0-9_.]+)", sass, re.MULTILINE)
+    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z0-9_.]+)(.*);", sass, re.MULTILINE)
+    instructions = [name for name, _ in code]
     accesses = [name for name in instructions if re.match(r"(LDG|STG|LDGSTS|UTMALDG|UTMASTG|UBLKCP)\b", name)]
     wide = [name for name in accesses if ".128" in name or name.startswith(("UTMA", "UBLKCP"))]
-    wgmma = sum(name.startswith("HGMMA") for name in instructions)
+    left_factors = [operands.split(",")[1].strip() for name, operands in code if name.startswith("HGMMA")]
+    wgmma = len(left_factors)
     return {
         "registers": resources["REG"],
         "spilled_bytes": resources.get("STACK", 0) + resources.get("LOCAL", 0),
         "tensor_core_instructions": wgmma + sum(name.startswith("HMMA") for name in instructions),
         "wgmma_instructions": wgmma,
+        "held_factors": round(sum(factor.startswith("R") for factor in left_factors) / max(1, wgmma), 3),
         "wide_accesses": round(len(wide) / max(1, len(accesses)), 3),
     }
 

@@ -54,7 +54,7 @@ def run(config: ModelConfig, plan: Plan | None, batch: BatchShape, *, target: st
         print(json.dumps(reports_as_json(reports, target), indent=1))
         return
     out = new_console()
-    right = ("regs", "spilled", "shared", "tensor", "16-byte", "occupancy", "over least")
+    right = ("regs", "spilled", "shared", "tensor", "held", "16-byte", "occupancy", "over least")
     table = plain_table("kernel", "local shape", *right, right=right, breaks=("regs",))
     for report in reports:
         table.add_row(
@@ -64,6 +64,7 @@ def run(config: ModelConfig, plan: Plan | None, batch: BatchShape, *, target: st
             f"{report.spilled_bytes} B",
             f"{report.shared_bytes / 1024:.0f} KiB",
             f"{report.tensor_core_instructions}" + (" wgmma" if report.wgmma_instructions else ""),
+            f"{100 * report.held_factors:.0f} %" if report.wgmma_instructions else "",
             f"{100 * report.wide_accesses:.0f} %",
             f"{100 * report.occupancy:.0f} %",
             f"{report.bytes_over_least:.3f}",
@@ -71,6 +72,7 @@ def run(config: ModelConfig, plan: Plan | None, batch: BatchShape, *, target: st
     out.print(table)
     out.print(
         f"\n{target}, {len(reports)} kernels. regs and spilled of a thread, shared of a block; tensor: tensor-core "
-        "instructions in the binary; 16-byte: global accesses that move 16 bytes a thread; over least: bytes of all "
-        "loads and stores, counted, over every input and output once."
+        "instructions in the binary; held: those of wgmma whose left factor is in registers; 16-byte: global accesses "
+        "that move 16 bytes a thread; over least: bytes of all loads and stores, counted, over every input and output "
+        "once."
     )
