@@ -7,6 +7,7 @@ once for each combination. Ops whose choice depends on the device alone are boun
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -24,10 +25,16 @@ from .signature import parse
 from .tuning import DEFAULT_DEVICE, device_key
 
 
-def kernels_for(
-    device: str, of_recipe: Mapping[str, str] | None = None, *, deterministic: bool = False
-) -> dict[str, Kernel]:
-    """Op name -> implementation on ``device`` (``cpu``, ``cuda``, ``cuda:0``).
+class Kernels(dict[str, Kernel]):
+    """Op name -> what runs it. Chosen for a ``device`` (``cpu``, ``sm_90``) by its ``software`` and ``tuned`` table."""
+
+    def __init__(self, chosen: Mapping[str, Kernel], device: str, software: Software, tuned: str) -> None:
+        super().__init__(chosen)
+        self.device, self.software, self.tuned = device, software, tuned
+
+
+def kernels_for(device: str, of_recipe: Mapping[str, str] | None = None, *, deterministic: bool = False) -> Kernels:
+    """The implementations on ``device`` (``cpu``, ``cuda``, ``cuda:0``).
 
     ``of_recipe``: overrides, op (or ``all``) -> package; those of the variable CINEMESH_KERNELS win. ``deterministic``:
     only kernels that sum in one fixed order, or do when asked. CinemeshError when an override cannot be met, and where
@@ -39,10 +46,10 @@ def kernels_for(
     if torch.device(device).type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         device, tuned = f"sm_{major}{minor}", device_key(torch.cuda.get_device_name(device))
-    return {op: _kernel(op, device, software, tuned) for op in OPS}
+    return Kernels({op: _kernel(op, device, software, tuned) for op in OPS}, device, software, tuned)
 
 
-def leave_sms(kernels: Mapping[str, Kernel], margin: int) -> dict[str, Kernel]:
+def leave_sms(kernels: dict[str, Kernel], margin: int) -> dict[str, Kernel]:
     """The same kernels for CUDA, of which those of ``LEAVE_SMS`` leave ``margin`` SMs to communication.
 
     Products do by a setting of the whole process, which torch hands to cuBLASLt (pull request 144974 of pytorch); plain
@@ -52,8 +59,8 @@ def leave_sms(kernels: Mapping[str, Kernel], margin: int) -> dict[str, Kernel]:
     if margin == 0:
         if torch._C._get_sm_carveout_experimental() is not None:
             torch._C._set_sm_carveout_experimental(None)
-        return dict(kernels)
-    left = dict(kernels)
+        return kernels
+    left = copy(kernels)
     for op in LEAVE_SMS:
         kernel = left[op]
         if op != "matmul":

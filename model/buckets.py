@@ -54,15 +54,12 @@ class BucketRunner:
         }
         largest_first = sorted(batches, key=lambda batch: -place(programs[batch]).total_bytes)
         self.runners: dict[Latent, StepRunner] = {}
-        first: StepRunner | None = None
+        last: StepRunner | None = None
         for batch in largest_first:
             options: dict[str, Any] = {"device": device, "program": programs[batch], "kernels": kernels}
-            runner = StepRunner(config, plan, batch, optimizer, mesh, beside=first, **options)
-            first = first or runner
-            self.runners[batch.latent] = runner
-        assert first is not None
-        self.first = self.current = first
-        self.buffers = first.buffers
+            last = self.runners[batch.latent] = StepRunner(config, plan, batch, optimizer, mesh, beside=last, **options)
+        self.first = self.current = self.runners[largest_first[0].latent]
+        self.buffers = self.first.buffers
 
     def capture(self, mode: Capture = "auto") -> str | None:
         """As :meth:`StepRunner.capture`, for every bucket: all replay or none does."""

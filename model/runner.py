@@ -17,7 +17,7 @@ from ..parallel.ir.layout import BATCH, Axes, Placement
 from ..parallel.ir.plan import Plan
 from ..parallel.ir.program import Program
 from ..parallel.ir.units import nested_index
-from ..parallel.passes.arena import check_fits
+from ..parallel.passes.device_memory import bytes_beside
 from ..parallel.passes.pipeline import prepare
 from ..parallel.runtime.comm import Communicator
 from ..parallel.runtime.executor import Executor
@@ -69,11 +69,11 @@ class StepRunner:
         if beside is not None:
             comm = beside.comm
         self.comm = comm or (Communicator(mesh) if mesh else None)
-        if device != "cpu" and beside is None:
-            check_fits(program, torch.cuda.mem_get_info(device)[0])
+        self.graphs = 1 if beside is None else beside.graphs + 1  # captured steps to come, with those beside
         shared = {} if beside is None else shared_storages(program, beside)
-        arenas = () if beside is None else (beside.executor.arena, beside.executor.host.arena)
-        self.executor = Executor(program, self.coordinates, self.comm, device, kernels, shared, *arenas)
+        arenas = (None, None) if beside is None else (beside.executor.arena, beside.executor.host.arena)
+        to_come = bytes_beside(plan, 0, graphs=self.graphs)  # its context is there
+        self.executor = Executor(program, self.coordinates, self.comm, device, kernels, shared, *arenas, to_come)
         self.buffers = named_buffers(self.executor)
         self.replay: Frozen | Graph | None = None
         self.pool: GraphPool | None = None if beside is None else beside.pool

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from ..kernels.dtypes import TORCH_DTYPES
 from ..kernels.philox import Purpose
+from ..kernels.reference import Kernel
 from ..parallel.ir.layout import TOKENS
 from ..parallel.ir.plan import Plan
 from ..parallel.ir.units import nested_index
+from ..parallel.passes.device_memory import bytes_beside
 from ..parallel.passes.pipeline import prepare
 from ..parallel.runtime.comm import Communicator
 from ..parallel.runtime.executor import Executor
@@ -28,7 +30,7 @@ from ..parallel.runtime.mesh import Mesh, backend_of, coordinates
 from .config import ModelConfig
 from .forward import build_unpatchify, build_velocity
 from .inputs import LATENTS, MASK, BatchShape, text_input
-from .runner import Batch, load_inputs, named_buffers
+from .runner import Batch, StepRunner, load_inputs, named_buffers
 
 EMULATED_STEPS = 250  # 3.4.2: 50 linear-quadratic steps stand for 250 linear ones
 GUIDANCE = 7.5  # 3.1.2, text-to-video
@@ -54,16 +56,30 @@ class Sampler:
     """Velocity program, its executor and tensors, on one rank. ``mesh`` is None on one process.
 
     ``master`` is this rank's flat shard of weights in the plan's statistics dtype, any state of a runner (``ema``); it
-    is read, never written. ``batch.samples`` are those of one data rank. Raises CinemeshError when the plan does not
-    divide the model or the latent.
+    is read, never written. ``batch.samples`` are those of one data rank. ``beside``: a runner of the same plan that
+    does not run meanwhile: communicators, kernels and arena are its own. Raises CinemeshError when the plan does not
+    divide the model or the latent, and when a CUDA device has too little memory.
     """
 
     def __init__(
-        self, config: ModelConfig, plan: Plan, batch: BatchShape, mesh: Mesh | None, master: Tensor, device: str = "cpu"
+        self,
+        config: ModelConfig,
+        plan: Plan,
+        batch: BatchShape,
+        mesh: Mesh | None,
+        master: Tensor,
+        device: str = "cpu",
+        *,
+        kernels: dict[str, Kernel] | None = None,
+        beside: StepRunner | None = None,
     ) -> None:
         self.config, self.plan, self.batch, self.device = config, plan, batch, device
         self.coordinates = mesh.coordinates if mesh else coordinates(plan, 0)
+        to_come = bytes_beside(plan, 0, graphs=0)
+        arena: Tensor | None = None
         comm = Communicator(mesh) if mesh else None
+        if beside is not None:
+            comm, kernels, arena, to_come = beside.comm, beside.executor.kernels, beside.executor.arena, {}
         backend = backend_of(device)
         velocity = prepare(build_velocity(config, plan, batch), backend=backend)
         # What was integrated in the statistics dtype is put together in it, by a program without blocks.
@@ -72,9 +88,10 @@ class Sampler:
         )
         whole = prepare(build_unpatchify(config, exact, batch), backend=backend)
         shared = {velocity.states["master"]: master.view(1, -1)}
-        self.velocity = Executor(velocity, self.coordinates, comm, device, shared=shared)
+        place = self.coordinates, comm, device
+        self.velocity = Executor(velocity, *place, kernels, shared, arena, beside=to_come)
         self._buffers = named_buffers(self.velocity)
-        self.unpatchify = Executor(whole, self.coordinates, comm, device)
+        self.unpatchify = Executor(whole, *place, kernels, arena=self.velocity.arena)
 
     def sample(
         self,

@@ -236,6 +236,12 @@ PINNED: Mapping[str, tuple[object, str]] = {
     # -- parallel -------------------------------------------------------------------------------------------------
     "parallel.ir.units.ALIGN": (256 // 2, "256 bytes of bf16: what cudaMalloc aligns to, CUDA programming guide"),
     "parallel.passes.arena.ALIGN_BYTES": (256, "what cudaMalloc aligns to, CUDA programming guide"),
+    "parallel.passes.device_memory.COMMUNICATOR_BYTES": (288 << 20, "NVIDIA/nccl issue 1685"),
+    "parallel.passes.device_memory.bytes_beside(communicator_bytes)": (288 << 20, "NVIDIA/nccl issue 1685"),
+    "parallel.passes.device_memory.BLAS_STREAM_BYTES": (32 << 20, "CublasHandlePool.cpp of torch 2.11: on sm_90"),
+    "parallel.passes.device_memory.BLAS_STREAMS": (2, "counted: the step's own, and the capture's"),
+    "parallel.passes.device_memory.GRAPH_BYTES": (5 * 24 << 20, "vllm-project/vllm issue 50780: 24 MiB, 5 times"),
+    "parallel.passes.device_memory.check_fits(arena_bytes)": (0, UNSAID),
     "parallel.passes.prices.RATES": (
         (
             (989e12 * 0.65, 3.35e12 * 0.8, 8, 900e9 / 2 * 0.8, 400e9 / 8 * 0.8, 20e-6, 5e-6, 64e9 * 0.8),

@@ -8,6 +8,7 @@ from ...errors import CinemeshError
 from ...model.inputs import BatchShape
 from ...model.step import build_step
 from ...parallel.passes.pipeline import prepare
+from ..card import card_here
 from ..examples import PAPER
 from ..models import read_model
 from ..plans import read_plan
@@ -53,13 +54,7 @@ def run(
 
 def _device_here() -> tuple[str, str]:
     """(``sm_90``, where that comes from): the first GPU of this machine, an H100 where there is none."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        name = pynvml.nvmlDeviceGetName(handle)
-    except pynvml.NVMLError:
+    card = card_here()
+    if card is None:
         return "sm_90", "an H100 is assumed: no GPU here; --device names another"
-    return f"sm_{major}{minor}", f"{name} of this machine"
+    return card.device, f"{card.name} of this machine"

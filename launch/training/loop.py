@@ -18,7 +18,6 @@ import torch
 from ...data.cache import Cache, collate
 from ...data.order import Stream, balanced, turns
 from ...errors import CinemeshError
-from ...kernels.registry import kernels_for
 from ...model.buckets import BucketRunner
 from ...model.runner import StepRunner
 from ...model.weights import initial_values
@@ -83,7 +82,7 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
         seed=config.seed,
         caption_dropout=config.caption_dropout,
         device=place.device,
-        kernels=kernels_for(place.device, config.kernels, deterministic=config.deterministic),
+        kernels=setting.kernels(place.device),
     )
     runner = buckets.first
     checkpoints = config.logging.directory / checkpoint.FOLDER

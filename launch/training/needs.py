@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from ...data.cache import CACHE_FILE
 from ...files import check_output_file, check_output_folder
+from ...kernels.selection import Software
 from ...model.forward import build_velocity
 from ...model.inputs import BatchShape
 from ...model.step import build_step
 from ...parallel.passes.pipeline import prepare
 from ..cluster.environment import device_here, processes_here
-from ..preflight import check_host_memory
+from ..preflight import check_device_memory, check_host_memory
 from . import checkpoint
 from .measured_rows import ROWS_FILE
 from .recipe import Config
@@ -26,17 +27,20 @@ def check_outputs(config: Config) -> None:
 
 
 def check_training_memory(setting: Setting) -> None:
-    """Raise CinemeshError when CPU processes will not find memory for the steps of a run."""
+    """Raise CinemeshError when this machine, or a GPU of it, has too little memory for the steps of a run."""
     config = setting.config
     local, steps = processes_here(config.plan.world_size), config.schedule.steps
-    if device_here(config.device, local) == "cpu":
-        check_host_memory((), local, steps=steps)  # before anything is built
-        steps_of = (build_step(setting.model, config.plan, each, config.optimizer) for each in setting.batches)
-        check_host_memory((prepare(step, backend="gloo") for step in steps_of), local, steps=steps)
+    gpus = device_here(config.device, local) != "cpu"
+    check_host_memory((), local, steps=steps)  # before anything is built
+    steps_of = (build_step(setting.model, config.plan, each, config.optimizer) for each in setting.batches)
+    programs = [prepare(step, backend="nccl" if gpus else "gloo") for step in steps_of]
+    check_host_memory(programs, local, steps=steps, on_gpus=gpus)
+    if gpus:
+        check_device_memory(programs, Software.here(config.kernels, config.deterministic))
 
 
 def check_sampling_memory(setting: Setting) -> None:
-    """Raise CinemeshError when CPU processes will not find memory for a clip."""
+    """Raise CinemeshError when CPU processes will not find memory for a clip. On GPUs, the ranks find out."""
     plan, latent = setting.config.plan, setting.config.sampled.latent(setting.encoding.codec)
     if device_here(setting.config.device, local := processes_here(plan.world_size)) == "cpu":
         velocity = build_velocity(setting.model, plan, BatchShape(1, latent))

@@ -24,7 +24,7 @@ def play_buckets(setting: Setting, cluster: Cluster) -> Iterator[PlayedStep]:
     """
     models = PriceModels.of(cluster)
     for batch in setting.batches:
-        yield play_step(setting.model, setting.config.plan, batch, models)
+        yield play_step(setting.model, setting.config.plan, batch, models, graphs=len(setting.batches))
 
 
 def predict_run(setting: Setting, cluster: Cluster, *, must_fit: bool) -> Predicted:

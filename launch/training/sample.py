@@ -17,6 +17,7 @@ from ...errors import CinemeshError
 from ...files import check_output_file
 from ...kernels.dtypes import TORCH_DTYPES
 from ...model.inputs import BatchShape
+from ...model.runner import StepRunner
 from ...model.sampler import Sampler
 from ...model.step import unit_layout
 from ...parallel.runtime.comm import gather_objects
@@ -124,19 +125,28 @@ def sample(order: ClipOrder) -> None:
 
 
 def sample_clips(
-    setting: Setting, place: Joined, weights: Tensor, prompts: Sequence[str], *, samples: int = 1
+    setting: Setting,
+    place: Joined,
+    weights: Tensor,
+    prompts: Sequence[str],
+    *,
+    samples: int = 1,
+    beside: StepRunner | None = None,
 ) -> list[Tensor]:
     """A clip of each prompt, uint8 [T, H, W, 3], as the recipe's section ``sample`` says; on rank 0, none elsewhere.
 
     Collective. ``weights`` is this rank's flat shard. Each data rank makes at most ``samples`` clips at once. A
-    prompt's noise depends on (seed, its index) alone. Raises CinemeshError when the model has diverged.
+    prompt's noise depends on (seed, its index) alone. ``beside``: the runner of a training that is over. Raises
+    CinemeshError when the model has diverged.
     """
     plan, mesh, section, codec = setting.config.plan, place.mesh, setting.config.sample, setting.encoding.codec
     assert section is not None
     ranks, rank = plan.data_ranks, mesh.data_rank if mesh else 0
     samples = min(samples, -(-len(prompts) // ranks))
     batch = BatchShape(samples, setting.config.sampled.latent(codec))
-    sampler = Sampler(setting.model, plan, batch, mesh, weights, place.device)
+    sampler = Sampler(
+        setting.model, plan, batch, mesh, weights, place.device, kernels=setting.kernels(place.device), beside=beside
+    )
     # Ranks that share a sample all end with all of it: one of them hands it on.
     speaks = sampler.coordinates["tp"] == sampler.coordinates["cp"] == 0
     latents: dict[int, Tensor] = {}

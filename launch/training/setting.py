@@ -10,6 +10,7 @@ from ...data.cache import CACHE_FILE, Cache, build_cache
 from ...data.clips import read_captions
 from ...data.encoding import Encoding
 from ...errors import CinemeshError, did_you_mean
+from ...kernels.registry import Kernels, kernels_for
 from ...model.buckets import Latent
 from ...model.config import ModelConfig
 from ...model.inputs import BatchShape
@@ -33,6 +34,10 @@ class Setting:
         """Raises CinemeshError for a codec, an encoder or a model that cannot be built."""
         encoding = Encoding.of(config.codec, config.data.encoders)
         return cls(config, encoding, config.model.build(encoding))
+
+    def kernels(self, device: str) -> Kernels:
+        """What runs the ops on a device, as the recipe wants it. Raises CinemeshError where that cannot be."""
+        return kernels_for(device, self.config.kernels, deterministic=self.config.deterministic)
 
     def under(self, plan: Plan) -> Setting:
         """The same with another plan."""

@@ -52,7 +52,8 @@ def show_samples(setting: Setting, place: Joined, cache: Cache, runner: StepRunn
     """Sample clips, write them and print how near they come to what was trained on. Collective."""
     config, bucket, captions = setting.config, setting.config.sampled, setting.captions
     weights = runner.buffers[config.weights]
-    clips = sample_clips(setting, place, weights, list(captions.values()), samples=runner.batch.samples)
+    captioned = list(captions.values())
+    clips = sample_clips(setting, place, weights, captioned, samples=runner.batch.samples, beside=runner)
     if place.rank:
         return
     if said := remark(config, runner.updates_done):

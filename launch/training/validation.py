@@ -39,7 +39,7 @@ class Validation:
         shared = {program.states["master"]: runner.buffers[config.weights]}
         train = runner.executor  # never runs while this does: the same arena serves
         self._forward = Executor(
-            program, runner.coordinates, runner.comm, train.device, shared=shared, arena=train.arena
+            program, runner.coordinates, runner.comm, train.device, train.kernels, shared, train.arena
         )
         self._buffers = named_buffers(self._forward)
 

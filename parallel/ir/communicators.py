@@ -64,14 +64,6 @@ def communicators(plan: Plan) -> list[Held]:
     ]
 
 
-def bytes_beside(plan: Plan, context_bytes: float, communicator_bytes: float) -> dict[str, int]:
-    """Bytes of a device that no program owns: the CUDA context with its libraries, and every communicator held.
-
-    What planner, memory picture and preflight count beside a program's own bytes.
-    """
-    return {"CUDA context": int(context_bytes), "NCCL": int(communicator_bytes) * len(held(plan))}
-
-
 def held(plan: Plan) -> list[Held]:
     """All that a rank of a job holds: those of its steps, and the job's own group, once that has communicated."""
     return [*communicators(plan), Held(JOB, WORLD, plan.world_size)] if plan.world_size > 1 else []

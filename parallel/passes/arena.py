@@ -13,7 +13,6 @@ from bisect import insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from ...errors import CinemeshError
 from ..ir.program import Program
 from .liveness import Lifetimes, lifetimes
 
@@ -50,22 +49,6 @@ def place(program: Program, lives: Lifetimes | None = None) -> Arena:
     names, intervals = storages(program, lives)
     offsets, total = pack(intervals)
     return Arena(dict(zip(names, offsets, strict=True)), total, lives.peak_bytes - lives.persistent_bytes)
-
-
-def check_fits(program: Program, memory_bytes: int, lives: Lifetimes | None = None) -> None:
-    """Raise CinemeshError when a step needs more than ``memory_bytes`` of one device."""
-    lives = lives or lifetimes(program)
-    arena, work = place(program, lives), max(lives.workspace_bytes, default=0)
-    needed = lives.persistent_bytes + arena.total_bytes + work
-    if needed > memory_bytes:
-        most = lives.peak_op(program)
-        raise CinemeshError(
-            f"a step needs {needed / 1e9:.2f} GB on each device (states and inputs {lives.persistent_bytes / 1e9:.2f}, "
-            f"arena {arena.total_bytes / 1e9:.2f}, workspace {work / 1e9:.2f}), {(needed - memory_bytes) / 1e9:.2f} GB "
-            f"more than the {memory_bytes / 1e9:.2f} GB that it has, and the arena is fullest at {most.name}",
-            remedy="recompute more (recompute=full), raise tp or cp (activations) or dp_shard (states), or lower "
-            "prefetch",
-        )
 
 
 def storages(program: Program, lives: Lifetimes) -> tuple[list[str], list[Interval]]:

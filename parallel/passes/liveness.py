@@ -7,6 +7,7 @@ own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..ir.dependencies import accesses
@@ -32,11 +33,6 @@ class Lifetimes:
         """Most bytes the program's own buffers hold at once."""
         return max(self.live_bytes, default=self.persistent_bytes)
 
-    @property
-    def peak_with_workspace_bytes(self) -> int:
-        sums = (live + work for live, work in zip(self.live_bytes, self.workspace_bytes, strict=True))
-        return max(sums, default=self.persistent_bytes)
-
     def peak_op(self, program: Program) -> Op:
         return program.ops[self.live_bytes.index(self.peak_bytes)]
 
@@ -47,10 +43,14 @@ def persistent(program: Program) -> list[str]:
     return [name for name, buffer in buffers if buffer.kind is not BufferKind.TEMPORARY and buffer.base is None]
 
 
-def lifetimes(program: Program, space: Space = Space.DEVICE) -> Lifetimes:
+def lifetimes(
+    program: Program,
+    space: Space = Space.DEVICE,
+    workspace: Callable[[Program, Op], int] = Program.workspace_bytes,
+) -> Lifetimes:
     """When every storage of a space is taken and given back, and its bytes live at every record of one rank.
 
-    Inputs, states and workspace are on the device.
+    Inputs, states and workspace are on the device. ``workspace``: of a record, by default as on a CPU.
     """
     on_device = space is Space.DEVICE
     allocate: list[list[str]] = [[] for _ in program.ops]
@@ -66,5 +66,5 @@ def lifetimes(program: Program, space: Space = Space.DEVICE) -> Lifetimes:
         current += sum(map(program.bytes, allocate[i]))
         live.append(current)
         current -= sum(map(program.bytes, free[i]))
-    work = [program.workspace_bytes(op) if on_device else 0 for op in program.ops]
+    work = [workspace(program, op) if on_device else 0 for op in program.ops]
     return Lifetimes(always, allocate, free, live, work)

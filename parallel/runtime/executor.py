@@ -6,7 +6,7 @@ walk over a flat list. Shapes and dtypes are checked once, when bound: torch wri
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,13 +17,14 @@ from torch import Tensor
 from ...kernels.dtypes import TORCH_DTYPES
 from ...kernels.ops import OPS
 from ...kernels.reference import Kernel, product_of
-from ...kernels.registry import kernels_for, leave_sms
+from ...kernels.registry import Kernels, kernels_for, leave_sms
 from ..ir.collectives import FUSED
 from ..ir.layout import HEADS
 from ..ir.program import Program
 from ..ir.records import BufferKind, Op, Space
 from ..ir.units import communicator_order, nested_index
 from ..passes.arena import place
+from ..passes.device_memory import Workspaces, check_fits
 from ..passes.liveness import lifetimes, persistent
 from .comm import BoundCollective, Communicator
 from .host import HostLink
@@ -52,7 +53,7 @@ def _run_all(parts: tuple[BoundRecord, ...]) -> None:
 class Executor:
     """One program bound to one rank. ``inputs`` and ``states`` are tensors that live as long as the executor."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  a program and a place for it; the rest is what another executor has already
         self,
         program: Program,
         coordinates: dict[str, int],
@@ -62,8 +63,12 @@ class Executor:
         shared: dict[str, Tensor] | None = None,
         arena: Tensor | None = None,
         host_arena: Tensor | None = None,
+        beside: Mapping[str, int] | None = None,
     ) -> None:
         """``comm`` may be None when every axis has one rank. ``shared`` are storages of another executor, by name.
+
+        ``beside``: bytes that the process is still to take of a CUDA device, by what for. Raises CinemeshError when
+        they and the program do not fit into what is free there.
 
         ``arena``: bytes in which the temporaries lie, of another executor that never runs at the same time; where it is
         too small, or None, the executor has its own. ``host_arena``: the same, of those in host memory.
@@ -74,6 +79,7 @@ class Executor:
         self.comm = comm
         self.kernels = kernels or kernels_for(device)
         if torch.device(device).type == "cuda":
+            self._check_free(beside, shared or {}, 0 if arena is None else arena.numel())
             self.kernels = leave_sms(self.kernels, program.plan.sm_margin)
         self.placement = place(program)
         if arena is None or arena.numel() < self.placement.total_bytes:
@@ -101,6 +107,20 @@ class Executor:
                 part = whole[offset : offset + program.bytes(name)]
                 self._flat[name] = part.view(TORCH_DTYPES[program.buffers[name].dtype])
         self.records = [self._bind(op) for op in program.ops]
+
+    @property
+    def workspace(self) -> Callable[[Program, Op], int]:
+        """Bytes that the kernel of a record takes besides its outputs."""
+        known = self.kernels
+        if not isinstance(known, Kernels):
+            return Program.workspace_bytes
+        return Workspaces(known.device, known.software, known.tuned).bytes
+
+    def _check_free(self, beside: Mapping[str, int] | None, shared: Mapping[str, Tensor], arena_bytes: int) -> None:
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(self.device)
+        held = [name for name in persistent(self.program) if name in shared]
+        check_fits(self.program, free, self.workspace, beside=beside, shared=held, arena_bytes=arena_bytes)
 
     # -- binding ------------------------------------------------------------------------------------------------
 

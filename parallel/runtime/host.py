@@ -66,6 +66,6 @@ def _pin(arena: Tensor) -> None:
     if (error := runtime.cudaHostRegister(address, arena.numel(), 0)) != runtime.cudaError.success:
         raise CinemeshError(
             f"plan: offload: {arena.numel() / 1e9:.1f} GB of host memory cannot be pinned: {error}",
-            remedy="offload less, or raise the limit of locked memory (ulimit -l)",
+            remedy="offload fewer activations, in fewer blocks (raise last_blocks), or start fewer processes a server",
         )
     weakref.finalize(arena, runtime.cudaHostUnregister, address)

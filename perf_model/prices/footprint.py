@@ -1,17 +1,19 @@
 """Where a rank's memory goes: every byte of the program by class, and what the program does not own (torch-free).
 
-The program's own bytes are exact: the same liveness rule by which the executor allocates. The rest (CUDA context,
-NCCL's buffers, graph, allocator) is measured or sourced, and stands in the cluster file.
+The program's own bytes are exact: the same liveness rule by which the executor allocates, and the workspace of the
+kernels that the catalogue chooses for the cluster. The rest is counted as the runtime counts it, with what the cluster
+file says of context and communicators.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...parallel.ir.communicators import bytes_beside
+from ...kernels.tuning import device_key
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import BufferKind, Holds, Phase, Space
+from ...parallel.passes.device_memory import Workspaces, bytes_beside
 from ...parallel.passes.liveness import lifetimes
 from ..clusters.cluster import Cluster
 
@@ -28,6 +30,8 @@ CLASSES = (
     "inputs",
     "frozen encoders",
     "NCCL",
+    "cuBLAS",
+    "CUDA graphs",
     "CUDA context",
 )
 FLAT = ("optimizer", "EMA", "gradients", "weights")  # one flat shard of everything each
@@ -69,9 +73,10 @@ def _kept(program: Program) -> set[str]:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Peak bytes of one rank by class, at the record where the program's own bytes peak, its workspace included.
+    """Peak bytes of one rank by class, at the record where the program's own buffers peak.
 
-    ``host_bytes``: the most that lies in host memory.
+    Beside them stands the most workspace of any record: the arena is held while that one runs, too. ``host_bytes``: the
+    most that lies in host memory.
     """
 
     peak_bytes: int
@@ -81,9 +86,16 @@ class Footprint:
     host_bytes: int = 0
 
 
-def outside(cluster: Cluster, plan: Plan) -> dict[str, int]:
-    """Bytes of a device that no program owns."""
-    return bytes_beside(plan, cluster.memory.context_bytes, cluster.memory.communicator_bytes)
+def outside(cluster: Cluster, plan: Plan, graphs: int = 1) -> dict[str, int]:
+    """Bytes of a device that no program owns. ``graphs``: captured steps, where there are GPUs."""
+    memory = cluster.memory
+    on_gpus = cluster.device == "cuda"
+    return bytes_beside(plan, memory.context_bytes, memory.communicator_bytes, graphs=graphs if on_gpus else 0)
+
+
+def workspaces(cluster: Cluster) -> Workspaces:
+    """Of the kernels that run on a cluster."""
+    return Workspaces(cluster.gpu.device, cluster.software, device_key(cluster.gpu.name))
 
 
 @dataclass(frozen=True)
@@ -94,9 +106,9 @@ class ByteStack:
     total: list[int]
 
 
-def stack(program: Program) -> ByteStack:
+def stack(program: Program, on: Workspaces) -> ByteStack:
     """Live bytes by class, record by record (the program's own bytes; workspace as a class of its own)."""
-    lives = lifetimes(program)
+    lives = lifetimes(program, workspace=on.bytes)
     kept = _kept(program)
     roots = {program.root(name)[0] for name in program.buffers}
     classes = {root: class_of(program, root, kept) for root in roots}
@@ -119,12 +131,15 @@ def stack(program: Program) -> ByteStack:
     return ByteStack({name: values for name, values in series.items() if any(values)}, totals)
 
 
-def footprint(program: Program, cluster: Cluster, frozen_bytes: int = 0) -> Footprint:
-    """The whole program's peak on a cluster's device."""
-    stacked = stack(program)
-    at = max(range(len(stacked.total)), key=stacked.total.__getitem__)
+def footprint(program: Program, cluster: Cluster, frozen_bytes: int = 0, graphs: int = 1) -> Footprint:
+    """The whole program's peak on a cluster's device, where a run captures ``graphs`` steps."""
+    stacked = stack(program, workspaces(cluster))
+    work = stacked.by_class.get("workspace", [0] * len(program.ops))
+    at = max(range(len(program.ops)), key=lambda i: stacked.total[i] - work[i])
     by_class = {name: values[at] for name, values in stacked.by_class.items() if values[at]}
-    by_class |= outside(cluster, program.plan)
+    if most := max(work):
+        by_class["workspace"] = most
+    by_class |= outside(cluster, program.plan, graphs)
     if frozen_bytes:
         by_class["frozen encoders"] = frozen_bytes
     host_bytes = lifetimes(program, Space.HOST).peak_bytes if program.plan.offload else 0

@@ -10,17 +10,18 @@ from ...model.step import build_step
 from ...parallel.ir.flops import hardware_flops
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
+from ...parallel.passes.device_memory import Workspaces
 from ...parallel.passes.pipeline import prepare
 from ..clusters.cluster import Cluster
 from .encoders import FrozenCost
-from .footprint import Footprint, footprint
+from .footprint import ByteStack, Footprint, footprint, stack, workspaces
 from .models import PriceModels
 from .timeline import Tape, Timeline, play, price
 
 
 @dataclass(frozen=True)
 class PlayedStep:
-    """``step_s``: with the frozen encoders, and the stragglers of the plan's ranks."""
+    """``step_s``: with the frozen encoders, and the stragglers of the plan's ranks. ``workspaces``: of its kernels."""
 
     plan: Plan
     batch: BatchShape
@@ -28,12 +29,18 @@ class PlayedStep:
     tape: Tape
     timeline: Timeline
     footprint: Footprint
+    workspaces: Workspaces
     step_s: float
 
     @property
     def samples(self) -> int:
         """Of the step, on all ranks."""
         return self.batch.samples * self.plan.data_ranks * self.plan.micro_batches
+
+    @property
+    def stack(self) -> ByteStack:
+        """Live bytes while every record runs."""
+        return stack(self.program, self.workspaces)
 
     @property
     def hardware_flops(self) -> int:
@@ -51,20 +58,35 @@ class PlayedStep:
 
 
 def play_step(
-    config: ModelConfig, plan: Plan, batch: BatchShape, on: Cluster | PriceModels, frozen: FrozenCost | None = None
+    config: ModelConfig,
+    plan: Plan,
+    batch: BatchShape,
+    on: Cluster | PriceModels,
+    frozen: FrozenCost | None = None,
+    *,
+    graphs: int = 1,
 ) -> PlayedStep:
     """Build, price and play every record of a step. Raises CinemeshError for a plan that cannot run it."""
     models = on if isinstance(on, PriceModels) else PriceModels.of(on)
-    return play_program(prepare(build_step(config, plan, batch), backend=models.cluster.backend), batch, models, frozen)
+    program = prepare(build_step(config, plan, batch), backend=models.cluster.backend)
+    return play_program(program, batch, models, frozen, graphs=graphs)
 
 
 def play_program(
-    program: Program, batch: BatchShape, on: Cluster | PriceModels, frozen: FrozenCost | None = None
+    program: Program,
+    batch: BatchShape,
+    on: Cluster | PriceModels,
+    frozen: FrozenCost | None = None,
+    *,
+    graphs: int = 1,
 ) -> PlayedStep:
-    """Price and play a program that was prepared. Raises CinemeshError where host memory is too small for it."""
+    """Price and play a program that was prepared, one of ``graphs`` that a run captures.
+
+    Raises CinemeshError where host memory is too small for it.
+    """
     models = on if isinstance(on, PriceModels) else PriceModels.of(on)
     cluster, plan = models.cluster, program.plan
-    held = footprint(program, cluster, frozen.bytes if frozen else 0)
+    held = footprint(program, cluster, frozen.bytes if frozen else 0, graphs)
     cluster.check_host(held.host_bytes)
     tape = price(program, models.compute, models.network, cluster)
     timeline = play(tape)
@@ -75,5 +97,6 @@ def play_program(
         tape,
         timeline,
         held,
+        workspaces(cluster),
         (timeline.step_s + (frozen.seconds if frozen else 0.0)) * cluster.spread.factor(plan.world_size),
     )

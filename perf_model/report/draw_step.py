@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from ...parallel.ir.collectives import FUSED
 from ...parallel.ir.records import Phase
 from ...parallel.ir.span import Span
-from ..prices.footprint import stack
 from ..prices.played import PlayedStep
 from . import trace
 from .legend import columns, figure_of, is_narrow, legend_above
@@ -41,6 +40,8 @@ STYLES: dict[str, Style] = {
 MEMORY: dict[str, tuple[str, str]] = {  # class: colour, hatch
     "CUDA context": ("#444444", "|||"),
     "NCCL": ("#8a8a8a", "OO"),
+    "cuBLAS": ("#9d9d9d", "\\\\\\"),
+    "CUDA graphs": ("#dddddd", "xxx"),
     "frozen encoders": ("#bdbdbd", "ooo"),
     "optimizer": ("#27496d", ""),
     "EMA": ("#6f9bc8", "|||"),
@@ -63,7 +64,7 @@ UPRIGHT = 13  # letters that stand in a narrow picture's lane of compute
 STRIPS = 4  # a block's time in a narrow picture, as a text is broken into lines
 LANE_COLUMNS = 14  # letters of a lane's name in a line
 POINTS = 900  # pieces of time in the picture of memory
-OUTSIDE = ("CUDA context", "NCCL", "frozen encoders")  # live from before the step
+OUTSIDE = ("CUDA context", "NCCL", "cuBLAS", "CUDA graphs", "frozen encoders")  # live from before the step
 
 
 def style_of(span: Span) -> str:
@@ -259,7 +260,7 @@ def _phases(axes: Axes, spans: Sequence[Span]) -> None:
 
 def draw_memory(figure: Figure, whole: PlayedStep) -> None:
     """Live bytes of one rank over the step, stacked by class, below what the device offers."""
-    stacked = stack(whole.program)
+    stacked = whole.stack
     points = trace.highest(whole, stacked, POINTS)
     times = [seconds for _, seconds in points] + [whole.timeline.step_s]
     constant = {name: value for name, value in whole.footprint.by_class.items() if name in OUTSIDE}

@@ -20,7 +20,7 @@ from ...parallel.ir.communicators import communicator
 from ...parallel.ir.records import COMPUTE_LANE as COMPUTE
 from ...parallel.ir.records import WAIT, Phase
 from ...parallel.ir.span import Span
-from ..prices.footprint import ByteStack, stack
+from ..prices.footprint import ByteStack
 from ..prices.played import PlayedStep
 
 MEMORY_POINTS = 2000  # samples of the memory counter in a trace
@@ -196,7 +196,7 @@ def chrome(processes: Mapping[str, Sequence[Span]], whole: PlayedStep | None = N
     for number, (name, spans) in enumerate(processes.items()):
         events.extend(_events(number, name, spans, thread))
     if whole is not None:
-        events.extend(_counters(0, whole, stack(whole.program)))
+        events.extend(_counters(0, whole, whole.stack))
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 

@@ -205,7 +205,8 @@ class Evaluator:
         """As ``play``, one after the other: each is large."""
         whole, config, batches = self.request.programs.whole, self.request.config, self.request.batches(samples)
         for batch in batches:
-            yield play_program(whole(config, plan, batch, self.models.cluster.backend), batch, self.models, held)
+            program = whole(config, plan, batch, self.models.cluster.backend)
+            yield play_program(program, batch, self.models, held, graphs=len(batches))
 
     def play_held(self, plan: Plan, samples: int) -> list[PlayedStep]:
         """As ``play``, with the encoders held in the fastest way that fits beside the plan, or else in the smallest."""
@@ -258,7 +259,7 @@ class Evaluator:
 
     def outside_bytes(self, plan: Plan) -> int:
         """What no program owns."""
-        return sum(outside(self.request.cluster, plan).values())
+        return sum(outside(self.request.cluster, plan, len(self.request.buckets)).values())
 
     def limit_bytes(self, plan: Plan) -> float:
         """What the program's own buffers, and the encoders, may take of one device."""

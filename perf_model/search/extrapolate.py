@@ -21,7 +21,7 @@ from ...parallel.ir.layout import Axes
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.records import Op, Space
 from ...parallel.ir.units import Units
-from ..prices.footprint import FLAT, class_of
+from ..prices.footprint import FLAT, class_of, workspaces
 from ..prices.models import PriceModels
 from ..prices.network import Cost, Group, Groups, group_of
 from ..prices.timeline import FUSE, ISSUE, WAIT, Record, Tape, cost_of, late_on, price
@@ -312,11 +312,11 @@ class Extrapolation:
 
     @cached_property
     def _peak(self) -> Peak:
-        return Peak(self.program, self.few, self.stretches.marks)
+        return Peak(self.program, self.few, self.stretches.marks, workspaces(self.models.cluster))
 
     @cached_property
     def _host_peak(self) -> Peak:
-        return Peak(self.program, self.few, self.stretches.marks, Space.HOST)
+        return Peak(self.program, self.few, self.stretches.marks, workspaces(self.models.cluster), Space.HOST)
 
     def host_bytes(self, plan: Plan) -> int:
         """Most bytes that the whole step holds at once in host memory for one rank."""
@@ -328,5 +328,5 @@ class Extrapolation:
         return self._peak.kept_bytes[0]
 
     def peak_bytes(self, plan: Plan) -> int:
-        """Most bytes that the whole step's own buffers hold at once on one rank, workspace included."""
+        """Most bytes that the whole step's own buffers hold at once on one rank, and the most workspace of a record."""
         return self._peak.bytes(plan)

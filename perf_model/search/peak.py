@@ -6,6 +6,7 @@ from ...kernels.counts import DTYPE_BYTES
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import BufferKind, Phase, Space
+from ...parallel.passes.device_memory import Workspaces
 from ...parallel.passes.liveness import lifetimes
 from ..prices.footprint import FLAT, UNIT, class_of
 from .few_blocks import FewBlocks, blocks_of
@@ -14,8 +15,9 @@ Sized = tuple[str, int]  # of a buffer that the shard group sizes: its unit, "" 
 
 
 class Peak:
-    """What the peak of any shard group and depth follows from; ``marks``: the first record of every block.
+    """What the peak of any shard group and depth follows from.
 
+    ``marks``: the first record of every block. ``on``: workspaces of the kernels that run.
     ``kept_bytes``: what one more of the first, and of the last blocks keeps from forward to backward.
     """
 
@@ -24,10 +26,11 @@ class Peak:
         program: Program,
         few: FewBlocks,
         marks: dict[tuple[int | None, Phase], list[int]],
+        on: Workspaces,
         space: Space = Space.DEVICE,
     ) -> None:
         self.few = few
-        lives = lifetimes(program, space)
+        lives = lifetimes(program, space, on.bytes)
         self.built = blocks_of(program.plan, few.blocks)
         self.kept_bytes = (0, 0)
         deeper: tuple[list[tuple[int, int]], ...] = ([], [])  # records during which those left out hold kept bytes
@@ -75,9 +78,10 @@ class Peak:
             if i in changes:
                 holds = tuple([any(begin <= i < end for begin, end in spells) for spells in deeper])
                 key = (tuple(sorted(held)), holds)
-            self._highest[key] = max(self._highest.get(key, 0), live + lives.workspace_bytes[i])
+            self._highest[key] = max(self._highest.get(key, 0), live)
             for gone in stopping.get(i, ()):
                 held.remove(gone)
+        self._workspace_bytes = max(lives.workspace_bytes, default=0)
         self._sharded: dict[int, dict[tuple[bool, ...], int]] = {}
 
     def bytes(self, plan: Plan) -> int:
@@ -86,7 +90,7 @@ class Peak:
             self._sharded[plan.dp_shard] = self._under(plan)
         deep = blocks_of(plan, self.few.config.layers)
         grown_by = [(n - few) * kept for n, few, kept in zip(deep, self.built, self.kept_bytes, strict=True)]
-        return max(
+        return self._workspace_bytes + max(
             bytes_ + sum(grown for grown, holding in zip(grown_by, holds, strict=True) if holding)
             for holds, bytes_ in self._sharded[plan.dp_shard].items()
         )

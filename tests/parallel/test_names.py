@@ -27,7 +27,6 @@ from cinemesh.parallel.passes.prices import RATES
 from cinemesh.parallel.runtime.mesh import Mesh
 from cinemesh.parallel.runtime.trace import role
 from cinemesh.perf_model.clusters.cluster import load
-from cinemesh.perf_model.prices.footprint import stack
 from cinemesh.perf_model.prices.played import play_program
 from cinemesh.perf_model.report.trace import block_starts, predicted
 
@@ -123,7 +122,7 @@ def test_passes_and_prices_read_no_name(text: str, backend: str) -> None:
     if backend == "nccl":
         one, two = (play_program(program, SHAPE, load("grand-teton-h100")) for program in programs)
         assert one.timeline.start == two.timeline.start and one.footprint.by_class == two.footprint.by_class
-        assert stack(one.program) == stack(two.program)
+        assert one.stack == two.stack
         assert [role(op) for op in one.program.ops] == [role(op) for op in two.program.ops]
         assert block_starts(predicted(one)) == block_starts(predicted(two))
         assert [span.label for span in predicted(one)] == [span.label for span in predicted(two)]

@@ -27,6 +27,7 @@ from cinemesh.launch import train as entry
 from cinemesh.launch.training import checkpoint, resolve, showcase
 from cinemesh.launch.training import loop as train
 from cinemesh.launch.training import sample as sampling
+from cinemesh.launch.training import setting as setting_of
 from cinemesh.launch.training.recipe import Config, check_config
 from cinemesh.launch.training.setting import Setting
 from cinemesh.launch.training.telemetry import read_metrics
@@ -112,7 +113,7 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
     }
     run = Run(values, did)
     load, step, steps = StepRunner.load, StepRunner.step, train.train_steps
-    choose, predict, join = train.kernels_for, resolve.predict_run, train.joined
+    choose, predict, join = setting_of.kernels_for, resolve.predict_run, train.joined
 
     def loaded(self: StepRunner, micro_batch: int, batch: Mapping[str, Tensor]) -> None:
         did["ids"].append(batch[IDS].tolist())
@@ -158,9 +159,9 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
         return []
 
     class Watched(Sampler):
-        def __init__(self, config: Any, plan: Plan, *rest: Any) -> None:
+        def __init__(self, config: Any, plan: Plan, *rest: Any, **doors: Any) -> None:
             did["plans"].append(plan)
-            super().__init__(config, plan, *rest)
+            super().__init__(config, plan, *rest, **doors)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -171,7 +172,7 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
         patch.setattr(StepRunner, "load", loaded)
         patch.setattr(StepRunner, "step", stepped)
         patch.setattr(train, "train_steps", trained)
-        patch.setattr(train, "kernels_for", chosen)
+        patch.setattr(setting_of, "kernels_for", chosen)
         patch.setattr(train, "joined", joined)
         patch.setattr(resolve, "predict_run", predicted)
         patch.setattr(showcase, "show", shown)

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cinemesh.errors import CinemeshError
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model.config import USUAL_LATENTS, preset
 from cinemesh.model.inputs import BatchShape
@@ -18,7 +17,6 @@ from cinemesh.parallel.passes.arena import (
     ORDERS,
     Interval,
     _best_fit,
-    check_fits,
     most_alive,
     pack,
     place,
@@ -103,16 +101,3 @@ def movie_gen(text: str) -> Program:
 def test_at_most_two_percent_above_the_bound_at_30b(text: str) -> None:
     arena = place(movie_gen(text))
     assert arena.bound_bytes <= arena.total_bytes <= 1.02 * arena.bound_bytes
-
-
-def test_a_step_too_large_for_the_card_says_by_how_much() -> None:
-    program = movie_gen("tp=4,cp=2,dp_shard=768")
-    with pytest.raises(CinemeshError, match=r"GB more than the 80\.00 GB that it has.*[Rr]ecompute.*full") as caught:
-        check_fits(program, 80 * 10**9)
-    assert "workspace" in str(caught.value)
-    lives = lifetimes(program)
-    needed = lives.persistent_bytes + place(program).total_bytes + max(lives.workspace_bytes)
-    check_fits(program, needed)
-    with pytest.raises(CinemeshError, match=r"0\.00 GB more than"):
-        check_fits(program, needed - 1)
-    check_fits(movie_gen("tp=4,cp=2,dp_shard=768,recompute=full"), 80 * 10**9)

@@ -271,7 +271,7 @@ def test_a_step_that_cannot_be_captured_falls_back_with_its_name() -> None:
 @pytest.mark.gpu
 def test_a_step_larger_than_the_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1000))
-    with pytest.raises(CinemeshError, match=r"more than the 0\.00 GB that it has"):
+    with pytest.raises(CinemeshError, match=r"more than the 0\.00 GB that are left"):
         runner_of(case_of("dtype=float32"))
 
 

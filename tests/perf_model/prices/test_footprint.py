@@ -12,6 +12,7 @@ from cinemesh.model.inputs import BatchShape
 from cinemesh.model.step import build_step, unit_layout
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.records import BufferKind
+from cinemesh.parallel.passes.device_memory import Workspaces
 from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.footprint import stack
@@ -24,7 +25,7 @@ def test_states_and_units_stand_in_their_classes(text: str) -> None:
     plan, config = Plan.parse(text), preset("tiny")
     program = prepare(build_step(config, plan, BatchShape(1, (3, 4, 12))), backend="nccl")
     units = unit_layout(config, plan)
-    classes, flat = stack(program).by_class, units.flat_elements
+    classes, flat = stack(program, Workspaces("sm_90")).by_class, units.flat_elements
     assert set(classes["optimizer"]) == {3 * 4 * flat} and set(classes["EMA"]) == {4 * flat}
     assert max(classes["weights"]) == 2 * flat and max(classes["gradients"]) == 4 * flat
     given = [buffer for buffer in program.buffers.values() if buffer.kind is BufferKind.INPUT and buffer.base is None]

@@ -8,6 +8,7 @@ from cinemesh.model.config import preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.parallel.ir.communicators import JOB, held
 from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.passes.device_memory import BLAS_STREAM_BYTES, GRAPH_BYTES
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.footprint import outside
 from cinemesh.perf_model.prices.played import play_step
@@ -52,6 +53,7 @@ def test_planner_footprint_and_report_count_the_same_communicators(plan: Plan) -
     wanted = sum(row.bytes for row in start_up(plan, CLUSTER))
     assert outside(CLUSTER, plan)["NCCL"] == wanted
     evaluator = Evaluator(Request(preset("tiny"), (LatentBucket((2, 4, 4)),), CLUSTER, 8))
-    assert evaluator.outside_bytes(plan) == wanted + int(CLUSTER.memory.context_bytes)
+    rest = int(CLUSTER.memory.context_bytes) + 2 * BLAS_STREAM_BYTES + GRAPH_BYTES
+    assert evaluator.outside_bytes(plan) == wanted + rest
     played = play_step(preset("tiny"), plan, BatchShape(1, (2, 4, 4)), CLUSTER)
     assert played.footprint.by_class.get("NCCL", 0) == wanted

@@ -16,6 +16,7 @@ from cinemesh.parallel.ir.communicators import communicator
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.records import Phase, Place
 from cinemesh.parallel.ir.span import Span
+from cinemesh.parallel.passes.device_memory import Workspaces
 from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.perf_model.prices.footprint import Footprint, stack
 from cinemesh.perf_model.prices.network import Cost
@@ -46,12 +47,13 @@ def hand_made(plan: Plan) -> PlayedStep:
     compute_s = sum(record.seconds for record in records)
     tape = Tape(records, compute_s, 132, 3e12, 1.0, 1.0)
     timeline = play(tape)
-    stacked = stack(program)
+    kernels = Workspaces("cpu")
+    stacked = stack(program, kernels)
     peak = max(stacked.total)
     at_peak = stacked.total.index(peak)
     by_class = {name: values[at_peak] for name, values in stacked.by_class.items()} | {"NCCL": 2**20}
     print_of = Footprint(sum(by_class.values()), by_class, program.ops[at_peak].name, 2.0 * peak)
-    return PlayedStep(plan, batch, program, tape, timeline, print_of, timeline.step_s)
+    return PlayedStep(plan, batch, program, tape, timeline, print_of, kernels, timeline.step_s)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +115,7 @@ def test_block_windows_follow_each_other(whole: PlayedStep) -> None:
 
 def test_memory_samples_keep_the_peak(whole: PlayedStep) -> None:
     """However few the samples."""
-    stacked = stack(whole.program)
+    stacked = whole.stack
     for points in (1, 3, 1000):
         kept = trace.highest(whole, stacked, points)
         assert max(stacked.total[i] for i, _ in kept) == max(stacked.total)
@@ -133,7 +135,7 @@ def test_chrome_trace(whole: PlayedStep, tmp_path: Path) -> None:
     assert overlaps(events) == []
     assert max(e["ts"] + e["dur"] for e in bars) == pytest.approx(whole.timeline.step_s * 1e6)
     counters = [e for e in events if e["ph"] == "C"]
-    assert max(sum(e["args"].values()) for e in counters) == pytest.approx(max(stack(whole.program).total) / 1e9)
+    assert max(sum(e["args"].values()) for e in counters) == pytest.approx(max(whole.stack.total) / 1e9)
     assert [p.name for p in tmp_path.iterdir()] == ["step.json"]
 
 
