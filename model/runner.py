@@ -181,7 +181,7 @@ class StepRunner:
         self.buffers["counters"].copy_(counters)
 
     def _expect_end(self) -> None:
-        self._heartbeat = self._heartbeat or Heartbeat()
+        self._heartbeat = self._heartbeat or Heartbeat(device=self.executor.device)
         end = torch.cuda.Event()
         end.record()
         self._replays += 1

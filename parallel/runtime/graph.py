@@ -7,6 +7,7 @@ the pitfalls and what guards against each.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from .comm import barrier
 from .executor import Executor
 
 WARM_UP_STEPS = 2  # the first compiles kernels and connects communicators, the second shows that it did
+
+_abandoned: list[torch.cuda.CUDAGraph] = []  # of captures that failed: never destroyed, see GraphPool._put_right
 
 
 @dataclass
@@ -44,7 +47,10 @@ class GraphPool:
         return sum(graph.pool_bytes for graph in self.graphs)
 
     def warm_up(self, executor: Executor) -> None:
-        """Real steps on the stream of the capture: lazy set-up may not happen inside one."""
+        """Real steps on the stream of the capture: lazy set-up may not happen inside one.
+
+        What fails here ends the process, and so the job: other ranks wait in collectives, where no vote reaches them.
+        """
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             for _ in range(WARM_UP_STEPS):
@@ -54,7 +60,8 @@ class GraphPool:
     def capture(self, executor: Executor, *, keep: bool = False) -> tuple[Graph | None, str | None]:
         """The graph, or why there is none, with the op's name. Nothing is executed. All ranks capture together.
 
-        ``keep`` leaves it readable (``graph.debug_dump``).
+        Whatever failed, a rank has this answer for the vote; only what ends a process, as Ctrl-C, is raised. ``keep``
+        leaves the graph readable (``graph.debug_dump``).
         """
         torch.cuda.synchronize()  # the watchdog has no event left to query
         if executor.comm is not None:
@@ -64,7 +71,7 @@ class GraphPool:
             graph.enable_debug_mode()
         torch.cuda.empty_cache()  # the capture does so too: what is reserved after it is the pool's
         before, outside = torch.cuda.memory_reserved(self.device), torch.cuda.current_stream()
-        at = "the start"
+        at, cause = "the start", None
         try:
             with (
                 torch.cuda.graph(graph, pool=self.handle, stream=self.stream, capture_error_mode="thread_local"),
@@ -72,17 +79,38 @@ class GraphPool:
             ):
                 for record in executor.records:
                     at = f"{record.op.name} ({record.op.kind})"
-                    record.run()
+                    try:
+                        record.run()
+                    except BaseException as error:
+                        cause = error  # the end of the capture then fails as well, and says less
+                        raise
             if keep:
                 graph.instantiate()
-        except RuntimeError as error:  # CUDA's refusals, and torch's
-            torch.cuda.set_stream(outside)  # a capture that fails leaves its own as the current one
+        except BaseException as error:  # noqa: BLE001  an answer for the vote, whatever it was
+            self._put_right(graph, outside)
             if executor.comm is not None:
                 executor.comm.forget()
-            return None, f"{at}: {in_a_line(error, lines=1)}"
+            cause = cause or error
+            if not isinstance(cause, Exception):
+                raise cause from None
+            return None, f"{at}: {in_a_line(cause, lines=1)}"
         made = Graph(graph, torch.cuda.memory_reserved(self.device) - before)
         self.graphs.append(made)
         return made, None
+
+    def _put_right(self, graph: torch.cuda.CUDAGraph, outside: torch.cuda.Stream) -> None:
+        """What torch 2.11 to 2.13 leave behind a capture that did not end well (CUDAGraph.cpp, capture_end).
+
+        Its stream stays the current one, and both allocators go on asking the graph, by its address, whether an
+        allocation is its own: those of the device until they are told, those of pinned memory for good. So the graph
+        lives on, and what is captured next has another pool: this one would be taken for one that is being filled.
+        """
+        torch.cuda.set_stream(outside)
+        _abandoned.append(graph)
+        pool, self.handle = self.handle, torch.cuda.graph_pool_handle()
+        with suppress(RuntimeError):  # the capture had ended, or not begun: then the graph itself lets go of the pool
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
 
     def close(self) -> None:
         """Before the process groups: NCCL waits for graphs that hold its work."""

@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 
+import torch
+
 from .comm import gather_objects
 
 STALL_S = 1800.0  # as the groups' own time-out, which does not see a replay
@@ -25,7 +27,9 @@ def vote(failure: str | None, processes: bool) -> str | None:
 class Heartbeat:
     """Ends the process when a step does not finish: no watchdog looks at collectives that a graph replays.
 
-    ``expect`` arms it with a question (is the step done?), asked from a thread of its own every ``period_s``.
+    ``expect`` arms it with a question (is the step done?), asked from a thread of its own every ``period_s``. On CUDA
+    that thread takes ``device`` first: a thread begins on GPU 0, and what asks CUDA there makes a context on it, some
+    half GB of another rank's memory.
     """
 
     def __init__(
@@ -33,9 +37,11 @@ class Heartbeat:
         stall_s: float = STALL_S,
         on_stall: Callable[[str], None] | None = None,
         period_s: float = 1.0,
+        device: str = "cpu",
     ) -> None:
         self._stall_s, self._period_s = stall_s, period_s
         self._on_stall = on_stall or _abort
+        self._device = torch.device(device)
         self._waiting: tuple[int, float, Callable[[], bool]] | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
@@ -50,6 +56,8 @@ class Heartbeat:
         self._thread.join()
 
     def _watch(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
         while not self._over.wait(self._period_s):
             waiting = self._waiting
             if waiting is None:

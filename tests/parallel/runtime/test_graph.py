@@ -12,11 +12,10 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import starmap
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -82,91 +81,6 @@ def test_graphs_are_given_back_before_the_process_groups() -> None:
     mesh.close()
     mesh.close()
     assert order == ["graphs", "groups", "groups"]
-
-
-class PretendGraph:
-    """What stands for ``torch.cuda.CUDAGraph`` where there is no GPU."""
-
-    made: ClassVar[list[PretendGraph]] = []
-
-    def __init__(self, keep_graph: bool = False) -> None:
-        self.kept, self.was_reset = keep_graph, False
-        self.made.append(self)
-
-    def reset(self) -> None:
-        self.was_reset = True
-
-
-@pytest.fixture
-def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The order of what is asked of CUDA. The logic around a capture is tested so; a capture itself is not."""
-    asked: list[str] = []
-
-    class Stream:
-        def __init__(self, device: str = "") -> None: ...
-
-        def wait_stream(self, other: object) -> None:
-            asked.append("wait")
-
-    def noted(name: str, answer: Any = None) -> Any:
-        return lambda *args, **kwargs: (asked.append(name), answer)[1]
-
-    def captured(graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Any:
-        asked.append(f"capture {capture_error_mode}")
-        return nullcontext()
-
-    PretendGraph.made.clear()
-    for name, value in {
-        "Stream": Stream, "CUDAGraph": PretendGraph, "graph": captured, "graph_pool_handle": lambda: (0, 1),
-        "current_stream": Stream, "stream": lambda stream: nullcontext(), "set_stream": noted("set_stream"),
-        "synchronize": noted("synchronize"), "empty_cache": noted("empty_cache"),
-        "memory_reserved": noted("memory_reserved", 0),
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, value)
-    return asked
-
-
-def pretending(case: Case, **doors: Any) -> StepRunner:
-    runner = StepRunner(case.config, case.plan, case.batch, OPTIMIZER, None, seed=case.seed, **doors)
-    runner.initialise(weights.probe_values(case.seed))
-    runner.executor.device = "cuda"
-    return runner
-
-
-def test_warm_up_drain_then_capture_then_teardown(pretend_cuda: list[str]) -> None:
-    runner = pretending(case_of("dtype=float32"))
-    before = {name: runner.buffers[name].clone() for name in ("master", "exp_avg", "ema", "counters")}
-    assert runner.capture("required") is None and isinstance(runner.replay, Graph)
-    assert pretend_cuda.index("synchronize") < pretend_cuda.index("empty_cache") < len(pretend_cuda) - 1
-    assert pretend_cuda.index("wait") < pretend_cuda.index("synchronize") < pretend_cuda.index("capture thread_local")
-    # The warm-up ran on NaN samples, and so did what stands for the capture here: no update may have come of it.
-    assert all(torch.equal(runner.buffers[name], value) for name, value in before.items() if name != "counters")
-    runner.close()
-    assert [graph.was_reset for graph in PretendGraph.made] == [True] and runner.replay is None
-
-
-def test_an_op_that_refuses_is_named_and_the_step_still_runs(pretend_cuda: list[str]) -> None:
-    calls: list[int] = []
-    silu = kernels_for("cpu")["silu"]
-
-    def refuses(inputs: Any, outputs: Any) -> None:
-        calls.append(1)
-        if any(text.startswith("capture") for text in pretend_cuda) and "set_stream" not in pretend_cuda:
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
-        silu(inputs, outputs)
-
-    case = case_of("dtype=float32")
-    runner = pretending(case, kernels=kernels_for("cpu") | {"silu": refuses})
-    failure = runner.capture("auto")
-    assert failure is not None and failure.startswith("rank 0: mb0/") and runner.replay is None
-    assert failure.endswith("(silu): operation not permitted when stream is capturing")
-    assert "set_stream" in pretend_cuda, "the capture's stream would have stayed the current one"
-    load_batch(case, runner, 0)
-    runner.step(1e-2)
-    assert runner.loss.isfinite()
-    pretend_cuda.clear()
-    with pytest.raises(CinemeshError, match=r"capture is required.*\(silu\): operation not permitted"):
-        runner.capture("required")
 
 
 # -- with one ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+import torch
+
 from cinemesh.parallel.runtime.watchdog import Heartbeat, vote
 
 
@@ -35,6 +38,24 @@ def test_the_heartbeat_is_quiet_about_steps_that_end() -> None:
     assert asked.wait(10)
     heartbeat.close()
     assert stalled == []
+
+
+def test_its_thread_takes_the_device_before_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread begins on GPU 0: asked there, an event of another makes a context in that GPU's memory."""
+    order: list[object] = []
+    asked = threading.Event()
+
+    def done() -> bool:
+        order.append("asked")
+        asked.set()
+        return True
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: order.append(device))
+    heartbeat = Heartbeat(period_s=0.01, device="cuda:5")
+    heartbeat.expect(1, done)
+    assert asked.wait(10)
+    heartbeat.close()
+    assert order == [torch.device("cuda:5"), "asked"]
 
 
 def test_a_vote_names_the_first_rank_that_failed() -> None:
