@@ -39,10 +39,12 @@ class Purpose(IntEnum):
 
 
 def _high_low(multiplier: int, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The 64-bit product of two unsigned 32-bit numbers, as (high, low) words, in signed 64-bit arithmetic."""
-    low_half = (value & 0xFFFF) * multiplier
-    high_half = (value >> 16) * multiplier + (low_half >> 16)
-    return high_half >> 16, ((high_half & 0xFFFF) << 16) | (low_half & 0xFFFF)
+    """The 64-bit product of two unsigned 32-bit numbers, as (high, low) words, in signed 64-bit arithmetic.
+
+    Of a multiplier less by 2**32, which is negative, the product stays within 63 bits: 2**32 * value is added back.
+    """
+    product = value * (multiplier - (_MASK + 1))
+    return (product >> 32) + value, product & _MASK
 
 
 def philox_words(
@@ -83,6 +85,11 @@ def uniform(
     return _unit(word)
 
 
+def _polar(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Radius and angle of Box-Muller, from two words."""
+    return torch.sqrt(-2.0 * torch.log(_unit(first))), (2.0 * math.pi) * _unit(second)
+
+
 def normal(
     seed: int, purpose: int, step: Tensor, sample: Tensor, element: Tensor, place: Tensor | None = None
 ) -> Tensor:
@@ -93,18 +100,14 @@ def normal(
     """
     words = philox_words(seed, purpose, step, sample, element >> 2, place)
     second_pair = (element & 2) != 0
-    radius = torch.sqrt(-2.0 * torch.log(_unit(torch.where(second_pair, words[2], words[0]))))
-    angle = (2.0 * math.pi) * _unit(torch.where(second_pair, words[3], words[1]))
+    radius, angle = _polar(*(torch.where(second_pair, words[2 + i], words[i]) for i in range(2)))
     return radius * torch.where((element & 1) != 0, torch.sin(angle), torch.cos(angle))
 
 
-def normal_(out: Tensor, seed: int, purpose: int, step: int, sample: int, first_element: int) -> Tensor:
-    """Fill the flat tensor ``out`` with normals for elements first_element, first_element + 1, ..."""
-    flat = out.view(-1)
-    chunk = 1 << 16  # bounds the int64 temporaries to a few MiB
-    counter = {"step": torch.tensor(step), "sample": torch.tensor(sample)}
-    for start in range(0, flat.numel(), chunk):
-        stop = min(start + chunk, flat.numel())
-        element = torch.arange(first_element + start, first_element + stop)
-        flat[start:stop] = normal(seed, purpose, counter["step"], counter["sample"], element).to(out.dtype)
-    return out
+def normals(
+    seed: int, purpose: int, step: Tensor, sample: Tensor, block: Tensor, place: Tensor | None = None
+) -> Tensor:
+    """The same of whole blocks, [..., 4]: an eighth of the work an element. ``block`` is the element's index // 4."""
+    words = philox_words(seed, purpose, step, sample, block, place)
+    polar = _polar(*words[:2]), _polar(*words[2:])
+    return torch.stack([radius * turn(angle) for radius, angle in polar for turn in (torch.cos, torch.sin)], -1)

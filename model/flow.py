@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..kernels.philox import Purpose, normal, uniform
+from ..kernels.philox import Purpose, normal, normals, uniform
 from .config import CAPTION_DROPOUT, SIGMA_MIN
 
 
@@ -26,8 +26,10 @@ def draw_noise(
     seed: int, step: Tensor, ids: Tensor, places: Tensor, shape: tuple[int, ...], purpose: Purpose = Purpose.NOISE
 ) -> Tensor:
     """X_0, float64 [B, *shape]; the element index is the C-order index in ``shape`` = (C, T, H, W)."""
-    element = torch.arange(math.prod(shape), device=ids.device)
-    return normal(seed, purpose, step, ids[:, None], element[None, :], places[:, None]).view(len(ids), *shape)
+    elements = math.prod(shape)
+    block = torch.arange(-(-elements // 4), device=ids.device)
+    drawn = normals(seed, purpose, step, ids[:, None], block, places[:, None]).flatten(1)
+    return drawn[:, :elements].view(len(ids), *shape)
 
 
 def draw_keep_caption(seed: int, step: Tensor, ids: Tensor, places: Tensor, dropout: float = CAPTION_DROPOUT) -> Tensor:

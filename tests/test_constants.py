@@ -188,6 +188,7 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "kernels.philox._WEYL": ((0x9E3779B9, 0xBB67AE85), SC11),
     "kernels.philox._MASK": (2**32 - 1, SC11),
     "kernels.philox.ROUNDS": (10, SC11),
+    "model.weights.BLOCK": (4, COUNTER),
     **{
         f"kernels.philox.Purpose.{n}": (i + 1, COUNTER)
         for i, n in enumerate(("NOISE", "TIME", "CAPTION", "INIT", "SAMPLING", "PROBE"))
@@ -383,7 +384,7 @@ FREE: Mapping[str, str] = {
     "*.*_RANGE": "ends of what a person may give, each with its reason: docs/recipe.md; tests/test_ranges.py",
     "launch.training.recipe.BELOW_1": "the end of a range: the largest float32 below 1",
     "launch.training.recipe.Config.plan": "defaults of plan fields; tests/parallel/ir/test_knobs.py",
-    "model.weights._CHUNK": "a size of work; tests/model/test_weights.py",
+    "model.weights._CHUNK": "sizes of work; tests/model/test_weights.py",
     "kernels.ops.*_CHUNK": "a size of work; examples cross it",
     "kernels.ops.OPS": "every column is counted on examples; tests/kernels/test_ops.py",
     "kernels.counts.count(constant)": "no constant term",

@@ -18,8 +18,9 @@ from torch import Tensor
 from ...data.cache import Cache, Samples
 from ...data.clips import write_contact_sheet, write_mp4
 from ...files import atomic_file
-from ...kernels.philox import Purpose, normal_
+from ...kernels.philox import Purpose
 from ...model.codec import LatentCodec, psnr
+from ...model.flow import draw_noise
 from ...model.runner import StepRunner
 from ..cluster.processes import Joined
 from .average import remark
@@ -85,7 +86,7 @@ def show(folder: Path, clips: dict[str, Tensor], train: Samples, codec: LatentCo
     """Compare sampled ``clips`` (uint8 [T, H, W, 3], by scene) with the training windows; write them and the scores."""
     windows = [train[index] for index in range(len(train))]
     decoded = [codec.decode(window.latent) for window in windows]
-    noise = torch.empty(windows[0].latent.shape)
+    zero = torch.zeros(1, dtype=torch.int64)
     scores: list[Score] = []
     rows: dict[str, Tensor] = {}
     for number, (scene, clip) in enumerate(clips.items()):
@@ -93,7 +94,8 @@ def show(folder: Path, clips: dict[str, Tensor], train: Samples, codec: LatentCo
         others = [index for index, window in enumerate(windows) if window.scene != scene]
         length = len(clip)  # frames; the last block of a decoded clip may be longer
         nearest = max(own, key=lambda index: psnr(clip, decoded[index][:length]))
-        drawn = codec.decode(normal_(noise, 0, Purpose.SAMPLING, 0, number, 0))[:length]
+        noise = draw_noise(0, zero[0], zero + number, zero, windows[0].latent.shape, Purpose.SAMPLING)[0].float()
+        drawn = codec.decode(noise)[:length]
         score = Score(
             scene,
             psnr(clip, decoded[nearest][:length]),

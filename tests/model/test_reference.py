@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cinemesh.kernels.philox import Purpose, normal, normal_, philox_words, uniform
+from cinemesh.kernels.philox import Purpose, normal, normals, philox_words, uniform
 from cinemesh.model import flow
 from cinemesh.model.config import PRESETS, USUAL_LATENTS, ModelConfig, parameters
 from cinemesh.model.inputs import IDS, LATENTS, MASK, PLACES, text_input
@@ -307,11 +307,14 @@ def test_a_slice_is_drawn_without_the_rest() -> None:
     assert torch.equal(flow.draw_noise(7, step, ids[1:], places[1:], (3, 2, 5)), whole[1:])
 
 
-def test_normal_in_place_continues_anywhere() -> None:
-    whole, part = torch.empty(70_000), torch.empty(4_001)
-    normal_(whole, 5, Purpose.INIT, 0, 99, 0)  # longer than one chunk
-    normal_(part, 5, Purpose.INIT, 0, 99, 65_531)
-    assert torch.equal(part, whole[65_531 : 65_531 + 4_001])
+def test_the_normals_of_whole_blocks_are_those_of_their_elements() -> None:
+    """Bit by bit; and a block may be drawn alone."""
+    step, sample, place = (torch.tensor(word) for word in (3, 99, 7))
+    blocks = torch.cat((torch.arange(5_000), torch.tensor([(1 << 34) + 1])))
+    whole = normals(5, Purpose.NOISE, step, sample, blocks, place)
+    element = 4 * blocks[:, None] + torch.arange(4)
+    assert torch.equal(whole, normal(5, Purpose.NOISE, step, sample, element, place))
+    assert torch.equal(normals(5, Purpose.NOISE, step, sample, blocks[4321:4322], place), whole[4321:4322])
 
 
 def test_seed_step_sample_place_and_purpose_all_matter() -> None:

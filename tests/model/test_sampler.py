@@ -140,7 +140,7 @@ def test_constant_velocity_is_integrated_exactly(steps: int) -> None:
     tile = v.view(1, TINY.channels, *TINY.patch)
     want = noise() + tile.repeat(1, 1, 3, 2, 6)
     assert v.abs().max() > 0.1
-    got = sampled(Plan(dtype="float64"), lambda p, element: weights[p.name].reshape(-1)[element], 4.0, steps=steps)
+    got = sampled(Plan(dtype="float64"), lambda p, block: weights[p.name].reshape(-1, 4)[block], 4.0, steps=steps)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 

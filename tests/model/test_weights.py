@@ -11,20 +11,24 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from cinemesh.kernels.philox import normal_
-from cinemesh.model import weights
+from cinemesh.kernels.philox import Purpose
+from cinemesh.kernels.philox import normals as normals_of_blocks
+from cinemesh.model import flow, weights
 from cinemesh.model.config import PRESETS, Encoder, LatentCondition, ModelConfig, parameters, preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import Optimizer
-from cinemesh.model.weights import Values, collect, fill_shard, full, initial_values
+from cinemesh.model.weights import Values, collect, fill_shard, full, initial_values, probe_values
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.units import Parameter, lay_out
 
@@ -147,20 +151,20 @@ def philox_normal(seed: int, purpose: int, sample: int, elements: int) -> NDArra
     return np.stack(pairs, 1).reshape(-1)[:elements]
 
 
-LONG = Parameter("long", (500, 400), 1, "unit", "normal", 0.5, True, "part")  # 200,000 elements: four chunks
+LONG = Parameter("long", (1000, 408), 1, "unit", "normal", 0.5, True, "part")  # 408,000 elements: four chunks
 SEED = (3 << 32) + 5
 
 
 @lru_cache(maxsize=1)
 def single_draw() -> Tensor:
-    return torch.from_numpy(0.5 * philox_normal(SEED, 4, zlib.crc32(b"long"), 200_000)).view(500, 400)
+    return torch.from_numpy(0.5 * philox_normal(SEED, 4, zlib.crc32(b"long"), LONG.elements)).view(LONG.shape)
 
 
 def written_whole() -> Tensor:
     return full((LONG,), initial_values(SEED), torch.float64)["long"]
 
 
-def written_in_shards(tp: int, dp_shard: int) -> Callable[[], Tensor]:
+def written_in_shards(tp: int, dp_shard: int, device: str = "cpu") -> Callable[[], Tensor]:
     """Every rank's flat shard, put together again. Chunks start anew in each."""
 
     def write() -> Tensor:
@@ -168,26 +172,27 @@ def written_in_shards(tp: int, dp_shard: int) -> Callable[[], Tensor]:
         shards: list[tuple[dict[str, int], Tensor]] = []
         for rank in range(tp * dp_shard):
             at = {"tp": rank % tp, "cp": 0, "dp_shard": rank // tp, "dp_replicate": 0}
-            flat = torch.full((1, units.flat_elements), torch.nan, dtype=torch.float64)
+            flat = torch.full((1, units.flat_elements), torch.nan, dtype=torch.float64, device=device)
             fill_shard(flat, units, at, initial_values(SEED))
-            shards.append((at, flat))
+            shards.append((at, flat.cpu()))
         return collect(shards, units)["long"]
 
     return write
 
 
-def drawn_in_place() -> Tensor:
-    """What the showcase draws its noise with."""
-    flat = normal_(torch.empty(LONG.elements, dtype=torch.float64), SEED, 4, 0, zlib.crc32(b"long"), 0)
-    return 0.5 * flat.view(LONG.shape)
+def drawn_as_noise() -> Tensor:
+    """As validation, the sampler and the showcase draw theirs."""
+    number = torch.tensor([zlib.crc32(b"long")])
+    return 0.5 * flow.draw_noise(SEED, torch.tensor(0), number, torch.tensor([0]), LONG.shape, Purpose.INIT)[0]
 
 
 WRITTEN = {
     "whole": written_whole,
-    "in place": drawn_in_place,
+    "as noise": drawn_as_noise,
     "one rank": written_in_shards(1, 1),
     "tp=2": written_in_shards(2, 1),
     "tp=2,dp_shard=3": written_in_shards(2, 3),
+    "tp=8": written_in_shards(8, 1),  # rows of 51: a counter's four elements lie on two ranks
 }
 
 
@@ -197,21 +202,84 @@ def test_a_long_parameter_written_in_chunks_is_a_single_draw(write: Callable[[],
 
     Libraries differ by a rounding of log, sin and cos: 1e-14 at most, of values below 5.
     """
-    assert LONG.elements > 3 * weights._CHUNK
+    assert LONG.elements > 3 * weights._CHUNK["cpu"]
     torch.testing.assert_close(write(), single_draw(), rtol=0, atol=1e-13)
 
 
 def chunk_over_the_first(flat: Tensor, parameter: Parameter, values: Values) -> None:
     """The fault that only long parameters have."""
-    for start in range(0, parameter.elements, weights._CHUNK):
-        stop = min(start + weights._CHUNK, parameter.elements)
-        flat[: stop - start] = values(parameter, torch.arange(start, stop))
+    chunk = weights._CHUNK["cpu"]
+    for start in range(0, parameter.elements, chunk):
+        stop = min(start + chunk, parameter.elements)
+        flat[: stop - start] = values(parameter, torch.arange(start // 4, stop // 4)).flatten()
 
 
 def test_a_chunk_over_the_first_is_found() -> None:
     flat = torch.zeros(LONG.elements, dtype=torch.float64)
     chunk_over_the_first(flat, LONG, initial_values(SEED))
-    assert (flat.view(500, 400) - single_draw()).abs().max() > 1
+    assert (flat.view(LONG.shape) - single_draw()).abs().max() > 1
+
+
+# -- where they are drawn ---------------------------------------------------------------------------------------------
+
+
+class OnlyOn(TorchDispatchMode):
+    """Refuses a tensor that is made elsewhere."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            assert not isinstance(leaf, Tensor) or leaf.device.type == self.device, f"{func} on {leaf.device}"
+        return result
+
+
+def elsewhere(parameter: Parameter, block: Tensor) -> Tensor:
+    """The fault: drawn on the host, then copied."""
+    return initial_values(SEED)(parameter, torch.zeros(block.shape, dtype=torch.int64)).to(block.device)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 8])
+def test_values_are_drawn_on_the_device_that_holds_them(tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that has no values: 3 million elements a second of a host's thread are 1,600 s for the 5B's."""
+    monkeypatch.setitem(weights._CHUNK, "meta", 1 << 17)
+    rows = [LONG, *(replace(LONG, name=init, init=init, tp_dim=None) for init in ("zeros", "ones"))]
+    units = lay_out({"unit": [row for row in rows if row.tp_dim is not None], "replicated": [*rows[1:]]}, Plan(tp=tp))
+    at: dict[str, int] = dict.fromkeys(("tp", "cp", "dp_shard", "dp_replicate"), 0)
+    flat = torch.empty(1, units.flat_elements, device="meta")
+    for values in (initial_values(SEED), probe_values(SEED)):
+        with OnlyOn("meta"):
+            fill_shard(flat, units, at, values)
+    with OnlyOn("meta"), pytest.raises(AssertionError, match="on cpu"):
+        fill_shard(flat, units, at, elsewhere)
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_what_a_cpu_draws_to_the_rounding_of_log_and_cos() -> None:
+    """[Note: rounding]: float64 within 7 * 2**-52; float32 the same but for one in 2**25, then its neighbour."""
+    block = torch.arange(1 << 20)
+    zero = torch.tensor(0)
+    here = normals_of_blocks(SEED, Purpose.INIT, zero, zero, block)
+    there = normals_of_blocks(SEED, Purpose.INIT, zero.cuda(), zero.cuda(), block.cuda()).cpu()
+    assert ((here - there).abs() <= 7 * 2.0**-52 * here.abs()).all()
+    a, b = here.float(), there.float()
+    assert (a != b).sum() <= 4 and (torch.nextafter(a, b) == b).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tp", "dp_shard"), [(2, 3), (8, 1)])
+def test_a_gpu_draws_the_same_under_every_plan_in_bounded_memory(tp: int, dp_shard: int) -> None:
+    """Bit by bit, as on a CPU; and some 50 MB of temporaries, whatever the parameter."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    whole = written_in_shards(1, 1, "cuda")()
+    peak = torch.cuda.max_memory_allocated() - before - 8 * LONG.elements
+    assert torch.equal(written_in_shards(tp, dp_shard, "cuda")(), whole)
+    assert peak < 100 * weights._CHUNK["cuda"]
+    torch.testing.assert_close(whole, single_draw(), rtol=0, atol=1e-13)
 
 
 # -- the table at full size -------------------------------------------------------------------------------------------
@@ -233,7 +301,7 @@ def test_the_30b_model_starts_as_wide_as_its_rule() -> None:
     for name, std in stds.items():
         assert by_name[name].init == "normal" and by_name[name].std == pytest.approx(std, rel=1e-6), name
     assert sum(row.init == "normal" for row in by_name.values()) == 441
-    assert min(row.elements for row in by_name.values() if row.init == "normal") > weights._CHUNK
+    assert min(row.elements for row in by_name.values() if row.init == "normal") > weights._CHUNK["cpu"]
 
 
 def test_a_run_starts_with_the_ema_at_the_weights_and_all_else_at_zero() -> None:
