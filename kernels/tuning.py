@@ -48,7 +48,7 @@ def device_key(name: str) -> str:
 @lru_cache(maxsize=8)
 def table(device: str = DEFAULT_DEVICE) -> Table:
     """The table of a device, empty when there is none. Raises CinemeshError when its file is not a table."""
-    path = TABLES / f"{device}.yaml"
+    path = path_of(device)
     if not path.exists():
         return Table(device, REASONED)
     remedy = "restore the file, or measure again: cinemesh kernels --tune"
@@ -101,13 +101,13 @@ def trial(kernel: str, shape: str, tried: dict[str, int]) -> Iterator[None]:
         del _trials[kernel, shape]
 
 
-def path_of(key: str, directory: Path = TABLES) -> Path:
-    return directory / f"{key}.yaml"
+def path_of(key: str) -> Path:
+    """Of the table that is read for a device."""
+    return TABLES / f"{key}.yaml"
 
 
-def write(found: Table, key: str, directory: Path = TABLES) -> Path:
-    """Replace a device's table in one move; returns its path."""
-    path = path_of(key, directory)
+def write(found: Table, path: Path) -> None:
+    """Write a table, or replace it in one move."""
     values: dict[str, Any] = {
         "device": found.device,
         "origin": found.origin,
@@ -117,4 +117,3 @@ def write(found: Table, key: str, directory: Path = TABLES) -> Path:
     with atomic_file(path) as unfinished:
         unfinished.write_text(write_yaml(values), encoding="utf-8")
     table.cache_clear()
-    return path

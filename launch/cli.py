@@ -22,6 +22,7 @@ from .options import (
     GPUS_RANGE,
     MODEL_HELP,
     PLAN_HELP,
+    SECONDS_RANGE,
     SHOWN_RANGE,
     TEXT_RANGE,
     TRIED,
@@ -479,6 +480,15 @@ def kernels(
         ),
     ] = None,
     tune: Annotated[bool, typer.Option("--tune", help="Measure tiles on this GPU; rewrite its table.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="With --tune: the table, in place of the package's.")
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--seconds", **bounds(SECONDS_RANGE), help="With --tune: for at most so long; default: to the end."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show which kernel runs each op of a step, and why not another.
@@ -486,10 +496,11 @@ def kernels(
     Choices follow device, dtype, shape, what is installed and the rate classes. The variable CINEMESH_KERNELS
     overrides them: CINEMESH_KERNELS=attention=torch,adamw=reference
     """
-    from .commands.kernels import run
+    from .commands.kernels import Tuning, run
 
+    asked = Tuning.asked(tune, out, seconds)
     run(
-        model=model, plan=plan, latent=latent, batch=batch, device=device, target=target, tune=tune, as_json=as_json
+        model=model, plan=plan, latent=latent, batch=batch, device=device, target=target, tune=asked, as_json=as_json
     )  # fmt: skip
 
 
@@ -507,6 +518,12 @@ def calibrate(
     ] = None,
     card: Annotated[
         Path | None, typer.Option("--card", metavar="JSON", help="What kernels_gpu.py wrote of a GPU.")
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            "--table", metavar="FILE", help="With --card: the GPU's tuning table, by which kernels are chosen."
+        ),
     ] = None,
     nccl_tests: Annotated[
         list[Path] | None,
@@ -529,10 +546,17 @@ def calibrate(
         raise CinemeshError(
             "calibrate: --card and --nccl-tests are both given", remedy="take one, then the other with --base"
         )
+    if table is not None:
+        if card is None:
+            raise CinemeshError("--table is made of --card", remedy="add it, or leave --table out")
+        check_output_file(table, "--table")
     if card is not None:
-        from ..perf_model.calibration.card import write
+        from ..perf_model.calibration.card import write, write_table
 
         cluster = write(card, base, out)
+        if table is not None:
+            write_table(card, table)
+            wrote(table, "put it into kernels/tuning under the card's name")
         wrote(out, command("plan", gpus=cluster.gpus, cluster=out), cluster.about)
         return
     if nccl_tests:

@@ -60,10 +60,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh kernels",
         "cinemesh kernels --model movie-gen-5b --plan tp=2,dp_shard=8 --device sm_90 --json",
         f"cinemesh kernels --compile sm_90 --plan {PAPER}",
+        "cinemesh kernels --tune --seconds 600 --out h200.yaml",
     ),
     "calibrate": (
         "cinemesh calibrate --out here.yaml --nproc 2",
-        "cinemesh calibrate --card card.json --base h200-ib400 --out h200.yaml",
+        "cinemesh calibrate --card card.json --base h200-ib400 --out h200.yaml --table tuning/h200.yaml",
         "cinemesh calibrate --nccl-tests all_gather.log --base dgx-h100-ib400 --out ours.yaml",
     ),
 }

@@ -17,6 +17,7 @@ SERVERS_RANGE = integers(1, MOST_RANKS, NO_CLUSTER, "servers")
 HEADROOM_RANGE = reals(0.0, 1000.0, "no GPU has more memory", "GB")
 SHOWN_RANGE = integers(1, 10_000, "no search ranks more", "plans")
 TRIED_RANGE = integers(1, 1000, "each is a step of a model on CPU processes", "steps")
+SECONDS_RANGE = reals(1.0, 1e6, "no GPU is tuned for longer", "s")
 TEXT_RANGE = integers(1, 2**20, "no prompts are longer", "tokens")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from pathlib import Path
 
 from ...errors import CinemeshError
 from ...model.inputs import BatchShape
@@ -17,6 +19,21 @@ from . import choices, compile_check
 DEFAULT_PLANS = {"movie-gen-30b": PAPER}  # others: one GPU
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """``out``: of the table, None for the package's own; ``seconds``: at most, None for as long as it takes."""
+
+    out: Path | None
+    seconds: float | None
+
+    @classmethod
+    def asked(cls, tune: bool, out: Path | None, seconds: float | None) -> Tuning | None:
+        """Raises CinemeshError for options of a tuning that is not asked for."""
+        if not tune and (out is not None or seconds is not None):
+            raise CinemeshError("--out and --seconds are those of --tune", remedy="add it, or leave them out")
+        return cls(out, seconds) if tune else None
+
+
 def run(
     *,
     model: str,
@@ -25,7 +42,7 @@ def run(
     batch: int,
     device: str | None,
     target: str | None,
-    tune: bool,
+    tune: Tuning | None,
     as_json: bool,
 ) -> None:
     """Body of the command; one of: the table of choices, the compile check, the tuning of this GPU's tiles."""
@@ -42,7 +59,7 @@ def run(
     if tune:
         from .tune import run as measure
 
-        measure(program)
+        measure(program, tune.out, tune.seconds)
         return
     where, origin = (device, "asked for") if device else _device_here()
     found = list(choices.lines(program, where))

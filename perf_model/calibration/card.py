@@ -1,5 +1,7 @@
 """A cluster file from one measured card: what ``kernels_gpu.py`` wrote, over a shipped cluster (torch-free).
 
+And the card's tuning table (:func:`write_table`): the rates by which kernels are chosen there, and then priced.
+
 The card's copy bandwidth sets the reached part of the memory's rate. Its large bf16 product, and the attention kernels
 of the step's longest call in each direction, scale the laws of the base cluster so that they predict what was measured
 (``tests/benchmarks/kernels_gpu.py``). The file says which packages were there. Links, memory and everything else stay
@@ -8,13 +10,16 @@ the base's.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...documents import mapping, quoted, read_json, write_yaml
 from ...errors import CinemeshError
 from ...files import atomic_file
+from ...kernels import tuning
 from ...kernels.catalogue import OPTIONAL, candidates
+from ...kernels.rates import dense_bf16_flops
 from ...ranges import Range, integers, reals
 from ..clusters.cluster import Cluster, load
 from ..prices.compute import AttentionCall, Compute, Direction
@@ -25,6 +30,7 @@ DIRECTIONS: dict[str, Direction] = {"attention": "forward", "attention_backward"
 
 
 _POSITIVE = reals(0, 1e18, "it is a rate, a time or a count of FLOPs", above=True)
+_PART = integers(0, 99, "it is a part of a compute capability")
 _ERROR = reals(0, 1e30, "it is a share of a largest value")
 _SIZE = integers(1, 2**40, "it counts samples, tokens, heads or values")
 _MEASURED = ("device", "date", "copy_bytes_per_s", "matmul_flops_per_s", "kernels")
@@ -32,7 +38,7 @@ _KERNEL = (
     *("op", "package", "dtype", "sizes", "calls", "flops", "bytes", "limit", "chosen"),
     *("failed", "seconds", "of_limit", "error"),
 )
-_LABELS = "btshk"  # of attention: samples, queries, keys, heads, head dim
+_LABELS = "btshk"  # of attention: samples, queries, keys, heads, head dim; beside them c, which counts K and V
 _REMEDY = "give the JSON that kernels_gpu.py wrote"
 
 
@@ -46,6 +52,11 @@ def _read(path: Path) -> dict[str, Any]:
             raise CinemeshError(f"{where}: {key} is {quoted(values[key])}", remedy="it must be a text")
     for key in ("copy_bytes_per_s", "matmul_flops_per_s"):
         _check(f"{where}: {key}", _POSITIVE, values[key])
+    parts = values.get("capability", [0, 0])
+    if not isinstance(parts, list) or len(parts) != 2:
+        raise CinemeshError(f"{where}: capability is {quoted(parts)}", remedy="write for example [9, 0]")
+    for part in parts:
+        _check(f"{where}: capability", _PART, part)
     if not isinstance(values["kernels"], list):
         raise CinemeshError(f"{where}: kernels is {quoted(values['kernels'])}", remedy=_REMEDY)
     ran: list[dict[str, Any]] = []
@@ -60,7 +71,7 @@ def _read(path: Path) -> dict[str, Any]:
         for key in ("seconds", "flops"):
             _check(f"{at}: {key}", _POSITIVE, row[key])
         _check(f"{at}: error", _ERROR, row["error"])
-        sizes = mapping(row["sizes"], f"{at}: sizes", _LABELS, required=_LABELS, remedy=_REMEDY)
+        sizes = mapping(row["sizes"], f"{at}: sizes", f"{_LABELS}c", required=_LABELS, remedy=_REMEDY)
         for label in _LABELS:
             _check(f"{at}: sizes.{label}", _SIZE, sizes[label])
         ran.append(row)
@@ -77,10 +88,8 @@ def _attention(values: dict[str, Any], compute: Compute) -> dict[tuple[str, Dire
     ratios: dict[tuple[str, Direction], float] = {}
     for op, direction in DIRECTIONS.items():
         families = {e.package: e.rate_class for e in candidates(op) if e.rate_class in compute.cluster.attention}
-        rows = [row for row in values["kernels"] if row["op"] == op and row["error"] <= WRONG]
-        longest = max((row["flops"] for row in rows), default=0)
-        for row in rows:
-            if row["flops"] < longest or row["package"] not in families:
+        for row in _longest(values, op):
+            if row["package"] not in families:
                 continue
             z, family = row["sizes"], families[row["package"]]
             call = AttentionCall(
@@ -94,6 +103,13 @@ def _attention(values: dict[str, Any], compute: Compute) -> dict[tuple[str, Dire
             )
             ratios[family, direction] = compute.attention_s(call, family) / row["seconds"]
     return ratios
+
+
+def _longest(values: dict[str, Any], op: str) -> list[dict[str, Any]]:
+    """Kernels of the call of an op that has most FLOPs, those that were right."""
+    rows = [row for row in values["kernels"] if row["op"] == op and row["error"] <= WRONG]
+    longest = max((row["flops"] for row in rows), default=0)
+    return [row for row in rows if row["flops"] == longest]
 
 
 def text_of(values: dict[str, Any], base: Cluster, base_name: str, name: str) -> str:
@@ -138,3 +154,28 @@ def write(source: Path, base_name: str, out: Path) -> Cluster:
     with atomic_file(out) as unfinished:
         unfinished.write_text(text_of(values, base, base_name, out.stem), encoding="utf-8")
     return load(str(out))
+
+
+def write_table(source: Path, out: Path) -> tuning.Table:
+    """Write the registry's table of the card: measured shares of its peak, and the tiles that were known before.
+
+    It is read where it lies in ``kernels/tuning`` under the card's name. Raises CinemeshError as :func:`write` does.
+    """
+    values = _read(source)
+    if "capability" not in values:
+        raise CinemeshError(f"the card {source} has no capability", remedy=_REMEDY)
+    major, minor = values["capability"]
+    peak = dense_bf16_flops(f"sm_{major}{minor}")
+    known = tuning.table(tuning.device_key(values["device"]))
+    rates = {rate_class: dict(shares) for rate_class, shares in known.rates.items()}
+    for op, direction in DIRECTIONS.items():
+        here = (e for e in candidates(op) if "cuda" in e.devices and e.package != "reference")
+        classes = {entry.package: entry.rate_class for entry in here}
+        for row in _longest(values, op):
+            if row["package"] in classes:
+                share = row["flops"] / row["seconds"] / peak
+                rates.setdefault(classes[row["package"]], {})[direction] = round(share, 4)
+    origin = f"measured on {values['device']}, {values['date']}"
+    table = replace(known, device=values["device"], origin=origin, rates=rates)
+    tuning.write(table, out)
+    return table

@@ -335,7 +335,7 @@ def test_tiles_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert shape == "D8192,T16384" == tuning.shape_class(D=8192, T=8193)
     assert tuning.tile("swiglu.forward", shape, default, "h100") == default
     found = tuning.Table("NVIDIA H100", "measured on it", {"swiglu.forward": {shape: {"BLOCK": 128}}}, {})
-    tuning.write(found, "h100", tmp_path)
+    tuning.write(found, tuning.path_of("h100"))
     assert tuning.table("h100") == found
     assert tuning.tile("swiglu.forward", shape, default, "h100") == {"BLOCK": 128, "num_warps": 4}
     assert tuning.tile("swiglu.forward", "D64", default, "h100") == default

@@ -121,6 +121,7 @@ IN_PLACE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "sample": (sampled, "needs a trained model: recipe and sampled shape are checked"),
     "calibrate": (calibrated, "a minute, or a measured card: options are read"),
     "plan --paper": (lambda _: None, "40 s: options are read"),
+    "kernels --tune": (lambda _: None, "needs a GPU: options are read"),
     "kernels --compile": (compiled, "minutes: shapes of every kernel are made"),
 }
 
@@ -146,7 +147,7 @@ def words_of(line: str) -> list[str]:
     kept: list[str] = []
     skip = False
     for word in words:
-        alone = word == "--paper" and "--gpus" not in words
+        alone = (word == "--paper" and "--gpus" not in words) or (word == "--tune" and words[0] == "kernels")
         if not skip and (word not in LEFT_OUT or alone):
             kept.append(word)
         skip = word == "--report"  # with its folder
@@ -178,7 +179,9 @@ def test_examples_are_legal_fit_and_run(folder: Path) -> None:
     asked = {tuple(words_of(line)) for line in found}
     for words in sorted(asked, key=lambda words: ("--out" not in words, words)):  # first what others read
         command = commands()[words[0]]
-        name = next((f"{words[0]} {option}" for option in ("--compile", "--paper") if option in words), words[0])
+        name = next(
+            (f"{words[0]} {option}" for option in ("--compile", "--paper", "--tune") if option in words), words[0]
+        )
         if name in IN_PLACE:
             with command.make_context(words[0], [*words[1:]]) as context:
                 IN_PLACE[name][0](context.params)

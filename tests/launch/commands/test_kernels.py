@@ -13,7 +13,7 @@ import torch
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels import tuning
 from cinemesh.kernels.reference import REFERENCE
-from cinemesh.launch.commands import kernels
+from cinemesh.launch.cli import app
 from cinemesh.launch.commands.calls import calls_of, tensors
 from cinemesh.launch.commands.tune import search
 from cinemesh.model.config import USUAL_LATENTS, preset
@@ -64,6 +64,7 @@ def test_mistakes_are_one_line() -> None:
     for arguments, said in (
         (("--model", "tiny", "--plan", "tp=5"), "heads(6) % tp(5) = 1"),
         (("--compile", "sm_90", "--tune"), "give one of the two"),
+        (("--model", "tiny", "--seconds", "9"), "--out and --seconds are those of --tune; add it"),
         (("--model", "tiny", "--device", "h100"), "device 'h100' is unknown; write cpu, cuda or a capability"),
         (("--model", "tiny", "--plan", "dtype=float64", "--compile", "sm_90"), "dtype float64: Triton's kernels take"),
     ):
@@ -75,7 +76,7 @@ def test_tune_wants_a_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(CinemeshError, match="--tune measures on a GPU and there is none here"):
-        kernels.run(model="tiny", plan="tp=1", latent=None, batch=1, device=None, target=None, tune=True, as_json=False)
+        app(["kernels", "--model", "tiny", "--plan", "tp=1", "--tune"], standalone_mode=False)
 
 
 def test_calls_of_a_step_run() -> None:
