@@ -96,7 +96,8 @@ def traced(given: dict[str, Any]) -> None:
 
 def trained(given: dict[str, Any]) -> None:
     config = read_config(given["config"], [*plan_override(given["plan"]), *(given["overrides"] or [])])
-    config.plan.check_world_size(given["nproc"] or 1)
+    if not given["dry_run"]:
+        config.plan.check_world_size(given["nproc"] or 1)
     Setting.of(config).check_training()
 
 
