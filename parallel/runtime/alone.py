@@ -35,6 +35,9 @@ class Alone(Communicator):
 
         return BoundCollective(issue, lambda: None)
 
+    def forget(self) -> None:
+        """Nothing waits to be waited for."""
+
 
 class Silent(Communicator):
     """Collectives that do nothing: one rank's compute, to be timed."""

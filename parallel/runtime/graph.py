@@ -64,7 +64,7 @@ class GraphPool:
         leaves the graph readable (``graph.debug_dump``).
         """
         torch.cuda.synchronize()  # the watchdog has no event left to query
-        if executor.comm is not None:
+        if executor.comm is not None and torch.distributed.is_initialized():  # not by a rank without its peers
             barrier()
         graph = torch.cuda.CUDAGraph(keep_graph=keep)
         if keep:
