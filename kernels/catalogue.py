@@ -23,6 +23,7 @@ PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "apex", "triton", "cud
 Workspace = Callable[[Sizes, int], int]  # sizes, bytes of an element -> bytes
 
 ANY_CAPABILITY = (0, 0)
+BY_ATOMICS = ("position_backward",)  # whose plain form has an operator of torch that adds by atomics on CUDA
 HALF = ("bfloat16", "float16")
 
 
@@ -32,8 +33,8 @@ class Implementation:
 
     ``capability``: the least compute capability; ``below``: the first one that is too new. ``sizes``: label -> (rule in
     words, test). ``workspace``: bytes besides its outputs. ``why``: what it is, for people. ``margin``: it can leave
-    SMs alone (``sm_margin``). ``ordered``: whether it sums in one fixed order, and so gives the same bits every time:
-    always, when asked (``deterministic=True``), or never.
+    SMs alone (``sm_margin``). ``ordered``: whether it sums in one fixed order on a GPU, and so gives the same bits
+    every time: always, when asked (``deterministic=True``), or never. On a CPU all do.
     """
 
     op: str
@@ -80,10 +81,20 @@ def _torch_backward(z: Sizes, item: int) -> int:
     return _flash_backward(z, item) + (_queries(z) + 2 * z["s"] * z["b"] * z["h"]) * z["k"] * item
 
 
+def _cudnn_backward(z: Sizes, item: int) -> int:
+    """As torch's, and the log-sum-exp of a slice of heads in C order."""
+    return _torch_backward(z, item) + _delta(z, item)
+
+
 def _apex_norm(z: Sizes, item: int) -> int:
     """Output or gradients and statistics, allocated by apex and copied into ours, and a cast gradient."""
     rows = z.get("t", z.get("l", 1)) * z["b"]
     return rows * (2 * z["d"] * item + 8) + 2 * z["d"] * item
+
+
+def _rows_of_tokens(z: Sizes, item: int) -> int:
+    """Each token's row in three tables, the comparison with the rows of one, and that as a factor."""
+    return z["t"] * (32 + (1 + item) * max(z["i"], z["j"], z["k"]))
 
 
 def _nothing(z: Sizes) -> int:
@@ -121,7 +132,8 @@ def _attention_entries() -> Iterable[Implementation]:
             yield Implementation(
                 op, "cudnn", "torch_cuda", f"cudnn_{plain}", ("cuda",), "cudnn",
                 "cuDNN's attention, in torch's CUDA builds" + (", sums in any order" if backward else ""),
-                (8, 0), None, HALF, cute_dims, copied, ordered="never" if backward else "always",
+                (8, 0), None, HALF, cute_dims, _cudnn_backward if backward else _outputs,
+                ordered="never" if backward else "always",
             )  # fmt: skip
         yield Implementation(
             op, "triton", plain, plain, ("cuda",), "triton",
@@ -206,11 +218,13 @@ def _entries() -> Iterable[Implementation]:
     )  # fmt: skip
     yield Implementation(
         "position_backward", "torch", "torch_cuda", "position_backward", ("cuda",), "memory.passes",
-        "the plain form, told to sum in one fixed order",
+        "cuBLAS through torch: rows summed by products, in one fixed order", workspace=_rows_of_tokens,
     )  # fmt: skip
     for op, spec in OPS.items():
-        rate_class = _reference_class(spec)
-        yield Implementation(op, "reference", "reference", op, ("cpu", "cuda"), rate_class, "plain torch, any dtype")
+        yield Implementation(
+            op, "reference", "reference", op, ("cpu", "cuda"), _reference_class(spec), "plain torch, any dtype",
+            ordered="never" if op in BY_ATOMICS else "always",
+        )  # fmt: skip
 
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = tuple(_entries())
@@ -250,7 +264,7 @@ def refusal(
         return f"runs on {' and '.join(entry.devices)}, not on {kind}"
     if entry.package in missing:
         return missing[entry.package]
-    if deterministic and entry.ordered == "never":
+    if deterministic and kind == "cuda" and entry.ordered == "never":
         return "sums in any order, and deterministic kernels are asked for"
     if capability is not None and capability < entry.capability:
         return f"needs sm_{_digits(entry.capability)} or newer, got sm_{_digits(capability)}"

@@ -270,7 +270,8 @@ def _tiles(latent: Tensor, patch: tuple[int, int, int]) -> Tensor:
     return latent.view(b, c, t // kt, kt, h // kh, kh, w // kw, kw).permute(2, 4, 6, 0, 1, 3, 5, 7)
 
 
-def _token_coordinates(first: int, count: int, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, ...]:
+def token_coordinates(first: int, count: int, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, ...]:
+    """(t, h, w) of ``count`` tokens from ``first`` on, in the order of the grid."""
     token = torch.arange(first, first + count, device=device)
     return token // (grid[1] * grid[2]), token // grid[2] % grid[1], token % grid[2]
 
@@ -290,7 +291,7 @@ def patchify(
     """This rank's tokens of [B, C, T, H, W]; a token's values in (C, kt, kh, kw) order."""
     out = outputs[0]
     tiles = _tiles(inputs[0], patch)
-    where = _token_coordinates(rank * out.shape[0], out.shape[0], _grid(latent, patch), out.device)
+    where = token_coordinates(rank * out.shape[0], out.shape[0], _grid(latent, patch), out.device)
     out.view(out.shape[0], *tiles.shape[3:]).copy_(tiles[where])
 
 
@@ -302,7 +303,7 @@ def unpatchify(inputs: Tensors, outputs: Tensors, *, patch: tuple[int, int, int]
 def position(inputs: Tensors, outputs: Tensors, *, grid: tuple[int, int, int], rank: int) -> None:
     """phi_t + phi_h + phi_w of this rank's tokens."""
     out = outputs[0]
-    where = _token_coordinates(rank * out.shape[0], out.shape[0], grid, out.device)
+    where = token_coordinates(rank * out.shape[0], out.shape[0], grid, out.device)
     torch.index_select(inputs[0], 0, where[0], out=out)
     for table, index in zip(inputs[1:], where[1:], strict=True):
         out.add_(table[index])
@@ -310,7 +311,7 @@ def position(inputs: Tensors, outputs: Tensors, *, grid: tuple[int, int, int], r
 
 def position_backward(inputs: Tensors, outputs: Tensors, *, grid: tuple[int, int, int], rank: int) -> None:
     gradient = inputs[0]
-    where = _token_coordinates(rank * gradient.shape[0], gradient.shape[0], grid, gradient.device)
+    where = token_coordinates(rank * gradient.shape[0], gradient.shape[0], grid, gradient.device)
     for table, index in zip(outputs, where, strict=True):
         table.zero_().index_add_(0, index, gradient)
 
@@ -400,7 +401,7 @@ def draw_noise(
         value % kw,
     )
     inside = channel * (t * h * w) + at * (h * w) + ah * w + aw
-    i, j, k = _token_coordinates(rank * tokens, tokens, grid, out.device)
+    i, j, k = token_coordinates(rank * tokens, tokens, grid, out.device)
     corner = i * (kt * h * w) + j * (kh * w) + k * kw
     rows = max(1, DRAW_CHUNK // (samples * values))
     for start in range(0, tokens, rows):

@@ -1,4 +1,4 @@
-"""Torch's own CUDA kernels where the reference would do more than it must: products and attention; and sums in order.
+"""Torch's own CUDA kernels where the reference would do more than it must: products, sums of rows, and attention.
 
 Attention without a key mask is FlashAttention-2 as torch ships it, or cuDNN's, with one the memory-efficient kernel
 with a bias. All allocate their outputs, which are then copied into ours. The backwards sum in any order; those of
@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .reference import REFERENCE, product_of
+from .reference import product_of, token_coordinates
 
 _LSE_ALIGNMENT = 32  # queries; rows of the memory-efficient kernel's log-sum-exp are padded to it
 _BIAS_ALIGNMENT = 8  # keys; rows of its bias must start at 16 bytes
@@ -33,22 +32,37 @@ def matmul(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, signature: st
         torch.ops.aten.mm.dtype_out(a, b, target.dtype, out=target)
 
 
-def position_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor], **attrs: Any) -> None:
-    """The reference, whose sums run by atomics on CUDA unless asked not to."""
-    with _in_order(True):
-        REFERENCE["position_backward"](inputs, outputs, **attrs)
+def position_backward(
+    inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, grid: tuple[int, int, int], rank: int
+) -> None:
+    """The rows of each table as products: 1 where a token stands on the row, 0 elsewhere, times the gradient.
+
+    So they are summed in one order. The reference adds by atomics on CUDA, and torch's switch would sort the tokens and
+    copy the gradient.
+    """
+    gradient = inputs[0]
+    tokens = gradient.shape[0]
+    for table, index in zip(outputs, token_coordinates(rank * tokens, tokens, grid, gradient.device), strict=True):
+        rows = torch.arange(table.shape[0], device=gradient.device)
+        torch.mm((index == rows[:, None]).to(gradient.dtype), gradient, out=table)
 
 
 @contextmanager
 def _in_order(asked: bool) -> Iterator[None]:
-    """Torch's attention backward looks at the global switch when it is launched; it ignores one that only warns."""
+    """Torch's attention backward looks at the global switch when it is launched; it ignores one that only warns.
+
+    While that is on, torch would fill all that it allocates with NaN: a pass over memory more, for each of its outputs.
+    """
     before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch._C._get_deterministic_fill_uninitialized_memory()
     if asked:
         torch.use_deterministic_algorithms(True)
+        torch._C._set_deterministic_fill_uninitialized_memory(False)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warned)
+        torch._C._set_deterministic_fill_uninitialized_memory(filled)
 
 
 def attention(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
@@ -75,19 +89,24 @@ def attention_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, d
 
 
 def cudnn_attention(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """As the reference. Torch keeps cuDNN's plan by device, dtype, shapes and strides of q, k and v (MHA.cpp)."""
     o, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*_heads_first(*inputs), None, True)
     _rows(outputs[0]).copy_(o)
     outputs[1].copy_(lse.view_as(outputs[1]))  # [B, H, T] or, by torch's version, [B, H, T, 1]
 
 
 def cudnn_attention_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-    """As the reference, from o and lse, with sums in any order; copied to the outputs."""
+    """As the reference, from o and lse, with sums in any order; copied to the outputs.
+
+    Torch keeps the plan as in forward: of calls with one layout of q, k and v, all have one of do and one of o, and the
+    log-sum-exp, a slice of heads where K and V are gathered in slices, is in C order.
+    """
     do, q_rows, kv, o, lse = inputs
     q, k, v = _heads_first(q_rows, kv)
     nothing = torch.zeros((), dtype=torch.int64, device=q.device)  # seed and offset of a dropout that is not
     dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        _rows(do), q, k, v, _rows(o), lse[..., None], nothing, nothing, None, None, None, q.shape[2], k.shape[2], 0.0,
-        False,
+        _rows(do), q, k, v, _rows(o), lse.contiguous()[..., None], nothing, nothing, None, None, None, q.shape[2],
+        k.shape[2], 0.0, False,
     )  # fmt: skip
     _rows(outputs[0]).copy_(dq)
     _rows(outputs[1][:, :, 0]).copy_(dk)

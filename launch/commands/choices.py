@@ -27,6 +27,7 @@ class Line:
     sizes: Mapping[str, int]
     calls: int
     bytes: int
+    workspace_bytes: int
     choice: Choice
 
     @property
@@ -38,19 +39,23 @@ def lines(program: Program, device: str) -> Iterator[Line]:
     """Every distinct call of a step: optional packages as installed here, torch and Triton taken for granted."""
     software = Software.planned()
     calls: dict[tuple[str, str, tuple[tuple[str, int], ...]], list[int]] = {}
+    sized: dict[tuple[str, str, tuple[tuple[str, int], ...]], dict[str, int]] = {}
     for op in program.ops:
         if op.kind not in OPS:
             continue
         floating = (program.buffers[name].dtype for name in (*op.inputs, *op.outputs))
         dtype = next((name for name in floating if name not in ("bool", "int64")), "bool")
-        sizes = {label: size for label, size in program.label_sizes(op).items() if label in SHAPE_LABELS}
+        whole = program.label_sizes(op)
+        sizes = {label: size for label, size in whole.items() if label in SHAPE_LABELS}
         key = (op.kind, dtype, tuple(sorted(sizes.items())))
+        sized.setdefault(key, whole)
         entry = calls.setdefault(key, [0, 0])
         entry[0] += 1
         entry[1] += program.bytes_moved(op)
     for (kind, dtype, sizes), (count, moved) in calls.items():
         choice = select(kind, device, software, dtype=dtype, sizes=dict(sizes))
-        yield Line(kind, dtype, dict(sizes), count, moved, choice)
+        work = choice.entry.workspace(sized[kind, dtype, sizes], DTYPE_BYTES[dtype])
+        yield Line(kind, dtype, dict(sizes), count, moved, work, choice)
 
 
 def _reasons(line: Line) -> dict[str, str]:
@@ -68,7 +73,6 @@ def as_json(found: list[Line], device: str, origin: str, model: str, plan: Plan)
     for line in found:
         entry = line.choice.entry
         known = rate(entry.rate_class, device)
-        item = DTYPE_BYTES[line.dtype]
         ops.append(
             {
                 "op": line.op,
@@ -82,7 +86,7 @@ def as_json(found: list[Line], device: str, origin: str, model: str, plan: Plan)
                 "share": share(entry, device),
                 "limit": known.limit,
                 "origin": known.origin,
-                "workspace_bytes": entry.workspace(line.sizes, item),
+                "workspace_bytes": line.workspace_bytes,
                 "others": _reasons(line),
             }
         )

@@ -229,7 +229,9 @@ class Config:
         "where the run starts",
     ] = None
     deterministic: Annotated[
-        bool, "only kernels that sum in one fixed order, so that a run on GPUs gives the same bits again; slower"
+        bool,
+        "only kernels that sum in one fixed order (docs/cost_model.md names them), so that a run on GPUs gives the "
+        "same bits again; slower",
     ] = False
 
     @property

@@ -20,12 +20,16 @@ import torch
 from torch import Tensor
 
 from cinemesh.kernels import apex, flash_attention, packages, torch_cuda
-from cinemesh.kernels.catalogue import IMPLEMENTATIONS, Implementation
+from cinemesh.kernels.catalogue import IMPLEMENTATIONS, Implementation, candidates
 from cinemesh.kernels.reference import REFERENCE
 from cinemesh.kernels.registry import function
+from cinemesh.launch.proof.verify import small_case
+from cinemesh.model.step import build_step
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.passes.pipeline import prepare
 
 from .against_float64 import check, rand, relative_error
-from .stand_ins import ATEN, IN_ORDER, STAND_INS, aten_on_cpu, note_order
+from .stand_ins import ATEN, IN_ORDER, STAND_INS, aten_on_cpu
 
 T, S, B, H, K = 5, 7, 2, 3, 64  # queries, keys, samples, heads, head dim
 
@@ -152,22 +156,29 @@ def test_torch_attention(op: str) -> None:
     assert not torch.are_deterministic_algorithms_enabled()  # switched back
 
 
-def test_position_gradients_are_told_to_sum_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA ``index_add_`` adds by atomics unless the switch is on, and not one that only warns."""
+@pytest.mark.parametrize(("grid", "tokens"), [((3, 2, 2), 6), ((4, 3, 5), 15), ((2, 3, 4), 5)])
+def test_position_gradients_as_products(grid: tuple[int, int, int], tokens: int) -> None:
+    """Of shares that begin and end inside a row of the grid, too; tables hold rows on which no token stands."""
+    tables = [torch.empty(rows + 2, 8) for rows in grid]
+    check("position_backward", torch_cuda.position_backward, [rand(tokens, 8)], tables, {"grid": grid, "rank": 1})
 
-    def noted(*given: Any, **attrs: Any) -> None:
-        note_order()
-        plain(*given, **attrs)
 
-    plain = REFERENCE["position_backward"]
-    monkeypatch.setitem(REFERENCE, "position_backward", noted)
-    IN_ORDER.clear()
-    inputs, tables = [rand(6, 8)], [torch.empty(rows, 8) for rows in (3, 2, 2)]
-    wanted = [x.clone() for x in tables]
-    torch_cuda.position_backward(inputs, tables, grid=(3, 2, 2), rank=1)
-    plain(inputs, wanted, grid=(3, 2, 2), rank=1)
-    assert IN_ORDER == [True] and not torch.are_deterministic_algorithms_enabled()
-    assert all(torch.equal(a, b) for a, b in zip(tables, wanted, strict=True))
+@pytest.mark.parametrize("before", [False, True])
+def test_nothing_is_filled_while_sums_are_asked_for_in_order(before: bool) -> None:
+    """Torch fills what it allocates with NaN while its switch is on: a pass over memory for each output."""
+    read = torch._C._get_deterministic_fill_uninitialized_memory
+    write = torch._C._set_deterministic_fill_uninitialized_memory
+    was = read()
+    try:
+        write(before)
+        with torch_cuda._in_order(True):
+            assert torch.are_deterministic_algorithms_enabled() and not read()
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert read() is before and not torch.are_deterministic_algorithms_enabled()
+        with torch_cuda._in_order(False):
+            assert read() is before
+    finally:
+        write(was)
 
 
 @pytest.mark.parametrize("op", ["cudnn_attention", "cudnn_attention_backward"])
@@ -175,6 +186,66 @@ def test_cudnn_attention(op: str) -> None:
     """Layouts, the log-sum-exp's fourth dim and which gradient is whose, through the operators' own schemas."""
     with aten_on_cpu():
         check_torch(op)
+
+
+def test_torch_has_cudnns_operators_as_they_are_called() -> None:
+    """Those of 2.11 and of 2.13 alike: names, order and types of arguments, and of what comes back."""
+    forward = torch.ops.aten._scaled_dot_product_cudnn_attention.default._schema
+    backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default._schema
+    assert [(a.name, str(a.type), a.kwarg_only) for a in forward.arguments] == [
+        *((name, "Tensor", False) for name in ("query", "key", "value")),
+        ("attn_bias", "Optional[Tensor]", False), ("compute_log_sumexp", "bool", False), ("dropout_p", "float", False),
+        ("is_causal", "bool", False), ("return_debug_mask", "bool", False), ("scale", "Optional[float]", True),
+    ]  # fmt: skip
+    assert [a.name for a in forward.returns][:2] == ["output", "logsumexp"]
+    names = ("grad_out", "query", "key", "value", "out", "logsumexp", "philox_seed", "philox_offset", "attn_bias",
+             "cum_seq_q", "cum_seq_k")  # fmt: skip
+    assert [(a.name, str(a.type), a.kwarg_only) for a in backward.arguments] == [
+        *((name, "Tensor", False) for name in names), ("max_q", "int", False), ("max_k", "int", False),
+        ("dropout_p", "float", False), ("is_causal", "bool", False), ("scale", "Optional[float]", True),
+    ]  # fmt: skip
+    assert [str(a.type) for a in backward.returns] == ["Tensor"] * 3
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_cudnn_gets_views_that_it_may_read_by_strides(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of K, V and the rest start at 16 bytes, the head dim is dense, and strides fit the 32 bits of torch's key.
+
+    A mapping of the packed K and V that copies, or a log-sum-exp in another order, gives no wrong number elsewhere.
+    """
+    seen: list[Tensor] = []
+
+    def backward(*given: Any) -> Any:
+        seen.extend(x for x in given if isinstance(x, Tensor) and x.dim() == 4)
+        return tuple(torch.empty_like(x) for x in given[1:4])
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward", backward)
+    q = torch.empty(T, samples, H, K, dtype=torch.bfloat16)
+    kv, lse = torch.empty(S, samples, 2, H, K, dtype=torch.bfloat16), torch.empty(samples, 2 * H, T)[:, :H]
+    torch_cuda.cudnn_attention_backward([q, q.clone(), kv, q.clone(), lse], [q.clone(), kv.clone()])
+    *rows, stats = seen
+    assert stats.shape == (samples, H, T, 1) and stats.is_contiguous() and stats.dtype == torch.float32
+    assert [x.shape for x in rows] == [(samples, H, n, K) for n in (T, T, S, S, T)]
+    assert {x.data_ptr() for x in rows[2:4]} == {kv.data_ptr(), kv[:, :, 1].data_ptr()}, "K or V was copied"
+    for x in rows:
+        assert x.stride(-1) == 1 and max(x.stride()) < 2**31
+        assert x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in x.stride()[:3])
+    assert rows[0].stride() == rows[4].stride(), "torch keeps one plan for one q, k, v, however o and do are laid out"
+
+
+@pytest.mark.parametrize(
+    "text", ["tp=2,cp=2", "cp=2,kv_slices=2", "cp=2,kv_chunks=2", "tp=2,tp_slices=2,recompute=none"]
+)
+def test_one_layout_of_q_k_and_v_has_one_of_all_else(text: str) -> None:
+    """Torch keeps cuDNN's plan by the first three alone: o, or a gradient, of other strides would be read wrongly."""
+    case = small_case(Plan.parse(text))
+    program = prepare(build_step(case.config, case.plan, case.batch), backend="nccl")
+    found = [op for op in program.ops if op.kind == "attention_backward"]
+    layouts: dict[object, set[object]] = {}
+    for op in found:
+        do, q, kv, o, lse = ((program.local_shape(name), program.local_strides(name)) for name in op.inputs[:5])
+        layouts.setdefault((q, kv), set()).add((do, o, lse))
+    assert found and all(len(others) == 1 for others in layouts.values()), layouts
 
 
 @pytest.mark.parametrize("add", [False, True])
@@ -306,6 +377,64 @@ def test_package_computes_what_the_reference_does(entry: Implementation) -> None
         function(entry)(inputs, got, **attrs)
         for first, truth in zip(got, want, strict=True):
             assert relative_error(first, truth) <= 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("package", ["cudnn", "torch", "triton"])
+def test_attention_against_float64_eager_and_replayed(package: str, head_dim: int) -> None:
+    """Of unequal lengths, from other values in the replay, within the workspace that is declared: on a device only."""
+    if package in packages.missing():
+        pytest.skip(f"{package}: {packages.missing()[package]}")
+    forward, backward = (
+        next(e for e in candidates(op) if e.package == package and "cuda" in e.devices)
+        for op in ("attention", "attention_backward")
+    )
+    queries, keys, samples, heads = 2048, 8192, 2, 4
+    shapes = ((queries, samples, heads, head_dim), (queries, samples, heads, head_dim),
+              (keys, samples, 2, heads, head_dim))  # fmt: skip
+    do, q, kv = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes)
+    o, dq, dkv = torch.empty_like(q), torch.empty_like(q), torch.empty_like(kv)
+    lse = torch.empty(samples, heads, queries, device="cuda")
+
+    def run() -> None:
+        function(forward)([q, kv], [o, lse])
+        function(backward)([do, q, kv, o, lse], [dq, dkv])
+
+    def fill() -> None:
+        for x in (do, q, kv):
+            x.copy_(rand(*x.shape, dtype=torch.bfloat16))
+
+    def assert_right() -> None:
+        wide = [x.double() for x in (do, q, kv)]
+        truth = [torch.empty_like(x, dtype=torch.float64) for x in (o, lse, dq, dkv)]
+        REFERENCE["attention"](wide[1:], truth[:2])
+        REFERENCE["attention_backward"]([*wide, *truth[:2]], truth[2:])
+        for got, want in zip((o, lse, dq, dkv), truth, strict=True):
+            assert relative_error(got, want) <= 1e-2
+
+    sizes = {"t": queries, "s": keys, "b": samples, "h": heads, "k": head_dim}
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            fill()
+            run()
+        stream.synchronize()
+        assert_right()
+        for entry, given, outputs in ((forward, [q, kv], [o, lse]), (backward, [do, q, kv, o, lse], [dq, dkv])):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            function(entry)(given, outputs)
+            taken = torch.cuda.max_memory_allocated() - before
+            assert taken <= entry.workspace(sizes, 2) + 4 * 2**20, "4 MiB: blocks are rounded up"
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        run()
+    fill()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_right()
 
 
 @pytest.mark.gpu
