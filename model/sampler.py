@@ -109,6 +109,7 @@ class Sampler:
         without. ``watch`` is told the step, from 0, that begins.
         """
         x = self._noise(seed, ids)
+        conditions = {name: value.to(self.device) for name, value in conditions.items()}
         null = dict(conditions) | {MASK: torch.ones_like(conditions[MASK])}
         for encoder in self.config.encoders:
             name = text_input(encoder.name)

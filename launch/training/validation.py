@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from ...data.cache import Sample, collate
-from ...kernels.reference import patchify
-from ...model.flow import draw_noise, draw_time, interpolate
+from ...kernels.dtypes import TORCH_DTYPES
+from ...model.flow import draw_time, interpolate
 from ...model.forward import build_velocity
 from ...model.inputs import IDS, LATENTS
 from ...model.runner import StepRunner, load_inputs, named_buffers
@@ -60,23 +60,29 @@ class Validation:
         plan, config = runner.plan, runner.config
         share, rank = runner.batch.samples, runner.mesh.data_rank if runner.mesh else 0
         batch = collate([self._samples[index] for index, _ in items], rank, plan.data_ranks)
-        mine = range(rank * share, (rank + 1) * share)
-        steps = torch.tensor([items[position][1] for position in mine])
-        shape = tuple(batch[LATENTS].shape[1:])
-        nowhere = torch.zeros_like(batch[IDS])  # in no step's batch
-        t = draw_time(SEED, steps, batch[IDS], nowhere)
-        x0 = draw_noise(SEED, steps[:, None], batch[IDS], nowhere, shape)
-        x_t, velocity = interpolate(batch[LATENTS].double(), x0, t)
+        mine = items[rank * share : (rank + 1) * share]
+        draws = torch.tensor([draw for _, draw in mine])
+        t = draw_time(SEED, draws, batch[IDS], torch.zeros_like(batch[IDS]))
 
-        wanted = torch.empty(self._buffers["x_t"].shape, dtype=torch.float64)
-        token_rank = nested_index(plan, TOKENS, runner.coordinates)
-        geometry = {"patch": config.patch, "latent": shape, "rank": token_rank}
-        patchify([x_t], [wanted], **geometry)
-        self._buffers["x_t"].copy_(wanted)
+        # This rank's tokens, where and as wide as the model's own statistics are.
+        x0, x1 = (torch.empty_like(self._buffers["x_t"], dtype=TORCH_DTYPES[plan.stat_dtype]) for _ in range(2))
+        wide = {"device": x0.device, "dtype": x0.dtype}
+        geometry = {
+            "patch": config.patch,
+            "latent": tuple(batch[LATENTS].shape[1:]),
+            "rank": nested_index(plan, TOKENS, runner.coordinates),
+        }
+        forward.kernels["patchify"]([batch[LATENTS].to(**wide)], [x1], **geometry)
+        nowhere = torch.zeros(1, dtype=torch.int64, device=x0.device)  # in no step's batch
+        for i in range(share):
+            drawn = torch.empty_like(x0[:, :1], memory_format=torch.contiguous_format)
+            of = batch[IDS][i : i + 1].to(x0.device), nowhere, torch.stack([draws[i], draws[i]]).to(x0.device)
+            forward.kernels["draw_noise"]([*of], [drawn], seed=SEED, **geometry)
+            x0[:, i : i + 1].copy_(drawn)
+        x_t, wanted = (x.transpose(0, 1) for x in interpolate(x1.transpose(0, 1), x0.transpose(0, 1), t.to(**wide)))
+        self._buffers["x_t"].copy_(x_t)
         self._buffers["t"].copy_(t)
         load_inputs(forward, batch)
         forward.run()
-        patchify([velocity], [wanted], **geometry)
-        count = torch.tensor([position < counted for position in mine])
-        error = (self._buffers["velocity"].to("cpu", torch.float64) - wanted)[:, count]
-        return torch.stack([error.square().sum(), torch.tensor(float(error.numel()), dtype=torch.float64)])
+        error = (self._buffers["velocity"].to(x0.dtype) - wanted)[:, : max(0, counted - rank * share)]
+        return torch.stack([error.square().sum(dtype=torch.float64).cpu(), torch.tensor(error.numel()).double()])

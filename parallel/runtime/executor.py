@@ -194,4 +194,6 @@ class Executor:
         """Copy a value into an input or state."""
         target = self.buffers[name]
         assert value.shape == target.shape, f"{name}: {tuple(value.shape)}, wanted {tuple(target.shape)}"
-        target.copy_(value)
+        if target.is_cuda and not value.is_cuda:  # from pageable memory the host would wait, behind the step before
+            value = value.to(target.dtype).contiguous().pin_memory()
+        target.copy_(value, non_blocking=True)

@@ -155,3 +155,24 @@ def test_bf16_integrates_in_float32() -> None:
     assert got.dtype == torch.float32 and not torch.equal(got, got.bfloat16().float())
     want = euler_on_reference(1.0)
     assert (got - want).abs().max() < 0.05 * want.abs().max()
+
+
+class Moved(Tensor):
+    """Text that counts how often it is asked to move."""
+
+    times = 0
+
+    def to(self, *given: object, **named: object) -> Tensor:
+        Moved.times += 1
+        return super().to(*given, **named).as_subclass(Tensor)  # pyright: ignore[reportCallIssue,reportArgumentType]
+
+
+def test_conditions_move_to_the_device_once_for_all_steps() -> None:
+    """They were copied again, text for each encoder, at every velocity of every step."""
+    plan, given = Plan(dtype="float32"), captions()
+    units = unit_layout(TINY, plan)
+    sampler = Sampler(TINY, plan, BatchShape(SAMPLES, LATENT), None, torch.zeros(1, units.flat_elements))
+    Moved.times = 0
+    text = [name for name in given if name != IDS]
+    sampler.sample({name: given[name].as_subclass(Moved) for name in text}, SEED, given[IDS], STEPS, 2.0)
+    assert Moved.times == len(text)

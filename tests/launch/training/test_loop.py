@@ -22,6 +22,7 @@ from cinemesh.data.cache import Sample, collate
 from cinemesh.data.clips import frame_rate, read_frames
 from cinemesh.data.order import Stream, turns
 from cinemesh.errors import CinemeshError
+from cinemesh.kernels.reference import Kernel
 from cinemesh.launch.cluster.processes import Joined, StopSignal
 from cinemesh.launch.training import checkpoint, showcase
 from cinemesh.launch.training import loop as train
@@ -326,6 +327,22 @@ def test_a_rank_that_goes_astray_is_told_on_all_ranks(
 
 
 # -- validation -------------------------------------------------------------------------------------------------------
+
+
+def test_validation_runs_on_the_kernels_of_the_run_its_draws_too(clips: Path, tmp_path: Path) -> None:
+    """Noise of the whole latent was drawn on every rank's CPU, and ``kernels`` of a recipe did not reach validation."""
+    setting = Setting.of(check_config(recipe(clips, tmp_path), "test"))
+    ran: list[str] = []
+
+    def noting(op: str, kernel: Kernel) -> Kernel:
+        return lambda inputs, outputs, **attrs: (ran.append(op), kernel(inputs, outputs, **attrs))[1]
+
+    kernels = {op: noting(op, kernel) for op, kernel in setting.kernels("cpu").items()}
+    config = setting.config
+    runner = StepRunner(setting.model, config.plan, setting.batches[0], config.optimizer, None, kernels=kernels)
+    cache = setting.open_cache(Joined(0, "cpu", None))
+    Validation(runner, cache.buckets[0].validation, config).loss()
+    assert {"draw_noise", "patchify", "attention", "matmul"} <= set(ran)
 
 
 def validation_loss(values: dict[str, Any]) -> float:

@@ -3,6 +3,8 @@
 import json
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from torch import Tensor
 from cinemesh.data.clips import frame_rate, read_frames
 from cinemesh.data.text import ByteEncoder
 from cinemesh.errors import CinemeshError
+from cinemesh.kernels.reference import REFERENCE
 from cinemesh.launch.cluster.processes import Joined
-from cinemesh.launch.training import checkpoint, sample
+from cinemesh.launch.training import checkpoint, sample, showcase
 from cinemesh.launch.training.recipe import check_config
 from cinemesh.launch.training.setting import Setting
 from cinemesh.model.codec import BlockDCTCodec, psnr
@@ -88,6 +91,37 @@ def test_prompt_and_seed_matter() -> None:
     (d,) = clips(Plan(dtype="float64"), None, PROMPTS[:1], 1, seed=6)
     for x, y in ((a, b), (a, c), (b, c), (a, d)):
         assert not torch.equal(x, y)
+
+
+def test_a_clip_is_made_by_the_kernels_that_the_recipe_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Sampler] = []
+
+    class Noted(Sampler):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            made.append(self)
+
+    monkeypatch.setattr(sample, "Sampler", Noted)
+    monkeypatch.setitem(RECIPE, "kernels", {"attention": "reference"})
+    clips(Plan(dtype="float64"), None, PROMPTS[:1], 1)
+    for executor in (made[0].velocity, made[0].unpatchify):
+        assert executor.kernels["attention"] is REFERENCE["attention"]
+
+
+def test_what_a_run_ends_with_is_sampled_beside_its_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that its states, arena and graphs fill."""
+    given: dict[str, Any] = {}
+
+    def sampled(*_: Any, **named: Any) -> list[Tensor]:
+        given.update(named)
+        return []
+
+    monkeypatch.setattr(showcase, "sample_clips", sampled)
+    runner: Any = SimpleNamespace(buffers={"ema": None}, batch=SimpleNamespace(samples=2))
+    setting: Any = SimpleNamespace(config=SimpleNamespace(sampled=None, weights="ema"), captions={"a": "b"})
+    nothing: Any = None
+    showcase.show_samples(setting, Joined(1, "cpu", None), nothing, runner)
+    assert given["beside"] is runner
 
 
 @pytest.fixture

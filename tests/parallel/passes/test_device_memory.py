@@ -174,7 +174,7 @@ def test_a_runner_is_refused_at_the_byte_with_all_that_is_still_to_come(free: li
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a pretended device")
-def test_a_sampler_is_refused_at_the_byte(free: list[int]) -> None:
+def test_a_sampler_alone_is_refused_where_nothing_is_left(free: list[int]) -> None:
     master = torch.empty(0)
 
     def make() -> None:

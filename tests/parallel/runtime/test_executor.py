@@ -87,3 +87,31 @@ def test_a_fused_record_on_cuda_is_a_call_with_what_its_parts_read_and_write(tex
             seen["adds"] += adds
         seen[op.kind] += 1
     assert min(seen.values()) >= 2, seen
+
+
+class OnGpu:
+    """What stands for an input on a GPU."""
+
+    is_cuda, dtype, shape = True, torch.bfloat16, torch.Size((3, 2))
+
+    def __init__(self) -> None:
+        self.given: list[tuple[Tensor, bool]] = []
+
+    def copy_(self, value: Tensor, non_blocking: bool) -> None:
+        self.given.append((value, non_blocking))
+
+
+def test_what_is_loaded_onto_a_gpu_is_pinned_first_as_it_will_lie_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From pageable memory, or changed on the way, a copy makes the host wait for all that runs before it."""
+    pinned: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: (pinned.append(self), self)[1])
+    executor, target = object.__new__(Executor), OnGpu()
+    executor.buffers = cast("dict[str, Tensor]", {"x": target})
+    executor.load("x", torch.arange(6.0).view(2, 3).T)
+    [(value, non_blocking)] = target.given
+    assert non_blocking and value is pinned[0]
+    assert value.dtype == torch.bfloat16 and value.is_contiguous()
+    assert value.tolist() == [[0, 3], [1, 4], [2, 5]]
+    executor.buffers["x"] = torch.zeros(3, 2)
+    executor.load("x", torch.arange(6.0).view(2, 3).T)
+    assert len(pinned) == 1 and executor.buffers["x"].tolist() == value.tolist()
