@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def where_kernels_run() -> Iterator[None]:
+    """Every tensor that names no device is made on the GPU, where there is one; all Triton tests ask for this."""
+    with torch.device(DEVICE):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,8 @@ from cinemesh.kernels import adamw as kernels
 
 from .against_float64 import check, rand
 
+pytestmark = pytest.mark.usefixtures("where_kernels_run")
+
 RATES: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "ema_decay": 0.999}
 WHOLE: dict[str, Any] = {"last_offset": 0, "last_elements": 10**9, "last_decayed": 10**9, "rank": 0}
 

@@ -17,7 +17,8 @@ from cinemesh.kernels.reference import REFERENCE
 
 from .against_float64 import poisoned
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("where_kernels_run")
+
 BOUND = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
 DTYPES = tuple(BOUND)
 # Queries, keys, samples, heads, head dim: ragged both ways, one row, one key, and whole blocks of every tile.
@@ -36,12 +37,12 @@ PADDING = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:inva
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, device=DEVICE).to(dtype)
+    return torch.randn(shape).to(dtype)
 
 
 def key_mask(samples: int, keys: int) -> Tensor:
     """The first sample sees its last key alone."""
-    mask = torch.rand(samples, keys, device=DEVICE) > 0.5
+    mask = torch.rand(samples, keys) > 0.5
     mask[:, keys // 2] = True
     mask[0] = False
     mask[0, -1] = True

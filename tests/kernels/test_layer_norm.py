@@ -10,6 +10,8 @@ from cinemesh.kernels import layer_norm as kernels
 
 from .against_float64 import DTYPES, UGLY, check, rand
 
+pytestmark = pytest.mark.usefixtures("where_kernels_run")
+
 EPS = 1e-5
 
 

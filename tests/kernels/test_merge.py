@@ -20,6 +20,8 @@ from cinemesh.parallel.passes.pipeline import prepare
 
 from .against_float64 import BOUND, DTYPES, check, poisoned, rand, relative_error
 
+pytestmark = pytest.mark.usefixtures("where_kernels_run")
+
 SHAPES = [(1, 1, 1, 5), (33, 3, 2, 24), (70, 2, 3, 64), (129, 1, 1, 128)]  # tokens, samples, heads, head dim
 """Their last programs, of 16 tokens, hold 1, 1, 6 and 1."""
 COUNTS = (1, 2, 5, 16)
@@ -103,8 +105,7 @@ def test_the_calls_of_a_step() -> None:
         found = {call.op: call for call in calls if call.op in ("merge_attention", "sum_parts")}
         assert len(found) == 2
         for op, call in found.items():
-            inputs, got = tensors(call, "cpu")
-            _, want = tensors(call, "cpu")
+            (inputs, got), (_, want) = (tensors(call, str(torch.get_default_device())) for _ in range(2))
             getattr(kernels, op)(inputs, got, **call.attrs)
             REFERENCE[op](inputs, want, **call.attrs)
             for x, y in zip(got, want, strict=True):

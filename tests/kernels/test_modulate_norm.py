@@ -11,6 +11,8 @@ from cinemesh.kernels.tiles import norm_slices
 
 from .against_float64 import DTYPES, UGLY, check, rand
 
+pytestmark = pytest.mark.usefixtures("where_kernels_run")
+
 EPS = 1e-5
 
 

@@ -12,6 +12,8 @@ from cinemesh.kernels.reference import draw_noise
 
 from .against_float64 import rand
 
+pytestmark = pytest.mark.usefixtures("where_kernels_run")
+
 SEEDS = (0, 3, (7 << 32) + 3, (1 << 64) - 1)
 
 

@@ -10,6 +10,8 @@ from cinemesh.kernels import patches as kernels
 
 from .against_float64 import check, rand
 
+pytestmark = pytest.mark.usefixtures("where_kernels_run")
+
 CASES = [
     ((4, 3, 4, 6), (1, 2, 2)),  # C, T, H, W and patch
     ((3, 4, 6, 10), (2, 3, 5)),  # nothing is a power of two

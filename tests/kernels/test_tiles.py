@@ -19,6 +19,8 @@ from .counting import operands_of
 from .examples import EXAMPLES
 from .test_ops import call
 
+pytestmark = pytest.mark.usefixtures("where_kernels_run")
+
 TRITON = [entry for entry in IMPLEMENTATIONS if entry.package == "triton" and not OPS[entry.op].is_product]
 
 

@@ -10,6 +10,8 @@ from cinemesh.kernels import velocity as kernels
 
 from .against_float64 import DTYPES, check, rand
 
+pytestmark = pytest.mark.usefixtures("where_kernels_run")
+
 SHAPES = [(1, 1, 1), (5, 1, 129), (123, 2, 5), (129, 3, 123)]
 
 
