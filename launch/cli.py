@@ -20,6 +20,7 @@ from .examples import PAPER, epilog
 from .options import (
     DEFAULT_DTYPE,
     GPUS_RANGE,
+    HEAD_DIM_RANGE,
     MODEL_HELP,
     PLAN_HELP,
     SECONDS_RANGE,
@@ -367,27 +368,38 @@ def validate(
 def verify(
     plan: PlanText,
     model: ModelName = "tiny",
-    dtype: Annotated[str, typer.Option("--dtype", help="float64 for proof, or float32 or bf16.")] = "float64",
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="float64 for proof, or float32 or bf16. Default: float64, on GPUs float32."),
+    ] = None,
     max_procs: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--max-procs", **bounds(PROCESSES_RANGE), help="Most local processes; a larger plan is shrunk in dp."
+            "--max-procs",
+            **bounds(PROCESSES_RANGE),
+            help="Most local processes; a larger plan is shrunk in dp. Default: 8, and on GPUs no more than there are.",
         ),
-    ] = 8,
+    ] = None,
     steps: Annotated[int, typer.Option("--steps", **bounds(TRIED_RANGE), help="Training steps to compare.")] = 3,
+    head_dim: Annotated[
+        int | None,
+        typer.Option("--head-dim", **bounds(HEAD_DIM_RANGE), help="Of the shrunk model. Default: 8, on GPUs 128."),
+    ] = None,
+    device: OnDevice = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Prove that a plan computes the right thing.
 
-    Shrinks the model, runs the plan on CPU processes and the plain reference beside it, and reports
-    the worst relative error of loss, gradients and weight updates, whether every collective that
-    ran was the program's, and peak memory.
+    Shrinks the model, runs the plan on processes of this machine and the plain reference beside it, and
+    reports the worst relative error of loss, gradients and weight updates, whether every collective
+    that ran was the program's, and peak memory. Where the plan will run, on many nodes:
+    torchrun ... -m cinemesh.launch.verify --plan PLAN
 
     Exit code 1 when a bound does not hold.
     """
-    from .proof.verify import run
+    from .proof.verify import ProofOrder, run
 
-    raise typer.Exit(run(plan=plan, model=model, dtype=dtype, max_procs=max_procs, steps=steps, as_json=as_json))
+    raise typer.Exit(run(ProofOrder(plan, model, dtype, max_procs, steps, head_dim, device, as_json)))
 
 
 @app.command(epilog=epilog("lint"))

@@ -18,6 +18,7 @@ HEADROOM_RANGE = reals(0.0, 1000.0, "no GPU has more memory", "GB")
 SHOWN_RANGE = integers(1, 10_000, "no search ranks more", "plans")
 TRIED_RANGE = integers(1, 1000, "each is a step of a model on CPU processes", "steps")
 SECONDS_RANGE = reals(1.0, 1e6, "no GPU is tuned for longer", "s")
+HEAD_DIM_RANGE = integers(8, 256, "no attention kernel takes more", "channels of a head")
 TEXT_RANGE = integers(1, 2**20, "no prompts are longer", "tokens")
 
 

@@ -127,14 +127,14 @@ def _to_stderr(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def rank_main(work: Callable[[], None], say: Callable[[str], None] = _to_stderr) -> int:
-    """Run ``work`` on this rank; the exit code. Of a failing job, the first rank to fail speaks, and only that one.
+def rank_main(work: Callable[[], int | None], say: Callable[[str], None] = _to_stderr) -> int:
+    """Run ``work`` on this rank; its exit code. Of a failing job, the first rank to fail speaks, and only that one.
 
     All ranks that fail end with its code: torchrun reports whichever process it finds ended first, and that may be one
     that failed because the first did.
     """
     try:
-        work()
+        return work() or 0
     except Stopped as stop:
         if int(os.environ.get("RANK", "0")) == 0:
             print(stop, file=sys.stderr)
@@ -143,7 +143,6 @@ def rank_main(work: Callable[[], None], say: Callable[[str], None] = _to_stderr)
         return _failed(USER_ERROR, f"error: {error}", say)
     except Exception:  # noqa: BLE001  a bug: shown whole, once; the others fail because this one did
         return _failed(BUG, f"[rank {os.environ.get('RANK', '0')}] {traceback.format_exc()}", say)
-    return 0
 
 
 def _failed(code: int, message: str, say: Callable[[str], None]) -> int:
@@ -188,7 +187,7 @@ class StopSignal:
 # -- many local ranks -------------------------------------------------------------------------------------------------
 
 
-def launch(nproc: int, work: Callable[..., None], *args: object) -> int:
+def launch(nproc: int, work: Callable[..., int | None], *args: object) -> int:
     """Run ``work(*args)`` as ranks 0 to ``nproc`` - 1 on this machine; the exit code of the first that failed, or 0.
 
     ``work`` is a module-level function and its arguments are picklable: processes are spawned. Ranks meet at
@@ -309,7 +308,7 @@ def _over_loopback() -> None:
 
 
 def _rank(
-    rank: int, nproc: int, port: int, said: SimpleQueue[str], work: Callable[..., None], args: Sequence[object]
+    rank: int, nproc: int, port: int, said: SimpleQueue[str], work: Callable[..., int | None], args: Sequence[object]
 ) -> None:
     be_deaf()
     show_what_it_can()

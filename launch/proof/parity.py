@@ -91,12 +91,15 @@ def global_batch(case: Case, step: int, micro_batch: int) -> Named:
 
 @dataclass
 class RankRun:
-    """What one rank of the plan computed, as flat float64 shards, and what was seen of it.
+    """What one rank of the plan computed on ``device``, as flat float64 shards on the CPU, and what was seen of it.
 
-    ``gradients`` one a step, before clipping; ``weights`` at the start and after every step; ``ema`` likewise.
+    ``workspace_bytes``: the most that a kernel of the device may take besides its outputs. ``gradients`` one a step,
+    before clipping; ``weights`` at the start and after every step; ``ema`` likewise.
     """
 
     coordinates: dict[str, int]
+    device: str = "cpu"
+    workspace_bytes: int = 0
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
@@ -134,12 +137,12 @@ def run_rank(
     runner.initialise(weights_by_name.probe_values(case.seed))
     program, executor = runner.program, runner.executor
     optimizer_record = next(i for i, op in enumerate(program.ops) if op.kind == "adamw")
-    lives, on_host = lifetimes(program), lifetimes(program, Space.HOST)
-    run = RankRun(runner.coordinates)
+    lives, on_host = lifetimes(program, workspace=executor.workspace), lifetimes(program, Space.HOST)
+    run = RankRun(runner.coordinates, executor.device, max(lives.workspace_bytes))
 
     def copy(tensor: Tensor) -> Tensor:
         with _disable_current_modes():  # this copy is not the step's
-            return tensor.to(torch.float64, copy=True).view(-1)
+            return tensor.to("cpu", torch.float64, copy=True).view(-1)
 
     def note_gradient(i: int) -> None:
         if i == optimizer_record:

@@ -1,9 +1,9 @@
 """``cinemesh verify``: prove on small shapes that a plan computes what the plain autograd model computes.
 
-Runs the plan's program on gloo processes for a few steps and compares loss, every parameter's gradient, the gradient
-norm and every weight update with ``model/reference.py`` in float64; the collectives that ran with the program's; the
-bytes that were alive with those predicted. Zero-initialised parameters are filled with noise first: behind zero gates
-no gradient could be wrong.
+Runs the plan's program for a few steps and compares loss, every parameter's gradient, the gradient norm and every
+weight update with ``model/reference.py`` in float64 on a CPU; the collectives that ran with the program's; the bytes
+that were alive with those predicted. Zero-initialised parameters are filled with noise first: behind zero gates no
+gradient could be wrong. On a CPU it starts gloo processes, on GPUs one each; under torchrun it is one of the ranks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -27,15 +27,20 @@ from ...parallel.passes.arena import place
 from ...parallel.passes.liveness import lifetimes
 from ...parallel.passes.pipeline import prepare
 from ...parallel.runtime.comm import gather_objects
-from ...parallel.runtime.mesh import Mesh
-from ..cluster.processes import forked
+from ...parallel.runtime.mesh import Mesh, backend_of
+from ..cluster.environment import device_here, launched, processes_here, say_device, visible_gpus, world_size
+from ..cluster.processes import forked, joined, launch, rank_main
 from ..models import read_model
+from ..options import Device
 from ..plans import read_plan
 from ..progress import progress
 from ..tables import new_console, plain_table
 from .parity import OPTIMIZER, QUANTITIES, Case, RankRun, bounds_of, run_rank, worst_of
 
 BLIND = 1e-6  # a reference gradient this much smaller than the largest would prove nothing
+MAX_PROCS = 8  # on a CPU, unless told
+HEAD_DIM = {"cpu": 8, "cuda": 128}  # unless told: the smallest step; one that a GPU's attention kernels take
+DTYPE = {"cpu": "float64", "cuda": "float32"}  # unless told: the most exact that the device's own kernels take
 
 
 @dataclass
@@ -45,7 +50,7 @@ class Report:
     ``live_bytes_equal``: after every record of the last step exactly the persistent buffers and the arenas, that of
     the host with that of the device, were alive.
     ``peak_bytes_predicted`` are those; ``workspace_bytes`` the most that one record may add. ``replicas_equal``: ranks
-    that differ on dp_replicate alone hold bitwise the same weights.
+    that differ on dp_replicate alone hold bitwise the same weights. ``device``: of rank 0, as torch names it.
     """
 
     ok: bool
@@ -60,14 +65,18 @@ class Report:
     live_bytes_equal: bool
     replicas_equal: bool
     plan: str
+    dtype: str
     processes: int
+    device: str
     remarks: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def small_case(plan: Plan, model: str = "tiny", *, max_procs: int = 8, steps: int = 3) -> Case:
+def small_case(
+    plan: Plan, model: str = "tiny", *, max_procs: int = MAX_PROCS, steps: int = 3, head_dim: int = HEAD_DIM["cpu"]
+) -> Case:
     """The model that is asked for, shrunk until it runs here. tp and cp stay; dp_shard, then dp_replicate, shrink.
 
     Raises CinemeshError when the plan does not divide the model, or tp * cp alone is more than ``max_procs``.
@@ -99,7 +108,8 @@ def small_case(plan: Plan, model: str = "tiny", *, max_procs: int = 8, steps: in
     if shrunk.last_blocks != plan.last_blocks:
         remarks.append(f"last_blocks {plan.last_blocks} -> {shrunk.last_blocks}: of {layers} layers")
     by = math.lcm(*shrunk.divisors("heads"))
-    heads = 6 if 6 % by == 0 else by
+    few = 6 if head_dim <= HEAD_DIM["cpu"] else 2
+    heads = few if few % by == 0 else by
     text_width = math.lcm(24, *shrunk.divisors("text"))
     counts = [3] + [2] * (len(full.encoders) - 1)
     encoders = tuple(replace(e, width=text_width, tokens=n) for e, n in zip(full.encoders, counts, strict=True))
@@ -109,9 +119,9 @@ def small_case(plan: Plan, model: str = "tiny", *, max_procs: int = 8, steps: in
         full,  # whatever else it has, a variant's own fields too, stays
         name=f"{model} (shrunk)",
         layers=layers,
-        width=8 * heads,
+        width=head_dim * heads,
         heads=heads,
-        ffn=16 * heads,
+        ffn=2 * head_dim * heads,
         encoders=encoders,
         channels=min(full.channels, tiny.channels),
         position_lengths=tuple(2 * length for length in grid),
@@ -140,7 +150,7 @@ def compare(case: Case, runs: list[RankRun], program: Program) -> Report:
     lives = lifetimes(program)
     arenas = (place(program, lives).total_bytes, place(program, lifetimes(program, Space.HOST)).total_bytes)
     predicted = lives.persistent_bytes + sum(arenas)
-    workspace = max(lives.workspace_bytes)
+    workspace = max(run.workspace_bytes for run in runs)  # of the kernels that ran
     ran = max(run.peak_bytes for run in runs)
     difference = next((run.ledger_difference for run in runs if run.ledger_difference), None)
     live_equal = all(run.live_bytes_equal for run in runs)
@@ -160,7 +170,9 @@ def compare(case: Case, runs: list[RankRun], program: Program) -> Report:
         live_equal,
         replicas_equal,
         case.plan.equation(),
+        case.plan.dtype,
         case.plan.world_size,
+        runs[0].device,
         remarks,
     )
 
@@ -176,40 +188,101 @@ def verify_on_rank(
     *,
     silent: bool = True,
 ) -> Report | None:
-    """Run inside an initialised process group; the report on rank 0, None elsewhere. Doors as in :func:`run_rank`.
-
-    Rank 0 says what it does, unless it is to be ``silent``.
-    """
+    """Run inside an initialised process group of a CPU; as :func:`verify_in`, with doors as in :func:`run_rank`."""
     mesh = Mesh(case.plan)
     try:
-        if make_runner is None:
-            runner = StepRunner(case.config, case.plan, case.batch, OPTIMIZER, mesh, seed=case.seed)
-        else:
-            runner = make_runner(mesh)
-        with progress("verifying", case.steps + 1, silent=silent or mesh.rank > 0) as begin:
-            runs = gather_objects(run_rank(case, mesh, runner, planned=planned, begin=begin))
-            if mesh.rank:
-                return None
-            begin("comparing with plain autograd")
-            return compare(case, [run for run in runs if isinstance(run, RankRun)], planned or runner.program)
+        return verify_in(case, mesh, make_runner and make_runner(mesh), planned, silent=silent)
     finally:
         mesh.close()
+
+
+def verify_in(
+    case: Case,
+    mesh: Mesh | None,
+    runner: StepRunner | None = None,
+    planned: Program | None = None,
+    *,
+    device: str = "cpu",
+    silent: bool = True,
+) -> Report | None:
+    """The report on rank 0 of the mesh, None elsewhere. Rank 0 says what it does, unless it is to be ``silent``."""
+    runner = runner or StepRunner(case.config, case.plan, case.batch, OPTIMIZER, mesh, seed=case.seed, device=device)
+    rank = mesh.rank if mesh else 0
+    with progress("verifying", case.steps + 1, silent=silent or rank > 0) as begin:
+        mine = run_rank(case, mesh, runner, planned=planned, begin=begin)
+        runs = gather_objects(mine) if mesh else [mine]
+        if rank:
+            return None
+        begin("comparing with plain autograd")
+        return compare(case, [run for run in runs if isinstance(run, RankRun)], planned or runner.program)
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def run(*, plan: str, model: str, dtype: str, max_procs: int, steps: int, as_json: bool) -> int:
-    """Verify on local processes and print what came out; the exit code: 0, or 1 when a bound does not hold.
+@dataclass(frozen=True)
+class ProofOrder:
+    """What to verify, and where. None: left out."""
 
-    Raises CinemeshError for an illegal plan.
+    plan: str
+    model: str
+    dtype: str | None
+    max_procs: int | None
+    steps: int
+    head_dim: int | None
+    device: Device
+    as_json: bool
+
+    def case(self) -> tuple[Case, Literal["cpu", "cuda"]]:
+        """What runs, checked, and on what. Raises CinemeshError for an illegal plan, and for too few GPUs."""
+        kind = "cpu" if device_here(self.device, processes_here(1)) == "cpu" else "cuda"
+        plan = read_plan(self.plan, dtype=self.dtype or DTYPE[kind])
+        device_here(self.device, local := processes_here(plan.tp * plan.cp))
+        most = self.max_procs or MAX_PROCS
+        if launched():
+            if self.max_procs is not None:
+                raise CinemeshError(
+                    f"--max-procs {most} in a job whose processes are started already", remedy="leave it out"
+                )
+            most = world_size(None)
+        elif kind == "cuda":
+            most = min(most, visible_gpus())
+        head_dim = self.head_dim or HEAD_DIM[kind]
+        case = small_case(plan, self.model, max_procs=most, steps=self.steps, head_dim=head_dim)
+        case.plan.check_world_size(most if launched() else case.plan.world_size)
+        # Refused, or found broken by a pass, here rather than on every rank.
+        prepare(build_step(case.config, case.plan, case.batch), backend=backend_of(kind), checked=True)
+        say_device(self.device, local)
+        return case, kind
+
+
+def run(order: ProofOrder) -> int:
+    """Verify and print what came out; the exit code: 0, or 1 when a bound does not hold.
+
+    Raises CinemeshError for an illegal plan, and for GPUs that are too few.
     """
-    case = small_case(read_plan(plan, dtype=dtype), model, max_procs=max_procs, steps=steps)
-    # Refused, or found broken by a pass, here rather than on every rank.
-    prepare(build_step(case.config, case.plan, case.batch), backend="gloo", checked=True)
-    report = forked(case.plan.world_size, lambda: verify_on_rank(case, silent=as_json))[0]
+    if launched():
+        return rank_main(lambda: _as_rank(order))
+    case, kind = order.case()
+    ranks = case.plan.world_size
+    if kind == "cpu":
+        return _told(forked(ranks, lambda: verify_on_rank(case, silent=order.as_json))[0], order)
+    return launch(ranks, _as_rank, order) if ranks > 1 else rank_main(lambda: _as_rank(order))
+
+
+def _as_rank(order: ProofOrder) -> int:
+    """The work of one rank that was started as such; the exit code is that of all."""
+    case, _ = order.case()
+    with joined(case.plan, order.device) as place:
+        report = verify_in(case, place.mesh, device=place.device, silent=order.as_json)
+        code = None if report is None else _told(report, order)
+        codes = gather_objects(code) if place.mesh else [code]
+    return int(codes[0] == 1)
+
+
+def _told(report: Report | None, order: ProofOrder) -> int:
     assert report is not None
-    if as_json:
+    if order.as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
         _show(report)
@@ -218,7 +291,7 @@ def run(*, plan: str, model: str, dtype: str, max_procs: int, steps: int, as_jso
 
 def _show(report: Report) -> None:
     console = new_console()
-    console.print(f"plan {report.plan}, on {report.processes} processes")
+    console.print(f"plan {report.plan}, on {report.processes} processes ({report.device}, {report.dtype})")
     for remark in report.remarks:
         console.print(f"  {remark}")
     table = plain_table("relative error of", "worst", "bound", "where", breaks=("where",))

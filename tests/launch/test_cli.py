@@ -10,6 +10,7 @@ import pytest
 
 from cinemesh.errors import CinemeshError
 from cinemesh.launch import cli
+from cinemesh.launch.proof import verify
 
 COMMANDS = ("train", "sample", "model", "plan", "explain", "compare", "verify", "program")
 
@@ -103,22 +104,15 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("code", [0, 1])
 def test_verify_passes_its_verdict_on(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A verdict that is dropped would exit 0 on a wrong gradient."""
-    seen: dict[str, object] = {}
+    seen: list[verify.ProofOrder] = []
 
-    def work(**options: object) -> int:
-        seen.update(options)
+    def work(order: verify.ProofOrder) -> int:
+        seen.append(order)
         return code
 
-    stand_in(monkeypatch, "proof.verify", "run", work)
-    assert run_main(monkeypatch, "verify", "--plan", "tp=2,cp=2", "--json") == code
-    assert seen == {
-        "plan": "tp=2,cp=2",
-        "model": "tiny",
-        "dtype": "float64",
-        "max_procs": 8,
-        "steps": 3,
-        "as_json": True,
-    }
+    monkeypatch.setattr(verify, "run", work)
+    assert run_main(monkeypatch, "verify", "--plan", "tp=2,cp=2", "--json", "--head-dim", "64") == code
+    assert seen == [verify.ProofOrder("tp=2,cp=2", "tiny", None, None, 3, 64, "auto", as_json=True)]
 
 
 def test_options_reach_train_sample_and_program(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from cinemesh.launch.cli import app
 from cinemesh.launch.commands.compile_check import sizes_of
 from cinemesh.launch.examples import EXAMPLES
 from cinemesh.launch.plans import plan_override, read_plan
-from cinemesh.launch.proof.verify import small_case
+from cinemesh.launch.proof.verify import MAX_PROCS, small_case
 from cinemesh.launch.training.recipe import read_config
 from cinemesh.launch.training.setting import Setting
 from cinemesh.model.config import USUAL_LATENTS, preset
@@ -77,7 +77,8 @@ def examples() -> list[str]:
 
 
 def verified(given: dict[str, Any]) -> None:
-    case = small_case(read_plan(given["plan"], dtype=given["dtype"]), given["model"], max_procs=given["max_procs"])
+    plan = read_plan(given["plan"], dtype=given["dtype"] or "float64")
+    case = small_case(plan, given["model"], max_procs=given["max_procs"] or MAX_PROCS)
     prepare(build_step(case.config, case.plan, case.batch), backend="gloo")
     fits(given["model"], read_plan(given["plan"]))
 

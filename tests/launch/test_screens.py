@@ -162,11 +162,12 @@ def test_verify_prints_every_thing_it_proved(ok: bool, capsys: pytest.CaptureFix
     where = {"loss": "step 1", "gradient": "a.weight", "weight": "b.weight"}
     difference = None if ok else "rank 1 sent 3 B less"
     report = verify.Report(
-        ok, errors, dict.fromkeys(errors, 4e-9), where, ok, difference, 5000, 600, 5500, ok, ok, "tp=2", 2, ["a remark"]
-    )
+        ok, errors, dict.fromkeys(errors, 4e-9), where, ok, difference, 5000, 600, 5500, ok, ok,
+        "tp=2", "bf16", 2, "cuda:0", ["a remark"],
+    )  # fmt: skip
     verify._show(report)
     parts = (
-        "plan tp=2, on 2 processes",
+        "plan tp=2, on 2 processes (cuda:0, bf16)",
         "  a remark",
         "relative error of  worst  bound  where",
         "loss  1.0e-09  4.0e-09  step 1",

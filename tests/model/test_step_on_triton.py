@@ -19,6 +19,8 @@ pytest.importorskip("triton")
 from cinemesh.kernels.catalogue import IMPLEMENTATIONS
 from cinemesh.kernels.reference import Kernel
 from cinemesh.kernels.registry import kernels_for
+from cinemesh.launch.proof.parity import OPTIMIZER
+from cinemesh.launch.proof.verify import small_case, verify_in
 from cinemesh.model.config import Encoder, ModelConfig
 from cinemesh.model.inputs import IDS, LATENTS, MASK, PLACES, BatchShape, text_input
 from cinemesh.model.runner import StepRunner
@@ -51,6 +53,25 @@ def step(package: str, dtype: Any, ran: set[str]) -> tuple[float, float, torch.T
     runner.load(0, {LATENTS: latents, IDS: torch.tensor([3, 3]), PLACES: torch.arange(2), MASK: mask, **text})
     runner.step(1e-2)
     return runner.loss.item(), runner.gradient_norm.item(), runner.buffers["exp_avg"].double().cpu()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("dtype=float32,recompute=none", marks=pytest.mark.slow),  # 10 CPU s each, interpreted
+        pytest.param("dtype=float32,recompute=selective", marks=pytest.mark.slow),
+        "dtype=float32,recompute=full",
+    ],
+)
+def test_a_step_on_triton_is_what_autograd_says(text: str) -> None:
+    """In float64, by the bounds of ``cinemesh verify``, whichever activations are made again, for two blocks."""
+    case = small_case(Plan.parse(text), head_dim=64, steps=1)
+    kernels = kernels_for(DEVICE, {"all": "triton"})
+    runner = StepRunner(
+        case.config, case.plan, case.batch, OPTIMIZER, None, seed=case.seed, device=DEVICE, kernels=kernels
+    )
+    found = verify_in(case, None, runner)
+    assert found is not None and all(found.worst[what] <= found.bounds[what] for what in found.bounds), found
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bf16", 3e-2)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,9 +15,10 @@ import pytest
 import torch
 
 from cinemesh.errors import CinemeshError
+from cinemesh.launch.cluster import environment
 from cinemesh.launch.proof import verify
 from cinemesh.launch.proof.parity import QUANTITIES, RankRun, Worst, global_batch, run_rank
-from cinemesh.launch.proof.verify import Report, compare, small_case
+from cinemesh.launch.proof.verify import ProofOrder, Report, compare, small_case, verify_in
 from cinemesh.model.inputs import MASK
 from cinemesh.model.step import build_step, check
 from cinemesh.parallel.ir.plan import Plan
@@ -36,6 +38,7 @@ def test_a_plan_that_holds() -> None:
     report = json.loads(done.stdout)
     assert report["ok"] is True and report["ledger_equal"] is True and report["live_bytes_equal"] is True
     assert {"peak_bytes_predicted", "workspace_bytes", "peak_bytes_ran"} <= report.keys()
+    assert (report["device"], report["dtype"]) == ("cpu", "float64")
     assert set(report["worst"]) == {"loss", "gradient", "weight"}
     assert 0 < max(report["worst"].values()) < 1e-10, "nothing at all would mean that nothing was compared"
     assert report["processes"] == 4 and report["remarks"] == []
@@ -46,7 +49,7 @@ def test_text_says_what_was_shrunk_and_what_came_out() -> None:
     done = command("--plan", "dp_shard=96", "--model", "movie-gen-30b", "--max-procs", "2", "--dtype", "float32")
     assert done.returncode == 0, done.stderr
     for said in (
-        "plan tp(1) * cp(1) * dp_shard(2) = 2, on 2 processes",
+        "plan tp(1) * cp(1) * dp_shard(2) = 2, on 2 processes (cpu, float32)",
         "dp_shard 96 -> 2: more than 2 processes",
         "movie-gen-30b: 48 layers of 6144 -> 2 layers of 48",
         "gradient",
@@ -73,27 +76,28 @@ def test_the_largest_error_met_is_kept_with_its_place() -> None:
     assert worst.error["loss"] == worst.error["weight"] == 0.0
 
 
-def options(plan: str, **changed: Any) -> dict[str, Any]:
-    return {"plan": plan, "model": "tiny", "dtype": "float64", "max_procs": 8, "steps": 1, "as_json": False, **changed}
+def ordered(plan: str, **changed: Any) -> ProofOrder:
+    order = ProofOrder(plan, "tiny", None, max_procs=None, steps=1, head_dim=None, device="cpu", as_json=False)
+    return replace(order, **changed)
 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (options("tp=0"), "plan: tp is 0"),
-        (options("tpp=2"), "unknown key 'tpp'; did you mean 'tp'?"),
-        (options("tp=4,cp=4"), "tp(4) * cp(4) = 16 > --max-procs 8"),
-        (options("tp=2", dtype="fp8"), "plan: dtype is 'fp8'"),
-        (options("tp=2", model="movie-gen-30"), "did you mean 'movie-gen-30b'?"),
-        (options("recompute=q:queries"), "recompute keeps ['queries'], which no block has"),
+        (ordered("tp=0"), "plan: tp is 0"),
+        (ordered("tpp=2"), "unknown key 'tpp'; did you mean 'tp'?"),
+        (ordered("tp=4,cp=4"), "tp(4) * cp(4) = 16 > --max-procs 8"),
+        (ordered("tp=2", dtype="fp8"), "plan: dtype is 'fp8'"),
+        (ordered("tp=2", model="movie-gen-30"), "did you mean 'movie-gen-30b'?"),
+        (ordered("recompute=q:queries"), "recompute keeps ['queries'], which no block has"),
     ],
 )
 def test_an_illegal_plan_is_refused_before_any_process_starts(
-    asked: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+    asked: ProofOrder, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(verify, "forked")
     with pytest.raises(CinemeshError, match=re.escape(message)):
-        verify.run(**asked)
+        verify.run(asked)
 
 
 def test_an_illegal_plan_is_one_line_and_exit_code_2() -> None:
@@ -117,9 +121,9 @@ def test_exit_code_1_when_a_bound_does_not_hold(
     broken = report(case, [run])
     assert not broken.ok
     monkeypatch.setattr(verify, "forked", lambda ranks, work: [broken])
-    assert verify.run(**options("tp=1")) == 1
+    assert verify.run(ordered("tp=1")) == 1
     assert capsys.readouterr().out.rstrip().endswith("NOT ok")
-    assert verify.run(**options("tp=1", as_json=True)) == 1
+    assert verify.run(ordered("tp=1", as_json=True)) == 1
     assert json.loads(capsys.readouterr().out)["ok"] is False
 
 
@@ -155,6 +159,113 @@ def test_replicas_that_drift_apart_are_seen() -> None:
     found = report(case, [runs[0], replace(runs[1], weights=[alone.weights[0], drifted])])
     assert not found.ok and not found.replicas_equal
     assert all(found.worst[what] <= found.bounds[what] for what in QUANTITIES)
+
+
+# -- under torchrun, and on GPUs --------------------------------------------------------------------------------------
+
+
+def under_torchrun(*agent: str, plan: str) -> list[str]:
+    module = ["-m", "cinemesh.launch.verify", "--plan", plan, "--steps", "1", "--device", "cpu", "--json"]
+    return [sys.executable, "-m", "torch.distributed.run", *agent, *module]
+
+
+def told(agents: list[list[str]]) -> list[str]:
+    """What agents of one job printed, each; all must end well."""
+    started = [subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for line in agents]
+    try:
+        found = [agent.communicate(timeout=120) for agent in started]
+    finally:
+        for agent in started:
+            agent.kill()
+    assert [agent.returncode for agent in started] == [0] * len(agents), [err[-2000:] for _, err in found]
+    return [out for out, _ in found]
+
+
+def test_a_plan_is_proven_by_the_ranks_that_torchrun_started() -> None:
+    """A larger plan is shrunk to as many ranks as the job has; one of them answers."""
+    (out,) = told([under_torchrun("--standalone", "--nproc-per-node", "4", plan="tp=2,dp_shard=96")])
+    report = json.loads(out)
+    assert report["ok"] and report["processes"] == 4 and report["device"] == "cpu"
+    assert report["remarks"][0] == "dp_shard 96 -> 2: more than 4 processes"
+
+
+@pytest.mark.slow
+def test_a_plan_is_proven_by_the_agents_of_two_nodes() -> None:
+    """Two agents of two processes: ranks of other nodes than rank 0's send it what they computed."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    nodes = [["--nnodes", "2", "--node-rank", str(i), "--nproc-per-node", "2"] for i in range(2)]
+    where = ["--master-addr", "127.0.0.1", "--master-port", port]
+    first, second = told([under_torchrun(*node, *where, plan="tp=2,cp=2") for node in nodes])
+    report = json.loads(first)
+    assert report["ok"] and report["processes"] == 4 and report["ledger_equal"] and second == ""
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (ordered("tp=2", device="auto"), "error: tp(2) * cp(1) * dp_shard(1) = 2 != world size 4"),
+        (ordered("tp=2,dp_shard=2", max_procs=4), "error: --max-procs 4 in a job whose processes are started already"),
+    ],
+)
+def test_under_torchrun_what_does_not_suit_the_job_is_one_message(
+    asked: ProofOrder, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the first process of each node."""
+    for local_rank in ("0", "1"):
+        for name, value in {"RANK": local_rank, "WORLD_SIZE": "4", "LOCAL_RANK": local_rank}.items():
+            monkeypatch.setenv(name, value)
+        assert verify.run(asked) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.startswith(message if local_rank == "0" else "")
+        assert said.err.count("\n") == (local_rank == "0")
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "expected"),
+    [
+        (ordered("tp=2,dp_shard=8", device="auto"), 4, ("cuda", 4, 128, "float32")),
+        (ordered("tp=2,dp_shard=8", device="cuda", max_procs=2), 4, ("cuda", 2, 128, "float32")),
+        (ordered("tp=2", device="cuda", head_dim=64, dtype="bf16"), 2, ("cuda", 2, 64, "bf16")),
+        (ordered("dp_shard=8", device="cpu"), 4, ("cpu", 8, 8, "float64")),
+        (ordered("dp_shard=8", device="auto"), 0, ("cpu", 8, 8, "float64")),
+        (ordered("tp=4", device="auto"), 2, "4 processes on this machine, and GPUs visible: 2; .*--device cpu"),
+        (ordered("tp=4", device="cuda"), 0, "device is cuda, and "),
+    ],
+)
+def test_a_plan_runs_on_the_gpus_that_there_are(
+    asked: ProofOrder, gpus: int, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With shapes and a dtype that their kernels take; dp shrinks to their number, tp and cp never."""
+    for module in (environment, verify):
+        monkeypatch.setattr(module, "visible_gpus", lambda: gpus)
+    if isinstance(expected, str):
+        with pytest.raises(CinemeshError, match=expected):
+            asked.case()
+        return
+    case, kind = asked.case()
+    assert (kind, case.plan.world_size, case.config.width // case.config.heads, case.plan.dtype) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+def test_a_step_on_a_gpu_is_the_reference(dtype: str, recompute: str, head_dim: int) -> None:
+    """Its own kernels against autograd in float64 on the CPU; a bf16 run may err twice as much as one on the CPU."""
+    plan = Plan.parse(f"recompute={recompute},micro_batches=2", dtype=dtype)
+    found = verify_in(small_case(plan, head_dim=head_dim, steps=2), None, device="cuda")
+    assert found is not None and found.ok, found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+def test_a_plan_over_all_gpus_of_a_machine_is_the_reference(dtype: str) -> None:
+    gpus = min(8, torch.cuda.device_count())
+    tp = 2 if gpus % 2 == 0 else 1
+    done = command("--plan", f"tp={tp},dp_shard={gpus // tp}", "--dtype", dtype, "--device", "cuda", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["processes"] == gpus
 
 
 # -- shrinking --------------------------------------------------------------------------------------------------------
@@ -193,6 +304,12 @@ def test_any_degrees_get_a_model_that_they_divide(tp: int, cp: int) -> None:
 def test_heads_of_a_case_are_six_or_what_the_plan_divides(tp: int, heads: int) -> None:
     """One head a rank would hide every mistake between heads."""
     assert small_case(Plan(tp=tp), max_procs=8).config.heads == heads
+
+
+@pytest.mark.parametrize(("tp", "heads"), [(1, 2), (3, 3), (4, 4)])
+def test_a_case_of_a_kernels_head_dim_has_few_heads(tp: int, heads: int) -> None:
+    config = small_case(Plan(tp=tp), head_dim=64).config
+    assert (config.heads, config.width, config.ffn) == (heads, 64 * heads, 128 * heads)
 
 
 @pytest.mark.parametrize(

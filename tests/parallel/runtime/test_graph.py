@@ -86,13 +86,16 @@ def test_graphs_are_given_back_before_the_process_groups() -> None:
 # -- with one ---------------------------------------------------------------------------------------------------------
 
 
-def case_of(text: str) -> Case:
-    return small_case(Plan.parse(text))
+def case_of(text: str, head_dim: int = 8) -> Case:
+    return small_case(Plan.parse(text), head_dim=head_dim)
 
 
-def runner_of(case: Case) -> StepRunner:
-    """With kernels that sum in one fixed order, so that two runs of a step can be compared bitwise."""
-    kernels = kernels_for("cuda", deterministic=True)
+def runner_of(case: Case, package: str | None = None) -> StepRunner:
+    """With kernels that sum in one fixed order, so that two runs of a step can be compared bitwise.
+
+    ``package``: of every op that it has a kernel for.
+    """
+    kernels = kernels_for("cuda", {"all": package} if package else None, deterministic=True)
     options = {"seed": case.seed, "device": "cuda", "kernels": kernels}
     runner = StepRunner(case.config, case.plan, case.batch, OPTIMIZER, None, **options)
     runner.initialise(weights.probe_values(case.seed))
@@ -100,11 +103,20 @@ def runner_of(case: Case) -> StepRunner:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("text", ["dtype=float32", "dtype=bf16,micro_batches=2,recompute=full"])
-def test_replay_is_bitwise_the_eager_step(text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "head_dim", "package"),
+    [
+        ("dtype=float32", 8, None),  # attention by the reference
+        ("dtype=float32", 64, "triton"),
+        ("dtype=float32,recompute=none", 128, "triton"),
+        ("dtype=bf16,micro_batches=2,recompute=full", 64, None),  # by what the registry thinks fastest
+        ("dtype=bf16,micro_batches=2,recompute=full", 128, "triton"),
+    ],
+)
+def test_replay_is_bitwise_the_eager_step(text: str, head_dim: int, package: str | None) -> None:
     """Learning rate, t, noise and samples change every step; a value that capture froze would differ from step 1 on."""
-    case = case_of(text)
-    eager, replayed = runner_of(case), runner_of(case)
+    case = case_of(text, head_dim)
+    eager, replayed = runner_of(case, package), runner_of(case, package)
     assert replayed.capture("required") is None and isinstance(replayed.replay, Graph)
     for step in range(STEPS):
         for runner in (eager, replayed):
@@ -312,7 +324,7 @@ def on_device(rank: int, devices: int, store: str, text: str) -> None:
     set_up_nccl()
     meeting = dist.FileStore(store, devices)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("cpu:gloo,cuda:nccl", store=meeting, rank=rank, world_size=devices)
-    case = small_case(Plan.parse(text, dtype="bf16"))
+    case = small_case(Plan.parse(text, dtype="bf16"), head_dim=64)
     mesh = Mesh(case.plan)
     options = {"seed": case.seed, "device": f"cuda:{rank}"}
     eager, replayed = (StepRunner(case.config, case.plan, case.batch, OPTIMIZER, mesh, **options) for _ in range(2))
