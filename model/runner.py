@@ -149,7 +149,7 @@ class StepRunner:
         if mode == "off":
             return None
         made, failure = self._frozen() if self.executor.device == "cpu" else self._graph()
-        failure = vote(failure, self.mesh is not None)
+        failure = vote(failure, self.mesh)
         if failure is None:
             self.replay = made
         elif mode == "required":

@@ -40,6 +40,7 @@ NVIDIA = "CUDA programming guide, compute capabilities 8.0, 9.0 and 10.0"
 QUICK_START = "ours: the CPU quick start"
 UNSAID = "what is meant where nothing else is said"
 TIME_OUT = "torch.distributed.constants.default_pg_timeout"
+HOSTS = "measured: tests/benchmarks/results/hosts.json"
 SI = "SI, and IEC for bytes"
 EAGER = "counted: bytes an element that torch's eager ops, and one fused kernel, read and write; kernels launched"
 MIXED = "counted: bytes a parameter, or a logit, of mixed-precision training"
@@ -236,6 +237,9 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "kernels.compile.THREADS": (32, NVIDIA),
     # -- parallel -------------------------------------------------------------------------------------------------
     "parallel.ir.units.ALIGN": (256 // 2, "256 bytes of bf16: what cudaMalloc aligns to, CUDA programming guide"),
+    "parallel.ir.communicators.BRANCHES": (4, "ours: any other gives the same answers over more hops or sockets"),
+    "parallel.ir.sockets.COMMUNICATOR_SOCKETS": (2 + 2 + 1 + 2, "NCCL v2.29.7, src/bootstrap.cc, src/proxy.cc"),
+    "parallel.ir.sockets.RAS_SOCKETS": (2 + 2, "NCCL v2.29.7, src/ras/ras.cc, src/ras/client_support.cc"),
     "parallel.passes.arena.ALIGN_BYTES": (256, "what cudaMalloc aligns to, CUDA programming guide"),
     "parallel.passes.device_memory.COMMUNICATOR_BYTES": (288 << 20, "NVIDIA/nccl issue 1685"),
     "parallel.passes.device_memory.bytes_beside(communicator_bytes)": (288 << 20, "NVIDIA/nccl issue 1685"),
@@ -266,6 +270,11 @@ PINNED: Mapping[str, tuple[object, str]] = {
         ),
         SI,
     ),
+    "perf_model.prices.startup.GROUP_S": (0.05, HOSTS),
+    "perf_model.prices.startup.VOTE_S": (0.6e-3, HOSTS),
+    "perf_model.prices.startup.STORE_REQUESTS_PER_S": (15e3, HOSTS),
+    "perf_model.prices.startup.OWN_REQUESTS": (1, "torch 2.13.0: requests of a ProcessGroupGloo, counted on a store"),
+    "perf_model.prices.startup.MEMBER_REQUESTS": (2, "the same"),
     "perf_model.prices.compute.ITEM_BYTES": ((8, 4, 2, 8, 1, 2, 1), MATHS),
     "perf_model.prices.compute._PER_ELEMENT": ((2 * 2, 5 * 2), "2 products forward, 5 backward, 2 FLOPs each"),
     "perf_model.prices.compute._unfused: 2.5": ((2 + 2 + 1) / 2, "bf16 read and written, a mask of one byte"),

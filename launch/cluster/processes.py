@@ -39,7 +39,7 @@ from ...errors import CinemeshError, in_a_line
 from ...interrupt import WAKE_S, be_deaf, deaf_children, interrupt, interrupt_later
 from ...parallel.ir.plan import Plan
 from ...parallel.runtime.comm import barrier, set_up_nccl
-from ...parallel.runtime.mesh import Mesh
+from ...parallel.runtime.mesh import Mesh, start_job
 from ..options import Device
 from ..terminal import show_what_it_can
 from .environment import claim, device_here, launched, processes_here
@@ -110,13 +110,7 @@ def joined(plan: Plan, wanted: Device) -> Iterator[Joined]:
     claim(store, rank, device)
     if cuda:
         set_up_nccl()
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",  # host-side votes go through gloo
-        store=store,
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=ANSWER_S),
-    )
+    start_job(plan, device, store, rank, ANSWER_S)
     mesh = Mesh(plan, ANSWER_S)
     yield Joined(rank, device, mesh)
     mesh.close()  # after a failure the groups may hang: the process ends anyway

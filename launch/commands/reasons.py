@@ -9,7 +9,7 @@ from rich.console import Console
 from ...parallel.ir.plan import Plan
 from ...perf_model.clusters.cluster import Cluster
 from ...perf_model.prices.played import PlayedStep
-from ...perf_model.prices.startup import StartUp, start_up
+from ...perf_model.prices.startup import hosts_start, start_up
 from ...perf_model.report import explain
 from ...perf_model.report.exchanges import Exchange, exchanges
 from ...perf_model.report.explain import Sensitivity, describe
@@ -130,7 +130,7 @@ class Reasons:
         title = "what would change it" + (" (searched anew, not tuned, on both sides)" if self.searched_s else "")
         _lines(console, title, changes)
         print_alternatives(console, self.exchanges, self.float8)
-        print_start_up(console, start_up(step.plan, self.cluster))
+        print_start_up(console, start_up_cost(step.plan, self.cluster))
 
 
 def _lines(console: Console, title: str, rows: list[str]) -> None:
@@ -187,20 +187,21 @@ def start_up_cost(plan: Plan, cluster: Cluster) -> StartUpCost:
         bytes=sum(row.bytes for row in rows),
         seconds=sum(row.seconds for row in rows),
         each=rows,
+        hosts=hosts_start(plan, cluster),
     )
 
 
-def print_start_up(console: Console, rows: list[StartUp]) -> None:
+def print_start_up(console: Console, cost: StartUpCost) -> None:
     """The same as a table."""
-    if not rows:
+    if cost.hosts is None:
         return
     console.print(
-        f"\ncommunicators of a rank: {len(rows)}, {sum(row.bytes for row in rows) / 1e9:.2f} GB, "
-        f"{sum(row.seconds for row in rows):.1f} s to make when the job starts (from what is published of whole jobs)"
+        f"\ncommunicators of a rank: {cost.communicators}, {cost.bytes / 1e9:.2f} GB, {cost.seconds:.1f} s to make "
+        "when the job starts (from what is published of whole jobs)"
     )
     columns = ("communicator", "ranks", "thread blocks", "priority", "MB", "s")
     table = plain_table(*columns, right=NUMBERS, breaks=("ranks",))
-    for row in rows:
+    for row in cost.each:
         table.add_row(
             row.name,
             f"{row.ranks:,}",
@@ -210,3 +211,4 @@ def print_start_up(console: Console, rows: list[StartUp]) -> None:
             f"{row.seconds:.1f}",
         )
     console.print(table)
+    console.print(cost.hosts.told())

@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
-from ...perf_model.prices.startup import StartUp
+from ...perf_model.prices.startup import HostsStart, StartUp
 from ...perf_model.published.evidence import ErrorBar
 from ...perf_model.report.exchanges import Exchange
 from ...perf_model.report.explain import Duplicate, Exposure
@@ -139,7 +139,7 @@ class Relaunch:
     changes: list[PlanChange]
     state_bytes: Annotated[int, "of the checkpoint: weights, moments and averaged weights, of all ranks together"]
     rank_bytes: Annotated[int, "what a rank reads of them"]
-    start_up_s: Annotated[float, "seconds until the new communicators are made"]
+    start_up_s: Annotated[float, "seconds until the new communicators and the tree of hosts are made"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,12 +221,13 @@ class Why:
 
 @dataclass(frozen=True, kw_only=True)
 class StartUpCost:
-    """The communicators that a rank makes before its first step, in all and each."""
+    """The communicators that a rank makes before its first step, in all and each, and the tree of hosts."""
 
     communicators: int
     bytes: int
     seconds: float
     each: list[StartUp]
+    hosts: Annotated[HostsStart | None, "null for one process"]
 
 
 @dataclass(frozen=True, kw_only=True)

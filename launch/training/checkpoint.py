@@ -24,9 +24,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from ...documents import mapping, parse_json, quoted, read_json
 from ...errors import CinemeshError, in_a_line
@@ -34,9 +33,9 @@ from ...files import file_name
 from ...model.config import ModelConfig, parameters
 from ...model.runner import StepRunner
 from ...parallel.ir.units import Units
-from ...parallel.runtime.comm import all_agree, gather_objects
+from ...parallel.runtime.comm import first_of, gather_at_first
 from ...parallel.runtime.mesh import Mesh
-from .chunks import OTHER_MODEL, Chunk, ChunkLoadPlanner, ChunkSavePlanner, chunks, shown
+from .chunks import OTHER_MODEL, Chunk, ChunkLoadPlanner, Written, chunks, shown, write_chunks, write_metadata
 
 STATES = ("master", "exp_avg", "exp_avg_sq", "ema")
 COUNTERS = "counters"
@@ -71,7 +70,8 @@ def save(directory: Path, runner: StepRunner, *, keep: int = 2, note: dict[str, 
     step = runner.steps_done
     final = directory / f"step-{step:08d}"
     partial = directory / f".{final.name}.partial"
-    first = runner.mesh is None or runner.mesh.rank == 0
+    rank = runner.mesh.rank if runner.mesh else 0
+    first = rank == 0
 
     def prepare() -> list[Chunk]:
         if first:
@@ -86,14 +86,16 @@ def save(directory: Path, runner: StepRunner, *, keep: int = 2, note: dict[str, 
             mine.append(Chunk(COUNTERS, tuple(counters.shape), (0,), counters))
         return mine
 
-    def write() -> None:
-        with _reported("write", final):
-            writer = FileSystemWriter(partial)
-            dcp_save({}, storage_writer=writer, planner=ChunkSavePlanner(mine), no_dist=runner.mesh is None)
+    def write() -> Written:
+        try:
+            return write_chunks(partial, mine, rank)
+        except Exception as error:  # of a full disk torch's writer says so with a RuntimeError
+            raise _failed("write", final, error, f"rank {rank}: ") from error
 
     def publish() -> None:
         if first:
             with _reported("write", final):
+                write_metadata(partial, written)
                 _write_manifest(partial, runner, step, note or {})
                 _rename(partial, final)
                 for old in _complete(directory)[:-keep]:
@@ -102,7 +104,8 @@ def save(directory: Path, runner: StepRunner, *, keep: int = 2, note: dict[str, 
 
     try:
         mine = _together(runner.mesh, prepare)
-        _together(runner.mesh, write)
+        ours = _together(runner.mesh, write)
+        written: Any = [ours] if runner.mesh is None else gather_at_first(ours)
         _together(runner.mesh, publish)
     except CinemeshError:
         if first:
@@ -336,28 +339,28 @@ def _together(mesh: Mesh | None, work: Callable[[], T]) -> T:
         result = work()
     except Exception as error:
         if mesh is not None:
-            all_agree(False)
-            gather_objects(error if isinstance(error, CinemeshError) else CinemeshError(str(error)))
+            first_of(error if isinstance(error, CinemeshError) else CinemeshError(str(error)))
         raise
-    if mesh is not None and not all_agree(True):
-        raise next(found for found in gather_objects(None) if isinstance(found, CinemeshError))
+    failure: CinemeshError | None = None if mesh is None else first_of(None)
+    if failure is not None:
+        raise failure
     return result
 
 
 @contextmanager
 def _reported(verb: str, path: Path) -> Iterator[None]:
-    """What the file system or DCP raises becomes one CinemeshError. DCP's own is a BaseException with every rank's."""
+    """What the file system or DCP raises becomes one CinemeshError. DCP's own is a BaseException of causes."""
     try:
         with warnings.catch_warnings():
             # A single process is meant to be one.
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             yield
     except CheckpointException as error:
-        causes = [(rank, cause) for rank, (cause, _) in error.failures.items()]
-        rank, cause = next(((r, c) for r, c in causes if isinstance(c, CinemeshError)), causes[0])
+        causes = [cause for cause, _ in error.failures.values()]
+        cause = next((one for one in causes if isinstance(one, CinemeshError)), causes[0])
         if isinstance(cause, CinemeshError):
             raise cause from None
-        raise _failed(verb, path, cause, f"rank {rank}: " if verb == "write" else "") from error
+        raise _failed(verb, path, cause) from error
     except OSError as error:
         raise _failed(verb, path, error) from error
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
 
 from ...errors import CinemeshError
 from ...model.weights import held_parts
@@ -125,6 +127,26 @@ class ChunkSavePlanner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         return self.chunks[index].data
+
+
+Written = tuple[SavePlan, list[WriteResult]]  # what a rank planned to write, and where it did
+
+
+def write_chunks(folder: Path, mine: list[Chunk], rank: int) -> Written:
+    """Write what a rank holds to files of its own, ``__RANK_*.distcp``; that asks no other rank.
+
+    DCP's ``save`` gathers and scatters plans over a process group of all ranks, which on GPUs is NCCL's.
+    """
+    writer, planner = FileSystemWriter(folder), ChunkSavePlanner(mine)
+    writer.set_up_storage_writer(False, rank=rank, use_collectives=False)
+    plan = writer.prepare_local_plan(planner.create_local_plan())
+    return plan, writer.write_data(planner.finish_plan(plan), planner).wait()
+
+
+def write_metadata(folder: Path, written: Sequence[Written]) -> None:
+    """What makes the files of all ranks one checkpoint; checked that their boxes tile every tensor exactly once."""
+    _, metadata = ChunkSavePlanner([]).create_global_plan([plan for plan, _ in written])
+    FileSystemWriter(folder).finish(metadata, [results for _, results in written])
 
 
 class ChunkLoadPlanner(DefaultLoadPlanner):

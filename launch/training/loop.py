@@ -202,8 +202,9 @@ class _Loop:
         votes[0], votes[1], votes[2 + loaded] = stop.signum is not None, failure is not None, 1
         stopped, failed, *taken = comm.sum_over_ranks(votes).tolist()
         if failed:
-            failures = comm.gather_objects(failure)  # of every rank: whoever failed too
-            raise failure or next(found for found in failures if isinstance(found, CinemeshError))
+            first = comm.first_of(failure)
+            assert first is not None
+            raise first
         if sum(map(bool, taken)) > 1:
             shares = ", ".join(f"{n} of bucket {w.bucket}" for n, w in zip(taken, self.cache.buckets, strict=True) if n)
             raise CinemeshError(

@@ -22,10 +22,10 @@ GROUPS: tuple[tuple[Axes, str], ...] = (
     (FSDP, "reduce_scatter"),
     (REPLICATED_AXES, ""),
     (("dp_replicate",), ""),
-    (WORLD, ""),
+    (WORLD, ""),  # the process group that a job is started with
 )
 _DIVIDED = {axes for axes, kind in GROUPS if kind}
-JOB = "job"  # the process group that a job is started with
+BRANCHES = 4  # of a rank in the tree of hosts: few connections, and 6,144 ranks are 7 hops deep
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,32 @@ def communicator(op: Op) -> str:
     return op.lane if op.to is not None else communicator_name(op.axes, FUSED.get(op.kind, op.kind))
 
 
+def held(plan: Plan, axes: Axes, kind: str = "") -> Held:
+    """The communicator on which a plan's collectives of a kind over ``axes`` run."""
+    return Held(communicator_name(axes, kind), axes, plan.size(axes), plan.ctas(axes), plan.high_priority(axes))
+
+
 def communicators(plan: Plan) -> list[Held]:
-    """What a plan's steps communicate over; groups of one rank need none."""
-    return [
-        Held(
-            communicator_name(axes, kind),
-            axes,
-            plan.size(axes),
-            plan.ctas(axes),
-            plan.high_priority(axes),
-        )
-        for axes, kind in GROUPS
-        if plan.size(axes) > 1
-    ]
+    """All that a rank of a job holds, which is what its steps communicate over; groups of one rank need none."""
+    return [held(plan, axes, kind) for axes, kind in GROUPS if plan.size(axes) > 1]
 
 
-def held(plan: Plan) -> list[Held]:
-    """All that a rank of a job holds: those of its steps, and the job's own group, once that has communicated."""
-    return [*communicators(plan), Held(JOB, WORLD, plan.world_size)] if plan.world_size > 1 else []
+def host_groups(ranks: int, rank: int) -> tuple[list[int], list[int]]:
+    """The groups of a rank in the tree over which hosts agree: with those below it and with that above it.
+
+    A rank stands for itself and a run of ranks behind it, in up to ``BRANCHES`` parts; the firsts of these are below.
+    The group of an even level comes before that of an odd one: all can be made in two rounds. A rank that has none
+    of either is alone in one.
+    """
+    groups, first, end = ([rank], [rank]), 0, ranks
+    level = 0
+    while end - first > 1:
+        behind, parts = end - first - 1, min(BRANCHES, end - first - 1)
+        starts = [first + 1 + behind * part // parts for part in range(parts)]
+        if rank in (first, *starts):
+            groups[level % 2][:] = first, *starts
+        if rank == first:
+            break
+        first, end = max(s for s in starts if s <= rank), min((s for s in starts if s > rank), default=end)
+        level += 1
+    return groups

@@ -15,7 +15,7 @@ from ...kernels.ops import OPS
 from ...kernels.selection import PLAIN_INSTALL, Software, select
 from ...kernels.tuning import DEFAULT_DEVICE
 from ..ir.collectives import FUSED
-from ..ir.communicators import held
+from ..ir.communicators import communicators
 from ..ir.plan import Plan
 from ..ir.program import Program
 from ..ir.records import Op
@@ -77,7 +77,7 @@ def bytes_beside(
     streams = BLAS_STREAMS + plan.fused_tp if graphs else 0  # fused products run on one more
     return {
         "CUDA context": int(context_bytes),
-        "NCCL": int(communicator_bytes) * len(held(plan)),
+        "NCCL": int(communicator_bytes) * len(communicators(plan)),
         "cuBLAS": BLAS_STREAM_BYTES * streams,
         "CUDA graphs": GRAPH_BYTES * graphs,
     }

@@ -7,11 +7,13 @@ gloo it is an all-to-all into a staging buffer and a sum in rank order (determin
 from __future__ import annotations
 
 import os
+import pickle
 import platform
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,7 @@ from torch.cuda import nccl
 from torch.distributed import _symmetric_memory as symmetric
 
 from ...errors import CinemeshError
+from ..ir.communicators import host_groups
 from ..ir.layout import Axes
 from ..ir.records import lane_name
 from .ledger import Entry
@@ -30,6 +33,7 @@ from .mesh import Mesh, group_ranks
 PIPELINES = ("_pipelined_all_gather_and_consume", "_pipelined_produce_and_all2all")
 
 Matrices = tuple[Tensor, Tensor, Tensor]  # a, b and where a @ b goes
+T = TypeVar("T")
 
 
 class BoundCollective(NamedTuple):
@@ -156,7 +160,7 @@ class Communicator:
     # -- fused with products, on CUDA (on a CPU the executor runs the parts) -----------------------------------------
 
     def symmetric_memory(self, axes: Axes, size_bytes: int) -> Tensor:
-        """Bytes of this rank that the ranks of its group read over NVLink. BoundCollective; before any capture.
+        """Bytes of this rank that the ranks of its group read over NVLink. Collective; before any capture.
 
         Raises CinemeshError when the group is not within one server, or this torch has not what is called here.
         """
@@ -175,10 +179,10 @@ class Communicator:
         return whole[:size_bytes]
 
     def check_one_server(self, axes: Axes) -> None:
-        """Refuse a group whose ranks lie on several servers. BoundCollective over the group, on the host."""
+        """Refuse a group whose ranks lie on several servers. Collective over the job, between the hosts."""
         ranks = group_ranks(self.mesh.plan, axes, self.mesh.rank)
-        servers: list[str] = [""] * len(ranks)
-        dist.all_gather_object(servers, platform.node(), group=self.mesh.group(axes, "all_gather"))
+        everyones = gather_objects(platform.node())
+        servers = [str(everyones[rank]) for rank in ranks]
         if len(set(servers)) > 1:
             raise CinemeshError(
                 f"plan: fused_tp(true): ranks {', '.join(map(str, ranks))} of one {lane_name(axes)} group lie on "
@@ -251,26 +255,76 @@ class Communicator:
         return begin
 
 
-def all_agree(ok: bool) -> bool:
-    """Whether every rank of the job says yes. A host-side vote: never part of a step."""
-    vote = torch.tensor([int(ok)])
-    dist.all_reduce(vote, op=dist.ReduceOp.MIN)
-    return bool(vote.item())
+# -- between the hosts: for votes and reports, never part of a step ----------------------------------------------------
+#
+# Up and down a tree of small gloo groups (``host_groups``): a rank has few connections, and an answer takes few hops,
+# however many ranks there are.
+
+_trees: WeakKeyDictionary[dist.ProcessGroup, list[dist.ProcessGroup]] = WeakKeyDictionary()  # of each job
 
 
-def gather_objects(value: object) -> list[object]:
-    """One object from every rank, on every rank. Host-side: for reports, never part of a step."""
-    values: list[object] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+def _tree() -> list[dist.ProcessGroup]:
+    """This rank's groups, that with those below it first; made when first asked for."""
+    job = dist.group.WORLD
+    assert isinstance(job, dist.ProcessGroup)
+    if job not in _trees:
+        groups: list[Any] = [  # as many on every rank: torch names a group by how many there are
+            dist.new_group(ranks, backend="gloo", use_local_synchronization=True, group_desc="hosts")
+            for ranks in (host_groups(job.size(), job.rank()) if job.size() > 1 else ())
+        ]
+        _trees[job] = sorted(groups, key=lambda group: group.rank())
+    return _trees[job]
 
 
-def barrier() -> None:
-    dist.barrier()
+def _combined(value: T, combine: Callable[[list[T]], T]) -> T:
+    """On rank 0 ``combine`` of what every rank says, in the order of ranks; elsewhere of a part of them."""
+    for group in _tree():
+        said: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
+        dist.gather_object(value, said, group=group, group_dst=0)
+        if said is not None:
+            value = combine(said)
+    return value
+
+
+def _agreed(value: T, combine: Callable[[list[T]], T]) -> T:
+    """``combine`` of what every rank says, on every rank: rank 0's result, the same bit by bit."""
+    value = _combined(value, combine)
+    for group in reversed(_tree()):
+        box = [value]
+        dist.broadcast_object_list(box, group=group, group_src=0)
+        (value,) = box
+    return value
+
+
+def _joined(parts: list[list[T]]) -> list[T]:
+    return [value for part in parts for value in part]
+
+
+def first_of(value: T | None) -> T | None:
+    """What the first rank that has something says, on every rank."""
+    return _agreed(value, lambda said: next((one for one in said if one is not None), None))
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of every rank's CPU tensor, on every rank. Host-side: for reports, never part of a step."""
+    """The sum of every rank's CPU tensor, on every rank, bit by bit the same. Cheap enough for every step."""
     total = values.clone()
-    dist.all_reduce(total)
+    for group in _tree():
+        dist.reduce(total, group=group, group_dst=0)
+    for group in reversed(_tree()):
+        dist.broadcast(total, group=group, group_src=0)
     return total
+
+
+def barrier() -> None:
+    first_of(None)
+
+
+def gather_objects(value: object) -> list[object]:
+    """One object from every rank, on every rank."""
+    return list(map(pickle.loads, _agreed([pickle.dumps(value)], _joined)))
+
+
+def gather_at_first(value: object) -> list[object] | None:
+    """One object from every rank, on rank 0; None elsewhere."""
+    gathered = _combined([pickle.dumps(value)], _joined)
+    return list(map(pickle.loads, gathered)) if dist.get_rank() == 0 else None

@@ -1,5 +1,7 @@
 """The mesh: this rank's coordinates and its process groups, from a plan.
 
+Every group names its backend: torch would make a gloo full mesh beside each on NCCL. That over all ranks is the job's.
+
 On NCCL every group gets its stream's priority and, where the plan says so, its thread blocks. Without a priority a
 collective waits until the blocks of the compute that was launched before have found their SMs, so all have it unless
 the plan says otherwise. Gloo has neither: rank 0 says what is without effect there.
@@ -16,9 +18,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from ..ir.communicators import Held, communicator_name, communicators
+from ..ir.communicators import Held, communicator_name, communicators, held
 from ..ir.fields import AXES
-from ..ir.layout import Axes
+from ..ir.layout import WORLD, Axes
 from ..ir.plan import Plan
 
 
@@ -49,17 +51,30 @@ def backend_of(device: str) -> Literal["gloo", "nccl"]:
     return "gloo" if device == "cpu" else "nccl"
 
 
-def options(held: Held, timeout: timedelta, make: Callable[[], Any]) -> Any:
+def options(one: Held, timeout: timedelta, make: Callable[[], Any]) -> Any:
     """What an NCCL communicator is made with. ``make`` gives NCCL's defaults: ``dist.ProcessGroupNCCL.Options``.
 
     NCCL takes the least and the most thread blocks (``min_ctas``, ``max_ctas``); one value for both is exact.
     """
     made = make()
-    made.is_high_priority_stream = held.high_priority
+    made.is_high_priority_stream = one.high_priority
     made._timeout = timeout  # torch warns where it differs from the group's
-    if held.ctas:
-        made.config.min_ctas = made.config.max_ctas = held.ctas
+    if one.ctas:
+        made.config.min_ctas = made.config.max_ctas = one.ctas
     return made
+
+
+def start_job(plan: Plan, device: str, store: dist.Store, rank: int, timeout_s: float) -> None:  # pyright: ignore[reportPrivateImportUsage]
+    """Make the job's process group, the plan's communicator over all ranks, which meet at ``store``."""
+    timeout, backend = timedelta(seconds=timeout_s), backend_of(device)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=plan.world_size,
+        timeout=timeout,
+        pg_options=options(held(plan, WORLD), timeout, dist.ProcessGroupNCCL.Options) if backend == "nccl" else None,
+    )
 
 
 class Mesh:
@@ -67,28 +82,36 @@ class Mesh:
 
     def __init__(self, plan: Plan, timeout_s: float = 1800.0) -> None:
         plan.check_world_size(dist.get_world_size())
+        job = dist.group.WORLD
+        assert isinstance(job, dist.ProcessGroup)
+        job._set_group_desc(held(plan, WORLD).name)
         self.plan = plan
         self.rank = dist.get_rank()
         self.coordinates = coordinates(plan, self.rank)
         self.before_close: list[Callable[[], None]] = []  # what holds work of the groups: CUDA graphs
         self._groups: dict[str, dist.ProcessGroup] = {}  # by the communicator's name, which each carries itself
-        timeout, nccl = timedelta(seconds=timeout_s), "nccl" in dist.get_backend_config()
+        timeout, backend = timedelta(seconds=timeout_s), dist.get_backend(job)
+        nccl = backend == "nccl"
         if nccl:
             device = torch.cuda.get_device_properties(torch.cuda.current_device())
             plan.check_device(device.name, device.multi_processor_count)
         elif self.rank == 0 and plan.streams:
             said = ", ".join(plan.streams)
             print(f"plan: {said}: without effect on gloo, which has no thread blocks, SMs or streams", file=sys.stderr)
-        for held in communicators(plan):
+        for one in communicators(plan):
+            if one.axes == WORLD:
+                self._groups[one.name] = job
+                continue
             group = dist.new_group(
-                group_ranks(plan, held.axes, self.rank),
+                group_ranks(plan, one.axes, self.rank),
+                backend=backend,
                 timeout=timeout,
-                pg_options=options(held, timeout, dist.ProcessGroupNCCL.Options) if nccl else None,
+                pg_options=options(one, timeout, dist.ProcessGroupNCCL.Options) if nccl else None,
                 use_local_synchronization=True,
-                group_desc=held.name,
+                group_desc=one.name,
             )
             assert isinstance(group, dist.ProcessGroup)
-            self._groups[held.name] = group
+            self._groups[one.name] = group
 
     def group(self, axes: Axes, kind: str) -> dist.ProcessGroup:
         """The process group of a collective. Its ``group_desc`` is the communicator's name."""
@@ -104,5 +127,6 @@ class Mesh:
             close()
         self.before_close.clear()
         for group in self._groups.values():
-            dist.destroy_process_group(group)
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
         self._groups.clear()

@@ -12,16 +12,16 @@ from collections.abc import Callable
 
 import torch
 
-from .comm import gather_objects
+from .comm import first_of
+from .mesh import Mesh
 
 STALL_S = 1800.0  # as the groups' own time-out, which does not see a replay
 
 
-def vote(failure: str | None, processes: bool) -> str | None:
+def vote(failure: str | None, mesh: Mesh | None) -> str | None:
     """The first rank's failure, on every rank; None when none failed. Either all replay or none does."""
-    failures = gather_objects(failure) if processes else [failure]
-    found = [(rank, text) for rank, text in enumerate(failures) if text is not None]
-    return f"rank {found[0][0]}: {found[0][1]}" if found else None
+    mine = None if failure is None else f"rank {mesh.rank if mesh else 0}: {failure}"
+    return first_of(mine) if mesh else mine
 
 
 class Heartbeat:

@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..prices.played import PlayedStep
-from ..prices.startup import StartUp, start_up
+from ..prices.startup import HostsStart, StartUp, hosts_start, start_up
 from ..search.planner import Search
 from ..search.request import Request
 from . import explain
@@ -96,6 +96,10 @@ class Story:
     @property
     def start_up(self) -> list[StartUp]:
         return start_up(self.best.plan, self.request.cluster)
+
+    @cached_property
+    def hosts(self) -> HostsStart | None:
+        return hosts_start(self.best.plan, self.request.cluster)
 
     @property
     def why_lost(self) -> list[str]:

@@ -18,7 +18,7 @@ from cinemesh.model.reference import Reference
 from cinemesh.parallel.ir.flops import model_flops
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
-from cinemesh.perf_model.prices.startup import start_up
+from cinemesh.perf_model.prices.startup import hosts_start, start_up
 from cinemesh.perf_model.published.paper import Stage
 from cinemesh.perf_model.search.evaluator import Evaluator
 from cinemesh.perf_model.search.request import LatentBucket, Request
@@ -96,9 +96,9 @@ def test_what_changes_from_a_row_to_the_next_is_all_that_differs(told: dict[str,
         assert {field.partition("=")[0] for fields in said for field in fields} == differ
         ranks = row["gpus"] // new["dp_replicate"]
         assert relaunch["state_bytes"] == 16 * weights and relaunch["rank_bytes"] * ranks >= 16 * weights
-        assert relaunch["start_up_s"] == sum(
-            each.seconds for each in start_up(Plan.from_dict(new), load("grand-teton-h100"))
-        )
+        of = Plan.from_dict(new), load("grand-teton-h100")
+        hosts = hosts_start(*of)
+        assert relaunch["start_up_s"] == sum(each.seconds for each in start_up(*of)) + (hosts.seconds if hosts else 0)
 
 
 def test_the_text_is_the_data(told: dict[str, Any]) -> None:

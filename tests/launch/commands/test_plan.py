@@ -18,11 +18,11 @@ from cinemesh.launch.commands import plan as command
 from cinemesh.launch.options import On
 from cinemesh.launch.tables import new_console
 from cinemesh.model.config import preset
-from cinemesh.parallel.ir.communicators import held
+from cinemesh.parallel.ir.communicators import communicators
 from cinemesh.parallel.ir.fields import AXES
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
-from cinemesh.perf_model.prices.startup import start_up
+from cinemesh.perf_model.prices.startup import hosts_start, start_up
 from cinemesh.perf_model.report.report import explain
 from cinemesh.perf_model.search.evaluator import BuiltPlan, Evaluator, PlanCost
 from cinemesh.perf_model.search.planner import Nearby, search
@@ -56,12 +56,14 @@ def test_communicators_are_told_with_their_bytes_and_seconds(
     plan, told = Plan.from_dict(values["plans"][0]["plan"]), values["start_up"]
     assert plan.unit_ctas == 4
     assert told["each"] == [asdict(row) for row in start_up(plan, load("grand-teton-h100"))]
-    assert told["communicators"] == len(held(plan))
+    assert told["communicators"] == len(communicators(plan))
     assert told["bytes"] == sum(row["bytes"] for row in told["each"])
     assert told["seconds"] == sum(row["seconds"] for row in told["each"])
     text = printed(capsys, fix="cp=2,unit_ctas=4", explain_it=True)
     said = f"communicators of a rank: {told['communicators']}, {told['bytes'] / 1e9:.2f} GB, {told['seconds']:.1f} s to"
     assert said in text and "unit_ctas=4" in text
+    hosts = hosts_start(plan, load("grand-teton-h100"))
+    assert hosts is not None and told["hosts"] == asdict(hosts) and hosts.told() in " ".join(text.split())
     for row in told["each"]:
         assert any(line.startswith(f"{row['name']} ") for line in text.splitlines()), row["name"]
 

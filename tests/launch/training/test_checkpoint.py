@@ -269,7 +269,7 @@ def test_the_remedy_is_for_what_went_wrong(
     def fail(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(checkpoint, "dcp_save", fail)
+    monkeypatch.setattr(checkpoint, "write_chunks", fail)
     with pytest.raises(CinemeshError) as caught:
         checkpoint.save(tmp_path, runner_of(plan_of("")))
     assert remedy in caught.value.remedy and os.strerror(number) in caught.value.problem

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,11 +22,12 @@ from cinemesh.launch.proof.verify import small_case
 from cinemesh.model import weights
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step
-from cinemesh.parallel.ir.communicators import GROUPS, JOB, communicator, communicators, held
+from cinemesh.parallel.ir.communicators import BRANCHES, GROUPS, communicator, communicators, host_groups
 from cinemesh.parallel.ir.fields import STREAMS
+from cinemesh.parallel.ir.layout import WORLD
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.passes.pipeline import prepare
-from cinemesh.parallel.runtime.mesh import Mesh, options
+from cinemesh.parallel.runtime.mesh import Mesh, options, start_job
 
 
 @pytest.mark.parametrize(
@@ -43,11 +47,10 @@ def test_communicators_are_those_that_the_step_uses(text: str, count: int) -> No
     named = communicators(case.plan)
     assert {one.name: one.ranks for one in named} == used
     assert len(named) == count
-    assert len(held(case.plan)) == (count + 1 if count else 0)  # one process has no group to speak in
 
 
 def test_communicators_of_the_paper_plan_at_6144_ranks() -> None:
-    ranks = {one.name: one.ranks for one in held(Plan(tp=4, cp=2, dp_shard=768))}
+    ranks = {one.name: one.ranks for one in communicators(Plan(tp=4, cp=2, dp_shard=768))}
     assert ranks == {
         "tp": 4,
         "cp": 2,
@@ -55,8 +58,29 @@ def test_communicators_of_the_paper_plan_at_6144_ranks() -> None:
         "dp_shard*cp:reduce_scatter": 1536,
         "dp_shard*cp*tp": 6144,
         "dp_replicate*dp_shard*cp*tp": 6144,
-        JOB: 6144,
     }
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5, 6, 8, 16, 61, 6144])
+def test_the_tree_of_hosts_joins_all_ranks_in_their_order(ranks: int) -> None:
+    """A rank that a group waits for and that does not come is a hang; one left out or met twice a wrong result."""
+    groups = {rank: host_groups(ranks, rank) for rank in range(ranks)}
+    members: Counter[tuple[int, ...]] = Counter()
+    for at in (0, 1):  # the rounds in which they are made
+        made = Counter(tuple(own[at]) for own in groups.values())
+        assert all(len(group) == seen for group, seen in made.items()), "a group waits for a rank that makes another"
+        members.update(made)
+    assert max(map(len, members)) <= BRANCHES + 1
+    below = {group[0]: group[1:] for group in members if len(group) > 1}
+    hops = 0
+
+    def behind(rank: int, depth: int) -> list[int]:
+        nonlocal hops
+        hops = max(hops, depth)
+        return [rank, *(one for child in below.get(rank, ()) for one in behind(child, depth + 1))]
+
+    assert behind(0, 0) == list(range(ranks))
+    assert hops <= math.ceil(math.log(max(ranks, 2) * (BRANCHES - 1) + 1, BRANCHES)) - 1  # of a full tree
 
 
 # -- how they are made ------------------------------------------------------------------------------------------------
@@ -106,6 +130,35 @@ def test_nccl_takes_them() -> None:
     assert (made.config.min_ctas, made.config.max_ctas, made.is_high_priority_stream) == (6, 6, True)
 
 
+def test_the_job_s_group_is_the_one_over_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs of NCCL alone, and made as the plan says: no group is made again for what the job's own can carry."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **rest: asked.update(rest, backend=backend))
+    nccl = SimpleNamespace(Options=nccl_options)
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", nccl, raising=False)
+    store: Any = None  # nobody asks it
+    start_job(SET, "cuda:1", store, 5, 7.0)
+    assert (asked["backend"], asked["rank"], asked["world_size"]) == ("nccl", 5, 16)
+    assert asked["pg_options"].is_high_priority_stream and asked["pg_options"]._timeout == asked["timeout"]
+    start_job(SET, "cpu", store, 5, 7.0)
+    assert asked["backend"] == "gloo" and asked["pg_options"] is None
+
+
+def groups_of(text: str) -> tuple[int, bool]:
+    """Process groups that a mesh makes, and whether that over all ranks is the job's."""
+    plan, made = Plan.parse(text), dist.new_group
+    with mock.patch.object(dist, "new_group", side_effect=made) as new_group:
+        mesh = Mesh(plan)
+    shared = mesh.group(WORLD, "all_reduce") is dist.group.WORLD
+    mesh.close()
+    dist.all_reduce(torch.zeros(1))  # the job's is still there
+    return new_group.call_count, shared
+
+
+def test_a_mesh_makes_every_group_but_the_job_s(pool: Pool) -> None:
+    assert pool.run(4, groups_of, "tp=2,cp=2") == [(len(communicators(Plan(tp=2, cp=2))) - 1, True)] * 4
+
+
 def test_every_stream_goes_before_compute_unless_the_plan_says_otherwise() -> None:
     """Torch's default is the opposite, and the price assumes that a collective starts at once."""
     plan = Plan(tp=2, cp=2, dp_shard=2)
@@ -117,10 +170,10 @@ def test_what_a_plan_can_set_are_communicators() -> None:
 
 
 def test_a_plan_says_what_its_communicators_have() -> None:
-    found = {one.name: (one.ctas, one.high_priority) for one in held(SET)}
+    found = {one.name: (one.ctas, one.high_priority) for one in communicators(SET)}
     assert found["tp"] == (6, True) and found["cp"] == (0, False)
     assert found["dp_shard*cp:all_gather"] == found["dp_shard*cp:reduce_scatter"] == (4, False)
-    assert found[JOB] == found["dp_replicate"] == (0, True)
+    assert found["dp_replicate"] == (0, True)
 
 
 def said_and_lost(text: str) -> tuple[str, float]:

@@ -432,7 +432,7 @@ def test_a_torch_without_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def alone(tmp_path: Path) -> Iterator[None]:
     set_up_nccl()
     store = dist.FileStore(str(tmp_path / "store"), 1)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -444,7 +444,7 @@ def steps_of(text: str, device: str, rank: int, store: str) -> list[float]:
         torch.cuda.set_device(rank)
         device = f"cuda:{rank}"
         set_up_nccl()
-    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    backend = "gloo" if device == "cpu" else "nccl"
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=ranks)
     case, mesh = small_case(plan), Mesh(plan)
     runner = StepRunner(case.config, plan, case.batch, OPTIMIZER, mesh, seed=case.seed, device=device)

@@ -219,7 +219,7 @@ class LoneMesh(Mesh):
 def nccl_group(tmp_path: Path) -> Iterator[None]:
     set_up_nccl()
     store = dist.FileStore(str(tmp_path / "store"), 1)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -299,7 +299,7 @@ def capture_and_close(store: str) -> None:
     """A captured step whose communicators are still in a graph when the mesh closes."""
     set_up_nccl()
     meeting = dist.FileStore(store, 1)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=meeting, rank=0, world_size=1)
+    dist.init_process_group("nccl", store=meeting, rank=0, world_size=1)
     case = case_of("dtype=float32")
     mesh = LoneMesh(case.plan)
     executor = Executor(with_collectives(case), mesh.coordinates, Communicator(mesh), "cuda")
@@ -323,7 +323,7 @@ def on_device(rank: int, devices: int, store: str, text: str) -> None:
     torch.cuda.set_device(rank)
     set_up_nccl()
     meeting = dist.FileStore(store, devices)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=meeting, rank=rank, world_size=devices)
+    dist.init_process_group("nccl", store=meeting, rank=rank, world_size=devices)
     case = small_case(Plan.parse(text, dtype="bf16"), head_dim=64)
     mesh = Mesh(case.plan)
     options = {"seed": case.seed, "device": f"cuda:{rank}"}

@@ -6,13 +6,14 @@ import pytest
 
 from cinemesh.model.config import preset
 from cinemesh.model.inputs import BatchShape
-from cinemesh.parallel.ir.communicators import JOB, held
+from cinemesh.parallel.ir.communicators import communicators, host_groups
 from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.ir.sockets import sockets
 from cinemesh.parallel.passes.device_memory import BLAS_STREAM_BYTES, GRAPH_BYTES
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.footprint import outside
 from cinemesh.perf_model.prices.played import play_step
-from cinemesh.perf_model.prices.startup import init_s, start_up
+from cinemesh.perf_model.prices.startup import hosts_start, init_s, start_up
 from cinemesh.perf_model.search.evaluator import Evaluator
 from cinemesh.perf_model.search.request import LatentBucket, Request
 
@@ -21,11 +22,11 @@ PAPER = Plan(tp=4, cp=2, dp_shard=768, unit_ctas=4, normal_priority=("unit",))
 
 
 def test_the_paper_s_plan_at_6144_ranks() -> None:
-    """0.5 s each and 2.7 ms a rank: 7 communicators over 4 + 2 + 2 * 1,536 + 3 * 6,144 ranks."""
+    """0.5 s each and 2.7 ms a rank: 6 communicators over 4 + 2 + 2 * 1,536 + 2 * 6,144 ranks, the job's among them."""
     rows = start_up(PAPER, CLUSTER)
-    assert [row.name for row in rows] == [one.name for one in held(PAPER)] and rows[-1].name == JOB
-    assert sum(row.seconds for row in rows) == pytest.approx(7 * 0.5 + (4 + 2 + 2 * 1536 + 3 * 6144) * 2.7e-3)
-    assert sum(row.bytes for row in rows) == 7 * 288 * 2**20
+    assert [row.name for row in rows] == [one.name for one in communicators(PAPER)]
+    assert sum(row.seconds for row in rows) == pytest.approx(6 * 0.5 + (4 + 2 + 2 * 1536 + 2 * 6144) * 2.7e-3)
+    assert sum(row.bytes for row in rows) == 6 * 288 * 2**20
     assert {row.name: (row.ctas, row.high_priority) for row in rows if row.ctas} == {
         "dp_shard*cp:all_gather": (4, False),
         "dp_shard*cp:reduce_scatter": (4, False),
@@ -57,3 +58,23 @@ def test_planner_footprint_and_report_count_the_same_communicators(plan: Plan) -
     assert evaluator.outside_bytes(plan) == wanted + rest
     played = play_step(preset("tiny"), plan, BatchShape(1, (2, 4, 4)), CLUSTER)
     assert played.footprint.by_class.get("NCCL", 0) == wanted
+
+
+@pytest.mark.parametrize("plan", [Plan(tp=2), Plan(tp=2, cp=4), Plan(tp=4, cp=2, dp_shard=768)])
+def test_the_tree_of_hosts_is_priced_as_it_is_made(plan: Plan) -> None:
+    """Its depth and members by walking it, and the rank that is shown by asking all."""
+    ranks = range(plan.world_size)
+    groups = {rank: host_groups(plan.world_size, rank) for rank in ranks}
+    above = {below: group[0] for own in groups.values() for group in own for below in group[1:]}
+
+    def hops(rank: int) -> int:
+        return 1 + hops(above[rank]) if rank else 0
+
+    told = hosts_start(plan, CLUSTER)
+    assert told is not None and told.hops == max(map(hops, ranks))
+    assert told.vote_s < 0.02, "the vote before every step is on the critical path"
+    most = max(sum(row.count for row in sockets(plan, rank, "nccl")) for rank in ranks)
+    assert (
+        sum(row.count for row in told.sockets) == most and f"sockets of a rank: {most} (store 1, hosts " in told.told()
+    )
+    assert hosts_start(Plan(), CLUSTER) is None
