@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import CinemeshError
 from ..kernels.reference import Kernel
+from ..parallel.ir.nccl_stack import Capture
 from ..parallel.ir.plan import Plan
 from ..parallel.passes.arena import place
 from ..parallel.passes.pipeline import prepare
@@ -14,7 +15,7 @@ from ..parallel.runtime.frozen import Frozen
 from ..parallel.runtime.mesh import Mesh, backend_of
 from .config import CAPTION_DROPOUT, ModelConfig, latent_text
 from .inputs import LATENTS, BatchShape
-from .runner import Batch, Capture, StepRunner
+from .runner import Batch, StepRunner
 from .step import Optimizer, build_step
 
 Latent = tuple[int, int, int]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,12 +13,13 @@ from ..kernels.ops import MOST_IDS
 from ..kernels.reference import Kernel
 from ..parallel.ir.fields import AXES
 from ..parallel.ir.layout import BATCH, Axes, Placement
+from ..parallel.ir.nccl_stack import Capture
 from ..parallel.ir.plan import Plan
 from ..parallel.ir.program import Program
 from ..parallel.ir.units import nested_index
 from ..parallel.passes.device_memory import bytes_beside
 from ..parallel.passes.pipeline import prepare
-from ..parallel.runtime.comm import Communicator
+from ..parallel.runtime.comm import Communicator, first_of, nccl_stack
 from ..parallel.runtime.executor import Executor
 from ..parallel.runtime.frozen import Frozen
 from ..parallel.runtime.graph import Graph, GraphPool, refuse
@@ -30,7 +30,6 @@ from .inputs import IDS, LATENTS, PLACES, BatchShape, InputSpec
 from .step import Optimizer, build_step, unit_layout
 from .weights import Values, fill_shard
 
-Capture = Literal["auto", "off", "required"]
 Batch = Mapping[str, Tensor]  # the samples of a micro-batch, by the name of the input
 NOT_BATCH = tuple(axis for axis in AXES if axis not in BATCH)
 
@@ -144,11 +143,12 @@ class StepRunner:
         """From now on steps replay: frozen calls on a CPU, a CUDA Graph on a GPU. Collective; weights do not change.
 
         All ranks replay or none does: the answer is why none does (the first rank's reason, with the op), else None.
+        ``auto`` does not where NCCL would run captured collectives one after another, and others side by side.
         Raises CinemeshError for that reason when ``mode`` is ``required``.
         """
         if mode == "off":
             return None
-        made, failure = self._frozen() if self.executor.device == "cpu" else self._graph()
+        made, failure = self._frozen() if self.executor.device == "cpu" else self._graph(mode)
         failure = vote(failure, self.mesh)
         if failure is None:
             self.replay = made
@@ -162,7 +162,11 @@ class StepRunner:
             frozen.record()
         return frozen, frozen.hazards[0] if frozen.hazards else None
 
-    def _graph(self) -> tuple[Graph | None, str | None]:
+    def _graph(self, mode: Capture) -> tuple[Graph | None, str | None]:
+        if self.mesh is not None:  # one rank's driver decides for all
+            here = nccl_stack()
+            if lost := first_of(None if here.captures(mode) else here.serial(captured=True)):
+                return None, lost
         self.pool = self.pool or GraphPool(self.executor.device)
         if self.mesh is not None and self.close not in self.mesh.before_close:
             self.mesh.before_close.append(self.close)

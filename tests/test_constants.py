@@ -40,6 +40,7 @@ NVIDIA = "CUDA programming guide, compute capabilities 8.0, 9.0 and 10.0"
 QUICK_START = "ours: the CPU quick start"
 UNSAID = "what is meant where nothing else is said"
 TIME_OUT = "torch.distributed.constants.default_pg_timeout"
+IMPLICIT_ORDER = "NCCL v2.26.2 to v2.30.3, src/enqueue.cc: getImplicitOrder"
 HOSTS = "measured: tests/benchmarks/results/hosts.json"
 SI = "SI, and IEC for bytes"
 EAGER = "counted: bytes an element that torch's eager ops, and one fused kernel, read and write; kernels launched"
@@ -237,7 +238,9 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "kernels.compile.THREADS": (32, NVIDIA),
     # -- parallel -------------------------------------------------------------------------------------------------
     "parallel.ir.units.ALIGN": (256 // 2, "256 bytes of bf16: what cudaMalloc aligns to, CUDA programming guide"),
-    "parallel.ir.communicators.BRANCHES": (4, "ours: any other gives the same answers over more hops or sockets"),
+    "parallel.ir.nccl_stack.OLDEST": ((2, 26), "NCCL release notes: NCCL_LAUNCH_ORDER_IMPLICIT"),
+    "parallel.ir.nccl_stack.STARTS": ((12030 // 1000, 12030 % 1000 // 10), IMPLICIT_ORDER),
+    "parallel.ir.nccl_stack.CAPTURED": (((2, 27), (12090 // 1000, 12090 % 1000 // 10)), IMPLICIT_ORDER),
     "parallel.ir.sockets.COMMUNICATOR_SOCKETS": (2 + 2 + 1 + 2, "NCCL v2.29.7, src/bootstrap.cc, src/proxy.cc"),
     "parallel.ir.sockets.RAS_SOCKETS": (2 + 2, "NCCL v2.29.7, src/ras/ras.cc, src/ras/client_support.cc"),
     "parallel.passes.arena.ALIGN_BYTES": (256, "what cudaMalloc aligns to, CUDA programming guide"),
@@ -254,7 +257,6 @@ PINNED: Mapping[str, tuple[object, str]] = {
         ),
         "NVIDIA H100 SXM datasheet, PCIe Gen5 x16 and 400 Gb/s a GPU, shares and latencies ours; gloo: ours",
     ),
-    "parallel.runtime.comm.LAUNCH_ORDER_NCCL": ((2, 26), "NCCL release notes: NCCL_LAUNCH_ORDER_IMPLICIT"),
     "parallel.runtime.mesh.Mesh.__init__(timeout_s)": (default_pg_timeout.total_seconds(), TIME_OUT),
     "parallel.runtime.mesh.__init__: 1800.0": (default_pg_timeout.total_seconds(), TIME_OUT),
     "parallel.runtime.watchdog.STALL_S": (default_pg_timeout.total_seconds(), TIME_OUT),

@@ -38,7 +38,7 @@ from torch.multiprocessing.spawn import ProcessException, start_processes
 from ...errors import CinemeshError, in_a_line
 from ...interrupt import WAKE_S, be_deaf, deaf_children, interrupt, interrupt_later
 from ...parallel.ir.plan import Plan
-from ...parallel.runtime.comm import barrier, set_up_nccl
+from ...parallel.runtime.comm import barrier, nccl_stack, set_up_nccl
 from ...parallel.runtime.mesh import Mesh, start_job
 from ..options import Device
 from ..terminal import show_what_it_can
@@ -110,6 +110,8 @@ def joined(plan: Plan, wanted: Device) -> Iterator[Joined]:
     claim(store, rank, device)
     if cuda:
         set_up_nccl()
+        if rank == 0 and (lost := nccl_stack().told()):
+            _to_stderr(f"WARNING: {lost}")
     start_job(plan, device, store, rank, ANSWER_S)
     mesh = Mesh(plan, ANSWER_S)
     yield Joined(rank, device, mesh)

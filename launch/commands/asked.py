@@ -84,6 +84,7 @@ def _of_recipe(on: On, given: tuple[LatentBucket, ...], dtype: str | None, path:
     batches = " + ".join(dict.fromkeys(f"{batch * bucket.times:,}" for bucket in buckets if batch))
     stated = recipe if on.packages is None else replace(recipe, packages=packages_of(names_in(on.packages)))
     software = software_of(stated)
+    cluster = load(on.cluster or recipe.cluster or DEFAULT_CLUSTER, on.servers, "", on.headroom)
     gives = {
         "model": None if on.model else setting.model.name,
         "latents": None if given else ", ".join(map(latent_text, setting.latents)),
@@ -97,7 +98,7 @@ def _of_recipe(on: On, given: tuple[LatentBucket, ...], dtype: str | None, path:
         model=on.model or str(path),
         config=read_model(on.model).config if on.model else setting.model,
         buckets=buckets,
-        cluster=load(on.cluster or recipe.cluster or DEFAULT_CLUSTER, on.servers, "", on.headroom).running(software),
+        cluster=cluster.running(software).capturing(recipe.capture),
         global_batch=batch,
         samples=on.samples,
         dtype=dtype or policy,  # type: ignore[arg-type]  # Plan checks it

@@ -17,6 +17,7 @@ from ..training.setting import Setting
 from . import reply
 from .recipe_run import Steps, print_recipe_run, recipe_run
 from .reply import DryRunReply, Schema
+from .software import print_order
 
 
 def run(*, config: Path, ranks: int | None, overrides: Sequence[str], as_json: bool) -> None:
@@ -44,6 +45,7 @@ def run(*, config: Path, ranks: int | None, overrides: Sequence[str], as_json: b
         model=setting.model.name,
         cluster=cluster.name,
         **vars(recipe_run(setting.model, cluster, plan, _that_fit(setting, cluster), steps)),
+        order=cluster.order_told(),
     )
     if as_json:
         print(reply.text(told))
@@ -55,6 +57,7 @@ def run(*, config: Path, ranks: int | None, overrides: Sequence[str], as_json: b
         f"Predicted, not measured; nothing was started or written.\n\n{describe(plan)}\n"
     )
     print_recipe_run(console, told)
+    print_order(console, told.order)
 
 
 def _that_fit(setting: Setting, cluster: Cluster) -> Iterator[PlayedStep]:

@@ -20,7 +20,7 @@ from . import reply
 from .asked import Workload, plans_asked, print_taken
 from .reasons import Reasons, start_up_cost
 from .reply import ExplainReply, PlayedPlan, Schema
-from .software import print_kernels, print_others
+from .software import print_kernels, print_order, print_others
 
 PIECES = 6  # of the work of ``cinemesh explain``, for its progress
 
@@ -64,6 +64,7 @@ def run(*, plan: str, asked: Asked, as_json: bool) -> None:
             other_software=others,
             error_bar=explain.error_bar_of(request),
             taken=load.taken,
+            order=request.cluster.order_told(),
         )
         print(reply.text(told))
         return
@@ -72,6 +73,7 @@ def run(*, plan: str, asked: Asked, as_json: bool) -> None:
     console.print(heading(request))
     console.print(f"{describe(chosen)}: {summary_line(request, step)}")
     print_kernels(console, kernels)
+    print_order(console, request.cluster.order_told())
     print_others(console, step.step_s, others)
     console.print(explain.error_bar_of(request).text)
     reasons.print(console)

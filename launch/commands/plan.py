@@ -35,7 +35,7 @@ from .ranked import ranked
 from .reasons import Reasons, start_up_cost
 from .recipe_run import Steps, print_recipe_run, recipe_run
 from .reply import NearbyPlan, PlanReply, RankedPlan, RecipeRun, Refused, Schema
-from .software import print_kernels, print_others
+from .software import print_kernels, print_order, print_others
 
 NUMBERS = (
     "batch",
@@ -138,6 +138,7 @@ def run(  # noqa: PLR0913  the options of the command
         _print_samples(console, request, tried)
         _print_nearby(console, request, others)
         print_kernels(console, told.kernels)
+        print_order(console, told.order)
         print_others(console, found.best.step_s, told.other_software)
         if told.run is not None:
             console.print("\na run of it under the best plan\n")
@@ -220,6 +221,7 @@ def _reply(model: str, request: Request, found: Search, flops: float) -> PlanRep
         kernels=kernels_of(cluster, request.config, best.plan.compute_dtype),
         other_software=other_software(cluster, request.config, best.plan.compute_dtype, best.step_s, price),
         error_bar=explain.error_bar_of(request),
+        order=cluster.order_told(),
     )
 
 

@@ -25,7 +25,11 @@ VERSION = (
 )
 KERNELS = "what each attention op is priced on: what would run it where the stated packages are installed"
 TAKEN = "what a recipe gave, by name, in words; empty without one"
-OTHERS = "the step with packages that would make it faster, and with deterministic kernels"
+ORDER = "what the cluster's NCCL and driver take from overlap or capture, and how that is priced; empty: nothing"
+OTHERS = (
+    "the step with packages that would make it faster, with deterministic kernels, and where `order` says something "
+    "with another NCCL and driver"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +271,8 @@ class RecipeRun:
 class DryRunReply(RecipeRun, Heading):
     """`cinemesh train CONFIG --dry-run --json`."""
 
+    order: Annotated[str, ORDER] = ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanReply(Heading):
@@ -291,6 +297,7 @@ class PlanReply(Heading):
     nearby: Annotated[list[NearbyPlan], "what would be better close by, the best first"] = field(default_factory=list)
     taken: Annotated[dict[str, str], TAKEN] = field(default_factory=dict)
     run: Annotated[RecipeRun | None, "of a recipe under the best plan"] = None
+    order: Annotated[str, ORDER] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +319,7 @@ class ExplainReply(PlayedPlan, Heading):
     other_software: Annotated[list[OtherSoftware], OTHERS]
     error_bar: ErrorBar
     taken: Annotated[dict[str, str], TAKEN] = field(default_factory=dict)
+    order: Annotated[str, ORDER] = ""
 
 
 @dataclass(frozen=True, kw_only=True)

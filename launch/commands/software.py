@@ -20,6 +20,12 @@ def print_kernels(console: Console, kernels: Sequence[PricedKernel]) -> None:
         console.print(f"  {kernel}: {', '.join(run)}")
 
 
+def print_order(console: Console, told: str) -> None:
+    """What NCCL and the driver take from the step, where they do."""
+    if told:
+        console.print(told)
+
+
 def print_others(console: Console, step_s: float, others: Sequence[OtherSoftware]) -> None:
     """A line for each other software: the step now, and there."""
     if not others:
@@ -28,4 +34,5 @@ def print_others(console: Console, step_s: float, others: Sequence[OtherSoftware
     for other in others:
         runs = "; ".join(dict.fromkeys(f"{kernel.op} on {kernel.package}" for kernel in other.kernels))
         guess = ", at rates that are a guess" if any(kernel.guessed for kernel in other.kernels) else ""
-        console.print(f"  {other.name}: step {digits(step_s, 3)} s -> {digits(other.step_s, 3)} s ({runs}{guess})")
+        by = f" ({runs}{guess})" if runs else ""
+        console.print(f"  {other.name}: step {digits(step_s, 3)} s -> {digits(other.step_s, 3)} s{by}")

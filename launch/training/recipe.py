@@ -22,10 +22,10 @@ from ...documents import mapping, parse_yaml, quoted, read_yaml
 from ...errors import CinemeshError, did_you_mean
 from ...model.config import MOST_SIZE, Encoder, ModelConfig, preset
 from ...model.flow import CAPTION_DROPOUT
-from ...model.runner import Capture
 from ...model.sampler import GUIDANCE
 from ...model.step import Optimizer
 from ...parallel.ir.fields import MOST_BLOCKS
+from ...parallel.ir.nccl_stack import Capture
 from ...parallel.ir.plan import Plan
 from ...ranges import BATCH_RANGE, EULER_RANGE, GUIDANCE_RANGE, MOST_STEPS, SEED_RANGE, STEPS_RANGE, integers, reals
 from ..plans import held_fields, read_plan

@@ -48,8 +48,8 @@ def resolve(config: Config, auto: Auto | None, world: int, rank: int) -> None:
 
 
 def cluster_under(config: Config, name: str) -> Cluster:
-    """The cluster with the kernels that a run has there. Raises CinemeshError as ``software_of``."""
-    return load(name).running(software_of(config))
+    """The cluster with the kernels and the capture that a run has there. Raises CinemeshError as ``software_of``."""
+    return load(name).running(software_of(config)).capturing(config.capture)
 
 
 def software_of(config: Config) -> Software:

@@ -6,6 +6,7 @@ gloo it is an all-to-all into a staging buffer and a sum in rank order (determin
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import platform
@@ -24,6 +25,7 @@ from torch.distributed import _symmetric_memory as symmetric
 from ...errors import CinemeshError
 from ..ir.communicators import host_groups
 from ..ir.layout import Axes
+from ..ir.nccl_stack import OLDEST, NcclStack
 from ..ir.records import lane_name
 from .ledger import Entry
 from .mesh import Mesh, group_ranks
@@ -46,21 +48,26 @@ class BoundCollective(NamedTuple):
     wait: Callable[[], None]
 
 
-LAUNCH_ORDER_NCCL = (2, 26)  # the release that brought NCCL_LAUNCH_ORDER_IMPLICIT
-
-
-def orders_launches() -> bool:
-    """Whether NCCL keeps the order in which the host issued collectives of several communicators.
-
-    Where it does not, kernels of two communicators may wait for each other: there is one collective at a time.
-    """
-    return tuple(nccl.version()[:2]) >= LAUNCH_ORDER_NCCL
+def nccl_stack() -> NcclStack:
+    """NCCL and the driver that this process has."""
+    driver = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(driver))  # 12090: that of CUDA 12.9
+    major, minor, *_ = nccl.version()
+    return NcclStack((major, minor), (driver.value // 1000, driver.value % 1000 // 10))
 
 
 def set_up_nccl() -> None:
-    """What NCCL reads from the environment when its first communicator is made: call it before."""
-    if orders_launches():
-        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
+    """What NCCL reads from the environment when its first communicator is made: call it before.
+
+    Raises CinemeshError for an NCCL under which a step's collectives may wait for each other.
+    """
+    if (here := nccl_stack()).nccl < OLDEST:
+        raise CinemeshError(
+            f"NCCL {'.'.join(map(str, here.nccl))} < {'.'.join(map(str, OLDEST))}, which keeps the order in which "
+            "collectives of several communicators were issued: they may wait for each other for ever",
+            remedy="use the NCCL that torch comes with, or a newer one",
+        )
+    os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     allocator = os.environ.get("PYTORCH_ALLOC_CONF", "") + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     if "expandable_segments:True" in allocator:  # their memory cannot be registered by a capture below sm_100
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
@@ -99,8 +106,7 @@ class Communicator:
         self.mesh = mesh
         self.ledger: list[Entry] = []
         self.record = False
-        self._one_at_a_time = torch.cuda.is_available() and not orders_launches()
-        self._latest: dict[str, dist.Work] = {}  # of each queue, until it is waited for
+        self._latest: dict[str, dist.Work] = {}  # of each communicator, until it is waited for
         self._symmetric: list[Tensor] = []
 
     def bind(self, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None) -> BoundCollective:
@@ -122,15 +128,12 @@ class Communicator:
             start = partial(group.allreduce, [flat_output])
         finish = _wait_on_stream if source.is_cuda else _wait_awake
         finish_sum = None if staging is None else summing(staging, output)
-        after_latest = self._one_at_a_time and source.is_cuda
-        queue, latest = self._queue(entry), self._latest
+        queue, latest = entry.communicator, self._latest
         flying: list[dist.Work] = []
 
         def issue() -> dist.Work:
             if self.record:
                 self.ledger.append(entry)
-            if after_latest:
-                self._wait_for_latest(queue)
             work = latest[queue] = start()
             flying.append(work)
             return work
@@ -148,14 +151,6 @@ class Communicator:
     def forget(self) -> None:
         """A step was broken off: nothing that it issued will be waited for."""
         self._latest.clear()
-
-    def _queue(self, entry: Entry) -> str:
-        """What runs one after the other: the collectives of a communicator or, on an older NCCL, all of them."""
-        return "" if self._one_at_a_time else entry.communicator
-
-    def _wait_for_latest(self, queue: str) -> None:
-        if (work := self._latest.get(queue)) is not None:
-            work.wait()
 
     # -- fused with products, on CUDA (on a CPU the executor runs the parts) -----------------------------------------
 
@@ -245,12 +240,12 @@ class Communicator:
 
     def _beginning(self, entry: Entry) -> Callable[[], None]:
         """The start rule: after the previous collective on the same communicator."""
-        queue = self._queue(entry)
 
         def begin() -> None:
             if self.record:
                 self.ledger.append(entry)
-            self._wait_for_latest(queue)
+            if (work := self._latest.get(entry.communicator)) is not None:
+                work.wait()
 
         return begin
 

@@ -6,10 +6,12 @@ kernels reach on a chip (``kernels/rates``); of ``inherits`` files, which tell o
 unvalidated ones. ``null`` takes out what such a file gives. All numbers are in SI units once read.
 
 Which kernels run is software: a plain install of torch and Triton, and the ``packages`` that a file says are beside it.
+Whether collectives run side by side hangs on NCCL and the driver: ``stack: {nccl: "2.28", driver: "12.8"}``.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from ...errors import CinemeshError, did_you_mean
 from ...files import file_name
 from ...kernels.rates import TABLES, capability_of
 from ...kernels.selection import PLAIN_INSTALL, Software, packages_of
+from ...parallel.ir.nccl_stack import Capture, NcclStack
 from .constants import INHERITED, PLACEHOLDER, Fact, Reader
 from .grid import Grid, read_grid
 from .schema import (
@@ -61,6 +64,8 @@ class Cluster:
     measured: Measured | None = None
     host: Host | None = None
     software: Software = PLAIN_INSTALL
+    stack: NcclStack | None = None  # None: one on which collectives run side by side
+    capture: Capture = "auto"  # of the steps that are priced
     facts: Mapping[str, Fact] = field(default_factory=dict, compare=False, repr=False)
     folder: Path = field(default=FOLDER, compare=False, repr=False)
 
@@ -81,6 +86,27 @@ class Cluster:
     def device(self) -> str:
         """``cuda`` or ``cpu``."""
         return "cuda" if self.nccl is not None else "cpu"
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps are captured, rather than launched by the host."""
+        return self.capture != "off" if self.stack is None else self.stack.captures(self.capture)
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether NCCL runs collectives of different communicators one after another."""
+        return self.stack is not None and bool(self.stack.serial(self.captured))
+
+    def order_told(self) -> str:
+        """What NCCL and the driver take from a step, and how it is priced; empty where they take nothing."""
+        if self.stack is None or not (lost := self.stack.told()):
+            return ""
+        order = "one after another" if self.one_at_a_time else "side by side"
+        return f"{lost}; priced {order}, {'captured' if self.captured else 'launched by the host'}"
+
+    def capturing(self, capture: Capture) -> Cluster:
+        """The same with steps captured as a recipe asks."""
+        return replace(self, capture=capture)
 
     def running(self, software: Software) -> Cluster:
         """The same machines with other software."""
@@ -259,7 +285,7 @@ _SECTIONS: dict[str, Any] = {
 }
 _BELOW = ("inherits", "base")
 _LIBRARIES: dict[str, Any] = {"nccl": Nccl, "gloo": Gloo}
-_KEYS = ("name", "about", "sources", "packages", "attention", "measured", "host", *_SECTIONS, *_LIBRARIES)
+_KEYS = ("name", "about", "sources", "packages", "stack", "attention", "measured", "host", *_SECTIONS, *_LIBRARIES)
 
 
 def from_dict(values: dict[str, Any], name: str, folder: Path = FOLDER) -> Cluster:
@@ -287,9 +313,22 @@ def from_dict(values: dict[str, Any], name: str, folder: Path = FOLDER) -> Clust
     gpu_library, kind = libraries[0] == "nccl", capability_of(read["gpu"].device)
     if gpu_library != (kind is not None):
         raise reader.wrong("gpu.device", f"is {quoted(read['gpu'].device)} beside {libraries[0]}", "gloo joins CPUs")
+    if (stack := values.get("stack")) is not None:
+        if not gpu_library:
+            raise reader.wrong("stack", "is beside gloo", "it tells NCCL's release, and its driver's")
+        releases = reader.keyed(stack, "stack", ("nccl", "driver"))
+        read["stack"] = NcclStack(*(_release(reader, releases, key) for key in ("nccl", "driver")))
     packages = values.get("packages") or []
     if not isinstance(packages, list):
         raise reader.wrong("packages", f"is {quoted(packages)}, no list", "write for example [flash-attn-3]")
     read["software"] = PLAIN_INSTALL.beside(packages_of(reader.text(name, "packages") for name in packages))
     title, about = reader.text(values.get("name", name), "name"), reader.text(values.get("about", ""), "about")
     return Cluster(name=title, about=about, **read, facts=reader.facts, folder=folder)
+
+
+def _release(reader: Reader, releases: dict[str, Any], key: str) -> tuple[int, int]:
+    """Major and minor of a release: as a number, 2.30 would be 2.3."""
+    text = releases.get(key)
+    if not isinstance(text, str) or not (found := re.fullmatch(r"(\d+)\.(\d+)", text)):
+        raise reader.wrong(f"stack.{key}", f"is {quoted(text)}", 'write a release as a text, for example "12.8"')
+    return int(found[1]), int(found[2])

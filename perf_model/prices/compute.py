@@ -79,19 +79,21 @@ class OpPrice:
 class Compute:
     """Prices the ops of one cluster's GPU, on the kernels that its software has.
 
-    ``unfused``: ops that run in their plain form; None: as the catalogue tells.
+    ``mode``: how kernels are launched; None: as the cluster's steps are. ``unfused``: ops that run in their plain form;
+    None: as the catalogue tells.
     """
 
     def __init__(
         self,
         cluster: Cluster,
         *,
-        mode: Literal["eager", "graph"] = "graph",
+        mode: Literal["eager", "graph"] | None = None,
         unfused: Collection[str] | None = None,
         clock: Literal["sustained", "isolated"] = "sustained",
     ) -> None:
         self.cluster = cluster
-        self.launch_s = cluster.launch.eager_s if mode == "eager" else cluster.launch.graph_s
+        graph = cluster.captured if mode is None else mode == "graph"
+        self.launch_s = cluster.launch.graph_s if graph else cluster.launch.eager_s
         self.unfused = unfused_ops(cluster.gpu.device, cluster.software) if unfused is None else unfused
         self.clock = clock
         self._grid = cluster.grid(cluster.matmul.grid)

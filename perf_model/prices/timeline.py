@@ -17,7 +17,9 @@ was issued earlier has started. After the collective's latency all products but 
 transfer; when both are done, those: latency + max(C (R - 1) / R, W) + C / R, which is the formula given there. What a
 rank copies or sums in its own memory comes on top. Ranks copy without SMs. On gloo nothing runs beside.
 
-[Note: host] A copy to or from the host is in no order with the collectives: only those of its own way stand before it.
+[Note: one at a time] Where NCCL runs collectives of different communicators one after another (``nccl_stack.py``), all
+wait in one queue; fused records are none of NCCL's. [Note: host] A copy to or from the host is in no order with the
+collectives: only those of its own way stand before it.
 
 A ``Tape`` is a program with its prices, flat and small: playing the 48-layer step takes tens of milliseconds.
 """
@@ -125,7 +127,8 @@ def price(program: Program, compute: Compute, network: Network | None, cluster: 
             total += records[-1].seconds
         else:
             issue_at[op.name] = i
-            name = communicator(op)
+            serial = cluster.one_at_a_time and op.to is None and op.kind not in FUSED
+            name = "" if serial else communicator(op)  # one queue for all
             cost = FREE
             if network is not None:
                 if op.axes not in groups:

@@ -1,4 +1,4 @@
-"""Which attention kernels a step is priced on, and what other software would give it (torch-free)."""
+"""Which attention kernels a step is priced on, and what other software, NCCL's too, would give it (torch-free)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 
 from ...kernels.catalogue import OPTIONAL
 from ...kernels.ops import OPS
-from ...kernels.selection import Software
 from ...model.config import ModelConfig
+from ...parallel.ir.nccl_stack import CAPTURED
 from ..clusters.cluster import Cluster
 from ..prices.compute import Compute
 
+DETERMINISTIC = "deterministic"
 ATTENTION = tuple(op for op, spec in OPS.items() if spec.law == "attention")
 
 
@@ -31,7 +32,7 @@ class PricedKernel:
 
 @dataclass(frozen=True)
 class OtherSoftware:
-    """The same plan's step where ``name`` is installed or asked for, and the kernels that change."""
+    """The same plan's step where ``name`` is installed or asked for, and the attention kernels that change."""
 
     name: str
     step_s: float
@@ -50,12 +51,18 @@ def kernels_of(cluster: Cluster, config: ModelConfig, dtype: str) -> list[Priced
     return found
 
 
-def _others(software: Software) -> Iterator[tuple[str, Software]]:
+def _others(cluster: Cluster) -> Iterator[tuple[str, Cluster]]:
+    software = cluster.software
     for package in OPTIONAL:
         if package in software.missing:
-            yield package, software.beside([package])
+            yield package, cluster.running(software.beside([package]))
     if not software.deterministic:
-        yield "deterministic", replace(software, deterministic=True)
+        yield DETERMINISTIC, cluster.running(replace(software, deterministic=True))
+    if cluster.order_told():
+        nccl, driver = (".".join(map(str, release)) for release in CAPTURED)
+        yield f"NCCL {nccl} and a driver of CUDA {driver}", replace(cluster, stack=None)
+        if not cluster.captured:
+            yield "capture: required", cluster.capturing("required")
 
 
 def other_software(
@@ -63,16 +70,17 @@ def other_software(
 ) -> list[OtherSoftware]:
     """Every package that would make the step faster, and what deterministic kernels would cost it.
 
-    ``price``: seconds of the step that takes ``step_s``, on the cluster with such software.
+    And, where NCCL and the driver take from its overlap or its capture, what others would give. ``price``: seconds of
+    the step that takes ``step_s``, on the cluster with such software.
     """
     now = kernels_of(cluster, config, dtype)
     found: list[OtherSoftware] = []
-    for name, software in _others(cluster.software):
-        there = cluster.running(software)
+    for name, there in _others(cluster):
         changed = [kernel for kernel in kernels_of(there, config, dtype) if kernel not in now]
-        if not changed:
+        optional = there.software.missing != cluster.software.missing
+        if not changed and there.software != cluster.software:
             continue
         seconds = price(there)
-        if seconds < step_s or name == "deterministic":
+        if seconds < step_s or not optional:
             found.append(OtherSoftware(name, seconds, changed))
     return found

@@ -37,6 +37,7 @@ REQUESTS = 2000
 def of_rank(port: int, votes: int) -> dict[str, float]:
     """Seconds of one rank of a job that meets at a store on ``port``."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
+    dist.barrier()  # none connects any more
     dist.destroy_process_group()
     store = TCPStore(LOOPBACK, port, ranks, is_master=False)
     begun = time.perf_counter()

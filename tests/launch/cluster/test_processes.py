@@ -20,7 +20,9 @@ import torch
 from cinemesh.errors import CinemeshError
 from cinemesh.interrupt import INTERRUPTED, Interrupted, deaf_children, interrupt
 from cinemesh.launch import cli
+from cinemesh.launch.cluster import processes
 from cinemesh.launch.cluster.processes import StopSignal, forked, joined, launch
+from cinemesh.parallel.ir.nccl_stack import NcclStack
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.runtime.comm import barrier
 
@@ -303,3 +305,33 @@ def test_of_forked_ranks_the_cause_speaks(refused: bool, said: str) -> None:
     """Rank 0 sees no more than a lost connection."""
     with pytest.raises(CinemeshError, match=said):
         forked(2, lambda: _lost_or_refused(refused))
+
+
+@pytest.mark.parametrize(("driver", "rank", "says"), [((12, 8), 0, True), ((12, 8), 1, False), ((12, 9), 0, False)])
+def test_what_nccl_and_driver_take_is_said_once_when_the_job_starts(
+    driver: tuple[int, int], rank: int, says: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In silence a captured step would lose all overlap between axes."""
+
+    class Told(Exception): ...
+
+    def started(*_: object) -> None:
+        raise Told
+
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    stands_for: dict[str, Any] = {
+        "device_here": lambda wanted, local: "cuda:0",
+        "rendezvous": lambda *_, **__: iter([(None, rank, 2)]),
+        "claim": lambda *_: None,
+        "set_up_nccl": lambda: None,
+        "nccl_stack": lambda: NcclStack((2, 28), driver),
+        "start_job": started,
+    }
+    for name, value in stands_for.items():
+        monkeypatch.setattr(processes, name, value)
+    with pytest.raises(Told), joined(Plan(tp=2), "auto"):
+        pass
+    said = capfd.readouterr().err
+    assert ("WARNING: NCCL 2.28 on a driver of CUDA 12.8 runs captured collectives of different axes" in said) == says

@@ -175,3 +175,20 @@ def test_headroom_stays_free(command_line: str) -> None:
 def test_headroom_of_all_there_is_is_refused() -> None:
     with pytest.raises(CinemeshError, match=r"^headroom 100 GB >= 84.9 GB usable of a GPU of grand-teton-h100; leave"):
         load("grand-teton-h100", headroom_gb=100.0)
+
+
+def test_a_cluster_on_which_captured_collectives_wait_is_priced_so(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Uncaptured, as a run there is; the JSON and the text say it, and what another driver or a capture would give."""
+    path = tmp_path / "old.yaml"
+    path.write_text('base: grand-teton-h100\nstack: {nccl: "2.28", driver: "12.8"}\n')
+    asked: dict[str, object] = {"latents": ["8x48x48"], "gpus": 8, "fix": "tp=4,cp=2"}
+    on = On(model="movie-gen-5b", samples=1, cluster=str(path))
+    told = json.loads(printed(capsys, as_json=True, on=on, **asked))
+    assert told["order"].endswith("where capture is required; priced side by side, launched by the host")
+    step_s = told["plans"][0]["step_s"]
+    others = {row["name"]: row["step_s"] for row in told["other_software"]}
+    assert others["capture: required"] > step_s >= others["NCCL 2.27 and a driver of CUDA 12.9"]
+    text = " ".join(printed(capsys, on=on, **asked).split())
+    assert told["order"] in text and "capture: required: step" in text

@@ -96,11 +96,11 @@ def test_a_plain_form_takes_what_the_op_table_says_and_a_fused_record_what_its_l
 
 
 def test_what_no_program_owns() -> None:
-    """A communicator of tp, cp, two of fsdp, one of the replicated unit and of the world, and the job's own."""
+    """A communicator of tp, cp, two of fsdp, one of the replicated unit and of the world, which is the job's own."""
     plan = Plan.parse("tp=4,cp=2,dp_shard=2")
     assert bytes_beside(plan, 5.0, graphs=3) == {
         "CUDA context": 5,
-        "NCCL": 7 * 288 * 2**20,
+        "NCCL": 6 * 288 * 2**20,
         "cuBLAS": 2 * 32 * 2**20,
         "CUDA graphs": 3 * 120 * 2**20,
     }

@@ -6,6 +6,7 @@ own, so that their number, their branches and their order can be counted in the 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
@@ -15,7 +16,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import starmap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 import torch
@@ -26,21 +28,26 @@ from cinemesh.errors import CinemeshError
 from cinemesh.kernels.registry import kernels_for
 from cinemesh.launch.proof.parity import OPTIMIZER, Case, load_batch
 from cinemesh.launch.proof.verify import small_case
+from cinemesh.model import runner as runner_module
 from cinemesh.model import weights
 from cinemesh.model.buckets import BucketRunner
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.communicators import GROUPS, communicator_name
+from cinemesh.parallel.ir.nccl_stack import Capture, NcclStack
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.passes.liveness import persistent
 from cinemesh.parallel.passes.prefetch import prefetch
 from cinemesh.parallel.passes.recompute import rematerialize
-from cinemesh.parallel.runtime.comm import Communicator, set_up_nccl
+from cinemesh.parallel.runtime.comm import Communicator, nccl_stack, set_up_nccl
 from cinemesh.parallel.runtime.executor import Executor
 from cinemesh.parallel.runtime.graph import Graph, GraphPool, refuse
 from cinemesh.parallel.runtime.ledger import expected
 from cinemesh.parallel.runtime.mesh import Mesh, coordinates
+
+if TYPE_CHECKING:
+    from harness import Pool  # a process of its own does not find it
 
 STEPS = 20
 
@@ -52,19 +59,77 @@ def test_a_refusal_names_the_op_and_the_remedy() -> None:
     assert "rank 0: mb0/x (silu): no; mend the op, or set capture to auto or off" in message
 
 
-@pytest.mark.parametrize(("version", "ordered"), [((2, 25, 1), False), ((2, 26, 2), True), ((3, 0, 0), True)])
-def test_nccl_is_told_to_keep_the_order_of_launches(
-    version: tuple[int, ...], ordered: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(nccl, "version", lambda: version)
+def of_machine(monkeypatch: pytest.MonkeyPatch, release: tuple[int, ...], driver: int) -> None:
+    """What NCCL and the driver answer that they are: (2, 28, 9) and 12080."""
+
+    class Library:
+        def __init__(self, name: str) -> None:
+            assert name == "libcuda.so.1"
+
+        def cuDriverGetVersion(self, answer: Any) -> None:
+            answer._obj.value = driver
+
+    monkeypatch.setattr(nccl, "version", lambda: release)
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+
+
+@pytest.mark.parametrize("version", [(2, 26, 2), (3, 0, 0)])
+def test_nccl_is_told_to_keep_the_order_of_launches(version: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    of_machine(monkeypatch, version, 12080)
     for name in ("NCCL_LAUNCH_ORDER_IMPLICIT", "NCCL_GRAPH_REGISTER", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     set_up_nccl()
-    assert (os.environ.get("NCCL_LAUNCH_ORDER_IMPLICIT") == "1") is ordered
+    assert os.environ["NCCL_LAUNCH_ORDER_IMPLICIT"] == "1"
     assert "NCCL_GRAPH_REGISTER" not in os.environ
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
     set_up_nccl()
     assert os.environ["NCCL_GRAPH_REGISTER"] == "0"
+
+
+def test_an_nccl_that_keeps_no_order_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_machine(monkeypatch, (2, 25, 1), 13000)
+    with pytest.raises(CinemeshError, match=r"NCCL 2\.25 < 2\.26, which keeps the order"):
+        set_up_nccl()
+
+
+def test_nccl_and_driver_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_machine(monkeypatch, (2, 28, 9), 12080)
+    assert nccl_stack() == NcclStack((2, 28), (12, 8))
+
+
+def why_no_capture(drivers: list[int], mode: Capture) -> str | None:
+    """What rank 0 or 1, each with its own driver, hears of the capture that it was about to begin."""
+    mesh = Mesh(Plan.parse("tp=2"))
+    runner = object.__new__(StepRunner)
+    runner.mesh, runner.pool = mesh, None
+    with pytest.MonkeyPatch.context() as patch:
+        of_machine(patch, (2, 28, 9), drivers[mesh.rank])
+        patch.setattr(runner_module, "GraphPool", mock.Mock(side_effect=NotImplementedError))
+        runner.executor = mock.Mock()
+        try:
+            _, failure = runner._graph(mode)
+        except NotImplementedError:
+            return None
+        finally:
+            mesh.close()
+    return failure
+
+
+@pytest.mark.parametrize(
+    ("drivers", "mode", "captures"),
+    [
+        ([12080, 12080], "auto", False),
+        ([12080, 12080], "required", True),
+        ([12090, 13000], "auto", True),
+        ([13000, 12080], "auto", False),  # one rank's driver: a rank that captures alone waits for ever
+        ([12020, 12020], "auto", True),  # uncaptured they run one after another just the same
+    ],
+)
+def test_steps_are_not_captured_where_that_alone_loses_the_overlap(
+    drivers: list[int], mode: Capture, captures: bool, pool: Pool
+) -> None:
+    for failure in pool.run(2, why_no_capture, drivers, mode):
+        assert failure is None if captures else failure is not None and "NCCL 2.28 on a driver of CUDA 12.8" in failure
 
 
 def test_graphs_are_given_back_before_the_process_groups() -> None:

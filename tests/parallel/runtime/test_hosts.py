@@ -57,6 +57,7 @@ def tcp_sockets() -> int:
 def opened(plan: Plan, backend: str, port: int) -> tuple[int, Counter[str]]:
     """TCP sockets that a rank has opened once its job, its mesh and a vote are made; and those expected, by kind."""
     rank = dist.get_rank()
+    dist.barrier()  # none connects any more
     dist.destroy_process_group()
     before = tcp_sockets()
     store = TCPStore("127.0.0.1", port, plan.world_size, is_master=False)

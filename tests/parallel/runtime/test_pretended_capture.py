@@ -14,8 +14,10 @@ from cinemesh.errors import CinemeshError
 from cinemesh.kernels.registry import kernels_for
 from cinemesh.launch.proof.parity import OPTIMIZER, Case, load_batch
 from cinemesh.launch.proof.verify import small_case
+from cinemesh.model import runner as runner_module
 from cinemesh.model import weights
 from cinemesh.model.runner import StepRunner
+from cinemesh.parallel.ir.nccl_stack import CAPTURED, NcclStack
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.runtime.graph import Graph, GraphPool, _abandoned
 from cinemesh.parallel.runtime.mesh import Mesh
@@ -63,6 +65,7 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def pretend(patch: pytest.MonkeyPatch) -> list[str]:
     asked: list[str] = []
     pools = itertools.count(1)
+    patch.setattr(runner_module, "nccl_stack", lambda: NcclStack(*CAPTURED))
 
     class Stream:
         def __init__(self, device: str = "") -> None: ...

@@ -12,6 +12,7 @@ import yaml
 
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels.rates import TABLES, dense_bf16_flops, rate
+from cinemesh.parallel.ir.nccl_stack import NcclStack
 from cinemesh.perf_model.clusters import cluster as module
 from cinemesh.perf_model.clusters.cluster import Cluster, load, names
 from cinemesh.perf_model.clusters.constants import INHERITED, ORIGINS
@@ -133,6 +134,10 @@ WRONG = {
     "unknown device": (("gpu", "device"), "hopper", "device 'hopper' is unknown; write cpu, cuda or a capability"),
     "packages in a text": (("packages",), "fa3", "packages is 'fa3', no list"),
     "unknown package": (("packages",), ["fa33"], "package 'fa33' is none"),
+    "a release as a number": (("stack",), {"nccl": 2.30, "driver": "12.8"}, "stack.nccl is 2.3; write a release as a"),
+    "a stack without a driver": (("stack",), {"nccl": "2.30"}, "stack.driver is"),
+    "a driver's own number": (("stack",), {"nccl": "2.30", "driver": "570"}, "stack.driver is '570'; write a release"),
+    "more of a stack": (("stack",), {"nccl": "2.30", "driver": "12.8", "cudnn": "9.2"}, "stack.cudnn is unknown"),
     "a package that is a number": (("packages",), [3], "packages is 3; it must be a text"),
     "missing number": (("gpu", "sms"), None, "gpu.sms is missing"),
     "negative": (("topology", "nic_bytes_per_s", "value"), -400, "topology.nic_bytes_per_s is -400 Gb/s"),
@@ -253,6 +258,17 @@ def test_own_file_over_a_shipped_one(tmp_path: Path) -> None:
     mine = load(str(path))
     assert mine.topology.nic_bytes_per_s == 1e11 and mine.facts["topology.nic_bytes_per_s"].source == "our own cluster"
     assert mine.gpu == load("grand-teton-h100").gpu
+
+
+def test_a_file_tells_nccl_and_driver(tmp_path: Path) -> None:
+    """What they take from a step is said as it is priced: none of the shipped ones says so."""
+    old = load(written(tmp_path, resolved("grand-teton-h100") | {"stack": {"nccl": "2.28", "driver": "12.8"}}))
+    assert old.stack == NcclStack((2, 28), (12, 8))
+    assert old.order_told().endswith("where capture is required; priced side by side, launched by the host")
+    assert old.capturing("required").order_told().endswith("priced one after another, captured")
+    assert {load(name).order_told() for name in names()} == {""}
+    with pytest.raises(CinemeshError, match="stack is beside gloo"):
+        load(written(tmp_path, resolved("local-cpu") | {"stack": {"nccl": "2.28", "driver": "12.8"}}))
 
 
 def test_with() -> None:

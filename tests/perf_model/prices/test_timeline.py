@@ -6,11 +6,20 @@ as two. Times are multiples of powers of two, so sums are exact and comparisons 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cinemesh.model.config import preset
+from cinemesh.model.inputs import BatchShape
+from cinemesh.parallel.ir.nccl_stack import NcclStack
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.perf_model.clusters.cluster import load
+from cinemesh.perf_model.prices.models import PriceModels
 from cinemesh.perf_model.prices.network import Cost
+from cinemesh.perf_model.prices.played import play_step
 from cinemesh.perf_model.prices.timeline import COMPUTE, ISSUE, WAIT, Record, Tape, play
 
 EXACT = 1e-12  # seconds of rounding over a few dozen additions
@@ -192,3 +201,57 @@ def test_no_step_is_shorter_than_its_compute_or_any_lane(made: Tape) -> None:
             inside = [j for j, start in enumerate(played.start) if played.start[i] < start < played.end[i]]
             for j in (j for j in inside if made.records[j].late and made.records[j].cost.seconds > 0.0):
                 assert made.records[j].cost.sms <= record.leaves
+
+
+# -- one at a time ----------------------------------------------------------------------------------------------------
+
+CLUSTER = load("grand-teton-h100")
+OLD_DRIVER = replace(CLUSTER, stack=NcclStack((2, 28), (12, 8)))
+
+
+def one_after_another(records: list[Record]) -> float:
+    """A step whose collectives cost no SMs and wait in one queue: a recurrence, nothing of the timeline's."""
+    now = free = 0.0
+    ends: dict[int, float] = {}
+    for i, record in enumerate(records):
+        if record.kind == COMPUTE:
+            now += record.seconds
+        elif record.kind == ISSUE:
+            free = ends[i] = max(now, free) + record.cost.seconds
+        else:
+            now = max(now, ends[record.key])
+    return max(now, free)
+
+
+@pytest.mark.parametrize("text", ["tp=2,cp=2,dp_shard=2", "tp=2,cp=2,dp_shard=2,dp_replicate=2,micro_batches=2"])
+def test_collectives_of_a_captured_step_on_an_old_driver_wait_in_one_queue(text: str) -> None:
+    """The whole step of a small model; a driver that is not asked would price the overlap that NCCL does not give."""
+    plan = Plan.parse(text)
+    steps: dict[str, Tape] = {}
+    for name, on in {"lost": OLD_DRIVER.capturing("required"), "kept": CLUSTER.capturing("required")}.items():
+        played = play_step(preset("tiny"), plan, BatchShape(1, (2, 8, 8)), PriceModels.of(on))
+        bare = {
+            i: replace(r, cost=cost(0.0, r.cost.seconds), late=False)
+            for i, r in enumerate(played.tape.records)
+            if r.kind == ISSUE
+        }
+        steps[name] = played.tape.with_records(bare)
+    assert play(steps["lost"]).step_s == pytest.approx(one_after_another(steps["lost"].records), rel=1e-12)
+    assert play(steps["kept"]).step_s < 0.999 * play(steps["lost"]).step_s
+
+
+def test_what_a_recipe_asks_decides_what_is_priced() -> None:
+    """Of the four, ``auto`` on an old driver launches by the host, and keeps its overlap."""
+    priced = {
+        (on.stack is not None, asked): (on.capturing(asked).captured, on.capturing(asked).one_at_a_time)
+        for on in (CLUSTER, OLD_DRIVER)
+        for asked in ("auto", "required", "off")
+    }
+    assert {key for key, (captured, _) in priced.items() if not captured} == {
+        (True, "auto"),
+        (True, "off"),
+        (False, "off"),
+    }
+    assert {key for key, (_, serial) in priced.items() if serial} == {(True, "required")}
+    host, graph = (PriceModels.of(OLD_DRIVER.capturing(asked)).compute.launch_s for asked in ("auto", "required"))
+    assert (host, graph) == (CLUSTER.launch.eager_s, CLUSTER.launch.graph_s)
