@@ -91,7 +91,7 @@ def test_steps_and_samples_of_a_mixture_are_those_of_its_buckets() -> None:
     best = search(request).best
     plan = best.plan
     steps = [
-        play_step(BIG, plan, BatchShape(plan.local_batch(n), bucket.latent), PriceModels.of(CLUSTER))
+        play_step(BIG, plan, BatchShape(plan.local_batch(n), bucket.latent), PriceModels.of(CLUSTER), graphs=2)
         for n, bucket in zip((96, 16), buckets, strict=True)
     ]
     assert best.bucket_s == pytest.approx([step.step_s for step in steps], rel=1e-3)
