@@ -165,16 +165,18 @@ def test_a_run_of_more_processes_than_gpus_is_refused_before_it_writes(
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
-@pytest.mark.parametrize(("device", "looked"), [("auto", 0), ("cpu", 2)])
-def test_memory_of_the_host_is_asked_for_where_processes_compute_there(
-    device: str, looked: int, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("device", "on_gpus"), [("auto", True), ("cpu", False)])
+def test_memory_is_asked_for_where_processes_compute(
+    device: str, on_gpus: bool, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By the same decision as the ranks': of the GPUs, or of the host alone."""
     sees(2, monkeypatch)
-    asked: list[object] = []
-    monkeypatch.setattr(needs, "check_host_memory", lambda programs, *_, **__: asked.append([*programs]))
+    of_host, of_gpus = list[bool](), list[int]()
+    monkeypatch.setattr(needs, "check_host_memory", lambda *_, on_gpus=False, **__: of_host.append(on_gpus))
+    monkeypatch.setattr(needs, "check_device_memory", lambda programs, software: of_gpus.append(len(programs)))
     setting = Setting.of(check_config(values | {"device": device, "plan": {"tp": 2, "dtype": "float32"}}, "test"))
     needs.check_training_memory(setting)
-    assert len(asked) == looked
+    assert of_host[-1] is on_gpus and of_gpus == ([1] if on_gpus else [])
 
 
 def test_every_command_that_starts_ranks_takes_a_device_and_every_recipe_names_one() -> None:
