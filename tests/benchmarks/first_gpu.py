@@ -81,8 +81,11 @@ STAGES = (
 
 def work(stage: Stage, folder: Path, smoke: bool) -> int:
     """Load what the stage needs, wait for the word to begin, run it. What was found, or what failed, is in its file."""
+    import torch
     from benchmarks.on_card.stage import Here
     from benchmarks.pretended_cuda import pretended
+
+    from cinemesh.errors import CinemeshError
 
     with pretended() if smoke else nullcontext("cuda") as place:
         module = importlib.import_module(f"benchmarks.on_card.{stage.module}")
@@ -90,6 +93,8 @@ def work(stage: Stage, folder: Path, smoke: bool) -> int:
         signal.alarm(int(seconds + END_S))  # where nobody is left to kill it
         here = Here(place, smoke, time.monotonic() + seconds, folder, file_of(stage, folder))
         try:
+            if not smoke and not torch.cuda.is_available():
+                raise CinemeshError("there is no GPU here", remedy="try the stages without one: --smoke")
             getattr(module, stage.function)(here)
         except BaseException as error:  # noqa: BLE001  whatever ends a stage is told, and ends that stage alone
             traceback.print_exc()

@@ -5,7 +5,6 @@ Head dims that Triton's attention takes, float32 and bf16, every way to recomput
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -18,7 +17,7 @@ from cinemesh.errors import in_a_line
 from cinemesh.kernels.registry import kernels_for
 from cinemesh.launch.commands.calls import DistinctCall, calls_of
 from cinemesh.launch.commands.tune import launcher, usable
-from cinemesh.launch.proof.parity import OPTIMIZER, QUANTITIES, Case, RankRun, bounds_of, run_rank, worst_of
+from cinemesh.launch.proof.parity import OPTIMIZER, QUANTITIES, Case, bounds_of, run_rank, worst_of
 from cinemesh.model.config import Encoder, ModelConfig
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step
@@ -86,7 +85,7 @@ def compared(case: Case, here: Here) -> dict[str, Any]:
     runner = StepRunner(
         case.config, case.plan, case.batch, OPTIMIZER, None, seed=case.seed, device=here.place, kernels=kernels
     )
-    worst, reference = worst_of(case, [on_host(run_rank(case, runner=runner, watched=False))])
+    worst, reference = worst_of(case, [run_rank(case, runner=runner, watched=False)])
     bounds = bounds_of(case, reference)
     # bf16's bounds are twice what one rank errs on a CPU. A loss is one number and may be right by chance there, but
     # it errs like the first gradient, 2 (v - target) / N, whose norm it is.
@@ -98,8 +97,3 @@ def compared(case: Case, here: Here) -> dict[str, Any]:
         "bounds": bounds,
         "where": worst.where,
     }
-
-
-def on_host(run: RankRun) -> RankRun:
-    lists = {name: [x.cpu() for x in getattr(run, name)] for name in ("gradients", "weights", "ema")}
-    return replace(run, **lists)
