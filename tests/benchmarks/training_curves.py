@@ -165,9 +165,8 @@ def bf16(arguments: argparse.Namespace) -> dict[str, Any]:
             print(f"{name:20}{_end(runs[name]):10.4f} validation loss at the end", flush=True)
     ends, end = [_end(run) for name, run in runs.items() if name.startswith("float32")], _end(runs["bf16, seed 0"])
     outside = max(min(ends) - end, end - max(ends), 0.0)
-    print(
-        f"float32 ends at {min(ends):.4f} to {max(ends):.4f}, bf16 {f'{outside:.4f} outside' if outside else 'within'}"
-    )
+    where = f"{outside:.4f} outside" if outside else "within"
+    print(f"float32 ends at {min(ends):.4f} to {max(ends):.4f}, bf16 at {end:.4f}: {where}")
     return {"runs": runs, "outside": outside}
 
 
@@ -212,7 +211,7 @@ def main() -> None:
         "steps": arguments.steps,
     }
     if arguments.json:
-        arguments.json.write_text(json.dumps(facts | found, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(facts | found) + "\n")
     if arguments.picture:
         draw(arguments.what, found, arguments.picture)
 
