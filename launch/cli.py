@@ -542,14 +542,15 @@ def calibrate(
         typer.Option("--nccl-tests", metavar="LOG", help="What a program of nccl-tests printed; several times."),
     ] = None,
     base: Annotated[
-        str, typer.Option("--base", help="With --card, --nccl-tests: the cluster of all else.")
+        str, typer.Option("--base", help="On GPUs, and with --card, --nccl-tests: the cluster of all else.")
     ] = "grand-teton-h100",
     device: OnDevice = "auto",
 ) -> None:
     """Measure this machine, or take what was measured on GPUs, and write a cluster file.
 
-    Times CPU processes, all at once as in a training step, and fits the prices to them; under
-    torchrun the links between servers too. About a minute when idle. Plan with --cluster FILE.
+    Times CPU processes, all at once as in a training step, and fits the prices to them; in a job
+    over several servers, the links between them too. About a minute when idle. On GPUs
+    it times the links alone: start it on all of them. Plan with --cluster FILE.
     """
     if out.suffix not in (".yaml", ".yml"):
         raise CinemeshError(f"--out {out}: a cluster file ends in .yaml", remedy="write for example --out local.yaml")
@@ -573,16 +574,13 @@ def calibrate(
         return
     if nccl_tests:
         from ..perf_model.calibration import nccl_logs
+        from .commands.links import show_links
 
-        cluster, errors = nccl_logs.write(nccl_tests, base, out)
-        typer.echo(f"{out}: {cluster.about}. Mean error of its prices over what was measured:")
-        for title, error in errors:
-            typer.echo(f"  {title:50}{error:8.1%}")
-        wrote(out, command("plan", gpus=cluster.gpus, cluster=out))
+        show_links(out, *nccl_logs.write(nccl_tests, base, out))
         return
     from .commands.calibrate import run
 
-    raise typer.Exit(run(out=out, nproc=nproc, device=device))
+    raise typer.Exit(run(out=out, nproc=nproc, device=device, base=base))
 
 
 def main() -> None:

@@ -20,21 +20,24 @@ import torch
 import typer
 
 from ...errors import CinemeshError
+from ...parallel.ir.collectives import COLLECTIVES
 from ...parallel.ir.layout import Axes
 from ...parallel.ir.plan import Plan
 from ...parallel.runtime.comm import BoundCollective, Communicator, barrier, gather_objects, summing
 from ...parallel.runtime.mesh import Mesh
+from ...perf_model.calibration import links
 from ...perf_model.calibration.calibrate import Machine, TimedSamples, fit, residuals, write
-from ..cluster.environment import ON_CPU, device_here, launched, processes_here, say_device, world_size
-from ..cluster.processes import joined, launch, rank_main
+from ..cluster.environment import device_here, launched, processes_here, say_device, world_size
+from ..cluster.processes import Joined, joined, launch, rank_main
 from ..options import Device
 from ..progress import Begin, each, progress
 from ..written import command, wrote
+from .links import show_links
 from .measure_compute import CASES, measure_compute
+from .measure_links import measure_links
 
 PROCESSES = 4  # unless told
 REPLICAS: Axes = ("dp_replicate",)
-KINDS = ("all_gather", "reduce_scatter", "all_reduce")
 ROUNDS = 3  # of a collective's loop
 PASSES = 2  # over all collectives: what disturbs one is gone in the next
 LOOP = 8  # collectives in one, where they are fast
@@ -62,7 +65,7 @@ def measure_collectives(groups: Sequence[TimedGroup], begin: Begin, sizes: tuple
     crowd = hosts.count(platform.node()) / len(os.sched_getaffinity(0))  # processes a core
     for mesh, axes, ranks, servers in [*groups] * PASSES:
         comm = Communicator(mesh)
-        for kind in each(KINDS, begin, lambda kind, ranks=ranks: f"{kind} of {ranks} ranks"):
+        for kind in each(COLLECTIVES, begin, lambda kind, ranks=ranks: f"{kind} of {ranks} ranks"):
             for size in sizes:
                 full, part = torch.zeros(size // 4), torch.zeros(size // 4 // ranks)
                 ends = {"all_gather": (part, full), "reduce_scatter": (full, part), "all_reduce": (full, full)}
@@ -182,7 +185,7 @@ def measure() -> TimedSamples | None:
     """Everything, on every rank of the job; the samples of all, on rank 0, which says what it does."""
     groups = [*_groups(int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"]))]
     rank = torch.distributed.get_rank()
-    with progress("calibrating", len(CASES) + PASSES * len(groups) * len(KINDS), silent=rank > 0) as begin:
+    with progress("calibrating", len(CASES) + PASSES * len(groups) * len(COLLECTIVES), silent=rank > 0) as begin:
         compute = [measure_compute(case) for case in each(CASES, begin, lambda _: "a small step's compute")]
         mine = (
             TimedSamples.joined(samples for samples, _ in compute),
@@ -210,14 +213,13 @@ def machine_of(name: str) -> Machine:
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def _work(out: Path, device: Device) -> None:
+def _work(out: Path, device: Device, base: str) -> None:
     world = int(os.environ["WORLD_SIZE"])
     say_device(device, processes_here(world))
     with joined(Plan(dp_replicate=world), device) as place:
         if place.device != "cpu":
-            raise CinemeshError(
-                "calibrate measures CPU processes", remedy=f"for GPUs use a shipped cluster file, or {ON_CPU}"
-            )
+            _fit_links(place, base, out)
+            return
         samples = measure()
         if samples is not None:
             machine = machine_of(out.stem)
@@ -228,10 +230,31 @@ def _work(out: Path, device: Device) -> None:
             wrote(out, command("plan", gpus=cluster.gpus, cluster=out, model="tiny-video", dtype="float32"))
 
 
-def run(*, out: Path, nproc: int | None, device: Device) -> int:
-    """Measure and write ``out``; the exit code. Raises CinemeshError for a device that is not here."""
+def _fit_links(place: Joined, base: str, out: Path) -> None:
+    """On GPUs: the links between them, measured; all else is the base's."""
+    cluster = links.gpu_cluster(base)
+    if place.mesh is None:
+        raise CinemeshError(
+            "calibrate measures links between GPUs, and this job has one",
+            remedy="start it with torchrun on all; of one card take what kernels_gpu.py wrote: --card",
+        )
+    world, local = int(os.environ["WORLD_SIZE"]), processes_here(place.mesh.plan.world_size)
+    whole = links.LinkTest("this job", COLLECTIVES[0], world, world // local, {})
+    links.group_on(whole, cluster)  # refused before it begins
+    tests = measure_links(place.device, "this job")
+    if place.rank == 0:
+        name = f"{world} of {torch.cuda.get_device_name(place.device)}, torch {torch.__version__}"
+        source = links.LinkSource("job", f"cinemesh calibrate on {name}", str(date.today()))
+        show_links(out, *links.write(tests, base, source, out))
+
+
+def run(*, out: Path, nproc: int | None, device: Device, base: str) -> int:
+    """Measure and write ``out``; the exit code. Raises CinemeshError for a device that is not here.
+
+    ``base``: on GPUs, the cluster of all but the links.
+    """
     if launched():
         world_size(nproc)
-        return rank_main(lambda: _work(out, device))
+        return rank_main(lambda: _work(out, device, base))
     device_here(device, nproc or PROCESSES)
-    return launch(nproc or PROCESSES, _work, out, device)
+    return launch(nproc or PROCESSES, _work, out, device, base)

@@ -123,10 +123,12 @@ class Mesh:
         return self.coordinates["dp_replicate"] * self.plan.dp_shard + self.coordinates["dp_shard"]
 
     def close(self) -> None:
+        """Give back what holds work of the groups. They end with the job.
+
+        Torch names a group by its ranks and by how many groups there are: one made after another of its ranks was
+        destroyed would have its name, and meet the addresses that it left in the store.
+        """
         for close in self.before_close:
             close()
         self.before_close.clear()
-        for group in self._groups.values():
-            if group is not dist.group.WORLD:
-                dist.destroy_process_group(group)
         self._groups.clear()

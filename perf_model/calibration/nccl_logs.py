@@ -1,29 +1,24 @@
-"""A cluster file from logs of nccl-tests: the links' rates and latencies, fitted over a shipped cluster (torch-free).
+"""Logs of nccl-tests, read: the times of a collective by its bytes (torch-free). ``links.py`` fits a cluster to them.
 
 A log says its ranks and their hosts, and a table: size, count, type, redop, root, then time, algbw, busbw and wrong
-values, out of place and in place (NVIDIA/nccl-tests, src/common.cu). Tests within one NVLink domain scale its rates and
-its latencies, tests over several the NICs' rate and the latency of a hop between them, each until the prices of
-``network.py`` meet the times. What no log shows stays the base's.
+values, out of place and in place (NVIDIA/nccl-tests, src/common.cu).
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-from ...documents import file_text, quoted, write_yaml
+from ...documents import file_text, quoted
 from ...errors import CinemeshError
-from ...files import atomic_file
-from ..clusters.cluster import Cluster, load
-from ..prices.network import Group, Network, ring_group
-from .descent import descend
+from ..clusters.cluster import Cluster
+from . import links
+from .links import LinkSource, LinkTest
 
 # name of the program: (kind of collective, its redop, bus bandwidth over algorithm bandwidth of n ranks)
 PROGRAMS: Mapping[str, tuple[str, bool, Callable[[int], float]]] = {
@@ -35,9 +30,6 @@ PROGRAMS: Mapping[str, tuple[str, bool, Callable[[int], float]]] = {
 }
 PRINTED = 0.011  # GB/s: bandwidths have two decimals
 FACTOR = 0.03  # relative: of what two rounded bandwidths say of their ratio
-STEPS = (2.0, 1.3, 1.1, 1.03, 1.01, 1.003, 1.001)  # by which a scale is moved, one after the other
-LEAST_GAIN = 1e-6  # of the error, for a step to be kept
-LEAST_SHARE = 0.5  # of a time, that latency must be in some row for it to be told from the rate
 
 _PREFIX = re.compile(r"^\[\d+,\d+\]<stdout>:\s?")  # of mpirun --tag-output
 _RANK = re.compile(r"#\s+Rank\s+(\d+)\s.*\bon\s+(\S+)\s+device\s")
@@ -46,26 +38,7 @@ _BEGIN, _END = "# nThread", "# Avg bus bandwidth"
 _COLUMNS = 13
 
 
-@dataclass(frozen=True)
-class LoggedTest:
-    """One run of one program. ``seconds`` by bytes of the full side, the mean of out of place and in place."""
-
-    path: Path
-    kind: str
-    ranks: int
-    servers: int
-    seconds: Mapping[int, float]
-
-    @property
-    def title(self) -> str:
-        """In a line."""
-        return f"{self.kind} over {self.ranks} ranks on {self.servers} server{'s' if self.servers > 1 else ''}"
-
-
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
-def read_log(path: Path) -> list[LoggedTest]:
+def read_log(path: Path) -> list[LinkTest]:
     """The tests of a log. Raises CinemeshError, with the line, for what is none, is cut short, or cannot be."""
     remedy = "give what a program of nccl-tests printed"
     lines = [_PREFIX.sub("", line).strip() for line in file_text(path, "the log", remedy).splitlines()]
@@ -85,7 +58,7 @@ def _wrong(path: Path, line: int | None, what: str, remedy: str) -> CinemeshErro
     return CinemeshError(f"the log {path}{f', line {line + 1}' if line is not None else ''}: {what}", remedy=remedy)
 
 
-def _test(path: Path, lines: Sequence[str], begin: int, end: int) -> LoggedTest:
+def _test(path: Path, lines: Sequence[str], begin: int, end: int) -> LinkTest:
     named = _NAME.search("\n".join(lines[begin:end]))
     hosts = [match.group(2) for line in lines[begin:end] if (match := _RANK.match(line))]
     each = Counter(hosts)
@@ -101,7 +74,7 @@ def _test(path: Path, lines: Sequence[str], begin: int, end: int) -> LoggedTest:
         raise _wrong(path, rows[-1][0], f"it ends without '{_END}'", "let the test run to its end")
     kind = _kind(path, rows, len(hosts), named.group() if named else None)
     seconds = {row.size: fmean(row.seconds) for _, row in rows if row.size}
-    return LoggedTest(path, kind, len(hosts), len(each), seconds)
+    return LinkTest(f"the log {path}", kind, len(hosts), len(each), seconds)
 
 
 @dataclass(frozen=True)
@@ -156,116 +129,8 @@ def _kind(path: Path, rows: Sequence[tuple[int, _Row]], ranks: int, named: str |
     return PROGRAMS[likely[0]][0]
 
 
-# -- fitting ----------------------------------------------------------------------------------------------------------
-
-LATENCIES = {  # constants that latency scales, within a domain and between domains
-    True: ("ring_base_s", "ring_hop_s", "tree_base_s", "tree_hop_s", "nvls_s"),
-    False: ("ring_network_hop_s", "tree_network_hop_s", "nvls_tree_network_hop_s"),
-}
-
-
-def group_on(test: LoggedTest, cluster: Cluster) -> Group:
-    """Where a test's ranks lie. Raises CinemeshError where the cluster's servers cannot hold them."""
-    each, server = test.ranks // test.servers, cluster.gpus_per_server
-    if server % each or test.servers > cluster.topology.servers:
-        raise CinemeshError(
-            f"the log {test.path}: {each} ranks on each of {test.servers} servers, and {cluster.name} has "
-            f"{cluster.topology.servers} of {server} GPUs",
-            remedy="name with --base the cluster that it was run on",
-        )
-    return ring_group(cluster, test.ranks, server // each if test.servers > 1 else 1)
-
-
-def log_error(cluster: Cluster, tests: Sequence[LoggedTest]) -> float:
-    """Mean of |log(predicted / measured)|."""
-    network = Network(cluster)
-    return fmean(
-        abs(math.log(network.collective(test.kind, size, group_on(test, cluster)).seconds / seconds))
-        for test in tests
-        for size, seconds in test.seconds.items()
-    )
-
-
-def scaled(cluster: Cluster, inside: bool, rate: float, latency: float = 1.0) -> Cluster:
-    """With the links within a domain, or between domains, that much faster, and their latencies that much longer."""
-    changed = cluster.with_(**{"nvlink_scale" if inside else "nic_scale": rate})
-    for name in LATENCIES[inside]:
-        value = getattr(cluster.nccl, name)
-        more = {k: v * latency for k, v in value.items()} if isinstance(value, Mapping) else value * latency
-        changed = changed.with_(**{f"nccl.{name}": more})
-    return changed
-
-
-def _tells_latency(cluster: Cluster, tests: Sequence[LoggedTest]) -> bool:
-    network = Network(cluster)
-    costs = (network.collective(t.kind, size, group_on(t, cluster)) for t in tests for size in t.seconds)
-    return any(cost.latency_s >= LEAST_SHARE * cost.seconds for cost in costs)
-
-
-def fit(base: Cluster, tests: Sequence[LoggedTest]) -> Cluster:
-    """The base with rates and latencies that follow the tests: those within a domain first, then the others."""
-    cluster = base
-    for inside in (True, False):
-        own = [test for test in tests if (group_on(test, base).domains == 1) == inside]
-        if own:
-            cluster = _scaled_to(cluster, inside, own)
-    return cluster
-
-
-def _scaled_to(cluster: Cluster, inside: bool, tests: Sequence[LoggedTest]) -> Cluster:
-    def error(scales: Sequence[float]) -> float:
-        return log_error(scaled(cluster, inside, *scales), tests)
-
-    start = [1.0, 1.0] if _tells_latency(cluster, tests) else [1.0]  # of rates, of latencies
-    return scaled(cluster, inside, *descend(start, error, STEPS, gain=LEAST_GAIN))
-
-
-# -- the file ---------------------------------------------------------------------------------------------------------
-
-
-def _numbers(base: Cluster, made: Cluster) -> Iterator[tuple[str, str, dict[str, object]]]:
-    """(section, name, number) of every constant that the fit moved, in the unit that the base has it in."""
-    paths = [f"topology.{name}" for name in ("nvlink_bytes_per_s", "nic_bytes_per_s")]
-    paths += [f"nccl.{name}" for name in ("server_channel_bytes_per_s", "nvls_channel_bytes_per_s")]
-    paths += [f"nccl.{name}" for names in LATENCIES.values() for name in names]
-    for path in paths:
-        section, name = path.split(".")
-        before, after = (getattr(getattr(cluster, section), name) for cluster in (base, made))
-        if before == after:
-            continue
-        fact = base.facts[path]
-        if isinstance(after, Mapping):
-            value: object = {k: _short(fact.value[k] * after[k] / before[k]) for k in after}
-        else:
-            value = _short(fact.value * after / before)
-        yield section, name, {"value": value, "unit": fact.unit, "origin": "fitted", "source": "nccl-tests"}
-
-
-def _short(value: float) -> float:
-    """Five significant digits."""
-    return float(f"{value:.5g}")
-
-
 def write(logs: Sequence[Path], base_name: str, out: Path) -> tuple[Cluster, list[tuple[str, float]]]:
-    """Read the logs, fit, write the cluster file. It as it is read back, and the mean error of its price by test.
-
-    Raises CinemeshError for what is no such log, and for a base without GPUs or without such servers.
-    """
-    base, tests = load(base_name), [test for log in logs for test in read_log(log)]
-    if base.nccl is None:
-        raise CinemeshError(f"{base_name} is no GPU cluster", remedy="name with --base the one that the logs are of")
-    made = fit(base, tests)
-    newest = max(log.stat().st_mtime for log in logs)
-    shown = "; ".join(dict.fromkeys(test.title for test in tests))
-    values: dict[str, Any] = {
-        "name": out.stem,
-        "about": f"{base.about}; links as nccl-tests measured them",
-        "base": [base_name],
-        "sources": {"nccl-tests": {"title": f"nccl-tests: {shown}", "date": str(date.fromtimestamp(newest))}},
-    }
-    for section, name, number in _numbers(base, made):
-        values.setdefault(section, {})[name] = number
-    with atomic_file(out) as unfinished:
-        unfinished.write_text(write_yaml(values), encoding="utf-8")
-    cluster = load(str(out))
-    return cluster, [(test.title, math.expm1(log_error(cluster, [test]))) for test in tests]
+    """Read the logs, fit, write the cluster file; as :func:`links.write`. Raises CinemeshError for what is no log."""
+    tests = [test for log in logs for test in read_log(log)]
+    newest = date.fromtimestamp(max(log.stat().st_mtime for log in logs))
+    return links.write(tests, base_name, LinkSource("nccl-tests", "nccl-tests", str(newest)), out)

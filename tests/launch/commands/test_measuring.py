@@ -18,6 +18,7 @@ import torch
 from cinemesh.launch import progress
 from cinemesh.launch.commands import calibrate
 from cinemesh.launch.progress import Begin
+from cinemesh.parallel.ir.collectives import COLLECTIVES
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.calibration.calibrate import TimedSamples
 
@@ -186,7 +187,7 @@ def test_times_are_those_of_the_least_disturbed_quarter_of_the_cases(
     monkeypatch.setattr(calibrate, "measure_compute", measured)
 
     def measured_together(groups: list[Any], begin: Begin) -> TimedSamples:
-        for _ in range(calibrate.PASSES * len(groups) * len(calibrate.KINDS)):
+        for _ in range(calibrate.PASSES * len(groups) * len(COLLECTIVES)):
             begin("all_reduce of 2 ranks")
         return together
 

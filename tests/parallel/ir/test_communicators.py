@@ -189,6 +189,17 @@ def said_and_lost(text: str) -> tuple[str, float]:
     return said.getvalue(), float(runner.loss)
 
 
+def losses_of_one_job() -> set[float]:
+    """The losses of one step, on meshes that were made one after the other."""
+    return {said_and_lost(text)[1] for text in ("tp=2,cp=2", "tp=2,dp_shard=2", "tp=2,cp=2")}
+
+
+def test_a_job_may_make_one_mesh_after_another(pool: Pool) -> None:
+    """Torch gives groups of the same ranks the names of those that were destroyed, whose addresses lie in the store."""
+    for losses in pool.run(4, losses_of_one_job):
+        assert min(losses) > 0.0 and len(losses) == 2  # two global batches
+
+
 def test_gloo_says_what_is_without_effect_once_and_computes_the_same(pool: Pool) -> None:
     asked = "tp=2,tp_ctas=4,sm_margin=8,normal_priority=tp"
     (first, loss), (second, same) = pool.run(2, said_and_lost, asked)

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.cli import app
-from cinemesh.perf_model.calibration.nccl_logs import LATENCIES, fit, read_log, scaled, write
+from cinemesh.perf_model.calibration.links import LATENCIES, fit, scaled
+from cinemesh.perf_model.calibration.nccl_logs import read_log, write
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.network import Network, ring_group
 

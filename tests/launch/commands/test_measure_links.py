@@ -1,0 +1,111 @@
+"""What ``calibrate`` measures on GPUs: groups that lie as they say, and times from which the planted links come out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import Pool
+from torch import Tensor
+
+from cinemesh.errors import CinemeshError
+from cinemesh.launch.cluster.processes import Joined
+from cinemesh.launch.commands import calibrate, measure_links
+from cinemesh.launch.commands.measure_links import REPEATED, link_groups
+from cinemesh.parallel.ir.collectives import COLLECTIVES
+from cinemesh.parallel.ir.layout import Axes
+from cinemesh.parallel.runtime.comm import BoundCollective, Communicator
+from cinemesh.parallel.runtime.mesh import group_ranks
+from cinemesh.perf_model.calibration import links
+from cinemesh.perf_model.calibration.links import LinkTest
+from cinemesh.perf_model.clusters.cluster import load
+from cinemesh.perf_model.prices.network import Network
+
+BASE = load("dgx-h100-ib400")
+TRUTH = links.scaled(links.scaled(BASE, True, 0.8, 1.2), False, 0.5, 1.5)
+LOCAL, WORLD = 2, 4
+SIZES = (2**12, 2**18, 2**21)
+
+
+@pytest.mark.parametrize(("world", "local"), [(2, 2), (8, 8), (16, 8), (64, 8), (12, 4), (6, 3), (4, 1)])
+def test_groups_lie_as_they_say(world: int, local: int) -> None:
+    """Counted rank by rank: a group that crosses servers where it should not would be taken for a slow NVLink."""
+    found = list(link_groups(world, local))
+    for group in found:
+        assert group.plan.world_size == world
+        for rank in range(world):
+            members = group_ranks(group.plan, group.axes, rank)
+            servers = [member // local for member in members]
+            assert rank in members and len(members) == group.ranks and len({*servers}) == group.servers
+            assert {servers.count(server) for server in servers} == {group.ranks // group.servers}
+    assert (found[-1].ranks, found[-1].servers) == (world, world // local)
+    assert len({(group.ranks, group.servers) for group in found}) == len(found)
+    if world > local > 1 and (world // local) % 2 == 0:
+        assert any(group.ranks == group.servers == 2 for group in found)
+
+
+def measured() -> list[dict[str, Any]]:
+    """Runs in a worker, on a clock that shows the prices of ``TRUTH``; all ranks but one are twice as fast."""
+    rank, bind = torch.distributed.get_rank(), Communicator.bind
+    os.environ |= {"WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(LOCAL)}
+    bound: list[tuple[str, int, int, int]] = []
+
+    def noting(
+        self: Communicator, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None
+    ) -> BoundCollective:
+        members = group_ranks(self.mesh.plan, axes, rank)
+        size = max(x.numel() * x.element_size() for x in (source, output))
+        bound.append((kind, size, len(members), len({member // LOCAL for member in members})))
+        return bind(self, kind, axes, source, output, staging)
+
+    def planted(work: Callable[[], object], device: str) -> float:
+        work()
+        kind, size, ranks, servers = bound[-1]
+        group = links.group_on(LinkTest("planted", kind, ranks, servers, {}), TRUTH)
+        return REPEATED * Network(TRUTH).collective(kind, size, group).seconds * (1.0 if rank == 2 else 0.5)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Communicator, "bind", noting)
+        patch.setattr(measure_links, "_timed", planted)
+        return [asdict(test) for test in measure_links.measure_links("cpu", "planted", SIZES)]
+
+
+def test_the_links_that_made_the_times_are_found(pool: Pool) -> None:
+    """Only here: a size, a group or a repetition that is taken for another is a rate that no plan will ever see."""
+    by_rank = pool.run(WORLD, measured)
+    assert all(tests == by_rank[0] for tests in by_rank)
+    tests = [LinkTest(**test) for test in by_rank[0]]
+    assert [(test.kind, test.ranks, test.servers) for test in tests] == [
+        (kind, ranks, servers) for ranks, servers in ((2, 1), (2, 2), (4, 2)) for kind in COLLECTIVES
+    ]
+    found = links.fit(BASE, tests)
+    assert links.log_error(found, tests) < 0.02
+    for name in ("nvlink_bytes_per_s", "nic_bytes_per_s"):
+        assert getattr(found.topology, name) == pytest.approx(getattr(TRUTH.topology, name), rel=0.05), name
+
+
+def test_what_cannot_be_measured_is_refused_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "mine.yaml"
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(CinemeshError, match="links between GPUs, and this job has one; start it with torchrun on all"):
+        calibrate._fit_links(Joined(0, "cuda:0", None), "dgx-h100-ib400", out)
+    with pytest.raises(CinemeshError, match="local-cpu is no GPU cluster"):
+        calibrate._fit_links(Joined(0, "cuda:0", None), "local-cpu", out)
+    with pytest.raises(CinemeshError, match="this job: 3 ranks on each of 2 servers"):
+        links.group_on(LinkTest("this job", "all_gather", 6, 2, {}), BASE)
+    assert not out.exists()
+
+
+@pytest.mark.gpu
+def test_time_is_the_devices() -> None:
+    """A copy of 1 GiB: what the host takes to launch it would say a thousand times as much."""
+    source = torch.zeros(2**28, device="cuda")
+    output = torch.empty_like(source)
+    measure_links._timed(lambda: output.copy_(source), "cuda")
+    seconds = measure_links._timed(lambda: output.copy_(source), "cuda")
+    assert 2e11 < 2 * source.numel() * source.element_size() / seconds < 2e13  # bytes a second
