@@ -41,7 +41,7 @@ MEMORY: dict[str, tuple[str, str]] = {  # class: colour, hatch
     "CUDA context": ("#444444", "|||"),
     "NCCL": ("#8a8a8a", "OO"),
     "cuBLAS": ("#9d9d9d", "\\\\\\"),
-    "CUDA graphs": ("#dddddd", "xxx"),
+    "CUDA graphs": ("#dddddd", "////"),
     "frozen encoders": ("#bdbdbd", "ooo"),
     "optimizer": ("#27496d", ""),
     "EMA": ("#6f9bc8", "|||"),
