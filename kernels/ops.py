@@ -312,19 +312,19 @@ OPS: Mapping[str, OpSpec] = {
     "draw_time": OpSpec(
         "b,b,n->b",
         flops=count(b=14),
-        kernels=count(289),
-        plain_bytes=sized(count(b=1), own=count(32, b=5085)),
+        kernels=count(149),
+        plain_bytes=sized(count(b=1), own=count(32, b=2685)),
         workspace=count(b=120),
     ),
     "draw_noise": OpSpec(
         "b,b,n->tbp",
         flops=count(tbp=11),
-        kernels=_each(_draws, count(288), count(23)),
-        plain_bytes=_each(_draws, count(32, b=64, p=8), sized(count(tbp=1), own=count(tbp=4888, tp=109, t=176, p=224))),
+        kernels=_each(_draws, count(148), count(23)),
+        plain_bytes=_each(_draws, count(32, b=64, p=8), sized(count(tbp=1), own=count(tbp=2488, tp=109, t=176, p=224))),
         workspace=lambda o: count(t=32, p=48)(o) + _drawn_rows(o) * count(bp=104, p=16)(o),
     ),
     "draw_keep_caption": OpSpec(
-        "b,b,n->b", flops=count(b=2), kernels=count(279), plain_bytes=count(32, b=4897), workspace=count(b=120)
+        "b,b,n->b", flops=count(b=2), kernels=count(139), plain_bytes=count(32, b=2497), workspace=count(b=120)
     ),
     # x1, x0, t -> x_t, velocity
     "interpolate": OpSpec(

@@ -35,8 +35,9 @@ from .calls import DistinctCall, calls_of, tensors
 
 NOISE = 0.02  # share of the time below which two timings are the same
 REPETITIONS = 5
-SMALLEST = {"num_warps": 1, "num_stages": 1}  # and 16 of any block: the least that tensor cores take
-LARGEST = {"num_warps": 16, "num_stages": 6}
+SMALLEST = {"num_warps": 1, "num_stages": 1, "HELD": 0}  # and 16 of any block: the least that tensor cores take
+LARGEST = {"num_warps": 16, "num_stages": 6, "HELD": 1}
+BY_ONE = ("num_stages", "HELD")  # the others by a factor of two
 BLOCK, WIDER = 256, 4  # the largest of a block of rows; of a longer one, of a flat tensor, times what it asks for
 
 KernelCall = Callable[[], object]
@@ -177,7 +178,7 @@ def search(
 def _neighbours(tile: dict[str, int], first: dict[str, int]) -> Iterator[dict[str, int]]:
     for name, value in tile.items():
         most = LARGEST.get(name, BLOCK if first[name] <= BLOCK else WIDER * first[name])
-        steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
+        steps = (value - 1, value + 1) if name in BY_ONE else (value // 2, value * 2)
         for step in steps:
             if SMALLEST.get(name, 16) <= step <= most:
                 yield {**tile, name: step}

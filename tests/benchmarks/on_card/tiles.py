@@ -1,4 +1,4 @@
-"""Stage 5: a handful of tiles of our attention: blocks of 128 keys, 4 and 8 warps, 2 to 4 stages."""
+"""Stage 5: a handful of tiles of our attention: q in registers or not; 128 keys, 4 and 8 warps, 2 to 4 stages."""
 
 from __future__ import annotations
 
@@ -64,10 +64,12 @@ def tiles_of(place: str) -> list[Task]:
         with tuning.asked() as asked:
             launch_of(op, place)()
         for (kernel, shape), default in asked.items():
-            for warps, stages in product(WARPS, STAGES):
-                tile = {**default, "BLOCK_KEYS": KEYS, "num_warps": warps, "num_stages": stages}
-                if tile != default:
-                    tasks.append((op, kernel, shape, tile))
+            tiles = [{**default, "HELD": 1 - held}] if (held := default.get("HELD")) is not None else []
+            tiles += [
+                {**default, "BLOCK_KEYS": KEYS, "num_warps": warps, "num_stages": stages}
+                for warps, stages in product(WARPS, STAGES)
+            ]
+            tasks += [(op, kernel, shape, tile) for tile in tiles if tile != default]
     return tasks
 
 

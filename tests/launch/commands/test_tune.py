@@ -64,6 +64,13 @@ def test_what_is_found_grows_and_a_fault_ends_nothing(monkeypatch: pytest.Monkey
     assert tables[-1].rates == {name: {"forward": reached} for name in ("triton", "sdpa")}, "ours and torch's, of 1 s"
 
 
+@pytest.mark.parametrize("held", [0, 1])
+def test_a_switch_is_tried_the_other_way_only(held: int) -> None:
+    """Halved or doubled it would never be on, or be a 2."""
+    tile = {"BLOCK_KEYS": 64, "HELD": held, "num_warps": 8, "num_stages": 3}
+    assert [t for t in tune._neighbours(tile, tile) if t["HELD"] != held] == [{**tile, "HELD": 1 - held}]
+
+
 def test_no_tile_and_no_kernel_begins_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that moves by a second a look: the first kernel is cut off, the best so far stays; the rest is told."""
     clock = iter(range(1000))
