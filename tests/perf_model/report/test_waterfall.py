@@ -169,7 +169,8 @@ def test_what_the_plan_and_the_timeline_cost_moves_alone() -> None:
     ):
         changed = moved(before, seconds(SHARED, H100.with_(**change)))
         assert own in changed and changed <= waits
-    assert seconds(SHARED, H100.with_(**{"overlap.compute_slowdown": 0.0}))["slowed by collectives"] == 0.0
+    free = seconds(SHARED, H100.with_(**{"overlap.compute_slowdown": 0.0}))
+    assert free["slowed by collectives"] == pytest.approx(0.0, abs=1e-15)  # a difference of sums
     assert moved(before, seconds(SHARED, frozen=FrozenCost(0, 0.1, ()))) == {"frozen encoders", "stragglers"}
     margin = moved(seconds(SHARED), seconds(replace(SHARED, sm_margin=16)))
     assert "SMs left to collectives" in margin and not margin & {"attention's scores again", "alike on several ranks"}
