@@ -61,7 +61,8 @@ def test_rows_are_whole_plays_of_the_paper_s_plans_beside_better_ones(told: dict
             assert row[whose]["step_s"] == pytest.approx(whole.step_s, rel=1e-3)
             could = whole.step_s * stage.gpus * cluster.gpu.peak_flops["bfloat16"]
             assert row[whose]["mfu"] == pytest.approx(model_flops(whole.program) / could, rel=1e-3)
-            assert row[f"{whose}_gpu_hours"] == row[whose]["step_s"] * stage.steps * stage.gpus / 3600
+            hours = row[whose]["step_s"] * stage.steps * stage.gpus / 3600
+            assert row[f"{whose}_gpu_hours"] == pytest.approx(hours, rel=1e-12)
             assert (row[whose]["gpus"], row[whose]["global_batch"]) == (stage.gpus, stage.global_batch)
         theirs = row["paper"]["plan"]
         assert (theirs["tp"], theirs["cp"], theirs["dp_replicate"]) == (stage.tp, stage.cp, 1)
