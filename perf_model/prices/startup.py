@@ -21,12 +21,12 @@ from ...parallel.ir.plan import Plan
 from ...parallel.ir.sockets import Sockets, sockets
 from ..clusters.cluster import Cluster
 
-# Measured on loopback (2 busy x86 cores, torch 2.13.0, 2026-11-29, tests/benchmarks/results/hosts.json): a gloo group
+# Measured on loopback (2 x86 cores, torch 2.13.0, 2026-11-29, tests/benchmarks/results/hosts.json): a gloo group
 # of few ranks, a vote up and down through one, and what torch's store answers. Gloo sets an address, and awaits and
 # reads those of its group.
 GROUP_S = 0.05
-VOTE_S = 0.6e-3
-STORE_REQUESTS_PER_S = 15e3
+VOTE_S = 0.8e-3
+STORE_REQUESTS_PER_S = 50e3
 OWN_REQUESTS, MEMBER_REQUESTS = 1, 2
 
 
