@@ -34,7 +34,7 @@ from ..progress import Begin, each, progress
 from ..written import command, wrote
 from .links import show_links
 from .measure_compute import CASES, measure_compute
-from .measure_links import measure_links
+from .measure_links import measure_links, slowest
 
 PROCESSES = 4  # unless told
 REPLICAS: Axes = ("dp_replicate",)
@@ -92,7 +92,7 @@ def _some_compute() -> Callable[[], None]:
 
     compute(50)
     own = min(_timed(lambda: compute(10)) for _ in range(20)) / 10
-    times = max(1, round(WORK_S / _slowest(own)))
+    times = max(1, round(WORK_S / slowest(own)))
     return lambda: compute(times)
 
 
@@ -123,17 +123,17 @@ def _added(compute: Callable[[], None], collective: BoundCollective) -> _Added:
         return time.perf_counter() - start, time.process_time() - time.thread_time() - others
 
     loop(1, communicate=True)
-    times = max(1, min(LOOP, int(LOOP_S / _slowest(loop(1, communicate=True)[0]))))
+    times = max(1, min(LOOP, int(LOOP_S / slowest(loop(1, communicate=True)[0]))))
     pairs = [(loop(times, communicate=True), loop(times, communicate=False)) for _ in range(ROUNDS)]
     (both, both_own), (alone, alone_own) = (
         (min(seconds for seconds, _ in side), min(own for _, own in side)) for side in zip(*pairs, strict=True)
     )
     seconds, own = (both - alone) / times, (both_own - alone_own) / times
-    return _Added(_slowest(seconds), _slowest(own), _slowest(alone / times), times)
+    return _Added(slowest(seconds), slowest(own), slowest(alone / times), times)
 
 
 def _least(work: Callable[[], object]) -> float:
-    return _slowest(min(_timed(work) for _ in range(ROUNDS)))
+    return slowest(min(_timed(work) for _ in range(ROUNDS)))
 
 
 def _slowdown(compute: Callable[[], None], collective: BoundCollective, added: _Added, crowd: float) -> float:
@@ -156,12 +156,6 @@ def _slowdown(compute: Callable[[], None], collective: BoundCollective, added: _
     beside = chunks * added.compute_s / (1.0 - share)
     hidden = added.seconds + beside - min(loops) / added.times
     return min(MOST_SLOWDOWN, max(1.0, beside / hidden)) if hidden > 0.0 else MOST_SLOWDOWN
-
-
-def _slowest(seconds: float) -> float:
-    """Of all ranks: what they decide by it, they decide alike."""
-    everyones: Any = gather_objects(seconds)
-    return max(everyones)
 
 
 def _groups(world: int, local: int) -> Iterator[TimedGroup]:
@@ -238,10 +232,11 @@ def _fit_links(place: Joined, base: str, out: Path) -> None:
             "calibrate measures links between GPUs, and this job has one",
             remedy="start it with torchrun on all; of one card take what kernels_gpu.py wrote: --card",
         )
-    world, local = int(os.environ["WORLD_SIZE"]), processes_here(place.mesh.plan.world_size)
+    world = place.mesh.plan.world_size
+    local = processes_here(world)
     whole = links.LinkTest("this job", COLLECTIVES[0], world, world // local, {})
     links.group_on(whole, cluster)  # refused before it begins
-    tests = measure_links(place.device, "this job")
+    tests = measure_links(world, local, place.device, "this job")
     if place.rank == 0:
         name = f"{world} of {torch.cuda.get_device_name(place.device)}, torch {torch.__version__}"
         source = links.LinkSource("job", f"cinemesh calibrate on {name}", str(date.today()))

@@ -6,7 +6,6 @@ and replicas lie; and the whole job. All groups of a kind run at once, as in a s
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -56,9 +55,9 @@ def link_groups(world: int, local: int) -> Iterator[LinkGroups]:
     yield LinkGroups(Plan(dp_replicate=world), WORLD, world, servers)
 
 
-def measure_links(device: str, origin: str, sizes: Sequence[int] = SIZES) -> list[LinkTest]:
-    """The times of every group of this job, the same on every rank. Rank 0 says what it does."""
-    groups = list(link_groups(int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])))
+def measure_links(world: int, local: int, device: str, origin: str, sizes: Sequence[int] = SIZES) -> list[LinkTest]:
+    """The times of every group of :func:`link_groups`, the same on every rank. Rank 0 says what it does."""
+    groups = list(link_groups(world, local))
     found: list[LinkTest] = []
     with progress("calibrating", len(groups) * len(COLLECTIVES), silent=torch.distributed.get_rank() > 0) as begin:
         for group in groups:
@@ -95,9 +94,14 @@ def _seconds(comm: Communicator, kind: str, group: LinkGroups, size: int, device
     times: list[float] = []
     for _ in range(LOOPS):
         barrier()
-        everyones: Any = gather_objects(_timed(loop, device) / REPEATED)
-        times.append(max(everyones))
+        times.append(slowest(_timed(loop, device) / REPEATED))
     return statistics.median(times)
+
+
+def slowest(seconds: float) -> float:
+    """Of all ranks: what they decide by it, they decide alike."""
+    everyones: Any = gather_objects(seconds)
+    return max(everyones)
 
 
 def _timed(work: Callable[[], object], device: str) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -52,7 +51,6 @@ def test_groups_lie_as_they_say(world: int, local: int) -> None:
 def measured() -> list[dict[str, Any]]:
     """Runs in a worker, on a clock that shows the prices of ``TRUTH``; all ranks but one are twice as fast."""
     rank, bind = torch.distributed.get_rank(), Communicator.bind
-    os.environ |= {"WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(LOCAL)}
     bound: list[tuple[str, int, int, int]] = []
 
     def noting(
@@ -72,7 +70,7 @@ def measured() -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Communicator, "bind", noting)
         patch.setattr(measure_links, "_timed", planted)
-        return [asdict(test) for test in measure_links.measure_links("cpu", "planted", SIZES)]
+        return [asdict(test) for test in measure_links.measure_links(WORLD, LOCAL, "cpu", "planted", SIZES)]
 
 
 def test_the_links_that_made_the_times_are_found(pool: Pool) -> None:
@@ -89,9 +87,8 @@ def test_the_links_that_made_the_times_are_found(pool: Pool) -> None:
         assert getattr(found.topology, name) == pytest.approx(getattr(TRUTH.topology, name), rel=0.05), name
 
 
-def test_what_cannot_be_measured_is_refused_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_measured_is_refused_before_it_begins(tmp_path: Path) -> None:
     out = tmp_path / "mine.yaml"
-    monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(CinemeshError, match="links between GPUs, and this job has one; start it with torchrun on all"):
         calibrate._fit_links(Joined(0, "cuda:0", None), "dgx-h100-ib400", out)
     with pytest.raises(CinemeshError, match="local-cpu is no GPU cluster"):

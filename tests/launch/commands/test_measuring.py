@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cinemesh.launch import progress
-from cinemesh.launch.commands import calibrate
+from cinemesh.launch.commands import calibrate, measure_links
 from cinemesh.launch.progress import Begin
 from cinemesh.parallel.ir.collectives import COLLECTIVES
 from cinemesh.parallel.ir.plan import Plan
@@ -81,7 +81,8 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[SimulatedMachine], Simulate
     def run(machine: SimulatedMachine) -> SimulatedMachine:
         monkeypatch.setattr(calibrate, "time", machine.clock())
         monkeypatch.setattr(calibrate, "barrier", lambda: None)
-        monkeypatch.setattr(calibrate, "gather_objects", lambda value: [value, value])
+        for module in (calibrate, measure_links):
+            monkeypatch.setattr(module, "gather_objects", lambda value: [value, value])
         return machine
 
     return run
