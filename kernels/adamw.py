@@ -50,8 +50,8 @@ def adamw_kernel(
     finite: tl.tensor,
     counters: tl.tensor,
     learning_rate: tl.tensor,
-    elements: int,
-    boundary: int,
+    elements: tl.tensor,
+    boundary: tl.tensor,
     LOG_BETA1: tl.constexpr,
     LOG_BETA2: tl.constexpr,
     RATE1: tl.constexpr,
@@ -94,7 +94,7 @@ def adamw_kernel(
 
 
 @triton.jit
-def squares_kernel(x: tl.tensor, sums: tl.tensor, elements: int, BLOCK: tl.constexpr) -> None:
+def squares_kernel(x: tl.tensor, sums: tl.tensor, elements: tl.tensor, BLOCK: tl.constexpr) -> None:
     """This program's sum of squares."""
     total = tl.zeros((BLOCK,), tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(elements, BLOCK), tl.num_programs(0)):

@@ -77,8 +77,9 @@ def _flash_backward(z: Sizes, item: int) -> int:
 
 
 def _torch_backward(z: Sizes, item: int) -> int:
-    """As flash-attn, and dq, dk, dv before they are copied into ours."""
-    return _flash_backward(z, item) + (_queries(z) + 2 * z["s"] * z["b"] * z["h"]) * z["k"] * item
+    """As flash-attn, dq, dk, dv before they are copied into ours, and do and o with samples first in memory."""
+    copies = 1 if z["b"] == 1 else 3  # of a tensor as large as q: dq, do, o
+    return _flash_backward(z, item) + (copies * _queries(z) + 2 * z["s"] * z["b"] * z["h"]) * z["k"] * item
 
 
 def _cudnn_backward(z: Sizes, item: int) -> int:

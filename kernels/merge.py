@@ -80,7 +80,7 @@ def attention_kernel(
 
 
 @triton.jit
-def sum_kernel(parts: tl.tuple, out: tl.tensor, elements: int, BLOCK: tl.constexpr) -> None:
+def sum_kernel(parts: tl.tuple, out: tl.tensor, elements: tl.tensor, BLOCK: tl.constexpr) -> None:
     """``BLOCK`` elements of the flat tensors."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < elements

@@ -41,7 +41,10 @@ class Heartbeat:
     ) -> None:
         self._stall_s, self._period_s = stall_s, period_s
         self._on_stall = on_stall or _abort
-        self._device = torch.device(device)
+        self._device: int | None = None  # index of the GPU: a device without one is this thread's, not another's
+        if torch.device(device).type == "cuda":
+            index = torch.device(device).index
+            self._device = torch.cuda.current_device() if index is None else index
         self._waiting: tuple[int, float, Callable[[], bool]] | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
@@ -56,7 +59,7 @@ class Heartbeat:
         self._thread.join()
 
     def _watch(self) -> None:
-        if self._device.type == "cuda":
+        if self._device is not None:
             torch.cuda.set_device(self._device)
         while not self._over.wait(self._period_s):
             waiting = self._waiting

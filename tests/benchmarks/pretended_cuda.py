@@ -53,6 +53,13 @@ class Graph:
     def reset(self) -> None: ...
 
 
+def _set_device(device: Any) -> None:
+    """Only one with an index, as torch does."""
+    from torch.cuda._utils import _get_device_index
+
+    _get_device_index(device)
+
+
 ANSWERS: dict[str, Callable[..., object]] = {
     "synchronize": lambda device=None: None,
     "empty_cache": lambda: None,
@@ -64,7 +71,7 @@ ANSWERS: dict[str, Callable[..., object]] = {
     "max_memory_allocated": lambda device=None: 0,
     "reset_peak_memory_stats": lambda device=None: None,
     "memory_stats": lambda device=None: {"allocation.all.allocated": 0},
-    "set_device": lambda device: None,
+    "set_device": _set_device,
     "current_device": lambda: 0,
     "device_count": lambda: 1,
     "set_stream": lambda stream: None,

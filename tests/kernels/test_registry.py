@@ -138,12 +138,13 @@ def test_cpu_ops_are_bound_without_a_detour() -> None:
 
 
 def test_choice_follows_the_call_where_it_must() -> None:
-    """One kernel object, three dtypes: bf16 and fp32 go to Triton (its interpreter here), float64 to the reference."""
+    """One kernel object, three dtypes: bf16 and fp32 go to Triton (interpreted or not), float64 to the reference."""
     pytest.importorskip("triton")
+    place = "cuda" if torch.cuda.is_available() else "cpu"
     kernel = registry._kernel("swiglu", "sm_90", PLAIN)
     assert isinstance(kernel, registry._ByCall)
     for dtype, module in ((torch.bfloat16, "swiglu"), (torch.float32, "swiglu"), (torch.float64, "reference")):
-        gate, up, out, want = (torch.randn(3, 2, 40).to(dtype) for _ in range(4))
+        gate, up, out, want = (torch.randn(3, 2, 40).to(place, dtype) for _ in range(4))
         kernel([gate, up], [out])
         REFERENCE["swiglu"]([gate, up], [want])
         torch.testing.assert_close(out, want)
