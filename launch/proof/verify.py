@@ -35,9 +35,8 @@ from ..options import Device
 from ..plans import read_plan
 from ..progress import progress
 from ..tables import new_console, plain_table
-from .parity import OPTIMIZER, QUANTITIES, Case, RankRun, bounds_of, run_rank, worst_of
+from .parity import OPTIMIZER, QUANTITIES, Case, RankRun, bounds_of, run_rank, unseen, worst_of
 
-BLIND = 1e-6  # a reference gradient this much smaller than the largest would prove nothing
 MAX_PROCS = 8  # on a CPU, unless told
 HEAD_DIM = {"cpu": 8, "cuda": 128}  # unless told: the smallest step; one that a GPU's attention kernels take
 DTYPE = {"cpu": "float64", "cuda": "float32"}  # unless told: the most exact that the device's own kernels take
@@ -142,11 +141,10 @@ def compare(case: Case, runs: list[RankRun], program: Program) -> Report:
     """Errors against their bounds, and what the ranks witnessed."""
     worst, reference = worst_of(case, runs)
     bounds = bounds_of(case, reference)
-    largest = max(g.abs().max().item() for g in reference.gradients[0].values())
-    blind = [n for n, g in reference.gradients[0].items() if g.abs().max().item() < BLIND * largest]
+    blind = unseen(reference, bounds["gradient"])
     remarks = list(case.remarks)
     if blind:
-        remarks.append(f"the check is blind: reference gradients below {BLIND} of the largest: {', '.join(blind)}")
+        remarks.append(f"the check is blind: zeros would pass for the gradients of {', '.join(blind)}")
     lives = lifetimes(program)
     arenas = (place(program, lives).total_bytes, place(program, lifetimes(program, Space.HOST)).total_bytes)
     predicted = lives.persistent_bytes + sum(arenas)

@@ -87,9 +87,6 @@ def compared(case: Case, here: Here) -> dict[str, Any]:
     )
     worst, reference = worst_of(case, [run_rank(case, runner=runner, watched=False)])
     bounds = bounds_of(case, reference)
-    # bf16's bounds are twice what one rank errs on a CPU. A loss is one number and may be right by chance there, but
-    # it errs like the first gradient, 2 (v - target) / N, whose norm it is.
-    bounds["loss"] = max(bounds["loss"], bounds["gradient"])
     errors = {what: worst.error[what] for what in QUANTITIES}
     return {
         "ok": all(errors[what] <= bounds[what] for what in QUANTITIES),

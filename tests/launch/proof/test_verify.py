@@ -16,11 +16,12 @@ import torch
 
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.cluster import environment
-from cinemesh.launch.proof import verify
-from cinemesh.launch.proof.parity import QUANTITIES, RankRun, Worst, global_batch, run_rank
+from cinemesh.launch.proof import parity, verify
+from cinemesh.launch.proof.parity import QUANTITIES, RankRun, Worst, global_batch, run_rank, worst_of
 from cinemesh.launch.proof.verify import ProofOrder, Report, compare, small_case, verify_in
+from cinemesh.model import weights as weights_by_name
 from cinemesh.model.inputs import MASK
-from cinemesh.model.step import build_step, check
+from cinemesh.model.step import build_step, check, unit_layout
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.passes.pipeline import prepare
 
@@ -74,6 +75,15 @@ def test_the_largest_error_met_is_kept_with_its_place() -> None:
     worst.note("gradient", "c", torch.tensor([math.nan]), torch.ones(1))
     assert math.isnan(worst.error["gradient"]) and worst.where["gradient"] == "c"
     assert worst.error["loss"] == worst.error["weight"] == 0.0
+
+
+def test_what_all_but_vanishes_is_measured_against_its_step() -> None:
+    """Against a hundredth of the largest, and no less; a larger tensor against itself."""
+    worst = Worst()
+    worst.note("gradient", "cancelled", torch.tensor([1e-15, 2e-13]), torch.tensor([1e-15, 0.0]), 4.0)
+    assert worst.error["gradient"] == pytest.approx(2e-13 / 4e-2, rel=1e-6)
+    worst.note("gradient", "as large as others", torch.tensor([0.0, 1.0 + 2**-20]), torch.tensor([0.0, 1.0]), 4.0)
+    assert (worst.error["gradient"], worst.where["gradient"]) == (2**-20, "as large as others")
 
 
 def ordered(plan: str, **changed: Any) -> ProofOrder:
@@ -146,6 +156,52 @@ def test_each_thing_that_is_compared_can_fail() -> None:
         "peak": replace(good, peak_bytes=10**9),
     }
     assert [what for what, run in spoilt.items() if report(case, [run]).ok] == []
+
+
+def with_gradient(run: RankRun, case: verify.Case, name: str, step: int, by: float) -> RankRun:
+    """The run with one element of a gradient of ``step`` off by that part of the step's largest."""
+    units = unit_layout(case.config, case.plan)
+    start = next(
+        position
+        for slot, _, _, position in weights_by_name.held_parts(units, run.coordinates)
+        if slot.parameter.name == name
+    )
+    gradients = [gradient.clone() for gradient in run.gradients]
+    gradients[step][start] += by * gradients[step].abs().max()
+    return replace(run, gradients=gradients)
+
+
+@pytest.mark.parametrize(("dtype", "fault"), [("float64", 1e-10), ("float32", 1e-3)])
+def test_a_gradient_that_vanishes_is_right_and_its_faults_are_found(
+    dtype: str, fault: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rounding over itself is no error. In the first step it is a gradient like any other.
+
+    Large steps make the softmax of cross-attention one-hot in the third, and the gradient of its queries a sum that
+    cancels; in float32 its exponentials err more than sums do, in plain autograd too.
+    """
+    monkeypatch.setattr(parity, "LR", 0.1)
+    name, case = "blocks.1.cross.q", small_case(Plan(dtype=dtype), steps=3)
+    run = run_rank(case)
+    found = report(case, [run])
+    assert found.ok, found
+    reference = worst_of(case, [run])[1]
+    sizes = [parity.largest_of({name: g[name]}) / parity.largest_of(g) for g in reference.gradients]
+    assert sizes[0] > 1e-2 and sizes[2] < 1e-12 and found.bounds["gradient"] < 2e-3
+    for step in (0, 2):
+        assert not report(case, [with_gradient(run, case, name, step, fault)]).ok
+    reference.gradients = reference.gradients[2:]
+    assert name in parity.unseen(reference, found.bounds["gradient"]), "seen in no step, it is not proven"
+
+
+def test_a_loss_in_bf16_may_err_as_the_first_gradient_does() -> None:
+    """Twice as much as it, and more is found: not what one rank's loss errs, which may be nothing by chance."""
+    case = small_case(Plan(dtype="bf16"), steps=2)
+    run = run_rank(case)
+    found = report(case, [run])
+    assert found.ok and 2**-8 < found.bounds["loss"] < 2**-5, found
+    spoilt = replace(run, losses=[run.losses[0], run.losses[1] * (1 + 2**-5)])
+    assert not report(case, [spoilt]).ok
 
 
 def test_replicas_that_drift_apart_are_seen() -> None:
@@ -341,10 +397,7 @@ def test_the_batch_masks_text_but_never_all_of_it() -> None:
 
 def test_the_check_knows_when_it_is_blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a zero gate no gradient could be wrong: the report must not be content with that."""
-    from cinemesh.launch.proof import parity
-    from cinemesh.model import weights
-
-    monkeypatch.setattr(parity.weights_by_name, "probe_values", weights.initial_values)
+    monkeypatch.setattr(parity.weights_by_name, "probe_values", weights_by_name.initial_values)
     case = small_case(Plan(dtype="float64"), steps=1)
     found = report(case, [run_rank(case)])
     assert not found.ok
