@@ -41,7 +41,13 @@ def forward_kernel(gate: tl.tensor, up: tl.tensor, y: tl.tensor, elements: tl.te
 
 @triton.jit
 def backward_kernel(
-    dy: tl.tensor, gate: tl.tensor, up: tl.tensor, dgate: tl.tensor, dup: tl.tensor, elements: tl.tensor, BLOCK: tl.constexpr
+    dy: tl.tensor,
+    gate: tl.tensor,
+    up: tl.tensor,
+    dgate: tl.tensor,
+    dup: tl.tensor,
+    elements: tl.tensor,
+    BLOCK: tl.constexpr,
 ) -> None:
     """``BLOCK`` elements of the flat tensors."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

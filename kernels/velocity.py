@@ -63,7 +63,9 @@ def interpolate_kernel(
 
 
 @triton.jit
-def loss_kernel(velocity: tl.tensor, target: tl.tensor, sums: tl.tensor, elements: tl.tensor, BLOCK: tl.constexpr) -> None:
+def loss_kernel(
+    velocity: tl.tensor, target: tl.tensor, sums: tl.tensor, elements: tl.tensor, BLOCK: tl.constexpr
+) -> None:
     """This program's sum of squared errors."""
     total = tl.zeros((BLOCK,), tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(elements, BLOCK), tl.num_programs(0)):
