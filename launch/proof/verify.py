@@ -35,7 +35,8 @@ from ..options import Device
 from ..plans import read_plan
 from ..progress import progress
 from ..tables import new_console, plain_table
-from .parity import OPTIMIZER, QUANTITIES, Case, RankRun, bounds_of, run_rank, unseen, worst_of
+from .bounds import QUANTITIES, bounds_of, unseen, worst_of
+from .parity import OPTIMIZER, Case, RankRun, run_rank
 
 MAX_PROCS = 8  # on a CPU, unless told
 HEAD_DIM = {"cpu": 8, "cuda": 128}  # unless told: the smallest step; one that a GPU's attention kernels take

@@ -19,16 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cinemesh.errors import CinemeshError
-from cinemesh.launch.proof.parity import (
-    FLOAT64_BOUND,
-    OPTIMIZER,
-    QUANTITIES,
-    Case,
-    RankRun,
-    run_rank,
-    whole,
-    worst_of,
-)
+from cinemesh.launch.proof.bounds import FLOAT64_BOUND, QUANTITIES, worst_of
+from cinemesh.launch.proof.parity import OPTIMIZER, Case, RankRun, run_rank, whole
 from cinemesh.launch.proof.verify import Report, compare, small_case
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step
@@ -257,7 +249,7 @@ def test_float64_more_plans(pool: Pool, text: str) -> None:
 
 @pytest.mark.parametrize("text", ["tp=3,cp=2", "tp=2,cp=2,dp_shard=2,micro_batches=2,recompute=full", "dp_replicate=2"])
 def test_float32(pool: Pool, text: str) -> None:
-    # The bounds are derived in proof/parity.py (bounds_of): about 2e-4. The faults of test_faults.py exceed 1e-3.
+    # The bounds are derived in proof/bounds.py (bounds_of): about 2e-4. The faults of test_faults.py exceed 1e-3.
     bounds = check(pool, text, "float32").bounds
     assert max(bounds.values()) < 5e-4
 

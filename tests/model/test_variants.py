@@ -12,8 +12,9 @@ from harness import Pool
 from torch import Tensor
 
 from cinemesh.errors import CinemeshError
+from cinemesh.launch.proof.bounds import FLOAT64_BOUND
 from cinemesh.launch.proof.lint import lint
-from cinemesh.launch.proof.parity import FLOAT64_BOUND, OPTIMIZER, Case, global_batch, load_batch
+from cinemesh.launch.proof.parity import OPTIMIZER, Case, global_batch, load_batch
 from cinemesh.launch.proof.verify import Report, small_case, verify_on_rank
 from cinemesh.model import flow
 from cinemesh.model.config import PRESETS, USUAL_LATENTS, LatentCondition, ModelConfig, parameters, preset

@@ -19,7 +19,8 @@ from torch import Tensor
 from cinemesh.kernels.ops import OPS
 from cinemesh.kernels.reference import Kernel
 from cinemesh.kernels.registry import kernels_for
-from cinemesh.launch.proof.parity import FLOAT64_BOUND, OPTIMIZER, QUANTITIES, run_rank, worst_of
+from cinemesh.launch.proof.bounds import FLOAT64_BOUND, QUANTITIES, worst_of
+from cinemesh.launch.proof.parity import OPTIMIZER, run_rank
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step

@@ -1,6 +1,6 @@
 """Stage 2: steps of small models on the card against plain autograd in float64, within derived bounds.
 
-Head dims that Triton's attention takes, float32 and bf16, every way to recompute. See ``launch/proof/parity.py``.
+Head dims that Triton's attention takes, float32 and bf16, every way to recompute. See ``launch/proof/bounds.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from cinemesh.errors import in_a_line
 from cinemesh.kernels.registry import kernels_for
 from cinemesh.launch.commands.calls import DistinctCall, calls_of
 from cinemesh.launch.commands.tune import launcher, usable
-from cinemesh.launch.proof.parity import OPTIMIZER, QUANTITIES, Case, bounds_of, run_rank, worst_of
+from cinemesh.launch.proof.bounds import QUANTITIES, bounds_of, worst_of
+from cinemesh.launch.proof.parity import OPTIMIZER, Case, run_rank
 from cinemesh.model.config import Encoder, ModelConfig
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step

@@ -16,12 +16,14 @@ import torch
 
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.cluster import environment
-from cinemesh.launch.proof import parity, verify
-from cinemesh.launch.proof.parity import QUANTITIES, RankRun, Worst, global_batch, run_rank, worst_of
+from cinemesh.launch.proof import bounds, parity, verify
+from cinemesh.launch.proof.bounds import QUANTITIES, Worst, worst_of
+from cinemesh.launch.proof.parity import RankRun, global_batch, run_rank
 from cinemesh.launch.proof.verify import ProofOrder, Report, compare, small_case, verify_in
 from cinemesh.model import weights as weights_by_name
 from cinemesh.model.inputs import MASK
 from cinemesh.model.step import build_step, check, unit_layout
+from cinemesh.parallel.ir.fields import DtypePolicy
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.passes.pipeline import prepare
 
@@ -173,7 +175,7 @@ def with_gradient(run: RankRun, case: verify.Case, name: str, step: int, by: flo
 
 @pytest.mark.parametrize(("dtype", "fault"), [("float64", 1e-10), ("float32", 1e-3)])
 def test_a_gradient_that_vanishes_is_right_and_its_faults_are_found(
-    dtype: str, fault: float, monkeypatch: pytest.MonkeyPatch
+    dtype: DtypePolicy, fault: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its rounding over itself is no error. In the first step it is a gradient like any other.
 
@@ -186,12 +188,12 @@ def test_a_gradient_that_vanishes_is_right_and_its_faults_are_found(
     found = report(case, [run])
     assert found.ok, found
     reference = worst_of(case, [run])[1]
-    sizes = [parity.largest_of({name: g[name]}) / parity.largest_of(g) for g in reference.gradients]
+    sizes = [bounds.largest_of({name: g[name]}) / bounds.largest_of(g) for g in reference.gradients]
     assert sizes[0] > 1e-2 and sizes[2] < 1e-12 and found.bounds["gradient"] < 2e-3
     for step in (0, 2):
         assert not report(case, [with_gradient(run, case, name, step, fault)]).ok
     reference.gradients = reference.gradients[2:]
-    assert name in parity.unseen(reference, found.bounds["gradient"]), "seen in no step, it is not proven"
+    assert name in bounds.unseen(reference, found.bounds["gradient"]), "seen in no step, it is not proven"
 
 
 def test_a_loss_in_bf16_may_err_as_the_first_gradient_does() -> None:
