@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..documents import read_json
-from ..errors import CinemeshError
+from ..errors import CinemeshError, in_a_line
 from ..files import atomic_file, check_output_folder
 from ..interrupt import WAKE_S, be_deaf, deaf_children, interrupt_later
 from ..memory import available_bytes
@@ -137,6 +137,13 @@ def cache_directory() -> Path:
 # -- worker processes -------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """What a kernel raised."""
+
+    said: str
+
+
 class _Worker:
     """A process in which Triton either compiles or interprets: it decides when a kernel's module is imported."""
 
@@ -162,6 +169,11 @@ class _Worker:
                 remedy="if the system ran out of memory, end other jobs; what was looked at is kept, and the same "
                 "command goes on from there",
             ) from None
+        if isinstance(said, _Failure):
+            raise CinemeshError(
+                f"compile check, {self.kernel}: {said.said}",
+                remedy="if Triton's interpreter raised it: Triton 3.6's takes NumPy below 2.5",
+            )
         if isinstance(said, str):
             self.kernel = said
             return None
@@ -207,7 +219,11 @@ def _serve(connection: Connection, look: Look[Any], interpret: bool) -> None:
         results: list[Any] = []
         for spec in _specs(module, sizes):
             connection.send(f"{spec.name} {_shape(spec)}")
-            results.append(look(spec))
+            try:
+                results.append(look(spec))
+            except Exception as error:  # noqa: BLE001  Triton's, MLIR's, ptxas's: told where the check was asked for
+                connection.send(_Failure(f"{type(error).__name__}: {in_a_line(error, lines=1)}"))
+                return
         connection.send(results)
 
 
@@ -274,6 +290,8 @@ def specialise(
         if name in spec.constexprs:
             continue
         if kind == "i32" and isinstance(value, int) and value >= 1 << 31:
+            forced = spec.kernel.params[position].annotation_type
+            assert not forced, f"{spec.name}: {name} is annotated as {forced}, and its value is {value}"
             signature[name] = "i64"
         if isinstance(kind, tuple):
             attributes |= {(position, i): [["tt.divisibility", 16]] for i in range(len(kind))}

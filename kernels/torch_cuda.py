@@ -123,13 +123,18 @@ def cross_attention(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None
 def cross_attention_backward(
     inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, deterministic: bool = False
 ) -> None:
+    """As the reference, from o and lse; copied to the outputs.
+
+    The kernel reads o as [B, T, H, K] in C order, whatever its strides say: of several samples ours is not.
+    """
     do, q_rows, kv, o, lse, mask = inputs
     q, k, v = _heads_first(q_rows, kv)
+    in_order = o.transpose(0, 1).contiguous().transpose(1, 2)
     padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % _LSE_ALIGNMENT), value=math.inf)
     nothing = torch.zeros((), dtype=torch.int64, device=q.device)  # seed and offset of a dropout that is not
     with _in_order(deterministic):
         dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-            _rows(do), q, k, v, _bias(mask, q), _rows(o), padded, nothing, nothing, 0.0, [True, True, True, False]
+            _rows(do), q, k, v, _bias(mask, q), in_order, padded, nothing, nothing, 0.0, [True, True, True, False]
         )
     _rows(outputs[0]).copy_(dq)
     _rows(outputs[1][:, :, 0]).copy_(dk)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 
 import triton
 import triton.language as tl
@@ -63,6 +64,25 @@ def spilling() -> Spec:
         least_bytes=0,
         arguments={"x": (8192 * 4,), "y": (8192,), "n": 4},
     )
+
+
+@triton.jit
+def counted_kernel(y, n: int, BLOCK: tl.constexpr):
+    """Takes no count beyond 31 bits."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, 0.0, mask=at < n)
+
+
+def counted(elements: int) -> Spec:
+    spec = twice(elements)
+    signature = {"y": "*fp32", "n": "i32"}
+    arguments = {"y": (elements,), "n": elements}
+    return replace(spec, name="planted.counted", kernel=counted_kernel, signature=signature, arguments=arguments)
+
+
+def raising(spec: Spec) -> None:
+    """A look at a kernel of which Triton makes nothing."""
+    raise ValueError("a fault")
 
 
 def killed(spec: Spec) -> None:
