@@ -76,15 +76,19 @@ def _flash_backward(z: Sizes, item: int) -> int:
     return rows * z["b"] * z["h"] * (2 * 4 + 4 * z["k"])
 
 
+def _copied_backward(z: Sizes, item: int) -> int:
+    """As flash-attn, and dq, dk, dv before they are copied into ours."""
+    return _flash_backward(z, item) + (_queries(z) + 2 * z["s"] * z["b"] * z["h"]) * z["k"] * item
+
+
 def _torch_backward(z: Sizes, item: int) -> int:
-    """As flash-attn, dq, dk, dv before they are copied into ours, and do and o with samples first in memory."""
-    copies = 1 if z["b"] == 1 else 3  # of a tensor as large as q: dq, do, o
-    return _flash_backward(z, item) + (copies * _queries(z) + 2 * z["s"] * z["b"] * z["h"]) * z["k"] * item
+    """The same, and of several samples do and o with the samples first in memory."""
+    return _copied_backward(z, item) + (2 * _queries(z) * z["k"] * item if z["b"] > 1 else 0)
 
 
 def _cudnn_backward(z: Sizes, item: int) -> int:
-    """As torch's, and the log-sum-exp of a slice of heads in C order."""
-    return _torch_backward(z, item) + _delta(z, item)
+    """Its copies, and the log-sum-exp of a slice of heads in C order."""
+    return _copied_backward(z, item) + _delta(z, item)
 
 
 def _apex_norm(z: Sizes, item: int) -> int:

@@ -128,7 +128,11 @@ def text_of(values: dict[str, Any], base: Cluster, base_name: str, name: str) ->
         "about": f"{base.about}; kernels as measured on {values['device']}",
         "base": [base_name],
         "sources": {
-            "card": {"title": f"tests/benchmarks/kernels_gpu.py on {values['device']}", "date": values["date"]}
+            "card": {
+                "title": f"tests/benchmarks/kernels_gpu.py on {values['device']}: bf16, and one head dim of attention; "
+                "other dtypes as the base has them, other head dims in the base's ratio",
+                "date": values["date"],
+            }
         },
         "packages": [name for name in OPTIONAL if name in {row["package"] for row in values["kernels"]}],
         "matmul": {"efficiency": measured(efficiency, "fraction")},
