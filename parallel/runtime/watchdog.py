@@ -41,9 +41,9 @@ class Heartbeat:
     ) -> None:
         self._stall_s, self._period_s = stall_s, period_s
         self._on_stall = on_stall or _abort
-        self._device: int | None = None  # index of the GPU: a device without one is this thread's, not another's
-        if (gpu := torch.device(device)).type == "cuda":
-            self._device = torch.cuda.current_device() if gpu.index is None else gpu.index
+        gpu = torch.device(device)  # without an index: this thread's, not that of the one which watches
+        on_cuda = gpu.type == "cuda"
+        self._device = (torch.cuda.current_device() if gpu.index is None else gpu.index) if on_cuda else None
         self._waiting: tuple[int, float, Callable[[], bool]] | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
