@@ -137,11 +137,8 @@ def cache_directory() -> Path:
 # -- worker processes -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Failure:
+class _Failure(str):
     """What a kernel raised."""
-
-    said: str
 
 
 class _Worker:
@@ -171,7 +168,7 @@ class _Worker:
             ) from None
         if isinstance(said, _Failure):
             raise CinemeshError(
-                f"compile check, {self.kernel}: {said.said}",
+                f"compile check, {self.kernel}: {said}",
                 remedy="if Triton's interpreter raised it: Triton 3.6's takes NumPy below 2.5",
             )
         if isinstance(said, str):
