@@ -152,7 +152,7 @@ def test_counts_beyond_31_bits_are_taken() -> None:
         "try:\n    c.specialise(planted.counted(1 << 31))\nexcept AssertionError as error:\n    print(error)"
     )
     *rows, planted = in_a_worker(code, interpret=False).split("\n")
-    long = dict(row.partition(" ")[::2] for row in rows)
+    long = {name: counts for name, _, counts in (row.partition(" ") for row in rows)}
     assert long["adamw.update"] == "elements boundary" and long["swiglu.forward"] == "elements"
     assert planted == "planted.counted: n is annotated as i32, and its value is 2147483648"
 
