@@ -27,17 +27,18 @@ from cinemesh.parallel.ir.plan import Plan
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "gpu.md"
 FSDP = "dp_shard=8,recompute=o:lse"
-COLUMNS = ("recipe", "plan", "latents", "samples", "step", "measured", "MFU", "measured", "memory", "measured")
+COLUMNS = ("recipe", "cluster", "plan", "latents", "samples", "step", "measured", "MFU", "measured", "memory", "measured")
 PREDICTED = tuple(place for place, name in enumerate(COLUMNS) if name != "measured")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A recipe under its own plan, or another that its head names."""
+    """A recipe under its own plan, or another that its head names; on its own cluster, or on what it was measured."""
 
     recipe: str
     ranks: int
     plan: str | None = None
+    cluster: str | None = None
 
     @property
     def path(self) -> Path:
@@ -45,10 +46,11 @@ class Variant:
 
     @property
     def overrides(self) -> list[str]:
-        return [] if self.plan is None else [f"plan={json.dumps(self.plan)}"]
+        asked = [] if self.plan is None else [f"plan={json.dumps(self.plan)}"]
+        return asked if self.cluster is None else [*asked, f"cluster={self.cluster}"]
 
 
-VARIANTS = (Variant("gpu-1", 1), Variant("gpu-8", 8), Variant("gpu-8", 8, FSDP))
+VARIANTS = (Variant("gpu-1", 1), Variant("gpu-1", 1, cluster="h200-ib400"), Variant("gpu-8", 8), Variant("gpu-8", 8, FSDP))
 
 
 def told(variant: Variant) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def rows() -> list[list[str]]:
         of_one = "TP4 CP2" if plan.tp > 1 else "FSDP" if plan.world_size > 1 else "one GPU"
         for bucket in said["buckets"]:
             step, memory = f"{bucket['step_s']:.3g} s", f"{bucket['peak_bytes'] / 1e9:.1f} GB"
-            head = [variant.recipe, of_one, bucket["latent"], str(bucket["global_batch"])]
+            head = [variant.recipe, said["cluster"], of_one, bucket["latent"], str(bucket["global_batch"])]
             found.append([*head, step, "", f"{bucket['mfu']:.1%}", "", memory, ""])
     return found
 
@@ -92,7 +94,7 @@ def test_the_table_says_what_the_dry_run_says() -> None:
     ]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: f"{variant.recipe} {variant.plan or ''}")
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: f"{variant.recipe} {variant.plan or variant.cluster or ''}")
 def test_a_start_takes_it_and_its_steps_may_be_captured(variant: Variant) -> None:
     """All that a start looks at before the clips; the lint of its last bucket's program, at full size."""
     config = read_config(variant.path, variant.overrides)
@@ -112,10 +114,10 @@ def test_the_recipe_names_its_other_plan() -> None:
 
 def rewrite() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    measured = {tuple(row[:4]): row for row in written(page)}
+    measured = {tuple(row[:5]): row for row in written(page)}
     table = [line_of(COLUMNS), line_of(["---"] * len(COLUMNS))]
     for row in rows():
-        old = measured.get(tuple(row[:4]), row)
+        old = measured.get(tuple(row[:5]), row)
         table.append(line_of([new if place in PREDICTED else old[place] for place, new in enumerate(row)]))
     begin = page.index(line_of(COLUMNS))
     end = page.index("\n\n", begin)
