@@ -341,7 +341,8 @@ def validate(
         list[Path] | None,
         typer.Argument(
             metavar="ROWS ...",
-            help="YAML lists of measurements: rows.yaml of a run, or published ones. Default: those that ship.",
+            help="YAML lists of measurements: rows.yaml of a run, or published ones; or acceptance.json of a job. "
+            "Default: those that ship.",
         ),
     ] = None,
     cluster: Annotated[
@@ -541,8 +542,12 @@ def calibrate(
         list[Path] | None,
         typer.Option("--nccl-tests", metavar="LOG", help="What a program of nccl-tests printed; several times."),
     ] = None,
+    acceptance: Annotated[
+        Path | None,
+        typer.Option("--acceptance", metavar="JSON", help="What cinemesh.launch.acceptance wrote of a job's links."),
+    ] = None,
     base: Annotated[
-        str, typer.Option("--base", help="On GPUs, and with --card, --nccl-tests: the cluster of all else.")
+        str, typer.Option("--base", help="On GPUs, and with what was measured there: the cluster of all else.")
     ] = "grand-teton-h100",
     device: OnDevice = "auto",
 ) -> None:
@@ -555,9 +560,11 @@ def calibrate(
     if out.suffix not in (".yaml", ".yml"):
         raise CinemeshError(f"--out {out}: a cluster file ends in .yaml", remedy="write for example --out local.yaml")
     check_output_file(out, "--out")
-    if card is not None and nccl_tests:
+    measured = {"--card": card, "--nccl-tests": nccl_tests, "--acceptance": acceptance}
+    given = [name for name, of in measured.items() if of]
+    if len(given) > 1:
         raise CinemeshError(
-            "calibrate: --card and --nccl-tests are both given", remedy="take one, then the other with --base"
+            f"calibrate: {' and '.join(given)} are given", remedy="take one, then the other with --base"
         )
     if table is not None:
         if card is None:
@@ -577,6 +584,12 @@ def calibrate(
         from .commands.links import show_links
 
         show_links(out, *nccl_logs.write(nccl_tests, base, out))
+        return
+    if acceptance is not None:
+        from ..perf_model.calibration import links
+        from .commands.links import show_links
+
+        show_links(out, *links.write_measured(acceptance, base, out))
         return
     from .commands.calibrate import run
 

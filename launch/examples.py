@@ -42,7 +42,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh explain tp=2 --recipe configs/quickstart.yaml --cluster local-cpu",
     ),
     "compare": (f"cinemesh compare {PAPER} tp=2,cp=4,dp_shard=768,recompute=o:lse",),
-    "validate": ("cinemesh validate --rows --json", "cinemesh validate FOLDER/rows.yaml --cluster local-cpu"),
+    "validate": (
+        "cinemesh validate --rows --json",
+        "cinemesh validate FOLDER/rows.yaml --cluster local-cpu",
+        "cinemesh validate acceptance.json",
+    ),
     "verify": (
         "cinemesh verify --plan tp=2,cp=2,dp_shard=2",
         "cinemesh verify --plan 5b.yaml --model movie-gen-5b --dtype bf16",
@@ -66,6 +70,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh calibrate --out here.yaml --nproc 2",
         "cinemesh calibrate --card card.json --base h200-ib400 --out h200.yaml --table tuning/h200.yaml",
         "cinemesh calibrate --nccl-tests all_gather.log --base dgx-h100-ib400 --out ours.yaml",
+        "cinemesh calibrate --acceptance acceptance.json --base dgx-h100-ib400 --out ours.yaml",
     ),
 }
 

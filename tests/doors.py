@@ -159,6 +159,39 @@ MANIFEST = {
     "model": json.loads(json.dumps(asdict(preset("tiny")))),
 }
 ROWS = yaml.load((ROOT / "perf_model" / "published" / "rows.yaml").read_text(), Loader=yaml.CSafeLoader)
+OWN_STEP = {
+    "id": "acceptance/TP",
+    "kind": "own_step",
+    "source": {"title": "acceptance of 2 ranks", "date": "2026-11-29"},
+    "hardware": {"gpu": "CPU core", "gpus": 2, "gpus_per_node": 2, "cluster": "local-cpu", "clock_mhz": None},
+    "software": {"versions": {}, "packages": [], "kernels": {}, "deterministic": False, "captured": True},
+    "model": MANIFEST["model"],
+    "shape": {"latent": [3, 4, 12], "samples": 2, "global_batch": 2},
+    "plan": {"tp": 2, "dtype": "float32"},
+    "measured": {
+        "iter_time_s": 0.2,
+        "iter_time_low_s": 0.1,
+        "iter_time_high_s": 0.3,
+        "loading_s": 0.01,
+        "steps": 10,
+        "warm_up_steps": 3,
+    },
+}
+LINK_TIMES = {
+    "origin": "the job",
+    "kind": "all_gather",
+    "ranks": 8,
+    "servers": 1,
+    "seconds": {"65536": 3e-5, "8388608": 9e-5},
+}
+ACCEPTANCE = {
+    "device": "cuda",
+    "date": "2026-11-29",
+    "stages": [
+        {"name": "links", "found": {"tests": [LINK_TIMES]}},
+        {"name": "predictions", "found": {"rows": [OWN_STEP]}},
+    ],
+}
 CLUSTER = {
     "base": ["_hgx-h100", "_nccl"],
     "packages": ["fa3"],
@@ -380,6 +413,11 @@ DOORS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any, Path], int]]] = {
         st.one_of(spoiled(st.just(NCCL_LOG)), NOISE),
         with_file("nccl.log", "calibrate", "--nccl-tests", "{}", "--out", "made.yaml"),
     ),
+    "links": (
+        as_json(ACCEPTANCE),
+        with_file("acceptance.json", "calibrate", "--acceptance", "{}", "--out", "made.yaml"),
+    ),
+    "measured steps": (as_json(ACCEPTANCE), with_file("acceptance.json", "validate", "{}", "--json")),
     "captions": (as_yaml(CAPTIONS), captions_door),
     "manifest": (as_json(MANIFEST), manifest_door),
     "command line": (command_lines(), command_door),
@@ -396,6 +434,8 @@ GOOD: dict[str, Any] = {
     "rows": yaml.safe_dump(SOME_ROWS).encode(),
     "card": json.dumps(CARD).encode(),
     "nccl log": NCCL_LOG,
+    "links": json.dumps(ACCEPTANCE).encode(),
+    "measured steps": json.dumps(ACCEPTANCE).encode(),
     "captions": yaml.safe_dump(CAPTIONS).encode(),
     "manifest": json.dumps(MANIFEST).encode(),
     "command line": ["program", "--model", "tiny", "--plan", "tp=2"],
@@ -422,6 +462,7 @@ def knock(name: str, given: Any, folder: Path, code: int | None = None) -> tuple
         os.environ.update(environment)
     errors = [line for line in told.getvalue().splitlines() if line.startswith(("error: ", "Error: "))]
     put = {"recipe.yaml", "captions.yaml", "plan.yaml", "mine.yaml", "rows.yaml", "card.json", "nccl.log", ".metadata"}
+    put |= {"acceptance.json"}
     left = {path.name for path in folder.iterdir()} - put - {checkpoint.MANIFEST}
     if done not in ((0, 2) if code is None else (code,)):
         return done, f"exit code {done}: {told.getvalue()[:500]}"

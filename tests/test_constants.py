@@ -413,7 +413,7 @@ FREE: Mapping[str, str] = {
     "kernels.*.compile_specs: *": "arguments of a kernel that is compiled, not run",
     "kernels.compile.WORKER_BYTES": "measured, where it stands; how many workers, not what they find",
     "kernels.traffic.*": "how many programs are counted; tests/kernels/counting.py",
-    "launch.training.measured_rows._Times.begun": "nothing has begun yet",
+    "launch.training.measured_rows.StepTimes.begun": "nothing has begun yet",
     "launch.training.resolve.POLL_S": "how often a rank looks",
     "launch.training.sample.sample_clips(samples)": "clips at once; a clip depends on its index alone",
     "*.FORMAT": "rises with what the files hold; tests of their readers say what happens to older ones",

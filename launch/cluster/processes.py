@@ -79,12 +79,28 @@ class Joined:
     mesh: Mesh | None
 
 
+def meet() -> tuple[Store, int, int]:
+    """The store at which the ranks of this process's job meet, its rank, and how many they are.
+
+    Raises CinemeshError when they cannot.
+    """
+    meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        return next(iter(rendezvous("env://", timeout=timedelta(seconds=MEETING_S))))
+    except (dist.DistError, ValueError) as error:
+        raise CinemeshError(
+            f"rank {os.environ['RANK']} cannot meet the others at {meeting}: {in_a_line(error, lines=1)}",
+            remedy="choose another MASTER_PORT, or end the job that holds it",
+        ) from error
+
+
 @contextmanager
-def joined(plan: Plan, wanted: Device) -> Iterator[Joined]:
+def joined(plan: Plan, wanted: Device, within: str = "") -> Iterator[Joined]:
     """This process as a rank of its job: threads, device, process group (NCCL on GPUs, gloo on CPUs) and mesh.
 
-    Raises CinemeshError when there is no such device for it, when the world size is not the plan's, when the ranks
-    cannot meet, and when one of them computes where it may not: see :func:`environment.claim`.
+    ``within``: the part of the store that is this job's, where several have the store, one after another. Raises
+    CinemeshError when there is no such device for it, when the world size is not the plan's, when the ranks cannot
+    meet, and when one of them computes where it may not: see :func:`environment.claim`.
     """
     global _store
     local = processes_here(1)
@@ -97,14 +113,8 @@ def joined(plan: Plan, wanted: Device) -> Iterator[Joined]:
         plan.check_world_size(1)
         yield Joined(0, device, None)
         return
-    meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    try:
-        store, rank, world = next(iter(rendezvous("env://", timeout=timedelta(seconds=MEETING_S))))
-    except (dist.DistError, ValueError) as error:
-        raise CinemeshError(
-            f"rank {os.environ['RANK']} cannot meet the others at {meeting}: {in_a_line(error, lines=1)}",
-            remedy="choose another MASTER_PORT, or end the job that holds it",
-        ) from error
+    store, rank, world = meet()
+    store = dist.PrefixStore(within, store) if within else store  # pyright: ignore[reportPrivateImportUsage]
     plan.check_world_size(world)
     _store = store
     claim(store, rank, device)

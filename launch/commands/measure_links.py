@@ -2,6 +2,7 @@
 
 Groups lie as those of a plan do: 2, 4, ... neighbours within a server; one rank of each of 2, 8, ... servers, as shards
 and replicas lie; and the whole job. All groups of a kind run at once, as in a step, and the slowest rank's time counts.
+They are issued one by one or, where it is asked for, replayed in a CUDA Graph, as those of captured steps are.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ...parallel.ir.plan import Plan
 from ...parallel.runtime.comm import Communicator, barrier, gather_objects
 from ...parallel.runtime.mesh import Mesh
 from ...perf_model.calibration.links import LinkTest
-from ..progress import progress
+from ..progress import Begin, progress
 
 SIZES = tuple(2**power for power in range(16, 30, 3))  # bytes of the full side: 64 KiB to 256 MiB
 SERVERS_STEP = 4  # from one number of servers to the next
@@ -61,11 +62,29 @@ def measure_links(world: int, local: int, device: str, origin: str, sizes: Seque
     found: list[LinkTest] = []
     with progress("calibrating", len(groups) * len(COLLECTIVES), silent=torch.distributed.get_rank() > 0) as begin:
         for group in groups:
-            with _mesh(group.plan) as mesh:
-                for kind in COLLECTIVES:
-                    begin(f"{kind} of {group.ranks} ranks on {group.servers} servers")
-                    seconds = {size: _seconds(Communicator(mesh), kind, group, size, device) for size in sizes}
-                    found.append(LinkTest(origin, kind, group.ranks, group.servers, seconds))
+            found += measure_group(group, device, origin, sizes, begin=begin)
+    return found
+
+
+def measure_group(
+    group: LinkGroups,
+    device: str,
+    origin: str,
+    sizes: Sequence[int] = SIZES,
+    *,
+    captured: bool = False,
+    begin: Begin = lambda _: None,
+) -> list[LinkTest]:
+    """The times of every kind of collective on one kind of group; collective over the job, the same on every rank.
+
+    ``captured``: replayed in a CUDA Graph. ``begin`` is told of every kind.
+    """
+    found: list[LinkTest] = []
+    with _mesh(group.plan) as mesh:
+        for kind in COLLECTIVES:
+            begin(f"{kind} of {group.ranks} ranks on {group.servers} servers")
+            seconds = {size: _seconds(Communicator(mesh), kind, group, size, device, captured) for size in sizes}
+            found.append(LinkTest(origin, kind, group.ranks, group.servers, seconds))
     return found
 
 
@@ -76,7 +95,7 @@ def _mesh(plan: Plan) -> Iterator[Mesh]:
     mesh.close()
 
 
-def _seconds(comm: Communicator, kind: str, group: LinkGroups, size: int, device: str) -> float:
+def _seconds(comm: Communicator, kind: str, group: LinkGroups, size: int, device: str, captured: bool) -> float:
     """Of one collective, on the slowest rank."""
     full = torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
     part = full.new_zeros(size // 2 // group.ranks)
@@ -91,11 +110,27 @@ def _seconds(comm: Communicator, kind: str, group: LinkGroups, size: int, device
             collective.wait()
 
     loop()  # connects
+    run = loop
+    if captured:
+        graph = captured_loop(loop)
+        comm.mesh.before_close.append(graph.reset)  # NCCL waits for graphs that hold its work
+        run = graph.replay
+        run()
     times: list[float] = []
     for _ in range(LOOPS):
         barrier()
-        times.append(slowest(_timed(loop, device) / REPEATED))
+        times.append(slowest(_timed(run, device) / REPEATED))
     return statistics.median(times)
+
+
+def captured_loop(loop: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """A CUDA Graph of it, as ``parallel/runtime/graph.py`` captures steps. All ranks capture together."""
+    torch.cuda.synchronize()  # the watchdog of NCCL has no event left to query
+    barrier()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        loop()
+    return graph
 
 
 def slowest(seconds: float) -> float:

@@ -87,6 +87,13 @@ def worst_of(case: Case, runs: list[RankRun]) -> tuple[Worst, Trajectory]:
     return worst, reference
 
 
+def rounding(case: Case) -> float:
+    """Of the loss and the gradients of a step in float32, relative: see :func:`bounds_of`."""
+    longest = max(case.config.tokens(case.latent) * case.samples * case.plan.data_ranks, case.config.ffn)
+    depth = 60 * case.config.layers
+    return UNIT_ROUNDOFF["float32"] * (8 * math.sqrt(longest * depth) + 2000)
+
+
 def bounds_of(case: Case, reference: Trajectory) -> dict[str, float]:
     """What rounding alone may do in one step: see [Note: step by step] in ``parity.py``.
 
@@ -105,10 +112,7 @@ def bounds_of(case: Case, reference: Trajectory) -> dict[str, float]:
     """
     if case.plan.dtype == "float64":
         return dict.fromkeys(QUANTITIES, FLOAT64_BOUND)
-    u = UNIT_ROUNDOFF["float32"]
-    longest = max(case.config.tokens(case.latent) * case.samples * case.plan.data_ranks, case.config.ffn)
-    depth = 60 * case.config.layers
-    noise = u * (8 * math.sqrt(longest * depth) + 2000)
+    u, noise = UNIT_ROUNDOFF["float32"], rounding(case)
     magnified = max(
         before[name].abs().max().item() / scale_of(update, largest)
         for before, updates in zip(reference.weights, reference.updates, strict=True)

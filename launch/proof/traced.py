@@ -1,4 +1,4 @@
-"""A small case run on local processes, record by record, with the times of each."""
+"""Steps run record by record, with the times of each: a small case on local processes, or those of a rank."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from ...parallel.runtime.mesh import Mesh
 from ...parallel.runtime.trace import traced_step
 from ..cluster.processes import forked
 from .parity import LR, OPTIMIZER, Case, load_batch
+from .traced_gpu import traced_on_gpu
 
 WARM_UP_STEPS = 2
 
@@ -24,6 +25,12 @@ def _spans(case: Case) -> list[Span]:
     runner = StepRunner(case.config, case.plan, case.batch, OPTIMIZER, mesh, seed=case.seed)
     runner.initialise(probe_values(case.seed))
     load_batch(case, runner, 0)
+    return traced_steps(runner, case.steps)
+
+
+def traced_steps(runner: StepRunner, steps: int) -> list[Span]:
+    """Of one rank, on what is loaded, after two steps that are not looked at. Collective over its mesh."""
     for _ in range(WARM_UP_STEPS):
         runner.step(LR)
-    return [span for _ in range(case.steps) for span in traced_step(runner.executor)]
+    trace = traced_step if runner.executor.device == "cpu" else traced_on_gpu
+    return [span for _ in range(steps) for span in trace(runner.executor)]

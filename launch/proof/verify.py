@@ -26,7 +26,7 @@ from ...parallel.ir.records import Space
 from ...parallel.passes.arena import place
 from ...parallel.passes.liveness import lifetimes
 from ...parallel.passes.pipeline import prepare
-from ...parallel.runtime.comm import gather_objects
+from ...parallel.runtime.comm import gather_at_first, gather_objects
 from ...parallel.runtime.mesh import Mesh, backend_of
 from ..cluster.environment import device_here, launched, processes_here, say_device, visible_gpus, world_size
 from ..cluster.processes import forked, joined, launch, rank_main
@@ -209,8 +209,8 @@ def verify_in(
     rank = mesh.rank if mesh else 0
     with progress("verifying", case.steps + 1, silent=silent or rank > 0) as begin:
         mine = run_rank(case, mesh, runner, planned=planned, begin=begin)
-        runs = gather_objects(mine) if mesh else [mine]
-        if rank:
+        runs = gather_at_first(mine) if mesh else [mine]
+        if runs is None:
             return None
         begin("comparing with plain autograd")
         return compare(case, [run for run in runs if isinstance(run, RankRun)], planned or runner.program)

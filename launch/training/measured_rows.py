@@ -24,6 +24,7 @@ from ...files import atomic_file
 from ...kernels.selection import Software
 from ...model.buckets import BucketRunner, Latent
 from ...model.config import latent_text
+from ...model.runner import StepRunner
 from ..cluster.environment import processes_here
 from .recipe import Config
 
@@ -38,12 +39,34 @@ HEAD = "# Measured steps of this run; cinemesh validate predicts them.\n"
 
 
 @dataclass
-class _Times:
+class StepTimes:
     """Of the steps of one latent behind the warm-up: seconds, and those that each waited for its samples before."""
 
     begun: int = 0
     step_s: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
     loading_s: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
+
+    def add(self, step_s: float, loading_s: float) -> None:
+        """One more step."""
+        self.begun += 1
+        if self.begun > WARM_UP_STEPS:
+            self.step_s.append(step_s)
+            self.loading_s.append(loading_s)
+
+    def measured(self) -> dict[str, Any] | None:
+        """What a row says of them; None where they are too few."""
+        step_s = sorted(self.step_s)
+        if len(step_s) < LEAST_STEPS:
+            return None
+        beyond = len(step_s) // BEYOND
+        return {
+            "iter_time_s": statistics.median(step_s),
+            "iter_time_low_s": step_s[beyond],
+            "iter_time_high_s": step_s[-1 - beyond],
+            "loading_s": statistics.median(self.loading_s),
+            "steps": len(step_s),
+            "warm_up_steps": WARM_UP_STEPS,
+        }
 
 
 class MeasuredRows:
@@ -53,67 +76,39 @@ class MeasuredRows:
     """
 
     def __init__(self, config: Config, runners: BucketRunner, latents: Sequence[Latent]) -> None:
-        runner = runners.first
-        device, directory = runner.executor.device, config.logging.directory
-        self._path, self._device, first = directory / ROWS_FILE, device, runner.steps_done
+        self._device, directory = runners.first.executor.device, config.logging.directory
+        self._path, first = directory / ROWS_FILE, runners.first.steps_done
         software = Software.here(config.kernels, config.deterministic)
-        gpu = "CPU core" if device == "cpu" else torch.cuda.get_device_name(device)
         self._rows = [
-            {
-                "id": f"{directory.name}/{latent_text(latent)}/from-step-{first}",
-                "kind": "own_step",
-                "source": {"title": str(directory), "date": ""},
-                "hardware": {
-                    "gpu": gpu,
-                    "gpus": config.plan.world_size,
-                    "gpus_per_node": processes_here(config.plan.world_size),
-                    "cluster": config.cluster or (NO_CLUSTER if device == "cpu" else None),
-                    "clock_mhz": None,
-                },
-                "software": {
-                    "versions": _versions((*VERSIONS, *software.packages)),
-                    "packages": list(software.packages),
-                    "kernels": dict(software.overrides),
-                    "deterministic": software.deterministic,
-                    "captured": runner.replay is not None,
-                },
-                "model": asdict(runner.config),
-                "shape": {
-                    "latent": list(latent),
-                    "samples": runners.runners[latent].batch.samples,
-                    "global_batch": batch,
-                },
-                "plan": config.plan.to_dict(),
-            }
-            for latent, batch in zip(latents, config.data.global_batches, strict=True)
+            own_row(
+                runners.runners[latent],
+                software,
+                config.cluster,
+                name=f"{directory.name}/{latent_text(latent)}/from-step-{first}",
+                title=str(directory),
+            )
+            for latent in latents
         ]
-        self._times = [_Times() for _ in latents]
+        self._times = [StepTimes() for _ in latents]
         own = {row["id"] for row in self._rows}
         self._earlier = [row for row in _read(self._path) if not (isinstance(row, dict) and row.get("id") in own)]
 
     def add(self, bucket: int, step_s: float, loading_s: float) -> None:
         """One more step, of the latent at this place."""
-        times = self._times[bucket]
-        times.begun += 1
-        if times.begun > WARM_UP_STEPS:
-            times.step_s.append(step_s)
-            times.loading_s.append(loading_s)
+        self._times[bucket].add(step_s, loading_s)
 
     def write(self) -> None:
         """All rows of which there are steps enough, whole or not at all."""
         rows = [
             row | {"measured": measured}
             for row, times in zip(self._rows, self._times, strict=True)
-            if (measured := _measured(times)) is not None
+            if (measured := times.measured()) is not None
         ]
         if not rows:
             return
-        clock_mhz = _clock_mhz(self._device)
-        for row in rows:
-            row["source"] = row["source"] | {"date": date.today().isoformat()}
-            row["hardware"] = row["hardware"] | {"clock_mhz": clock_mhz}
+        told = [dated(row, self._device) for row in rows]
         with atomic_file(self._path) as unfinished:
-            unfinished.write_text(HEAD + write_yaml(self._earlier + rows), encoding="utf-8")
+            unfinished.write_text(HEAD + write_yaml(self._earlier + told), encoding="utf-8")
 
 
 def _read(path: Path) -> list[Any]:
@@ -128,23 +123,44 @@ def _read(path: Path) -> list[Any]:
     return rows
 
 
-def _measured(times: _Times) -> dict[str, Any] | None:
-    """What a row says of them; None where they are too few."""
-    step_s = sorted(times.step_s)
-    if len(step_s) < LEAST_STEPS:
-        return None
-    beyond = len(step_s) // BEYOND
+def own_row(runner: StepRunner, software: Software, cluster: str | None, *, name: str, title: str) -> dict[str, Any]:
+    """A row of a runner's steps, but for its date, its clock and what was measured. ``cluster``: None, not known."""
+    device, plan, batch = runner.executor.device, runner.plan, runner.batch
     return {
-        "iter_time_s": statistics.median(step_s),
-        "iter_time_low_s": step_s[beyond],
-        "iter_time_high_s": step_s[-1 - beyond],
-        "loading_s": statistics.median(times.loading_s),
-        "steps": len(step_s),
-        "warm_up_steps": WARM_UP_STEPS,
+        "id": name,
+        "kind": "own_step",
+        "source": {"title": title, "date": ""},
+        "hardware": {
+            "gpu": "CPU core" if device == "cpu" else torch.cuda.get_device_name(device),
+            "gpus": plan.world_size,
+            "gpus_per_node": processes_here(plan.world_size),
+            "cluster": cluster or (NO_CLUSTER if device == "cpu" else None),
+            "clock_mhz": None,
+        },
+        "software": {
+            "versions": versions((*VERSIONS, *software.packages)),
+            "packages": list(software.packages),
+            "kernels": dict(software.overrides),
+            "deterministic": software.deterministic,
+            "captured": runner.replay is not None,
+        },
+        "model": asdict(runner.config),
+        "shape": {
+            "latent": list(batch.latent),
+            "samples": batch.samples,
+            "global_batch": batch.samples * plan.data_ranks * plan.micro_batches,
+        },
+        "plan": plan.to_dict(),
     }
 
 
-def _versions(packages: Iterable[str]) -> dict[str, str]:
+def dated(row: dict[str, Any], device: str) -> dict[str, Any]:
+    """The row with today's date and the clock that the device has now."""
+    source = row["source"] | {"date": date.today().isoformat()}
+    return row | {"source": source, "hardware": row["hardware"] | {"clock_mhz": clock_mhz(device)}}
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
     """Of those that are installed under this name."""
     found: dict[str, str] = {}
     for package in packages:
@@ -153,7 +169,7 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _clock_mhz(device: str) -> int | None:
+def clock_mhz(device: str) -> int | None:
     """Of the SMs in the driver's last sample; None of a CPU, or where the driver does not tell."""
     if device == "cpu":
         return None

@@ -30,7 +30,7 @@ class HostLink:
             if on_gpu and size_bytes:
                 _pin(arena)
         self.arena = arena
-        self._streams = {to: torch.cuda.Stream(device) for to in Space} if on_gpu and size_bytes else {}
+        self.streams = {to: torch.cuda.Stream(device) for to in Space} if on_gpu and size_bytes else {}
 
     def bind(self, to: Space, source: Tensor, output: Tensor) -> BoundCollective:
         """A copy of one contiguous tensor onto another, resolved once for all steps.
@@ -38,7 +38,7 @@ class HostLink:
         It starts after all compute before its issue; compute behind its wait starts after it. A capture takes it in.
         """
         entry = Entry(HOST_LANES[to], HOST_LANES[to], HOST_LANES[to], source.numel() * source.element_size())
-        stream = self._streams.get(to)
+        stream = self.streams.get(to)
         done = None if stream is None else torch.cuda.Event()
 
         def issue() -> None:

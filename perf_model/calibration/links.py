@@ -16,6 +16,7 @@ from typing import Any
 from ...documents import write_yaml
 from ...errors import CinemeshError
 from ...files import atomic_file
+from ..acceptance import link_times
 from ..clusters.cluster import Cluster, load
 from ..prices.network import Group, Network, ring_group
 from .descent import descend
@@ -171,3 +172,10 @@ def write(
         unfinished.write_text(write_yaml(values), encoding="utf-8")
     cluster = load(str(out))
     return cluster, [(test.title, math.expm1(log_error(cluster, [test]))) for test in tests]
+
+
+def write_measured(path: Path, base_name: str, out: Path) -> tuple[Cluster, list[tuple[str, float]]]:
+    """As :func:`write`, of the links that an acceptance run measured. Raises CinemeshError for a file without any."""
+    times, day = link_times(path)
+    tests = [LinkTest(**{**test, "origin": f"the acceptance file {path}"}) for test in times]
+    return write(tests, base_name, LinkSource("acceptance", "python -m cinemesh.launch.acceptance", day), out)

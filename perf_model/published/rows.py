@@ -14,6 +14,7 @@ from typing import Any
 
 from ...documents import quoted, read_yaml
 from ...errors import CinemeshError
+from ..acceptance import rows_of
 from ..clusters.cluster import Cluster, load
 from .peers import Model, Run, Stack
 from .row_schema import check_row
@@ -50,8 +51,14 @@ class RowCase:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file. ``CinemeshError`` for a file that holds none, or a row without the parts every row has."""
-    rows = read_yaml(path, "the rows file", "give a YAML file with a list of rows")
+    """The rows of a file, or of an acceptance run's ``.json``.
+
+    Raises CinemeshError for a file that holds none, or a row without the parts every row has.
+    """
+    if path.suffix == ".json":
+        rows = rows_of(path)
+    else:
+        rows = read_yaml(path, "the rows file", "give a YAML file with a list of rows")
     if not isinstance(rows, list) or not rows:
         raise CinemeshError(
             f"the rows file {path} holds {quoted(rows)}, no list of rows",

@@ -77,6 +77,7 @@ ANSWERS: dict[str, Callable[..., object]] = {
     "set_stream": lambda stream: None,
     "current_stream": lambda device=None: Stream(),
     "stream": lambda stream: nullcontext(),
+    "_sleep": lambda cycles: None,
     "graph_pool_handle": lambda: (0, 1),
 }
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from benchmarks.pretended_cuda import Graph, pretended
 from harness import Pool
 from torch import Tensor
 
@@ -96,6 +98,65 @@ def test_what_cannot_be_measured_is_refused_before_it_begins(tmp_path: Path) -> 
     with pytest.raises(CinemeshError, match="this job: 3 ranks on each of 2 servers"):
         links.group_on(LinkTest("this job", "all_gather", 6, 2, {}), BASE)
     assert not out.exists()
+
+
+class Held(Graph):
+    """Notes what becomes of it."""
+
+    made: ClassVar[list[Held]] = []
+    holds: bool = False
+
+    def __init__(self, keep_graph: bool = False) -> None:
+        self.made.append(self)
+        self.holds = True
+
+    def replay(self) -> None: ...
+
+    def reset(self) -> None:
+        self.holds = False
+
+
+def captured() -> tuple[list[str], list[bool], int]:
+    """Runs in a worker, with CUDA pretended: what was timed, graphs that hold work, collectives issued in captures."""
+    timed: list[str] = []
+    inside: list[int] = []
+    bind = Communicator.bind
+
+    @contextmanager
+    def capture(graph: Graph, **given: Any) -> Iterator[None]:
+        assert given == {"capture_error_mode": "thread_local"}
+        inside.append(0)
+        yield
+        inside.append(-1)
+
+    def noting(self: Communicator, *of: Any) -> BoundCollective:
+        bound = bind(self, *of)
+
+        def issue() -> Any:
+            if inside and inside[-1] >= 0:
+                inside[-1] += 1
+            return bound.issue()
+
+        return bound._replace(issue=issue)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        with pretended():
+            patch.setattr(torch.cuda, "graph", capture)
+            patch.setattr(torch.cuda, "CUDAGraph", Held)
+            patch.setattr(Communicator, "bind", noting)
+            patch.setattr(measure_links, "_timed", lambda work, device: timed.append(work.__name__) or 1e-3)
+            (group,) = link_groups(2, 1)
+            tests = measure_links.measure_group(group, "cpu", "planted", (2**12,), captured=True)
+    assert [test.seconds for test in tests] == [{2**12: 1e-3 / REPEATED}] * len(COLLECTIVES)
+    return timed, [graph.holds for graph in Held.made], sum(count for count in inside if count > 0)
+
+
+def test_what_is_timed_in_a_graph_is_its_replay(pool: Pool) -> None:
+    """Only here: the loop itself, timed again, would pass for a graph that costs as much. Graphs go before groups."""
+    for timed, hold, inside in pool.run(2, captured):
+        assert timed == ["replay"] * measure_links.LOOPS * len(COLLECTIVES)
+        assert hold == [False] * len(COLLECTIVES) and inside == REPEATED * len(COLLECTIVES)
 
 
 @pytest.mark.gpu

@@ -155,9 +155,9 @@ def test_a_driver_that_tells_no_clock_stops_no_run(monkeypatch: pytest.MonkeyPat
         raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
     monkeypatch.setattr(torch.cuda, "clock_rate", refuse)
-    assert measured_rows._clock_mhz("cuda:0") is None  # pyright: ignore[reportPrivateUsage]
+    assert measured_rows.clock_mhz("cuda:0") is None
     monkeypatch.setattr(torch.cuda, "clock_rate", lambda _: 1755)
-    assert measured_rows._clock_mhz("cuda:0") == 1755  # pyright: ignore[reportPrivateUsage]
+    assert measured_rows.clock_mhz("cuda:0") == 1755
 
 
 def test_steps_that_are_too_few_are_no_row(measured: MeasuredRows, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_a_copy_runs_behind_compute_before_its_issue_and_before_compute_behind_i
         name = pretend_cuda[0].split(" waits")[0]
         told = [f"{name} waits for compute", f"copy on {name}", f"event on {name}"]
         assert pretend_cuda == [*told, f"compute waits for the event of {name}"]
-    assert len({str(stream) for stream in link._streams.values()}) == 2
+    assert len({str(stream) for stream in link.streams.values()}) == 2
     pretend_cuda.clear()
     other = HostLink(32, "cuda", link.arena)
     assert other.arena is link.arena and pretend_cuda == [], "one arena for all buckets"
