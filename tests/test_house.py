@@ -33,7 +33,7 @@ LONGER_WITH_REASON: dict[str, str] = {  # path -> why it is not two files
 ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "parallel": (("ir",), ("layers", "passes"), ("runtime",)),
     "perf_model": (("clusters",), ("prices",), ("search", "published"), ("report", "calibration")),
-    "launch": (("cluster",), ("training", "proof"), ("commands",)),
+    "launch": (("cluster",), ("training", "proof"), ("commands",), ("acceptance",)),
 }
 # Code lines of kernels without Triton, parallel and model without its autoencoder: 8,000, and what stands in the core
 # so that nothing else need state it: check() (230 lines), and the op table's counts, which price and proof read (180);
@@ -42,7 +42,8 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
 # (95), which preflight, planner and runtime counted apart; and what a failed capture leaves of torch (21); and
 # sums of rows on CUDA in one order, and what the catalogue says of orders (15); and copies from pinned memory (3); and
 # what hosts agree on over a tree, with the count of every socket (75); and what NCCL and driver make of the order of
-# collectives (33). What the first GPU showed: bytes that packages copy, and what a kernel that cannot be built raised (9).
+# collectives (33). What the first GPU showed: bytes that packages copy, and what a kernel that cannot be built raised
+# (9).
 CORE_LINES = 8912
 READ = (".csv", ".html", ".yaml")  # suffixes of files that modules read
 FAN_OUT = 15  # modules of the package that a file imports
