@@ -45,7 +45,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "validate": (
         "cinemesh validate --rows --json",
         "cinemesh validate FOLDER/rows.yaml --cluster local-cpu",
-        "cinemesh validate acceptance.json",
+        "cinemesh validate FOLDER/acceptance.json",
     ),
     "verify": (
         "cinemesh verify --plan tp=2,cp=2,dp_shard=2",
