@@ -16,7 +16,8 @@ FOLDERS = (
     "data",
     *("perf_model", "perf_model/clusters", "perf_model/prices", "perf_model/search", "perf_model/report"),
     *("perf_model/published", "perf_model/calibration"),
-    *("launch", "launch/training", "launch/commands", "launch/proof", "launch/cluster", "launch/acceptance"),
+    *("launch", "launch/training", "launch/training/checkpoint", "launch/commands", "launch/proof"),
+    *("launch/cluster", "launch/acceptance"),
     "configs",
 )
 PACKAGES = {"cinemesh": ".", **{f"cinemesh.{folder.replace('/', '.')}": folder for folder in FOLDERS}}

@@ -19,7 +19,8 @@ PROMPT = "a red car"  # of the clip that a finished run proposes
 def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
     """Settle the plan, then train, on ``nproc`` processes of this machine or on those that torchrun started."""
     from .cluster.environment import processes_here, say_device, world_size
-    from .training import checkpoint, loop
+    from .training import loop
+    from .training.checkpoint.choosing import FOLDER, latest
     from .training.measured_rows import ROWS_FILE
     from .training.needs import check_outputs
     from .training.recipe import read_recipe
@@ -34,7 +35,7 @@ def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
 
         resolve(recipe, auto, world, int(os.environ.get("RANK", "0")))
     loop.run(config=config, nproc=nproc, overrides=overrides)
-    newest = checkpoint.latest(recipe.logging.directory / checkpoint.FOLDER)
+    newest = latest(recipe.logging.directory / FOLDER)
     if newest is not None and int(os.environ.get("RANK", "0")) == 0:
         given = [word for override in overrides for word in ("--set", override)]
         wrote(newest, command("sample", config, *given, prompt=PROMPT))

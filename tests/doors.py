@@ -16,7 +16,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,14 @@ from nccl_log import printed
 
 from cinemesh.errors import CinemeshError
 from cinemesh.launch import cli
-from cinemesh.launch.training import checkpoint
+from cinemesh.launch.training.checkpoint.layout import Layout
+from cinemesh.launch.training.checkpoint.manifest import FORMAT, Manifest, ShardFile, check_model, read_manifest, sealed
+from cinemesh.launch.training.checkpoint.manifest import MANIFEST as MANIFEST_FILE
 from cinemesh.launch.training.recipe import read_recipe
 from cinemesh.launch.training.setting import Setting
 from cinemesh.model.config import preset
+from cinemesh.model.step import unit_layout
+from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
 
 ROOT = Path(__file__).parent.parent
@@ -154,10 +158,25 @@ CARD = {
         }
     ],
 }
-MANIFEST = {
-    **{"format": 2, "step": 3, "updates": 3, "plan": {}, "torch": "2", "files": {".metadata": 1}, "note": {"seed": 0}},
-    "model": json.loads(json.dumps(asdict(preset("tiny")))),
-}
+LAYOUT = Layout.of(unit_layout(preset("tiny"), Plan()))
+MANIFEST = json.loads(
+    json.dumps(
+        asdict(
+            Manifest(
+                **{"step": 3, "updates": 3, "plan": {}, "code": {"torch": "2"}, "note": {"seed": 0}},
+                **{"states": {"ema": "float32"}, "digests": {"ema": "0"}, "block_elements": 1 << 30},
+                model=asdict(preset("tiny")),
+                layout=replace(LAYOUT, units=LAYOUT.units[:1]),
+                files=(
+                    ShardFile(
+                        *("a", 1 << 24, {"tp": 0, "cp": 0, "dp_shard": 0}, 0, LAYOUT.shard_elements(LAYOUT.units[0])),
+                        *("0" * 64, {"ema": ["0" * 64]}),
+                    ),
+                ),
+            )
+        )
+    )
+)
 ROWS = yaml.load((ROOT / "perf_model" / "published" / "rows.yaml").read_text(), Loader=yaml.CSafeLoader)
 OWN_STEP = {
     "id": "acceptance/TP",
@@ -372,9 +391,10 @@ def captions_door(text: bytes, folder: Path) -> int:
 
 
 def manifest_door(text: bytes, folder: Path) -> int:
-    (folder / checkpoint.MANIFEST).write_bytes(text)
-    (folder / ".metadata").write_bytes(b"x")
-    return reports(lambda: checkpoint.check_model(folder, preset("tiny")))
+    """Bodies that are sealed as if they had been written so: one that is not is refused unread."""
+    body = text.decode(errors="replace").replace("\n", " ")
+    (folder / MANIFEST_FILE).write_text(sealed(FORMAT, body), errors="replace")
+    return reports(lambda: check_model(folder, read_manifest(folder), preset("tiny")))
 
 
 def override_door(texts: list[str], folder: Path) -> int:
@@ -461,9 +481,9 @@ def knock(name: str, given: Any, folder: Path, code: int | None = None) -> tuple
         os.environ.clear()
         os.environ.update(environment)
     errors = [line for line in told.getvalue().splitlines() if line.startswith(("error: ", "Error: "))]
-    put = {"recipe.yaml", "captions.yaml", "plan.yaml", "mine.yaml", "rows.yaml", "card.json", "nccl.log", ".metadata"}
+    put = {"recipe.yaml", "captions.yaml", "plan.yaml", "mine.yaml", "rows.yaml", "card.json", "nccl.log"}
     put |= {"acceptance.json"}
-    left = {path.name for path in folder.iterdir()} - put - {checkpoint.MANIFEST}
+    left = {path.name for path in folder.iterdir()} - put - {MANIFEST_FILE}
     if done not in ((0, 2) if code is None else (code,)):
         return done, f"exit code {done}: {told.getvalue()[:500]}"
     if done == 2 and (len(errors) != 1 or len(errors[0]) > 4000):

@@ -33,6 +33,7 @@ TABLE_1 = "Table 1, Fig. 8"
 OURS = "ours: the paper gives none"
 LLM = "ours: usual for large transformers (the paper gives none for video)"
 SC11 = "Salmon et al., SC'11, Philox 4x32-10"
+SPLIT_MIX = "Steele et al., OOPSLA'14, SplitMix64; part of every digest of a state"
 COUNTER = "ours: part of every drawn number; another value is another run"
 RUNS = "ours: how often and how long, of a run"
 MATHS = "mathematics"
@@ -133,7 +134,16 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "launch.training.recipe.LoggingSection.validation_draws": (4, RUNS),
     "launch.training.recipe.LoggingSection.checkpoint_every": (500, RUNS),
     "launch.training.recipe.LoggingSection.keep": (2, RUNS),
-    "launch.training.checkpoint.save(keep)": (2, RUNS),
+    "launch.training.checkpoint.saving.save(keep)": (2, RUNS),
+    "launch.training.checkpoint.choosing.Keep.newest": (2, UNSAID),
+    "launch.training.checkpoint.choosing.Keep.every": (0, UNSAID),
+    "launch.training.checkpoint.manifest._whole(least)": (0, UNSAID),
+    "launch.training.checkpoint.writing.TRIES": (2, RUNS),
+    "launch.training.checkpoint.writing.RETRY_AFTER_S": (1.0, RUNS),
+    "launch.training.checkpoint.digests._GOLDEN": (0x9E3779B97F4A7C15 - (1 << 64), SPLIT_MIX),
+    "launch.training.checkpoint.digests._MIX1": (0xBF58476D1CE4E5B9 - (1 << 64), SPLIT_MIX),
+    "launch.training.checkpoint.digests._MIX2": (0x94D049BB133111EB - (1 << 64), SPLIT_MIX),
+    "launch.training.loop.FAILED_SAVES_LIMIT": (3, RUNS),
     "launch.training.loop.SKIPPED_LIMIT": (5, RUNS),
     "launch.training.recipe.SampleSection.seed": (0, RUNS),
     "launch.training.recipe.Config.seed": (0, RUNS),
@@ -416,6 +426,8 @@ FREE: Mapping[str, str] = {
     "launch.training.measured_rows.StepTimes.begun": "nothing has begun yet",
     "launch.training.resolve.POLL_S": "how often a rank looks",
     "launch.training.sample.sample_clips(samples)": "clips at once; a clip depends on its index alone",
+    "launch.training.checkpoint.digests._AT_ONCE": "sizes of work; tests/launch/training/checkpoint",
+    "launch.training.checkpoint.writing.BLOCK_ELEMENTS": "a size of work, which a manifest tells",
     "*.FORMAT": "rises with what the files hold; tests of their readers say what happens to older ones",
     "data.clips.LABEL_PX": "layout of a picture",
     "data.clips.TEXT_PX": "layout of a picture",

@@ -14,8 +14,11 @@ from torch import Tensor
 from cinemesh.data.clips import write_mp4
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.cluster import processes
-from cinemesh.launch.training import checkpoint
 from cinemesh.launch.training import loop as train
+from cinemesh.launch.training.checkpoint.choosing import FOLDER, latest
+from cinemesh.launch.training.checkpoint.loading import load
+from cinemesh.launch.training.checkpoint.manifest import COUNTERS, SAVED_STATES
+from cinemesh.launch.training.checkpoint.saving import Saver
 from cinemesh.launch.training.recipe import check_config
 from cinemesh.launch.training.setting import Setting
 from cinemesh.model.runner import StepRunner
@@ -25,7 +28,7 @@ CAPTIONS = """
 - {name: right, file: a.mp4, first_frame: 20, last_frame: 31, caption: "It waits."}
 """
 RATE = Fraction(24000, 1001)  # frames/s of their clip
-STATES = (*checkpoint.STATES, checkpoint.COUNTERS)
+STATES = (*SAVED_STATES, COUNTERS)
 
 
 @pytest.fixture
@@ -36,6 +39,19 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk on which a checkpoint is written before the next step asks whether it is."""
+    begin = Saver.begin
+
+    def waits(self: Saver, note: dict[str, Any]) -> None:
+        begin(self, note)
+        if self.begun is not None:
+            self.begun.written.exception()
+
+    monkeypatch.setattr(Saver, "begin", waits)
 
 
 @pytest.fixture(scope="session")
@@ -121,9 +137,9 @@ def states(run: Path, values: dict[str, Any]) -> dict[str, Tensor]:
     """Weights, moments, EMA and counters of a run's newest checkpoint, whatever plan wrote it."""
     setting = Setting.of(check_config({**values, "plan": {"dtype": "float32"}}, "test"))
     runner = StepRunner(setting.model, setting.config.plan, setting.batches[0], setting.config.optimizer, None)
-    newest = checkpoint.latest(run / checkpoint.FOLDER)
+    newest = latest(run / FOLDER)
     assert newest is not None
-    checkpoint.load(newest, runner)
+    load(newest, runner)
     return {name: runner.buffers[name].clone() for name in STATES}
 
 

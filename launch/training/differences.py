@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from .chunks import shown
+from .checkpoint.manifest import shown
 from .recipe import Config
 
 RECIPE = "recipe"  # of a checkpoint's note

@@ -2,7 +2,7 @@
 
 Every batch, random number and learning rate is a function of the step, so a run that was stopped and resumed ends with
 the weights, bit by bit, of one that was not (on GPUs: where the recipe asks for deterministic kernels). It is resumed
-from the newest complete checkpoint in its directory.
+from the newest whole checkpoint in its directory; checkpoints are written behind training.
 All samples of a step are of one bucket; the steps of all buckets are captured when the run starts.
 """
 
@@ -24,8 +24,10 @@ from ...model.weights import initial_values
 from ...parallel.runtime import comm
 from ..cluster.environment import world_size
 from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, rank_main
-from . import checkpoint
 from .average import remark
+from .checkpoint.choosing import FOLDER, VALIDATION_LOSS, Keep
+from .checkpoint.loading import resume
+from .checkpoint.saving import Saver
 from .differences import RECIPE, differences, recorded
 from .measured_rows import MeasuredRows
 from .needs import check_training_memory
@@ -38,6 +40,8 @@ from .telemetry import Telemetry
 from .validation import Validation
 
 SKIPPED_LIMIT = 5  # updates in a row that were skipped for a gradient that is not finite, before a run gives up
+FAILED_SAVES_LIMIT = 3  # in a row, before a run gives up: what it would lose by going on is then not small any more
+SAMPLES = "samples"  # of a checkpoint's note: how many of each bucket's stream were taken
 
 
 def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
@@ -85,20 +89,18 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
         kernels=setting.kernels(place.device),
     )
     runner = buckets.first
-    checkpoints = config.logging.directory / checkpoint.FOLDER
-    newest = checkpoint.latest(checkpoints)
-    if newest is None:
+    checkpoints = config.logging.directory / FOLDER
+    resumed = resume(checkpoints, runner)
+    if resumed is None:
         runner.initialise(initial_values(config.seed))
-    else:
-        checkpoint.load(newest, runner)
     telemetry = Telemetry(config.logging.directory, config.schedule.steps, runner.steps_done) if speaks else None
     if telemetry:
         telemetry.say(f"{setting.model.name}: {config.plan.equation()} processes on {place.device}; "
-                      + (f"resumed from {newest}" if newest else "from step 0"))  # fmt: skip
-        for difference in differences(checkpoint.manifest(newest)["note"], config) if newest else ():
+                      + (f"resumed from {resumed.path}" if resumed else "from step 0"))  # fmt: skip
+        for difference in differences(resumed.manifest.note, config) if resumed else ():
             telemetry.say(f"not as in the run so far: {difference}")
-        for broken in checkpoint.incomplete(checkpoints):
-            telemetry.say(f"WARNING: checkpoint {broken} is not whole and was passed over")
+        for error in resumed.damaged if resumed else ():
+            telemetry.say(f"WARNING: {error.problem}; it was passed over")
         for windows in cache.buckets:
             telemetry.say(f"bucket {windows.bucket}: {len(windows.train)} training and {len(windows.validation)} "
                           "validation windows")  # fmt: skip
@@ -108,7 +110,9 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
             telemetry.say(f"steps are NOT captured, on any rank: {failure}; they run from the executor")
         telemetry.say(buckets.report())
     try:
-        _Loop(setting, buckets, cache, checkpoints, telemetry).run(stop)
+        saver = Saver(checkpoints, runner, Keep(config.logging.keep))
+        _Loop(setting, buckets, cache, saver, telemetry).run(stop)
+        saver.close()
     finally:
         if telemetry:
             telemetry.close()
@@ -119,10 +123,12 @@ class _Loop:
     """Steps, with what is reported, validated and saved between them."""
 
     def __init__(
-        self, setting: Setting, runners: BucketRunner, cache: Cache, checkpoints: Path, telemetry: Telemetry | None
+        self, setting: Setting, runners: BucketRunner, cache: Cache, saver: Saver, telemetry: Telemetry | None
     ) -> None:
         self.config, self.runners, self.runner = setting.config, runners, runners.first
-        self.cache, self.checkpoints, self.telemetry = cache, checkpoints, telemetry
+        self.cache, self.saver, self.telemetry = cache, saver, telemetry
+        self.failed_saves = 0  # in a row
+        self.validated: tuple[int, float] | None = None  # step and loss, of the last one
         self.latents = [batch.latent for batch in setting.batches]
         log, data, seed = self.config.logging, self.config.data, self.config.seed
         self.rows = MeasuredRows(self.config, runners, self.latents) if telemetry else None
@@ -174,11 +180,13 @@ class _Loop:
             if log.validate_every and (step % log.validate_every == 0 or step == steps):
                 self._validate(step)
             if log.checkpoint_every and step % log.checkpoint_every == 0:
-                self._save()
+                self._save(step)
                 saved = step
         reports.report(step)
-        if saved != step:
-            self._save()
+        self._publish()
+        if saved != step or self.failed_saves:
+            self._begin_save(step)
+        self._publish(last=True)
 
     def _load(self, step: int, stop: StopSignal) -> list[int] | None:
         """Load this rank's share of every micro-batch: the ids of the whole global batch, or None to stop here.
@@ -189,6 +197,7 @@ class _Loop:
         """
         failure: CinemeshError | None = None
         ids: list[int] = []
+        written = self.saver.written
         try:
             ids = self._fill(step)
         except CinemeshError as error:
@@ -197,10 +206,12 @@ class _Loop:
         if self.runner.mesh is None:
             if failure is not None:
                 raise failure
+            if written:
+                self._publish()
             return None if stop.signum is not None else ids
-        votes = torch.zeros(2 + len(self.latents), dtype=torch.int64)
-        votes[0], votes[1], votes[2 + loaded] = stop.signum is not None, failure is not None, 1
-        stopped, failed, *taken = comm.sum_over_ranks(votes).tolist()
+        votes = torch.zeros(3 + len(self.latents), dtype=torch.int64)
+        votes[0], votes[1], votes[2], votes[3 + loaded] = stop.signum is not None, failure is not None, written, 1
+        stopped, failed, written, *taken = comm.sum_over_ranks(votes).tolist()
         if failed:
             first = comm.first_of(failure)
             assert first is not None
@@ -211,6 +222,8 @@ class _Loop:
                 f"step {step + 1}: the ranks loaded batches of several buckets ({shares}), and a step has one: give "
                 "every rank the same recipe, software and latent cache"
             )
+        if written == self.config.plan.world_size:
+            self._publish()
         return None if stopped else ids
 
     def _fill(self, step: int) -> list[int]:
@@ -228,6 +241,7 @@ class _Loop:
     def _skipped(self, step: int, times: int, loss: float, norm: float, ids: list[int]) -> None:
         what = f"step {step}: loss {loss}, gradient norm {norm}; the update was skipped; samples {ids}"
         if times >= SKIPPED_LIMIT:
+            self._publish()
             raise CinemeshError(
                 f"{what}. That was update {times} in a row: lower optimizer.lr({self.config.optimizer.lr}), or look at "
                 "these samples",
@@ -243,6 +257,7 @@ class _Loop:
         losses = {bucket: validation.loss() for bucket, validation in self.validations.items()}
         weight = sum(self.weights[bucket] for bucket in losses)
         loss = sum(self.weights[bucket] * value for bucket, value in losses.items()) / weight
+        self.validated = step, loss
         if self.telemetry:
             values = {"validation_loss": loss}
             if len(self.latents) > 1:
@@ -252,10 +267,50 @@ class _Loop:
             if step and (said := remark(self.config, self.runner.updates_done)):
                 self.telemetry.say(said)
 
-    def _save(self) -> None:
-        note = {RECIPE: recorded(self.config), FRAME_RATE: str(self.cache.frame_rate)}
-        path = checkpoint.save(self.checkpoints, self.runner, keep=self.config.logging.keep, note=note)
+    def _save(self, step: int) -> None:
+        """Begin a checkpoint, behind training. One that fails is told; several in a row end the run."""
+        self._publish()
+        try:
+            self._begin_save(step)
+        except CinemeshError as error:
+            self._not_saved(error)
+
+    def _begin_save(self, step: int) -> None:
+        sizes = self.config.data.global_batches
+        note = {
+            RECIPE: recorded(self.config),
+            FRAME_RATE: str(self.cache.frame_rate),
+            SAMPLES: [self.bucket[:step].count(bucket) * size for bucket, size in enumerate(sizes)],
+        }
+        if self.validated is not None and self.validated[0] == step:
+            note[VALIDATION_LOSS] = self.validated[1]
+        self.saver.begin(note)
         if self.rows:
             self.rows.write()
+
+    def _publish(self, *, last: bool = False) -> None:
+        """The checkpoint on its way, if there is one, once all ranks have written it. Collective.
+
+        Raises CinemeshError, on every rank, when the ``last`` one cannot be written.
+        """
+        if self.saver.begun is None:
+            return
+        try:
+            path = self.saver.end()
+        except CinemeshError as error:
+            if last:
+                raise
+            self._not_saved(error)
+            return
+        self.failed_saves = 0
         if self.telemetry:
             self.telemetry.say(f"saved {path}")
+
+    def _not_saved(self, error: CinemeshError) -> None:
+        self.failed_saves += 1
+        if self.failed_saves >= FAILED_SAVES_LIMIT:
+            raise CinemeshError(
+                f"{error.problem}. That was checkpoint {self.failed_saves} in a row", remedy=error.remedy
+            ) from error
+        if self.telemetry:
+            self.telemetry.say(f"WARNING: {error}. The run goes on, from the checkpoints before if it must")

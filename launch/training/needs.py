@@ -7,11 +7,12 @@ from ...files import check_output_file, check_output_folder
 from ...kernels.selection import Software
 from ...model.forward import build_velocity
 from ...model.inputs import BatchShape
-from ...model.step import build_step
+from ...model.step import build_step, unit_layout
 from ...parallel.passes.pipeline import prepare
 from ..cluster.environment import device_here, processes_here
 from ..preflight import check_device_memory, check_host_memory
-from . import checkpoint
+from .checkpoint.choosing import FOLDER
+from .checkpoint.saving import copy_bytes
 from .measured_rows import ROWS_FILE
 from .recipe import Config
 from .setting import Setting
@@ -20,7 +21,7 @@ from .setting import Setting
 def check_outputs(config: Config) -> None:
     """Raise CinemeshError for a folder of the run that cannot be written."""
     run = config.logging.directory
-    for folder in (run, *(run / name for name in (checkpoint.FOLDER, "tensorboard", "samples"))):
+    for folder in (run, *(run / name for name in (FOLDER, "tensorboard", "samples"))):
         check_output_folder(folder, "logging.directory")
     check_output_file(run / ROWS_FILE, "logging.directory")
     check_output_file(config.data.cache / CACHE_FILE, "data.cache")
@@ -32,9 +33,10 @@ def check_training_memory(setting: Setting) -> None:
     local, steps = processes_here(config.plan.world_size), config.schedule.steps
     gpus = device_here(config.device, local) != "cpu"
     check_host_memory((), local, steps=steps)  # before anything is built
+    copy = copy_bytes(unit_layout(setting.model, config.plan))
     steps_of = (build_step(setting.model, config.plan, each, config.optimizer) for each in setting.batches)
     programs = [prepare(step, backend="nccl" if gpus else "gloo") for step in steps_of]
-    check_host_memory(programs, local, steps=steps, on_gpus=gpus)
+    check_host_memory(programs, local, steps=steps, beside_bytes=copy, on_gpus=gpus)
     if gpus:
         check_device_memory(programs, Software.here(config.kernels, config.deterministic))
 

@@ -26,8 +26,10 @@ from ..cluster.environment import processes_here, say_device, world_size
 from ..cluster.processes import Joined, joined, launch, rank_main
 from ..progress import progress
 from ..written import wrote
-from . import checkpoint as checkpoints
 from .average import remark
+from .checkpoint.choosing import FOLDER, check_files, latest
+from .checkpoint.loading import load_weights
+from .checkpoint.manifest import check_model, read_manifest
 from .needs import check_sampling_memory
 from .recipe import Config, read_config
 from .setting import Setting
@@ -72,8 +74,8 @@ def run(
     recipe.plan.check_world_size(processes)
     say_device(recipe.device, processes_here(processes))
     check_output_file(out, "--out")
-    folder = recipe.logging.directory / checkpoints.FOLDER
-    newest = checkpoint or checkpoints.latest(folder)
+    folder = recipe.logging.directory / FOLDER
+    newest = checkpoint or latest(folder)
     if newest is None:
         raise CinemeshError(
             f"no checkpoint in {folder}", remedy="train with this recipe first, or name one with --checkpoint"
@@ -84,10 +86,11 @@ def run(
     if cuts := setting.encoding.cuts({"the prompt": prompt}):
         taken = ", ".join(f"text encoder {cut.encoder} takes {cut.tokens} of its {cut.length} tokens" for cut in cuts)
         print(f"the prompt is cut: {taken}", file=sys.stderr)
-    checkpoints.check_model(newest, setting.model)
-    written = checkpoints.manifest(newest)  # format 1: an average that did not warm up
-    order = ClipOrder(recipe, newest, prompt, out, _frame_rate(newest, written["note"]))
-    if said := remark(recipe, written["updates"], warms_up=written["format"] > 1):
+    written = read_manifest(newest)
+    check_model(newest, written, setting.model)
+    check_files(newest, written)
+    order = ClipOrder(recipe, newest, prompt, out, _frame_rate(newest, written.note))
+    if said := remark(recipe, written.updates):
         print(said, file=sys.stderr)
     code = launch(nproc, sample, order) if nproc and nproc > 1 else rank_main(lambda: sample(order))
     if code:
@@ -117,7 +120,7 @@ def sample(order: ClipOrder) -> None:
         units = unit_layout(setting.model, plan)
         position = place.mesh.coordinates if place.mesh else coordinates(plan, 0)
         weights = torch.empty(1, units.flat_elements, dtype=TORCH_DTYPES[plan.stat_dtype], device=place.device)
-        checkpoints.load_weights(order.checkpoint, order.config.weights, weights, units, position)
+        load_weights(order.checkpoint, order.config.weights, weights, units, position)
         for clip in sample_clips(setting, place, weights, [order.prompt]):
             write_mp4(order.out, clip[: order.config.sampled.frames], order.frame_rate)
             about = f"{float(order.frame_rate):.4g} frames/s"

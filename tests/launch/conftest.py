@@ -3,3 +3,4 @@
 from training import clips as clips
 from training import one_process as one_process
 from training import values as values
+from training import written_at_once as written_at_once

@@ -19,7 +19,9 @@ from cinemesh.data.cache import CACHE_FILE
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.cluster import processes
 from cinemesh.launch.cluster.processes import Joined
-from cinemesh.launch.training import checkpoint
+from cinemesh.launch.training.checkpoint import saving
+from cinemesh.launch.training.checkpoint.choosing import FOLDER
+from cinemesh.launch.training.checkpoint.manifest import COUNTERS
 from cinemesh.launch.training.recipe import check_config
 from cinemesh.launch.training.setting import Setting
 from cinemesh.launch.training.telemetry import read_metrics
@@ -231,9 +233,9 @@ def test_a_checkpoint_of_another_model(
 def test_too_little_disk_for_a_checkpoint(
     values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(saving, "free_bytes", lambda path: 1000)
     assert "1,000 free" in failure(values, tmp_path, capsys)
-    assert not list((tmp_path / "run" / checkpoint.FOLDER).iterdir())
+    assert not list((tmp_path / "run" / FOLDER).iterdir())
 
 
 def blow_up(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
@@ -254,7 +256,7 @@ def test_a_gradient_that_is_not_finite_skips_the_update_and_is_told(
     assert start(values, tmp_path) == 0
     out = capsys.readouterr().out
     assert out.count("the update was skipped; samples [") == 2 and "step 4: loss inf" in out
-    assert states(tmp_path / "run", values)[checkpoint.COUNTERS].flatten().tolist() == [6, 4]
+    assert states(tmp_path / "run", values)[COUNTERS].flatten().tolist() == [6, 4]
     losses = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
     assert len(losses) == 3 and all(loss < 10 for loss in losses)
 
@@ -265,4 +267,4 @@ def test_gradients_that_stay_infinite_end_the_run(
     blow_up(monkeypatch, {2, 3, 4, 5, 6})
     message = failure(values, tmp_path, capsys)
     assert "step 6: loss inf" in message and "update 5 in a row" in message and "samples [" in message
-    assert not (tmp_path / "run" / checkpoint.FOLDER).exists()  # nothing worth saving
+    assert not (tmp_path / "run" / FOLDER).exists()  # nothing worth saving

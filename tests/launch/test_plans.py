@@ -10,7 +10,8 @@ from training import recipe
 from cinemesh.errors import CinemeshError
 from cinemesh.launch import train as entry
 from cinemesh.launch.plans import plan_override, read_plan
-from cinemesh.launch.training import checkpoint
+from cinemesh.launch.training.checkpoint.choosing import FOLDER, latest
+from cinemesh.launch.training.checkpoint.manifest import read_manifest
 from cinemesh.launch.training.recipe import read_config, read_recipe
 from cinemesh.parallel.ir.plan import Plan
 
@@ -91,7 +92,7 @@ def test_torchruns_entry_trains_by_a_plan_file_and_says_what_next(
     with pytest.raises(SystemExit) as done:
         entry.main()
     assert done.value.code == 0
-    newest = checkpoint.latest(tmp_path / "run" / checkpoint.FOLDER)
-    assert newest is not None and Plan.from_dict(checkpoint.manifest(newest)["plan"]) == read_plan(str(best))
+    newest = latest(tmp_path / "run" / FOLDER)
+    assert newest is not None and Plan.from_dict(read_manifest(newest).plan) == read_plan(str(best))
     told = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("wrote "))
     assert told.startswith(f"wrote {newest}; next: cinemesh sample {config} ")

@@ -20,7 +20,9 @@ from benchmarks.on_card.machine import driver
 from benchmarks.on_card.stage import Here, cluster_of
 from torch import Tensor
 
-from cinemesh.launch.training import checkpoint
+from cinemesh.launch.training.checkpoint.loading import load
+from cinemesh.launch.training.checkpoint.manifest import COUNTERS, SAVED_STATES
+from cinemesh.launch.training.checkpoint.saving import save
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import Optimizer
 from cinemesh.model.weights import initial_values
@@ -104,15 +106,15 @@ def resumed(here: Here, runner: StepRunner) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(dir=here.folder))
     try:
         begun = time.monotonic()
-        path = checkpoint.save(folder, runner)
+        path = save(folder, runner)
         found["save_s"] = round(time.monotonic() - begun, 2)
-        saved = {name: bits(runner.buffers[name]) for name in (*checkpoint.STATES, checkpoint.COUNTERS)}
+        saved = {name: bits(runner.buffers[name]) for name in (*SAVED_STATES, COUNTERS)}
         runner.step(LR)
         loss = runner.loss.item()
         for name in saved:
             runner.buffers[name].zero_()
         begun = time.monotonic()
-        checkpoint.load(path, runner)
+        load(path, runner)
         found["load_s"] = round(time.monotonic() - begun, 2)
         found["states_bitwise"] = saved == {name: bits(runner.buffers[name]) for name in saved}
         runner.step(LR)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from training import in_two_buckets, start
 
-from cinemesh.launch.training import checkpoint
+from cinemesh.launch.training.checkpoint.choosing import FOLDER, latest
 from cinemesh.launch.training.differences import RECIPE, differences, recorded
 from cinemesh.launch.training.recipe import Config, check_config
 from cinemesh.parallel.ir.plan import Plan
@@ -79,7 +79,7 @@ def test_a_resume_with_other_settings_tells_them(
     assert told[:2] == [[], []]
     assert sorted(told[2]) == ["data.balance: 0.0 -> 0.5", "optimizer.lr: 0.01 -> 0.02", "schedule.steps: 2 -> 3"]
     assert sorted(told[3]) == ["data.balance: 0.5 -> 0.0", "optimizer.lr: 0.02 -> 0.01"]
-    newest = checkpoint.latest(tmp_path / "run" / checkpoint.FOLDER)
+    newest = latest(tmp_path / "run" / FOLDER)
     assert newest is not None and newest.name == "step-00000003"
 
 

@@ -24,8 +24,10 @@ from cinemesh.data.order import Stream, turns
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels.reference import Kernel
 from cinemesh.launch.cluster.processes import Joined, StopSignal
-from cinemesh.launch.training import checkpoint, showcase
 from cinemesh.launch.training import loop as train
+from cinemesh.launch.training import showcase
+from cinemesh.launch.training.checkpoint.choosing import FOLDER, latest
+from cinemesh.launch.training.checkpoint.manifest import read_manifest
 from cinemesh.launch.training.loop import train_steps
 from cinemesh.launch.training.recipe import check_config
 from cinemesh.launch.training.sample import FRAME_RATE
@@ -165,13 +167,13 @@ def test_a_killed_job_resumes_to_the_same_bits_and_torchrun_gives_them_too(clips
         cinemesh("train", recipes[1], "--nproc", 2), env=environment, start_new_session=True, stdout=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
-    while checkpoint.latest(folders[1] / "run" / checkpoint.FOLDER) is None and time.monotonic() < deadline:
+    while latest(folders[1] / "run" / FOLDER) is None and time.monotonic() < deadline:
         assert killed.poll() is None
         time.sleep(0.01)
     for process in _tree(killed.pid):
         os.kill(process, signal.SIGKILL)
     killed.wait()
-    newest = checkpoint.latest(folders[1] / "run" / checkpoint.FOLDER)
+    newest = latest(folders[1] / "run" / FOLDER)
     assert newest is not None and newest.name < "step-00000060"
     subprocess.run(cinemesh("train", recipes[1], "--nproc", 2), check=True, env=environment, timeout=300)
 
@@ -419,8 +421,8 @@ def test_a_finished_run_shows_a_clip_of_each_scene(
     scores = json.loads((folder / showcase.SCORES).read_text())
     assert [score["scene"] for score in scores] == ["left", "right"]
     assert frame_rate(folder / "left.mp4") == frame_rate(folder / "right.mp4") == RATE
-    newest = checkpoint.latest(tmp_path / "run/checkpoints")
-    assert newest and checkpoint.manifest(newest)["note"][FRAME_RATE] == str(RATE)
+    newest = latest(tmp_path / "run/checkpoints")
+    assert newest and read_manifest(newest).note[FRAME_RATE] == str(RATE)
     out = capsys.readouterr().out
     assert "left: " in out and showcase.reading([showcase.Score(**score) for score in scores], BlockDCTCodec()) in out
 

@@ -79,7 +79,7 @@ def test_a_run_on_processes_gives_rows_that_validate_predicts(pool: Pool, clips:
 
 
 def test_an_interrupted_run_has_its_rows_and_a_resumed_one_keeps_them(
-    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written_at_once: None
 ) -> None:
     """It dies in step 9 of 16 with a checkpoint at 8: five steps behind the warm-up are told, of either start."""
     values["schedule"]["steps"] = 16

@@ -14,7 +14,9 @@ from cinemesh.errors import CinemeshError
 from cinemesh.kernels import selection
 from cinemesh.launch import train as entry
 from cinemesh.launch.cluster.processes import Joined, StopSignal
-from cinemesh.launch.training import checkpoint, resolve, resolved
+from cinemesh.launch.training import resolve, resolved
+from cinemesh.launch.training.checkpoint.choosing import FOLDER, latest
+from cinemesh.launch.training.checkpoint.manifest import read_manifest
 from cinemesh.launch.training.loop import train_steps
 from cinemesh.launch.training.predicted import Predicted
 from cinemesh.launch.training.recipe import read_config, read_recipe
@@ -83,8 +85,8 @@ def test_a_run_is_resolved_once_kept_by_a_resume_and_resolved_again_on_another_w
     assert f"{run / resolved.FILE} is of 2 processes, this job of 1: planned again" in capsys.readouterr().err
     other = Resolved.read(run)
     assert other is not None and other.plan.world_size == 1
-    newest = checkpoint.latest(run / checkpoint.FOLDER)
-    assert newest is not None and checkpoint.manifest(newest)["plan"] == other.plan.to_dict()
+    newest = latest(run / FOLDER)
+    assert newest is not None and read_manifest(newest).plan == other.plan.to_dict()
     rows = [row["step"] for row in read_metrics(run) if "loss" in row]
     assert rows == sorted(rows) and rows[-1] == 6  # it went on from step 4
 

@@ -1,6 +1,5 @@
 """From a prompt to an mp4 file: the command on one process, and the clips of many prompts under any plan."""
 
-import json
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from checkpoints import body_of, rewrite
 from harness import Pool
 from torch import Tensor
 
@@ -17,7 +17,8 @@ from cinemesh.data.text import ByteEncoder
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels.reference import REFERENCE
 from cinemesh.launch.cluster.processes import Joined
-from cinemesh.launch.training import checkpoint, sample, showcase
+from cinemesh.launch.training import sample, showcase
+from cinemesh.launch.training.checkpoint.saving import save
 from cinemesh.launch.training.recipe import check_config
 from cinemesh.launch.training.setting import Setting
 from cinemesh.model.codec import BlockDCTCodec, psnr
@@ -138,7 +139,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     fill_shard(runner.buffers["ema"], runner.units, runner.coordinates, probe_values(2))
     for step in (3, 12):
         runner.buffers["counters"].fill_(step)
-        checkpoint.save(Path("run/checkpoints"), runner, note={sample.FRAME_RATE: "30000/1001"})
+        save(Path("run/checkpoints"), runner, note={sample.FRAME_RATE: "30000/1001"})
     return path
 
 
@@ -183,29 +184,24 @@ def test_run_writes_the_clip_of_the_weights_that_are_asked_for(
 
 
 def test_weights_that_are_the_random_start_are_told(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a short run, and of an average that was made before its decay warmed up: 0.999 ** 12 of it is the start."""
-    manifest = Path("run/checkpoints/step-00000012") / checkpoint.MANIFEST
-    written = json.loads(manifest.read_text())
-    assert written["updates"] == 12
-    for changed, share in (({"updates": 2}, "4.5%"), ({"format": 1}, "98.8%")):
-        manifest.write_text(json.dumps({**written, "updates": 12, **changed}))
-        call(recipe)
-        assert f"the random start still weighs {share} in the average" in capsys.readouterr().err
-        call(recipe, weights="master")
-        assert "random start" not in capsys.readouterr().err
+    path = Path("run/checkpoints/step-00000012")
+    rewrite(path, body_of(path) | {"updates": 2})
+    call(recipe)
+    assert "the random start still weighs 4.5% in the average" in capsys.readouterr().err
+    call(recipe, weights="master")
+    assert "random start" not in capsys.readouterr().err
 
 
 def test_a_rate_that_a_checkpoint_lacks_is_told_and_a_damaged_one_refused(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    manifest = Path("run/checkpoints/step-00000012") / checkpoint.MANIFEST
-    written = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**written, "note": {}}))
+    path = Path("run/checkpoints/step-00000012")
+    rewrite(path, body_of(path) | {"note": {}})
     call(recipe)
     assert "step-00000012 does not say at how many frames/s its clips play: 25\n" in capsys.readouterr().err
     assert frame_rate(Path("out/clip.mp4")) == 25
     for damaged in ("fast", "1/0", "0", "-25", "1e9", None, [25]):
-        manifest.write_text(json.dumps({**written, "note": {sample.FRAME_RATE: damaged}}))
+        rewrite(path, body_of(path) | {"note": {sample.FRAME_RATE: damaged}})
         with pytest.raises(CinemeshError, match=r"step-00000012 .*frames/s"):
             call(recipe)
 
@@ -239,7 +235,7 @@ def test_diverged_weights_make_no_file(recipe: Path, capsys: pytest.CaptureFixtu
     runner = StepRunner(MODEL, Plan(dtype="float32"), BatchShape(2, LATENT), Optimizer(), None)
     runner.buffers["ema"].fill_(torch.nan)
     runner.buffers["counters"].fill_(99)
-    checkpoint.save(Path("run/checkpoints"), runner)
+    save(Path("run/checkpoints"), runner)
     with pytest.raises(SystemExit) as stop:
         call(recipe)
     assert stop.value.code == 2 and "not finite" in capsys.readouterr().err

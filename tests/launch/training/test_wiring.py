@@ -6,7 +6,6 @@ A value that is read, checked and never reaches its user passes every other test
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import pairwise
@@ -16,18 +15,19 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 import yaml
+from checkpoints import plain_states
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from training import CAPTIONS, RATE, recipe
 
 from cinemesh.data.clips import read_frames, write_mp4
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels.philox import Purpose
 from cinemesh.launch import train as entry
-from cinemesh.launch.training import checkpoint, resolve, showcase
 from cinemesh.launch.training import loop as train
+from cinemesh.launch.training import resolve, showcase
 from cinemesh.launch.training import sample as sampling
 from cinemesh.launch.training import setting as setting_of
+from cinemesh.launch.training.checkpoint.choosing import FOLDER
 from cinemesh.launch.training.recipe import Config, check_config
 from cinemesh.launch.training.setting import Setting
 from cinemesh.launch.training.telemetry import read_metrics
@@ -183,7 +183,7 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
     did["reported"] = [row["step"] for row in run.rows if "loss" in row]
     did["validated"] = [row["step"] for row in run.rows if "validation_loss" in row]
     did["validation"] = [row["validation_loss"] for row in run.rows if "validation_loss" in row]
-    did["checkpoints"] = sorted(path.name for path in (directory / checkpoint.FOLDER).iterdir())
+    did["checkpoints"] = sorted(path.name for path in (directory / FOLDER).iterdir())
     did["files"] = sorted(path.name for path in directory.iterdir())
     did["directory"], did["cache"] = directory.name, Path(values["data"]["cache"]).name
     return run
@@ -367,13 +367,9 @@ def test_reports_are_means_since_the_last_one(before: Run) -> None:
 
 
 def read_back(run: Run, state: str) -> dict[str, Tensor]:
-    """A state of the last checkpoint by name, through torch's own reader."""
-    path = Path(run.values["logging"]["directory"]) / checkpoint.FOLDER / run.did["checkpoints"][-1]
-    tensors = {f"{state}/{name}": torch.full(shape, torch.nan) for name, shape in run.did["parameters"].items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is one process
-        dcp_load(tensors, checkpoint_id=path, no_dist=True)
-    return {name.partition("/")[2]: value.double() for name, value in tensors.items()}
+    """A state of the last checkpoint by name, read without the package."""
+    path = Path(run.values["logging"]["directory"]) / FOLDER / run.did["checkpoints"][-1]
+    return {name: value.double() for name, value in plain_states(path)[state].items()}
 
 
 def clip_of(run: Run, weights: dict[str, Tensor]) -> Tensor:

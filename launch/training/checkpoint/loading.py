@@ -1,0 +1,216 @@
+"""Loading: each rank reads, from whatever files hold it, what it needs, and believes no block whose digest differs.
+
+By the manifest alone: no rank asks another what to read, and nothing of a file but its bytes is looked at.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ....errors import CinemeshError, in_a_line
+from ....kernels.dtypes import TORCH_DTYPES
+from ....model.runner import StepRunner
+from ....parallel.ir.units import Units
+from ....parallel.runtime.comm import first_of, sum_over_ranks
+from .choosing import none_whole, published
+from .digests import block_digest, digest, state_sums
+from .layout import SHARDING, Coordinates, Copy, Layout, Piece
+from .manifest import (
+    COUNTERS,
+    SAVED_STATES,
+    Damaged,
+    Manifest,
+    ShardFile,
+    check_model,
+    check_shapes,
+    check_size,
+    read_manifest,
+)
+from .together import together
+from .writing import MOST_THREADS
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that was loaded, and those newer ones that are damaged."""
+
+    path: Path
+    manifest: Manifest
+    damaged: list[Damaged]
+
+
+def resume(directory: Path, runner: StepRunner) -> Resumed | None:
+    """Load the newest whole checkpoint, or None where there is none at all. Collective.
+
+    Raises CinemeshError, on all ranks, where there are only damaged ones: that is no reason to begin from step 0; and
+    as :func:`load` does for one that is whole and cannot be gone on from.
+    """
+    damaged: list[Damaged] = []
+    paths: list[Path] | None = published(directory)
+    if runner.mesh is not None:
+        paths = first_of(paths)  # rank 0's: another may still see what is gone
+    for path in paths or ():
+        try:
+            return Resumed(path, load(path, runner), damaged)
+        except Damaged as error:
+            damaged.append(error)
+    if damaged:
+        raise none_whole(damaged)
+    return None
+
+
+def load(path: Path, runner: StepRunner) -> Manifest:
+    """Read a checkpoint, written under any plan, into the states and counters of ``runner``, bit by bit. Collective.
+
+    Raises, on all ranks, Damaged when it is not as it was written, and CinemeshError when it is of another model or
+    dtype, or holds not all states; those of ``runner`` are then undefined.
+    """
+    targets = {state: runner.buffers[state].view(-1) for state in SAVED_STATES}
+    here, at = Layout.of(runner.units), runner.coordinates
+
+    def check() -> Manifest:
+        found = read_manifest(path)
+        check_model(path, found, runner.config)
+        if missing := [state for state in SAVED_STATES if state not in found.states]:
+            raise CinemeshError(
+                f"checkpoint {path} holds {', '.join(found.states)} and no {', '.join(missing)}",
+                remedy="go on from one that a run wrote; cinemesh sample takes weights alone",
+            )
+        for state, target in targets.items():
+            there = TORCH_DTYPES[found.states[state]]
+            if there != target.dtype:
+                raise CinemeshError(
+                    f"checkpoint {path} holds {state} as {there}, this plan as {target.dtype}",
+                    remedy="resume with the dtype policy that wrote it (plan.dtype)",
+                )
+        return found
+
+    found = together(runner.mesh, check)
+    together(runner.mesh, lambda: read_states(path, found, here, at, targets))
+    runner.buffers[COUNTERS].copy_(torch.tensor([found.step, found.updates]))
+    sums = [0] * len(targets) if at["dp_replicate"] else state_sums(here.runs(at), list(targets.values()))
+    if runner.mesh is not None:
+        sums = sum_over_ranks(torch.tensor(sums)).tolist()
+    for state, of in zip(targets, sums, strict=True):
+        if digest(of) != found.digests[state]:
+            raise Damaged(path, f"{state} as it was put together has digest {digest(of)}, not {found.digests[state]}")
+    return found
+
+
+def load_weights(path: Path, which: str, flat: Tensor, units: Units, coordinates: Coordinates) -> None:
+    """Read the ``master`` or ``ema`` weights into one rank's flat shard, cast to its dtype. Each rank for itself.
+
+    Raises CinemeshError as :func:`load` does.
+    """
+    found = read_manifest(path)
+    if which not in found.states:
+        raise CinemeshError(
+            f"checkpoint {path} holds {', '.join(found.states)} and no {which}", remedy="take others with weights: NAME"
+        )
+    read_states(path, found, Layout.of(units), coordinates, {which: flat.view(-1)})
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Elements ``first`` to ``last`` of a shard, in a file."""
+
+    part: ShardFile
+    number: int
+    first: int
+    last: int
+
+
+def read_states(path: Path, found: Manifest, here: Layout, at: Coordinates, targets: dict[str, Tensor]) -> None:
+    """What lies at these coordinates ``here``, of every state into its flat target; padding becomes zero.
+
+    Targets lie on any one device, and may have other dtypes. Raises Damaged for what is not as it was written, and
+    CinemeshError for another model.
+    """
+    check_shapes(path, found, here)
+    for target in targets.values():
+        target.zero_()
+    blocks = _needed(found, list(here.runs(at)))
+
+    def read(item: tuple[_Block, list[Copy]]) -> None:
+        block, copies = item
+        try:
+            file = os.open(path / block.part.name, os.O_RDONLY)
+        except OSError as error:
+            raise Damaged(path, f"{block.part.name}: {in_a_line(error)}") from error
+        try:
+            check_size(path, block.part, os.fstat(file).st_size)
+            if block.number == 0:
+                header = _bytes(file, found.data_begin(block.part, next(iter(found.states))), 0)
+                if block_digest(header) != block.part.header:
+                    raise Damaged(path, f"the header of {block.part.name} is not what was written")
+            for state, target in targets.items():
+                values = _values(path, found, file, block, state)
+                for copy in copies:
+                    _copy(values, target, copy)
+        except OSError as error:
+            raise Damaged(path, f"{block.part.name}: {in_a_line(error)}") from error
+        finally:
+            os.close(file)
+
+    with ThreadPoolExecutor(min(MOST_THREADS, torch.get_num_threads())) as threads:
+        for _ in threads.map(read, blocks):
+            pass
+
+
+def _needed(found: Manifest, wanted: list[Piece]) -> list[tuple[_Block, list[Copy]]]:
+    """Blocks that hold what is wanted, and what is to be copied out of each."""
+    parts: dict[tuple[int, ...], list[ShardFile]] = defaultdict(list)
+    for part in found.files:
+        parts[_key(part.at)].append(part)
+    needed: dict[tuple[str, int], tuple[_Block, list[Copy]]] = {}
+    for run in wanted:
+        for at, held in found.layout.holders(run):
+            for part in parts[_key(at)]:
+                if (inside := held.within(part.start, part.stop)) is None:
+                    continue
+                end = inside.position + inside.stop - inside.start
+                for number in range(inside.position // found.block_elements, -(-end // found.block_elements)):
+                    first = number * found.block_elements
+                    last = min(first + found.block_elements, part.stop - part.start)
+                    piece = inside.within(first, last)
+                    assert piece is not None
+                    if copies := list(piece.copies_to(run)):
+                        block = _Block(part, number, first, last)
+                        needed.setdefault((part.name, number), (block, []))[1].extend(copies)
+    return list(needed.values())
+
+
+def _key(at: Coordinates) -> tuple[int, ...]:
+    return tuple(at[axis] for axis in SHARDING)
+
+
+def _values(path: Path, found: Manifest, file: int, block: _Block, state: str) -> Tensor:
+    """A block of a state. Raises Damaged when it is not what was written."""
+    item = found.item_bytes(state)
+    begin = found.data_begin(block.part, state) + block.first * item
+    data = _bytes(file, (block.last - block.first) * item, begin)
+    if block_digest(data) != block.part.blocks[state][block.number]:
+        raise Damaged(path, f"{block.part.name} is not what was written, in block {block.number} of {state}")
+    return torch.frombuffer(data, dtype=TORCH_DTYPES[found.states[state]])
+
+
+def _bytes(file: int, size: int, offset: int) -> bytearray:
+    """Fewer where the file ends."""
+    data = bytearray(size)
+    view = memoryview(data)
+    while view and (count := os.preadv(file, [view], offset)):
+        view, offset = view[count:], offset + count
+    return data
+
+
+def _copy(values: Tensor, target: Tensor, copy: Copy) -> None:
+    source = values.as_strided((copy.rows, copy.columns), (copy.source_stride, 1), copy.source)
+    begin = target.storage_offset() + copy.target
+    target.as_strided((copy.rows, copy.columns), (copy.target_stride, 1), begin).copy_(source)

@@ -1,0 +1,359 @@
+"""The manifest of a checkpoint: everything that a reader must know, and how what is damaged or foreign is told.
+
+A JSON file of three lines; the second is the body, and the first has its digest:
+
+    {"format": 3, "sha256": "...", "body":
+    {"step": 100, ..., "layout": {...}, "files": [...]}
+    }
+
+It is written when all else of a checkpoint is there. Nothing of it is believed before it was checked.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+import subprocess
+from dataclasses import MISSING, asdict, dataclass, fields
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ....documents import exactly, file_text, parse_json, quoted
+from ....errors import CinemeshError
+from ....files import file_name
+from ....kernels.dtypes import TORCH_DTYPES
+from ....model.config import ModelConfig
+from .digests import block_digest
+from .layout import SHARDING, Coordinates, FlatParameter, FlatUnit, Layout
+
+# Raise it when names or what they mean change, or what the next step does with them.
+FORMAT = 3
+LAST_DCP_COMMIT = "f947c57"  # read formats 1 and 2: files of torch.distributed.checkpoint, 2026-11-29
+MANIFEST = "cinemesh.json"
+SAVED_STATES = ("master", "exp_avg", "exp_avg_sq", "ema")
+COUNTERS = "counters"  # (step, updates): numbers of the manifest, a buffer of a runner
+
+RESTORE = "restore the file, or move this checkpoint away: the run then goes on from an earlier one, or from step 0"
+OTHER_MODEL = "load it with the recipe that wrote it, or name another checkpoint or output directory"
+_OTHER_VERSION = "read it with the version that wrote it, or train anew in another logging.directory"
+_NAME = re.compile(r"step-(\d{8,})")
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+class Damaged(CinemeshError):
+    """A checkpoint is not as it was written: an earlier one may be whole."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(f"checkpoint {path} is damaged: {what}", remedy=RESTORE)
+        self.path, self.damage = path, what
+        self.args = (path, what)  # what makes it again, on another rank
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One file: elements ``start`` to ``stop`` of the flat shard at coordinates ``at``, one state behind the other.
+
+    ``header``: digest of what stands before the states. ``blocks``: of every state, those of its blocks.
+    """
+
+    name: str
+    size_bytes: int
+    at: Coordinates
+    start: int
+    stop: int
+    header: str
+    blocks: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is and where it lies.
+
+    ``states``: dtype by state, in the order of the files. ``block_elements``: of every state, from one digest to the
+    next. ``digests``: of every state, one that no plan changes. ``note``: JSON values of the run.
+    """
+
+    step: int
+    updates: int
+    model: dict[str, Any]
+    plan: dict[str, Any]
+    code: dict[str, Any]
+    note: dict[str, Any]
+    states: dict[str, str]
+    digests: dict[str, str]
+    block_elements: int
+    layout: Layout
+    files: tuple[ShardFile, ...]
+
+    def item_bytes(self, state: str) -> int:
+        return TORCH_DTYPES[self.states[state]].itemsize
+
+    def data_begin(self, part: ShardFile, state: str) -> int:
+        """Where a state begins in a file."""
+        behind = list(self.states)[list(self.states).index(state) :]
+        return part.size_bytes - sum(map(self.item_bytes, behind)) * (part.stop - part.start)
+
+    def text(self) -> str:
+        """As it is written."""
+        return sealed(FORMAT, json.dumps(asdict(self), separators=(",", ":")))
+
+
+@functools.cache
+def code_here() -> dict[str, str | None]:
+    """Versions of what computes; the commit where this is a checkout of git."""
+    root = Path(__file__).parents[3]
+    try:
+        found = subprocess.run(("git", "-C", root, "rev-parse", "HEAD"), capture_output=True, text=True, timeout=10)
+        commit = found.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    return {"cinemesh": version("cinemesh"), "commit": commit, "torch": torch.__version__}
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Of the checkpoint in folder ``path``, checked in itself; no other file is looked at.
+
+    Raises Damaged when it is not as it was written or contradicts itself, and CinemeshError when it is of another
+    format or not there.
+    """
+    if not (path / MANIFEST).is_file() and path.is_dir():
+        raise Damaged(path, f"it has no {MANIFEST}, which is written when all else is there")
+    try:
+        text = file_text(path / MANIFEST, "the manifest", "name a complete checkpoint, a step-* folder of a run")
+        found = parse_json(text, "the manifest", "")
+    except CinemeshError as error:
+        if not path.is_dir():
+            raise
+        raise Damaged(path, error.problem) from None
+    written_by = found.get("format") if isinstance(found, dict) else None
+    if type(written_by) is int and "sha256" not in found and written_by != FORMAT:
+        since = f"commit {LAST_DCP_COMMIT} reads it" if written_by < FORMAT else "a later version wrote it"
+        raise CinemeshError(
+            f"checkpoint {path} has format {written_by}, this version reads {FORMAT}: {since}", remedy=_OTHER_VERSION
+        )
+    if type(written_by) is not int or text != sealed(written_by, *text.split("\n")[1:2]):
+        raise Damaged(path, f"{MANIFEST} is not as it was written")
+    if written_by != FORMAT:
+        raise CinemeshError(
+            f"checkpoint {path} has format {written_by}, this version reads {FORMAT}: a later version wrote it",
+            remedy=_OTHER_VERSION,
+        )
+    try:
+        manifest = _manifest(found.get("body"))
+    except CinemeshError as error:
+        raise Damaged(path, f"{MANIFEST}: {error.problem}") from None
+    if step_of(path) not in (None, manifest.step):
+        raise Damaged(path, f"it is of step {manifest.step}")
+    return manifest
+
+
+def step_folder(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """By its folder's name, or None for a folder that is not named so."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def check_size(path: Path, part: ShardFile, there: int | None) -> None:
+    """Raise Damaged unless a file has its size; ``there`` is what it has, None where it is missing."""
+    if there != part.size_bytes:
+        state = "is missing" if there is None else f"has {there:,} bytes"
+        raise Damaged(path, f"{part.name} {state}, it was written with {part.size_bytes:,} bytes")
+
+
+def sealed(number: int, body: str = "") -> str:
+    """A manifest with this body, which is one line."""
+    digest = block_digest(f"{number}\n{body}".encode())
+    return f'{{"format": {number}, "sha256": "{digest}", "body":\n{body}\n}}\n'
+
+
+# -- what a body must be ----------------------------------------------------------------------------------------------
+
+
+def _manifest(body: object) -> Manifest:
+    kinds = {field.name: _KINDS.get(field.name, dict) for field in fields(Manifest)}
+    found = exactly(body, "the body", kinds, remedy=RESTORE)
+    for key in ("step", "updates", "block_elements"):
+        _whole(found[key], key, least=int(key == "block_elements"))
+    states = found["states"]
+    if not states or any(not isinstance(dtype, str) or dtype not in TORCH_DTYPES for dtype in states.values()):
+        raise _wrong("states", states)
+    if found["digests"].keys() != states.keys() or not all(isinstance(v, str) for v in found["digests"].values()):
+        raise _wrong("digests", found["digests"])
+    encoders = found["model"].get("encoders")
+    if not isinstance(encoders, list) or not all(
+        isinstance(e, dict) and {"name", "width"} <= e.keys() for e in encoders
+    ):
+        raise _wrong("encoders", encoders)
+    layout = _layout(found["layout"])
+    files = tuple(_part(each, f"file {number}", layout) for number, each in enumerate(found["files"]))
+    made = Manifest(**(found | {"layout": layout, "files": files}))
+    _check_files(made)
+    return made
+
+
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("step", "updates", "block_elements"), int),
+    "files": list,
+}
+
+
+def _wrong(what: str, value: object) -> CinemeshError:
+    return CinemeshError(f"{what} is {quoted(value)}")
+
+
+def _whole(value: object, what: str, *, least: int = 0) -> int:
+    if type(value) is not int or value < least:
+        raise _wrong(what, value)
+    return value
+
+
+def _layout(value: object) -> Layout:
+    found = exactly(value, "layout", {"degrees": dict, "units": list}, remedy=RESTORE)
+    degrees = exactly(found["degrees"], "degrees", dict.fromkeys(SHARDING, int), remedy=RESTORE)
+    for axis, size in degrees.items():
+        _whole(size, axis, least=1)
+    units = tuple(_unit(each, f"unit {number}", degrees) for number, each in enumerate(found["units"]))
+    layout = Layout(degrees, units)
+    if not units:
+        raise _wrong("units", [])
+    names = [parameter.name for unit in units for parameter in unit.parameters]
+    if len(set(names)) < len(names):
+        raise _wrong("a name of two parameters", max(names, key=names.count))
+    spans = [(unit.position, unit.position + layout.shard_elements(unit), unit.name) for unit in units]
+    _apart(spans)
+    return layout
+
+
+def _unit(value: object, where: str, degrees: Coordinates) -> FlatUnit:
+    kinds = {"name": str, "elements": int, "axes": list, "position": int, "parameters": list}
+    found = exactly(value, where, kinds, remedy=RESTORE)
+    axes = found["axes"]
+    if sorted(map(str, axes)) not in (sorted(SHARDING), sorted(set(SHARDING) - {"tp"})):
+        raise _wrong(f"axes of {where}", axes)
+    shards = math.prod(degrees[axis] for axis in axes)
+    elements = _whole(found["elements"], f"elements of {where}", least=1)
+    if elements % shards:
+        raise _wrong(f"elements of {where}, over {shards} shards,", elements)
+    _whole(found["position"], f"position of {where}")
+    tp = 1 if "tp" in axes else degrees["tp"]
+    parameters = tuple(
+        _parameter(each, f"parameter {number} of {where}", tp) for number, each in enumerate(found["parameters"])
+    )
+    ends = [(p.offset, p.offset + math.prod(p.shape) // tp, p.name) for p in parameters]
+    _apart([*ends, (elements, elements, "the end")])
+    return FlatUnit(found["name"], elements, tuple(axes), found["position"], parameters)
+
+
+def _parameter(value: object, where: str, tp: int) -> FlatParameter:
+    kinds = {"name": str, "shape": list, "tp_dim": int | None, "offset": int}
+    found = exactly(value, where, kinds, remedy=RESTORE)
+    shape, dim = found["shape"], found["tp_dim"]
+    for size in shape:
+        _whole(size, f"a dim of {where}", least=1)
+    if dim is not None and (_whole(dim, f"tp_dim of {where}") >= len(shape) or shape[dim] % tp):
+        raise _wrong(f"tp_dim of {where}, over tp({tp}),", dim)
+    if dim is None and tp > 1:
+        raise _wrong(f"tp_dim of {where}, over tp({tp}),", dim)
+    return FlatParameter(found["name"], tuple(shape), dim, _whole(found["offset"], f"offset of {where}"))
+
+
+def _apart(spans: list[tuple[int, int, str]]) -> None:
+    spans = sorted(spans)
+    for (_, stop, a), (start, _, b) in pairwise(spans):
+        if stop > start:
+            raise CinemeshError(f"{quoted(a)} ends at element {stop}, behind the start of {quoted(b)} at {start}")
+
+
+def _part(value: object, where: str, layout: Layout) -> ShardFile:
+    kinds = {"name": str, "size_bytes": int, "at": dict, "start": int, "stop": int, "header": str, "blocks": dict}
+    found = exactly(value, where, kinds, remedy=RESTORE)
+    at = exactly(found["at"], f"{where}: at", dict.fromkeys(SHARDING, int), remedy=RESTORE)
+    for axis, index in at.items():
+        if _whole(index, f"{axis} of {where}") >= layout.degrees[axis]:
+            raise _wrong(f"{axis} of {where}, of {layout.degrees[axis]},", index)
+    for key in ("size_bytes", "start", "stop"):
+        _whole(found[key], f"{key} of {where}")
+    file_name(found["name"], f"{where}: name")
+    return ShardFile(**found)
+
+
+def _check_files(found: Manifest) -> None:
+    """They hold every element of every shard once, and a digest of each block of it."""
+    layout, spans = found.layout, dict[tuple[int, ...], list[tuple[int, int]]]()
+    for part in found.files:
+        spans.setdefault(tuple(part.at[axis] for axis in SHARDING), []).append((part.start, part.stop))
+        blocks = -(-(part.stop - part.start) // found.block_elements)
+        good = part.blocks.keys() == found.states.keys() and all(
+            isinstance(of, list) and len(of) == blocks and all(map(_is_digest, of)) for of in part.blocks.values()
+        )
+        if not good or not _is_digest(part.header):
+            raise _wrong(f"the digests of {part.name}", part.blocks)
+        if found.data_begin(part, next(iter(found.states))) < 0:
+            raise _wrong(f"the size of {part.name}", part.size_bytes)
+    names = {part.name for part in found.files}
+    if len(names) < len(found.files):
+        raise CinemeshError(f"{len(found.files)} files have {len(names)} names")
+    shards = math.prod(layout.degrees.values())
+    if len(spans) < shards:
+        raise CinemeshError(f"its files are of {len(spans)} shards, not {shards}")
+    for at, of in spans.items():
+        ends = [0, *(end for span in sorted(of) for end in span), layout.flat_elements]
+        if ends[::2] != ends[1::2]:
+            shard = ", ".join(f"{axis} {index}" for axis, index in zip(SHARDING, at, strict=True))
+            raise CinemeshError(f"the files of shard {shard} leave gaps or overlap")
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and _HEX.fullmatch(value) is not None
+
+
+# -- of which model ---------------------------------------------------------------------------------------------------
+
+
+def check_model(path: Path, found: Manifest, config: ModelConfig) -> None:
+    """Raise CinemeshError when the model of the checkpoint at ``path`` differs, naming the first difference.
+
+    Compared is all that fixes weights and their meaning: not the preset's name, nor how many text tokens there are.
+    What a checkpoint does not say had its default when it was written.
+    """
+    defaults = {f.name: f.default for f in fields(ModelConfig) if f.default is not MISSING}
+
+    def facts(model: dict[str, Any]) -> dict[str, Any]:
+        model = parse_json(json.dumps(defaults | model), "the model", "")  # as the manifest has it: lists
+        plain = {key: value for key, value in model.items() if key not in ("name", "encoders")}
+        return plain | {f"width of text encoder {e['name']}": e["width"] for e in model["encoders"]}
+
+    here, there = facts(asdict(config)), facts(found.model)
+    _compare(path, there, here)
+
+
+def check_shapes(path: Path, found: Manifest, here: Layout) -> None:
+    """Raise CinemeshError when the checkpoint at ``path`` has not exactly the parameters of a model."""
+    _compare(path, found.layout.shapes, here.shapes)
+
+
+def _compare(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    for key in dict.fromkeys((*here, *there)):
+        if there.get(key) != here.get(key):
+            raise CinemeshError(
+                f"checkpoint {path} is of another model: {key} is {shown(there.get(key))} there and "
+                f"{shown(here.get(key))} here",
+                remedy=OTHER_MODEL,
+            )
+
+
+def shown(value: object) -> str:
+    """A value for a message; None is absent."""
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(str, value)) + "]"
+    return "absent" if value is None else str(value)

@@ -1,0 +1,292 @@
+"""Damage: nothing that is not as it was written is loaded; each checkpoint that was passed over is named, and why."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import COUNTED, assert_same, body_of, filled, plan_of, rewrite, runner_of, whole_states
+from harness import Pool
+
+from cinemesh.errors import CinemeshError
+from cinemesh.launch.training.checkpoint import loading, writing
+from cinemesh.launch.training.checkpoint.choosing import latest
+from cinemesh.launch.training.checkpoint.loading import load, load_weights, resume
+from cinemesh.launch.training.checkpoint.manifest import MANIFEST, SAVED_STATES, Damaged, read_manifest, sealed
+from cinemesh.launch.training.checkpoint.saving import save
+from cinemesh.model.runner import StepRunner
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.runtime.mesh import Mesh
+
+OLDER, NEWER = "step-00000007", "step-00000009"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``run`` with two checkpoints, and ``other``, a run of other weights, with the newer."""
+    directory, runner = tmp_path_factory.mktemp("runs"), filled(runner_of(plan_of("")))
+    blocks = writing.BLOCK_ELEMENTS
+    writing.BLOCK_ELEMENTS = 50_000  # several of a file
+    try:
+        save(directory / "run", runner)
+        runner.buffers["counters"][0] = 9
+        runner.buffers["master"].mul_(2)
+        save(directory / "run", runner)
+        runner.buffers["ema"].mul_(2)
+        save(directory / "other", runner)
+    finally:
+        writing.BLOCK_ELEMENTS = blocks
+    return directory
+
+
+@pytest.fixture
+def run(runs: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(runs / "run", tmp_path / "run"))
+
+
+def flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def damages(draw: random.Random, run: Path, other: Path) -> list[tuple[str, Callable[[], object]]]:
+    """What may be done to the newer checkpoint of a run, one of each kind: its name, and how."""
+    newer, file = run / NEWER, run / NEWER / "00000.safetensors"
+    found: list[tuple[str, Callable[[], object]]] = []
+    for path in (file, newer / MANIFEST):
+        data, name = path.read_bytes(), path.name
+        bit, cut = draw.randrange(len(data) * 8), draw.randrange(len(data))
+        found += [
+            (f"bit {bit} of {name}", partial(flip, path, bit)),
+            (f"{name} cut to {cut}", partial(path.write_bytes, data[:cut])),
+            (f"{name} longer", partial(path.write_bytes, data + b"\0")),
+            (f"{name} deleted", path.unlink),
+            (f"{name} of the older", partial(shutil.copy, run / OLDER / name, path)),
+            (f"{name} of another run", partial(shutil.copy, other / NEWER / name, path)),
+        ]
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    bit = draw.randrange(header * 8)
+    body = body_of(newer)
+    where = draw.choice(list(paths(body)))
+    value = draw.choice([None, -1, 0, 1 << 70, 1.5, "", "x" * 64, [], {}, True])
+    return [
+        *found,
+        (f"bit {bit} of the header", partial(flip, file, bit)),
+        ("the older under its name", lambda: shutil.copytree(run / OLDER, newer, dirs_exist_ok=True)),
+        (f"{where} is {value!r}", lambda: rewrite(newer, put(body, where, value))),
+    ]
+
+
+KINDS = 15
+
+
+def paths(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Of what a reader goes by: not what the note, plan or code of a run says."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inside in items:
+        if at or key not in ("note", "plan", "code", "updates"):
+            yield (*at, key)
+            yield from paths(inside, (*at, key))
+
+
+def put(body: Any, where: tuple[Any, ...], value: object) -> Any:
+    inside = body
+    for key in where[:-1]:
+        inside = inside[key]
+    inside[where[-1]] = value
+    return body
+
+
+def knock(name: str, damage: Callable[[], object], run: Path, runner: StepRunner) -> str | None:
+    """What was wrong with how a damage was met: loaded, another than the older taken, or not named. None: nothing."""
+    before = contents(run / NEWER)
+    damage()
+    if before == contents(run / NEWER):
+        return None  # the value that was there
+    try:
+        found = resume(run, runner)
+    except CinemeshError as error:
+        return None if "is of another model" in str(error) and "'model'" in name else f"{name}: {error}"
+    if found is None or found.path.name != OLDER or [e.path.name for e in found.damaged] != [NEWER]:
+        return f"{name}: took {found}"
+    assert_same(whole_states(runner))
+    return None
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kind", range(KINDS))
+def test_no_damage_is_loaded_and_the_newest_whole_one_is_taken(run: Path, runs: Path, kind: int) -> None:
+    """One of each kind; ``tests/benchmarks/corruptions.py`` has hundreds."""
+    listed = damages(random.Random(kind), run, runs / "other")
+    assert len(listed) == KINDS
+    assert knock(*listed[kind], run, runner_of(plan_of(""))) is None
+
+
+def test_what_passes_where_nothing_is_checked(run: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guard of the guard: without digests of blocks and states, a flipped bit is loaded, and ``knock`` says so."""
+    monkeypatch.setattr(loading, "block_digest", Anything())
+    monkeypatch.setattr(loading, "digest", Anything())
+    path = run / NEWER / "00000.safetensors"
+    told = knock("a bit", partial(flip, path, path.stat().st_size * 8 - 1), run, runner_of(plan_of("")))
+    assert told is not None and "took Resumed" in told
+
+
+class Anything:
+    """Answers what is equal to all."""
+
+    def __call__(self, *_: object) -> Anything:
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
+def test_each_one_passed_over_is_told(run: Path) -> None:
+    """Two of two: that is no reason to begin from step 0, which would write over what is left."""
+    (run / NEWER / "00000.safetensors").write_bytes(b"")
+    runner = runner_of(plan_of(""))
+    resumed = resume(run, runner)
+    assert resumed is not None and resumed.path == run / OLDER and runner.buffers["counters"].tolist() == COUNTED
+    (told,) = resumed.damaged
+    assert re.search(r"step-00000009 is damaged: 00000\.safetensors has 0 bytes, it was written with", told.problem)
+    assert latest(run) == run / OLDER
+    (run / OLDER / MANIFEST).unlink()
+    for read in (lambda: resume(run, runner), lambda: latest(run)):
+        with pytest.raises(CinemeshError, match=r"step-00000009 is not whole .*, and 1 before it are not .*step 0"):
+            read()
+    shutil.rmtree(run / NEWER)
+    with pytest.raises(CinemeshError, match=r"step-00000007 is not whole \(it has no cinemesh.json.*there is no other"):
+        resume(run, runner)
+    shutil.rmtree(run / OLDER)
+    assert resume(run, runner) is None and latest(run) is None
+    assert resume(run / "absent", runner) is None
+
+
+def test_a_save_that_was_broken_off_is_none(run: Path) -> None:
+    """A kill in the middle of one leaves the older one, and no warning."""
+    (run / NEWER).rename(run / ".step-00000009.partial")
+    (run / "step-11").mkdir()
+    resumed = resume(run, runner_of(plan_of("")))
+    assert resumed is not None and resumed.path.name == OLDER and not resumed.damaged
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", "", "null", "[" * 100_000, '{"format": "3"}', '{"format": true}', '{"a": 1, "a": 2}']
+)
+def test_a_manifest_that_is_none_is_damage(run: Path, text: str) -> None:
+    (run / NEWER / MANIFEST).write_text(text)
+    with pytest.raises(Damaged, match=NEWER):
+        read_manifest(run / NEWER)
+
+
+def changed(body: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return body | changes
+
+
+def in_file(body: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return body | {"files": [body["files"][0] | changes]}
+
+
+def in_unit(body: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    first, *others = body["layout"]["units"]
+    return body | {"layout": body["layout"] | {"units": [first | changes, *others]}}
+
+
+@pytest.mark.parametrize(
+    ("change", "values", "told"),
+    [
+        (in_file, {"name": "../../../.bashrc"}, "'../../../.bashrc', and files are called after it"),
+        (in_file, {"name": "/etc/passwd"}, "'/etc/passwd'"),
+        (in_file, {"stop": 1}, "the digests of 00000.safetensors"),
+        (in_file, {"start": 1}, "the files of shard tp 0, cp 0, dp_shard 0 leave gaps or overlap"),
+        (in_file, {"size_bytes": 9}, "the size of 00000.safetensors is 9"),
+        (in_file, {"at": {"tp": 1, "cp": 0, "dp_shard": 0}}, "tp of file 0, of 1, is 1"),
+        (in_file, {"header": "0"}, "the digests of 00000.safetensors"),
+        (in_file, {"extra": 1}, "unknown key 'extra'"),
+        (in_unit, {"axes": ["tp"]}, "axes of unit 0 is ['tp']"),
+        (in_unit, {"elements": 1}, "behind the start of 'the end' at 1"),
+        (in_unit, {"position": 128}, "behind the start of"),
+        (in_unit, {"parameters": [{"name": "a", "shape": [0], "tp_dim": None, "offset": 0}]}, "a dim of parameter 0"),
+        (in_unit, {"parameters": [{"name": "a", "shape": [4], "tp_dim": 1, "offset": 0}]}, "tp_dim of parameter 0"),
+        (changed, {"files": []}, "its files are of 0 shards, not 1"),
+        (changed, {"states": {"ema": "int3"}}, "states is {'ema': 'int3'}"),
+        (changed, {"model": {"encoders": [3]}}, "encoders is [3]"),
+        (changed, {"block_elements": 0}, "block_elements is 0"),
+        (changed, {"step": True}, "step is True"),
+        (changed, {"step": 8}, "it is of step 8"),
+        (changed, {"layout": []}, "layout"),
+    ],
+)
+def test_a_manifest_that_nothing_here_wrote_is_one_message(
+    run: Path, change: Callable[..., Any], values: dict[str, Any], told: str
+) -> None:
+    """Sealed as if it had been written so: it contradicts itself, or leads out of its folder."""
+    rewrite(run / NEWER, change(body_of(run / NEWER), **values))
+    with pytest.raises(Damaged, match=re.escape(told)):
+        read_manifest(run / NEWER)
+
+
+def test_a_file_twice_is_no_two(run: Path) -> None:
+    body = body_of(run / NEWER)
+    rewrite(run / NEWER, body | {"files": body["files"] * 2})
+    with pytest.raises(Damaged, match="2 files have 1 names"):
+        read_manifest(run / NEWER)
+
+
+def test_damage_of_weights_is_told_to_who_samples(run: Path) -> None:
+    """What is read of a file is checked, and what is not may be damaged."""
+    path, runner = run / NEWER, runner_of(plan_of(""))
+    size = (path / "00000.safetensors").stat().st_size
+    flip(path / "00000.safetensors", size * 8 - 1)  # the EMA lies last
+    load_weights(path, "master", runner.buffers["master"], runner.units, runner.coordinates)
+    with pytest.raises(Damaged, match=r"00000\.safetensors is not what was written, in block \d+ of ema"):
+        load_weights(path, "ema", runner.buffers["ema"], runner.units, runner.coordinates)
+
+
+def test_states_that_were_put_together_wrong_are_found(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block is whole, but its parts went to other places: a fault of this package, or of this memory."""
+    copy = loading._copy
+    monkeypatch.setattr(loading, "_copy", lambda values, target, c: copy(values.flip(0), target, c))
+    with pytest.raises(Damaged, match=r"master as it was put together has digest [0-9a-f]{16}, not [0-9a-f]{16}"):
+        load(run / NEWER, runner_of(plan_of("")))
+
+
+def resume_with_damage(plan: Plan, run: Path) -> tuple[str, list[str]]:
+    runner = runner_of(plan, Mesh(plan))
+    found = resume(run, runner)
+    assert found is not None and set(whole_states(runner)) == set(SAVED_STATES)
+    return found.path.name, [error.path.name for error in found.damaged]
+
+
+def save_twice(plan: Plan, directory: Path) -> None:
+    runner = filled(runner_of(plan, Mesh(plan)))
+    for step in (7, 9):
+        runner.buffers["counters"][0] = step
+        save(directory, runner)
+
+
+def test_damage_that_one_rank_meets_is_damage_to_all(pool: Pool, tmp_path: Path) -> None:
+    """Rank 0 finds its own file whole; all take the older one."""
+    pool.run(2, save_twice, plan_of("dp_shard=2"), tmp_path)
+    flip(tmp_path / NEWER / "00001.safetensors", 80_000)
+    assert pool.run(2, resume_with_damage, plan_of("dp_shard=2"), tmp_path) == [(OLDER, [NEWER])] * 2
+
+
+def test_the_seal_covers_the_format(run: Path) -> None:
+    text = (run / NEWER / MANIFEST).read_text()
+    assert text == sealed(3, text.split("\n")[1])
+    (run / NEWER / MANIFEST).write_text(text.replace('"format": 3', '"format": 4', 1))
+    with pytest.raises(Damaged, match="not as it was written"):
+        read_manifest(run / NEWER)
