@@ -25,14 +25,17 @@ from ...model.runner import StepRunner
 from ...parallel.runtime.comm import gather_objects
 from ..cluster.processes import Joined
 from ..proof.parity import LR, Case, load_batch
-from ..training import checkpoint
+from ..training.checkpoint.choosing import latest
+from ..training.checkpoint.loading import load
+from ..training.checkpoint.manifest import COUNTERS, SAVED_STATES
+from ..training.checkpoint.saving import save
 from .basics import ranks_text
 from .here import SAID, Here, mesh_of
 from .steps import plans_of, proof_case, runner_of
 
 STEPS, SAVED, KILLED = 6, 3, 5  # steps of a run; behind which a checkpoint is written; before which a rank dies
 WHOLE = "whole"  # hashes of the ranks' states at the end of the run that nothing broke
-STATES = (*checkpoint.STATES, checkpoint.COUNTERS)
+STATES = (*SAVED_STATES, COUNTERS)
 
 
 def unbroken(here: Here) -> None:
@@ -56,7 +59,7 @@ def broken(here: Here) -> None:
             runner = runner_of(case, mesh, place.device, deterministic=True)
             run_steps(here, case, runner, SAVED)
             here.at(f"saving step {SAVED}")
-            path = checkpoint.save(folder, runner)
+            path = save(folder, runner)
             if unseen := [rank for rank, sees in enumerate(gather_objects(path.is_dir())) if not sees]:
                 raise CinemeshError(
                     f"ranks {ranks_text(unseen)} do not see {path}",
@@ -76,9 +79,9 @@ def again(here: Here) -> None:
         case = _case(here, place)
         with mesh_of(case.plan, place) as mesh:
             runner = runner_of(case, mesh, place.device, deterministic=True)
-            newest = checkpoint.latest(folder)
+            newest = latest(folder)
             assert newest is not None
-            checkpoint.load(newest, runner)
+            load(newest, runner)
             resumed_at = runner.steps_done
             run_steps(here, case, runner, STEPS)
             mine, before = gather_objects(hashed(runner)), here.found.get(WHOLE)

@@ -28,7 +28,6 @@ from cinemesh.launch.acceptance.steps import plans_of, proof_case, timed_case
 from cinemesh.launch.cli import app
 from cinemesh.launch.commands import measure_links
 from cinemesh.launch.commands.measure_links import link_groups
-from cinemesh.launch.training import checkpoint
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.collectives import COLLECTIVES
@@ -304,14 +303,14 @@ def test_a_run_that_resumes_with_other_bits_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: None
 ) -> None:
     """One bit of one moment, on one rank."""
-    load_checkpoint = checkpoint.load
+    load_checkpoint = resume.load
 
     def planted(path: Path, runner: StepRunner) -> None:
         load_checkpoint(path, runner)
         if by_rank(1):
             runner.buffers["exp_avg_sq"].view(-1)[:4] *= 1 + 1e-6
 
-    monkeypatch.setattr(checkpoint, "load", planted)
+    monkeypatch.setattr(resume, "load", planted)
     codes, file = accept(tmp_path, stages_of("resume"))
     (row,) = file["stages"]
     assert codes == [1, 1] and row["ended"] == "wrong"

@@ -27,7 +27,19 @@ from cinemesh.parallel.ir.plan import Plan
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "gpu.md"
 FSDP = "dp_shard=8,recompute=o:lse"
-COLUMNS = ("recipe", "cluster", "plan", "latents", "samples", "step", "measured", "MFU", "measured", "memory", "measured")
+COLUMNS = (
+    "recipe",
+    "cluster",
+    "plan",
+    "latents",
+    "samples",
+    "step",
+    "measured",
+    "MFU",
+    "measured",
+    "memory",
+    "measured",
+)
 PREDICTED = tuple(place for place, name in enumerate(COLUMNS) if name != "measured")
 
 
@@ -50,7 +62,12 @@ class Variant:
         return asked if self.cluster is None else [*asked, f"cluster={self.cluster}"]
 
 
-VARIANTS = (Variant("gpu-1", 1), Variant("gpu-1", 1, cluster="h200-ib400"), Variant("gpu-8", 8), Variant("gpu-8", 8, FSDP))
+VARIANTS = (
+    Variant("gpu-1", 1),
+    Variant("gpu-1", 1, cluster="h200-ib400"),
+    Variant("gpu-8", 8),
+    Variant("gpu-8", 8, FSDP),
+)
 
 
 def told(variant: Variant) -> dict[str, Any]:
@@ -94,7 +111,9 @@ def test_the_table_says_what_the_dry_run_says() -> None:
     ]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: f"{variant.recipe} {variant.plan or variant.cluster or ''}")
+@pytest.mark.parametrize(
+    "variant", VARIANTS, ids=lambda variant: f"{variant.recipe} {variant.plan or variant.cluster or ''}"
+)
 def test_a_start_takes_it_and_its_steps_may_be_captured(variant: Variant) -> None:
     """All that a start looks at before the clips; the lint of its last bucket's program, at full size."""
     config = read_config(variant.path, variant.overrides)
