@@ -43,6 +43,8 @@ class Stream:
 
     def wait_stream(self, stream: object) -> None: ...
 
+    def synchronize(self) -> None: ...
+
 
 class Graph:
     """A ``CUDAGraph``: :func:`pretended` gives it the executor that was captured."""
