@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Iterator
@@ -100,6 +101,7 @@ def mesh_of(plan: Plan, place: Joined) -> Iterator[Mesh | None]:
     if place.mesh is None:
         yield None
         return
+    gc.collect()  # what the last one's runner held of the device: the next may need it
     mesh = Mesh(plan)
     try:
         yield mesh

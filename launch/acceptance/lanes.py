@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from ...parallel.ir.program import Program
 from ...parallel.ir.records import COMPUTE_LANE
 from ...parallel.ir.span import Span
 from ...parallel.runtime.comm import gather_objects
 from ...perf_model.clusters.cluster import load
 from ...perf_model.prices.played import play_program
 from ...perf_model.report.trace import predicted
+from ..cluster.processes import Joined
+from ..proof.parity import Case
 from ..proof.traced import traced_steps
 from .here import SAID, Here, mesh_of
 from .prices import priced_on
@@ -28,20 +31,26 @@ def run(here: Here) -> None:
         for name, plan in plans_of(here.world, here.local).items():
             here.at(f"{name}: {plan.equation()}")
             case = timed_case(plan, place.device, STEPS)
-            with mesh_of(case.plan, place) as mesh:
-                runner = runner_of(case, mesh, place.device)
-                fill_inputs(runner, case.seed)
-                lanes = lanes_of(traced_steps(runner, STEPS), STEPS)
-                everyones: Any = gather_objects(lanes)
+            lanes, program = _traced(place, case)
+            everyones: Any = gather_objects(lanes)
             if here.rank > 0:
                 continue
-            whole = lanes_of(predicted(play_program(runner.program, case.batch, cluster)), 1)
+            whole = lanes_of(predicted(play_program(program, case.batch, cluster)), 1)
             rows += [
                 _row(name, plan.equation(), lane, [of[lane] for of in everyones], whole.get(lane)) for lane in lanes
             ]
             names = dict.fromkeys(row["name"] for row in rows)
             shares = ", ".join(f"{name} {hidden_of(rows, name):.0%}" for name in names)
-            here.note(lanes=rows, cluster=cluster.name, **{SAID: f"compute hides of all communication: {shares}"})
+            said = f"compute hides of all communication: {shares}" if shares else "one rank has no lanes"
+            here.note(lanes=rows, cluster=cluster.name, **{SAID: said})
+
+
+def _traced(place: Joined, case: Case) -> tuple[dict[str, dict[str, float]], Program]:
+    """This rank's lanes, and the program that ran; the memory of the runner is given back."""
+    with mesh_of(case.plan, place) as mesh:
+        runner = runner_of(case, mesh, place.device)
+        fill_inputs(runner, case.seed)
+        return lanes_of(traced_steps(runner, STEPS), STEPS), runner.program
 
 
 def _row(

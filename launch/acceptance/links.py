@@ -5,7 +5,9 @@ Groups lie as those of plans do (``launch/commands/measure_links.py``). A CPU ha
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from ...perf_model.acceptance import CAPTURED, TESTS
@@ -34,17 +36,21 @@ def run(here: Here) -> None:
                 here.fault(f"no time was left for {len(groups) - number} of {len(groups)} kinds of groups")
                 break
             for way, captured in ways.items():
-                where = f"groups of {group.ranks} ranks on {group.servers} servers{', in a graph' * captured}"
-                here.at(where)
-                tests = measure_group(group, place.device, "the job", sizes, captured=captured,
-                                      begin=lambda kind, where=where: here.at(f"{where}: {kind}"))  # fmt: skip
+                begin = partial(_begin, here, captured)
+                tests = measure_group(group, place.device, "the job", sizes, captured=captured, begin=begin)
                 found[way] += [asdict(test) for test in tests]
                 here.note(**found)
-        rows = found[TESTS]
-        if rows:
-            size = sizes[-1]
-            last = next(row for row in reversed(rows) if row["kind"] == "all_gather")
-            rate = size * (last["ranks"] - 1) / last["ranks"] / last["seconds"][size]
-            here.note(
-                **{SAID: f"{len(rows)} collectives; all_gather over {last['ranks']} ranks: {rate / 1e9:.3g} GB/s"}
-            )
+        if found[TESTS]:
+            here.note(**{SAID: said_of(found[TESTS])})
+
+
+def said_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many, and the rate of the largest all_gather over most ranks."""
+    last = [row for row in rows if row["kind"] == "all_gather"][-1]
+    size, seconds = max(last["seconds"].items())
+    rate = size * (last["ranks"] - 1) / last["ranks"] / seconds
+    return f"{len(rows)} collectives; all_gather over {last['ranks']} ranks: {rate / 1e9:.3g} GB/s"
+
+
+def _begin(here: Here, captured: bool, what: str) -> None:
+    here.at(f"{what}{', in a graph' * captured}")

@@ -25,8 +25,7 @@ from ...model.runner import StepRunner
 from ...parallel.runtime.comm import gather_objects
 from ..cluster.processes import Joined
 from ..proof.parity import LR, Case, load_batch
-from ..training.checkpoint.choosing import latest
-from ..training.checkpoint.loading import load
+from ..training.checkpoint import loading
 from ..training.checkpoint.manifest import COUNTERS, SAVED_STATES
 from ..training.checkpoint.saving import save
 from .basics import ranks_text
@@ -79,9 +78,7 @@ def again(here: Here) -> None:
         case = _case(here, place)
         with mesh_of(case.plan, place) as mesh:
             runner = runner_of(case, mesh, place.device, deterministic=True)
-            newest = latest(folder)
-            assert newest is not None
-            load(newest, runner)
+            loading.resume(folder, runner)
             resumed_at = runner.steps_done
             run_steps(here, case, runner, STEPS)
             mine, before = gather_objects(hashed(runner)), here.found.get(WHOLE)

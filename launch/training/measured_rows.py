@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,7 +26,9 @@ from ...model.buckets import BucketRunner, Latent
 from ...model.config import latent_text
 from ...model.runner import StepRunner
 from ..cluster.environment import processes_here
-from .recipe import Config
+
+if TYPE_CHECKING:  # a recipe's reader is not on every machine that measures
+    from .recipe import Config
 
 ROWS_FILE = "rows.yaml"
 WARM_UP_STEPS = 3  # of each latent in each start: allocators, caches and clocks settle
