@@ -16,7 +16,8 @@ from pathlib import Path
 from ..errors import CinemeshError
 
 
-def _distribution(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """Of an installed distribution; None where there is none, as of a checkout that is only on the path."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -24,7 +25,7 @@ def _distribution(name: str) -> str | None:
 
 
 def _flash_attn() -> str | None:
-    if find_spec("flash_attn") is None or _distribution("flash-attn") is None:
+    if find_spec("flash_attn") is None or version_of("flash-attn") is None:
         return "not installed; pip install flash-attn"
     if find_spec("flash_attn_2_cuda") is None:
         return "installed without its CUDA build; install it where nvcc is, FLASH_ATTENTION_SKIP_CUDA_BUILD unset"
@@ -38,7 +39,7 @@ def _flash_attn_3() -> str | None:
 
 
 def _flash_attn_4() -> str | None:
-    return None if _distribution("flash-attn-4") else "not installed; pip install flash-attn-4"
+    return None if version_of("flash-attn-4") else "not installed; pip install flash-attn-4"
 
 
 def nvidia_apex(where: str | None) -> str | None:
@@ -92,6 +93,6 @@ OLDEST_TORCH = (2, 11)  # whose operators of cuDNN's attention, and all else, ar
 
 def check_torch() -> None:
     """Raise CinemeshError where the torch that is installed is older than ``OLDEST_TORCH``. Vendors' builds count."""
-    found, oldest = _distribution("torch"), ".".join(map(str, OLDEST_TORCH))
+    found, oldest = version_of("torch"), ".".join(map(str, OLDEST_TORCH))
     if found is not None and tuple(map(int, found.split(".")[:2])) < OLDEST_TORCH:
         raise CinemeshError(f"torch {found} is older than {oldest}", remedy=f"install {oldest} or newer")

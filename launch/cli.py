@@ -4,7 +4,6 @@ Each command imports its work when it is called, so ``--help`` answers at once a
 never load torch.
 """
 
-import contextlib
 import platform
 import sys
 from pathlib import Path
@@ -82,12 +81,12 @@ def say_version(asked: bool) -> None:
     """Print versions, and end; packages are asked for theirs and not loaded."""
     if not asked:
         return
-    from importlib.metadata import PackageNotFoundError, version
+    from ..kernels.packages import version_of
 
-    print(f"cinemesh {version('cinemesh')}, python {platform.python_version()}", end="")
+    print(f"cinemesh {version_of('cinemesh') or 'not installed'}, python {platform.python_version()}", end="")
     for package in ("torch", "triton"):
-        with contextlib.suppress(PackageNotFoundError):
-            print(f", {package} {version(package)}", end="")
+        if there := version_of(package):
+            print(f", {package} {there}", end="")
     print()
     raise typer.Exit
 

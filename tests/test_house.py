@@ -358,6 +358,12 @@ def check_core_size(root: Path) -> list[str]:
     return [f"the core has {lines} code lines, {CORE_LINES} are its ceiling"] if lines > CORE_LINES else []
 
 
+def check_versions(root: Path) -> list[str]:
+    """A checkout on the path alone is not installed: ``version_of`` answers for it, importlib's own raises."""
+    asked = [path for path in sources(root) if "importlib.metadata" in path.read_text(encoding="utf-8")]
+    return [f"{path}: asks for versions itself" for path in asked if path != root / "kernels" / "packages.py"]
+
+
 def check_encodings(root: Path) -> list[str]:
     """A text file is read and written as UTF-8, whatever the locale says; ``av.open`` opens videos."""
     found = []
@@ -524,6 +530,7 @@ CHECKS = (
     check_cycles,
     check_rooms,
     check_core_size,
+    check_versions,
     check_encodings,
     check_fan_out,
     check_docstrings,
@@ -572,6 +579,7 @@ PLANTED = [
     ),
     (check_encodings, {"model/a.py": "from pathlib import Path\nx = Path('y').read_text()\n"}),
     (check_encodings, {"model/a.py": "from pathlib import Path\nPath('y').open('a')\n"}),
+    (check_versions, {"model/a.py": "from importlib.metadata import version\n"}),
     (check_encodings, {"model/a.py": "open('y')\n"}),
     (check_docstrings, {"model/a.py": "def f() -> None:\n" + "    x = 1\n" * (TOLD_FROM + 1)}),
     (check_docstrings, {"model/a.py": "class A:\n    def f(self) -> None:\n" + "        x = 1\n" * (TOLD_FROM + 1)}),

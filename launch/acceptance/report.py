@@ -7,11 +7,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ...files import atomic_file
+from ...kernels.packages import version_of
 from ...perf_model.acceptance import ACCEPTANCE_FILE, DATE, DEVICE, FOUND, NAME, STAGE_ROWS
 from ..tables import new_console, plain_table
 from .here import FAULTS, SAID
@@ -44,7 +44,7 @@ class AcceptanceReport:
         (folder / LOG).write_text("", encoding="utf-8")
         head = {
             DATE: date.today().isoformat(),
-            "cinemesh": version("cinemesh"),
+            "cinemesh": version_of("cinemesh"),
             "ranks": world,
             "ranks_a_host": local,
             "asked_s": seconds,

@@ -6,13 +6,11 @@ of earlier starts stay, unless a start begins at the same step as one of them.
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +19,7 @@ import torch
 from ...documents import quoted, read_yaml, write_yaml
 from ...errors import CinemeshError
 from ...files import atomic_file
+from ...kernels.packages import version_of
 from ...kernels.selection import Software
 from ...model.buckets import BucketRunner, Latent
 from ...model.config import latent_text
@@ -164,11 +163,7 @@ def dated(row: dict[str, Any], device: str) -> dict[str, Any]:
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Of those that are installed under this name."""
-    found: dict[str, str] = {}
-    for package in packages:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    return {package: there for package in packages if (there := version_of(package)) is not None}
 
 
 def clock_mhz(device: str) -> int | None:

@@ -110,14 +110,14 @@ def test_packages_go_by_their_name_or_that_of_their_attention() -> None:
 @pytest.mark.parametrize("version", ["2.9.1", "2.10.0+cu128", "1.13.1"])
 def test_an_older_torch_is_refused_by_name(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the first record: else the first operator that it lacks ends every rank with an AttributeError."""
-    monkeypatch.setattr(packages, "_distribution", lambda _: version)
+    monkeypatch.setattr(packages, "version_of", lambda _: version)
     with pytest.raises(CinemeshError, match=rf"torch {re.escape(version)} is older than 2\.11; install 2\.11 or newer"):
         registry.kernels_for("cpu")
 
 
 @pytest.mark.parametrize("version", ["2.11.0a0+nv", "2.11.0+cu130", "2.14.1", "3.0", None])
 def test_a_vendors_torch_is_taken(version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packages, "_distribution", lambda _: version)
+    monkeypatch.setattr(packages, "version_of", lambda _: version)
     packages.check_torch()
 
 

@@ -17,7 +17,6 @@ import math
 import re
 import subprocess
 from dataclasses import MISSING, asdict, dataclass, fields
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from ....documents import exactly, file_text, parse_json, quoted
 from ....errors import CinemeshError
 from ....files import file_name
 from ....kernels.dtypes import TORCH_DTYPES
+from ....kernels.packages import version_of
 from ....model.config import ModelConfig
 from .digests import block_digest
 from .layout import SHARDING, Coordinates, FlatParameter, FlatUnit, Layout
@@ -113,7 +113,7 @@ def code_here() -> dict[str, str | None]:
         commit = found.stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         commit = None
-    return {"cinemesh": version("cinemesh"), "commit": commit, "torch": torch.__version__}
+    return {"cinemesh": version_of("cinemesh"), "commit": commit, "torch": torch.__version__}
 
 
 def read_manifest(path: Path) -> Manifest:
