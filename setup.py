@@ -17,7 +17,7 @@ FOLDERS = (
     *("perf_model", "perf_model/clusters", "perf_model/prices", "perf_model/search", "perf_model/report"),
     *("perf_model/published", "perf_model/calibration"),
     *("launch", "launch/training", "launch/training/checkpoint", "launch/commands", "launch/proof"),
-    *("launch/cluster", "launch/acceptance"),
+    *("launch/cluster", "launch/jobs", "launch/health", "launch/acceptance"),
     "configs",
 )
 PACKAGES = {"cinemesh": ".", **{f"cinemesh.{folder.replace('/', '.')}": folder for folder in FOLDERS}}
@@ -44,6 +44,7 @@ setup(
     package_data={
         "cinemesh.configs": ["*.yaml", "*/*.yaml"],
         "cinemesh.kernels": ["tuning/*.yaml", "rates/*.yaml"],
+        "cinemesh.launch.jobs": ["*.sh"],
         "cinemesh.perf_model.clusters": ["*.yaml", "*.csv"],
         "cinemesh.perf_model.published": ["*.yaml", "*.csv"],
         "cinemesh.perf_model.report": ["templates/*.html"],

@@ -30,6 +30,7 @@ from .options import (
     AsJson,
     Asked,
     ConfigFile,
+    JobOptions,
     LatentOption,
     Latents,
     LocalProcesses,
@@ -59,7 +60,8 @@ Prove a plan:           cinemesh verify --plan tp=2,cp=2,dp_shard=2
                         cinemesh lint --model movie-gen-30b --plan {PAPER}
 See a step run:         cinemesh trace --plan tp=2 --out trace.json
 Train on this machine:  cinemesh train configs/quickstart.yaml --nproc 2
-Train on a cluster:     torchrun ... -m cinemesh.launch.train CONFIG
+Look at a machine:      cinemesh doctor
+Train on a cluster:     cinemesh launch slurm CONFIG --out run.sbatch
 Make a clip:            cinemesh sample configs/quickstart.yaml --prompt "a red car"
 
 Every command has --help, with examples. Bytes are of one GPU, 1 GB is 1e9 of them; times are seconds.
@@ -141,6 +143,64 @@ def train(
     from .train import run
 
     run(config=config, nproc=nproc, overrides=given)
+
+
+@app.command(epilog=epilog("doctor"))
+def doctor(
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", help="What the machine should be: a cluster by name, or a .yaml file.")
+    ] = None,
+    device: OnDevice = "auto",
+    per_node: Annotated[
+        int | None,
+        typer.Option("--per-node", **bounds(PROCESSES_RANGE), help="Ranks that shall run on it. Default: its GPUs."),
+    ] = None,
+    directory: Annotated[Path, typer.Option("--directory", help="Where runs write.")] = Path(),
+    as_json: AsJson = False,
+) -> None:
+    """Look whether this machine is fit to train.
+
+    Versions and what they do to overlap, GPUs with ECC, clocks, power caps and links, NICs, shared memory,
+    limits, clock, disk. Without a GPU it looks at the rest, and says so; --device cuda demands one.
+
+    Exit code 1 when something is at fault.
+    """
+    from .commands.doctor import DoctorOrder, run
+
+    raise typer.Exit(run(DoctorOrder(cluster, device, per_node, directory, as_json)))
+
+
+@app.command("launch", epilog=epilog("launch"))
+@taking(JobOptions)
+def launch_job(
+    target: Annotated[
+        Literal["slurm", "kubernetes", "local"],
+        typer.Argument(metavar="slurm|kubernetes|local", help="What starts the run."),
+    ],
+    config: ConfigFile,
+    *,
+    plan: RecipePlan = None,
+    device: RecipeDevice = None,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", **bounds(GPUS_RANGE), help="Of the job; default: the plan's.")
+    ] = None,
+    options: JobOptions,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write it there. Default: standard output.")
+    ] = None,
+) -> None:
+    """Print what starts a run on a cluster, or start it here.
+
+    slurm: a script for sbatch. Every node is looked at first, a spare takes the place of one that fails,
+    and the job queues again after a preemption, a lost node and the time limit. kubernetes: manifests of
+    a TrainJob with its runtime, or of a JobSet. local: as many agents of torchrun as there are nodes,
+    all on this machine. Ranks lie on nodes as the plan's order says; what is printed shows where.
+    """
+    from .commands.launch import LaunchOrder, run
+
+    given = [*plan_override(plan), *device_override(device), *(overrides or [])]
+    raise typer.Exit(run(LaunchOrder(target, config, given, ranks, out), options))
 
 
 @app.command(epilog=epilog("sample"))

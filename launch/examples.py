@@ -10,7 +10,7 @@ PAPER = "tp=4,cp=2,dp_shard=768,recompute=o:lse"  # 20 of 84.9 GB; keeping more 
 CHECKED = "0 it holds; 1 it does not; 2 wrong input, with a line that says how to mend it."
 STARTED = "0 done; 1 a bug; 2 wrong input or data; 128 + n when signal n stopped it and its state is saved."
 DONE = "0 done; 2 wrong input, with a line that says how to mend it."
-CODES = {"verify": CHECKED, "lint": CHECKED, "train": STARTED, "sample": STARTED}
+CODES = {"verify": CHECKED, "doctor": CHECKED, "lint": CHECKED, "train": STARTED, "launch": STARTED, "sample": STARTED}
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "train": (
@@ -18,6 +18,16 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh train configs/quickstart.yaml --nproc 2 --plan cp=2,dtype=float32 --set logging.directory=runs/cp2",
         "torchrun --nproc-per-node 2 -m cinemesh.launch.train configs/quickstart.yaml",
         "cinemesh train configs/quickstart.yaml --nproc 2 --dry-run --set cluster=local-cpu",
+    ),
+    "doctor": (
+        "cinemesh doctor",
+        "cinemesh doctor --json --per-node 2 --device cpu",
+    ),
+    "launch": (
+        "cinemesh launch slurm configs/gpu-8.yaml --spares 1 --time 12:00:00 --out run.sbatch",
+        "cinemesh launch kubernetes configs/gpu-8.yaml --image registry/cinemesh:1 --claim work",
+        "cinemesh launch kubernetes configs/gpu-8.yaml --image registry/cinemesh:1 --kind JobSet --out run.yaml",
+        "cinemesh launch local configs/quickstart.yaml",
     ),
     "sample": (
         'cinemesh sample configs/quickstart.yaml --prompt "Traffic crosses a square." --out clip.mp4',

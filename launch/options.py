@@ -19,6 +19,7 @@ SHOWN_RANGE = integers(1, 10_000, "no search ranks more", "plans")
 TRIED_RANGE = integers(1, 1000, "each is a step of a model on CPU processes", "steps")
 SECONDS_RANGE = reals(1.0, 1e6, "no GPU is tuned for longer", "s")
 HEAD_DIM_RANGE = integers(8, 256, "no attention kernel takes more", "channels of a head")
+SPARES_RANGE = integers(0, MOST_RANKS, NO_CLUSTER, "nodes")
 TEXT_RANGE = integers(1, 2**20, "no prompts are longer", "tokens")
 
 
@@ -171,6 +172,56 @@ class Asked(On):
     @property
     def latents(self) -> list[str]:
         return [] if self.latent is None else [self.latent]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """How a run is put on nodes. None: left out."""
+
+    per_node: Annotated[
+        int | None,
+        typer.Option(
+            "--per-node",
+            **bounds(PROCESSES_RANGE),
+            help="Ranks of a node. Default: GPUs of a server of the recipe's cluster; local: half of all.",
+        ),
+    ] = None
+    interface: Annotated[
+        str | None,
+        typer.Option("--interface", metavar="NAME", help="Network that joins the hosts, for example eth0."),
+    ] = None
+    spares: Annotated[
+        int | None,
+        typer.Option(
+            "--spares", **bounds(SPARES_RANGE), help="slurm: nodes that wait for another to fail. Default: none."
+        ),
+    ] = None
+    time: Annotated[
+        str | None, typer.Option("--time", metavar="D-HH:MM:SS", help="slurm: time limit. Default: 24 hours.")
+    ] = None
+    partition: Annotated[str | None, typer.Option("--partition", help="slurm: where it queues.")] = None
+    account: Annotated[str | None, typer.Option("--account", help="slurm: who pays.")] = None
+    container: Annotated[
+        str | None, typer.Option("--container", metavar="IMAGE", help="slurm: run in it, by pyxis.")
+    ] = None
+    image: Annotated[str | None, typer.Option("--image", help="kubernetes: a container image with cinemesh.")] = None
+    kind: Annotated[
+        Literal["TrainJob", "JobSet"] | None,
+        typer.Option("--kind", help="kubernetes: of Kubeflow Trainer v2, the default, or of JobSet alone."),
+    ] = None
+    claim: Annotated[
+        str | None, typer.Option("--claim", metavar="NAME", help="kubernetes: volume claim to run in, shared.")
+    ] = None
+    mount: Annotated[
+        str | None, typer.Option("--mount", metavar="DIR", help="kubernetes: where it is mounted: /workspace.")
+    ] = None
+    rdma: Annotated[
+        str | None, typer.Option("--rdma", metavar="NAME", help="kubernetes: resource of a fast NIC: rdma/ib.")
+    ] = None
+    topology: Annotated[
+        str | None,
+        typer.Option("--topology", metavar="LABEL", help="kubernetes: of nodes that stand close together: their zone."),
+    ] = None
 
 
 def taking(record: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

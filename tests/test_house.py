@@ -33,7 +33,7 @@ LONGER_WITH_REASON: dict[str, str] = {  # path -> why it is not two files
 ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "parallel": (("ir",), ("layers", "passes"), ("runtime",)),
     "perf_model": (("clusters",), ("prices",), ("search", "published"), ("report", "calibration")),
-    "launch": (("cluster",), ("training", "proof"), ("commands",), ("acceptance",)),
+    "launch": (("cluster", "jobs"), ("training", "proof"), ("health",), ("commands",), ("acceptance",)),
 }
 # Code lines of kernels without Triton, parallel and model without its autoencoder: 8,000, and what stands in the core
 # so that nothing else need state it: check() (230 lines), and the op table's counts, which price and proof read (180);
@@ -45,7 +45,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
 # collectives (33). What the first GPU showed: bytes that packages copy, and what a kernel that cannot be built raised
 # (9).
 CORE_LINES = 8912
-READ = (".csv", ".html", ".yaml")  # suffixes of files that modules read
+READ = (".csv", ".html", ".sh", ".yaml")  # suffixes of files that modules read
 FAN_OUT = 15  # modules of the package that a file imports
 WIDER_WITH_REASON: dict[str, str] = {  # path -> why
     "model/runner.py": "one rank of a step: where program, executor, capture and model meet",

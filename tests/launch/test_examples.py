@@ -122,6 +122,7 @@ IN_PLACE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "train": (trained, "minutes: everything that is checked before the first step"),
     "sample": (sampled, "needs a trained model: recipe and sampled shape are checked"),
     "calibrate": (calibrated, "a minute, or a measured card: options are read"),
+    "launch local": (lambda given: trained(given | {"dry_run": False, "nproc": 2}), "minutes, as train"),
     "plan --paper": (lambda _: None, "40 s: options are read"),
     "kernels --tune": (lambda _: None, "needs a GPU: options are read"),
     "kernels --compile": (compiled, "minutes: shapes of every kernel are made"),
@@ -182,7 +183,8 @@ def test_examples_are_legal_fit_and_run(folder: Path) -> None:
     for words in sorted(asked, key=lambda words: ("--out" not in words, words)):  # first what others read
         command = commands()[words[0]]
         name = next(
-            (f"{words[0]} {option}" for option in ("--compile", "--paper", "--tune") if option in words), words[0]
+            (f"{words[0]} {option}" for option in ("--compile", "--paper", "--tune", "local") if option in words),
+            words[0],
         )
         if name in IN_PLACE:
             with command.make_context(words[0], [*words[1:]]) as context:
