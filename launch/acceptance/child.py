@@ -6,6 +6,7 @@ behind (groups that hang, a context that an illegal access has broken, memory) e
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ from ..cluster.processes import BUG, SIGNALS
 
 END_S = 10.0  # what a killed process gets to disappear
 STACKS_S = 0.5  # before its time is over, when it writes where its threads stand
+DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG: linux/prctl.h
 TOLD_BYTES = 3000  # of what a process printed, or of its stacks, that are sent on when it failed
 
 
@@ -74,7 +76,9 @@ def _run(work: Callable[[], None], seconds: float, output: Path, error: Path, st
     os.setsid()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-    signal.alarm(int(seconds + END_S) + 1)  # where nobody is left to kill it
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+    signal.alarm(int(seconds + END_S) + 1)  # elsewhere, when nobody is left to kill it
     with output.open("ab", buffering=0) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 from cinemesh.launch.commands.calls import DistinctCall, calls_of
@@ -54,18 +53,6 @@ def trained(smoke: bool) -> Step:
 def calls(smoke: bool) -> tuple[DistinctCall, ...]:
     """Distinct calls of :func:`one_rank`, those of any size."""
     return tuple(call for call in calls_of(one_rank(smoke).program()) if smoke or call.bytes >= MINOR_BYTES)
-
-
-def fill_inputs(runner: StepRunner, seed: int) -> None:
-    """Samples of usual values into the step's buffers, this rank's part alone: the whole batch is of many ranks."""
-    for _, buffer in samples(runner):
-        if buffer.dtype == torch.bool:
-            buffer.fill_(True)
-        elif buffer.dtype == torch.int64:
-            buffer.copy_(torch.arange(buffer.numel()).view(buffer.shape))
-        else:
-            draw = torch.Generator(buffer.device).manual_seed(seed)
-            buffer.normal_(generator=draw)
 
 
 def samples(runner: StepRunner) -> Iterator[tuple[str, Tensor]]:

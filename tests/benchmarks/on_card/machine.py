@@ -12,12 +12,13 @@ from typing import Any
 import torch
 import triton
 from benchmarks.kernels_gpu import card_here, limits_of
-from benchmarks.on_card.stage import Here, base_of
+from benchmarks.on_card.stage import Here
 from torch.cuda import nccl
 
 from cinemesh.kernels.packages import missing
 from cinemesh.kernels.tuning import device_key
 from cinemesh.perf_model.calibration.card import SIDE
+from cinemesh.perf_model.clusters.cards import base_of
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.compute import Compute
 

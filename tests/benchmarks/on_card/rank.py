@@ -13,13 +13,14 @@ import time
 from typing import Any
 
 import torch
-from benchmarks.on_card.cases import fill_inputs, one_rank
+from benchmarks.on_card.cases import one_rank
 from benchmarks.on_card.machine import driver
 from benchmarks.on_card.stage import Here, cluster_of
 from torch import Tensor
 
 from cinemesh.kernels.ops import OPS
 from cinemesh.kernels.registry import kernels_for
+from cinemesh.launch.acceptance.steps import fill_inputs
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import Optimizer
 from cinemesh.model.weights import initial_values, probe_values

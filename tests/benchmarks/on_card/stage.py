@@ -16,17 +16,11 @@ from typing import Any
 from cinemesh.files import atomic_file
 from cinemesh.kernels.tuning import device_key
 from cinemesh.perf_model.calibration import card as card_file
+from cinemesh.perf_model.clusters.cards import base_of
 from cinemesh.perf_model.clusters.cluster import Cluster, load
 
 KERNELS_FILE = "card.json"  # of stage 4, as ``calibrate --card`` reads it
 CLUSTER_FILE = "card.yaml"  # made of it
-BASES = {  # by the name that a card's tuning table has: whose links and memory it has
-    "a100": "dgx-a100-hdr200",
-    "h100": "dgx-h100-ib400",
-    "h200": "h200-ib400",
-    "b200": "dgx-b200-ib400",
-}
-UNKNOWN = "dgx-h100-ib400"  # of every other card
 
 
 @dataclass
@@ -62,11 +56,6 @@ class Here:
         assert predicted.keys() == measured.keys(), (what, [*predicted], [*measured])
         ran = "smoke" if self.smoke else "measured"
         self.note(**{what: {"predicted": dict(predicted), ran: dict(measured)}})
-
-
-def base_of(card: str) -> str:
-    """The shipped cluster of a card, by the name of its tuning table."""
-    return BASES.get(card, UNKNOWN)
 
 
 def cluster_of(here: Here, card: str) -> Cluster:

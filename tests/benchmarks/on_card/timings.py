@@ -15,11 +15,12 @@ import torch
 from benchmarks.kernels_gpu import Row, card_here, document, limits_of, measure_all, shown, write
 from benchmarks.on_card.cases import calls, one_rank
 from benchmarks.on_card.compiled import compile_all
-from benchmarks.on_card.stage import KERNELS_FILE, Here, base_of
+from benchmarks.on_card.stage import KERNELS_FILE, Here
 
 from cinemesh.kernels.ops import OPS
 from cinemesh.kernels.tuning import device_key
 from cinemesh.launch.commands.tune import launcher, usable
+from cinemesh.perf_model.clusters.cards import base_of
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.compute import Compute
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.on_card.cases import fill_inputs, samples, trained
+from benchmarks.on_card.cases import samples, trained
 from benchmarks.on_card.machine import driver
 from benchmarks.on_card.stage import Here, cluster_of
 from torch import Tensor
 
+from cinemesh.launch.acceptance.steps import fill_inputs
 from cinemesh.launch.training.checkpoint.loading import load
 from cinemesh.launch.training.checkpoint.manifest import COUNTERS, SAVED_STATES
 from cinemesh.launch.training.checkpoint.saving import save

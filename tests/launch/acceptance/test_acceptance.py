@@ -245,8 +245,9 @@ def test_a_rank_that_is_lost_ends_the_run_with_a_verdict(tmp_path: Path, monkeyp
 
     def lost(here: Here) -> None:
         if here.rank == 1:
+            (tmp_path / "left").write_text(str(os.getpid()))
             os.kill(os.getppid(), signal.SIGKILL)
-            os._exit(0)
+            time.sleep(1000)
 
     monkeypatch.setattr(supervisor, "END_S", 0.3)
     stages = [AcceptanceStage("lost", 1, "", (StageJob(lost),)), *stages_of("basics")]
@@ -254,6 +255,8 @@ def test_a_rank_that_is_lost_ends_the_run_with_a_verdict(tmp_path: Path, monkeyp
     assert codes == [1, -signal.SIGKILL] and file["verdict"] == "not well"
     assert [row["ended"] for row in file["stages"]] == ["lost"]
     assert [(f["rank"], f["error"]) for f in file["stages"][0]["failures"]] == [(1, "does not answer")]
+    with pytest.raises(ProcessLookupError):  # what it had started holds no GPU any more
+        os.kill(int((tmp_path / "left").read_text()), 0)
 
 
 def test_a_rank_of_another_torch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
