@@ -212,10 +212,9 @@ def basics_barrier() -> None:
 
 def test_a_stage_that_hangs_is_ended_and_the_next_one_runs(tmp_path: Path) -> None:
     """The file must say which ranks were where: the one that sleeps, not those that wait for it."""
-    stages = [AcceptanceStage("hangs", 2, "", (StageJob(hang),)), *stages_of("basics")]
-    began = time.monotonic()
-    codes, file = accept(tmp_path, stages, world=3, seconds=42)
-    assert codes == [1, 1, 1] and file["verdict"] == "not well" and time.monotonic() - began < 30
+    stages = [AcceptanceStage("hangs", 6, "", (StageJob(hang),)), *stages_of("basics")]
+    codes, file = accept(tmp_path, stages, world=3, seconds=46)
+    assert codes == [1, 1, 1] and file["verdict"] == "not well"
     hung, after = file["stages"]
     assert (hung["ended"], after["ended"]) == ("out of time", "ok")
     assert hung["where"] == {"working": "0, 2", "asleep": "1"}
@@ -250,8 +249,8 @@ def test_a_rank_that_is_lost_ends_the_run_with_a_verdict(tmp_path: Path, monkeyp
             time.sleep(1000)
 
     monkeypatch.setattr(supervisor, "END_S", 0.3)
-    stages = [AcceptanceStage("lost", 1, "", (StageJob(lost),)), *stages_of("basics")]
-    codes, file = accept(tmp_path, stages, seconds=41)
+    stages = [AcceptanceStage("lost", 5, "", (StageJob(lost),)), *stages_of("basics")]
+    codes, file = accept(tmp_path, stages, seconds=45)
     assert codes == [1, -signal.SIGKILL] and file["verdict"] == "not well"
     assert [row["ended"] for row in file["stages"]] == ["lost"]
     assert [(f["rank"], f["error"]) for f in file["stages"][0]["failures"]] == [(1, "does not answer")]
@@ -386,8 +385,7 @@ def test_on_gpus_a_replay_may_differ_by_rounding(
 
 def test_on_gpus_links_are_timed_in_a_graph_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Graph:
-        def replay(self) -> None:
-            time.sleep(0.01 * REPEATED)
+        def replay(self) -> None: ...
 
         def reset(self) -> None: ...
 
@@ -395,11 +393,13 @@ def test_on_gpus_links_are_timed_in_a_graph_too(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(measure_links, "SIZES", (2**12,))
     monkeypatch.setattr(measure_links, "LOOPS", 1)
     monkeypatch.setattr(measure_links, "captured_loop", lambda loop: Graph())
+    planted = {"loop": 1.0 * REPEATED, "replay": 2.0 * REPEATED}
+    monkeypatch.setattr(measure_links, "_timed", lambda work, device: planted[work.__name__])
     codes, file = accept(tmp_path, stages_of("links"))
     found = file["stages"][0]["found"]
     assert codes == [0, 0] and len(found["captured"]) == len(found["tests"]) == len(COLLECTIVES)
-    assert all(0.01 <= test["seconds"]["4096"] < 0.1 for test in found["captured"])
-    assert all(test["seconds"]["4096"] < 0.01 for test in found["tests"])
+    assert all(test["seconds"] == {"4096": 2.0} for test in found["captured"])
+    assert all(test["seconds"] == {"4096": 1.0} for test in found["tests"])
 
 
 def test_what_a_gpu_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
