@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import zlib
 from dataclasses import asdict
 from itertools import product
@@ -17,7 +18,15 @@ from torch import Tensor
 from cinemesh.launch.training.checkpoint import writing
 from cinemesh.launch.training.checkpoint.layout import Layout
 from cinemesh.launch.training.checkpoint.loading import read_states
-from cinemesh.launch.training.checkpoint.manifest import FORMAT, MANIFEST, SAVED_STATES, Manifest, read_manifest, sealed
+from cinemesh.launch.training.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST,
+    SAVED_STATES,
+    Manifest,
+    ShardFile,
+    read_manifest,
+    sealed,
+)
 from cinemesh.launch.training.checkpoint.saving import assembled, part_of
 from cinemesh.launch.training.checkpoint.writing import Written, write_part
 from cinemesh.model.config import ModelConfig, parameters, preset
@@ -177,3 +186,18 @@ def assert_same(got: dict[str, dict[str, Tensor]]) -> None:
     for seed, state in enumerate(SAVED_STATES):
         for name, want in full(parameters(TINY), probe_values(seed), torch.float64).items():
             assert torch.equal(got[state][name], want), (state, name)
+
+
+def dry_manifest(plan: Plan, config: ModelConfig) -> Manifest:
+    """As the ranks of a plan would write it, from the layout of the real program; digests of nothing."""
+    layout, files = Layout.of(unit_layout(config, plan)), list[ShardFile]()
+    for rank in range(plan.world_size):
+        at = coordinates(plan, rank)
+        start, stop = part_of(layout.flat_elements, plan.dp_replicate, at.pop("dp_replicate"))
+        count = -(-(stop - start) // writing.BLOCK_ELEMENTS)
+        blocks = {state: [secrets.token_hex(32) for _ in range(count)] for state in SAVED_STATES}
+        size = 400 + 4 * len(SAVED_STATES) * (stop - start)
+        files.append(ShardFile(f"{rank:05d}.safetensors", size, at, start, stop, secrets.token_hex(32), blocks))
+    about: dict[str, Any] = {"step": 1, "updates": 1, "model": asdict(config), "plan": plan.to_dict(), "code": {}}
+    about |= {"states": dict.fromkeys(SAVED_STATES, "float32"), "block_elements": writing.BLOCK_ELEMENTS}
+    return Manifest(**about, note={}, digests=dict.fromkeys(SAVED_STATES, "0"), layout=layout, files=tuple(files))

@@ -134,6 +134,7 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "launch.training.recipe.LoggingSection.validation_draws": (4, RUNS),
     "launch.training.recipe.LoggingSection.checkpoint_every": (500, RUNS),
     "launch.training.recipe.LoggingSection.keep": (2, RUNS),
+    "launch.training.recipe.LoggingSection.keep_every": (0, RUNS),
     "launch.training.checkpoint.saving.save(keep)": (2, RUNS),
     "launch.training.checkpoint.choosing.Keep.newest": (2, UNSAID),
     "launch.training.checkpoint.choosing.Keep.every": (0, UNSAID),

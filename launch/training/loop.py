@@ -110,7 +110,8 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
             telemetry.say(f"steps are NOT captured, on any rank: {failure}; they run from the executor")
         telemetry.say(buckets.report())
     try:
-        saver = Saver(checkpoints, runner, Keep(config.logging.keep))
+        log = config.logging
+        saver = Saver(checkpoints, runner, Keep(log.keep, log.keep_every, log.keep_best))
         _Loop(setting, buckets, cache, saver, telemetry).run(stop)
         saver.close()
     finally:

@@ -149,6 +149,8 @@ class LoggingSection:
     validation_draws: Annotated[int, DRAWS_RANGE, "fixed (t, noise) of every validation sample"] = 4
     checkpoint_every: Annotated[EveryOrNever, "from one checkpoint to the next"] = 500
     keep: Annotated[int, KEEP_RANGE, "newest checkpoints that stay on disk"] = 2
+    keep_every: Annotated[EveryOrNever, "from one checkpoint that stays for good to the next"] = 0
+    keep_best: Annotated[bool, "the checkpoint of the lowest validation loss stays, if it was validated"] = False
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

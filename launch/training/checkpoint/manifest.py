@@ -101,7 +101,7 @@ class Manifest:
 
     def text(self) -> str:
         """As it is written."""
-        return sealed(FORMAT, json.dumps(asdict(self), separators=(",", ":")))
+        return sealed(FORMAT, json.dumps(_values(self), default=_values, separators=(",", ":")))
 
 
 @functools.cache
@@ -114,6 +114,11 @@ def code_here() -> dict[str, str | None]:
     except (OSError, subprocess.SubprocessError):
         commit = None
     return {"cinemesh": version_of("cinemesh"), "commit": commit, "torch": torch.__version__}
+
+
+def _values(record: Any) -> dict[str, Any]:
+    """As ``asdict``, without its copies of all that is inside."""
+    return {field.name: getattr(record, field.name) for field in fields(record)}
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -280,6 +280,13 @@ EFFECTS: Mapping[str, Sequence[Effect]] = {
     "logging.validation_draws": [Effect(2, frozenset({"validation"}))],
     "logging.checkpoint_every": [Effect(2, frozenset({"checkpoints"}))],
     "logging.keep": [Effect(1, frozenset({"checkpoints"}), {"logging.checkpoint_every": 1})],
+    "logging.keep_every": [Effect(1, frozenset({"checkpoints"}), {"logging.checkpoint_every": 1})],
+    "logging.keep_best": [
+        Effect(  # at such a rate the loss rises from the first step on
+            *(True, frozenset({"checkpoints"})),
+            {"logging.checkpoint_every": 1, "logging.validate_every": 1, "logging.keep": 1, "optimizer.lr": 5.0},
+        )
+    ],
     "sample.scenes": [Effect(["right"], frozenset({"clips"}))],
     "sample.bucket": [Effect("8x32x64", frozenset({"clips"}), TWO_BUCKETS)],
     "sample.steps": [Effect(3, frozenset({"clips"}))],

@@ -1,5 +1,6 @@
 """Any layout's files give any other layout's shards, bit by bit, and one digest a state; no process is started."""
 
+import json
 import math
 import random
 from dataclasses import replace
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import TINY, assert_read_under, body_of, numbered, plain_states, rewrite, write_under
+from checkpoints import TINY, assert_read_under, body_of, dry_manifest, numbered, plain_states, rewrite, write_under
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from cinemesh.launch.training.checkpoint import writing
 from cinemesh.launch.training.checkpoint.digests import block_digest, state_sums
 from cinemesh.launch.training.checkpoint.layout import FlatParameter, Piece
-from cinemesh.model.config import parameters
+from cinemesh.launch.training.checkpoint.manifest import MANIFEST, read_manifest
+from cinemesh.model.config import parameters, preset
 from cinemesh.model.weights import full
 from cinemesh.parallel.ir.plan import Plan
 
@@ -115,3 +117,16 @@ def test_a_digest_tells_values_places_and_names_apart() -> None:
     wide = [each.double() for each in (values, swapped, flipped, signs)]
     assert len({*sums, *state_sums([run], wide)}) == 9
     assert torch.equal(wide[0], values.double())  # and nothing is changed by it
+
+
+@pytest.mark.parametrize("plan", ["tp=2,cp=4,dp_shard=96,dp_replicate=8", "tp=8,dp_shard=768"])
+def test_what_6144_ranks_say_of_the_30b_is_small(tmp_path: Path, plan: str) -> None:
+    """Bytes of the manifest and of its unit table; seconds are in ``tests/benchmarks/checkpoints_30b.py``."""
+    manifest = dry_manifest(Plan.parse(plan), preset("movie-gen-30b"))
+    text = manifest.text()
+    units = json.dumps(json.loads(text)["body"]["layout"], separators=(",", ":"))
+    assert len(manifest.files) == 6144 and len(text) < 5e6 and len(units) < 100e3
+    path = tmp_path / "step-00000001"
+    path.mkdir()
+    (path / MANIFEST).write_text(text)
+    assert read_manifest(path) == replace(manifest, model=json.loads(json.dumps(manifest.model)))
