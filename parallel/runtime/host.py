@@ -28,7 +28,10 @@ class HostLink:
         if arena is None or arena.numel() < size_bytes:
             arena = torch.empty(size_bytes, dtype=torch.uint8)
             if on_gpu and size_bytes:
-                _pin(arena)
+                remedy = (
+                    "offload fewer activations, in fewer blocks (raise last_blocks), or start fewer processes a server"
+                )
+                pin(arena, "plan: offload", remedy)
         self.arena = arena
         self.streams = {to: torch.cuda.Stream(device) for to in Space} if on_gpu and size_bytes else {}
 
@@ -59,13 +62,15 @@ class HostLink:
         return BoundCollective(issue, wait)
 
 
-def _pin(arena: Tensor) -> None:
-    """Lock its pages. Torch's own pinned memory comes in powers of two: up to twice as much as a step needs."""
-    runtime, address = cudart(), arena.data_ptr()
+def pin(memory: Tensor, what: str, remedy: str) -> None:
+    """Lock the pages of bytes that are ``what`` for. Torch's own pinned memory comes in powers of two: up to twice it.
+
+    Raises CinemeshError, with this ``remedy``.
+    """
+    runtime, address = cudart(), memory.data_ptr()
     assert runtime is not None
-    if (error := runtime.cudaHostRegister(address, arena.numel(), 0)) != runtime.cudaError.success:
+    if (error := runtime.cudaHostRegister(address, memory.numel(), 0)) != runtime.cudaError.success:
         raise CinemeshError(
-            f"plan: offload: {arena.numel() / 1e9:.1f} GB of host memory cannot be pinned: {error}",
-            remedy="offload fewer activations, in fewer blocks (raise last_blocks), or start fewer processes a server",
+            f"{what}: {memory.numel() / 1e9:.1f} GB of host memory cannot be pinned: {error}", remedy=remedy
         )
-    weakref.finalize(arena, runtime.cudaHostUnregister, address)
+    weakref.finalize(memory, runtime.cudaHostUnregister, address)

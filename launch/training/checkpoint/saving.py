@@ -27,6 +27,7 @@ from ....model.config import parameters
 from ....model.runner import StepRunner
 from ....parallel.ir.units import Units
 from ....parallel.runtime.comm import gather_at_first
+from ....parallel.runtime.host import pin
 from . import writing
 from .choosing import Keep, prune, remove
 from .digests import digest
@@ -91,6 +92,7 @@ class Saver:
         self.start, self.stop = part_of(
             self.layout.flat_elements, runner.plan.dp_replicate, runner.coordinates["dp_replicate"]
         )
+        self.memory: Tensor | None = None  # bytes of the host, asked for once; the copies lie there
         self.copies: dict[str, Tensor] = {}
         self.behind = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.begun: _Begun | None = None
@@ -122,6 +124,8 @@ class Saver:
         }
 
         def prepare() -> None:
+            if self.memory is None:
+                self._ask_for_memory()
             if self.rank == 0:
                 try:
                     if self.pruning is not None:
@@ -188,13 +192,21 @@ class Saver:
             )
         partial.mkdir()
 
+    def _ask_for_memory(self) -> None:
+        dtype, elements = TORCH_DTYPES[self.runner.plan.stat_dtype], self.stop - self.start
+        self.memory = torch.empty(len(SAVED_STATES) * elements * dtype.itemsize, dtype=torch.uint8)
+        if self.runner.executor.device != "cpu":
+            pin(
+                self.memory,
+                "the copy of the states that a checkpoint is written from",
+                "start fewer processes a server",
+            )
+        self.copies = dict(zip(SAVED_STATES, self.memory.view(dtype).view(-1, elements), strict=True))
+
     def _copy(self) -> None:
-        """This rank's part of every state, to memory of the host that is asked for once."""
-        for state in SAVED_STATES:
-            source = self.runner.buffers[state].view(-1)[self.start : self.stop]
-            if state not in self.copies:
-                self.copies[state] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-            self.copies[state].copy_(source, non_blocking=True)
+        """This rank's part of every state."""
+        for state, copy in self.copies.items():
+            copy.copy_(self.runner.buffers[state].view(-1)[self.start : self.stop], non_blocking=True)
         if self.runner.executor.device != "cpu":
             torch.cuda.current_stream(self.runner.executor.device).synchronize()
 

@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,6 +88,23 @@ def test_memory_for_the_copies_is_asked_for_once(tmp_path: Path) -> None:
     assert len(seen) == 1
     copied = sum(copy.numel() * copy.element_size() for copy in saver.copies.values())
     assert copied == saving.copy_bytes(runner.units)
+
+
+def test_on_a_gpu_the_copies_are_pinned_once_and_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written before a copy has ended is torn; so many bytes are pinned, not the next power of two."""
+    runner, asked = filled(runner_of(plan_of(""))), list[object]()
+    stream = SimpleNamespace(synchronize=lambda: asked.append("waited"))
+    monkeypatch.setattr(saving, "pin", lambda memory, *_: asked.append(memory.numel()))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(runner.executor, "device", "cuda")
+    saver = Saver(tmp_path, runner, Keep())
+    for _ in range(2):
+        saver.begin({})
+        saver.end()
+    saver.close()
+    path = tmp_path / "step-00000007"
+    assert asked == [saving.copy_bytes(runner.units), "waited", "waited"]
+    assert_same(plain_states(path))
 
 
 @pytest.mark.parametrize(
