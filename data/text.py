@@ -13,6 +13,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -30,6 +31,11 @@ EmbeddingWidth = Annotated[int, integers(1, 16_384, "no text encoder is wider")]
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # parameters, inputs and tensors of the cache are called after an encoder
 END = 256  # the token after a caption's last byte: an empty caption still has one valid key
 LONGEST_PERIOD = 10_000.0  # tokens; of the sinusoidal position features of Vaswani et al., 3.5
+
+
+def with_fps(rate: Fraction, caption: str) -> str:
+    """A caption that tells at how many frames/s its clip plays (Movie Gen, 3.2.1: ``FPS-16``, before the text)."""
+    return f"FPS-{round(rate)} {caption}"
 
 
 class TextEncoder(Protocol):

@@ -62,6 +62,7 @@ def train(config: Config) -> None:
     with joined(config.plan, config.device) as place:
         setting, stop = Setting.of(config), StopSignal()
         cache = setting.open_cache(place)
+        setting.sampled_captions(cache)  # refused before training, not after
         with stop:
             runner = train_steps(setting, place, cache, stop)
         done = runner.steps_done >= config.schedule.steps

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...data.clips import playable, write_mp4
+from ...data.text import with_fps
 from ...documents import quoted
 from ...errors import CinemeshError
 from ...files import check_output_file
@@ -83,13 +84,15 @@ def run(
     setting = Setting.of(recipe)
     setting.check_sampling()
     check_sampling_memory(setting)
-    if cuts := setting.encoding.cuts({"the prompt": prompt}):
-        taken = ", ".join(f"text encoder {cut.encoder} takes {cut.tokens} of its {cut.length} tokens" for cut in cuts)
-        print(f"the prompt is cut: {taken}", file=sys.stderr)
     written = read_manifest(newest)
     check_model(newest, written, setting.model)
     check_files(newest, written)
-    order = ClipOrder(recipe, newest, prompt, out, _frame_rate(newest, written.note))
+    rate = _frame_rate(newest, written.note)
+    prompt = with_fps(rate, prompt)  # as in training
+    if cuts := setting.encoding.cuts({"the prompt": prompt}):
+        taken = ", ".join(f"text encoder {cut.encoder} takes {cut.tokens} of its {cut.length} tokens" for cut in cuts)
+        print(f"the prompt is cut: {taken}", file=sys.stderr)
+    order = ClipOrder(recipe, newest, prompt, out, rate)
     if said := remark(recipe, written.updates):
         print(said, file=sys.stderr)
     code = launch(nproc, sample, order) if nproc and nproc > 1 else rank_main(lambda: sample(order))

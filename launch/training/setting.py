@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ...data.buckets import latents_of
-from ...data.cache import CACHE_FILE, Cache, build_cache
-from ...data.clips import read_captions
+from ...data.building import build_cache
+from ...data.cache import CACHE_FILE, Cache
 from ...data.encoding import Encoding
 from ...errors import CinemeshError, did_you_mean
 from ...kernels.registry import Kernels, kernels_for
@@ -57,35 +57,38 @@ class Setting:
             check(self.model, self.config.plan, batch)
         return batches
 
-    @cached_property
-    def captions(self) -> dict[str, str]:
+    def check_sampled_scenes(self) -> None:
+        """Raises CinemeshError for a scene or bucket that is to be sampled when training is done and does not exist."""
+        section, captions, _ = self.config.sample, self.config.data.captions, self.config.sampled
+        known = [scene.name for scene in self.config.data.scenes()]
+        for name in (section.scenes if section else None) or ():
+            if name not in known:
+                raise CinemeshError(
+                    f"sample.scenes: {captions} has no scene {name!r}", remedy=did_you_mean(name, known)
+                )
+
+    def sampled_captions(self, cache: Cache) -> dict[str, str]:
         """Caption by scene, of those that are sampled when training is done: all that have windows, or those named.
 
-        Raises CinemeshError for a scene that does not exist, or is too short for the sampled bucket.
+        Raises CinemeshError for a scene without windows in the sampled bucket: it is too short, or was skipped.
         """
-        section, data, bucket = self.config.sample, self.config.data, self.config.sampled
+        section, bucket = self.config.sample, self.config.sampled
         if section is None:
             return {}
-        scenes = {scene.name: scene for scene in read_captions(data.captions)}
-        captions = {scene.name: scene.caption for scene in scenes.values() if scene.frames >= bucket.frames}
+        captions = next(windows.train for windows in cache.buckets if windows.bucket == str(bucket)).captions
         for name in section.scenes or ():
-            if name in scenes and name not in captions:
-                raise CinemeshError(
-                    f"sample.scenes: {name} has {scenes[name].frames} frames, fewer than bucket {bucket} needs: there "
-                    "is nothing to compare a clip with",
-                    remedy="leave it out, or name a shorter sample.bucket",
-                )
             if name not in captions:
                 raise CinemeshError(
-                    f"sample.scenes: {data.captions} has no scene {name!r}", remedy=did_you_mean(name, captions)
+                    f"sample.scenes: {name} has no window in bucket {bucket}, which needs {bucket.needs}: there is "
+                    "nothing to compare a clip with",
+                    remedy="leave it out, or name a shorter sample.bucket",
                 )
         return {name: captions[name] for name in section.scenes or captions}
 
     def check_training(self) -> None:
         """Raises CinemeshError for what would stop training before its first step and can be told without the clips."""
         _ = self.batches
-        self.config.data.scenes()
-        _ = self.captions
+        self.check_sampled_scenes()
 
     def check_sampling(self) -> None:
         """Raises CinemeshError when the plan does not divide the model or a sampled clip."""

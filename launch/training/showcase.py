@@ -51,7 +51,7 @@ class Score:
 
 def show_samples(setting: Setting, place: Joined, cache: Cache, runner: StepRunner) -> None:
     """Sample clips, write them and print how near they come to what was trained on. Collective."""
-    config, bucket, captions = setting.config, setting.config.sampled, setting.captions
+    config, bucket, captions = setting.config, setting.config.sampled, setting.sampled_captions(cache)
     weights = runner.buffers[config.weights]
     captioned = list(captions.values())
     clips = sample_clips(setting, place, weights, captioned, samples=runner.batch.samples, beside=runner)

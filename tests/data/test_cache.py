@@ -14,13 +14,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cinemesh.data import cache as data
+from cinemesh.data import building
+from cinemesh.data import settings as rules
 from cinemesh.data.buckets import Bucket, BucketSettings
-from cinemesh.data.cache import Cache, Sample, Windows, build_cache, collate
-from cinemesh.data.clips import read_frames, write_mp4
+from cinemesh.data.building import SKIPPED_FILE, build_cache
+from cinemesh.data.cache import Cache, Sample, Windows, collate
+from cinemesh.data.clips import write_mp4
 from cinemesh.data.encoding import BlockDCT, Encoding
 from cinemesh.data.settings import DataSettings
 from cinemesh.data.text import ByteEncoder
+from cinemesh.data.video import read_frames
 from cinemesh.data.windows import held_out, windows
 from cinemesh.errors import CinemeshError
 from cinemesh.model.codec import BlockDCTCodec
@@ -40,7 +43,7 @@ def settings(tmp_path: Path) -> DataSettings:
     frames = (torch.arange(50) * 5).to(torch.uint8)[:, None, None, None].repeat(1, 16, 16, 3)
     write_mp4(tmp_path / "clips" / "a.mp4", frames, Fraction(15))
     (tmp_path / "captions.yaml").write_text(CAPTIONS)
-    return DataSettings((str(tmp_path / "clips"),), tmp_path / "captions.yaml", size=16, frames=8, stride=3)
+    return DataSettings((str(tmp_path / "clips"),), tmp_path / "captions.yaml", size=16, frames=8, fps=15, stride=3)
 
 
 UMASK = os.umask(0)
@@ -69,11 +72,16 @@ def rewrite(path: Path, name: str, tensor: Tensor) -> None:
     save_file({**load_file(path), name: tensor}, path, metadata=header)
 
 
+def cut(scene_frames: int, held: int, frames: int, stride: int) -> tuple[range, range]:
+    """At one rate, the video's own."""
+    return windows(scene_frames, Fraction(scene_frames - held), frames, stride, Fraction(1))
+
+
 @pytest.mark.parametrize("scene_frames", [8, 15, 16, 17, 30, 61, 132])
 @pytest.mark.parametrize("stride", [1, 3, 40])
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.6])
 def test_no_frame_is_in_a_train_and_in_a_validation_window(scene_frames: int, stride: int, share: float) -> None:
-    train, validation = windows(scene_frames, held_out(scene_frames, 8, share), 8, stride)
+    train, validation = cut(scene_frames, held_out(scene_frames, 8, share), 8, stride)
     seen = {first + i for first in train for i in range(8)}
     held = {first + i for first in validation for i in range(8)}
     assert train and not seen & held
@@ -89,7 +97,7 @@ def test_what_one_bucket_validates_on_no_bucket_trains_on(scene_frames: int, sha
     """A border for each bucket would let the short windows train on what the long ones hold out."""
     fitting = [frames for frames in (8, 13, 24) if frames <= scene_frames]
     held = held_out(scene_frames, max(fitting), share)
-    both = {frames: windows(scene_frames, held, frames, 3) for frames in fitting}
+    both = {frames: cut(scene_frames, held, frames, 3) for frames in fitting}
     seen = {first + i for frames, (train, _) in both.items() for first in train for i in range(frames)}
     kept = {first + i for frames, (_, validation) in both.items() for first in validation for i in range(frames)}
     assert not seen & kept
@@ -113,25 +121,61 @@ def test_samples_are_the_windows_of_the_videos(settings: DataSettings, tmp_path:
     for sample in (*cache.train, *cache.validation):
         window = frames[sample.first_frame : sample.first_frame + 8]
         assert torch.equal(sample.latent, CODEC.encode(window))
-        assert sample.caption == {"up": "It brightens.", "short": "It waits."}[sample.scene]
+        assert sample.caption == {"up": "FPS-15 It brightens.", "short": "FPS-15 It waits."}[sample.scene]
         for encoder in ENCODERS:
             text, mask = encoder.encode(sample.caption)
             assert torch.equal(sample.text[encoder.name], text)
             assert torch.equal(sample.mask[encoder.name], mask)
 
 
-def test_windows_play_as_their_videos_and_a_clip_as_most_of_them(settings: DataSettings, tmp_path: Path) -> None:
-    """Of 9 training windows of a.mp4 and 4 of b.mp4, which is one scene of 20 frames at another rate."""
-    write_mp4(tmp_path / "clips" / "b.mp4", torch.zeros(20, 16, 16, 3, dtype=torch.uint8), Fraction(30000, 1001))
-    more = '- {name: b, file: b.mp4, first_frame: 0, last_frame: 19, caption: "It is dark."}\n'
-    settings.captions.write_text(CAPTIONS + more)
-    cache = Cache.open(build(settings, tmp_path / "cache"))
-    train = cache.buckets[0].train
-    assert train.scenes == ["up"] * 7 + ["short"] * 2 + ["b"] * 2
-    assert train.frame_rates == [sample.frame_rate for sample in train]
-    assert train.frame_rates == [Fraction(15)] * 9 + [Fraction(30000, 1001)] * 2 and cache.frame_rate == 15
-    settings.captions.write_text(more)
-    assert Cache.open(build(settings, tmp_path / "cache")).frame_rate == Fraction(30000, 1001)
+def test_windows_and_captions_tell_their_rate_and_a_clip_that_of_most(settings: DataSettings, tmp_path: Path) -> None:
+    """A bucket of fixed rate, and one that squeezes both scenes: 36 frames at 15 a second, 12 of them."""
+    buckets = BucketSettings(), BucketSettings(frames=16, squeeze_from_s=0.5)
+    cache = Cache.open(build(replace(settings, buckets=buckets), tmp_path / "cache"))
+    fixed, squeezed = (windows.train for windows in cache.buckets)
+    assert fixed.scenes == ["up"] * 7 + ["short"] * 2 and set(fixed.frame_rates) == {Fraction(15)}
+    assert squeezed.scenes == ["short"] and squeezed.frame_rates == [Fraction(20)]
+    assert cache.frame_rate == 15
+    assert squeezed[0].caption == "FPS-20 It waits." and squeezed[0].frame_rate == 20
+    for name, encoder in zip(("words", "letters"), ENCODERS, strict=True):
+        assert torch.equal(squeezed[0].text[name], encoder.encode("FPS-20 It waits.")[0])
+    frames = read_frames(tmp_path / "clips" / "a.mp4", 16, 16)
+    assert torch.equal(squeezed[0].latent, CODEC.encode(frames[[38 + k * 12 // 16 for k in range(16)]]))
+    assert fixed.captions == {"up": "FPS-15 It brightens.", "short": "FPS-15 It waits."}
+
+
+def test_a_bad_clip_is_skipped_and_written_down_up_to_a_share(
+    settings: DataSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Taken whole, damaged videos are trained on as grey smears; and skipped in silence, a broken disk is no data."""
+    whole = (tmp_path / "clips/a.mp4").read_bytes()
+    (tmp_path / "clips/b.mp4").write_bytes(whole[: len(whole) // 2])
+    settings.captions.write_text(CAPTIONS + "- {name: bad, file: b.mp4, first_frame: 0, last_frame: 9, caption: x}\n")
+    path = build(replace(settings, bad_share=0.5), tmp_path / "cache")
+    (said,) = json.loads((tmp_path / "cache" / SKIPPED_FILE).read_text())
+    assert said["file"] == str(tmp_path / "clips/b.mp4") and "cannot be decoded" in said["reason"]
+    assert said.keys() == {"file", "time_s", "reason"}
+    assert "1 clips are skipped" in capsys.readouterr().err
+    assert set(opened(path).train.scenes) == {"up", "short"}
+    too_many = r"1 of 2 clips cannot be trained on, and data\.bad_share is 0\.4: .*b\.mp4: it cannot be decoded"
+    for cache in ("cache", "new"):  # also where it was built under another limit
+        with pytest.raises(CinemeshError, match=too_many):
+            build(replace(settings, bad_share=0.4), tmp_path / cache)
+    assert (tmp_path / "new" / SKIPPED_FILE).exists()
+    (tmp_path / "clips/b.mp4").write_bytes(whole)
+    assert "bad" in opened(build(replace(settings, bad_share=0.0), tmp_path / "cache")).train.scenes
+    assert not (tmp_path / "cache" / SKIPPED_FILE).exists()
+    (tmp_path / "clips/a.mp4").unlink()
+    (tmp_path / "clips/a.mp4").symlink_to("nowhere")
+    (tmp_path / "clips/b.mp4").write_bytes(b"")
+    with pytest.raises(CinemeshError, match="2 of 2 clips cannot be trained on"):
+        build(replace(settings, bad_share=1.0), tmp_path / "cache")
+
+
+def test_a_scene_of_no_file_is_named(settings: DataSettings, tmp_path: Path) -> None:
+    settings.captions.write_text(CAPTIONS.replace("a.mp4", "c.mp4"))
+    with pytest.raises(CinemeshError, match=r"scene up needs c\.mp4.*\(a\.mp4\)"):
+        build(settings, tmp_path)
 
 
 def test_each_bucket_has_windows_of_its_shape(settings: DataSettings, tmp_path: Path) -> None:
@@ -164,7 +208,7 @@ def test_each_bucket_has_windows_of_its_shape(settings: DataSettings, tmp_path: 
 
 def test_the_quick_start_data_are_normalised_and_complete(tmp_path: Path) -> None:
     """The real clips: codec constants that no longer fit the clips or the scaling show here."""
-    settings = DataSettings(stride=8)
+    settings = DataSettings(fps=25, stride=8)
     cache = opened(build(settings, tmp_path))
     assert shape_of(cache) == (16, 2, 16, 16)
     assert len({sample.scene for sample in cache.train}) == 7
@@ -196,7 +240,10 @@ def test_a_cache_is_reused_until_what_it_is_made_of_changes(
     path = build(settings, tmp_path)
     assert not made()
     more = {"buckets": (BucketSettings(), BucketSettings(frames=16))}
-    for changes in ({"stride": 2}, {"frames": 9}, {"size": 24}, {"validation_share": 0.5}, more):
+    for changes in (
+        {"stride": 2}, {"frames": 9}, {"size": 24}, {"validation_share": 0.5}, {"fps": 16}, more,
+        {"frames": 16, "buckets": (BucketSettings(frames=8), BucketSettings(squeeze_from_s=0.5))},
+    ):  # fmt: skip
         assert made(**changes), changes
         assert made()
     assert not made(buckets=(BucketSettings(frames=8, weight=3.0),))  # the same windows, and nothing else counts
@@ -242,7 +289,7 @@ def test_a_failed_build_leaves_nothing_behind(
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data, "save_file", fill_disk)
+    monkeypatch.setattr(building, "save_file", fill_disk)
     with pytest.raises(CinemeshError, match=r"cannot write the latent cache .* No space left"):
         build(settings, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
@@ -289,8 +336,8 @@ def test_a_flipped_bit_is_named_when_read(settings: DataSettings, tmp_path: Path
             cache.train[index]
         assert cache.train[0 if index else 8].scene  # the others are whole
         path.write_bytes(whole)
-    assert whole.count(b"It brightens.") == 1
-    path.write_bytes(whole.replace(b"It brightens.", b"It brightena."))
+    assert whole.count(b"FPS-15 It brightens.") == 1
+    path.write_bytes(whole.replace(b"FPS-15 It brightens.", b"FPS-15 It brightena."))
     with pytest.raises(CinemeshError, match="its header is not as it was written"):
         Cache.open(path)
 
@@ -300,7 +347,7 @@ def test_others_may_read_a_cache_if_the_umask_lets_them(settings: DataSettings, 
 
 
 def test_settings_that_cannot_be_met_give_their_numbers(settings: DataSettings, tmp_path: Path) -> None:
-    with pytest.raises(CinemeshError, match=r"scene short has 12 frames, .*bucket\(13x16x16\)"):
+    with pytest.raises(CinemeshError, match=r"scene short lasts 0\.8 s, .*: 13 frames at 15 frames/s, 0\.867 s"):
         build(replace(settings, frames=13), tmp_path)
     with pytest.raises(CinemeshError, match=r"height\(20\) % 8 = 4 in 8x20x20"):
         build(replace(settings, size=20), tmp_path)
@@ -310,7 +357,7 @@ def test_settings_that_cannot_be_met_give_their_numbers(settings: DataSettings, 
         replace(settings, validation_share=1.0)
     with pytest.raises(CinemeshError, match=r"16x16x16 and 12x16x16 both make latents of 2x2x2"):
         build(replace(settings, buckets=(BucketSettings(frames=16), BucketSettings(frames=12))), tmp_path)
-    with pytest.raises(CinemeshError, match=r"37x16x16 needs 37 frames.* \(the longest, up, has 36\)"):
+    with pytest.raises(CinemeshError, match=r"37x16x16 needs 37 frames at 15.* \(the longest, up, lasts 2\.4 s\)"):
         build(replace(settings, buckets=(BucketSettings(), BucketSettings(frames=37))), tmp_path)
     with pytest.raises(CinemeshError, match=r"validation_share is -0\.1"):
         replace(settings, validation_share=-0.1)
@@ -322,23 +369,17 @@ def test_settings_that_cannot_be_met_give_their_numbers(settings: DataSettings, 
             Bucket(1, 1, 1, weight)
 
 
-def test_more_windows_than_ids_have_bits_are_refused_before_a_frame_is_read(
-    settings: DataSettings, tmp_path: Path
+def test_more_windows_than_ids_have_bits_are_refused_before_any_is_encoded(
+    settings: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sample 2**32 + 5 would draw what sample 5 draws; of long videos there is no other limit."""
-    whole = (tmp_path / "clips/a.mp4").read_bytes()
-    scenes = list[str]()
-    for number in range(43):
-        (tmp_path / f"clips/{number}.mp4").write_bytes(whole)
-        scenes.append(f"- {{name: s{number}, file: {number}.mp4, first_frame: 0, last_frame: 100000000, caption: x}}\n")
-    asked = replace(settings, stride=1)
-    settings.captions.write_text("".join(scenes))
-    cut = r"stride\(1\) and 1 bucket.* cut 4,299,\d{3},\d{3} windows .*: at most 4,294,967,296; raise"
+    monkeypatch.setattr(rules, "MOST_IDS", 10)
+    assert len(opened(build(settings, tmp_path / "cache")).train) == 9  # and one of validation
+    monkeypatch.setattr(rules, "MOST_IDS", 9)
+    monkeypatch.setattr(BlockDCTCodec, "encode", None)
+    cut = r"stride\(3\) and 1 bucket.* cut 10 windows .*: at most 9; raise"
     with pytest.raises(CinemeshError, match=cut):
-        build(asked, tmp_path / "cache")
-    settings.captions.write_text("".join(scenes[:42]))
-    with pytest.raises(CinemeshError, match="scene s0 ends at frame 100000000"):
-        build(asked, tmp_path / "cache")
+        build(settings, tmp_path / "new")
 
 
 def test_settings_at_their_limits_are_met(settings: DataSettings) -> None:
@@ -346,7 +387,7 @@ def test_settings_at_their_limits_are_met(settings: DataSettings) -> None:
     assert len(replace(settings, frames=12).scenes()) == 2
     assert len(replace(settings, buckets=(BucketSettings(), BucketSettings(frames=36))).scenes()) == 2
     least = replace(settings, size=1, frames=1, stride=1, validation_share=0.0)
-    assert least.shapes == (Bucket(1, 1, 1, 1.0),)
+    assert least.shapes == (Bucket(1, 1, 1, 1.0, fps=15),)
 
 
 def test_data_ranks_share_a_micro_batch_in_order(settings: DataSettings, tmp_path: Path) -> None:

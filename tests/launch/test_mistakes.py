@@ -43,6 +43,24 @@ def test_a_world_size_that_does_not_match(
 
 
 @pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["data.buckets=[{}, {frames: 21}]"], "21x32x32 needs 21 frames at 24 frames/s, 0.875 s, and no scene"),
+        (["data.buckets=[{frames: 13}, {frames: 20}]"], "scene right lasts 0.5005 s, and no bucket takes it"),
+        (["sample.scenes=[right]", "data.buckets=[{frames: 13}, {}]"], "sample.scenes: right has no window in bucket"),
+    ],
+)
+def test_what_only_the_clips_tell_ends_a_run_before_its_first_step(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], expected: str
+) -> None:
+    """How long a scene lasts stands in its video alone."""
+    values["sample"] = {"steps": 2}
+    assert start(values, tmp_path, *overrides) == processes.USER_ERROR
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("overrides", "nproc", "expected"),
     [
         (["plan.tp=4", "model.heads=6"], 4, "heads(6) % tp(4) = 2"),
@@ -60,16 +78,9 @@ def test_a_world_size_that_does_not_match(
         (["data.buckets=[{weight: .inf}]"], None, "data.buckets.0.weight is '.inf'"),
         (["data.buckets=[{height: 20}]"], None, "height(20) % 8 = 4 in 8x20x32; the codec needs a multiple of 8"),
         (["data.buckets=[{}, {frames: 7}]"], None, "8x32x32 and 7x32x32 both make latents of 1x4x4"),
-        (["data.buckets=[{}, {frames: 21}]"], None, "21x32x32 needs 21 frames, more than any scene"),
-        (
-            ["data.buckets=[{frames: 13}, {frames: 20}]"],
-            None,
-            "scene right has 12 frames, fewer than the shortest bucket",
-        ),
         (["data.buckets=[{}, {height: 16}]", "plan.cp=4"], 4, "tokens of a 1x2x4 latent(2) % (cp(4) * tp(1) = 4) = 2"),
         (["data.buckets=[{}, {width: 128}]"], None, "the table of model tiny has 6"),
         (["sample.bucket=8x32x64"], None, "sample.bucket is '8x32x64'; the data have the buckets 8x32x32"),
-        (["sample.scenes=[right]", "data.buckets=[{frames: 13}, {}]"], None, "sample.scenes: right has 12 frames"),
     ],
 )
 def test_a_plan_or_recipe_that_does_not_fit_is_refused_before_anything_is_written(

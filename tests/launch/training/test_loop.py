@@ -16,11 +16,11 @@ import torch.distributed as dist
 import yaml
 from harness import Pool
 from torch import Tensor
-from training import RATE, STATES, cinemesh, in_two_batches, in_two_buckets, recipe, start, states
+from training import STATES, cinemesh, in_two_batches, in_two_buckets, recipe, start, states
 
 from cinemesh.data.cache import Sample, collate
-from cinemesh.data.clips import frame_rate, read_frames
 from cinemesh.data.order import Stream, turns
+from cinemesh.data.video import frame_rate, read_frames
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels.reference import Kernel
 from cinemesh.launch.cluster.processes import Joined, StopSignal
@@ -420,9 +420,9 @@ def test_a_finished_run_shows_a_clip_of_each_scene(
     assert {path.name for path in folder.iterdir()} == names
     scores = json.loads((folder / showcase.SCORES).read_text())
     assert [score["scene"] for score in scores] == ["left", "right"]
-    assert frame_rate(folder / "left.mp4") == frame_rate(folder / "right.mp4") == RATE
+    assert frame_rate(folder / "left.mp4") == frame_rate(folder / "right.mp4") == 24  # the bucket's, of 23.976
     newest = latest(tmp_path / "run/checkpoints")
-    assert newest and read_manifest(newest).note[FRAME_RATE] == str(RATE)
+    assert newest and read_manifest(newest).note[FRAME_RATE] == "24"
     out = capsys.readouterr().out
     assert "left: " in out and showcase.reading([showcase.Score(**score) for score in scores], BlockDCTCodec()) in out
 

@@ -12,8 +12,8 @@ from checkpoints import body_of, rewrite
 from harness import Pool
 from torch import Tensor
 
-from cinemesh.data.clips import frame_rate, read_frames
 from cinemesh.data.text import ByteEncoder
+from cinemesh.data.video import frame_rate, read_frames
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels.reference import REFERENCE
 from cinemesh.launch.cluster.processes import Joined
@@ -119,7 +119,8 @@ def test_what_a_run_ends_with_is_sampled_beside_its_runner(monkeypatch: pytest.M
 
     monkeypatch.setattr(showcase, "sample_clips", sampled)
     runner: Any = SimpleNamespace(buffers={"ema": None}, batch=SimpleNamespace(samples=2))
-    setting: Any = SimpleNamespace(config=SimpleNamespace(sampled=None, weights="ema"), captions={"a": "b"})
+    config = SimpleNamespace(sampled=None, weights="ema")
+    setting: Any = SimpleNamespace(config=config, sampled_captions=lambda cache: {"a": "b"})
     nothing: Any = None
     showcase.show_samples(setting, Joined(1, "cpu", None), nothing, runner)
     assert given["beside"] is runner
@@ -160,7 +161,7 @@ def test_run_writes_the_clip_of_the_weights_that_are_asked_for(
     out, err = capsys.readouterr()
     cut, begun, told = err.splitlines()
     assert cut == (
-        "the prompt is cut: text encoder words takes 5 of its 10 tokens, text encoder letters takes 3 of its 10 tokens"
+        "the prompt is cut: text encoder words takes 5 of its 17 tokens, text encoder letters takes 3 of its 17 tokens"
     )
     assert begun == "sampling: clips 1 to 1, step 1 (1 of 3)"
     assert told.startswith("wrote out/clip.mp4 (29.97 frames/s); next: ")
@@ -174,7 +175,7 @@ def test_run_writes_the_clip_of_the_weights_that_are_asked_for(
     units = unit_layout(MODEL, plan)
     ema = torch.empty(1, units.flat_elements)
     fill_shard(ema, units, coordinates(plan, 0), probe_values(probe))
-    encoded = [encoder.encode(PROMPTS[0]) for encoder in ENCODERS]
+    encoded = [encoder.encode(f"FPS-30 {PROMPTS[0]}") for encoder in ENCODERS]
     given = {text_input(e.name): x[:, None] for e, (x, _) in zip(ENCODERS, encoded, strict=True)}
     given[MASK] = torch.cat([valid for _, valid in encoded])[None]
     sampler = Sampler(MODEL, plan, BatchShape(1, LATENT), None, ema)

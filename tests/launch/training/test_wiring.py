@@ -19,7 +19,10 @@ from checkpoints import plain_states
 from torch import Tensor
 from training import CAPTIONS, RATE, recipe
 
-from cinemesh.data.clips import read_frames, write_mp4
+from cinemesh.data import building
+from cinemesh.data.clips import write_mp4
+from cinemesh.data.settings import DataSettings
+from cinemesh.data.video import read_frames
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels.philox import Purpose
 from cinemesh.launch import train as entry
@@ -113,6 +116,7 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
     }
     run = Run(values, did)
     load, step, steps = StepRunner.load, StepRunner.step, train.train_steps
+    check_share = building._check_share
     choose, predict, join = setting_of.kernels_for, resolve.predict_run, train.joined
 
     def loaded(self: StepRunner, micro_batch: int, batch: Mapping[str, Tensor]) -> None:
@@ -141,6 +145,10 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
         did["plans"].append(runner.plan)
         did["final"] = {name: runner.buffers[name].clone() for name in STATES}
         return runner
+
+    def shared(settings: DataSettings, *rest: Any) -> None:
+        did["bad_share"] = settings.bad_share
+        check_share(settings, *rest)
 
     def chosen(*given: Any, **asked: Any) -> Any:
         did["asked"] = asked
@@ -173,6 +181,7 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
         patch.setattr(StepRunner, "step", stepped)
         patch.setattr(train, "train_steps", trained)
         patch.setattr(setting_of, "kernels_for", chosen)
+        patch.setattr(building, "_check_share", shared)
         patch.setattr(train, "joined", joined)
         patch.setattr(resolve, "predict_run", predicted)
         patch.setattr(showcase, "show", shown)
@@ -251,6 +260,12 @@ EFFECTS: Mapping[str, Sequence[Effect]] = {
     "data.buckets.0.width": [Effect(64, SHAPE)],
     "data.buckets.0.weight": [Effect(0.01, SAMPLES - GRADIENT | LATER, TWO_BUCKETS)],
     "data.buckets.0.global_batch": [Effect(4, SAMPLES)],
+    "data.buckets.0.fps": [Effect(20, SAMPLES | {"windows"})],
+    "data.buckets.0.squeeze_from_s": [  # takes the right scene alone
+        Effect(0.4, SAMPLES | {"windows"}, {**TWO_BUCKETS, "sample.scenes": ["right"]})
+    ],
+    "data.fps": [Effect(20, SAMPLES | {"windows"})],
+    "data.bad_share": [Effect(0.5, frozenset({"bad_share"}))],
     "data.stride": [Effect(1, SAMPLES | {"windows"})],
     "data.validation_share": [Effect(0.0, SAMPLES | {"windows", "validated"})],
     "data.encoders.0.name": [Effect("letters", MODEL | {"text"})],
@@ -386,7 +401,10 @@ def clip_of(run: Run, weights: dict[str, Tensor]) -> Tensor:
     assert section is not None
     model = Reference(setting.model).double()
     model.load_state_dict(weights)
-    given = {n: v.double() if v.is_floating_point() else v for n, v in setting.encoding.captions(["It moves."]).items()}
+    given = {
+        n: v.double() if v.is_floating_point() else v
+        for n, v in setting.encoding.captions(["FPS-24 It moves."]).items()
+    }
     null = {n: torch.zeros_like(v) for n, v in given.items()} | {MASK: torch.ones_like(given[MASK])}
     assert given.keys() == {MASK, *(text_input(e.name) for e in setting.model.encoders)}
     shape = (setting.model.channels, *setting.latents[0])
