@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ...data.cache import Cache, collate
-from ...data.order import Stream, balanced, turns
+from ...data.cache import Cache
 from ...errors import CinemeshError
 from ...model.buckets import BucketRunner
 from ...model.runner import StepRunner
@@ -29,6 +28,7 @@ from .checkpoint.choosing import FOLDER, VALIDATION_LOSS, Keep
 from .checkpoint.loading import resume
 from .checkpoint.saving import Saver
 from .differences import RECIPE, differences, recorded
+from .feed import Feed
 from .measured_rows import MeasuredRows
 from .needs import check_training_memory
 from .recipe import Config, read_config
@@ -41,6 +41,7 @@ from .validation import Validation
 
 SKIPPED_LIMIT = 5  # updates in a row that were skipped for a gradient that is not finite, before a run gives up
 FAILED_SAVES_LIMIT = 3  # in a row, before a run gives up: what it would lose by going on is then not small any more
+READS_AHEAD = ("cuda",)  # devices whose step goes on behind its launch, while the host reads the next one's samples
 SAMPLES = "samples"  # of a checkpoint's note: how many of each bucket's stream were taken
 
 
@@ -132,15 +133,10 @@ class _Loop:
         self.failed_saves = 0  # in a row
         self.validated: tuple[int, float] | None = None  # step and loss, of the last one
         self.latents = [batch.latent for batch in setting.batches]
-        log, data, seed = self.config.logging, self.config.data, self.config.seed
+        log = self.config.logging
         self.rows = MeasuredRows(self.config, runners, self.latents) if telemetry else None
-        self.weights = [bucket.weight for bucket in data.shapes]
-        drawn = turns(seed, self.config.schedule.steps, self.weights)
-        self.bucket, self.turn = (values.tolist() for values in drawn)  # of every step
-        self.streams = [
-            Stream(seed, bucket, balanced(windows.train.scenes, data.balance))
-            for bucket, windows in enumerate(cache.buckets)
-        ]
+        self.feed = Feed(self.config, cache, self.runner.mesh.data_rank if self.runner.mesh else 0)
+        self.reads_ahead = torch.device(self.runner.executor.device).type in READS_AHEAD
         self.validations = {
             bucket: Validation(runners.runners[self.latents[bucket]], windows.validation, self.config)
             for bucket, windows in enumerate(cache.buckets)
@@ -163,9 +159,11 @@ class _Loop:
             loaded = time.perf_counter()
             lr = self.config.schedule.lr(self.config.optimizer.lr, step)
             self.runners.step(lr)
+            if self.reads_ahead:
+                self.feed.read_ahead(step + 1)
             loss, norm = runner.loss.item(), runner.gradient_norm.item()  # between steps: the step itself reads nothing
             ended = time.perf_counter()
-            done = Done(self.bucket[step], lr, ended - begun, loss, norm)
+            done = Done(self.feed.bucket[step], lr, ended - begun, loss, norm)
             reports.add(done)
             if self.rows:
                 self.rows.add(done.bucket, ended - loaded, loaded - begun)
@@ -229,16 +227,10 @@ class _Loop:
         return None if stopped else ids
 
     def _fill(self, step: int) -> list[int]:
-        plan, bucket = self.config.plan, self.bucket[step]
-        size = self.config.data.global_batches[bucket]
-        rank = self.runner.mesh.data_rank if self.runner.mesh else 0
-        train, share = self.cache.buckets[bucket].train, size // plan.micro_batches
-        indices = self.streams[bucket].take(self.turn[step] * size, size)
-        for micro_batch in range(plan.micro_batches):
-            samples = train.select(indices[micro_batch * share : (micro_batch + 1) * share])
-            batch = collate(samples, rank, plan.data_ranks, micro_batch * share)
+        batches = self.feed.take(step)
+        for micro_batch, batch in enumerate(batches.micro_batches):
             self.runners.load(micro_batch, batch)
-        return [train.first_id + index for index in indices]
+        return batches.ids
 
     def _skipped(self, step: int, times: int, loss: float, norm: float, ids: list[int]) -> None:
         what = f"step {step}: loss {loss}, gradient norm {norm}; the update was skipped; samples {ids}"
@@ -257,8 +249,8 @@ class _Loop:
         if not self.validations:
             return
         losses = {bucket: validation.loss() for bucket, validation in self.validations.items()}
-        weight = sum(self.weights[bucket] for bucket in losses)
-        loss = sum(self.weights[bucket] * value for bucket, value in losses.items()) / weight
+        weight = sum(self.feed.weights[bucket] for bucket in losses)
+        loss = sum(self.feed.weights[bucket] * value for bucket, value in losses.items()) / weight
         self.validated = step, loss
         if self.telemetry:
             values = {"validation_loss": loss}
@@ -282,7 +274,7 @@ class _Loop:
         note = {
             RECIPE: recorded(self.config),
             FRAME_RATE: str(self.cache.frame_rate),
-            SAMPLES: [self.bucket[:step].count(bucket) * size for bucket, size in enumerate(sizes)],
+            SAMPLES: [self.feed.bucket[:step].count(bucket) * size for bucket, size in enumerate(sizes)],
         }
         if self.validated is not None and self.validated[0] == step:
             note[VALIDATION_LOSS] = self.validated[1]

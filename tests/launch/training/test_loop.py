@@ -24,10 +24,11 @@ from cinemesh.data.video import frame_rate, read_frames
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels.reference import Kernel
 from cinemesh.launch.cluster.processes import Joined, StopSignal
+from cinemesh.launch.training import feed, showcase
 from cinemesh.launch.training import loop as train
-from cinemesh.launch.training import showcase
 from cinemesh.launch.training.checkpoint.choosing import FOLDER, latest
 from cinemesh.launch.training.checkpoint.manifest import read_manifest
+from cinemesh.launch.training.feed import Feed, StepBatches
 from cinemesh.launch.training.loop import train_steps
 from cinemesh.launch.training.recipe import check_config
 from cinemesh.launch.training.sample import FRAME_RATE
@@ -91,6 +92,33 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_bits(
     assert list((tmp_path / "run/tensorboard").glob("events.*"))
     assert start(values, tmp_path) == 0  # a finished run has nothing to do
     assert read_metrics(tmp_path / "run") == whole
+
+
+def test_what_is_read_ahead_is_what_would_be_read(
+    values: dict[str, Any], clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the launch of the step before, as on a GPU; a sample that cannot be read ends its own step, no other."""
+    assert start(values, tmp_path) == 0
+    ahead = recipe(clips, tmp_path / "ahead")
+    order: list[str] = []
+    read, step = Feed._read, StepRunner.step
+    monkeypatch.setattr(train, "READS_AHEAD", ("cpu",))
+    monkeypatch.setattr(Feed, "_read", lambda self, at: (order.append(f"read {at}"), read(self, at))[1])
+    monkeypatch.setattr(StepRunner, "step", lambda self, lr: (order.append("step"), step(self, lr))[1])
+    assert start(ahead, tmp_path) == 0
+    assert_same(states(tmp_path / "run", values), states(tmp_path / "ahead/run", values))
+    assert order[:6] == ["read 0", "step", "read 1", "step", "read 2", "step"] and order.count("step") == 6
+    assert sum(text.startswith("read") for text in order) == 6
+
+    def damaged(self: Feed, at: int) -> StepBatches:
+        if at == 2:
+            raise CinemeshError("sample 7 is damaged")
+        return read(self, at)
+
+    monkeypatch.setattr(Feed, "_read", damaged)
+    order.clear()
+    assert start(recipe(clips, tmp_path / "damaged"), tmp_path) == 2
+    assert order == ["step", "step"]
 
 
 def run_rank(values: dict[str, Any], stop_on: tuple[int, int] | None) -> dict[str, Any]:
@@ -287,7 +315,7 @@ def test_every_bucket_is_captured_counted_and_validated(
 def faulty_rank(values: dict[str, Any], fault: str) -> str:
     """The error of one rank of two, of which rank 1 alone has the fault."""
     rank = dist.get_rank()
-    turns_as_they_are, collate_as_it_is = train.turns, train.collate
+    turns_as_they_are, collate_as_it_is = feed.turns, feed.collate
 
     def other_buckets(seed: int, steps: int, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
         buckets, turn = turns_as_they_are(seed, steps, weights)
@@ -298,8 +326,8 @@ def faulty_rank(values: dict[str, Any], fault: str) -> str:
         return batch | {LATENTS: batch[LATENTS][..., :2]}
 
     if rank == 1:
-        train.turns = other_buckets if fault == "draw" else train.turns
-        train.collate = narrow if fault == "shape" else train.collate
+        feed.turns = other_buckets if fault == "draw" else feed.turns
+        feed.collate = narrow if fault == "shape" else feed.collate
     mesh = Mesh(check_config(values, "test").plan)
     try:
         setting, place = Setting.of(check_config(values, "test")), Joined(rank, "cpu", mesh)
@@ -307,7 +335,7 @@ def faulty_rank(values: dict[str, Any], fault: str) -> str:
     except CinemeshError as error:
         return str(error)
     finally:
-        train.turns, train.collate = turns_as_they_are, collate_as_it_is
+        feed.turns, feed.collate = turns_as_they_are, collate_as_it_is
         mesh.close()
     return "nothing was found"
 

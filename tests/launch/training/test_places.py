@@ -17,6 +17,7 @@ from training import recipe
 
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.cluster.processes import Joined, StopSignal
+from cinemesh.launch.training import feed
 from cinemesh.launch.training import loop as train
 from cinemesh.launch.training.recipe import check_config
 from cinemesh.launch.training.setting import Setting
@@ -64,7 +65,7 @@ def run_rank(values: dict[str, Any], fault: Fault | None = None) -> Loaded:
     mesh = Mesh(setting.config.plan) if setting.config.plan.world_size > 1 else None
     place = Joined(mesh.rank if mesh else 0, "cpu", mesh)
     loaded: Loaded = []
-    collate, load = train.collate, StepRunner.load
+    collate, load = feed.collate, StepRunner.load
 
     def faulty(*given: Any) -> dict[str, Tensor]:
         return fault(collate(*given)) if fault else collate(*given)
@@ -73,11 +74,11 @@ def run_rank(values: dict[str, Any], fault: Fault | None = None) -> Loaded:
         loaded.extend(zip(batch[PLACES].tolist(), batch[IDS].tolist(), strict=True))
         load(self, micro_batch, batch)
 
-    train.collate, StepRunner.load = faulty, noted
+    feed.collate, StepRunner.load = faulty, noted
     try:
         train.train_steps(setting, place, setting.open_cache(place), StopSignal())
     finally:
-        train.collate, StepRunner.load = collate, load
+        feed.collate, StepRunner.load = collate, load
         if mesh:
             mesh.close()
     return loaded

@@ -1,0 +1,65 @@
+"""The batches of a run, in the order that its seed says: read when a step begins, on a GPU while the one before runs.
+
+A step's samples are a function of the seed and the step, so what was read ahead is what would be read then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...data.cache import Cache, collate
+from ...data.order import Stream, balanced, turns
+from ...errors import CinemeshError
+from .recipe import Config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """``ids``: of the whole global batch; ``micro_batches``: this data rank's samples of each."""
+
+    step: int
+    ids: list[int]
+    micro_batches: list[dict[str, Tensor]]
+
+
+class Feed:
+    """Of one data rank."""
+
+    def __init__(self, config: Config, cache: Cache, data_rank: int) -> None:
+        self.config, self.cache, self.data_rank = config, cache, data_rank
+        data, seed = config.data, config.seed
+        self.weights = [bucket.weight for bucket in data.shapes]
+        drawn = turns(seed, config.schedule.steps, self.weights)
+        self.bucket, self.turn = (values.tolist() for values in drawn)  # of every step
+        self.streams = [
+            Stream(seed, bucket, balanced(windows.train.scenes, data.balance))
+            for bucket, windows in enumerate(cache.buckets)
+        ]
+        self._ahead: StepBatches | None = None
+
+    def take(self, step: int) -> StepBatches:
+        """Raises CinemeshError for a sample that cannot be read."""
+        ahead, self._ahead = self._ahead, None
+        return ahead if ahead is not None and ahead.step == step else self._read(step)
+
+    def read_ahead(self, step: int) -> None:
+        """What ``take`` will be asked for next. What cannot be read is told there: it is another step's failure."""
+        try:
+            self._ahead = self._read(step) if step < self.config.schedule.steps else None
+        except CinemeshError:
+            self._ahead = None
+
+    def _read(self, step: int) -> StepBatches:
+        plan, bucket = self.config.plan, self.bucket[step]
+        size = self.config.data.global_batches[bucket]
+        train, share = self.cache.buckets[bucket].train, size // plan.micro_batches
+        indices = self.streams[bucket].take(self.turn[step] * size, size)
+        batches = [
+            collate(train.select(indices[first : first + share]), self.data_rank, plan.data_ranks, first)
+            for first in range(0, size, share)
+        ]
+        return StepBatches(step, [train.first_id + index for index in indices], batches)
