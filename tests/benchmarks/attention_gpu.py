@@ -105,6 +105,8 @@ def fitted(rows: list[Row], base: Cluster, family: str, direction: Direction) ->
 
     def error(values: Sequence[float]) -> float:
         changed = {f"attention.{family}.{direction}.{name}": x for name, x in zip(names, values, strict=True)}
+        if changed[f"attention.{family}.{direction}.tail"] > 1:
+            return math.inf
         compute = Compute(base.with_(**changed), clock="isolated")
         pairs = zip(calls, rows, strict=True)
         return statistics.fmean(abs(math.log(compute.attention_s(c, family) / r["seconds"])) for c, r in pairs)
@@ -116,14 +118,14 @@ def fitted(rows: list[Row], base: Cluster, family: str, direction: Direction) ->
 
 
 def fit(path: Path, base: str) -> None:
-    groups: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
+    groups: defaultdict[tuple[str, Direction], list[Row]] = defaultdict(list)
     for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
         entries = [e for e in candidates(row["op"]) if e.package == row["package"] and "cuda" in e.devices]
         if "seconds" in row and entries[0].rate_class:
-            groups[entries[0].rate_class, row["op"]].append(row)
-    for (family, op), rows in groups.items():
-        direction: Direction = "backward" if op.endswith("backward") else "forward"
-        print(f"{family} {op}, {len(rows)} rows: {fitted(rows, load(base), family, direction)}", flush=True)
+            direction: Direction = "backward" if row["op"].endswith("backward") else "forward"
+            groups[entries[0].rate_class, direction].append(row)
+    for (family, direction), rows in groups.items():
+        print(f"{family} {direction}, {len(rows)} rows: {fitted(rows, load(base), family, direction)}", flush=True)
 
 
 def main() -> None:

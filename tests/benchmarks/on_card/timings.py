@@ -8,7 +8,6 @@ What the registry chose stands beside the price of the card's shipped cluster fi
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -87,12 +86,18 @@ def summary(rows: list[Row], prices: dict[tuple[object, ...], float], smoke: boo
 
 def not_the_fastest(rows: list[Row]) -> list[str]:
     """Calls for which another kernel, whose values are right, is faster than the one that the registry chose."""
-    groups: defaultdict[tuple[object, ...], list[Row]] = defaultdict(list)
+    groups: list[list[Row]] = []  # of a call: its rows follow each other, each of another package
     for row in rows:
-        if "seconds" in row:
-            groups[(row["dtype"], *_key(row["op"], row["sizes"]))].append(row)
+        key = (row["dtype"], *_key(row["op"], row["sizes"]))
+        last = groups[-1] if groups else []
+        same = last and (last[0]["dtype"], *_key(last[0]["op"], last[0]["sizes"])) == key
+        if not same or row["package"] in [other["package"] for other in last]:
+            groups.append([])
+        groups[-1].append(row)
     found: list[str] = []
-    for group in groups.values():
+    for group in ([row for row in each if "seconds" in row] for each in groups):
+        if not group:
+            continue
         best = min(group, key=lambda row: row["seconds"])
         chosen = next((row for row in group if row["chosen"]), None)
         if chosen is not None and best["seconds"] < (1 - NEAR) * chosen["seconds"]:
