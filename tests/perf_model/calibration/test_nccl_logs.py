@@ -138,4 +138,4 @@ def test_the_command_writes_a_file_that_plans(tmp_path: Path) -> None:
     assert done.exit_code == 0 and "all_gather over 32 ranks on 4 servers" in done.stdout, done.output
     assert load(str(tmp_path / "mine.yaml")).topology.nic_bytes_per_s == pytest.approx(25e9, rel=0.005)
     both = CliRunner().invoke(app, [*asked, "--card", str(slow)])
-    assert isinstance(both.exception, CinemeshError) and "are both given" in str(both.exception)
+    assert isinstance(both.exception, CinemeshError) and "--card and --nccl-tests are given" in str(both.exception)

@@ -192,7 +192,7 @@ def test_the_page_tells_the_search(written: tuple[Path, list[Story]]) -> None:
     assert story.found.refused and str(story.found.refused[0].family) in page
     assert story.start_up and all(f">{row.name}</td>" in page for row in story.start_up)
     assert "cudnn for <code>attention</code>," in page
-    assert "torch for <code>cross_attention</code> (at rates that are a guess)" in page  # of heads of 8
+    assert "torch for <code>cross_attention</code>" in page  # of heads of 8
 
 
 @pytest.mark.parametrize("narrow", [False, True])
