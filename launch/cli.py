@@ -16,6 +16,7 @@ from ..files import check_output_file
 from ..interrupt import interrupted_in_a_line
 from ..ranges import BATCH_RANGE, EULER_RANGE, PROCESSES_RANGE, SEED_RANGE
 from .examples import PAPER, epilog
+from .judging import judge
 from .options import (
     DEFAULT_DTYPE,
     GPUS_RANGE,
@@ -63,6 +64,7 @@ Train on this machine:  cinemesh train configs/quickstart.yaml --nproc 2
 Look at a machine:      cinemesh doctor
 Train on a cluster:     cinemesh launch slurm CONFIG --out run.sbatch
 Make a clip:            cinemesh sample configs/quickstart.yaml --prompt "a red car"
+Let people compare:     cinemesh judge score judged/votes.jsonl
 
 Every command has --help, with examples. Bytes are of one GPU, 1 GB is 1e9 of them; times are seconds.
 Exit codes: 0 done; 1 a check did not hold; 2 wrong input, with a line that says how to mend it;
@@ -77,6 +79,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+app.add_typer(judge)
 
 
 def say_version(asked: bool) -> None:

@@ -82,6 +82,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh calibrate --nccl-tests all_gather.log --base dgx-h100-ib400 --out ours.yaml",
         "cinemesh calibrate --acceptance acceptance.json --base dgx-h100-ib400 --out ours.yaml",
     ),
+    "judge score": (
+        "cinemesh judge score judged/votes.jsonl",
+        "cinemesh judge score judged/votes.jsonl --deviation 2 --json",
+    ),
 }
 
 

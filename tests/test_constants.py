@@ -1,4 +1,4 @@
-"""Every constant of model, recipe, data, kernels, parallel and cost model, with where it comes from, asserted once.
+"""Every constant of model, recipe, data, kernels, parallel, cost model and evaluation, with its origin, asserted once.
 
 Both sides of a comparison read the same constant, so parity passes with any value; only this table does not. It is
 complete: numbers at module level, of classes and dataclasses, of enums, the defaults of arguments, and numbers with a
@@ -25,7 +25,7 @@ import pytest
 from torch.distributed.constants import default_pg_timeout
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("model", "launch/training", "data", "kernels", "parallel", "perf_model")
+FOLDERS = ("model", "launch/training", "data", "kernels", "parallel", "perf_model", "evaluation")
 ORDINARY = (0.0, 0.5, 1.0, 2.0)  # inside a function these are arithmetic
 
 # Sources. Sections and tables are those of Movie Gen, arXiv 2410.13720 v1.
@@ -285,6 +285,15 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "parallel.runtime.mesh.__init__: 1800.0": (default_pg_timeout.total_seconds(), TIME_OUT),
     "parallel.runtime.watchdog.STALL_S": (default_pg_timeout.total_seconds(), TIME_OUT),
     "parallel.runtime.watchdog.Heartbeat.__init__(stall_s)": (default_pg_timeout.total_seconds(), TIME_OUT),
+    # -- evaluation -----------------------------------------------------------------------------------------------
+    "evaluation.net_win.LEVEL": (0.95, "95 % intervals, as usual"),
+    "evaluation.ratings.MEAN": (1000.0, "Elo: where ratings start is free"),
+    "evaluation.ratings.SCALE": (400 / math.log(10), "Elo: 400 points are odds of ten to one"),
+    "evaluation.raters.ONE_SIDED": (0.9, "ours: 18 of 20 flips, once in 2,500 raters"),
+    "evaluation.raters.FEWEST_DECIDED": (20, "ours: with fewer, honest raters would be left out"),
+    "evaluation.raters.LEANING": (1e-3, "ours: one false note in 1,000 raters"),
+    "evaluation.raters.FEWEST_CHECKS": (4, "ours: fewer may be slips"),
+    "evaluation.raters.FAILED": (0.5, "ours: more often wrong than right"),
     # -- the cost model -------------------------------------------------------------------------------------------
     "perf_model.clusters.constants.UNITS": (
         (
@@ -487,6 +496,10 @@ FREE: Mapping[str, str] = {
     "perf_model.published.peer_step.STEADY_*": "any two depths of a steady step give the same block",
     "perf_model.published.row_schema.*": "a limit of what is taken for a number at all",
     "perf_model.published.validate.*: *": "percent and percentiles of a summary",
+    "evaluation.net_win.RESAMPLES": "more only lessen the bootstrap's own noise",
+    "evaluation.net_win.FEWEST*": "below, there is nothing to estimate from",
+    "evaluation.net_win.net_win(seed)": "any would do",
+    **dict.fromkeys(("evaluation.ratings.STEPS", "evaluation.ratings.SMALL"), "of Newton's method: it ends before"),
     "perf_model.report.*": "how a picture or a page looks, and how much it shows: tests/perf_model/report",
     "*: 1000000.0": "MB of a message",
     "*: 1000000000.0": "GB of a message",

@@ -18,6 +18,7 @@ FOLDERS = (
     "model",
     "data",
     "perf_model",
+    "evaluation",
     "launch",
 )  # each imports from its left only
 # setup.py is no part of the package

@@ -133,13 +133,17 @@ def test_a_number_of_a_cluster_file_is_refused_out_of_its_range(tmp_path: Path) 
 
 def options() -> Iterator[tuple[str, str, OptionInfo]]:
     """(command, ``--option``, what bounds it) of every one that takes a number."""
-    for command in app.registered_commands:
+    groups = [
+        ("", app),
+        *((f"{own.info.name} ", own) for group in app.registered_groups if (own := group.typer_instance)),
+    ]
+    for group, command in ((name, command) for name, owner in groups for command in owner.registered_commands):
         assert command.callback is not None
         for parameter, hint in get_type_hints(command.callback, include_extras=True).items():
             of, *said = get_args(hint) or (hint,)
             name = f"--{parameter.replace('_', '-')}"
             if name != "--guidance" and {int, float} & {of, *get_args(of)}:  # the recipe has guidance's range
-                yield command.name or command.callback.__name__, name, said[0]
+                yield group + (command.name or command.callback.__name__), name, said[0]
 
 
 OPTIONS = [*options()]
@@ -158,7 +162,7 @@ def test_a_number_on_the_command_line_is_refused_out_of_its_range(
     assert option.min is not None and option.max is not None and len(OPTIONS) >= 20
     real = isinstance(option.min, float)
     for text in (str(option.min - 1), str(option.max + 1), "nan", "true", "9" * 5000, "", *(() if real else REALS)):
-        monkeypatch.setattr(sys, "argv", ["cinemesh", command, name, text])
+        monkeypatch.setattr(sys, "argv", ["cinemesh", *command.split(), name, text])
         with pytest.raises(SystemExit) as stop:
             cli.main()
         shown = capsys.readouterr()

@@ -63,13 +63,21 @@ def help_of(*command: str) -> str:
 
 
 def commands() -> dict[str, Any]:
+    """Every command by name, those of a group too: ``judge score``."""
     group: Any = typer.main.get_command(app)
-    return dict(group.commands)
+    inner = {f"{name} {each}": command for name, own in group.commands.items() if hasattr(own, "commands")
+             for each, command in own.commands.items()}  # fmt: skip
+    return {name: command for name, command in group.commands.items() if not hasattr(command, "commands")} | inner
+
+
+def name_of(words: list[str]) -> str:
+    """The command that arguments of cinemesh begin with."""
+    return " ".join(words[:2]) if " ".join(words[:2]) in commands() else words[0]
 
 
 def examples() -> list[str]:
     """Every example, each once."""
-    texts = [help_of(), *(help_of(name) for name in commands()), *(page.read_text() for page in PAGES)]
+    texts = [help_of(), *(help_of(*name.split()) for name in commands()), *(page.read_text() for page in PAGES)]
     return list(dict.fromkeys(line for text in texts for line in lines_of(text)))
 
 
@@ -123,6 +131,7 @@ IN_PLACE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "sample": (sampled, "needs a trained model: recipe and sampled shape are checked"),
     "calibrate": (calibrated, "a minute, or a measured card: options are read"),
     "launch local": (lambda given: trained(given | {"dry_run": False, "nproc": 2}), "minutes, as train"),
+    "judge score": (lambda _: None, "needs votes, tests/evaluation: options are read"),
     "plan --paper": (lambda _: None, "40 s: options are read"),
     "kernels --tune": (lambda _: None, "needs a GPU: options are read"),
     "kernels --compile": (compiled, "minutes: shapes of every kernel are made"),
@@ -159,7 +168,7 @@ def words_of(line: str) -> list[str]:
 
 def ran(words: list[str]) -> None:
     """An example of a command that plans or shows, as JSON where it can; a plan that it names must fit."""
-    parameters = commands()[words[0]].params
+    parameters = commands()[name_of(words)].params
     as_json = any("--json" in parameter.opts for parameter in parameters) and "--json" not in words
     done = CliRunner().invoke(app, [*words, *(["--json"] if as_json else [])])
     assert done.exit_code == 0, f"{words}: {done.exception or done.output}"
@@ -181,13 +190,12 @@ def test_examples_are_legal_fit_and_run(folder: Path) -> None:
     assert len(found) >= 40, "the pages were not read"
     asked = {tuple(words_of(line)) for line in found}
     for words in sorted(asked, key=lambda words: ("--out" not in words, words)):  # first what others read
-        command = commands()[words[0]]
-        name = next(
-            (f"{words[0]} {option}" for option in ("--compile", "--paper", "--tune", "local") if option in words),
-            words[0],
-        )
+        called = name_of([*words])
+        command = commands()[called]
+        apart = ("--compile", "--paper", "--tune", "local")
+        name = next((f"{called} {option}" for option in apart if option in words), called)
         if name in IN_PLACE:
-            with command.make_context(words[0], [*words[1:]]) as context:
+            with command.make_context(called, [*words[len(called.split()) :]]) as context:
                 IN_PLACE[name][0](context.params)
         else:
             ran([*words])
@@ -206,7 +214,8 @@ def test_an_example_that_does_not_fit_is_found() -> None:
 
 @pytest.mark.parametrize("name", sorted(commands()))
 def test_every_command_has_examples_and_exit_codes_in_its_help(name: str) -> None:
-    shown = help_of(name)
-    assert [line for line in lines_of(shown) if line.split()[1] in (name, "--nproc-per-node")], shown
+    shown = help_of(*name.split())
+    own = (f"cinemesh {name} ", "torchrun --nproc-per-node ")
+    assert [line for line in lines_of(shown) if f"{line} ".startswith(own)], shown
     assert "Exit codes: 0 " in shown
     assert all(f"    {line}\n" in shown for line in EXAMPLES[name]), "an example is folded"

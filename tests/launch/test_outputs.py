@@ -169,8 +169,8 @@ def test_a_trace_that_will_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, t
 HELP = """
 from cinemesh.launch.cli import app, main
 import sys, typer
-for name in typer.main.get_command(app).commands:
-    sys.argv = ["cinemesh", name, "--help"]
+for name in (*typer.main.get_command(app).commands, "judge score"):
+    sys.argv = ["cinemesh", *name.split(), "--help"]
     try:
         main()
     except SystemExit as end:

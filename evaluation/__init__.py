@@ -1,0 +1,1 @@
+"""What people judge: bench prompts, pairs without names, votes, and what the votes say."""
