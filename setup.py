@@ -46,7 +46,7 @@ setup(
         "cinemesh.configs": ["*.yaml", "*/*.yaml"],
         "cinemesh.kernels": ["tuning/*.yaml", "rates/*.yaml"],
         "cinemesh.launch.jobs": ["*.sh"],
-        "cinemesh.evaluation": ["*.yaml"],
+        "cinemesh.evaluation": ["*.yaml", "templates/*.html"],
         "cinemesh.perf_model.clusters": ["*.yaml", "*.csv"],
         "cinemesh.perf_model.published": ["*.yaml", "*.csv"],
         "cinemesh.perf_model.report": ["templates/*.html"],

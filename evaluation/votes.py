@@ -8,10 +8,10 @@ A rater who votes again on a pair and axis has changed the vote: the last line c
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from ..documents import exactly, mapping, quoted, read_json
 from ..errors import CinemeshError, did_you_mean
@@ -146,17 +146,22 @@ def read_votes(path: Path, key: Judgement) -> list[Vote]:
     A last line without its end, which a crash may leave, is no vote. Raises CinemeshError for one that is none of this
     key, and for a file without any.
     """
-    axes = {axis.name: axis for axis in key.axes}
-    found: dict[tuple[str, str, str], Vote] = {}
-    for row, where in json_lines(path, "the votes", VOTE_FORM, grows=True):
-        vote = vote_of(row, where, key.pairs, axes)
-        found[vote.pair, vote.rater, vote.axis] = vote
+    found = read_given_votes(path, key.pairs, {axis.name: axis for axis in key.axes})
     if not found:
         raise CinemeshError(f"{path} holds no vote", remedy="cinemesh judge serve takes them")
+    return found
+
+
+def read_given_votes(path: Path, pairs: Container[str], axes: dict[str, Axis]) -> list[Vote]:
+    """As ``read_votes``, of a file that may be empty and without a key: pairs and axes by name are enough."""
+    found: dict[tuple[str, str, str], Vote] = {}
+    for row, where in json_lines(path, "the votes", VOTE_FORM, grows=True):
+        vote = vote_of(row, where, pairs, axes)
+        found[vote.pair, vote.rater, vote.axis] = vote
     return [*found.values()]
 
 
-def vote_of(row: object, where: str, pairs: Any, axes: dict[str, Axis]) -> Vote:
+def vote_of(row: object, where: str, pairs: Container[str], axes: dict[str, Axis]) -> Vote:
     """A vote as JSON has it, on one of ``pairs`` and ``axes`` by name. Raises CinemeshError for anything else."""
     given = mapping(row, where, Vote.__dataclass_fields__, required=["pair", "rater", "axis", "answer"])
     for name, value in given.items():

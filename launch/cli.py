@@ -64,7 +64,7 @@ Train on this machine:  cinemesh train configs/quickstart.yaml --nproc 2
 Look at a machine:      cinemesh doctor
 Train on a cluster:     cinemesh launch slurm CONFIG --out run.sbatch
 Make a clip:            cinemesh sample configs/quickstart.yaml --prompt "a red car"
-Let people compare:     cinemesh judge score judged/votes.jsonl
+Let people compare:     cinemesh judge make runs/new runs/old --out judged
 
 Every command has --help, with examples. Bytes are of one GPU, 1 GB is 1e9 of them; times are seconds.
 Exit codes: 0 done; 1 a check did not hold; 2 wrong input, with a line that says how to mend it;

@@ -82,6 +82,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh calibrate --nccl-tests all_gather.log --base dgx-h100-ib400 --out ours.yaml",
         "cinemesh calibrate --acceptance acceptance.json --base dgx-h100-ib400 --out ours.yaml",
     ),
+    "judge make": (
+        "cinemesh judge make runs/new runs/old --out judged",
+        "cinemesh judge make runs/a runs/b runs/c --prompts bench.jsonl --best-of c=4 --fit --out judged",
+    ),
+    "judge serve": ("cinemesh judge serve judged",),
     "judge score": (
         "cinemesh judge score judged/votes.jsonl",
         "cinemesh judge score judged/votes.jsonl --deviation 2 --json",

@@ -5,11 +5,13 @@ from typing import Annotated
 
 import typer
 
-from ..ranges import reals
+from ..ranges import SEED_RANGE, integers, reals
 from .examples import epilog
 from .options import AsJson, bounds
 
 DEVIATION_RANGE = reals(0.01, 100.0, "a net win lies within 100 points, and millions of prompts come to 0.1", "points")
+SHARE_RANGE = reals(0.0, 1.0, "a share of the pairs")
+PORT_RANGE = integers(0, 65535, "ports have 16 bits")
 
 judge = typer.Typer(name="judge", no_args_is_help=True, rich_markup_mode=None)
 
@@ -17,6 +19,73 @@ judge = typer.Typer(name="judge", no_args_is_help=True, rich_markup_mode=None)
 @judge.callback()
 def judging() -> None:
     """Let people compare clips or images of two or more systems, without knowing which is which."""
+
+
+@judge.command(epilog=epilog("judge make"))
+def make(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER FOLDER ...", help="Of each system: one clip or image a prompt.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder, for the pairs.")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="YAML list or JSONL, of prompt, name, concept, motion; a file is called after its prompt's name. "
+            "Default: the 30 that ship.",
+        ),
+    ] = None,
+    axes: Annotated[
+        list[str] | None, typer.Option("--axis", metavar="NAME", help="To be asked; may be repeated. Default: all.")
+    ] = None,
+    best_of: Annotated[
+        list[str] | None,
+        typer.Option("--best-of", metavar="SYSTEM=N", help="That its clips are picks of N; may be repeated."),
+    ] = None,
+    identical: Annotated[
+        float, typer.Option("--identical", **bounds(SHARE_RANGE), help="Share of pairs that show one clip twice.")
+    ] = 0.05,
+    repeated: Annotated[
+        float, typer.Option("--repeated", **bounds(SHARE_RANGE), help="Share of pairs that come again.")
+    ] = 0.05,
+    seed: Annotated[int, typer.Option("--seed", **bounds(SEED_RANGE), help="Draws sides, order and checks.")] = 0,
+    fit: Annotated[
+        bool,
+        typer.Option(
+            "--fit", help="Bring two files that differ to one form: cropped around the centre, cut, at the lower rate."
+        ),
+    ] = False,
+) -> None:
+    """Make blinded pairs of two or more systems' clips or images.
+
+    A system is called after its folder. Both sides of a pair have one size, length and rate: others are
+    refused by name, or brought together with --fit. Sides are drawn, each system left in half of its
+    pairs; which is which stands in key.json alone. Needs no GPU, and no torch without --fit.
+    """
+    from ..evaluation.blinding import Draw
+    from .commands.judge_make import run
+
+    draw = Draw(seed=seed, identical=identical, repeated=repeated)
+    run(
+        folders=folders, prompts=prompts, out=out, axes=axes or [], best_of=best_of or [], draw=draw, fitted=fit
+    )  # fmt: skip
+
+
+@judge.command(epilog=epilog("judge serve"))
+def serve(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What judge make wrote.")],
+    port: Annotated[int, typer.Option("--port", **bounds(PORT_RANGE), help="0: any that is free.")] = 8321,
+) -> None:
+    """Serve the page on which people judge the pairs.
+
+    On this machine alone, at 127.0.0.1: a player for both clips in step, keys for answers and reasons, a
+    guideline. A vote is on the disk before the next question; a reload goes on where it was. Raters may
+    vote at once, each under a name. Needs no GPU and no torch.
+    """
+    from .commands.judge_serve import run
+
+    run(folder=folder, port=port)
 
 
 @judge.command(epilog=epilog("judge score"))

@@ -293,6 +293,10 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "evaluation.raters.FEWEST_DECIDED": (20, "ours: with fewer, honest raters would be left out"),
     "evaluation.raters.LEANING": (1e-3, "ours: one false note in 1,000 raters"),
     "evaluation.raters.FEWEST_CHECKS": (4, "ours: fewer may be slips"),
+    "evaluation.clip_files.Form.frames": (1, "an image is one frame"),
+    "evaluation.clip_files.Form.rate": (Fraction(0), "an image has no rate"),
+    "evaluation.blinding.Draw.identical": (0.05, "ours: one pair in 20"),
+    "evaluation.blinding.Draw.repeated": (0.05, "ours: one pair in 20"),
     "evaluation.raters.FAILED": (0.5, "ours: more often wrong than right"),
     # -- the cost model -------------------------------------------------------------------------------------------
     "perf_model.clusters.constants.UNITS": (
@@ -499,6 +503,9 @@ FREE: Mapping[str, str] = {
     "evaluation.net_win.RESAMPLES": "more only lessen the bootstrap's own noise",
     "evaluation.net_win.FEWEST*": "below, there is nothing to estimate from",
     "evaluation.net_win.net_win(seed)": "any would do",
+    "evaluation.blinding.Draw.seed": "any would do",
+    "evaluation.clip_files.NAMED": "how much a message says",
+    "evaluation.serving.*": "limits of a request, beyond what the page sends",
     **dict.fromkeys(("evaluation.ratings.STEPS", "evaluation.ratings.SMALL"), "of Newton's method: it ends before"),
     "perf_model.report.*": "how a picture or a page looks, and how much it shows: tests/perf_model/report",
     "*: 1000000.0": "MB of a message",

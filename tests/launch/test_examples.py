@@ -131,6 +131,8 @@ IN_PLACE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "sample": (sampled, "needs a trained model: recipe and sampled shape are checked"),
     "calibrate": (calibrated, "a minute, or a measured card: options are read"),
     "launch local": (lambda given: trained(given | {"dry_run": False, "nproc": 2}), "minutes, as train"),
+    "judge make": (lambda _: None, "needs clips, tests/evaluation: options are read"),
+    "judge serve": (lambda _: None, "serves until it is stopped, tests/evaluation: options are read"),
     "judge score": (lambda _: None, "needs votes, tests/evaluation: options are read"),
     "plan --paper": (lambda _: None, "40 s: options are read"),
     "kernels --tune": (lambda _: None, "needs a GPU: options are read"),
