@@ -164,7 +164,9 @@ def doctor(
     """Look whether this machine is fit to train.
 
     Versions and what they do to overlap, GPUs with ECC, clocks, power caps and links, NICs, shared memory,
-    limits, clock, disk. Without a GPU it looks at the rest, and says so; --device cuda demands one.
+    limits, clock, disk. Without a GPU it looks at the rest, and says so; --device cuda demands one. On all
+    machines of a job, torchrun ... -m cinemesh.launch doctor also compares their software and clocks, and
+    names ranks and links that are slower than the others.
 
     Exit code 1 when something is at fault.
     """

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from ...documents import parse_json
-from ...kernels.selection import Software
 from ...memory import available_bytes
 from ...parallel.runtime.comm import nccl_stack
 from ...perf_model.acceptance import DEVICE
 from ..cluster.environment import device_here, number_of
-from ..training.measured_rows import VERSIONS, clock_mhz, versions
+from ..health.facts import machine_host, software
+from ..health.groups import by_value
+from ..training.measured_rows import clock_mhz
 from .here import SAID, Here
 from .steps import device_kind
 
@@ -69,14 +70,11 @@ def run(here: Here) -> None:
 def facts(here: Here) -> dict[str, Any]:
     """Of this rank."""
     device = device_here(here.asked.device, here.local)
-    software = Software.here()
     found: dict[str, Any] = {
-        "host": platform.node(),
-        "python": platform.python_version(),
+        "host": machine_host(),
         "machine": platform.machine(),
-        **versions((*VERSIONS, *software.packages)),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
+        "cuda": None,
+        **software(),
         "cores": os.cpu_count(),
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "ranks_a_host": here.local,
@@ -132,25 +130,6 @@ def compared(everyones: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], di
         else:
             differing[name] = by_value(ranks)
     return agreed, differing
-
-
-def by_value(of_ranks: Mapping[int, str]) -> dict[str, str]:
-    """The ranks that have each value, as ``0-3, 7``."""
-    found: dict[str, list[int]] = {}
-    for rank, value in of_ranks.items():
-        found.setdefault(value, []).append(rank)
-    return {value: ranks_text(ranks) for value, ranks in found.items()}
-
-
-def ranks_text(ranks: Sequence[int]) -> str:
-    """Ascending ranks as ``0-3, 7``."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def spread(everyones: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:

@@ -24,11 +24,11 @@ from ...errors import CinemeshError
 from ...model.runner import StepRunner
 from ...parallel.runtime.comm import gather_objects
 from ..cluster.processes import Joined
+from ..health.groups import ranks_text
 from ..proof.parity import LR, Case, load_batch
 from ..training.checkpoint import loading
 from ..training.checkpoint.manifest import COUNTERS, SAVED_STATES
 from ..training.checkpoint.saving import save
-from .basics import ranks_text
 from .here import SAID, Here, mesh_of
 from .steps import plans_of, proof_case, runner_of
 

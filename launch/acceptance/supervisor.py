@@ -27,7 +27,7 @@ from ...documents import parse_json, read_json
 from ...errors import CinemeshError
 from ..cluster.environment import processes_here
 from ..cluster.processes import meet
-from .basics import by_value
+from ..health.groups import by_value
 from .child import END_S, Child
 from .here import FAULTS, AcceptanceOptions, Here, at_key
 from .report import FAILED, LATE, LOST, NOT_BEGUN, OK, WRONG, AcceptanceReport

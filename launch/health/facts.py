@@ -51,12 +51,17 @@ class MachineFacts:
     clock_ahead_s: float | None
 
 
+def machine_host() -> str:
+    """This machine's name, as Slurm has it where it runs this."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
+
+
 def machine_facts(directory: Path) -> MachineFacts:
     """Of this machine; ``directory``: where runs write."""
     cards, why = cards_here()
     stack = nccl_stack() if torch.cuda.is_available() else None
     return MachineFacts(
-        host=os.environ.get("SLURMD_NODENAME") or platform.node(),
+        host=machine_host(),
         software=software(),
         overlap_lost=stack.told() if stack is not None else "",
         cards=cards,

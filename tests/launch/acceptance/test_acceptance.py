@@ -29,6 +29,7 @@ from cinemesh.launch.acceptance.steps import plans_of, proof_case, timed_case
 from cinemesh.launch.cli import app
 from cinemesh.launch.commands import measure_links
 from cinemesh.launch.commands.measure_links import REPEATED, link_groups
+from cinemesh.launch.health.groups import ranks_text
 from cinemesh.launch.training.checkpoint import loading
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step
@@ -448,7 +449,7 @@ def test_plans_fill_the_job_and_can_run(world: int, local: int) -> None:
 
 @pytest.mark.parametrize(("ranks", "text"), [([], ""), ([3], "3"), ([0, 1, 2], "0-2"), ([0, 2, 3, 7], "0, 2-3, 7")])
 def test_ranks_are_told_in_few_words(ranks: list[int], text: str) -> None:
-    assert basics.ranks_text(ranks) == text
+    assert ranks_text(ranks) == text
 
 
 def test_the_help_says_all_that_one_needs() -> None:

@@ -178,4 +178,4 @@ def test_the_command_says_it_and_its_exit_code_tells(tmp_path: Path) -> None:
     bad = CliRunner().invoke(app, ["doctor", "--device", "cpu", "--directory", str(tmp_path / "gone"), "--json"])
     told = json.loads(bad.stdout)
     assert bad.exit_code == 1 and not told["fit"]
-    assert [one["name"] for one in told["checks"] if one["verdict"] == "fault"] == ["disk"]
+    assert [one["name"] for one in told["machines"][0]["checks"] if one["verdict"] == "fault"] == ["disk"]
