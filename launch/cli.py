@@ -23,6 +23,7 @@ from .options import (
     HEAD_DIM_RANGE,
     MODEL_HELP,
     PLAN_HELP,
+    PRICE_RANGE,
     SECONDS_RANGE,
     SHOWN_RANGE,
     TEXT_RANGE,
@@ -328,6 +329,13 @@ def plan(
         bool, typer.Option("--explain", help="What binds the best plan, what it duplicates, what would change it.")
     ] = False,
     paper: Annotated[bool, typer.Option("--paper", help="The paper's Table 3 beside the best plans.")] = False,
+    goodput: Annotated[
+        bool,
+        typer.Option("--goodput", help="A run with failures: checkpoint interval, spares, what is lost, GPU hours."),
+    ] = False,
+    price: Annotated[
+        float | None, typer.Option("--price", **bounds(PRICE_RANGE), help="Of a GPU hour, with --goodput.")
+    ] = None,
     report: Annotated[
         Path | None, typer.Option("--report", metavar="DIR", help="Write pictures, an HTML page and a trace.")
     ] = None,
@@ -357,6 +365,8 @@ def plan(
         tune=tune,
         explain_it=explain,
         paper=paper,
+        goodput=goodput,
+        price=price,
         report=report,
         out=out,
         as_json=as_json,

@@ -43,6 +43,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh plan --gpus 1024 --latent 32x96x96:0.7 --latent 1x96x96:0.3 --cluster h200-ib400 --json",
         "cinemesh plan --gpus 6144 --fix tp=4,cp=2 --report report/",
         "cinemesh plan --gpus 8192 --servers 1024",
+        "cinemesh plan --gpus 256 --model movie-gen-5b --global-batch 256 --goodput --price 2.5",
         "cinemesh plan --paper",
         "cinemesh plan configs/quickstart.yaml --gpus 4 --cluster local-cpu --tune --out plan.yaml",
     ),

@@ -20,6 +20,7 @@ TRIED_RANGE = integers(1, 1000, "each is a step of a model on CPU processes", "s
 SECONDS_RANGE = reals(1.0, 1e6, "no GPU is tuned for longer", "s")
 HEAD_DIM_RANGE = integers(8, 256, "no attention kernel takes more", "channels of a head")
 SPARES_RANGE = integers(0, MOST_RANKS, NO_CLUSTER, "nodes")
+PRICE_RANGE = reals(0.0, 1e6, "no GPU costs more", "a GPU hour")
 TEXT_RANGE = integers(1, 2**20, "no prompts are longer", "tokens")
 
 

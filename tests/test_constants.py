@@ -301,7 +301,7 @@ PINNED: Mapping[str, tuple[object, str]] = {
     # -- the cost model -------------------------------------------------------------------------------------------
     "perf_model.clusters.constants.UNITS": (
         (
-            (1, 1e-3, 1e-6, 1e-9),
+            (3600, 1, 1e-3, 1e-6, 1e-9),
             (1, 1024, 1024**2, 1024**3, 1e9),
             (1, 1e6, 1e9, 1e12, 1e6 / 8, 1e9 / 8),
             (1, 1e9, 1e12),
@@ -309,6 +309,15 @@ PINNED: Mapping[str, tuple[object, str]] = {
         ),
         SI,
     ),
+    "perf_model.prices.goodput.DAY_S": (86400, SI),
+    "perf_model.prices.goodput.DAYS": (60, "ours: at Llama 3's rate 175 failures of 6,144 GPUs"),
+    "perf_model.prices.goodput.daly_s: 3.0": (3, "Daly, FGCS 22, 2006, equation 37"),
+    "perf_model.prices.goodput.daly_s: 9.0": (9, "Daly, FGCS 22, 2006, equation 37"),
+    "perf_model.prices.lifetime.STATES": (4, "master weights, two moments, averaged weights"),
+    "perf_model.prices.lifetime.HANG_S": (1800, "launch.cluster.processes.ANSWER_S"),
+    "perf_model.prices.lifetime.WARM_UP_STEPS": (2, "parallel.runtime.graph.WARM_UP_STEPS"),
+    "perf_model.prices.lifetime.WHOLE": (1e6, "ours: the samples of which GPU hours are told"),
+    "perf_model.prices.lifetime._goodput: 3600.0": (3600, SI),
     "perf_model.prices.startup.GROUP_S": (0.05, HOSTS),
     "perf_model.prices.startup.VOTE_S": (0.8e-3, HOSTS),
     "perf_model.prices.startup.STORE_REQUESTS_PER_S": (50e3, HOSTS),
@@ -492,6 +501,10 @@ FREE: Mapping[str, str] = {
     ),
     "perf_model.clusters.cluster.load(headroom_gb)": "nothing is left free unless it is asked for",
     "perf_model.search.planner.*(worth_s)": "whatever it takes is looked at, unless something is known already",
+    **dict.fromkeys(
+        ("perf_model.prices.goodput." + name for name in ("LIVES", "FINEST", "WIDEST", "Conditions.spares")),
+        "how finely is simulated; tests hold what it finds against closed forms",
+    ),
     "perf_model.calibration.*": "how a fit is sought; on machines that are known its tests say what it must find",
     "perf_model.clusters.constants.LIMITS": "beyond, a number is a slip of the unit; tests/perf_model/clusters",
     "perf_model.prices.timeline.*": "names of events, and what is below rounding",

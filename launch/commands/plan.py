@@ -30,6 +30,7 @@ from ..tables import new_console, plain_table
 from ..written import command, wrote
 from . import reply
 from .asked import Workload, print_taken, workload
+from .lifetime import Lives, check_asked
 from .paper import alone, paper_table, show
 from .ranked import ranked
 from .reasons import Reasons, start_up_cost
@@ -74,6 +75,8 @@ def run(  # noqa: PLR0913  the options of the command
     tune: bool,
     explain_it: bool,
     paper: bool,
+    goodput: bool = False,
+    price: float | None = None,
     report: Path | None,
     out: Path | None,
     as_json: bool,
@@ -85,9 +88,11 @@ def run(  # noqa: PLR0913  the options of the command
     """
     load = workload(on, latents, dtype, recipe)
     gpus = gpus or load.gpus
+    check_asked(load.cluster, goodput, price)
     if gpus is None:
         of_search = {"--latent": latents, "--global-batch": on.global_batch, "--samples": on.samples, "--fix": fix,
-                     "--tune": tune, "--explain": explain_it, "--report": report, "--out": out}  # fmt: skip
+                     "--tune": tune, "--explain": explain_it, "--goodput": goodput, "--report": report,
+                     "--out": out}  # fmt: skip
         _check_no_search(paper, [name for name, value in of_search.items() if value])
     if out is not None:
         if out.suffix not in SUFFIXES:
@@ -129,6 +134,8 @@ def run(  # noqa: PLR0913  the options of the command
         taken=load.taken,
         run=_run(load, found),
     )
+    lives = Lives.of(request, found, goodput)
+    told = replace(told, lifetime=lives.best, by_samples_per_day=lives.order)
     console = new_console()
     if not as_json:
         print_taken(console, load)
@@ -143,6 +150,7 @@ def run(  # noqa: PLR0913  the options of the command
         if told.run is not None:
             console.print("\na run of it under the best plan\n")
             print_recipe_run(console, told.run)
+        lives.print(console, price)
     if paper:
         rows = paper_table(request, silent=as_json)
         told = replace(told, paper=rows)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
-from ...kernels.counts import DTYPE_BYTES
-from ...model.config import ModelConfig, parameters
+from ...model.config import ModelConfig
 from ...parallel.ir.plan import Plan
 from ...perf_model.clusters.cluster import Cluster
+from ...perf_model.prices.lifetime import checkpoint_bytes
 from ...perf_model.prices.startup import hosts_start, start_up
 from .compare import before_and_after, changes
 from .reply import PlanChange, Relaunch
-
-STATES = 4  # of a checkpoint: master weights, two moments, averaged weights
 
 
 def relaunch(config: ModelConfig, cluster: Cluster, before: Plan | None, after: Plan) -> Relaunch | None:
@@ -20,13 +16,12 @@ def relaunch(config: ModelConfig, cluster: Cluster, before: Plan | None, after: 
     if before is None or before == after:
         return None
     told = [(name, *before_and_after(before, values)) for name, values in changes(before, after)]
-    weights = sum(math.prod(parameter.shape) for parameter in parameters(config))
-    states = STATES * DTYPE_BYTES[after.stat_dtype] * weights
+    states, own = checkpoint_bytes(config, after)
     hosts = hosts_start(after, cluster)
     return Relaunch(
         changes=[PlanChange(name=name, before=old, after=new) for name, old, new in told],
         state_bytes=states,
-        rank_bytes=math.ceil(states / (after.world_size // after.dp_replicate)),
+        rank_bytes=own,
         start_up_s=sum(each.seconds for each in start_up(after, cluster)) + (hosts.seconds if hosts else 0.0),
     )
 

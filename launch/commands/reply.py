@@ -11,6 +11,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
+from ...perf_model.prices.lifetime import Lifetime
 from ...perf_model.prices.startup import HostsStart, StartUp
 from ...perf_model.published.evidence import ErrorBar
 from ...perf_model.report.exchanges import Exchange
@@ -298,6 +299,10 @@ class PlanReply(Heading):
     taken: Annotated[dict[str, str], TAKEN] = field(default_factory=dict)
     run: Annotated[RecipeRun | None, "of a recipe under the best plan"] = None
     order: Annotated[str, ORDER] = ""
+    lifetime: Annotated[Lifetime | None, "of the best plan with failures, simulated; with `--goodput`"] = None
+    by_samples_per_day: Annotated[
+        list[int], "places in `plans` of the best and its near-ties, by samples a day with failures; with `--goodput`"
+    ] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ from .schema import (
     Measured,
     MemoryConstants,
     Nccl,
+    Operations,
     OverlapConstants,
     Spread,
     StreamConstants,
@@ -63,6 +64,7 @@ class Cluster:
     gloo: Gloo | None = None
     measured: Measured | None = None
     host: Host | None = None
+    operations: Operations | None = None
     software: Software = PLAIN_INSTALL
     stack: NcclStack | None = None  # None: one on which collectives run side by side
     capture: Capture = "auto"  # of the steps that are priced
@@ -285,7 +287,19 @@ _SECTIONS: dict[str, Any] = {
 }
 _BELOW = ("inherits", "base")
 _LIBRARIES: dict[str, Any] = {"nccl": Nccl, "gloo": Gloo}
-_KEYS = ("name", "about", "sources", "packages", "stack", "attention", "measured", "host", *_SECTIONS, *_LIBRARIES)
+_KEYS = (
+    "name",
+    "about",
+    "sources",
+    "packages",
+    "stack",
+    "attention",
+    "measured",
+    "host",
+    "operations",
+    *_SECTIONS,
+    *_LIBRARIES,
+)
 
 
 def from_dict(values: dict[str, Any], name: str, folder: Path = FOLDER) -> Cluster:
@@ -304,6 +318,8 @@ def from_dict(values: dict[str, Any], name: str, folder: Path = FOLDER) -> Clust
         read["host"] = reader.section(Host, values["host"], "host")
         if (link := read["host"].link) not in ("", "nic"):
             raise reader.wrong("host.link", f"is {quoted(link)}", "write nic, or leave it out")
+    if "operations" in values:
+        read["operations"] = reader.section(Operations, values["operations"], "operations")
     families = reader.keyed(values.get("attention") or {}, "attention")
     if not families:
         raise reader.wrong("attention", "is missing", "give at least one family of kernels")

@@ -21,6 +21,7 @@ ORIGINS = ("datasheet", "measured", "fitted", INHERITED, PLACEHOLDER)
 
 # unit: (quantity, in SI)
 UNITS: dict[str, tuple[str, float]] = {
+    "h": ("time", 3600.0),
     "s": ("time", 1.0),
     "ms": ("time", 1e-3),
     "us": ("time", 1e-6),
@@ -83,6 +84,7 @@ Fraction = Annotated[float, Rule("fraction")]
 Ratio = Annotated[float, Rule("ratio")]
 
 Duration = Annotated[float, Rule("time", most=1e3)]  # of what happens once in a job
+LongTime = Annotated[float, Rule("time", most=1e12)]  # between rare events
 SecondsOrZero = Annotated[float, Rule("time", zero=True)]
 BytesOrZero = Annotated[float, Rule("size", zero=True)]
 FractionOrZero = Annotated[float, Rule("fraction", zero=True)]

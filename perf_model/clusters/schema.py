@@ -18,6 +18,7 @@ from .constants import (
     FractionBySize,
     FractionOrZero,
     FractionTable,
+    LongTime,
     Ratio,
     Rule,
     Seconds,
@@ -154,6 +155,28 @@ class Host:
     from_bytes_per_s: BytesPerSecond
     latency_s: SecondsOrZero
     link: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operations:
+    """What a job lives through there.
+
+    ``gpu_mtbf_s``: GPU time between failures that nobody planned; ``gpu_mtbf_low_s``: where more fails.
+    ``node_fraction``: of the failures, those that take a server out for ``repair_s``; ``hang_fraction``: those that end
+    no process. ``notice_s``: until a process that ended is noticed, ``restart_s``: until its job has processes again.
+    ``pause_s``: of a checkpoint, beside the copy of its bytes to the host. Rates are of the storage, for all ranks.
+    """
+
+    gpu_mtbf_s: LongTime
+    gpu_mtbf_low_s: LongTime
+    node_fraction: FractionOrZero
+    hang_fraction: FractionOrZero
+    repair_s: LongTime
+    notice_s: Duration
+    pause_s: Duration
+    restart_s: Duration
+    write_bytes_per_s: BytesPerSecond
+    read_bytes_per_s: BytesPerSecond
 
 
 PROTOCOLS = ("LL", "LL128", "Simple")

@@ -47,8 +47,8 @@ def test_every_number_says_where_it_comes_from(name: str) -> None:
     if name == "local-cpu":
         assert "gpu" in guessed and "gloo" in guessed
     else:  # kernels that nobody has measured: ours, torch's with a bias, what sums in order cost; what of its memory a
-        # server leaves to copies
-        assert guessed == {"attention", "host"}
+        # server leaves to copies; how long a site's jobs pause, start and wait for repairs
+        assert guessed - {"operations"} == {"attention", "host"}
 
 
 def test_rates_stand_in_one_table() -> None:

@@ -1,0 +1,124 @@
+"""What a plan's run lives through on a cluster: checkpoints, failures, goodput and what it costs (torch-free)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from ...errors import CinemeshError
+from ...kernels.counts import DTYPE_BYTES
+from ...model.config import ModelConfig, parameters
+from ...parallel.ir.plan import Plan
+from ..clusters.cluster import Cluster
+from ..clusters.schema import Operations
+from .goodput import DAY_S, Conditions, Shares, best_simulated, mean_shares, proposed_steps, worthwhile_spares
+from .startup import hosts_start, start_up
+
+STATES = 4  # of a checkpoint: master weights, two moments, averaged weights
+HANG_S = 1800.0  # until a collective that does not end is given up (launch/cluster/processes.py: ANSWER_S)
+WARM_UP_STEPS = 2  # whole steps before a capture (parallel/runtime/graph.py)
+MOST_SPARES = 8  # nodes: at these rates more of them wait than work
+WHOLE = 1e6  # samples, of which GPU hours are told
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goodput:
+    """A run at one rate of failures. Times are seconds; shares of a run's time; GPU hours of a million samples.
+
+    ``steps``: between checkpoints, as proposed; ``best_steps``, ``best_training``: what the simulation finds best.
+    ``spares``: nodes more that give most training for all that are paid; everything else is with them.
+    """
+
+    mtbf_s: float
+    steps: int
+    interval_s: float
+    shares: Shares
+    best_steps: int
+    best_training: float
+    spares: int
+    samples_per_day: float
+    gpu_hours: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lifetime:
+    """A plan's run on a cluster, where fewer things fail and where more do. ``restart_s``: from noticing to a step."""
+
+    checkpoint_bytes: int
+    rank_bytes: int
+    pause_s: float
+    write_s: float
+    restart_s: float
+    usual: Goodput
+    low: Goodput
+
+
+def checkpoint_bytes(config: ModelConfig, plan: Plan) -> tuple[int, int]:
+    """Of all ranks together, and what one of those that write them writes."""
+    weights = sum(math.prod(parameter.shape) for parameter in parameters(config))
+    states = STATES * DTYPE_BYTES[plan.stat_dtype] * weights
+    return states, math.ceil(states / (plan.world_size // plan.dp_replicate))
+
+
+def operations_of(cluster: Cluster) -> Operations:
+    """Raises CinemeshError for a cluster file that says nothing of failures."""
+    if cluster.operations is None:
+        raise CinemeshError(
+            f"cluster {cluster.name} says nothing of failures and storage",
+            remedy="add operations to its file, or base: _operations",
+        )
+    return cluster.operations
+
+
+def lifetime(config: ModelConfig, plan: Plan, cluster: Cluster, step_s: float, samples: float) -> Lifetime:
+    """Of a run whose steps take ``step_s`` and ``samples``. Raises CinemeshError as :func:`operations_of`."""
+    operations = operations_of(cluster)
+    whole, own = checkpoint_bytes(config, plan)
+    pause_s = operations.pause_s + (own / cluster.host.from_bytes_per_s if cluster.host is not None else 0.0)
+    hosts = hosts_start(plan, cluster)
+    restart_s = operations.restart_s + whole / operations.read_bytes_per_s + WARM_UP_STEPS * step_s
+    restart_s += sum(each.seconds for each in start_up(plan, cluster)) + (hosts.seconds if hosts is not None else 0.0)
+    conditions = Conditions(
+        step_s=step_s,
+        mtbf_s=operations.gpu_mtbf_s / plan.world_size,
+        pause_s=pause_s,
+        write_s=whole / operations.write_bytes_per_s,
+        notice_s=operations.notice_s,
+        hang_s=HANG_S,
+        hang_fraction=operations.hang_fraction,
+        restart_s=restart_s,
+        node_fraction=operations.node_fraction,
+        repair_s=operations.repair_s,
+    )
+    nodes = math.ceil(plan.world_size / cluster.gpus_per_server)
+    often = replace(conditions, mtbf_s=operations.gpu_mtbf_low_s / plan.world_size)
+    return Lifetime(
+        checkpoint_bytes=whole,
+        rank_bytes=own,
+        pause_s=pause_s,
+        write_s=conditions.write_s,
+        restart_s=restart_s,
+        usual=_goodput(conditions, nodes, plan.world_size, samples),
+        low=_goodput(often, nodes, plan.world_size, samples),
+    )
+
+
+def _goodput(conditions: Conditions, nodes: int, ranks: int, samples: float) -> Goodput:
+    spares = worthwhile_spares(conditions, nodes, MOST_SPARES)
+    conditions = replace(conditions, spares=spares)
+    steps = proposed_steps(conditions)
+    shares = mean_shares(conditions, steps)
+    best_steps, best_training = best_simulated(conditions)
+    per_s = samples / conditions.step_s * shares.training
+    paid = ranks * (nodes + spares) / nodes
+    return Goodput(
+        mtbf_s=conditions.mtbf_s,
+        steps=steps,
+        interval_s=steps * conditions.step_s,
+        shares=shares,
+        best_steps=best_steps,
+        best_training=best_training,
+        spares=spares,
+        samples_per_day=per_s * DAY_S,
+        gpu_hours=WHOLE / per_s * paid / 3600.0 if per_s else math.inf,
+    )
