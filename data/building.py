@@ -86,6 +86,9 @@ def build_cache(settings: DataSettings, encoding: Encoding, cache_dir: Path, pro
     surveys, skipped = _survey(clips, by_file, progress)
     _write_skipped(cache_dir, skipped)
     _check_share(settings, skipped, len(by_file), cache_dir)
+    if skipped:
+        told = f"{cache_dir / SKIPPED_FILE} says which, where and why"
+        print(f"{len(skipped)} of {len(by_file)} clips are skipped: {told}", file=sys.stderr)
     spans = [span for found in surveys.values() for span in found.spans]
     cuts = settings.cuts(spans)
     captions = _captions(scenes, cuts)
@@ -171,7 +174,6 @@ def _write_skipped(cache_dir: Path, skipped: Sequence[Skipped]) -> None:
     if skipped:
         with atomic_file(path) as part:
             part.write_text(json.dumps([asdict(row) for row in skipped], indent=1), encoding="utf-8")
-        print(f"{len(skipped)} clips are skipped: {path} says which, where and why", file=sys.stderr)
     else:
         path.unlink(missing_ok=True)  # of an earlier build
 

@@ -155,7 +155,7 @@ def test_a_bad_clip_is_skipped_and_written_down_up_to_a_share(
     (said,) = json.loads((tmp_path / "cache" / SKIPPED_FILE).read_text())
     assert said["file"] == str(tmp_path / "clips/b.mp4") and "cannot be decoded" in said["reason"]
     assert said.keys() == {"file", "time_s", "reason"}
-    assert "1 clips are skipped" in capsys.readouterr().err
+    assert "1 of 2 clips are skipped" in capsys.readouterr().err
     assert set(opened(path).train.scenes) == {"up", "short"}
     too_many = r"1 of 2 clips cannot be trained on, and data\.bad_share is 0\.4: .*b\.mp4: it cannot be decoded"
     for cache in ("cache", "new"):  # also where it was built under another limit

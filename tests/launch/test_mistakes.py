@@ -126,7 +126,7 @@ def test_one_failure_of_many_ranks_is_one_message(clips: Path, tmp_path: Path) -
     command = cinemesh("train", tmp_path / "recipe.yaml", "--nproc", 2)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == processes.USER_ERROR
-    assert done.stderr.count("error: ") == 1 and "no mp4 file at" in done.stderr, done.stderr
+    assert done.stderr.count("error: ") == 1 and "no video file at" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
@@ -202,10 +202,10 @@ def test_a_video_that_is_missing_or_cut_short(
 ) -> None:
     video = tmp_path / "a.mp4"
     values["data"]["clips"] = [str(video)]
-    assert "no mp4 file at" in failure(values, tmp_path, capsys)
+    assert "no video file at" in failure(values, tmp_path, capsys)
     whole = (clips / "a.mp4").read_bytes()
     video.write_bytes(whole[: len(whole) // 2])
-    assert f"cannot decode the video {video}" in failure(values, tmp_path, capsys)
+    assert f"clips cannot be trained on, and data.bad_share is 0.01: {video}" in failure(values, tmp_path, capsys)
     assert not (tmp_path / "cache" / CACHE_FILE).exists() and not (tmp_path / "run").exists()
 
 
