@@ -10,6 +10,7 @@ and embedding has a digest in the header, and the header has its own: what was n
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,6 +165,8 @@ class Cache:
     """An open cache file: the samples of each bucket, in the recipe's order."""
 
     def __init__(self, file: Any, header: dict[str, Any]) -> None:
+        self.digest = sha256(json.dumps(header, default=str).encode())  # of all that it holds: of every row's too
+        self.contents = sha256(json.dumps(header["recipe"], default=str).encode())  # of what it was made of
         self.buckets: list[Windows] = []
         first_id = 0
         for bucket, rows in header["rows"].items():

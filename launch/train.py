@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from ..interrupt import interrupted_in_a_line
@@ -18,25 +19,32 @@ PROMPT = "a red car"  # of the clip that a finished run proposes
 
 def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
     """Settle the plan, then train, on ``nproc`` processes of this machine or on those that torchrun started."""
-    from .cluster.environment import processes_here, say_device, world_size
+    from .cluster.environment import launched, processes_here, say_device, world_size
+    from .cluster.lease import leased
+    from .cluster.processes import meet_alike
     from .training import loop
     from .training.checkpoint.choosing import FOLDER, latest
+    from .training.differences import recipe_facts
     from .training.measured_rows import ROWS_FILE
     from .training.needs import check_outputs
     from .training.recipe import read_recipe
     from .written import command, wrote
 
     recipe, auto = read_recipe(config, overrides)
+    if launched():
+        meet_alike("recipe", recipe_facts(recipe) | {"plan as given": str(auto)})
     world = world_size(nproc)
     say_device(recipe.device, processes_here(world))
     check_outputs(recipe)
-    if recipe.cluster is not None:
-        from .training.resolve import resolve  # the planner: loaded by who needs it
+    rank = int(os.environ.get("RANK", "0"))
+    with leased(recipe.logging.directory) if rank == 0 else nullcontext():
+        if recipe.cluster is not None:
+            from .training.resolve import resolve  # the planner: loaded by who needs it
 
-        resolve(recipe, auto, world, int(os.environ.get("RANK", "0")))
-    loop.run(config=config, nproc=nproc, overrides=overrides)
+            resolve(recipe, auto, world, rank)
+        loop.run(config=config, nproc=nproc, overrides=overrides)
     newest = latest(recipe.logging.directory / FOLDER)
-    if newest is not None and int(os.environ.get("RANK", "0")) == 0:
+    if newest is not None and rank == 0:
         given = [word for override in overrides for word in ("--set", override)]
         wrote(newest, command("sample", config, *given, prompt=PROMPT))
         if (rows := recipe.logging.directory / ROWS_FILE).exists():

@@ -20,7 +20,8 @@ from ...parallel.runtime.comm import first_of
 from ...parallel.runtime.mesh import Mesh
 from ...perf_model.acceptance import DEVICE
 from ..cluster.environment import processes_here
-from ..cluster.processes import Joined, joined, meet
+from ..cluster.meeting import job_store
+from ..cluster.processes import Joined, joined
 from ..options import Device
 
 FAULTS, SAID = "faults", "said"  # keys of what is found: what is not well, and all of it in a line
@@ -55,7 +56,7 @@ class Here:
     @classmethod
     def of(cls, asked: AcceptanceOptions, within: str, seconds: float, file: Path) -> Here:
         """Raises CinemeshError when this rank cannot reach the store."""
-        store, rank, world = meet()
+        store, rank, world = job_store()
         found = read_json(file, "the findings", "") if file.exists() else {}
         return cls(asked, within, PrefixStore(within, store), rank, world, time.monotonic() + seconds, file, found)
 
@@ -85,7 +86,7 @@ class Here:
     def joined(self) -> Iterator[Joined]:
         """As a rank of a job of all ranks. Raises CinemeshError as :func:`processes.joined`."""
         self.at("joining the other ranks")
-        with joined(Plan(dp_replicate=self.world), self.asked.device, within=f"{self.within}/ranks") as place:
+        with joined(Plan(dp_replicate=self.world), self.asked.device) as place:
             self.note(**{DEVICE: place.device.partition(":")[0]})
             yield place
 

@@ -26,7 +26,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from ...documents import parse_json, read_json
 from ...errors import CinemeshError
 from ..cluster.environment import processes_here
-from ..cluster.processes import meet
+from ..cluster.meeting import job_store
 from ..health.groups import by_value
 from .child import END_S, Child
 from .here import FAULTS, AcceptanceOptions, Here, at_key
@@ -67,7 +67,7 @@ class Rank:
     """One rank's supervisor. ``files``: where its processes print, and rank 0's note what they find."""
 
     def __init__(self, asked: AcceptanceOptions, stages: Sequence[AcceptanceStage], files: Path) -> None:
-        self.store, self.rank, self.world = meet()
+        self.store, self.rank, self.world = job_store()
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(True)  # its processes find a store, and hold none
         self.asked, self.stages, self.files = asked, {stage.name: stage for stage in stages}, files
         self.poll_s = POLL_S * max(1.0, self.world / MANY)

@@ -16,10 +16,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.process import BaseProcess
@@ -31,18 +30,18 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-from torch.distributed.distributed_c10d import Store
-from torch.distributed.rendezvous import rendezvous
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
-from ...errors import CinemeshError, in_a_line
+from ...errors import CinemeshError
 from ...interrupt import WAKE_S, be_deaf, deaf_children, interrupt, interrupt_later
 from ...parallel.ir.plan import Plan
 from ...parallel.runtime.comm import barrier, nccl_stack, set_up_nccl
 from ...parallel.runtime.mesh import Mesh, start_job
 from ..options import Device
 from ..terminal import show_what_it_can
+from .alike import software_alike
 from .environment import claim, device_here, launched, processes_here
+from .meeting import Meeting, agree, meet
 
 USER_ERROR = 2  # exit code of a CinemeshError, see cli.py
 BUG = 1
@@ -50,13 +49,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)  # ask a run to save and stop
 GRACE_S = 120.0  # what ranks get to save once the launcher was asked to stop
 LEFTOVER_S = 20.0  # and to end by themselves once one of them failed
 LOOPBACK = "127.0.0.1"
-MEETING_S = 600.0  # how long ranks wait for one another when they start
-ANSWER_S = 1800.0  # and in a collective
+ANSWER_S = 1800.0  # how long ranks wait for one another in a collective
 _CLAIM = "cinemesh/first_failure"
 
 T = TypeVar("T")
 
-_store: Store | None = None  # of this rank's job; outlives the process group, for the claim of a failure
+_meeting: Meeting | None = None  # of this rank's round; outlives the process group, for the claim of a failure
+_parted = False  # a process that joins again meets again
 
 
 class Stopped(Exception):
@@ -72,37 +71,35 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Joined:
-    """Where a rank runs; ``mesh`` is None in a job of one process."""
+    """Where a rank runs; ``mesh`` and ``meeting`` are None in a job of one process."""
 
     rank: int
     device: str
     mesh: Mesh | None
+    meeting: Meeting | None = None
 
 
-def meet() -> tuple[Store, int, int]:
-    """The store at which the ranks of this process's job meet, its rank, and how many they are.
+def meet_alike(about: str, facts: Mapping[str, str]) -> Meeting:
+    """The other ranks of this job, met at the first call, once all have the same facts, software and environment.
 
-    Raises CinemeshError when they cannot.
+    Raises CinemeshError, the same on every rank, where they have not, and where the ranks cannot meet.
     """
-    meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    try:
-        return next(iter(rendezvous("env://", timeout=timedelta(seconds=MEETING_S))))
-    except (dist.DistError, ValueError) as error:
-        raise CinemeshError(
-            f"rank {os.environ['RANK']} cannot meet the others at {meeting}: {in_a_line(error, lines=1)}",
-            remedy="choose another MASTER_PORT, or end the job that holds it",
-        ) from error
+    global _meeting, _parted
+    if _meeting is None or _parted:
+        _meeting, _parted = meet(), False
+    agree(_meeting, f"{about}, software and environment".removeprefix(", "), software_alike() | {**facts})
+    return _meeting
 
 
 @contextmanager
-def joined(plan: Plan, wanted: Device, within: str = "") -> Iterator[Joined]:
+def joined(plan: Plan, wanted: Device, alike: Mapping[str, str] | None = None) -> Iterator[Joined]:
     """This process as a rank of its job: threads, device, process group (NCCL on GPUs, gloo on CPUs) and mesh.
 
-    ``within``: the part of the store that is this job's, where several have the store, one after another. Raises
-    CinemeshError when there is no such device for it, when the world size is not the plan's, when the ranks cannot
-    meet, and when one of them computes where it may not: see :func:`environment.claim`.
+    ``alike``: what must be the same on all ranks, beside their software. Raises CinemeshError when there is no such
+    device for it, when the world size is not the plan's, as :func:`meet_alike`, and when a rank computes where it may
+    not: see :func:`environment.claim`.
     """
-    global _store
+    global _parted
     local = processes_here(1)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     device = device_here(wanted, local)
@@ -113,18 +110,18 @@ def joined(plan: Plan, wanted: Device, within: str = "") -> Iterator[Joined]:
         plan.check_world_size(1)
         yield Joined(0, device, None)
         return
-    store, rank, world = meet()
-    store = dist.PrefixStore(within, store) if within else store  # pyright: ignore[reportPrivateImportUsage]
-    plan.check_world_size(world)
-    _store = store
-    claim(store, rank, device)
+    meeting = meet_alike("resolved recipe" if alike else "", alike or {})
+    rank = meeting.rank
+    plan.check_world_size(meeting.world)
+    claim(meeting.store, rank, device)
     if cuda:
         set_up_nccl()
         if rank == 0 and (lost := nccl_stack().told()):
             _to_stderr(f"WARNING: {lost}")
-    start_job(plan, device, store, rank, ANSWER_S)
+    start_job(plan, device, meeting.store, rank, ANSWER_S)
     mesh = Mesh(plan, ANSWER_S)
-    yield Joined(rank, device, mesh)
+    yield Joined(rank, device, mesh, meeting)
+    _parted = True
     mesh.close()  # after a failure the groups may hang: the process ends anyway
     dist.destroy_process_group()
 
@@ -153,12 +150,12 @@ def rank_main(work: Callable[[], int | None], say: Callable[[str], None] = _to_s
 
 def _failed(code: int, message: str, say: Callable[[str], None]) -> int:
     """The exit code of the first rank to fail; if that is this one, it speaks."""
-    if _store is None:  # before the ranks met, all fail alike
+    if _meeting is None:  # before the ranks met, all fail alike
         speaks, code_of_all = int(os.environ.get("LOCAL_RANK", "0")) == 0, code
     else:
         mine = f"{os.environ.get('RANK', '0')} {code}"
         try:
-            claimed = _store.compare_set(_CLAIM, "", mine).decode()
+            claimed = _meeting.store.compare_set(_CLAIM, "", mine).decode()
         except dist.DistError:  # the store's host is gone: nobody can tell
             claimed = mine
         speaks, code_of_all = claimed == mine, int(claimed.split()[1])

@@ -1,4 +1,4 @@
-"""What a run goes on with that is not what its checkpoint was written with, a line for every key of the recipe.
+"""What a run goes on with that is not what its checkpoint was written with, by every key of the recipe.
 
 A checkpoint's note holds the recipe, its plan as it was resolved: every key with its value, defaults too.
 """
@@ -6,7 +6,7 @@ A checkpoint's note holds the recipe, its plan as it was resolved: every key wit
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from .checkpoint.manifest import shown
@@ -28,13 +28,28 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)  # a path
 
 
-def differences(note: Mapping[str, Any], config: Config) -> list[str]:
-    """``optimizer.lr: 0.01 -> 0.02`` for every key whose value is another one; ``note`` is the checkpoint's."""
-    if RECIPE not in note:
-        return ["the checkpoint does not say with which recipe it was written: what differs cannot be told"]
+def recipe_facts(config: Config) -> dict[str, str]:
+    """Every key of the recipe with its value, as texts: what all ranks of a run must have alike."""
+    return {key: shown(value) for key, value in _keys(recorded(config))}
+
+
+@dataclass(frozen=True)
+class OtherValue:
+    """A key whose value is another one; None: absent. As a text ``optimizer.lr: 0.01 -> 0.02``."""
+
+    key: str
+    then: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {shown(self.then)} -> {shown(self.now)}"
+
+
+def differences(note: Mapping[str, Any], config: Config) -> list[OtherValue]:
+    """All keys of the recipe in a checkpoint's ``note`` and in ``config`` whose values differ."""
     then, now = dict(_keys(note[RECIPE])), dict(_keys(recorded(config)))
     return [
-        f"{key}: {shown(then.get(key))} -> {shown(now.get(key))}"
+        OtherValue(key, then.get(key), now.get(key))
         for key in dict.fromkeys((*then, *now))
         if then.get(key) != now.get(key)
     ]

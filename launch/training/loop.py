@@ -18,21 +18,25 @@ import torch
 from ...data.cache import Cache
 from ...errors import CinemeshError
 from ...model.buckets import BucketRunner
+from ...model.config import latent_text
 from ...model.runner import StepRunner
 from ...model.weights import initial_values
 from ...parallel.runtime import comm
+from ..cluster.alike import program_digest
 from ..cluster.environment import world_size
+from ..cluster.meeting import agree
 from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, rank_main
 from .average import remark
 from .checkpoint.choosing import FOLDER, VALIDATION_LOSS, Keep
 from .checkpoint.loading import resume
 from .checkpoint.saving import Saver
-from .differences import RECIPE, differences, recorded
+from .differences import RECIPE, recipe_facts, recorded
 from .feed import Feed
 from .measured_rows import MeasuredRows
 from .needs import check_training_memory
 from .recipe import Config, read_config
 from .reports import Done, Reports
+from .resume import CONTENTS, allowed_changes, check_may_change
 from .sample import FRAME_RATE
 from .setting import Setting
 from .showcase import show_samples
@@ -49,6 +53,7 @@ def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
     """Train, on ``nproc`` processes of this machine or on those that torchrun started. Exits with the ranks' code."""
     recipe = read_config(config, overrides)
     recipe.plan.check_world_size(world_size(nproc))
+    check_may_change(recipe)
     setting = Setting.of(recipe)
     setting.check_training()
     check_training_memory(setting)
@@ -60,7 +65,7 @@ def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
 
 def train(config: Config) -> None:
     """The work of one rank. Raises Stopped when a signal asked for it and the state is saved."""
-    with joined(config.plan, config.device) as place:
+    with joined(config.plan, config.device, recipe_facts(config)) as place:
         setting, stop = Setting.of(config), StopSignal()
         cache = setting.open_cache(place)
         setting.sampled_captions(cache)  # refused before training, not after
@@ -91,16 +96,20 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
         kernels=setting.kernels(place.device),
     )
     runner = buckets.first
+    if place.meeting is not None:
+        programs = {f"program of {latent_text(at)}": program_digest(one.program) for at, one in buckets.runners.items()}
+        agree(place.meeting, "code and latent cache", programs | {"latent cache": cache.digest})
     checkpoints = config.logging.directory / FOLDER
     resumed = resume(checkpoints, runner)
+    changed = allowed_changes(resumed.manifest.note, config, cache.contents) if resumed else []
     if resumed is None:
         runner.initialise(initial_values(config.seed))
     telemetry = Telemetry(config.logging.directory, config.schedule.steps, runner.steps_done) if speaks else None
     if telemetry:
         telemetry.say(f"{setting.model.name}: {config.plan.equation()} processes on {place.device}; "
                       + (f"resumed from {resumed.path}" if resumed else "from step 0"))  # fmt: skip
-        for difference in differences(resumed.manifest.note, config) if resumed else ():
-            telemetry.say(f"not as in the run so far: {difference}")
+        for change in changed:
+            telemetry.say(f"not as in the run so far: {change}")
         for error in resumed.damaged if resumed else ():
             telemetry.say(f"WARNING: {error.problem}; it was passed over")
         for windows in cache.buckets:
@@ -273,6 +282,7 @@ class _Loop:
         sizes = self.config.data.global_batches
         note = {
             RECIPE: recorded(self.config),
+            CONTENTS: self.cache.contents,
             FRAME_RATE: str(self.cache.frame_rate),
             SAMPLES: [self.feed.bucket[:step].count(bucket) * size for bucket, size in enumerate(sizes)],
         }

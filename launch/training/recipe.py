@@ -230,6 +230,11 @@ class Config:
         "optional packages that the plan and its price count on, `fa3` or `flash-attn-3`; default: what is installed "
         "where the run starts",
     ] = None
+    may_change: Annotated[
+        tuple[str, ...],
+        "keys, or sections, that may be others than those of the run that is resumed, where that is refused by itself: "
+        "`[seed]`; docs/operations.md lists them",
+    ] = ()
     deterministic: Annotated[
         bool,
         "only kernels that sum in one fixed order (docs/cost_model.md names them), so that a run on GPUs gives the "

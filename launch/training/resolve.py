@@ -21,7 +21,7 @@ from ...perf_model.report.software import kernels_of
 from ...perf_model.search.planner import search
 from ...perf_model.search.request import Request, buckets_of_batches
 from ...perf_model.search.tune import tune
-from ..cluster.processes import MEETING_S
+from ..cluster.meeting import MEETING_S
 from .predict import predict_run
 from .recipe import Auto, Config
 from .resolved import FILE, Resolved

@@ -31,6 +31,7 @@ from .average import remark
 from .checkpoint.choosing import FOLDER, check_files, latest
 from .checkpoint.loading import load_weights
 from .checkpoint.manifest import check_model, read_manifest
+from .differences import recipe_facts
 from .needs import check_sampling_memory
 from .recipe import Config, read_config
 from .setting import Setting
@@ -119,7 +120,8 @@ def _frame_rate(checkpoint: Path, note: Mapping[str, object]) -> Fraction:
 def sample(order: ClipOrder) -> None:
     """The work of one rank; rank 0 writes the file."""
     setting, plan = Setting.of(order.config), order.config.plan
-    with joined(plan, order.config.device) as place:
+    alike = recipe_facts(order.config) | {"checkpoint": str(order.checkpoint), "prompt": order.prompt}
+    with joined(plan, order.config.device, alike) as place:
         units = unit_layout(setting.model, plan)
         position = place.mesh.coordinates if place.mesh else coordinates(plan, 0)
         weights = torch.empty(1, units.flat_elements, dtype=TORCH_DTYPES[plan.stat_dtype], device=place.device)

@@ -18,6 +18,7 @@ from training import cinemesh, failure, recipe, refusal, start, states
 from cinemesh.data.cache import CACHE_FILE
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.cluster import processes
+from cinemesh.launch.cluster.meeting import Meeting
 from cinemesh.launch.cluster.processes import Joined
 from cinemesh.launch.training.checkpoint import saving
 from cinemesh.launch.training.checkpoint.choosing import FOLDER
@@ -145,7 +146,7 @@ def work(folder: Path) -> None:
         if place.rank == 0:
             atexit.register(linger, folder / "rank 1 has ended")
             raise CinemeshError("the cause")
-        processes._store.wait([processes._CLAIM])
+        processes._meeting.store.wait([processes._CLAIM])
         atexit.register((folder / "rank 1 has ended").touch)
         raise RuntimeError("connection closed by peer")
 
@@ -185,13 +186,13 @@ def test_the_first_rank_to_fail_speaks_and_a_bug_shows_its_traceback(
 
         return work
 
-    monkeypatch.setattr(processes, "_store", HashStore())
+    monkeypatch.setattr(processes, "_meeting", Meeting(HashStore(), HashStore(), 0, 2))
     assert processes.rank_main(fail(CinemeshError("the cause"))) == processes.USER_ERROR
     monkeypatch.setenv("RANK", "1")
     # Whichever process ends first, the launcher then reports the cause's code.
     assert processes.rank_main(fail(RuntimeError("connection closed by peer"))) == processes.USER_ERROR
     assert capsys.readouterr().err == "error: the cause\n"
-    monkeypatch.setattr(processes, "_store", None)
+    monkeypatch.setattr(processes, "_meeting", None)
     assert processes.rank_main(fail(RuntimeError("a bug"))) == processes.BUG
     shown = capsys.readouterr().err
     assert "Traceback" in shown and "RuntimeError: a bug" in shown

@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from cinemesh.errors import CinemeshError
 from cinemesh.interrupt import INTERRUPTED, Interrupted, deaf_children, interrupt
 from cinemesh.launch import cli
 from cinemesh.launch.cluster import processes
+from cinemesh.launch.cluster.meeting import Meeting
 from cinemesh.launch.cluster.processes import StopSignal, forked, joined, launch
 from cinemesh.parallel.ir.nccl_stack import NcclStack
 from cinemesh.parallel.ir.plan import Plan
@@ -32,6 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_process")
 LISTENING = """
 import os, signal
 from pathlib import Path
+from cinemesh.launch.cluster.meeting import Meeting
 from cinemesh.launch.cluster.processes import joined
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.runtime.comm import barrier
@@ -74,6 +77,7 @@ def test_a_local_job_listens_on_loopback_alone_and_a_lost_rank_is_one_line(
 ENDLESS = """
 import os, time
 from pathlib import Path
+from cinemesh.launch.cluster.meeting import Meeting
 from cinemesh.launch.cluster.processes import forked, launch
 
 def work(folder):
@@ -323,7 +327,7 @@ def test_what_nccl_and_driver_take_is_said_once_when_the_job_starts(
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     stands_for: dict[str, Any] = {
         "device_here": lambda wanted, local: "cuda:0",
-        "rendezvous": lambda *_, **__: iter([(None, rank, 2)]),
+        "meet_alike": lambda *_: Meeting(HashStore(), HashStore(), rank, 2),
         "claim": lambda *_: None,
         "set_up_nccl": lambda: None,
         "nccl_stack": lambda: NcclStack((2, 28), driver),

@@ -18,11 +18,13 @@ from harness import Pool
 from torch import Tensor
 from training import STATES, cinemesh, in_two_batches, in_two_buckets, recipe, start, states
 
+from cinemesh.data.building import build_cache
 from cinemesh.data.cache import Sample, collate
 from cinemesh.data.order import Stream, turns
 from cinemesh.data.video import frame_rate, read_frames
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels.reference import Kernel
+from cinemesh.launch.cluster.meeting import Meeting
 from cinemesh.launch.cluster.processes import Joined, StopSignal
 from cinemesh.launch.training import feed, showcase
 from cinemesh.launch.training import loop as train
@@ -354,6 +356,40 @@ def test_a_rank_that_goes_astray_is_told_on_all_ranks(
     messages = pool.run(2, faulty_rank, in_two_buckets(recipe(clips, tmp_path, dp_shard=2)), fault)
     assert messages[0] == messages[1] and expected in messages[0]
     assert not list(tmp_path.rglob("step-*"))
+
+
+def other_on_rank_1(values: dict[str, Any], other: dict[str, Any], meeting: str) -> str:
+    """What one of two ranks hears before the first step, of which rank 1 has another recipe."""
+    rank = dist.get_rank()
+    config = check_config(other if rank else values, "test")
+    mesh, store = Mesh(config.plan), dist.FileStore(meeting, 2)  # pyright: ignore[reportPrivateImportUsage]
+    try:
+        setting, place = Setting.of(config), Joined(rank, "cpu", mesh, Meeting(store, store, rank, 2))
+        train.train_steps(setting, place, setting.open_cache(place), StopSignal())
+    except CinemeshError as error:
+        return str(error)
+    finally:
+        mesh.close()
+    return "nothing was found"
+
+
+@pytest.mark.parametrize("what", ["program of 1x4x4", "latent cache"])
+def test_ranks_of_other_programs_or_data_are_told_before_the_first_step(
+    pool: Pool, clips: Path, tmp_path: Path, what: str
+) -> None:
+    """Whatever made them so: each machine may have folders of its own at one path."""
+    values = recipe(clips, tmp_path, dp_shard=2)
+    other = recipe(clips, tmp_path / "other", dp_shard=2)
+    if what == "program of 1x4x4":
+        other = values | {"optimizer": {"lr": 1e-2, "betas": [0.9, 0.98]}}
+    else:
+        other["data"]["stride"] = 3
+        setting = Setting.of(check_config(other, "test"))
+        build_cache(setting.config.data, setting.encoding, setting.config.data.cache, progress=False)
+    heard = pool.run(2, other_on_rank_1, values, other, str(tmp_path / "meeting"))
+    assert heard[0] == heard[1] and f"the ranks of this job differ: {what} is " in heard[0], heard
+    assert " on rank 0 and " in heard[0] and " on rank 1; give every rank the same code and latent cache" in heard[0]
+    assert not (tmp_path / "run").exists()
 
 
 # -- validation -------------------------------------------------------------------------------------------------------

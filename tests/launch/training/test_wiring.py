@@ -158,9 +158,9 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
         did["packages"] = cluster.software.packages
         return predict(setting, cluster, **rest)
 
-    def joined(plan: Plan, wanted: Any) -> Any:
+    def joined(plan: Plan, wanted: Any, alike: Any) -> Any:
         did["device"] = wanted
-        return join(plan, wanted)
+        return join(plan, wanted, alike)
 
     def shown(_: Path, clips: dict[str, Tensor], *rest: Any) -> list[Any]:
         did["clips"] = clips
@@ -309,6 +309,7 @@ EFFECTS: Mapping[str, Sequence[Effect]] = {
     "sample.seed": [Effect(4, frozenset({"clips"}))],
     "seed": [Effect(4, SAMPLES)],
     "caption_dropout": [Effect(0.9, GRADIENT)],
+    "may_change": [Effect(["seed"], frozenset())],  # of a run that goes on with nothing
     "weights": [Effect("master", frozenset({"validation", "clips"}))],
     "capture": [Effect("required", frozenset({"replay"}))],
     "kernels": [Effect({"attention": "reference"}, frozenset({"kernels"}), rounded=GRADIENT)],
