@@ -26,7 +26,8 @@ from ...perf_model.clusters.cluster import Cluster
 from ...perf_model.prices.compute import Compute
 from ...perf_model.prices.network import Network, ring_group
 from ..cluster.environment import processes_here
-from ..cluster.processes import joined, meet, rank_main
+from ..cluster.meeting import job_store
+from ..cluster.processes import joined, rank_main
 from ..jobs.job import FILES_BESIDE
 from ..options import Device
 from .checks import CLOCK_MOST_S, Check, Wanted, check, fit
@@ -74,7 +75,7 @@ def run_on_ranks(device: Device, directory: Path, cluster: Cluster | None, say: 
 
 
 def _work(device: Device, directory: Path, cluster: Cluster | None, say: Say) -> int:
-    store, rank, world = meet()
+    store, rank, world = job_store()
     local = processes_here(world)
     here = machine_facts(directory)
     wanted = Wanted(device=device, ranks_of_a_node=local, files=world + FILES_BESIDE, cluster=cluster)
@@ -118,7 +119,7 @@ def one_software(of_ranks: Sequence[Mapping[str, str]]) -> Check:
 
 
 def _measured(device: Device, cluster: Cluster | None, world: int, local: int) -> list[Check]:
-    with joined(Plan(dp_replicate=world), device, within=f"{DOCTOR}/ranks") as place:
+    with joined(Plan(dp_replicate=world), device) as place:
         return look_together(place.device, cluster, world, local)
 
 
