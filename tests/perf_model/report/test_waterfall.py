@@ -148,7 +148,7 @@ MOVES: list[tuple[dict[str, Any], str, set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "own", "below"), MOVES, ids=lambda value: next(iter(value), "") if value else "")
+@pytest.mark.parametrize(("change", "own", "below"), MOVES, ids=[next(iter(change)) for change, *_ in MOVES])
 def test_a_constant_of_compute_moves_its_own_loss(change: dict[str, Any], own: str, below: set[str]) -> None:
     """On one rank, where nothing waits: no other loss moves but those that the constant multiplies."""
     alone, cluster = Plan(recompute="none", dtype="bf16"), H100.with_(**change)
