@@ -54,7 +54,7 @@ WIDER_WITH_REASON: dict[str, str] = {  # path -> why
     "launch/cli.py": "one module a command, imported when it is called",
     "launch/commands/calibrate.py": "measures compute and links, fits, and writes: a line of each",
     "launch/commands/kernels.py": "a command with three modes: show, compile, tune",
-    "launch/health/ranks.py": "all that a job is asked at once: software, clocks, compute and links, over store and group",
+    "launch/health/ranks.py": "all that a job is asked at once: software, clocks, compute, links",
     "launch/proof/verify.py": "the proof from the case to what is printed of it: shrinks, runs the ranks, counts",
     "launch/training/sample.py": "where recipe, checkpoint, processes and sampler meet",
     "launch/training/loop.py": "where data, steps, reports, validation and checkpoints of a run meet",
