@@ -180,7 +180,7 @@ def test_what_a_range_says() -> None:
 def test_a_plain_dataclass_is_held_to_its_ranges() -> None:
     from cinemesh.data.buckets import Bucket
 
-    assert set(ranges_of(Bucket)) == {"frames", "height", "width", "weight", "global_batch"}
+    assert set(ranges_of(Bucket)) == {"frames", "height", "width", "weight", "global_batch", "fps", "squeeze_from_s"}
     check_ranges(Bucket(1, 2, 3, 4.0), "")
     with pytest.raises(CinemeshError, match=r"data\.buckets: height is True; it must be a whole number"):
         Bucket(1, True, 3, 4.0)

@@ -51,7 +51,7 @@ LEFT_OUT = {
 
 
 def lines_of(text: str) -> list[str]:
-    joined = text.replace("\\\n", " ")
+    joined = re.sub(r" *\\\n *", " ", text)
     found = [match[1].strip() for line in joined.splitlines() if (match := LINE.search(line))]
     return [line for line in found if not PLACEHOLDER.search(line)]
 
