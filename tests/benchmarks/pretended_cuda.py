@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -44,6 +45,13 @@ class Stream:
     def wait_stream(self, stream: object) -> None: ...
 
     def synchronize(self) -> None: ...
+
+
+RUNTIME = SimpleNamespace(  # what cudart() answers: memory that is locked stays as it is
+    cudaError=SimpleNamespace(success=0),
+    cudaHostRegister=lambda address, size, flags: 0,
+    cudaHostUnregister=lambda address: None,
+)
 
 
 class Graph:
@@ -109,6 +117,7 @@ def pretended() -> Iterator[str]:
     os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
+    from cinemesh.parallel.runtime import host
     from cinemesh.parallel.runtime.executor import Executor
     from cinemesh.parallel.runtime.graph import GraphPool
 
@@ -129,6 +138,7 @@ def pretended() -> Iterator[str]:
             patches.enter_context(patch.object(torch.cuda, name, _held_to(getattr(torch.cuda, name), answer)))
         for name, stand_in in {"Event": Event, "Stream": Stream, "CUDAGraph": Graph, "graph": _graph}.items():
             patches.enter_context(patch.object(torch.cuda, name, stand_in))
+        patches.enter_context(patch.object(host, "cudart", lambda: RUNTIME))
         patches.enter_context(patch.object(Executor, "__init__", bound))
         patches.enter_context(patch.object(GraphPool, "capture", captured))
         yield "cpu"
