@@ -13,14 +13,7 @@ import torch
 from ...kernels.packages import version_of
 from ...parallel.ir.program import Program
 
-SOURCE_FOLDERS = (
-    "kernels",
-    "parallel",
-    "model",
-    "data",
-    "perf_model",
-    "launch",
-)  # of the package, beside its own files
+SOURCE_FOLDERS = ("kernels", "parallel", "model", "data", "perf_model", "launch")  # beside the package's own files
 # Distributions that change what a step computes, where they are installed.
 DISTRIBUTIONS = (
     "torch", "triton", "numpy", "safetensors", "flash-attn", "flash-attn-3", "flash-attn-4", "apex", "nvidia-nccl-cu12",

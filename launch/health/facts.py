@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import platform
 import resource
@@ -11,7 +10,6 @@ import shutil
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,9 +17,9 @@ import torch
 from ...kernels.packages import version_of
 from ...memory import available_bytes
 from ...parallel.runtime.comm import nccl_stack
+from ..cluster.alike import DISTRIBUTIONS, code
 from .cards import CardFacts, cards_here, driver_version
 
-TAKE_PART = ("cinemesh", "torch", "triton", "numpy", "flash-attn", "flash-attn-3", "apex")
 PORTS = Path("/sys/class/infiniband")
 SHM = Path("/dev/shm")
 
@@ -79,10 +77,10 @@ def machine_facts(directory: Path) -> MachineFacts:
 
 
 def software() -> dict[str, str]:
-    """Name -> release of what takes part in a step; ``code``: of this package's own files."""
+    """Name -> release of what ranks must have alike (``cluster/alike.py``); ``code``: of this package's own files."""
     found = {"python": platform.python_version()}
-    found |= {package: release for package in TAKE_PART if (release := version_of(package)) is not None}
-    found |= {"torch": torch.__version__, "code": _code()}
+    found |= {name: release for name in ("cinemesh", *DISTRIBUTIONS) if (release := version_of(name)) is not None}
+    found |= {"torch": torch.__version__, "code": code()}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     if driver := driver_version():
@@ -91,17 +89,6 @@ def software() -> dict[str, str]:
         stack = nccl_stack()
         found["nccl"], found["driver's cuda"] = (".".join(map(str, of)) for of in (stack.nccl, stack.driver))
     return found
-
-
-@cache
-def _code() -> str:
-    """Of every module of the package that is loaded from a file, one number: an edited file on one node shows."""
-    root = Path(__file__).resolve().parents[2]
-    total = hashlib.sha256()
-    for folder in ("kernels", "parallel", "model", "data", "launch"):
-        for path in sorted((root / folder).rglob("*.py")):
-            total.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return total.hexdigest()[:12]
 
 
 def _strangers() -> list[str]:

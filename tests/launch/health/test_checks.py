@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cinemesh.launch.cli import app
+from cinemesh.launch.cluster import alike
 from cinemesh.launch.health import facts as module
 from cinemesh.launch.health.cards import CardFacts, cards_here
 from cinemesh.launch.health.checks import Wanted, check, fit
@@ -128,13 +129,13 @@ def test_ports_are_read_as_the_kernel_writes_them(tmp_path: Path) -> None:
 
 def test_a_file_that_differs_is_another_software(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Same release, edited on one node: only the code's own number tells."""
-    copy = tmp_path / "launch" / "health" / "facts.py"
+    copy = tmp_path / "launch" / "cluster" / "alike.py"
     copy.parent.mkdir(parents=True)
     copy.write_text("a = 1\n")
-    monkeypatch.setattr(module, "__file__", str(copy))
-    before = module._code.__wrapped__()
+    monkeypatch.setattr(alike, "__file__", str(copy))
+    before = alike.code.__wrapped__()
     copy.write_text("a = 2\n")
-    assert module._code.__wrapped__() != before
+    assert alike.code.__wrapped__() != before
 
 
 def test_a_card_is_read_as_nvml_tells_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
