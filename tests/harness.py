@@ -1,9 +1,11 @@
 """One pool of gloo workers for a whole test run: `pool.run(world_size, function, *args)`.
 
 Starting processes costs far more than the small jobs that tests give them, so the workers are
-forked once and every job gets a fresh process group. Functions are sent by name: a job must be a
-module-level function, and its arguments and results must be picklable. Workers keep the warning
-filters of the process that forked them.
+started once and every job gets a fresh process group. They are forked from a server that has loaded
+torch and nothing else, never from the process of the tests: its threads would be missing in them,
+and its garbage (a video decoder that joins its threads when it is freed) would be theirs to collect.
+Functions are sent by name: a job must be a module-level function, and its arguments and results
+must be picklable. Workers keep the warning filters of the process that started them.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, Pipe, wait
-from multiprocessing.context import ForkProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -55,7 +57,7 @@ class _Job:
 
 
 def _module(name: str, path: str) -> ModuleType:
-    """The module of a job: the one inherited through fork, else loaded from its file under the same name."""
+    """The module of a job: loaded from its file under the same name, once."""
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
@@ -100,11 +102,10 @@ def _run_job(rank: int, job: _Job) -> tuple[bool, Any]:
             dist.destroy_process_group()
 
 
-def _serve(rank: int, pipe: Connection, inherited: Sequence[Connection]) -> None:
+def _serve(pipe: Connection, rank: int, filters: Sequence[Any]) -> None:
     import torch
 
-    for connection in inherited:  # else a worker would outlive the test run, waiting on a pipe that never closes
-        connection.close()
+    warnings.filters[:] = filters  # pyright: ignore[reportIndexIssue]  a list, whatever its stub says
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     torch.set_num_threads(1)
@@ -124,31 +125,26 @@ def _serve(rank: int, pipe: Connection, inherited: Sequence[Connection]) -> None
 
 
 class Pool:
-    """Up to ``MAX_RANKS`` forked workers. A pool that was killed after a timeout starts again with the next job."""
+    """Up to ``MAX_RANKS`` workers. A pool that was killed after a timeout starts again with the next job."""
 
     def __init__(self) -> None:
-        import torch.distributed  # noqa: F401  once here instead of in every worker
-
         self._folder = Path()  # of the stores through which a job's ranks find each other
         self._jobs = 0
-        self._processes: list[ForkProcess] = []
+        self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
         self._start()
 
     def _start(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="gloo-pool-"))
-        context = multiprocessing.get_context("fork")
-        with warnings.catch_warnings():
-            # Python 3.12 warns of fork after threads; the workers use neither torch's threads nor
-            # CUDA.
-            warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork")
-            for rank in range(MAX_RANKS):
-                ours, theirs = cast(tuple[Connection, Connection], Pipe())
-                process = context.Process(target=_serve, args=(rank, theirs, [*self._pipes, ours]), daemon=True)
-                process.start()
-                theirs.close()
-                self._processes.append(process)
-                self._pipes.append(ours)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["cinemesh.model.runner"])  # once there instead of in every worker
+        for rank in range(MAX_RANKS):
+            ours, theirs = cast(tuple[Connection, Connection], Pipe())
+            process = context.Process(target=_serve, args=(theirs, rank, list(warnings.filters)), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
 
     def run(
         self,
@@ -226,7 +222,7 @@ class Pool:
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
-    """The session's worker pool. It must be forked before any test touches CUDA, which does not survive a fork."""
+    """The session's worker pool."""
     workers = Pool()
     yield workers
     workers.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -73,6 +74,7 @@ class Child:
 
 
 def _run(work: Callable[[], None], seconds: float, output: Path, error: Path, stacks: Path) -> None:
+    gc.freeze()  # what the parent left to collect is the parent's
     os.setsid()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)

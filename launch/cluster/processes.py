@@ -7,6 +7,7 @@ torchrun starts them. Either way a rank finds the others through the environment
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -292,6 +293,7 @@ def forked(ranks: int, work: Callable[[], T]) -> list[T]:
 
 
 def _forked(rank: int, ranks: int, folder: Path, work: Callable[[], object]) -> None:
+    gc.freeze()  # what the parent left to collect is the parent's: a video decoder would join threads it has not here
     be_deaf()
     torch.set_num_threads(1)
     meeting = dist.FileStore(str(folder / "store"), ranks)  # pyright: ignore[reportPrivateImportUsage]
