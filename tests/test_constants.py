@@ -463,6 +463,7 @@ FREE: Mapping[str, str] = {
     "launch.training.resolve.POLL_S": "how often a rank looks",
     "launch.training.sample.sample_clips(samples)": "clips at once; a clip depends on its index alone",
     "launch.training.checkpoint.digests._AT_ONCE": "sizes of work; tests/launch/training/checkpoint",
+    "launch.training.checkpoint.alone.SHARD_BYTES": "a size of work, which a manifest tells",
     "launch.training.checkpoint.writing.BLOCK_ELEMENTS": "a size of work, which a manifest tells",
     "*.FORMAT": "rises with what the files hold; tests of their readers say what happens to older ones",
     **dict.fromkeys(("data.video.Survey.*", "data.video._Decoded.*"), "before a frame is read"),

@@ -202,6 +202,11 @@ class Layout:
     def _parameters(self) -> dict[str, tuple[FlatUnit, FlatParameter]]:
         return {parameter.name: (unit, parameter) for unit in self.units for parameter in unit.parameters}
 
+    def whole(self, name: str) -> Piece:
+        """A parameter of one tp rank, in a buffer of its own."""
+        _, parameter = self._parameters[name]
+        return Piece(parameter, 0, parameter.columns, 0, parameter.rows * parameter.columns, 0)
+
     def holders(self, wanted: Piece) -> Iterator[tuple[Coordinates, Piece]]:
         """Runs of this layout that hold elements of a run of another: where, and in whole flat shards there."""
         unit, parameter = self._parameters[wanted.parameter.name]

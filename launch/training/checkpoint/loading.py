@@ -136,7 +136,23 @@ def read_states(path: Path, found: Manifest, here: Layout, at: Coordinates, targ
     check_shapes(path, found, here)
     for target in targets.values():
         target.zero_()
-    blocks = _needed(found, list(here.runs(at)))
+    _read(path, found, list(here.runs(at)), targets)
+
+
+def read_parameter(path: Path, found: Manifest, state: str, name: str) -> Tensor:
+    """All of one parameter, in its global shape and the dtype of its state, on the host.
+
+    Raises Damaged for what is not as it was written.
+    """
+    whole = found.layout.whole(name)
+    flat = torch.empty(whole.stop, dtype=TORCH_DTYPES[found.states[state]])
+    _read(path, found, [whole], {state: flat})
+    return flat.view(whole.parameter.shape)
+
+
+def _read(path: Path, found: Manifest, wanted: list[Piece], targets: dict[str, Tensor]) -> None:
+    """These pieces of every state, to their positions of its target."""
+    blocks = _needed(found, wanted)
 
     def read(item: tuple[_Block, list[Copy]]) -> None:
         block, copies = item

@@ -132,7 +132,7 @@ class Saver:
                         self.pruning.result()
                     self._make_room(partial)
                 except OSError as error:
-                    raise _failed(final, error) from error
+                    raise write_failed(final, error) from error
 
         together(runner.mesh, prepare)
         self._copy()
@@ -150,19 +150,19 @@ class Saver:
             try:
                 return begun.written.result()
             except OSError as error:
-                raise _failed(begun.final, error, f"rank {self.rank}: ") from error
+                raise write_failed(begun.final, error, f"rank {self.rank}: ") from error
 
-        def publish() -> None:
+        def finish() -> None:
             if parts is not None:
                 try:
-                    self._publish(begun, parts)
+                    publish(assembled(begun.about, self.layout, parts), begun.partial, begun.final)
                 except OSError as error:
-                    raise _failed(begun.final, error) from error
+                    raise write_failed(begun.final, error) from error
 
         try:
             mine = together(self.runner.mesh, written)
             parts: list[Any] | None = gather_at_first(mine) if self.runner.mesh else [mine]
-            together(self.runner.mesh, publish)
+            together(self.runner.mesh, finish)
         except CinemeshError:
             if self.rank == 0:
                 shutil.rmtree(begun.partial, ignore_errors=True)
@@ -215,23 +215,24 @@ class Saver:
         at = {axis: self.runner.coordinates[axis] for axis in SHARDING}
         return write_part(partial / f"{self.rank:05d}.safetensors", self.layout, at, self.start, self.copies)
 
-    def _publish(self, begun: _Begun, parts: list[Written]) -> None:
-        manifest = assembled(begun.about, self.layout, parts)
-        with (begun.partial / MANIFEST).open("w", encoding="utf-8") as file:
-            file.write(manifest.text())
-            file.flush()
-            os.fsync(file.fileno())
-        if begun.final.exists():  # the same step again, after resuming from an earlier one
-            remove(begun.final)
-        os.rename(begun.partial, begun.final)
-        folder = os.open(self.directory, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the name survives a power failure
-        finally:
-            os.close(folder)
+
+def publish(manifest: Manifest, partial: Path, final: Path) -> None:
+    """Write the manifest of the files in ``partial``, and give the folder its name. Raises OSError."""
+    with (partial / MANIFEST).open("w", encoding="utf-8") as file:
+        file.write(manifest.text())
+        file.flush()
+        os.fsync(file.fileno())
+    if final.exists():  # the same step again, after resuming from an earlier one
+        remove(final)
+    os.rename(partial, final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the name survives a power failure
+    finally:
+        os.close(folder)
 
 
-def _failed(path: Path, cause: OSError, where: str = "") -> CinemeshError:
+def write_failed(path: Path, cause: OSError, where: str = "") -> CinemeshError:
     """One message, with the remedy for what the file system says."""
     if cause.errno in (errno.ENOSPC, errno.EDQUOT):
         remedy = "free some space or write to another file system"

@@ -1,0 +1,84 @@
+"""A checkpoint that one process writes, of any states, one shard after another: of a model of any size.
+
+As a plan that splits it over dp_shard alone would have written it; any plan reads it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from ....errors import CinemeshError
+from ....kernels.dtypes import TORCH_DTYPES
+from ....model.config import ModelConfig, parameters
+from ....model.step import unit_layout
+from ....parallel.ir.plan import Plan
+from ...progress import progress
+from . import writing
+from .layout import SHARDING, Coordinates, Layout
+from .manifest import code_here
+from .saving import assembled, free_bytes, publish, write_failed
+from .writing import Written, write_part
+
+SHARD_BYTES = 1 << 30  # of all states: what is in memory at once
+
+Fill = Callable[[Layout, Coordinates, dict[str, Tensor]], None]
+
+
+def write_alone(
+    final: Path, config: ModelConfig, states: Mapping[str, str], fill: Fill, *, step: int, updates: int, note: Any
+) -> None:
+    """Write the checkpoint ``final``, a folder that is not there yet.
+
+    ``states``: dtype by state, float32 or float64. ``fill(layout, at, flats)`` puts what lies at coordinates ``at`` of
+    the layout into a flat buffer a state, which holds zeros. ``step``, ``updates`` and ``note`` as in a manifest.
+    Raises CinemeshError when ``final`` is there or cannot be written; nothing is then left of it.
+    """
+    if final.exists():
+        raise CinemeshError(f"{final} exists", remedy="name a new folder, or move that one away")
+    dtype = max(states.values(), key=lambda name: TORCH_DTYPES[name].itemsize)
+    each = sum(TORCH_DTYPES[name].itemsize for name in states.values())
+    elements = sum(row.elements for row in parameters(config))
+    plan = Plan(dp_shard=-(-elements * each // SHARD_BYTES), dtype=cast(Literal["float32", "float64"], dtype))
+    layout = Layout.of(unit_layout(config, plan))
+    partial = final.with_name(f".{final.name}.partial")
+    about = {
+        "step": step,
+        "updates": updates,
+        "model": asdict(config),
+        "plan": plan.to_dict(),
+        "code": code_here(),
+        "note": note,
+        "states": dict(states),
+        "block_elements": writing.BLOCK_ELEMENTS,
+    }
+    written: list[Written] = []
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if (free := free_bytes(final.parent)) < elements * each:
+            raise CinemeshError(
+                f"a checkpoint needs {elements * each:,} bytes ({elements:,} parameters * {each} bytes), but "
+                f"{final.parent} has {free:,} free",
+                remedy="free some space or write to another file system",
+            )
+        partial.mkdir()
+        with progress("writing", plan.dp_shard) as begin:
+            for shard in range(plan.dp_shard):
+                begin(f"file {shard + 1}")
+                at = dict.fromkeys(SHARDING, 0) | {"dp_shard": shard}
+                flats = {
+                    state: torch.zeros(layout.flat_elements, dtype=TORCH_DTYPES[name]) for state, name in states.items()
+                }
+                fill(layout, at, flats)
+                written.append(write_part(partial / f"{shard:05d}.safetensors", layout, at, 0, flats))
+        publish(assembled(about, layout, written), partial, final)
+    except OSError as error:
+        raise write_failed(final, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
