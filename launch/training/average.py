@@ -26,7 +26,7 @@ def start_weight(decay: float, updates: int) -> float:
 def remark(config: Config, updates: int) -> str | None:
     """What is to be said of the weights that are shown, if anything."""
     start = start_weight(config.optimizer.ema_decay, updates)
-    if config.weights != "ema" or start <= TOLD_ABOVE:
+    if config.weights != "ema" or config.start_from is not None or start <= TOLD_ABOVE:
         return None
     return (
         f"after {updates} updates the random start still weighs {start:.1%} in the average of the weights (EMA), which "

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,6 +41,7 @@ from .resume import CONTENTS, allowed_changes, check_may_change
 from .sample import FRAME_RATE
 from .setting import Setting
 from .showcase import show_samples
+from .start import BEGUN_WITH, begin, carried_on, check_start
 from .telemetry import Telemetry
 from .validation import Validation
 
@@ -56,6 +58,7 @@ def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
     check_may_change(recipe)
     setting = Setting.of(recipe)
     setting.check_training()
+    check_start(recipe, setting.model)
     check_training_memory(setting)
     local = nproc or 1
     code = launch(local, train, recipe) if local > 1 else rank_main(lambda: train(recipe))
@@ -102,12 +105,18 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
     checkpoints = config.logging.directory / FOLDER
     resumed = resume(checkpoints, runner)
     changed = allowed_changes(resumed.manifest.note, config, cache.contents) if resumed else []
-    if resumed is None:
+    begun = None
+    if resumed is None and config.start_from is not None:
+        begun = begin(config.start_from, runner)
+    elif resumed is None:
         runner.initialise(initial_values(config.seed))
+    carried = {BEGUN_WITH: begun.note} if begun else carried_on(resumed.manifest.note) if resumed else {}
     telemetry = Telemetry(config.logging.directory, config.schedule.steps, runner.steps_done) if speaks else None
     if telemetry:
         telemetry.say(f"{setting.model.name}: {config.plan.equation()} processes on {place.device}; "
                       + (f"resumed from {resumed.path}" if resumed else "from step 0"))  # fmt: skip
+        for line in begun.lines if begun else ():
+            telemetry.say(line)
         for change in changed:
             telemetry.say(f"not as in the run so far: {change}")
         for error in resumed.damaged if resumed else ():
@@ -123,7 +132,7 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
     try:
         log = config.logging
         saver = Saver(checkpoints, runner, Keep(log.keep, log.keep_every, log.keep_best))
-        _Loop(setting, buckets, cache, saver, telemetry).run(stop)
+        _Loop(setting, buckets, cache, saver, telemetry, carried).run(stop)
         saver.close()
     finally:
         if telemetry:
@@ -135,10 +144,17 @@ class _Loop:
     """Steps, with what is reported, validated and saved between them."""
 
     def __init__(
-        self, setting: Setting, runners: BucketRunner, cache: Cache, saver: Saver, telemetry: Telemetry | None
+        self,
+        setting: Setting,
+        runners: BucketRunner,
+        cache: Cache,
+        saver: Saver,
+        telemetry: Telemetry | None,
+        carried: dict[str, Any],
     ) -> None:
         self.config, self.runners, self.runner = setting.config, runners, runners.first
         self.cache, self.saver, self.telemetry = cache, saver, telemetry
+        self.carried = carried  # of a checkpoint's note, from one to the next
         self.failed_saves = 0  # in a row
         self.validated: tuple[int, float] | None = None  # step and loss, of the last one
         self.latents = [batch.latent for batch in setting.batches]
@@ -280,7 +296,7 @@ class _Loop:
 
     def _begin_save(self, step: int) -> None:
         sizes = self.config.data.global_batches
-        note = {
+        note = self.carried | {
             RECIPE: recorded(self.config),
             CONTENTS: self.cache.contents,
             FRAME_RATE: str(self.cache.frame_rate),

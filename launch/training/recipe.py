@@ -164,6 +164,19 @@ class SampleSection:
     seed: Annotated[int, SEED_RANGE, "of the starting noise"] = 0
 
 
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class StartFrom:
+    """What step 0 of a new run begins with, in place of random weights: those of a checkpoint of any plan."""
+
+    checkpoint: Annotated[Path, "a step-* folder of another run, of a model as wide and deep"]
+    weights: Annotated[Literal["master", "ema"], "which of its weights the new run begins with"] = "ema"
+    positions: Annotated[
+        Literal["same", "expand"],
+        "expand: its position tables may grow to the model's, linearly, patch centres aligned",
+    ] = "same"
+    moments: Annotated[Literal["keep", "drop"], "AdamW's: the checkpoint's, or zero"] = "drop"
+
+
 AUTO = "auto"
 
 
@@ -205,6 +218,7 @@ class Config:
     optimizer: OptimizerSection
     schedule: ScheduleSection
     logging: LoggingSection
+    start_from: StartFrom | None = None
     sample: SampleSection | None = None
     weights: Annotated[
         Literal["ema", "master"],

@@ -40,6 +40,7 @@ ALLOWED = {
     "optimizer.lr": Allowed.TOLD,
     "schedule": Allowed.TOLD,
     "logging": Allowed.FREE,
+    "start_from": Allowed.ASKED,
     "sample": Allowed.FREE,
     "weights": Allowed.TOLD,
     "seed": Allowed.ASKED,

@@ -13,7 +13,7 @@ The boxes of a wanted run and of a run in a file meet in boxes: strided copies f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -166,6 +166,14 @@ class Layout:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Global shapes by parameter."""
         return {parameter.name: parameter.shape for unit in self.units for parameter in unit.parameters}
+
+    def of_parameters(self, names: Collection[str]) -> Layout:
+        """The same with these parameters alone; where they lie does not change."""
+        units = (
+            replace(unit, parameters=tuple(each for each in unit.parameters if each.name in names))
+            for unit in self.units
+        )
+        return replace(self, units=tuple(units))
 
     @cached_property
     def flat_elements(self) -> int:

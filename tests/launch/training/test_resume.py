@@ -23,7 +23,10 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 def test_every_key_has_one_rule(values: dict[str, Any]) -> None:
     """A key that is added to recipes and forgotten here would be a KeyError in the middle of a resume."""
-    config = check_config(in_two_buckets(values) | {"sample": {}, "kernels": {"all": "reference"}}, "test")
+    config = check_config(
+        in_two_buckets(values) | {"sample": {}, "kernels": {"all": "reference"}, "start_from": {"checkpoint": "a"}},
+        "test",
+    )
     keys = [*recipe_facts(config), CONTENTS]
     rules = {key: rule_of(key) for key in keys}
     assert set(Allowed) == set(rules.values())

@@ -322,10 +322,12 @@ REFUSED = {
     "codec.kind": ("another", "codec.kind is 'another'"),
     "data.encoders.0.directory": ("{folder}/absent", "{folder}/absent"),
 }
+# Keys of a run that begins with another's end: tests/launch/training/test_start.py has one, and obeys each of them.
+STARTED = {f"start_from.{name}" for name in ("checkpoint", "weights", "positions", "moments")}
 
 
 def test_every_key_of_a_recipe_is_here() -> None:
-    assert sorted(keys(Config)) == sorted({*EFFECTS, *REFUSED})
+    assert sorted(keys(Config)) == sorted({*EFFECTS, *REFUSED, *STARTED})
 
 
 def other_data(clips: Path, folder: Path) -> None:

@@ -1,0 +1,179 @@
+"""A run that begins where another ended: weights of a checkpoint, written under any plan, become those of step 0.
+
+Position tables may be longer than the checkpoint's. Row j of m is then read off the n rows at (j + 0.5) n / m - 0.5,
+linearly between two of them and constant beyond the outer ones: the patch centres of both grids are aligned. The mean
+of two new rows is so the old one inside of a doubled table, and its row 0 stays as it was: an image, which has one
+frame, does not change when the temporal table grows, and a table of one row becomes one of equal rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import CinemeshError
+from ...model.config import ModelConfig
+from ...model.runner import StepRunner
+from ...parallel.ir.plan import Plan
+from .checkpoint.choosing import FOLDER, VALIDATION_LOSS, check_files, published
+from .checkpoint.layout import SHARDING, FlatParameter, FlatUnit, Layout
+from .checkpoint.loading import read_states
+from .checkpoint.manifest import COUNTERS, Manifest, check_model, read_manifest, shown
+from .checkpoint.together import together
+from .recipe import Config, StartFrom
+
+BEGUN_WITH = "begun_with"  # of a checkpoint's note: what the run began with
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SQUARES = "exp_avg_sq"  # moment of squares: a row that is a sum of rows has the sum with squared shares
+
+
+@dataclass(frozen=True)
+class Begun:
+    """How a run began: what its checkpoints keep of it, and what it says."""
+
+    note: dict[str, Any]
+    lines: list[str]
+
+
+def check_start(config: Config, model: ModelConfig) -> None:
+    """Raises CinemeshError when a run that is to begin from a checkpoint cannot; one that goes on needs none."""
+    if config.start_from is not None and not published(config.logging.directory / FOLDER):
+        found = _checked(config.start_from, model)
+        check_files(config.start_from.checkpoint, found)
+
+
+def begin(section: StartFrom, runner: StepRunner) -> Begun:
+    """Fill the states of ``runner`` from a checkpoint; steps count from 0, the EMA is equal to the weights. Collective.
+
+    Raises CinemeshError, on all ranks, for a checkpoint that is damaged, or from which this model cannot begin.
+    """
+    path, here = section.checkpoint, Layout.of(runner.units)
+    found = together(runner.mesh, lambda: _checked(section, runner.config))
+    grown = {name: shape for name, shape in here.shapes.items() if found.layout.shapes.get(name, shape) != shape}
+    same = [name for name in here.shapes if name in found.layout.shapes and name not in grown]
+    targets = {section.weights: runner.buffers["master"].view(-1)}
+    if section.moments == "keep":
+        targets |= {moment: runner.buffers[moment].view(-1) for moment in MOMENTS}
+    for state in ("master", *MOMENTS):
+        runner.buffers[state].zero_()  # parameters that the checkpoint lacks begin as zeros
+
+    def read() -> None:
+        old, new = found.layout.of_parameters(same), here.of_parameters(same)
+        read_states(path, replace(found, layout=old), new, runner.coordinates, targets)
+        for name, shape in grown.items():
+            for state, target in targets.items():
+                table = expanded(_table(path, found, state, name), shape[0], squared=state == SQUARES)
+                _fill(target, runner, here, name, table)
+
+    together(runner.mesh, read)
+    runner.buffers["ema"].copy_(runner.buffers["master"])
+    kept = found.updates if section.moments == "keep" else 0
+    runner.buffers[COUNTERS].copy_(torch.tensor([0, kept]))  # AdamW's bias correction counts updates
+    return _told(section, found, grown)
+
+
+def carried_on(note: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a checkpoint's note every later one of its run holds too."""
+    return {key: note[key] for key in (BEGUN_WITH,) if key in note}
+
+
+def expanded(table: Tensor, length: int, *, squared: bool = False) -> Tensor:
+    """[length, D] of a position table [n, D], in float64; with ``squared``, what its moment of squares becomes."""
+    n = len(table)
+    at = ((torch.arange(length, dtype=torch.float64) + 0.5) * n / length - 0.5).clamp(0, n - 1)
+    low = at.floor().long().clamp(max=max(n - 2, 0))
+    share = (at - low)[:, None]
+    before, after = (1 - share, share) if not squared else ((1 - share).square(), share.square())
+    wide = table.double()
+    return before * wide[low] + after * wide[(low + 1).clamp(max=n - 1)]
+
+
+def _table(path: Path, found: Manifest, state: str, name: str) -> Tensor:
+    """All of a position table of a checkpoint, float64."""
+    shape = found.layout.shapes[name]
+    unit = FlatUnit(name, math.prod(shape), SHARDING, 0, (FlatParameter(name, shape, None, 0),))
+    whole = Layout(dict.fromkeys(SHARDING, 1), (unit,))
+    table = torch.empty(shape, dtype=torch.float64)
+    there = replace(found, layout=found.layout.of_parameters([name]))
+    read_states(path, there, whole, dict.fromkeys(SHARDING, 0), {state: table.view(-1)})
+    return table
+
+
+def _fill(target: Tensor, runner: StepRunner, here: Layout, name: str, table: Tensor) -> None:
+    """What this rank holds of a table, which tp does not split."""
+    for run in here.of_parameters([name]).runs(runner.coordinates):
+        target[run.position : run.position + run.stop - run.start].copy_(table.view(-1)[run.start : run.stop])
+
+
+def _checked(section: StartFrom, model: ModelConfig) -> Manifest:
+    """The manifest of a checkpoint from which ``model`` can begin as ``section`` says. Raises CinemeshError."""
+    path, found = section.checkpoint, read_manifest(section.checkpoint)
+    before = _before(section, found, model)
+    check_model(path, found, before)
+    wanted = [section.weights, *(MOMENTS if section.moments == "keep" else ())]
+    if missing := [state for state in wanted if state not in found.states]:
+        raise CinemeshError(
+            f"start_from: checkpoint {path} holds {', '.join(found.states)} and no {', '.join(missing)}",
+            remedy="take others with start_from.weights, drop the moments, or name another checkpoint",
+        )
+    if section.moments == "keep" and before.latent_conditions != model.latent_conditions:
+        new = [condition.name for condition in model.latent_conditions]
+        raise CinemeshError(
+            f"start_from: moments: keep, but checkpoint {path} has no parameters of the latent conditions "
+            f"{', '.join(new)}: its list of parameters is another one",
+            remedy="drop the moments",
+        )
+    return found
+
+
+def _before(section: StartFrom, found: Manifest, model: ModelConfig) -> ModelConfig:
+    """The model as it has to be in the checkpoint: tables may be shorter there, latent conditions absent."""
+    path, here = section.checkpoint, model.position_lengths
+    there = found.model.get("position_lengths", here)
+    if not _lengths(there) or len(there) != len(here):
+        return model  # no list of lengths: what differs is told by whoever compares models
+    if shrunk := [f"{axis}: {b} < {a}" for axis, a, b in zip("thw", there, here, strict=True) if b < a]:
+        raise CinemeshError(
+            f"start_from: position tables of checkpoint {path} would shrink ({', '.join(shrunk)}), and rows that were "
+            "learnt would be lost",
+            remedy=f"give model.position_lengths of at least {shown(there)}",
+        )
+    if tuple(there) != here and section.positions != "expand":
+        raise CinemeshError(
+            f"start_from: position tables have {shown(there)} rows in checkpoint {path} and {shown(here)} here",
+            remedy="say positions: expand, or give the model the lengths of the checkpoint",
+        )
+    conditions = model.latent_conditions if found.model.get("latent_conditions") else ()
+    return replace(model, position_lengths=tuple(there), latent_conditions=conditions)
+
+
+def _lengths(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(type(length) is int and length > 0 for length in value)
+
+
+def _told(section: StartFrom, found: Manifest, grown: Mapping[str, tuple[int, ...]]) -> Begun:
+    path, plan = section.checkpoint, Plan.from_dict(found.plan)
+    tables = {name: [found.layout.shapes[name][0], shape[0]] for name, shape in grown.items()}
+    loss = found.note.get(VALIDATION_LOSS)
+    there = "" if loss is None else f", validation loss {float(loss):.4f} there"
+    moments = f"kept, of {found.updates} updates" if section.moments == "keep" else "zero"
+    lines = [f"begins with the {section.weights} weights of {path}, step {found.step} of {plan.equation()} processes"
+             f"{there}; moments are {moments}"]  # fmt: skip
+    lines += [f"{name} grows from {a} to {b} rows" for name, (a, b) in tables.items()]
+    note: dict[str, Any] = {
+        "checkpoint": str(path),
+        "step": found.step,
+        "updates": found.updates,
+        "weights": section.weights,
+        "moments": section.moments,
+        "digest": found.digests[section.weights],
+        "tables": tables,
+        VALIDATION_LOSS: loss,
+    }
+    return Begun(note, lines)
