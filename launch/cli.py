@@ -19,6 +19,7 @@ from .examples import PAPER, epilog
 from .judging import judge
 from .options import (
     DEFAULT_DTYPE,
+    FILE_RANGE,
     GPUS_RANGE,
     HEAD_DIM_RANGE,
     MODEL_HELP,
@@ -251,6 +252,45 @@ def sample(
         nproc=nproc,
         overrides=[*plan_override(plan), *device_override(device), *(overrides or [])],
     )
+
+
+@app.command(epilog=epilog("export"))
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A step-* folder, or a run's directory.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder.")],
+    weights: Annotated[
+        Literal["ema", "master"], typer.Option("--weights", help="Their running average, or the last step's own.")
+    ] = "ema",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, typer.Option("--dtype", help="Default: that of the checkpoint.")
+    ] = None,
+    file_gb: Annotated[
+        float, typer.Option("--file-gb", **bounds(FILE_RANGE), help="Most of one file, as far as a weight allows.")
+    ] = 5.0,
+) -> None:
+    """Write a checkpoint's weights for other programs.
+
+    As Hugging Face lays them out: config.json, safetensors files with an index, and movie_gen.py, the
+    transformer and its sampler in plain torch, which needs nothing of this package. One weight at a
+    time is in memory. Needs no GPU.
+    """
+    from .commands.exchange import run_export
+
+    run_export(checkpoint, out, weights=weights, dtype=dtype, file_bytes=round(file_gb * 1e9))
+
+
+@app.command("import", epilog=epilog("import"))
+def import_folder(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="As cinemesh export writes it.")],
+    out: Annotated[Path, typer.Option("--out", metavar="CHECKPOINT", help="A new folder.")],
+) -> None:
+    """Make a checkpoint of the weights that cinemesh export wrote, bit by bit.
+
+    It holds that one state: cinemesh sample takes it, with a recipe of its model. Needs no GPU.
+    """
+    from .commands.exchange import run_import
+
+    run_import(folder, out)
 
 
 @app.command("list", epilog=epilog("list"))

@@ -33,6 +33,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         'cinemesh sample configs/quickstart.yaml --prompt "Traffic crosses a square." --out clip.mp4',
         'cinemesh sample configs/quickstart.yaml --prompt "A grey rabbit." --seed 3 --guidance 1.5',
     ),
+    "export": (
+        "cinemesh export runs/quickstart --out quickstart-hf",
+        "cinemesh export runs/quickstart/checkpoints/step-00000700 --weights master --dtype bfloat16 --out bf16",
+    ),
+    "import": ("cinemesh import quickstart-hf --out imported",),
     "list": ("cinemesh list", "cinemesh list --json"),
     "cluster": ("cinemesh cluster grand-teton-h100", "cinemesh cluster local-cpu --json"),
     "model": ("cinemesh model movie-gen-30b", "cinemesh model tiny --json"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from ..documents import mapping, quoted, read_yaml
 from ..errors import CinemeshError, did_you_mean
@@ -58,21 +58,26 @@ def read_model(given: str) -> NamedModel:
         return NamedModel(given, PRESETS[given], USUAL_LATENTS[given])
     where = f"model {given}"
     remedy = "write fields of a model, one 'key: value' a line, for example 'preset: movie-gen-5b' and 'layers: 24'"
-    hints = get_type_hints(ModelConfig)
-    values = mapping(read_yaml(Path(given), "the model", remedy), where, [PRESET, LATENT, *hints])
+    known = [PRESET, LATENT, *get_type_hints(ModelConfig)]
+    values = {"name": Path(given).stem} | mapping(read_yaml(Path(given), "the model", remedy), where, known)
     base, usual = _preset(values.pop(PRESET, None), where), values.pop(LATENT, None)
-    given_fields = {name: read_value(hints[name], value, f"{where}: {name}") for name, value in values.items()}
-    read = {"name": Path(given).stem} | given_fields
-    if base is None:
-        required = [field.name for field in fields(ModelConfig) if field.default is MISSING]
-        config = ModelConfig(**mapping(read, where, [*hints], required=required))
-    else:
-        config = replace(base, **read)
+    config = model_of(values, where) if base is None else replace(base, **_fields(values, where))
     if usual is None:
         return NamedModel(given, config, _inherited(base, config))
     latent = parse_latent(str(usual))
     config.grid(latent)
     return NamedModel(given, config, latent)
+
+
+def model_of(values: object, where: str) -> ModelConfig:
+    """The model whose fields a mapping holds, as JSON or YAML has them. Raises CinemeshError for what is no model."""
+    required = [field.name for field in fields(ModelConfig) if field.default is MISSING]
+    return ModelConfig(**_fields(mapping(values, where, [*get_type_hints(ModelConfig)], required=required), where))
+
+
+def _fields(values: dict[str, Any], where: str) -> dict[str, Any]:
+    hints = get_type_hints(ModelConfig)
+    return {name: read_value(hints[name], value, f"{where}: {name}") for name, value in values.items()}
 
 
 def _preset(name: object, where: str) -> ModelConfig | None:

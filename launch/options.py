@@ -22,6 +22,7 @@ HEAD_DIM_RANGE = integers(8, 256, "no attention kernel takes more", "channels of
 SPARES_RANGE = integers(0, MOST_RANKS, NO_CLUSTER, "nodes")
 PRICE_RANGE = reals(0.0, 1e6, "no GPU costs more", "a GPU hour")
 TEXT_RANGE = integers(1, 2**20, "no prompts are longer", "tokens")
+FILE_RANGE = reals(0.001, 1e6, "no file system takes larger ones", "GB")
 
 
 def bounds(allowed: Range) -> dict[str, Any]:

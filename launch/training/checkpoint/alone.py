@@ -22,7 +22,7 @@ from ....parallel.ir.plan import Plan
 from ...progress import progress
 from . import writing
 from .layout import SHARDING, Coordinates, Layout
-from .manifest import code_here
+from .manifest import Manifest, code_here
 from .saving import assembled, free_bytes, publish, write_failed
 from .writing import Written, write_part
 
@@ -32,13 +32,22 @@ Fill = Callable[[Layout, Coordinates, dict[str, Tensor]], None]
 
 
 def write_alone(
-    final: Path, config: ModelConfig, states: Mapping[str, str], fill: Fill, *, step: int, updates: int, note: Any
+    final: Path,
+    config: ModelConfig,
+    states: Mapping[str, str],
+    fill: Fill,
+    *,
+    step: int,
+    updates: int,
+    note: Any,
+    check: Callable[[Manifest], None] = lambda manifest: None,
 ) -> None:
     """Write the checkpoint ``final``, a folder that is not there yet.
 
     ``states``: dtype by state, float32 or float64. ``fill(layout, at, flats)`` puts what lies at coordinates ``at`` of
-    the layout into a flat buffer a state, which holds zeros. ``step``, ``updates`` and ``note`` as in a manifest.
-    Raises CinemeshError when ``final`` is there or cannot be written; nothing is then left of it.
+    the layout into a flat buffer a state, which holds zeros. ``step``, ``updates`` and ``note`` as in a manifest;
+    ``check`` raises where what was written is not to be published. Raises CinemeshError when ``final`` is there or
+    cannot be written; nothing is then left of it.
     """
     if final.exists():
         raise CinemeshError(f"{final} exists", remedy="name a new folder, or move that one away")
@@ -77,7 +86,9 @@ def write_alone(
                 }
                 fill(layout, at, flats)
                 written.append(write_part(partial / f"{shard:05d}.safetensors", layout, at, 0, flats))
-        publish(assembled(about, layout, written), partial, final)
+        manifest = assembled(about, layout, written)
+        check(manifest)
+        publish(manifest, partial, final)
     except OSError as error:
         raise write_failed(final, error) from error
     finally:

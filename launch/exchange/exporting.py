@@ -1,0 +1,143 @@
+"""From a checkpoint to a folder that other programs read: one parameter in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ...errors import CinemeshError, did_you_mean
+from ...kernels.dtypes import TORCH_DTYPES
+from ...model.config import ModelConfig
+from ...model.sampler import EMULATED_STEPS, GUIDANCE
+from ..models import model_of
+from ..progress import progress
+from ..training.checkpoint.choosing import FOLDER, check_files, latest
+from ..training.checkpoint.loading import read_parameter
+from ..training.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from ..training.checkpoint.saving import free_bytes
+from . import movie_gen
+from .movie_gen import INDEX, MODEL_CONFIG, SCHEDULER_CONFIG
+from .names import Exported, exported
+
+ORIGIN = "cinemesh"  # of config.json: where the weights are from; all other keys are the model's and the class's
+CLASS = "_class_name"  # as Hugging Face's configurations tell which class reads them
+STEPS = 50  # 3.4.2
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which state of a checkpoint of ``step`` steps and ``updates`` was written, as ``dtype``.
+
+    ``digest``: of its values, as the manifest has it; None where another dtype changed them.
+    """
+
+    weights: str
+    step: int
+    updates: int
+    dtype: str
+    digest: str | None
+
+
+def found_checkpoint(given: Path) -> Path:
+    """A checkpoint, or the newest of the run whose directory is given. Raises CinemeshError."""
+    if (given / MANIFEST).is_file() or not (given / FOLDER).is_dir():
+        return given
+    if (newest := latest(given / FOLDER)) is None:
+        raise CinemeshError(f"no checkpoint in {given / FOLDER}", remedy="train first, or name a step-* folder")
+    return newest
+
+
+def export(checkpoint: Path, folder: Path, *, which: str, dtype: str | None, file_bytes: int) -> ModelConfig:
+    """Write the weights ``which`` into ``folder``, which is not there yet, in files of ``file_bytes`` at most.
+
+    ``dtype``: None keeps that of the checkpoint. A weight that is larger has a file of its own. Returns the model.
+    Raises CinemeshError; nothing is then left of the folder.
+    """
+    found = read_manifest(checkpoint)
+    check_files(checkpoint, found)
+    if which not in found.states:
+        raise CinemeshError(f"checkpoint {checkpoint} has no {which}", remedy=did_you_mean(which, found.states))
+    if folder.exists():
+        raise CinemeshError(f"{folder} exists", remedy="name a new folder, or move that one away")
+    config = model_of(found.model, f"the model of checkpoint {checkpoint}")
+    told = dtype or found.states[which]
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        files = list(_files(config, TORCH_DTYPES[told].itemsize, file_bytes))
+        needed = sum(TORCH_DTYPES[told].itemsize * _elements(row) for file in files for row in file.values())
+        if (free := free_bytes(folder.parent)) < needed:
+            raise CinemeshError(
+                f"the export needs {needed:,} bytes, but {folder.parent} has {free:,} free",
+                remedy="free some space, write to another file system, or export --dtype bfloat16",
+            )
+        partial.mkdir()
+        _write_weights(checkpoint, found, which, TORCH_DTYPES[told], files, partial, needed)
+        origin = Origin(
+            which, found.step, found.updates, told, found.digests[which] if told == found.states[which] else None
+        )
+        _write_rest(config, origin, partial)
+        partial.rename(folder)
+    except OSError as error:
+        raise CinemeshError(
+            f"cannot write {folder}: {error.strerror or error}", remedy="see to its folder and the free space there"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return config
+
+
+def _elements(row: Exported) -> int:
+    return torch.Size(row.shape).numel()
+
+
+def _files(config: ModelConfig, item: int, file_bytes: int) -> Iterator[dict[str, Exported]]:
+    """Parameters of each file, in the order of the model."""
+    file, held = dict[str, Exported](), 0
+    for name, row in exported(config).items():
+        size = item * _elements(row)
+        if file and held + size > file_bytes:
+            yield file
+            file, held = {}, 0
+        file[name] = row
+        held += size
+    yield file
+
+
+def _write_weights(
+    checkpoint: Path,
+    found: Manifest,
+    which: str,
+    dtype: torch.dtype,
+    files: list[dict[str, Exported]],
+    partial: Path,
+    total_bytes: int,
+) -> None:
+    weight_map: dict[str, str] = {}
+    with progress("exporting", sum(map(len, files))) as begin:
+        for number, rows in enumerate(files, 1):
+            file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            weights: dict[str, torch.Tensor] = {}
+            for name, row in rows.items():
+                begin(name)
+                parts = row.split(read_parameter(checkpoint, found, which, name).to(dtype))
+                weights |= {to: part.contiguous() for to, part in zip(row.names, parts, strict=True)}
+            save_file(weights, partial / file, {"format": "pt"})
+            weight_map |= dict.fromkeys(weights, file)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_rest(config: ModelConfig, origin: Origin, partial: Path) -> None:
+    model = {CLASS: movie_gen.MovieGenTransformer.__name__} | asdict(config) | {ORIGIN: asdict(origin)}
+    scheduler = {"steps": STEPS, "emulated_steps": EMULATED_STEPS, "guidance": GUIDANCE}
+    for name, values in ((MODEL_CONFIG, model), (SCHEDULER_CONFIG, scheduler)):
+        (partial / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    code = Path(movie_gen.__file__)
+    (partial / code.name).write_bytes(code.read_bytes())
