@@ -128,6 +128,9 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "kernels.reference.clip_factor: 1e-06": (1e-6, "torch.nn.utils.clip_grad_norm_"),
     "launch.training.recipe.ScheduleSection.warmup_steps": (0, RUNS),
     "launch.training.recipe.ScheduleSection.final_share": (0.0, "3.3: cosine; to zero"),
+    "launch.training.recipe.ScheduleSection.cut": (0.5, "Table 3, 768 px: 6e-5, then 3e-5"),
+    "launch.training.recipe.ScheduleSection.patience": (3, RUNS),
+    "launch.training.validation.BANDS": (10, "ours: a tenth of the path each"),
     # -- a run ----------------------------------------------------------------------------------------------------
     "launch.training.recipe.LoggingSection.every": (10, RUNS),
     "launch.training.recipe.LoggingSection.validate_every": (100, RUNS),

@@ -56,6 +56,7 @@ WIDER_WITH_REASON: dict[str, str] = {  # path -> why
     "launch/commands/kernels.py": "a command with three modes: show, compile, tune",
     "launch/health/ranks.py": "all that a job is asked at once: software, clocks, compute, links",
     "launch/proof/verify.py": "the proof from the case to what is printed of it: shrinks, runs the ranks, counts",
+    "launch/training/recipe.py": "every section of a recipe, each with the ranges and rules of what it sets",
     "launch/training/sample.py": "where recipe, checkpoint, processes and sampler meet",
     "launch/training/loop.py": "where data, steps, reports, validation and checkpoints of a run meet",
     "launch/commands/trace.py": "runs a step, plays it, and shows both beside each other",

@@ -1,7 +1,9 @@
 """Runs of a tiny model for tests: their clip, their recipe, and what they say when they fail."""
 
+import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -146,3 +148,15 @@ def states(run: Path, values: dict[str, Any]) -> dict[str, Tensor]:
 
 def cinemesh(*args: object) -> list[str]:
     return [sys.executable, "-m", "cinemesh.launch.cli", *map(str, args)]
+
+
+def stop_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """SIGTERM arrives while step ``number`` (from 1) is running."""
+    step = StepRunner.step
+
+    def interrupted(self: StepRunner, lr: float, watch: Callable[[int], None] | None = None) -> None:
+        if self.steps_done == number - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(self, lr, watch)
+
+    monkeypatch.setattr(StepRunner, "step", interrupted)

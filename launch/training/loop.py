@@ -8,6 +8,7 @@ All samples of a step are of one bucket; the steps of all buckets are captured w
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ from .differences import RECIPE, recipe_facts, recorded
 from .feed import Feed
 from .measured_rows import MeasuredRows
 from .needs import check_training_memory
+from .plateau import VALIDATIONS, Validated
 from .recipe import Config, read_config
 from .reports import Done, Reports
 from .resume import CONTENTS, allowed_changes, check_may_change
@@ -43,7 +45,7 @@ from .setting import Setting
 from .showcase import show_samples
 from .start import BEGUN_WITH, begin, carried_on, check_start
 from .telemetry import Telemetry
-from .validation import Validation
+from .validation import HeldOutWindows
 
 SKIPPED_LIMIT = 5  # updates in a row that were skipped for a gradient that is not finite, before a run gives up
 FAILED_SAVES_LIMIT = 3  # in a row, before a run gives up: what it would lose by going on is then not small any more
@@ -162,11 +164,12 @@ class _Loop:
         self.rows = MeasuredRows(self.config, runners, self.latents) if telemetry else None
         self.feed = Feed(self.config, cache, self.runner.mesh.data_rank if self.runner.mesh else 0)
         self.reads_ahead = torch.device(self.runner.executor.device).type in READS_AHEAD
-        self.validations = {
-            bucket: Validation(runners.runners[self.latents[bucket]], windows.validation, self.config)
-            for bucket, windows in enumerate(cache.buckets)
-            if log.validate_every and len(windows.validation)
-        }
+        self.held_out = HeldOutWindows(runners, self.latents, cache, self.config) if log.validate_every else None
+        if self.config.schedule.decay == "plateau" and not self.held_out:
+            raise CinemeshError(
+                "schedule.decay is plateau, and no scene is long enough for held-out windows",
+                remedy="raise data.validation_share, take longer scenes, or another decay",
+            )
 
     def run(self, stop: StopSignal) -> None:
         """Up to the last step, or until ``stop``; what was reached is saved."""
@@ -182,7 +185,7 @@ class _Loop:
             if ids is None:
                 break
             loaded = time.perf_counter()
-            lr = self.config.schedule.lr(self.config.optimizer.lr, step)
+            lr = self.config.schedule.lr(self.config.optimizer.lr, step, self.validations)
             self.runners.step(lr)
             if self.reads_ahead:
                 self.feed.read_ahead(step + 1)
@@ -269,20 +272,21 @@ class _Loop:
         if self.telemetry:
             self.telemetry.say(what)
 
+    @property
+    def validations(self) -> list[Validated]:
+        """Of the whole run."""
+        return self.carried.get(VALIDATIONS, [])
+
     def _validate(self, step: int) -> None:
-        """The mean over the buckets by weight; a bucket whose scenes are too short for held-out windows has no part."""
-        if not self.validations:
+        if not self.held_out:
             return
-        losses = {bucket: validation.loss() for bucket, validation in self.validations.items()}
-        weight = sum(self.feed.weights[bucket] for bucket in losses)
-        loss = sum(self.feed.weights[bucket] * value for bucket, value in losses.items()) / weight
-        self.validated = step, loss
+        held, values = self.held_out.measure()
+        if math.isfinite(held.loss):  # a file of JSON has no other numbers
+            self.validated = step, held.loss
+            self.carried[VALIDATIONS] = [*self.validations, (step, held.loss, held.error)]
         if self.telemetry:
-            values = {"validation_loss": loss}
-            if len(self.latents) > 1:
-                values |= {f"validation_loss/{self.cache.buckets[b].bucket}": value for b, value in losses.items()}
             self.telemetry.scalars(step, values)
-            self.telemetry.say(f"step {step}: validation loss {loss:.4f}")
+            self.telemetry.say(f"step {step}: validation loss {held.loss:.4f} ± {held.error:.4f}")
             if step and (said := remark(self.config, self.runner.updates_done)):
                 self.telemetry.say(said)
 

@@ -29,6 +29,7 @@ from ...parallel.ir.nccl_stack import Capture
 from ...parallel.ir.plan import Plan
 from ...ranges import BATCH_RANGE, EULER_RANGE, GUIDANCE_RANGE, MOST_STEPS, SEED_RANGE, STEPS_RANGE, integers, reals
 from ..plans import held_fields, read_plan
+from .plateau import Validated, plateaus
 from .resolved import FILE as RESOLVED
 from .resolved import Resolved
 
@@ -48,6 +49,7 @@ DECAY_RANGE = reals(0, 1000, "times lr it is the part of a weight that is lost a
 CLIP_RANGE = reals(
     1e-9, 1e30, "shorter, every gradient would vanish; longer is finite in float32 no more", "global norm"
 )
+CUT_RANGE = reals(0.01, 0.99, "at 1 nothing is cut, far below nothing is learnt any more", "of the learning rate")
 DROPOUT_RANGE = reals(0, 0.99, "some captions are left to learn from", "of the samples")
 DRAWS_RANGE = integers(1, 10_000, "each is a forward pass of every validation sample", "draws")
 KEEP_RANGE = integers(1, 10**6, "no run writes more; one is needed to go on from", "checkpoints")
@@ -115,12 +117,17 @@ class OptimizerSection(Optimizer):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ScheduleSection:
-    """``steps`` updates; the learning rate rises linearly over ``warmup_steps``, then falls or stays."""
+    """``steps`` updates; the learning rate rises linearly over ``warmup_steps``, then falls, stays or is cut."""
 
     steps: Annotated[int, STEPS_RANGE, "of the run"]
     warmup_steps: Annotated[EveryOrNever, "over which the learning rate rises linearly; at most steps"] = 0
-    decay: Annotated[Literal["cosine", "constant"], "of the learning rate after the warm-up"] = "cosine"
+    decay: Annotated[
+        Literal["cosine", "constant", "plateau"],
+        "of the learning rate after the warm-up; plateau: cut whenever the validation loss stands still",
+    ] = "cosine"
     final_share: Annotated[Share, "of the peak, where a cosine ends"] = 0.0
+    cut: Annotated[float, CUT_RANGE, "what is left of the learning rate after a plateau"] = 0.5
+    patience: Annotated[Every, "validations without a lower loss that are a plateau"] = 3
 
     def __post_init__(self) -> None:
         if self.warmup_steps > self.steps:
@@ -129,12 +136,17 @@ class ScheduleSection:
                 remedy="the learning rate would never reach its peak: warm up for fewer steps, or train for more",
             )
 
-    def lr(self, peak: float, step: int) -> float:
-        """Learning rate of update ``step``, counted from 0: a function of nothing else, so a resumed run goes on."""
+    def lr(self, peak: float, step: int, validations: Sequence[Validated] = ()) -> float:
+        """Learning rate of update ``step``, counted from 0, after these ``validations``.
+
+        A function of nothing else, so a resumed run goes on.
+        """
         if step < self.warmup_steps:
             return peak * (step + 1) / self.warmup_steps
         if self.decay == "constant":
             return peak
+        if self.decay == "plateau":
+            return peak * self.cut ** plateaus(validations, self.patience)
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return peak * (self.final_share + (1 - self.final_share) * 0.5 * (1 + math.cos(math.pi * done)))
 
@@ -254,6 +266,14 @@ class Config:
         "only kernels that sum in one fixed order (docs/cost_model.md names them), so that a run on GPUs gives the "
         "same bits again; slower",
     ] = False
+
+    def __post_init__(self) -> None:
+        if self.schedule.decay == "plateau" and not (self.logging.validate_every and self.data.validation_share):
+            raise CinemeshError(
+                f"schedule.decay is plateau, with logging.validate_every({self.logging.validate_every}) and "
+                f"data.validation_share({self.data.validation_share:g})",
+                remedy="a plateau is seen in the validation loss: let both be above 0",
+            )
 
     @property
     def sampled(self) -> Bucket:

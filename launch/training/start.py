@@ -26,6 +26,7 @@ from .checkpoint.layout import SHARDING, FlatParameter, FlatUnit, Layout
 from .checkpoint.loading import read_states
 from .checkpoint.manifest import COUNTERS, Manifest, check_model, read_manifest, shown
 from .checkpoint.together import together
+from .plateau import VALIDATIONS
 from .recipe import Config, StartFrom
 
 BEGUN_WITH = "begun_with"  # of a checkpoint's note: what the run began with
@@ -80,7 +81,7 @@ def begin(section: StartFrom, runner: StepRunner) -> Begun:
 
 def carried_on(note: Mapping[str, Any]) -> dict[str, Any]:
     """What of a checkpoint's note every later one of its run holds too."""
-    return {key: note[key] for key in (BEGUN_WITH,) if key in note}
+    return {key: note[key] for key in (BEGUN_WITH, VALIDATIONS) if key in note}
 
 
 def expanded(table: Tensor, length: int, *, squared: bool = False) -> Tensor:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import yaml
 from harness import Pool
 from torch import Tensor
-from training import STATES, cinemesh, in_two_batches, in_two_buckets, recipe, start, states
+from training import STATES, cinemesh, in_two_batches, in_two_buckets, recipe, start, states, stop_in_step
 
 from cinemesh.data.building import build_cache
 from cinemesh.data.cache import Sample, collate
@@ -36,7 +36,7 @@ from cinemesh.launch.training.recipe import check_config
 from cinemesh.launch.training.sample import FRAME_RATE
 from cinemesh.launch.training.setting import Setting
 from cinemesh.launch.training.telemetry import METRICS_FILE, Telemetry, read_metrics
-from cinemesh.launch.training.validation import SEED, Validation
+from cinemesh.launch.training.validation import SEED, HeldOutLoss, Validation
 from cinemesh.model import flow
 from cinemesh.model.codec import BlockDCTCodec
 from cinemesh.model.config import parameters
@@ -53,18 +53,6 @@ pytestmark = pytest.mark.usefixtures("one_process")
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     for name in STATES:
         assert torch.equal(a[name], b[name]), name
-
-
-def stop_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """SIGTERM arrives while step ``number`` (from 1) is running."""
-    step = StepRunner.step
-
-    def interrupted(self: StepRunner, lr: float, watch: Callable[[int], None] | None = None) -> None:
-        if self.steps_done == number - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        step(self, lr, watch)
-
-    monkeypatch.setattr(StepRunner, "step", interrupted)
 
 
 # -- resume -----------------------------------------------------------------------------------------------------------
@@ -310,6 +298,10 @@ def test_every_bucket_is_captured_counted_and_validated(
     for row in validated:
         a, b = row["validation_loss/8x32x32"], row["validation_loss/8x32x64"]
         assert a != b and row["validation_loss"] == pytest.approx((a + 2 * b) / 3, rel=1e-12)
+        assert row["validation_loss/ema"] == row["validation_loss"]
+        assert (row["validation_loss/master"] != row["validation_loss"]) == (row["step"] > 0)
+        of_t = [name for name in row if name.startswith("validation_loss/ema, t ")]
+        assert of_t and {name.replace("ema", "master") for name in of_t} < row.keys()
     clip = read_frames(tmp_path / "run/samples/left.mp4", 32, 64)
     assert clip.shape == (8, 32, 64, 3) and (tmp_path / "run/samples/right.mp4").exists()
 
@@ -407,11 +399,11 @@ def test_validation_runs_on_the_kernels_of_the_run_its_draws_too(clips: Path, tm
     config = setting.config
     runner = StepRunner(setting.model, config.plan, setting.batches[0], config.optimizer, None, kernels=kernels)
     cache = setting.open_cache(Joined(0, "cpu", None))
-    Validation(runner, cache.buckets[0].validation, config).loss()
+    Validation(runner, cache.buckets[0].validation, config).measure()
     assert {"draw_noise", "patchify", "attention", "matmul"} <= set(ran)
 
 
-def validation_loss(values: dict[str, Any]) -> float:
+def validated(values: dict[str, Any]) -> HeldOutLoss:
     """With weights that are nowhere zero, in the pool or alone."""
     setting = Setting.of(check_config(values, "test"))
     mesh = Mesh(setting.config.plan) if setting.config.plan.world_size > 1 else None
@@ -419,11 +411,11 @@ def validation_loss(values: dict[str, Any]) -> float:
     runner = StepRunner(setting.model, setting.config.plan, setting.batches[0], setting.config.optimizer, mesh)
     shown = runner.buffers[setting.config.weights]  # the others stay zero
     fill_shard(shown, runner.units, runner.coordinates, probe_values(3))
-    loss = Validation(runner, cache.buckets[0].validation, setting.config).loss()
+    measured = Validation(runner, cache.buckets[0].validation, setting.config).measure()
     if mesh:
         gather_objects(None)  # nobody leaves early
         mesh.close()
-    return loss
+    return measured[setting.config.weights]
 
 
 def test_validation_loss_is_the_plain_models_on_every_plan(pool: Pool, clips: Path, tmp_path: Path) -> None:
@@ -437,6 +429,7 @@ def test_validation_loss_is_the_plain_models_on_every_plan(pool: Pool, clips: Pa
     model.load_state_dict(full(parameters(setting.model), probe_values(3), torch.float64))
     assert len(cache.buckets[0].validation) == 3
     errors: list[float] = []
+    bands: list[int] = []
     for draw in range(3):
         for sample in [cache.buckets[0].validation[index] for index in range(3)]:
             assert isinstance(sample, Sample)
@@ -449,13 +442,23 @@ def test_validation_loss_is_the_plain_models_on_every_plan(pool: Pool, clips: Pa
             given[MASK] = torch.cat(list(sample.mask.values()))[None]
             with torch.no_grad():
                 errors.append((model(x_t, t, given) - v).square().mean().item())
-    expected = sum(errors) / len(errors)
-    assert validation_loss(values) == pytest.approx(expected, rel=1e-12)
-    assert validation_loss(values | {"weights": "master"}) == pytest.approx(expected, rel=1e-12)
+                bands.append(int(10 * t.item()))
+    of = {band: [e for e, b in zip(errors, bands, strict=True) if b == band] for band in set(bands)}
+    assert len(errors) > len(of) > 2, "bands of several, and of one"
+    within = sum((error - sum(each) / len(each)) ** 2 for each in of.values() for error in each)
+    due = [sum(errors) / 9, (within / (9 - len(of)) / 9) ** 0.5]
+    due += [sum(of[band]) / len(of[band]) for band in sorted(of)]
+
+    def found(held: HeldOutLoss) -> list[float]:
+        assert [band for band, loss in enumerate(held.bands) if loss is not None] == sorted(of)
+        return [held.loss, held.error, *(loss for loss in held.bands if loss is not None)]
+
+    assert found(validated(values)) == pytest.approx(due, rel=1e-12)
+    assert found(validated(values | {"weights": "master"})) == pytest.approx(due, rel=1e-12)
     for plan in ({"tp": 2, "cp": 2}, {"dp_shard": 2, "dp_replicate": 2}):
         values["plan"] = {"dtype": "float64", **plan}
-        for loss in pool.run(4, validation_loss, values):
-            assert loss == pytest.approx(expected, rel=1e-10)
+        for held in pool.run(4, validated, values):
+            assert found(held) == pytest.approx(due, rel=1e-10)
 
 
 # -- reports ----------------------------------------------------------------------------------------------------------

@@ -222,6 +222,8 @@ GRADIENT = frozenset({"master", "exp_avg", "exp_avg_sq", "ema"}) | LATER  # what
 MODEL = GRADIENT | {"parameters"}
 SAMPLES = GRADIENT | {"ids", "latents", "text"}
 SHAPE = GRADIENT | {"latents", "tokens", "windows"}
+# At such a rate no validation is better than the first: a plateau.
+RISING = {"schedule.decay": "plateau", "schedule.patience": 1, "logging.validate_every": 1, "optimizer.lr": 5.0}
 TWO_BUCKETS = {"data.buckets": [{}, {"width": 64}]}
 
 
@@ -288,6 +290,8 @@ EFFECTS: Mapping[str, Sequence[Effect]] = {
     ],
     "schedule.warmup_steps": [Effect(2, LATER | {"lr", "master", "ema"})],
     "schedule.decay": [Effect("constant", LATER | {"lr"})],
+    "schedule.cut": [Effect(0.1, LATER | {"lr"}, {**RISING})],
+    "schedule.patience": [Effect(2, LATER | {"lr"}, {**RISING})],
     "schedule.final_share": [Effect(0.5, LATER | {"lr"})],
     "logging.directory": [Effect("{folder}/elsewhere", frozenset({"directory"}))],
     "logging.every": [Effect(1, frozenset({"reported"}))],
