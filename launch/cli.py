@@ -65,6 +65,7 @@ See a step run:         cinemesh trace --plan tp=2 --out trace.json
 Train on this machine:  cinemesh train configs/quickstart.yaml --nproc 2
 Look at a machine:      cinemesh doctor
 Train on a cluster:     cinemesh launch slurm CONFIG --out run.sbatch
+Average models:         cinemesh average DIR DIR --out runs/mean
 Make a clip:            cinemesh sample configs/quickstart.yaml --prompt "a red car"
 Let people compare:     cinemesh judge make runs/new runs/old --out judged
 
@@ -291,6 +292,41 @@ def import_folder(
     from .commands.exchange import run_import
 
     run_import(folder, out)
+
+
+@app.command(epilog=epilog("average"))
+def average(
+    checkpoints: Annotated[
+        list[Path], typer.Argument(metavar="DIR DIR ...", help="step-* folders of one model, of any plans.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder, for the average.")],
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", metavar="W,W,...", help="One a checkpoint, summing to 1. Default: equal ones."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="RECIPE", help="Say held-out losses on this recipe's windows.")
+    ] = None,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Begin with the best; keep what does not raise the held-out loss.")
+    ] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Average the weights of several checkpoints into one.
+
+    Both the running averages and the last step's own weights are averaged; moments are left out. The
+    average is an ordinary checkpoint: sample from it, or begin a run with it (start_from).
+    """
+    from .commands.average import run
+
+    run(
+        members=checkpoints,
+        shares=weights,
+        out=out,
+        config=config,
+        greedy=greedy,
+        overrides=overrides or [],
+    )
 
 
 @app.command("list", epilog=epilog("list"))

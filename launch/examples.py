@@ -38,6 +38,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh export runs/quickstart/checkpoints/step-00000700 --weights master --dtype bfloat16 --out bf16",
     ),
     "import": ("cinemesh import quickstart-hf --out imported",),
+    "average": (
+        "cinemesh average runs/a/checkpoints/step-00000700 runs/b/checkpoints/step-00000700 --out runs/mean",
+        "cinemesh average runs/a/checkpoints/step-00000700 runs/b/checkpoints/step-00000700 --out runs/kept "
+        "--config configs/quickstart.yaml --greedy",
+    ),
     "list": ("cinemesh list", "cinemesh list --json"),
     "cluster": ("cinemesh cluster grand-teton-h100", "cinemesh cluster local-cpu --json"),
     "model": ("cinemesh model movie-gen-30b", "cinemesh model tiny --json"),

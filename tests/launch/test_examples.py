@@ -131,6 +131,7 @@ IN_PLACE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "sample": (sampled, "needs a trained model: recipe and sampled shape are checked"),
     "export": (lambda _: None, "needs a trained model, tests/launch/exchange: options are read"),
     "import": (lambda _: None, "needs an export, tests/launch/exchange: options are read"),
+    "average": (lambda _: None, "needs trained models, tests/launch/commands/test_averaging.py: options are read"),
     "calibrate": (calibrated, "a minute, or a measured card: options are read"),
     "launch local": (lambda given: trained(given | {"dry_run": False, "nproc": 2}), "minutes, as train"),
     "judge make": (lambda _: None, "needs clips, tests/evaluation: options are read"),

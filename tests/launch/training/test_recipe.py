@@ -118,7 +118,7 @@ def test_overrides_replace_one_value_each(recipe: Path) -> None:
         ("plan.tp=010", "tp is '010'; it must be a whole number"),
         ("plan.prefetch=off", "prefetch is 'off'; it must be a whole number of at least 0"),
         ("plan=fast", "plan: 'fast' is not key=value"),
-        ("schedule.decay=cosin", "schedule.decay is 'cosin': input should be 'cosine' or 'constant'"),
+        ("schedule.decay=cosin", "schedule.decay is 'cosin': input should be 'cosine', 'constant' or 'plateau'"),
         ("schedule", "--set 'schedule' is not KEY=VALUE"),
         ("model.preset.name=x", "preset is 'tiny-video', no section"),
         ("data.clips=[a", "'[a' is not valid YAML: while parsing a flow sequence"),

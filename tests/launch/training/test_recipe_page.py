@@ -18,7 +18,8 @@ def test_the_page_tells_every_key_with_its_range_and_reason() -> None:
     assert sum(line.startswith("| `") for line in lines) > 70
     for said in (
         "| `steps` | of the run | required | 1 to 10,000,000 steps | a run draws the buckets of all",
-        "| `decay` | of the learning rate after the warm-up | `cosine` | `cosine`, `constant` |",
+        "| `decay` | of the learning rate after the warm-up; plateau: cut whenever the validation loss stands still | "
+        "`cosine` | `cosine`, `constant`, `plateau` |",
         "| `prefetch` | a unit is gathered while",
         "| `tokens` | embeddings of every caption; a longer one is cut | `64` | 1 to 4,096 tokens |",
         "| `betas` | decay of the first and the second moment | `[0.9, 0.95]` | 2 of any number, 0 to 0.99999994 |",
