@@ -22,6 +22,7 @@ def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
     from .cluster.environment import launched, processes_here, say_device, world_size
     from .cluster.lease import leased
     from .cluster.processes import meet_alike
+    from .cluster.rounds import begin_round
     from .training import loop
     from .training.checkpoint.choosing import FOLDER, latest
     from .training.differences import recipe_facts
@@ -38,6 +39,8 @@ def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
     check_outputs(recipe)
     rank = int(os.environ.get("RANK", "0"))
     with leased(recipe.logging.directory) if rank == 0 else nullcontext():
+        if launched() and rank == 0 and (before := begin_round(recipe.logging.directory)):
+            print(f"the round before ended: {before}", flush=True)
         if recipe.cluster is not None:
             from .training.resolve import resolve  # the planner: loaded by who needs it
 

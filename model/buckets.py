@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import CinemeshError
@@ -96,9 +96,9 @@ class BucketRunner:
         self.current = runner
         runner.load(micro_batch, batch)
 
-    def step(self, lr: float) -> None:
-        """One optimizer update on what was loaded last."""
-        self.current.step(lr)
+    def step(self, lr: float, watch: Callable[[int], None] | None = None) -> None:
+        """One optimizer update on what was loaded last; ``watch`` as :meth:`StepRunner.step`."""
+        self.current.step(lr, watch)
 
 
 def _counted(count: int, what: str) -> str:

@@ -464,6 +464,7 @@ FREE: Mapping[str, str] = {
     "kernels.compile.WORKER_BYTES": "measured, where it stands; how many workers, not what they find",
     "kernels.traffic.*": "how many programs are counted; tests/kernels/counting.py",
     "launch.training.measured_rows.StepTimes.begun": "nothing has begun yet",
+    "parallel.runtime.comm._host_calls": "a count; tests/parallel/runtime/test_hosts.py",
     "launch.training.resolve.POLL_S": "how often a rank looks",
     "launch.training.sample.sample_clips(samples)": "clips at once; a clip depends on its index alone",
     "launch.training.checkpoint.digests._AT_ONCE": "sizes of work; tests/launch/training/checkpoint",

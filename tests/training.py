@@ -58,13 +58,17 @@ def written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clip of 32 frames of 32x32 pixels that no two frames of share, and its captions."""
     folder = tmp_path_factory.mktemp("clips")
+    write_clips(folder)
+    return folder
+
+
+def write_clips(folder: Path) -> None:
+    """A clip of 32 frames of 32x32 pixels that no two frames of share, and its captions."""
     t, y, x = torch.meshgrid(torch.arange(32), torch.arange(32), torch.arange(32), indexing="ij")
     frames = torch.stack([(7 * t + 3 * x) % 256, (5 * y + 2 * t) % 256, (x + y) * 4 % 256], -1).to(torch.uint8)
     write_mp4(folder / "a.mp4", frames, RATE)
     (folder / "captions.yaml").write_text(CAPTIONS)
-    return folder
 
 
 def recipe(clips: Path, out: Path, **plan: Any) -> dict[str, Any]:
@@ -138,11 +142,16 @@ def failure(values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def states(run: Path, values: dict[str, Any]) -> dict[str, Tensor]:
     """Weights, moments, EMA and counters of a run's newest checkpoint, whatever plan wrote it."""
-    setting = Setting.of(check_config({**values, "plan": {"dtype": "float32"}}, "test"))
-    runner = StepRunner(setting.model, setting.config.plan, setting.batches[0], setting.config.optimizer, None)
     newest = latest(run / FOLDER)
     assert newest is not None
-    load(newest, runner)
+    return states_in(newest, values)
+
+
+def states_in(checkpoint: Path, values: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights, moments, EMA and counters, whatever plan wrote them. Raises CinemeshError where they are damaged."""
+    setting = Setting.of(check_config({**values, "plan": {"dtype": "float32"}}, "test"))
+    runner = StepRunner(setting.model, setting.config.plan, setting.batches[0], setting.config.optimizer, None)
+    load(checkpoint, runner)
     return {name: runner.buffers[name].clone() for name in STATES}
 
 

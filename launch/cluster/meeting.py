@@ -15,11 +15,11 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -37,9 +37,19 @@ class Meeting:
     """A round of a job: ``store`` is its own, ``job`` that of all rounds, where the launcher keeps one."""
 
     job: Store
-    store: Store
+    token: str
     rank: int
     world: int
+
+    @property
+    def store(self) -> Store:
+        return PrefixStore(f"cinemesh/{self.token}", self.job)
+
+    def again(self) -> Meeting:
+        """The same over a connection of its own: for another process, or thread."""
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        job = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=MEETING_S))
+        return replace(self, job=job)
 
 
 def job_store() -> tuple[Store, int, int]:
@@ -55,7 +65,7 @@ def meet() -> Meeting:
     """Find the other ranks of this round. Raises CinemeshError when they do not come."""
     job, rank, world = job_store()
     with _meeting():
-        return Meeting(job, round_of(job, rank, world), rank, world)
+        return Meeting(job, token_of(job, rank, world), rank, world)
 
 
 @contextmanager
@@ -70,8 +80,8 @@ def _meeting() -> Iterator[None]:
         ) from error
 
 
-def round_of(job: Store, rank: int, world: int) -> Store:
-    """A store that begins empty in this round: see [Note: rounds]. Raises DistError where a rank does not come."""
+def token_of(job: Store, rank: int, world: int) -> str:
+    """That of this round: see [Note: rounds]. Raises DistError where a rank does not come."""
     if rank:
         number = uuid.uuid4().hex
         job.set(f"cinemesh/hello/{rank}", number)
@@ -90,7 +100,7 @@ def round_of(job: Store, rank: int, world: int) -> Store:
             if time.monotonic() > until:
                 raise dist.DistStoreError(f"{len(answered) + 1} of {world} ranks came in {MEETING_S:.0f} s")
             time.sleep(POLL_S)
-    return PrefixStore(f"cinemesh/{token}", job)
+    return token
 
 
 # -- agreement --------------------------------------------------------------------------------------------------------

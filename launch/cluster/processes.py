@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.process import BaseProcess
@@ -42,7 +42,9 @@ from ..options import Device
 from ..terminal import show_what_it_can
 from .alike import software_alike
 from .environment import claim, device_here, launched, processes_here
+from .marks import Marks
 from .meeting import Meeting, agree, meet
+from .sidecar import DEATH, DEATH_S, JOB_VERDICT, VERDICT, Watched, watched
 
 USER_ERROR = 2  # exit code of a CinemeshError, see cli.py
 BUG = 1
@@ -57,6 +59,7 @@ T = TypeVar("T")
 
 _meeting: Meeting | None = None  # of this rank's round; outlives the process group, for the claim of a failure
 _parted = False  # a process that joins again meets again
+_watched: Watched | None = None  # of this rank
 
 
 class Stopped(Exception):
@@ -72,12 +75,17 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Joined:
-    """Where a rank runs; ``mesh`` and ``meeting`` are None in a job of one process."""
+    """Where a rank runs; ``mesh``, ``meeting`` and ``watched`` are None in a job of one process.
+
+    ``marks``: where the work of the rank says how far it is.
+    """
 
     rank: int
     device: str
     mesh: Mesh | None
     meeting: Meeting | None = None
+    watched: Watched | None = None
+    marks: Marks = field(default_factory=Marks)
 
 
 def meet_alike(about: str, facts: Mapping[str, str]) -> Meeting:
@@ -93,27 +101,32 @@ def meet_alike(about: str, facts: Mapping[str, str]) -> Meeting:
 
 
 @contextmanager
-def joined(plan: Plan, wanted: Device, alike: Mapping[str, str] | None = None) -> Iterator[Joined]:
+def joined(
+    plan: Plan, wanted: Device, alike: Mapping[str, str] | None = None, watch: Path | None = None
+) -> Iterator[Joined]:
     """This process as a rank of its job: threads, device, process group (NCCL on GPUs, gloo on CPUs) and mesh.
 
-    ``alike``: what must be the same on all ranks, beside their software. Raises CinemeshError when there is no such
-    device for it, when the world size is not the plan's, as :func:`meet_alike`, and when a rank computes where it may
-    not: see :func:`environment.claim`.
+    ``alike``: what must be the same on all ranks, beside their software. ``watch``: have a watchdog, which keeps there
+    how a round ended. Raises CinemeshError when there is no such device for it, when the world size is not the plan's,
+    as :func:`meet_alike`, and when a rank computes where it may not: see :func:`environment.claim`.
     """
-    global _parted
+    global _parted, _watched
     local = processes_here(1)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     device = device_here(wanted, local)
     cuda = device != "cpu"
-    if cuda:
-        torch.cuda.set_device(device)
     if not launched():
+        if cuda:
+            torch.cuda.set_device(device)
         plan.check_world_size(1)
         yield Joined(0, device, None)
         return
     meeting = meet_alike("resolved recipe" if alike else "", alike or {})
     rank = meeting.rank
     plan.check_world_size(meeting.world)
+    _watched = watched(meeting, watch) if watch else None
+    if cuda:
+        torch.cuda.set_device(device)
     claim(meeting.store, rank, device)
     if cuda:
         set_up_nccl()
@@ -121,7 +134,7 @@ def joined(plan: Plan, wanted: Device, alike: Mapping[str, str] | None = None) -
             _to_stderr(f"WARNING: {lost}")
     start_job(plan, device, meeting.store, rank, ANSWER_S)
     mesh = Mesh(plan, ANSWER_S)
-    yield Joined(rank, device, mesh, meeting)
+    yield Joined(rank, device, mesh, meeting, _watched, _watched.marks if _watched else Marks())
     _parted = True
     mesh.close()  # after a failure the groups may hang: the process ends anyway
     dist.destroy_process_group()
@@ -144,13 +157,38 @@ def rank_main(work: Callable[[], int | None], say: Callable[[str], None] = _to_s
             print(stop, file=sys.stderr)
         return stop.exit_code
     except CinemeshError as error:
-        return _failed(USER_ERROR, f"error: {error}", say)
-    except Exception:  # noqa: BLE001  a bug: shown whole, once; the others fail because this one did
-        return _failed(BUG, f"[rank {os.environ.get('RANK', '0')}] {traceback.format_exc()}", say)
+        return _failed(error, USER_ERROR, f"error: {error}", say)
+    except Exception as error:  # noqa: BLE001  a bug: shown whole, once; the others fail because this one did
+        if (known := _known_cause()) is not None:
+            return _failed(None, BUG, f"error: {known}", say) if known else BUG
+        return _failed(error, BUG, f"[rank {os.environ.get('RANK', '0')}] {traceback.format_exc()}", say)
+    finally:
+        if _watched is not None:
+            _watched.close()
 
 
-def _failed(code: int, message: str, say: Callable[[str], None]) -> int:
-    """The exit code of the first rank to fail; if that is this one, it speaks."""
+def _known_cause() -> str | None:
+    """What the watchdogs know of a failure that may be another rank's: its death; nothing more to say after a verdict.
+
+    None: nothing is known.
+    """
+    if _watched is None or _meeting is None:
+        return None
+    try:
+        until = time.monotonic() + DEATH_S
+        while time.monotonic() < until:
+            if _meeting.store.check([VERDICT]):
+                return ""
+            if _meeting.store.check([DEATH]):
+                return _meeting.store.get(DEATH).decode()
+            time.sleep(WAKE_S / 4)
+    except dist.DistError:  # the store's host is gone
+        pass
+    return None
+
+
+def _failed(error: Exception | None, code: int, message: str, say: Callable[[str], None]) -> int:
+    """The exit code of the first rank to fail; if that is this one, it speaks. ``error``: what a run is to remember."""
     if _meeting is None:  # before the ranks met, all fail alike
         speaks, code_of_all = int(os.environ.get("LOCAL_RANK", "0")) == 0, code
     else:
@@ -162,6 +200,8 @@ def _failed(code: int, message: str, say: Callable[[str], None]) -> int:
         speaks, code_of_all = claimed == mine, int(claimed.split()[1])
     if speaks:
         say(message)
+        if _watched is not None and error is not None:
+            _watched.failed(error, message)
     return code_of_all
 
 
@@ -218,6 +258,8 @@ def launch(nproc: int, work: Callable[..., int | None], *args: object) -> int:
                     process.join()
     message = None if said.empty() else said.get()
     lost = {rank: -code for rank, code in ended.items() if code < 0 and code != -signal.SIGTERM}
+    if store.check([JOB_VERDICT]):  # the watchdogs ended all ranks, and said why
+        return BUG
     for rank, signum in lost.items():  # what the others then say of a lost connection is no cause
         if signum == signal.SIGKILL or message is None:
             raise _killed(rank, signum)

@@ -23,11 +23,16 @@ from ...model.buckets import BucketRunner
 from ...model.config import latent_text
 from ...model.runner import StepRunner
 from ...model.weights import initial_values
+from ...parallel.ir.program import Program
 from ...parallel.runtime import comm
+from ...parallel.runtime.executor import Executor
+from ...parallel.runtime.graph import Graph
 from ..cluster.alike import program_digest
 from ..cluster.environment import world_size
+from ..cluster.marks import NO_PROGRAM, Doing, Marks
 from ..cluster.meeting import agree
 from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, rank_main
+from ..cluster.verdict import stages_of
 from .average import remark
 from .checkpoint.choosing import FOLDER, VALIDATION_LOSS, Keep
 from .checkpoint.loading import resume
@@ -70,7 +75,7 @@ def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
 
 def train(config: Config) -> None:
     """The work of one rank. Raises Stopped when a signal asked for it and the state is saved."""
-    with joined(config.plan, config.device, recipe_facts(config)) as place:
+    with joined(config.plan, config.device, recipe_facts(config), config.logging.directory) as place:
         setting, stop = Setting.of(config), StopSignal()
         cache = setting.open_cache(place)
         setting.sampled_captions(cache)  # refused before training, not after
@@ -134,7 +139,10 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
     try:
         log = config.logging
         saver = Saver(checkpoints, runner, Keep(log.keep, log.keep_every, log.keep_best))
-        _Loop(setting, buckets, cache, saver, telemetry, carried).run(stop)
+        loop = _Loop(setting, buckets, cache, saver, telemetry, carried, place.marks)
+        if place.watched is not None:
+            place.watched.tell(config.plan, [stages_of(program) for program in loop.programs])
+        loop.run(stop)
         saver.close()
     finally:
         if telemetry:
@@ -153,9 +161,10 @@ class _Loop:
         saver: Saver,
         telemetry: Telemetry | None,
         carried: dict[str, Any],
+        marks: Marks,
     ) -> None:
         self.config, self.runners, self.runner = setting.config, runners, runners.first
-        self.cache, self.saver, self.telemetry = cache, saver, telemetry
+        self.cache, self.saver, self.telemetry, self.marks = cache, saver, telemetry, marks
         self.carried = carried  # of a checkpoint's note, from one to the next
         self.failed_saves = 0  # in a row
         self.validated: tuple[int, float] | None = None  # step and loss, of the last one
@@ -164,7 +173,11 @@ class _Loop:
         self.rows = MeasuredRows(self.config, runners, self.latents) if telemetry else None
         self.feed = Feed(self.config, cache, self.runner.mesh.data_rank if self.runner.mesh else 0)
         self.reads_ahead = torch.device(self.runner.executor.device).type in READS_AHEAD
-        self.held_out = HeldOutWindows(runners, self.latents, cache, self.config) if log.validate_every else None
+        self.programs = [runner.program for runner in runners.runners.values()]
+        self.held_out = None
+        if log.validate_every:
+            self.held_out = HeldOutWindows(runners, self.latents, cache, self.config, self._run_marked)
+            self.programs += self.held_out.programs
         if self.config.schedule.decay == "plateau" and not self.held_out:
             raise CinemeshError(
                 "schedule.decay is plateau, and no scene is long enough for held-out windows",
@@ -181,15 +194,17 @@ class _Loop:
         skipped = 0  # updates in a row
         while step < steps:
             begun = time.perf_counter()
+            self.marks.at(step, Doing.LOADING)
             ids = self._load(step, stop)
             if ids is None:
                 break
             loaded = time.perf_counter()
             lr = self.config.schedule.lr(self.config.optimizer.lr, step, self.validations)
-            self.runners.step(lr)
+            self._run_step(step, lr)
             if self.reads_ahead:
                 self.feed.read_ahead(step + 1)
             loss, norm = runner.loss.item(), runner.gradient_norm.item()  # between steps: the step itself reads nothing
+            self.marks.at(step, Doing.REPORTING)
             ended = time.perf_counter()
             done = Done(self.feed.bucket[step], lr, ended - begun, loss, norm)
             reports.add(done)
@@ -211,10 +226,25 @@ class _Loop:
                 self._save(step)
                 saved = step
         reports.report(step)
+        self.marks.at(step - 1, Doing.SAVING)
         self._publish()
         if saved != step or self.failed_saves:
             self._begin_save(step)
         self._publish(last=True)
+
+    def _run_step(self, step: int, lr: float) -> None:
+        self.marks.at(step, Doing.STEP)
+        self._mark(None if isinstance(self.runners.current.replay, Graph) else self.runners.current.program)
+        self.runners.step(lr, self.marks.record_done)
+
+    def _run_marked(self, executor: Executor) -> None:
+        self._mark(executor.program)
+        executor.run(self.marks.record_done)
+
+    def _mark(self, program: Program | None) -> None:
+        """It begins; None: what runs does not tell its records."""
+        number = next((n for n, known in enumerate(self.programs) if known is program), NO_PROGRAM)
+        self.marks.run(number, 0 if program is None else len(program.ops))
 
     def _load(self, step: int, stop: StopSignal) -> list[int] | None:
         """Load this rank's share of every micro-batch: the ids of the whole global batch, or None to stop here.
@@ -251,6 +281,7 @@ class _Loop:
                 "every rank the same recipe, software and latent cache"
             )
         if written == self.config.plan.world_size:
+            self.marks.at(step, Doing.PUBLISHING)
             self._publish()
         return None if stopped else ids
 
@@ -280,6 +311,7 @@ class _Loop:
     def _validate(self, step: int) -> None:
         if not self.held_out:
             return
+        self.marks.at(step - 1, Doing.VALIDATING)
         held, values = self.held_out.measure()
         if math.isfinite(held.loss):  # a file of JSON has no other numbers
             self.validated = step, held.loss
@@ -292,6 +324,7 @@ class _Loop:
 
     def _save(self, step: int) -> None:
         """Begin a checkpoint, behind training. One that fails is told; several in a row end the run."""
+        self.marks.at(step - 1, Doing.SAVING)
         self._publish()
         try:
             self._begin_save(step)

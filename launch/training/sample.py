@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +17,7 @@ from ...documents import quoted
 from ...errors import CinemeshError
 from ...files import check_output_file
 from ...kernels.dtypes import TORCH_DTYPES
+from ...model.codec import LatentCodec
 from ...model.inputs import BatchShape
 from ...model.runner import StepRunner
 from ...model.sampler import Sampler
@@ -24,6 +25,7 @@ from ...model.step import unit_layout
 from ...parallel.runtime.comm import gather_objects
 from ...parallel.runtime.mesh import coordinates
 from ..cluster.environment import processes_here, say_device, world_size
+from ..cluster.marks import Doing, Marks
 from ..cluster.processes import Joined, joined, launch, rank_main
 from ..progress import progress
 from ..written import wrote
@@ -164,6 +166,7 @@ def sample_clips(
             mine = range(start + rank * samples, start + (rank + 1) * samples)  # past the end: such clips are dropped
             conditions = setting.encoding.captions([prompts[i % len(prompts)] for i in mine])
             numbers = f"clips {start + 1} to {min(start + samples * ranks, len(prompts))}"
+            place.marks.at(start, Doing.SAMPLING)
             made = sampler.sample(
                 conditions,
                 section.seed,
@@ -178,4 +181,13 @@ def sample_clips(
                 latents |= part
     if mesh is not None and mesh.rank:
         return []
-    return [codec.decode(latents[i]) for i in range(len(prompts))]
+    return decoded(codec, [latents[i] for i in range(len(prompts))], place.marks)
+
+
+def decoded(codec: LatentCodec, latents: Iterable[Tensor], marks: Marks) -> list[Tensor]:
+    """Their clips, one after the other."""
+    clips: list[Tensor] = []
+    for number, latent in enumerate(latents):
+        marks.at(number, Doing.DECODING)
+        clips.append(codec.decode(latent))
+    return clips

@@ -22,9 +22,10 @@ from ...kernels.philox import Purpose
 from ...model.codec import LatentCodec, psnr
 from ...model.flow import draw_noise
 from ...model.runner import StepRunner
+from ..cluster.marks import Marks
 from ..cluster.processes import Joined
 from .average import remark
-from .sample import sample_clips
+from .sample import decoded, sample_clips
 from .setting import Setting
 
 CONTACT_SHEET = "contact_sheet.png"
@@ -62,7 +63,7 @@ def show_samples(setting: Setting, place: Joined, cache: Cache, runner: StepRunn
     folder = config.logging.directory / "samples"
     shown = {scene: clip[: bucket.frames] for scene, clip in zip(captions, clips, strict=True)}
     train = next(windows.train for windows in cache.buckets if windows.bucket == str(bucket))
-    scores = show(folder, shown, train, setting.encoding.codec)
+    scores = show(folder, shown, train, setting.encoding.codec, place.marks)
     for score in scores:
         print(score)
     print(reading(scores, setting.encoding.codec))
@@ -82,10 +83,10 @@ def reading(scores: Sequence[Score], codec: LatentCodec) -> str:
     )
 
 
-def show(folder: Path, clips: dict[str, Tensor], train: Samples, codec: LatentCodec) -> list[Score]:
+def show(folder: Path, clips: dict[str, Tensor], train: Samples, codec: LatentCodec, marks: Marks) -> list[Score]:
     """Compare sampled ``clips`` (uint8 [T, H, W, 3], by scene) with the training windows; write them and the scores."""
     windows = [train[index] for index in range(len(train))]
-    decoded = [codec.decode(window.latent) for window in windows]
+    trained = decoded(codec, [window.latent for window in windows], marks)
     zero = torch.zeros(1, dtype=torch.int64)
     scores: list[Score] = []
     rows: dict[str, Tensor] = {}
@@ -93,19 +94,19 @@ def show(folder: Path, clips: dict[str, Tensor], train: Samples, codec: LatentCo
         own = [index for index, window in enumerate(windows) if window.scene == scene]
         others = [index for index, window in enumerate(windows) if window.scene != scene]
         length = len(clip)  # frames; the last block of a decoded clip may be longer
-        nearest = max(own, key=lambda index: psnr(clip, decoded[index][:length]))
+        nearest = max(own, key=lambda index: psnr(clip, trained[index][:length]))
         noise = draw_noise(0, zero[0], zero + number, zero, windows[0].latent.shape, Purpose.SAMPLING)[0].float()
         drawn = codec.decode(noise)[:length]
         score = Score(
             scene,
-            psnr(clip, decoded[nearest][:length]),
-            max(psnr(drawn, decoded[index][:length]) for index in own),
-            max((psnr(clip, decoded[index][:length]) for index in others), default=0.0),
+            psnr(clip, trained[nearest][:length]),
+            max(psnr(drawn, trained[index][:length]) for index in own),
+            max((psnr(clip, trained[index][:length]) for index in others), default=0.0),
             windows[nearest].first_frame,
         )
         scores.append(score)
         rows[f"{scene}: sampled, {score.psnr_db:.1f} dB"] = clip
-        rows[f"{scene}: training clip at frame {score.nearest_frame}"] = decoded[nearest][:length]
+        rows[f"{scene}: training clip at frame {score.nearest_frame}"] = trained[nearest][:length]
         write_mp4(folder / f"{scene}.mp4", clip, windows[nearest].frame_rate)
     write_contact_sheet(folder / CONTACT_SHEET, rows, reading(scores, codec))
     with atomic_file(folder / SCORES) as part:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from ...model.forward import build_velocity
 from ...model.inputs import IDS, LATENTS
 from ...model.runner import StepRunner, load_inputs, named_buffers
 from ...parallel.ir.layout import TOKENS
+from ...parallel.ir.program import Program
 from ...parallel.ir.units import nested_index
 from ...parallel.passes.pipeline import prepare
 from ...parallel.runtime.comm import sum_over_ranks
@@ -70,15 +71,21 @@ class Validation:
     """Runs the forward program on the runner's own shards of both weights; every rank takes part.
 
     Each sample is seen at ``logging.validation_draws`` fixed (t, noise), captions never dropped. The loss is the mean
-    over a sample's elements, then over samples and draws.
+    over a sample's elements, then over samples and draws. ``run`` runs the forward program.
     """
 
-    def __init__(self, runner: StepRunner, samples: Sequence[Sample], config: Config) -> None:
-        self._runner, self._samples = runner, samples
+    def __init__(
+        self,
+        runner: StepRunner,
+        samples: Sequence[Sample],
+        config: Config,
+        run: Callable[[Executor], None] = Executor.run,
+    ) -> None:
+        self._runner, self._samples, self._run = runner, samples, run
         draws = range(config.logging.validation_draws)
         self._items = [(index, draw) for draw in draws for index in range(len(samples))]
         backend = backend_of(runner.executor.device)
-        program = prepare(build_velocity(runner.config, runner.plan, runner.batch), backend=backend)
+        self.program = program = prepare(build_velocity(runner.config, runner.plan, runner.batch), backend=backend)
         train = runner.executor  # never runs while this does: the same arena serves
         place = runner.coordinates, runner.comm, train.device, train.kernels
         self._forward = {
@@ -133,7 +140,7 @@ class Validation:
             buffers["x_t"].copy_(mixed)
             buffers["t"].copy_(t)
             load_inputs(executor, batch)
-            executor.run()
+            self._run(executor)
             error = (buffers["velocity"].to(x0.dtype) - wanted)[:, :counted]
             row += error.square().sum((0, 2), dtype=torch.float64).cpu()
 
@@ -141,16 +148,27 @@ class Validation:
 class HeldOutWindows:
     """The held-out windows of all buckets; one whose scenes are too short for any has no part."""
 
-    def __init__(self, runners: BucketRunner, latents: Sequence[Latent], cache: Cache, config: Config) -> None:
+    def __init__(
+        self,
+        runners: BucketRunner,
+        latents: Sequence[Latent],
+        cache: Cache,
+        config: Config,
+        run: Callable[[Executor], None],
+    ) -> None:
         self._config = config
         self._parts = [
-            (shape.weight, windows.bucket, Validation(runners.runners[latent], windows.validation, config))
+            (shape.weight, windows.bucket, Validation(runners.runners[latent], windows.validation, config, run))
             for shape, latent, windows in zip(config.data.shapes, latents, cache.buckets, strict=True)
             if len(windows.validation)
         ]
 
     def __bool__(self) -> bool:
         return bool(self._parts)
+
+    @property
+    def programs(self) -> list[Program]:
+        return [validation.program for _, _, validation in self._parts]
 
     def measure(self) -> tuple[HeldOutLoss, dict[str, float]]:
         """The loss of the recipe's weights, a mean over the buckets by weight, and all that is reported. Collective."""

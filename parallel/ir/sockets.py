@@ -28,7 +28,7 @@ class Sockets:
 
 
 def sockets(plan: Plan, rank: int, backend: Literal["gloo", "nccl"]) -> list[Sockets]:
-    """All of a rank, without those of the store's server, which has one for each rank and runs beside rank 0.
+    """All of a rank, without those of the store's server beside rank 0: one for each rank, one for each watchdog.
 
     A gloo group is a full mesh: a listener, and a connection to every other rank of it.
     """

@@ -11,7 +11,8 @@ import os
 import pickle
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -255,6 +256,7 @@ class Communicator:
 # Up and down a tree of small gloo groups (``host_groups``): a rank has few connections, and an answer takes few hops,
 # however many ranks there are.
 
+_host_calls: list[int] | memoryview[int] = [0]
 _trees: WeakKeyDictionary[dist.ProcessGroup, list[dist.ProcessGroup]] = WeakKeyDictionary()  # of each job
 
 
@@ -271,23 +273,39 @@ def _tree() -> list[dist.ProcessGroup]:
     return _trees[job]
 
 
+def count_host_calls(counter: list[int] | memoryview[int]) -> None:
+    """Count in ``counter[0]`` from now on: one more when this rank begins a call along the tree, one when it ends."""
+    global _host_calls
+    _host_calls = counter
+
+
+@contextmanager
+def _host_call() -> Iterator[list[dist.ProcessGroup]]:
+    """The groups of the tree, for one call of all ranks."""
+    _host_calls[0] += 1
+    yield _tree()
+    _host_calls[0] += 1
+
+
 def _combined(value: T, combine: Callable[[list[T]], T]) -> T:
     """On rank 0 ``combine`` of what every rank says, in the order of ranks; elsewhere of a part of them."""
-    for group in _tree():
-        said: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
-        dist.gather_object(value, said, group=group, group_dst=0)
-        if said is not None:
-            value = combine(said)
+    with _host_call() as groups:
+        for group in groups:
+            said: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
+            dist.gather_object(value, said, group=group, group_dst=0)
+            if said is not None:
+                value = combine(said)
     return value
 
 
 def _agreed(value: T, combine: Callable[[list[T]], T]) -> T:
     """``combine`` of what every rank says, on every rank: rank 0's result, the same bit by bit."""
     value = _combined(value, combine)
-    for group in reversed(_tree()):
-        box = [value]
-        dist.broadcast_object_list(box, group=group, group_src=0)
-        (value,) = box
+    with _host_call() as groups:
+        for group in reversed(groups):
+            box = [value]
+            dist.broadcast_object_list(box, group=group, group_src=0)
+            (value,) = box
     return value
 
 
@@ -303,10 +321,11 @@ def first_of(value: T | None) -> T | None:
 def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum of every rank's CPU tensor, on every rank, bit by bit the same. Cheap enough for every step."""
     total = values.clone()
-    for group in _tree():
-        dist.reduce(total, group=group, group_dst=0)
-    for group in reversed(_tree()):
-        dist.broadcast(total, group=group, group_src=0)
+    with _host_call() as groups:
+        for group in groups:
+            dist.reduce(total, group=group, group_dst=0)
+        for group in reversed(groups):
+            dist.broadcast(total, group=group, group_src=0)
     return total
 
 

@@ -186,7 +186,7 @@ def test_the_first_rank_to_fail_speaks_and_a_bug_shows_its_traceback(
 
         return work
 
-    monkeypatch.setattr(processes, "_meeting", Meeting(HashStore(), HashStore(), 0, 2))
+    monkeypatch.setattr(processes, "_meeting", Meeting(HashStore(), "a", 0, 2))
     assert processes.rank_main(fail(CinemeshError("the cause"))) == processes.USER_ERROR
     monkeypatch.setenv("RANK", "1")
     # Whichever process ends first, the launcher then reports the cause's code.

@@ -20,7 +20,7 @@ from training import in_two_buckets, recipe
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.cluster import alike
 from cinemesh.launch.cluster.alike import PER_RANK, program_digest, software_alike
-from cinemesh.launch.cluster.meeting import Meeting, agree, round_of
+from cinemesh.launch.cluster.meeting import Meeting, agree, token_of
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.launch.training.differences import recipe_facts
 from cinemesh.launch.training.recipe import check_config
@@ -37,7 +37,7 @@ def told(everyones: list[dict[str, str]]) -> list[str]:
 
     def hears(rank: int) -> str:
         try:
-            agree(Meeting(store, store, rank, len(everyones)), "recipe", everyones[rank])
+            agree(Meeting(store, "a", rank, len(everyones)), "recipe", everyones[rank])
         except CinemeshError as error:
             return str(error)
         return ""
@@ -152,7 +152,7 @@ def test_a_round_begins_empty_whatever_the_one_before_left() -> None:
     job = HashStore()
 
     def arrives(rank: int) -> Any:
-        return round_of(job, rank, RANKS)
+        return Meeting(job, token_of(job, rank, RANKS), rank, RANKS).store
 
     tokens: list[str] = []
     for stale in range(3):

@@ -327,7 +327,7 @@ def test_what_nccl_and_driver_take_is_said_once_when_the_job_starts(
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     stands_for: dict[str, Any] = {
         "device_here": lambda wanted, local: "cuda:0",
-        "meet_alike": lambda *_: Meeting(HashStore(), HashStore(), rank, 2),
+        "meet_alike": lambda *_: Meeting(HashStore(), "a", rank, 2),
         "claim": lambda *_: None,
         "set_up_nccl": lambda: None,
         "nccl_stack": lambda: NcclStack((2, 28), driver),

@@ -24,6 +24,7 @@ from cinemesh.data.order import Stream, turns
 from cinemesh.data.video import frame_rate, read_frames
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels.reference import Kernel
+from cinemesh.launch.cluster.marks import Doing, Marks
 from cinemesh.launch.cluster.meeting import Meeting
 from cinemesh.launch.cluster.processes import Joined, StopSignal
 from cinemesh.launch.training import feed, showcase
@@ -94,7 +95,7 @@ def test_what_is_read_ahead_is_what_would_be_read(
     read, step = Feed._read, StepRunner.step
     monkeypatch.setattr(train, "READS_AHEAD", ("cpu",))
     monkeypatch.setattr(Feed, "_read", lambda self, at: (order.append(f"read {at}"), read(self, at))[1])
-    monkeypatch.setattr(StepRunner, "step", lambda self, lr: (order.append("step"), step(self, lr))[1])
+    monkeypatch.setattr(StepRunner, "step", lambda self, *given: (order.append("step"), step(self, *given))[1])
     assert start(ahead, tmp_path) == 0
     assert_same(states(tmp_path / "run", values), states(tmp_path / "ahead/run", values))
     assert order[:6] == ["read 0", "step", "read 1", "step", "read 2", "step"] and order.count("step") == 6
@@ -356,7 +357,7 @@ def other_on_rank_1(values: dict[str, Any], other: dict[str, Any], meeting: str)
     config = check_config(other if rank else values, "test")
     mesh, store = Mesh(config.plan), dist.FileStore(meeting, 2)  # pyright: ignore[reportPrivateImportUsage]
     try:
-        setting, place = Setting.of(config), Joined(rank, "cpu", mesh, Meeting(store, store, rank, 2))
+        setting, place = Setting.of(config), Joined(rank, "cpu", mesh, Meeting(store, "a", rank, 2))
         train.train_steps(setting, place, setting.open_cache(place), StopSignal())
     except CinemeshError as error:
         return str(error)
@@ -506,7 +507,8 @@ def test_a_contact_sheet_says_why_its_worst_scenes_look_broken(
     monkeypatch.setattr(showcase, "write_contact_sheet", lambda path, clips, note: written.append(note))
     cache = (setting := Setting.of(check_config(values, "test"))).open_cache(Joined(0, "cpu", None))
     train, codec = cache.buckets[0].train, setting.encoding.codec
-    shown = showcase.show(tmp_path / "samples", {"left": codec.decode(train[0].latent)}, train, codec)
+    shown = showcase.show(tmp_path / "samples", {"left": codec.decode(train[0].latent)}, train, codec, marks := Marks())
+    assert marks.place[:3] == (len(train) - 1, Doing.DECODING, len(train))
     assert written == [showcase.reading(shown, codec)]
 
 
@@ -517,9 +519,8 @@ def test_a_sampled_clip_is_compared_with_its_own_scene(values: dict[str, Any], t
     window = cache.buckets[0].train[1]
     assert isinstance(window, Sample)
     clip = setting.encoding.codec.decode(window.latent)
-    own, other = showcase.show(
-        tmp_path / "samples", {"left": clip, "right": clip}, cache.buckets[0].train, setting.encoding.codec
-    )
+    shown, train = {"left": clip, "right": clip}, cache.buckets[0].train
+    own, other = showcase.show(tmp_path / "samples", shown, train, setting.encoding.codec, Marks())
     assert own.psnr_db == float("inf") and own.nearest_frame == window.first_frame == 2
     assert other.psnr_db < 40 and other.other_scenes_db == float("inf")
     assert own.noise_db < 15

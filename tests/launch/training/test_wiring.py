@@ -158,9 +158,9 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
         did["packages"] = cluster.software.packages
         return predict(setting, cluster, **rest)
 
-    def joined(plan: Plan, wanted: Any, alike: Any) -> Any:
+    def joined(plan: Plan, wanted: Any, *given: Any) -> Any:
         did["device"] = wanted
-        return join(plan, wanted, alike)
+        return join(plan, wanted, *given)
 
     def shown(_: Path, clips: dict[str, Tensor], *rest: Any) -> list[Any]:
         did["clips"] = clips

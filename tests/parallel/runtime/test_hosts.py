@@ -46,6 +46,24 @@ def test_all_hear_what_all_said_in_the_order_of_ranks(ranks: int, pool: Pool) ->
         assert total == pytest.approx([ranks, ranks * (ranks - 1) / 2, ranks * 0.1])
 
 
+def counted() -> tuple[int, int]:
+    """After nine calls, and inside the last."""
+    counter = [0]
+    comm.count_host_calls(counter)
+    said_by_all()
+    comm._combined(0, lambda said: counter[0])
+    inside = comm._agreed(counter[0], lambda said: counter[0])
+    return counter[0], inside
+
+
+@pytest.mark.parametrize("ranks", [1, 5])
+def test_calls_of_all_hosts_are_counted_alike(ranks: int, pool: Pool) -> None:
+    """Who waits in one is told by an odd count, and who is missing by a lower one: a watchdog reads them."""
+    calls = 2 + 2 + 1 + 2 + 1 + 1 + 2  # up and down are one each, but a sum's
+    for count, inside in pool.run(ranks, counted):
+        assert count == 2 * calls and (ranks == 1 or inside == 2 * calls - 3)
+
+
 def tcp_sockets() -> int:
     """Of this process, by the kernel."""
     tables = [Path(f"/proc/self/net/{name}").read_text(encoding="ascii") for name in ("tcp", "tcp6")]
