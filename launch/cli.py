@@ -63,6 +63,7 @@ Prove a plan:           cinemesh verify --plan tp=2,cp=2,dp_shard=2
                         cinemesh lint --model movie-gen-30b --plan {PAPER}
 See a step run:         cinemesh trace --plan tp=2 --out trace.json
 Train on this machine:  cinemesh train configs/quickstart.yaml --nproc 2
+Train in stages:        cinemesh stages configs/chain.yaml --nproc 2
 Look at a machine:      cinemesh doctor
 Train on a cluster:     cinemesh launch slurm CONFIG --out run.sbatch
 Average models:         cinemesh average DIR DIR --out runs/mean
@@ -176,6 +177,21 @@ def doctor(
     from .commands.doctor import DoctorOrder, run
 
     raise typer.Exit(run(DoctorOrder(cluster, device, per_node, directory, as_json)))
+
+
+@app.command(epilog=epilog("stages"))
+def stages(
+    chain: Annotated[Path, typer.Argument(metavar="CHAIN", help="YAML chain, for example configs/chain.yaml.")],
+    nproc: LocalProcesses = None,
+    device: RecipeDevice = None,
+) -> None:
+    """Run a chain of stages, or go on with it: runs that begin with others' ends, averages, clips.
+
+    What is done is not done again. Between two runs it says both plans, batches and step times.
+    """
+    from .commands.stages import run
+
+    run(path=chain, nproc=nproc, overrides=device_override(device))
 
 
 @app.command("launch", epilog=epilog("launch"))

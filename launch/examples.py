@@ -10,7 +10,10 @@ PAPER = "tp=4,cp=2,dp_shard=768,recompute=o:lse"  # 20 of 84.9 GB; keeping more 
 CHECKED = "0 it holds; 1 it does not; 2 wrong input, with a line that says how to mend it."
 STARTED = "0 done; 1 a bug; 2 wrong input or data; 128 + n when signal n stopped it and its state is saved."
 DONE = "0 done; 2 wrong input, with a line that says how to mend it."
-CODES = {"verify": CHECKED, "doctor": CHECKED, "lint": CHECKED, "train": STARTED, "launch": STARTED, "sample": STARTED}
+CODES: dict[str, str] = {
+    **dict.fromkeys(("verify", "doctor", "lint"), CHECKED),
+    **dict.fromkeys(("train", "stages", "launch", "sample"), STARTED),
+}
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "train": (
@@ -23,6 +26,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh doctor",
         "cinemesh doctor --json --per-node 2 --device cpu",
     ),
+    "stages": ("cinemesh stages configs/chain.yaml --nproc 2",),
     "launch": (
         "cinemesh launch slurm configs/gpu-8.yaml --spares 1 --time 12:00:00 --out run.sbatch",
         "cinemesh launch kubernetes configs/gpu-8.yaml --image registry/cinemesh:1 --claim work",

@@ -21,6 +21,7 @@ from cinemesh.launch.commands.compile_check import sizes_of
 from cinemesh.launch.examples import EXAMPLES
 from cinemesh.launch.plans import plan_override, read_plan
 from cinemesh.launch.proof.verify import MAX_PROCS, small_case
+from cinemesh.launch.training.chain import read_chain
 from cinemesh.launch.training.recipe import read_config
 from cinemesh.launch.training.setting import Setting
 from cinemesh.model.config import USUAL_LATENTS, preset
@@ -110,6 +111,16 @@ def trained(given: dict[str, Any]) -> None:
     Setting.of(config).check_training()
 
 
+def chained(given: dict[str, Any]) -> None:
+    links = read_chain(given["chain"])
+    for link in links:
+        config = link.config()
+        config.plan.check_world_size(given["nproc"] or 1)
+        Setting.of(config).check_training()
+        if link.stage.prompt is not None:
+            Setting.of(config).check_sampling()
+
+
 def sampled(given: dict[str, Any]) -> None:
     Setting.of(read_config(given["config"])).check_sampling()
 
@@ -128,6 +139,7 @@ IN_PLACE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "lint": (linted, "runs a step twice: the plan and the shrunk model are checked"),
     "trace": (traced, "starts processes: the plan and the prices are checked"),
     "train": (trained, "minutes: everything that is checked before the first step"),
+    "stages": (chained, "minutes: every recipe of the chain is read, and what a start looks at"),
     "sample": (sampled, "needs a trained model: recipe and sampled shape are checked"),
     "export": (lambda _: None, "needs a trained model, tests/launch/exchange: options are read"),
     "import": (lambda _: None, "needs an export, tests/launch/exchange: options are read"),

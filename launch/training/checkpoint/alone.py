@@ -76,6 +76,7 @@ def write_alone(
                 f"{final.parent} has {free:,} free",
                 remedy="free some space or write to another file system",
             )
+        shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
         partial.mkdir()
         with progress("writing", plan.dp_shard) as begin:
             for shard in range(plan.dp_shard):

@@ -1,0 +1,98 @@
+"""A chain of stages: done once each, stopped and gone on with to the same bits, and refused before it begins."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from checkpoints import plain_states
+from training import recipe, stop_in_step
+
+from cinemesh.errors import CinemeshError
+from cinemesh.launch.commands.stages import run
+from cinemesh.launch.training.chain import read_chain
+from cinemesh.launch.training.checkpoint.manifest import read_manifest
+from cinemesh.launch.training.start import BEGUN_WITH
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
+def written(clips: Path, folder: Path, stages: list[dict[str, Any]] | None = None) -> Path:
+    """Images, then video with longer tables; two ends, their average, a clip of it; a few steps each."""
+    folder.mkdir(exist_ok=True)
+    base = recipe(clips, folder)
+    base["schedule"] |= {"steps": 3, "warmup_steps": 1}
+    base["logging"] |= {"validate_every": 3, "every": 3}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(base))
+    cache = {"data.cache": str(folder / "video")}
+    stages = stages or [
+        {"name": "images", "set": {"data.frames": 1, "data.stride": 8, "model.position_lengths": [1, 2, 2]}},
+        {"name": "video", "after": "images", "set": cache | {"start_from.positions": "expand"}},
+        {"name": "a", "after": "video", "set": cache | {"optimizer.lr": 1e-3, "start_from.moments": "keep"}},
+        {"name": "b", "after": "video", "set": cache | {"seed": 5, "cluster": "local-cpu"}},
+        {"name": "mean", "average": ["a", "b"], "set": cache},
+        {"name": "clip", "after": "mean", "prompt": "It moves.", "set": {"sample.steps": 2}},
+    ]
+    path = folder / "chain.yaml"
+    path.write_text(yaml.safe_dump({
+        "directory": str(folder / "runs"), "recipe": str(folder / "recipe.yaml"), "stages": stages,
+    }))  # fmt: skip
+    return path
+
+
+def test_a_chain_that_was_stopped_goes_on_to_the_same_bits(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped in two of its runs, and killed while the average was written, which left a part of it."""
+    whole, stopped = written(clips, tmp_path / "whole"), written(clips, tmp_path / "stopped")
+    run(path=whole, nproc=None)
+    said = capsys.readouterr().err
+    assert "before: tiny under recompute=none, batch 2, lr 0.01" in said and "s a step at its end (measured)" in said
+    assert (
+        "now: tiny under recompute=none, batch 2, lr 0.01, predicted" in said and "neutral group (predicted): " in said
+    )
+    assert "the average has held-out loss" in said
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 2)
+        for _ in range(2):  # in the first run, and in the second
+            with pytest.raises(SystemExit) as end:
+                run(path=stopped, nproc=None)
+            assert end.value.code == 128 + signal.SIGTERM
+    (tmp_path / "stopped/runs/mean/.average.partial").mkdir(parents=True)
+    run(path=stopped, nproc=None)
+    ends = [plain_states(tmp_path / name / "runs" / "mean" / "average") for name in ("whole", "stopped")]
+    assert all(torch.equal(ends[0][s][name], ends[1][s][name]) for s in ends[0] for name in ends[0][s])
+    clips_ = [(tmp_path / name / "runs" / "clip" / "clip.mp4").read_bytes() for name in ("whole", "stopped")]
+    assert clips_[0] == clips_[1]
+    began = read_manifest(tmp_path / "whole/runs/video/checkpoints/step-00000003").note[BEGUN_WITH]
+    assert began["tables"] == {"position.t": [1, 6], "position.h": [2, 6], "position.w": [2, 6]}
+    capsys.readouterr()
+    run(path=whole, nproc=None)
+    assert capsys.readouterr().err.count("done before") == 6, "nothing is done twice"
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ([{"name": "a", "after": "b"}], "no stage before it is called 'b'"),
+        ([{"name": "a"}, {"name": "a"}], "there are two stages a"),
+        ([{"name": "a/b"}], "a/b"),
+        ([{"name": "a", "set": {"optimizer.rl": 1}}], "unknown key 'optimizer.rl'"),
+        ([{"name": "a", "stpes": 3}], "unknown key 'stpes'"),
+        ([{"name": "a", "greedy": True}], "greedy, and no average"),
+        ([{"name": "a", "prompt": "A cat."}], "no weights to sample it with"),
+        ([{"name": "a"}, {"name": "b", "average": ["a", "a"], "prompt": "A cat."}], "neither prompt nor after"),
+        ([{"name": "a"}, {"name": "b", "after": "a", "prompt": "x"}, {"name": "c", "after": "b"}], "has no weights"),
+    ],
+)
+def test_a_chain_that_is_none_is_told_before_it_begins(
+    clips: Path, tmp_path: Path, stages: list[dict[str, Any]], said: str
+) -> None:
+    with pytest.raises(CinemeshError) as refused:
+        read_chain(written(clips, tmp_path, stages))
+    assert said in str(refused.value)
+    assert not (tmp_path / "runs").exists()
