@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import pytest
 from elastic_job import Fault, run_job
+from elastic_nodes import lose_and_regain
 from planted_faults import HANGS_IN_SHORT, check_hangs, check_kills, kills, long_recipe
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -65,6 +66,16 @@ def test_eight_kills_at_random_moments_change_no_bit(clips: Path, tmp_path: Path
     assert run_job(tmp_path / "whole", whole, []).code == 0
     found = check_kills(run_job(tmp_path / "killed", killed, kills(8, seed=1)), killed, whole)
     assert found["fired"] >= 7  # a moment may come when all is done
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_process")
+def test_a_job_goes_on_with_the_ranks_that_are_left_and_with_those_that_come_back(clips: Path, tmp_path: Path) -> None:
+    """4, 2 and 4 ranks in one life of the job: planned again each time, and the losses are those of one rank alone."""
+    plans, losses, alone = lose_and_regain(clips, tmp_path / "job", nodes=2)
+    assert [re.findall(r"= (\d+) processes", plan) for plan in plans] == [["4"], ["2"], ["4"]]
+    assert losses.keys() == alone.keys() == set(range(1, 15))
+    assert max(abs(losses[step] / alone[step] - 1) for step in alone) < 1e-10
 
 
 # -- what is kept of rounds -------------------------------------------------------------------------------------------
