@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from ...errors import CinemeshError
 from ...model.buckets import BucketRunner
 from ...model.runner import StepRunner
+from ...parallel.runtime.executor import Executor
 from ..cluster.processes import joined
 from .checkpoint.layout import Layout
 from .checkpoint.manifest import check_model
@@ -75,7 +76,7 @@ def measuring(config: Config, members: Sequence[Member]) -> Iterator[HeldOutMean
             device=place.device,
             kernels=setting.kernels(place.device),
         )
-        windows = HeldOutWindows(runners, setting.latents, cache, config)
+        windows = HeldOutWindows(runners, setting.latents, cache, config, Executor.run)
         if not windows:
             raise CinemeshError(
                 "no scene of the recipe is long enough for held-out windows",
