@@ -230,16 +230,28 @@ def launch_job(
 @app.command(epilog=epilog("sample"))
 def sample(
     config: ConfigFile,
-    prompt: Annotated[str, typer.Option("--prompt", help="What the clip shall show.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", help="What the clip shall show.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", metavar="FILE", help="YAML list or JSONL of prompts with names, as judge make's."),
+    ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option("--checkpoint", metavar="DIR", help="Default: the newest one of the recipe's run."),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write the clip.")] = Path("sample.mp4"),
-    steps: Annotated[
-        int,
-        typer.Option("--steps", **bounds(EULER_RANGE), help="Euler steps, spaced linearly, then quadratically."),
-    ] = 50,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Of the clip; default sample.mp4. A folder, for --prompts."),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", **bounds(EULER_RANGE), help="From noise to the clip.")] = 50,
+    schedule: Annotated[
+        Literal["linear-quadratic", "linear"] | None,
+        typer.Option("--schedule", help="Spaced linearly, then quadratically; or equally. Default: the recipe's."),
+    ] = None,
+    solver: Annotated[
+        Literal["euler", "midpoint", "dopri5"] | None,
+        typer.Option("--solver", help="One, two or six velocities a step; default: the recipe's."),
+    ] = None,
     guidance: Annotated[
         float | None,
         typer.Option("--guidance", help="Classifier-free guidance scale; default: the recipe's."),
@@ -254,18 +266,26 @@ def sample(
     plan: RecipePlan = None,
     overrides: Overrides = None,
 ) -> None:
-    """Sample a clip from a trained model.
+    """Sample clips from a trained model.
 
-    Writes an mp4 file.
+    Writes an mp4 file for each prompt. Of a file of prompts, those whose clip is in the folder are passed over.
     """
     from .training.sample import run
 
     run(
         config=config,
         prompt=prompt,
+        prompts=prompts,
         checkpoint=checkpoint,
         out=out,
-        asked={"weights": weights, "sample.steps": steps, "sample.guidance": guidance, "sample.seed": seed},
+        asked={
+            "weights": weights,
+            "sample.steps": steps,
+            "sample.schedule": schedule,
+            "sample.solver": solver,
+            "sample.guidance": guidance,
+            "sample.seed": seed,
+        },
         nproc=nproc,
         overrides=[*plan_override(plan), *device_override(device), *(overrides or [])],
     )

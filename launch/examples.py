@@ -36,6 +36,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "sample": (
         'cinemesh sample configs/quickstart.yaml --prompt "Traffic crosses a square." --out clip.mp4',
         'cinemesh sample configs/quickstart.yaml --prompt "A grey rabbit." --seed 3 --guidance 1.5',
+        "cinemesh sample configs/quickstart.yaml --prompts prompts.yaml --out clips --solver midpoint",
     ),
     "export": (
         "cinemesh export runs/quickstart --out quickstart-hf",

@@ -162,16 +162,11 @@ class StepRunner:
         return frozen, frozen.hazards[0] if frozen.hazards else None
 
     def _graph(self, mode: Capture) -> tuple[Graph | None, str | None]:
-        if self.mesh is not None:  # one rank's driver decides for all
-            here = nccl_stack()
-            if lost := first_of(None if here.captures(mode) else here.serial(captured=True)):
-                return None, lost
         self.pool = self.pool or GraphPool(self.executor.device)
         if self.mesh is not None and self.close not in self.mesh.before_close:
             self.mesh.before_close.append(self.close)
         with self._changing_nothing():
-            self.pool.warm_up(self.executor)
-        return self.pool.capture(self.executor)
+            return capture_graph(self.executor, self.pool, self.mesh, mode)
 
     @contextmanager
     def _changing_nothing(self) -> Iterator[None]:
@@ -207,6 +202,18 @@ class StepRunner:
     def updates_done(self) -> int:
         """Steps less those whose update was skipped."""
         return int(self.buffers["counters"][1])
+
+
+def capture_graph(
+    executor: Executor, pool: GraphPool, mesh: Mesh | None, mode: Capture
+) -> tuple[Graph | None, str | None]:
+    """As ``GraphPool.capture``, after steps that warm up; or why NCCL would lose by it."""
+    if mesh is not None:  # one rank's driver decides for all
+        here = nccl_stack()
+        if lost := first_of(None if here.captures(mode) else here.serial(captured=True)):
+            return None, lost
+    pool.warm_up(executor)
+    return pool.capture(executor)
 
 
 def step_buffers(program: Program) -> dict[str, str]:

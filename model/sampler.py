@@ -1,17 +1,18 @@
-"""The sampler: Euler steps along the predicted velocity, under any plan (Movie Gen 3.1.2, 3.4.2).
+"""The sampler: steps along the predicted velocity, under any plan (Movie Gen 3.1.2, 3.4.2).
 
     x <- x + (t_next - t) * v(x, t),  from t = 0, pure noise, to t = 1
     v = v_unconditional + guidance * (v_conditional - v_unconditional)
 
-Each rank integrates its own tokens; the velocity is the forward program of a step, run on the same flat shards.
+Each rank integrates its own tokens; the velocity is the forward program of a step, run on the same flat shards, with
+and without the caption in one batch. It may be captured: then each velocity is a replay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -20,36 +21,24 @@ from ..kernels.dtypes import TORCH_DTYPES
 from ..kernels.philox import Purpose
 from ..kernels.reference import Kernel
 from ..parallel.ir.layout import TOKENS
+from ..parallel.ir.nccl_stack import Capture
 from ..parallel.ir.plan import Plan
 from ..parallel.ir.units import nested_index
 from ..parallel.passes.device_memory import bytes_beside
 from ..parallel.passes.pipeline import prepare
 from ..parallel.runtime.comm import Communicator
 from ..parallel.runtime.executor import Executor
+from ..parallel.runtime.frozen import Frozen
+from ..parallel.runtime.graph import Graph, GraphPool, refuse
 from ..parallel.runtime.mesh import Mesh, backend_of, coordinates
+from ..parallel.runtime.watchdog import vote
 from .config import ModelConfig
 from .forward import build_unpatchify, build_velocity
 from .inputs import LATENTS, MASK, BatchShape, text_input
-from .runner import Batch, StepRunner, load_inputs, named_buffers
+from .runner import Batch, StepRunner, capture_graph, load_inputs, named_buffers
+from .solvers import SOLVERS, Solver
 
-EMULATED_STEPS = 250  # 3.4.2: 50 linear-quadratic steps stand for 250 linear ones
 GUIDANCE = 7.5  # 3.1.2, text-to-video
-
-
-def linear_quadratic(steps: int, emulated: int = EMULATED_STEPS) -> list[float]:
-    """The ``steps`` + 1 times from 0 to 1: first half those of an ``emulated``-step linear schedule, then quadratic.
-
-    With L = steps // 2 and Q = steps - L:  t_i = i / N + (1 - steps / N) * (max(0, i - L) / Q)**2.  At the join, value
-    and slope are the linear part's. For an odd ``steps`` the quadratic part has one step more; at ``steps`` >= N there
-    is nothing to emulate and all steps are equal. The paper gives words and a figure; this is the reading of the
-    public implementations (Mochi, diffusers), whose threshold tau is L / N.
-    """
-    assert steps >= 1
-    emulated = max(emulated, steps)
-    linear = steps // 2
-    bend = 1 - steps / emulated
-    times = [i / emulated + bend * (max(0, i - linear) / (steps - linear)) ** 2 for i in range(steps)]
-    return [*times, 1.0]
 
 
 class Sampler:
@@ -57,11 +46,12 @@ class Sampler:
 
     ``master`` is this rank's flat shard of weights in the plan's statistics dtype, any state of a runner (``ema``); it
     is read, never written. ``batch.samples`` are those of one data rank. ``beside``: a runner of the same plan that
-    does not run meanwhile: communicators, kernels and arena are its own. Raises CinemeshError when the plan does not
-    divide the model or the latent, and when a CUDA device has too little memory.
+    does not run meanwhile: communicators, kernels and arena are its own. ``guidance`` 1 is the model with the caption,
+    0 that without: one velocity instead of two. Raises CinemeshError when the plan does not divide the model or the
+    latent, and when a CUDA device has too little memory.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  what a runner takes but for the optimizer, and the guidance
         self,
         config: ModelConfig,
         plan: Plan,
@@ -70,18 +60,21 @@ class Sampler:
         master: Tensor,
         device: str = "cpu",
         *,
+        guidance: float = GUIDANCE,
         kernels: dict[str, Kernel] | None = None,
         beside: StepRunner | None = None,
     ) -> None:
-        self.config, self.plan, self.batch, self.device = config, plan, batch, device
+        self.config, self.plan, self.batch, self.device, self.mesh = config, plan, batch, device, mesh
+        self.guidance, self.halves = guidance, 1 if guidance in (0.0, 1.0) else 2
         self.coordinates = mesh.coordinates if mesh else coordinates(plan, 0)
-        to_come = bytes_beside(plan, 0, graphs=0)
+        to_come = bytes_beside(plan, 0, graphs=1)
         arena: Tensor | None = None
         comm = Communicator(mesh) if mesh else None
         if beside is not None:
             comm, kernels, arena, to_come = beside.comm, beside.executor.kernels, beside.executor.arena, {}
         backend = backend_of(device)
-        velocity = prepare(build_velocity(config, plan, batch), backend=backend)
+        asked = replace(batch, samples=self.halves * batch.samples)
+        velocity = prepare(build_velocity(config, plan, asked), backend=backend)
         # What was integrated in the statistics dtype is put together in it, by a program without blocks.
         exact = replace(
             plan, dtype=cast(Literal["float32", "float64"], plan.stat_dtype), recompute_last=None, last_blocks=0
@@ -91,48 +84,75 @@ class Sampler:
         place = self.coordinates, comm, device
         self.velocity = Executor(velocity, *place, kernels, shared, arena, beside=to_come)
         self._buffers = named_buffers(self.velocity)
+        self.pool = beside.pool if beside is not None else None
+        self.replay: Frozen | Graph | None = None
         self.unpatchify = Executor(whole, *place, kernels, arena=self.velocity.arena)
+
+    def capture(self, mode: Capture = "auto") -> str | None:
+        """From now on velocities are replayed; answer and error as of :meth:`StepRunner.capture`. Collective."""
+        if mode == "off":
+            return None
+        for name in ("t", "x_t"):
+            self._buffers[name].zero_()
+        if self.device == "cpu":
+            made = Frozen(self.velocity)
+            made.record()
+            failure = made.hazards[0] if made.hazards else None
+        else:
+            if self.pool is None:
+                self.pool = GraphPool(self.device)
+                if self.mesh is not None:
+                    self.mesh.before_close.append(self.pool.close)
+            made, failure = capture_graph(self.velocity, self.pool, self.mesh, mode)
+        failure = vote(failure, self.mesh)
+        if failure is None:
+            self.replay = made
+        elif mode == "required":
+            raise refuse(failure)
+        return failure
 
     def sample(
         self,
         conditions: Batch,
         seed: int,
         ids: Tensor,
-        steps: int = 50,
-        guidance: float = GUIDANCE,
+        times: Sequence[float],
+        solver: Solver = SOLVERS["euler"],
         watch: Callable[[int], None] = lambda step: None,
     ) -> Tensor:
         """Latents [B, C, T, H, W] of this data rank's samples, on every rank that has a part in them.
 
-        ``conditions``: those of ``condition_inputs`` by name, not split over tp; ``ids`` int64 [B]. A sample's noise
-        depends on (``seed``, its id) alone: step and place are 0. ``guidance`` 1 is the model with the caption, 0 that
-        without. ``watch`` is told the step, from 0, that begins.
+        ``conditions``: those of ``condition_inputs`` by name, not split over tp; ``ids`` int64 [B]; ``times`` from 0 to
+        1. A sample's noise depends on (``seed``, its id) alone: step and place are 0. ``watch`` is told the step, from
+        0, that begins.
         """
         x = self._noise(seed, ids)
-        conditions = {name: value.to(self.device) for name, value in conditions.items()}
-        null = dict(conditions) | {MASK: torch.ones_like(conditions[MASK])}
-        for encoder in self.config.encoders:
-            name = text_input(encoder.name)
-            null[name] = torch.zeros_like(conditions[name])
-        for step, (t, after) in enumerate(pairwise(linear_quadratic(steps))):
+        given = self._given({name: value.to(self.device) for name, value in conditions.items()})
+        for step, (t, after) in enumerate(pairwise(times)):
             watch(step)
-            if guidance == 0:
-                v = self._velocity(x, t, null)
-            else:
-                v = self._velocity(x, t, conditions)
-                if guidance != 1:
-                    unguided = self._velocity(x, t, null)
-                    v = unguided + guidance * (v - unguided)
-            x += (after - t) * v
+            h, ks = after - t, list[Tensor]()
+            for node, row in zip(solver.nodes, solver.rows, strict=True):
+                ks.append(self._velocity(_moved(x, h, row, ks), t + node * h, given))
+            x = _moved(x, h, solver.weights, ks)
         whole = named_buffers(self.unpatchify)
         whole["tokens"].copy_(x)
         self.unpatchify.run()
         return whole[LATENTS].clone()
 
+    def _given(self, conditions: Batch) -> Batch:
+        """With the caption, without it, or one half behind the other: embeddings of zero, every key valid."""
+        null = dict(conditions) | {MASK: torch.ones_like(conditions[MASK])}
+        text = [text_input(encoder.name) for encoder in self.config.encoders]
+        null |= {name: torch.zeros_like(conditions[name]) for name in text}
+        if self.halves == 1:
+            return conditions if self.guidance else null
+        return {name: torch.cat([value, null[name]], int(name in text)) for name, value in conditions.items()}
+
     def _noise(self, seed: int, ids: Tensor) -> Tensor:
         """x at t = 0: this rank's tokens [T, B, P], in the statistics dtype."""
-        shape = self._buffers["x_t"].shape
-        x = torch.empty(shape, dtype=TORCH_DTYPES[self.plan.stat_dtype], device=self.device)
+        tokens, samples, features = self._buffers["x_t"].shape
+        wide: dict[str, Any] = {"dtype": TORCH_DTYPES[self.plan.stat_dtype], "device": self.device}
+        x = torch.empty(tokens, samples // self.halves, features, **wide)
         ids, step = ids.to(self.device), torch.zeros(2, dtype=torch.int64, device=self.device)
         self.velocity.kernels["draw_noise"](
             [ids, torch.zeros_like(ids), step],
@@ -146,9 +166,22 @@ class Sampler:
         return x
 
     def _velocity(self, x: Tensor, t: float, conditions: Batch) -> Tensor:
-        """At (x, t), in the dtype of x."""
+        """At (x, t), guided, in the dtype of x."""
         self._buffers["t"].fill_(t)
-        self._buffers["x_t"].copy_(x)
+        for half in self._buffers["x_t"].chunk(self.halves, 1):
+            half.copy_(x)
         load_inputs(self.velocity, conditions)
-        self.velocity.run()
-        return self._buffers["velocity"].to(x.dtype, copy=True)
+        (self.replay or self.velocity).run()
+        found = [half.to(x.dtype, copy=True) for half in self._buffers["velocity"].chunk(self.halves, 1)]
+        if len(found) == 1:
+            return found[0]
+        guided, null = found
+        return null + self.guidance * (guided - null)
+
+
+def _moved(x: Tensor, h: float, shares: Sequence[float], ks: Sequence[Tensor]) -> Tensor:
+    """x + h * sum of shares * ks."""
+    for share, k in zip(shares, ks, strict=True):
+        if share:
+            x = x + (h * share) * k
+    return x

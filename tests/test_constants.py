@@ -98,12 +98,24 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "model.buckets.BucketRunner.__init__(caption_dropout)": (0.1, OURS),
     "model.step.build_step(caption_dropout)": (0.1, OURS),
     "launch.training.recipe.Config.caption_dropout": (0.1, OURS),
-    "model.sampler.EMULATED_STEPS": (250, "3.4"),
-    "model.sampler.linear_quadratic(emulated)": (250, "3.4"),
+    "model.solvers.EMULATED_STEPS": (250, "3.4"),
+    "model.solvers.linear_quadratic(emulated)": (250, "3.4"),
     "model.sampler.GUIDANCE": (7.5, "3.4"),
-    "model.sampler.Sampler.sample(guidance)": (7.5, "3.4"),
+    "model.sampler.Sampler.__init__(guidance)": (7.5, "3.4"),
     "launch.training.recipe.SampleSection.guidance": (7.5, "3.4"),
-    "model.sampler.Sampler.sample(steps)": (50, "3.4"),
+    "model.sampler.Sampler.sample(solver)": ((0.0, 1.0), "3.4: Euler, which asks at the beginning of a step"),
+    "model.solvers.SOLVERS": (
+        (
+            *(0.0, 1.0),  # Euler
+            *(0.0, 1 / 2, 1 / 2, 0.0, 1.0),  # the midpoint
+            *(0.0, 0.2, 0.3, 0.8, 8 / 9, 1.0),  # c
+            *(0.2, 3 / 40, 9 / 40, 44 / 45, -56 / 15, 32 / 9),
+            *(19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+            *(9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+            *(35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),  # b
+        ),
+        "Hairer, Norsett, Wanner: Solving Ordinary Differential Equations I, table II.5.2",
+    ),
     "launch.training.recipe.SampleSection.steps": (50, "3.4"),
     # -- the optimizer --------------------------------------------------------------------------------------------
     "model.step.Optimizer.betas": ((0.9, 0.95), LLM),

@@ -44,12 +44,14 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
 # sums of rows on CUDA in one order, and what the catalogue says of orders (15); and copies from pinned memory (3); and
 # what hosts agree on over a tree, with the count of every socket (75); and what NCCL and driver make of the order of
 # collectives (33). What the first GPU showed: bytes that packages copy, and what a kernel that cannot be built raised
-# (9). A watchdog is told how many calls of all hosts a rank began and ended (11).
-CORE_LINES = 8923
+# (9). A watchdog is told how many calls of all hosts a rank began and ended (11). And of sampling: schedules and
+# solvers as data, guidance as one batch of two, captured velocities (78).
+CORE_LINES = 9001
 READ = (".csv", ".html", ".sh", ".yaml")  # suffixes of files that modules read
 FAN_OUT = 15  # modules of the package that a file imports
 WIDER_WITH_REASON: dict[str, str] = {  # path -> why
     "model/runner.py": "one rank of a step: where program, executor, capture and model meet",
+    "model/sampler.py": "one rank of a sampler: where program, executor, capture and model meet",
     "perf_model/report/explain.py": "asks every price and the search, and computes nothing itself",
     "launch/cli.py": "one module a command, imported when it is called",
     "launch/commands/calibrate.py": "measures compute and links, fits, and writes: a line of each",

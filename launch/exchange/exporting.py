@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from ...errors import CinemeshError, did_you_mean
 from ...kernels.dtypes import TORCH_DTYPES
 from ...model.config import ModelConfig
-from ...model.sampler import EMULATED_STEPS, GUIDANCE
+from ...model.sampler import GUIDANCE
+from ...model.solvers import EMULATED_STEPS
 from ..models import model_of
 from ..progress import progress
 from ..training.checkpoint.choosing import FOLDER, check_files, latest

@@ -106,7 +106,11 @@ def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Link]:
                 replaced["start_from.checkpoint"] = str(links[stage.after].end())
         given = (f"{key}={json.dumps(value)}" for key, value in replaced.items())
         link = Link(stage, Path(recipe), folder, (*given, *overrides))
-        link.config()  # told now, not in hours
+        config = link.config()  # told now, not in hours
+        if stage.prompt is not None and config.sample is None:
+            raise CinemeshError(
+                f"{at}: a prompt, and its recipe has no section sample", remedy="set: {sample.steps: 50}"
+            )
         links[stage.name] = link
     return list(links.values())
 

@@ -23,6 +23,7 @@ from ...errors import CinemeshError, did_you_mean
 from ...model.config import MOST_SIZE, Encoder, ModelConfig, preset
 from ...model.flow import CAPTION_DROPOUT
 from ...model.sampler import GUIDANCE
+from ...model.solvers import ScheduleName, SolverName
 from ...model.step import Optimizer
 from ...parallel.ir.fields import MOST_BLOCKS
 from ...parallel.ir.nccl_stack import Capture
@@ -171,7 +172,11 @@ class SampleSection:
 
     scenes: Annotated[tuple[str, ...] | None, "whose captions are sampled; default: all"] = None
     bucket: Annotated[str | None, "FRAMESxHEIGHTxWIDTH of the clips, one of the data's; default: the first"] = None
-    steps: Annotated[int, EULER_RANGE, "of the sampler: linear, then quadratic"] = 50
+    steps: Annotated[int, EULER_RANGE, "of the sampler"] = 50
+    schedule: Annotated[
+        ScheduleName, "the steps' lengths: linear, then quadratic, as the first half of 250 linear ones; or all equal"
+    ] = "linear-quadratic"
+    solver: Annotated[SolverName, "velocities of a step: euler one, midpoint two, dopri5 six"] = "euler"
     guidance: Annotated[float, GUIDANCE_RANGE, "scale of classifier-free guidance"] = GUIDANCE
     seed: Annotated[int, SEED_RANGE, "of the starting noise"] = 0
 

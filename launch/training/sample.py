@@ -1,26 +1,33 @@
-"""``cinemesh sample``: from a prompt and a checkpoint to a clip; and the clips that a training run ends with."""
+"""``cinemesh sample``: from prompts and a checkpoint to clips; and the clips that a training run ends with.
+
+The clips of a file of prompts are written as they are made: started again, the command makes those that are not there.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...data.clips import playable, write_mp4
 from ...data.text import with_fps
-from ...documents import quoted
+from ...documents import exactly, quoted, read_json
 from ...errors import CinemeshError
-from ...files import check_output_file
+from ...evaluation.bench import read_prompts
+from ...files import atomic_file, check_output_file
 from ...kernels.dtypes import TORCH_DTYPES
 from ...model.codec import LatentCodec
 from ...model.inputs import BatchShape
 from ...model.runner import StepRunner
 from ...model.sampler import Sampler
+from ...model.solvers import SCHEDULES, SOLVERS
 from ...model.step import unit_layout
 from ...parallel.runtime.comm import gather_objects
 from ...parallel.runtime.mesh import coordinates
@@ -32,44 +39,57 @@ from ..written import wrote
 from .average import remark
 from .checkpoint.choosing import FOLDER, check_files, latest
 from .checkpoint.loading import load_weights
-from .checkpoint.manifest import check_model, read_manifest
+from .checkpoint.manifest import Manifest, check_model, read_manifest
 from .differences import recipe_facts
 from .needs import check_sampling_memory
 from .recipe import Config, read_config
 from .setting import Setting
 
 FRAME_RATE = "frame_rate"  # of a checkpoint's note: frames/s of most of what the model was trained on, as a fraction
+ONE_CLIP = Path("sample.mp4")  # of a prompt, where no other file is named
+MADE_WITH = "sampled.json"  # in a folder of clips: what all of them have alike
+OTHER_FOLDER = "name a new folder"
 UNTOLD_RATE = Fraction(25)  # frames/s, where an older checkpoint has none: PAL, and most quick-start clips
 
 
 @dataclass(frozen=True)
+class Clip:
+    """One to make. Its noise depends on the seed and its ``number`` alone."""
+
+    number: int
+    prompt: str
+    out: Path
+
+
+@dataclass(frozen=True)
 class ClipOrder:
-    """One clip to make, by the recipe's plan and its section ``sample``: everything that a rank needs."""
+    """Clips to make, by the recipe's plan and its section ``sample``: everything that a rank needs."""
 
     config: Config
     checkpoint: Path
-    prompt: str
-    out: Path
+    clips: tuple[Clip, ...]
     frame_rate: Fraction
 
 
 def run(
     *,
     config: Path,
-    prompt: str,
+    prompt: str | None,
+    prompts: Path | None = None,
     checkpoint: Path | None,
-    out: Path,
+    out: Path | None,
     asked: Mapping[str, object],
     nproc: int | None,
     overrides: Sequence[str] = (),
 ) -> None:
-    """Sample a clip with the weights of ``checkpoint``, by default the newest of the recipe's run, and write it.
+    """Sample clips with the weights of ``checkpoint``, by default the newest of the recipe's run, and write them.
 
+    One of the ``prompt``, to the file ``out``; or those of a file of ``prompts``, each called after its prompt's name,
+    to the folder ``out``, but for those that are there.
     On one process any recipe's plan is left aside; on several, the plan must be of that many. ``asked``: values of the
     recipe's keys; one that is None is the recipe's.
     """
-    if any("\ud800" <= sign <= "\udfff" for sign in prompt):  # what a terminal sent was no UTF-8
-        raise CinemeshError(f"--prompt {prompt!r:.100} is no text", remedy="write it in UTF-8")
+    clips = _asked_for(prompt, prompts, out)
     asked_for = [f"{key}={value}" for key, value in asked.items() if value is not None]
     recipe = read_config(config, [*overrides, *asked_for])
     processes = world_size(nproc)
@@ -77,7 +97,8 @@ def run(
         recipe = replace(recipe, plan=recipe.plan.with_degrees(tp=1, cp=1, dp_shard=1, dp_replicate=1))
     recipe.plan.check_world_size(processes)
     say_device(recipe.device, processes_here(processes))
-    check_output_file(out, "--out")
+    for clip in clips:
+        check_output_file(clip.out, "--out")
     folder = recipe.logging.directory / FOLDER
     newest = checkpoint or latest(folder)
     if newest is None:
@@ -91,16 +112,62 @@ def run(
     check_model(newest, written, setting.model)
     check_files(newest, written)
     rate = _frame_rate(newest, written.note)
-    prompt = with_fps(rate, prompt)  # as in training
-    if cuts := setting.encoding.cuts({"the prompt": prompt}):
+    clips = [replace(clip, prompt=with_fps(rate, clip.prompt)) for clip in clips]  # as in training
+    if prompts is not None:
+        clips = _left(clips, _facts(recipe, written))
+        if not clips:
+            return
+        for cut in setting.encoding.cuts({clip.out.stem: clip.prompt for clip in clips}):
+            print(cut, file=sys.stderr)
+    elif cuts := setting.encoding.cuts({"the prompt": clips[0].prompt}):
         taken = ", ".join(f"text encoder {cut.encoder} takes {cut.tokens} of its {cut.length} tokens" for cut in cuts)
         print(f"the prompt is cut: {taken}", file=sys.stderr)
-    order = ClipOrder(recipe, newest, prompt, out, rate)
+    order = ClipOrder(recipe, newest, tuple(clips), rate)
     if said := remark(recipe, written.updates):
         print(said, file=sys.stderr)
     code = launch(nproc, sample, order) if nproc and nproc > 1 else rank_main(lambda: sample(order))
     if code:
         sys.exit(code)
+
+
+def _asked_for(prompt: str | None, prompts: Path | None, out: Path | None) -> list[Clip]:
+    """Raises CinemeshError unless there is one prompt, or a file of them and a folder for their clips."""
+    if (prompt is None) == (prompts is None):
+        raise CinemeshError("sample takes --prompt or --prompts", remedy="give one of them")
+    if prompt is not None:
+        if any("\ud800" <= sign <= "\udfff" for sign in prompt):  # what a terminal sent was no UTF-8
+            raise CinemeshError(f"--prompt {prompt!r:.100} is no text", remedy="write it in UTF-8")
+        return [Clip(0, prompt, out or ONE_CLIP)]
+    assert prompts is not None
+    if out is None:
+        raise CinemeshError("--prompts makes several clips", remedy="name a folder for them with --out")
+    return [Clip(number, each.prompt, out / f"{each.name}.mp4") for number, each in enumerate(read_prompts(prompts))]
+
+
+def _facts(recipe: Config, written: Manifest) -> dict[str, str]:
+    """What all clips of a folder have alike: the weights, and how they are sampled."""
+    assert recipe.sample is not None
+    section = {f"sample.{key}": str(value) for key, value in asdict(recipe.sample).items() if key != "scenes"}
+    return section | {"weights": recipe.weights, "digest of the weights": written.digests[recipe.weights]}
+
+
+def _left(clips: list[Clip], facts: dict[str, str]) -> list[Clip]:
+    """Those that are not in their folder yet; says how many are. Raises CinemeshError for a folder of other clips."""
+    told = clips[0].out.parent / MADE_WITH
+    if told.exists():
+        there = exactly(read_json(told, "what made the clips", OTHER_FOLDER), str(told), dict.fromkeys(facts, str),
+                        remedy=OTHER_FOLDER)  # fmt: skip
+        for key, value in facts.items():
+            if there[key] != value:
+                raise CinemeshError(f"{told}: its clips have {key} {there[key]}, not {value}", remedy=OTHER_FOLDER)
+    else:
+        told.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(told) as unfinished:
+            unfinished.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    left = [clip for clip in clips if not clip.out.exists()]
+    if len(left) < len(clips):
+        print(f"{len(clips) - len(left)} of {len(clips)} clips are in {told.parent}", file=sys.stderr)
+    return left
 
 
 def _frame_rate(checkpoint: Path, note: Mapping[str, object]) -> Fraction:
@@ -122,66 +189,74 @@ def _frame_rate(checkpoint: Path, note: Mapping[str, object]) -> Fraction:
 def sample(order: ClipOrder) -> None:
     """The work of one rank; rank 0 writes the file."""
     setting, plan = Setting.of(order.config), order.config.plan
-    alike = recipe_facts(order.config) | {"checkpoint": str(order.checkpoint), "prompt": order.prompt}
+    alike = recipe_facts(order.config) | {"checkpoint": str(order.checkpoint), "clips": str(order.clips)}
     with joined(plan, order.config.device, alike) as place:
         units = unit_layout(setting.model, plan)
         position = place.mesh.coordinates if place.mesh else coordinates(plan, 0)
         weights = torch.empty(1, units.flat_elements, dtype=TORCH_DTYPES[plan.stat_dtype], device=place.device)
         load_weights(order.checkpoint, order.config.weights, weights, units, position)
-        for clip in sample_clips(setting, place, weights, [order.prompt]):
-            write_mp4(order.out, clip[: order.config.sampled.frames], order.frame_rate)
+        prompts = {clip.number: clip.prompt for clip in order.clips}
+        outs = {clip.number: clip.out for clip in order.clips}
+        for number, clip in sample_clips(setting, place, weights, prompts):
+            write_mp4(outs[number], clip[: order.config.sampled.frames], order.frame_rate)
             about = f"{float(order.frame_rate):.4g} frames/s"
-            wrote(order.out, "open it in a video player; another --seed makes another clip", about)
+            wrote(outs[number], "open it in a video player; another --seed makes another clip", about)
 
 
 def sample_clips(
     setting: Setting,
     place: Joined,
     weights: Tensor,
-    prompts: Sequence[str],
+    prompts: Mapping[int, str],
     *,
     samples: int = 1,
     beside: StepRunner | None = None,
-) -> list[Tensor]:
-    """A clip of each prompt, uint8 [T, H, W, 3], as the recipe's section ``sample`` says; on rank 0, none elsewhere.
+) -> Iterator[tuple[int, Tensor]]:
+    """A clip of each prompt with its number, uint8 [T, H, W, 3], as it is made, as the recipe's ``sample`` says.
 
-    Collective. ``weights`` is this rank's flat shard. Each data rank makes at most ``samples`` clips at once. A
-    prompt's noise depends on (seed, its index) alone. ``beside``: the runner of a training that is over. Raises
-    CinemeshError when the model has diverged.
+    On rank 0, none elsewhere; collective, and every rank asks for all. ``weights`` is this rank's flat shard. Each data
+    rank makes at most ``samples`` clips at once. A prompt's noise depends on (seed, its number) alone. ``beside``: the
+    runner of a training that is over. Raises CinemeshError when the model has diverged.
     """
     plan, mesh, section, codec = setting.config.plan, place.mesh, setting.config.sample, setting.encoding.codec
     assert section is not None
     ranks, rank = plan.data_ranks, mesh.data_rank if mesh else 0
-    samples = min(samples, -(-len(prompts) // ranks))
+    ordered = list(prompts)
+    samples = min(samples, -(-len(ordered) // ranks))
     batch = BatchShape(samples, setting.config.sampled.latent(codec))
-    sampler = Sampler(
-        setting.model, plan, batch, mesh, weights, place.device, kernels=setting.kernels(place.device), beside=beside
-    )
+    kernels = setting.kernels(place.device)
+    choices: dict[str, Any] = {"guidance": section.guidance, "kernels": kernels, "beside": beside}
+    sampler = Sampler(setting.model, plan, batch, mesh, weights, place.device, **choices)
+    if (failure := sampler.capture(setting.config.capture)) is not None and place.rank == 0:
+        print(f"sampling is NOT captured, on any rank: {failure}; it runs from the executor", file=sys.stderr)
+    times = SCHEDULES[section.schedule](section.steps)
     # Ranks that share a sample all end with all of it: one of them hands it on.
     speaks = sampler.coordinates["tp"] == sampler.coordinates["cp"] == 0
-    latents: dict[int, Tensor] = {}
-    rounds = range(0, len(prompts), samples * ranks)
+    rounds = range(0, len(ordered), samples * ranks)
     with progress("sampling", len(rounds) * section.steps, silent=place.rank > 0) as begin:
         for start in rounds:
             mine = range(start + rank * samples, start + (rank + 1) * samples)  # past the end: such clips are dropped
-            conditions = setting.encoding.captions([prompts[i % len(prompts)] for i in mine])
-            numbers = f"clips {start + 1} to {min(start + samples * ranks, len(prompts))}"
+            at = [ordered[i % len(ordered)] for i in mine]
+            conditions = setting.encoding.captions([prompts[number] for number in at])
+            which = f"clips {start + 1} to {min(start + samples * ranks, len(ordered))}"
             place.marks.at(start, Doing.SAMPLING)
             made = sampler.sample(
                 conditions,
                 section.seed,
-                torch.tensor(mine),
-                section.steps,
-                section.guidance,
-                lambda step, numbers=numbers: begin(f"{numbers}, step {step + 1}"),
+                torch.tensor(at),
+                times,
+                SOLVERS[section.solver],
+                lambda step, which=which: begin(f"{which}, step {step + 1}"),
             ).cpu()
-            kept = {i: clip for i, clip in zip(mine, made, strict=True) if i < len(prompts) and speaks}
+            kept = {i: clip for i, clip in zip(mine, made, strict=True) if i < len(ordered) and speaks}
+            latents: dict[int, Tensor] = {}
             for part in gather_objects(kept) if mesh else [kept]:
                 assert isinstance(part, dict)
                 latents |= part
-    if mesh is not None and mesh.rank:
-        return []
-    return decoded(codec, [latents[i] for i in range(len(prompts))], place.marks)
+            if mesh is None or mesh.rank == 0:
+                for i in sorted(latents):
+                    place.marks.at(i, Doing.DECODING)
+                    yield ordered[i], codec.decode(latents[i])
 
 
 def decoded(codec: LatentCodec, latents: Iterable[Tensor], marks: Marks) -> list[Tensor]:

@@ -54,8 +54,9 @@ def show_samples(setting: Setting, place: Joined, cache: Cache, runner: StepRunn
     """Sample clips, write them and print how near they come to what was trained on. Collective."""
     config, bucket, captions = setting.config, setting.config.sampled, setting.sampled_captions(cache)
     weights = runner.buffers[config.weights]
-    captioned = list(captions.values())
-    clips = sample_clips(setting, place, weights, captioned, samples=runner.batch.samples, beside=runner)
+    numbered = dict(enumerate(captions.values()))
+    made = sample_clips(setting, place, weights, numbered, samples=runner.batch.samples, beside=runner)
+    clips = [clip for _, clip in made]
     if place.rank:
         return
     if said := remark(config, runner.updates_done):

@@ -136,9 +136,17 @@ def test_options_reach_train_sample_and_program(monkeypatch: pytest.MonkeyPatch)
     assert seen == {
         "config": Path("a.yaml"),
         "prompt": "a car",
+        "prompts": None,
         "checkpoint": None,
-        "out": Path("sample.mp4"),
-        "asked": {"weights": "master", "sample.steps": 50, "sample.guidance": 1.5, "sample.seed": 0},
+        "out": None,
+        "asked": {
+            "weights": "master",
+            "sample.steps": 50,
+            "sample.schedule": None,
+            "sample.solver": None,
+            "sample.guidance": 1.5,
+            "sample.seed": 0,
+        },
         "nproc": None,
         "overrides": ['plan="tp=2"', "seed=7"],
     }

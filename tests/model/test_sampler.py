@@ -1,5 +1,6 @@
 """The sampler: the schedule's numbers, and any plan against a plain Euler loop on the reference model."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -7,16 +8,21 @@ import torch
 from harness import Pool
 from torch import Tensor
 
+from cinemesh.errors import CinemeshError
 from cinemesh.kernels.philox import Purpose
 from cinemesh.model import flow
 from cinemesh.model.config import parameters, preset
 from cinemesh.model.inputs import IDS, MASK, BatchShape, text_input, training_inputs
 from cinemesh.model.reference import Reference
 from cinemesh.model.runner import data_share
-from cinemesh.model.sampler import Sampler, linear_quadratic
+from cinemesh.model.sampler import Sampler
+from cinemesh.model.solvers import SCHEDULES, SOLVERS, SolverName, equal_steps, linear_quadratic
 from cinemesh.model.step import unit_layout
 from cinemesh.model.weights import Values, fill_shard, full, probe_values
+from cinemesh.parallel.ir.nccl_stack import Capture
 from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.runtime.executor import Executor
+from cinemesh.parallel.runtime.frozen import Frozen
 from cinemesh.parallel.runtime.mesh import Mesh, coordinates
 
 TINY = preset("tiny")
@@ -62,7 +68,16 @@ def captions() -> dict[str, Tensor]:
     return {**text, MASK: mask, IDS: torch.tensor([11, 4])}
 
 
-def sampled(plan: Plan, values: Values, guidance: float, mesh: Mesh | None = None, steps: int = STEPS) -> Tensor:
+def sampled(
+    plan: Plan,
+    values: Values,
+    guidance: float,
+    mesh: Mesh | None = None,
+    steps: int = STEPS,
+    *,
+    capture: Capture = "off",
+    solver: SolverName = "euler",
+) -> Tensor:
     """What this rank gets."""
     position = mesh.coordinates if mesh else coordinates(plan, 0)
     units = unit_layout(TINY, plan)
@@ -71,15 +86,18 @@ def sampled(plan: Plan, values: Values, guidance: float, mesh: Mesh | None = Non
     before = master.clone()
     batch = BatchShape(SAMPLES // plan.data_ranks, LATENT)
     mine = data_share(captions(), training_inputs(TINY, plan, batch), plan, position)
-    sampler = Sampler(TINY, plan, batch, mesh, master)
-    latents = sampler.sample(mine, SEED, mine[IDS], steps, guidance)
+    sampler = Sampler(TINY, plan, batch, mesh, master, guidance=guidance)
+    assert sampler.capture(capture) is None and (sampler.replay is not None) == (capture != "off")
+    latents = sampler.sample(mine, SEED, mine[IDS], linear_quadratic(steps), SOLVERS[solver])
     assert torch.equal(master, before)
     return latents
 
 
-def sampled_on_rank(plan: Plan, guidance: float) -> tuple[int, Tensor]:
+def sampled_on_rank(plan: Plan, guidance: float) -> tuple[int, Tensor, Tensor]:
+    """From the executor, and captured."""
     mesh = Mesh(plan)
-    return mesh.data_rank, sampled(plan, probe_values(0), guidance, mesh)
+    made = sampled(plan, probe_values(0), guidance, mesh)
+    return mesh.data_rank, made, sampled(plan, probe_values(0), guidance, mesh, capture="required")
 
 
 def noise() -> Tensor:
@@ -122,11 +140,53 @@ LAST = "tp=2,recompute_last=full,last_blocks=1"  # of the blocks, which not ever
     "text", ["tp=2", "cp=2", "dp_shard=2", "tp=2,cp=2", "dp_replicate=2,tp=2", SLICED, "tp=2,fused_tp=true", LAST]
 )
 def test_every_plan_samples_the_same(pool: Pool, text: str) -> None:
-    """Noise, tokens and captions are each rank's own part; every rank of a sample ends with all of it."""
+    """Noise, tokens and captions are each rank's own part; every rank of a sample ends with all of it.
+
+    To 1e-10 of what one process makes; captured, to the bits of the executor.
+    """
     plan = Plan.parse(text, dtype="float64")
-    want = euler_on_reference(3.0)
-    for data_rank, latents in pool.run(plan.world_size, sampled_on_rank, plan, 3.0):
+    want, one = euler_on_reference(3.0), sampled(Plan(dtype="float64"), probe_values(0), 3.0)
+    for data_rank, latents, replayed in pool.run(plan.world_size, sampled_on_rank, plan, 3.0):
         torch.testing.assert_close(latents, want.chunk(plan.data_ranks)[data_rank], rtol=0, atol=1e-9)
+        due = one.chunk(plan.data_ranks)[data_rank]
+        assert (latents - due).abs().max() <= 1e-10 * due.abs().max()
+        assert torch.equal(replayed, latents)
+
+
+def test_both_halves_of_the_guidance_are_one_run_of_one_program() -> None:
+    """Twice the samples in it; one run a velocity, whether it is captured or not."""
+    plan = Plan(dtype="float32")
+    units = unit_layout(TINY, plan)
+    master = torch.empty(1, units.flat_elements)
+    fill_shard(master, units, coordinates(plan, 0), probe_values(0))
+    for guidance, samples in ((3.0, 2 * SAMPLES), (1.0, SAMPLES), (0.0, SAMPLES)):
+        sampler = Sampler(TINY, plan, BatchShape(SAMPLES, LATENT), None, master, guidance=guidance)
+        assert sampler.velocity.program.buffers[sampler.velocity.program.states["velocity"]].shape[1] == samples
+        runs, run = list[None](), Executor.run
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Executor, "run", lambda *of, run=run, runs=runs: (runs.append(None), run(*of))[1])
+            sampler.sample(captions(), SEED, captions()[IDS], linear_quadratic(STEPS))
+        assert len(runs) == STEPS + 1, "a velocity a step, and the tokens put together"
+
+
+def test_what_cannot_be_captured_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the op's name; required, it is refused. Otherwise the executor runs, and the clip is the same."""
+    plan, given = Plan(dtype="float32"), captions()
+    units = unit_layout(TINY, plan)
+    sampler = Sampler(TINY, plan, BatchShape(SAMPLES, LATENT), None, torch.zeros(1, units.flat_elements))
+    assert sampler.capture("off") is None and sampler.replay is None
+    want = sampler.sample(given, SEED, given[IDS], [0.0, 1.0])
+    record = Frozen.record
+
+    def hazardous(self: Frozen) -> None:
+        record(self)
+        self.hazards.append("attention: reads from the device")
+
+    monkeypatch.setattr(Frozen, "record", hazardous)
+    assert sampler.capture() == "rank 0: attention: reads from the device" and sampler.replay is None
+    with pytest.raises(CinemeshError, match="attention: reads from the device"):
+        sampler.capture("required")
+    assert torch.equal(sampler.sample(given, SEED, given[IDS], [0.0, 1.0]), want)
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -151,10 +211,53 @@ def test_bf16_integrates_in_float32() -> None:
     master = torch.empty(1, units.flat_elements)
     fill_shard(master, units, coordinates(plan, 0), probe_values(0))
     given = captions()
-    got = Sampler(TINY, plan, BatchShape(SAMPLES, LATENT), None, master).sample(given, SEED, given[IDS], STEPS, 1.0)
+    sampler = Sampler(TINY, plan, BatchShape(SAMPLES, LATENT), None, master, guidance=1.0)
+    got = sampler.sample(given, SEED, given[IDS], linear_quadratic(STEPS))
     assert got.dtype == torch.float32 and not torch.equal(got, got.bfloat16().float())
     want = euler_on_reference(1.0)
     assert (got - want).abs().max() < 0.05 * want.abs().max()
+
+
+# -- schedules and solvers --------------------------------------------------------------------------------------------
+
+
+def solved(solver: SolverName, steps: int) -> float:
+    """x' = x cos 2t from 1 at t = 0, at t = 1: by the tableau alone."""
+    x = 1.0
+    for t, after in pairwise(equal_steps(steps)):
+        h, ks, of = after - t, list[float](), SOLVERS[solver]
+        for node, row in zip(of.nodes, of.rows, strict=True):
+            at = x + h * sum(a * k for a, k in zip(row, ks, strict=True))
+            ks.append(at * math.cos(2 * (t + node * h)))
+        x += h * sum(b * k for b, k in zip(of.weights, ks, strict=True))
+    return x
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("dopri5", 5)])
+def test_a_solver_has_its_order(solver: SolverName, order: int) -> None:
+    """Half the step, 2**order less of an error. A wrong digit in a tableau lowers the order."""
+    exact = math.exp(math.sin(2.0) / 2)
+    errors = [abs(solved(solver, steps) - exact) for steps in (16, 32)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.35)
+    of = SOLVERS[solver]
+    assert [sum(row) for row in of.rows] == pytest.approx(of.nodes) and sum(of.weights) == pytest.approx(1)
+
+
+def test_linear_times_are_equally_far_apart() -> None:
+    assert equal_steps(4) == [0.0, 0.25, 0.5, 0.75, 1.0] and SCHEDULES["linear"](3)[-1] == 1.0
+
+
+def test_midpoint_is_that_of_the_reference() -> None:
+    """Nodes and shares reach the velocity: of the plain model, written out."""
+    model = Reference(TINY).double()
+    model.load_state_dict(full(parameters(TINY), probe_values(0), torch.float64))
+    given, x = captions(), noise()
+    with torch.no_grad():
+        for now, after in pairwise(linear_quadratic(3)):
+            h, t = after - now, torch.full((SAMPLES,), now, dtype=torch.float64)
+            x = x + h * model(x + h / 2 * model(x, t, given), t + h / 2, given)
+    got = sampled(Plan(dtype="float64"), probe_values(0), 1.0, steps=3, solver="midpoint")
+    torch.testing.assert_close(got, x, rtol=0, atol=1e-9)
 
 
 class Moved(Tensor):
@@ -174,5 +277,5 @@ def test_conditions_move_to_the_device_once_for_all_steps() -> None:
     sampler = Sampler(TINY, plan, BatchShape(SAMPLES, LATENT), None, torch.zeros(1, units.flat_elements))
     Moved.times = 0
     text = [name for name in given if name != IDS]
-    sampler.sample({name: given[name].as_subclass(Moved) for name in text}, SEED, given[IDS], STEPS, 2.0)
+    sampler.sample({name: given[name].as_subclass(Moved) for name in text}, SEED, given[IDS], linear_quadratic(STEPS))
     assert Moved.times == len(text)

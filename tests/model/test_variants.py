@@ -21,7 +21,8 @@ from cinemesh.model.config import PRESETS, USUAL_LATENTS, LatentCondition, Model
 from cinemesh.model.inputs import IDS, LATENTS, training_inputs
 from cinemesh.model.reference import Reference
 from cinemesh.model.runner import StepRunner, data_share
-from cinemesh.model.sampler import Sampler, linear_quadratic
+from cinemesh.model.sampler import Sampler
+from cinemesh.model.solvers import linear_quadratic
 from cinemesh.model.step import unit_layout
 from cinemesh.model.weights import fill_shard, full, initial_values, probe_values
 from cinemesh.parallel.ir.plan import Plan
@@ -85,10 +86,10 @@ def sampled(case: Case, steps: int) -> tuple[int, Tensor]:
     units = unit_layout(case.config, case.plan)
     master = torch.empty(1, units.flat_elements, dtype=torch.float64)
     fill_shard(master, units, mesh.coordinates, probe_values(0))
-    sampler = Sampler(case.config, case.plan, case.batch, mesh, master)
+    sampler = Sampler(case.config, case.plan, case.batch, mesh, master, guidance=1.0)
     inputs = training_inputs(case.config, case.plan, case.batch)
     mine = data_share(global_batch(case, 0, 0), inputs, case.plan, mesh.coordinates)
-    made = sampler.sample(mine, 5, mine[IDS], steps, guidance=1.0)
+    made = sampler.sample(mine, 5, mine[IDS], linear_quadratic(steps))
     mesh.close()
     return mesh.data_rank, made
 

@@ -32,6 +32,7 @@ from cinemesh.model.config import LatentCondition, ModelConfig, parameters
 from cinemesh.model.inputs import MASK, BatchShape, text_input
 from cinemesh.model.reference import Reference
 from cinemesh.model.sampler import Sampler
+from cinemesh.model.solvers import linear_quadratic
 from cinemesh.model.step import unit_layout
 from cinemesh.model.weights import fill_shard, full, probe_values
 
@@ -115,7 +116,8 @@ def test_its_latents_are_those_of_the_sampler(tmp_path: Path) -> None:
     flat = torch.empty(units.flat_elements)
     load_weights(path, "ema", flat, units, {"tp": 0, "cp": 0, "dp_shard": 0})
     conditions = conditions_of(TINY, torch.float32, 2)
-    want = Sampler(TINY, plan, batch, None, flat).sample(conditions, 1, ids, steps, guidance=3.0)
+    sampler = Sampler(TINY, plan, batch, None, flat, guidance=3.0)
+    want = sampler.sample(conditions, 1, ids, linear_quadratic(steps))
     code = exported_code(tmp_path / "out")
     zero = torch.tensor(0)
     noise = flow.draw_noise(

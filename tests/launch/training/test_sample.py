@@ -26,6 +26,7 @@ from cinemesh.model.config import Encoder, ModelConfig
 from cinemesh.model.inputs import MASK, BatchShape, text_input
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.sampler import Sampler
+from cinemesh.model.solvers import linear_quadratic
 from cinemesh.model.step import Optimizer, unit_layout
 from cinemesh.model.weights import fill_shard, probe_values
 from cinemesh.parallel.ir.plan import Plan
@@ -66,7 +67,8 @@ def clips(plan: Plan, mesh: Mesh | None, prompts: list[str], samples: int, seed:
     values = {**RECIPE, "plan": plan.to_dict(), "sample": {"steps": 3, "guidance": 2.0, "seed": seed}}
     setting = Setting.of(check_config(values, "test"))
     place = Joined(mesh.rank if mesh else 0, "cpu", mesh)
-    return sample.sample_clips(setting, place, weights, prompts, samples=samples)
+    made = sample.sample_clips(setting, place, weights, dict(enumerate(prompts)), samples=samples)
+    return [clip for _, clip in made]
 
 
 def clips_on_rank(plan: Plan, prompts: list[str], samples: int) -> list[Tensor]:
@@ -178,8 +180,8 @@ def test_run_writes_the_clip_of_the_weights_that_are_asked_for(
     encoded = [encoder.encode(f"FPS-30 {PROMPTS[0]}") for encoder in ENCODERS]
     given = {text_input(e.name): x[:, None] for e, (x, _) in zip(ENCODERS, encoded, strict=True)}
     given[MASK] = torch.cat([valid for _, valid in encoded])[None]
-    sampler = Sampler(MODEL, plan, BatchShape(1, LATENT), None, ema)
-    want = BlockDCTCodec().decode(sampler.sample(given, 5, torch.tensor([0]), 3, 3.0)[0])[:FRAMES]
+    sampler = Sampler(MODEL, plan, BatchShape(1, LATENT), None, ema, guidance=3.0)
+    want = BlockDCTCodec().decode(sampler.sample(given, 5, torch.tensor([0]), linear_quadratic(3))[0])[:FRAMES]
     assert psnr(frames, want) > psnr(frames, want.flip(0)) + 5
     assert psnr(frames, want) > 25  # noise, which H.264 at this quality still keeps well
 
@@ -241,3 +243,56 @@ def test_diverged_weights_make_no_file(recipe: Path, capsys: pytest.CaptureFixtu
         call(recipe)
     assert stop.value.code == 2 and "not finite" in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def of_a_file(recipe: Path, texts: list[str], **changed: object) -> None:
+    Path("prompts.yaml").write_text(yaml.safe_dump([{"name": f"clip-{t or 'none'}", "prompt": t} for t in texts]))
+    call(recipe, **({"prompt": None, "prompts": Path("prompts.yaml"), "out": Path("clips")} | changed))
+
+
+def test_clips_of_a_file_are_made_once_each(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stopped after the second and started again: the third alone is made, of the noise that it had before."""
+    texts = ["a red car", "rain", "snow"]
+    of_a_file(recipe, texts)
+    names = [f"clips/clip-{text}.mp4" for text in texts]
+    made = {name: Path(name).read_bytes() for name in names}
+    assert len(set(made.values())) == 3
+    assert "text encoder words: 3 of 3 captions (100%) have more than its 5 tokens" in capsys.readouterr().err
+    Path(names[2]).unlink()
+    of_a_file(recipe, texts)
+    said = capsys.readouterr().err
+    assert "2 of 3 clips are in clips" in said and said.count("wrote ") == 1
+    assert {name: Path(name).read_bytes() for name in names} == made
+    call(recipe)  # a prompt by itself has the first one's noise
+    assert Path("out/clip.mp4").read_bytes() == made[names[0]]
+    of_a_file(recipe, texts)
+    assert "3 of 3 clips are in clips" in capsys.readouterr().err
+
+
+def test_a_folder_has_clips_of_one_order(recipe: Path) -> None:
+    """Other weights, another seed, another solver: half a folder each would look like one system's."""
+    of_a_file(recipe, ["rain"])
+    with pytest.raises(CinemeshError, match=r"its clips have weights ema, not master; name a new folder"):
+        of_a_file(recipe, ["rain", "snow"], weights="master")
+    with pytest.raises(CinemeshError, match=r"its clips have sample\.solver euler, not midpoint"):
+        call(recipe, prompt=None, prompts=Path("prompts.yaml"), out=Path("clips"), asked={"sample.solver": "midpoint",
+             "sample.steps": 3, "sample.seed": 5})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"prompt": None}, "takes --prompt or --prompts"),
+        ({"prompts": Path("prompts.yaml")}, "takes --prompt or --prompts"),
+        ({"prompt": None, "prompts": Path("prompts.yaml"), "out": None}, "name a folder for them with --out"),
+        ({"prompt": None, "prompts": Path("absent.yaml")}, "absent.yaml"),
+    ],
+)
+def test_an_order_that_is_none_is_refused(recipe: Path, changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(CinemeshError, match=said):
+        call(recipe, **changed)
+
+
+def test_prompts_given_twice_are_refused(recipe: Path) -> None:
+    with pytest.raises(CinemeshError, match="have the same"):
+        of_a_file(recipe, ["rain", "rain"])

@@ -38,7 +38,8 @@ from cinemesh.model import flow
 from cinemesh.model.inputs import IDS, LATENTS, MASK, text_input
 from cinemesh.model.reference import Reference
 from cinemesh.model.runner import StepRunner
-from cinemesh.model.sampler import Sampler, linear_quadratic
+from cinemesh.model.sampler import Sampler
+from cinemesh.model.solvers import linear_quadratic
 from cinemesh.parallel.ir.plan import Plan
 
 STATES = ("master", "exp_avg", "exp_avg_sq", "ema")
@@ -309,6 +310,8 @@ EFFECTS: Mapping[str, Sequence[Effect]] = {
     "sample.scenes": [Effect(["right"], frozenset({"clips"}))],
     "sample.bucket": [Effect("8x32x64", frozenset({"clips"}), TWO_BUCKETS)],
     "sample.steps": [Effect(3, frozenset({"clips"}))],
+    "sample.schedule": [Effect("linear", frozenset({"clips"}))],
+    "sample.solver": [Effect("midpoint", frozenset({"clips"}))],
     "sample.guidance": [Effect(2.0, frozenset({"clips"}))],
     "sample.seed": [Effect(4, frozenset({"clips"}))],
     "seed": [Effect(4, SAMPLES)],
