@@ -174,6 +174,7 @@ def _known_cause() -> str | None:
     """
     if _watched is None or _meeting is None:
         return None
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends those that are left: not before one has said why
     try:
         until = time.monotonic() + DEATH_S
         while time.monotonic() < until:

@@ -256,7 +256,7 @@ def _wait_for(store: Store, keys: list[str], seconds: float) -> bool:
 def _innermost(stack: str) -> str:
     """Of the main thread, which faulthandler writes last: the function, and where it stands in which file."""
     found = re.findall(r'\n  File "([^"]*)", line (\d+) in (\S+)', stack.rpartition("hread 0x")[2])
-    return f"{found[0][2]} ({found[0][0]}:{found[0][1]})" if found else ""
+    return f"{found[0][2]} ({Path(found[0][0]).name}:{found[0][1]})" if found else ""
 
 
 def _at(text: str) -> At:

@@ -221,7 +221,7 @@ def test_the_stack_of_a_rank_ends_in_what_its_main_thread_does(meeting: Meeting,
         meeting.job.get("there")
         watchdog = sidecar._Watchdog(meeting, Marks(), tmp_path, cast(Any, None), pid, stack)
         shown = watchdog._stack()
-        assert shown.count("hread 0x") == 2 and sidecar._innermost(shown).startswith(f"_rest ({__file__}:")
+        assert shown.count("hread 0x") == 2 and sidecar._innermost(shown).startswith("_rest (test_restart.py:")
         os.kill(pid, signal.SIGSTOP)
         stack.truncate(0)
         assert watchdog._stack() == "" and sidecar._innermost("") == ""
