@@ -43,6 +43,7 @@ from .measured_rows import MeasuredRows
 from .needs import check_training_memory
 from .plateau import VALIDATIONS, Validated
 from .recipe import Config, read_config
+from .replicas import compare_replicas
 from .reports import Done, Reports
 from .resume import CONTENTS, allowed_changes, check_may_change
 from .sample import FRAME_RATE
@@ -167,6 +168,7 @@ class _Loop:
         self.cache, self.saver, self.telemetry, self.marks = cache, saver, telemetry, marks
         self.carried = carried  # of a checkpoint's note, from one to the next
         self.failed_saves = 0  # in a row
+        self.compared = self.runner.steps_done  # when replicas were last the same
         self.validated: tuple[int, float] | None = None  # step and loss, of the last one
         self.latents = [batch.latent for batch in setting.batches]
         log = self.config.logging
@@ -229,6 +231,7 @@ class _Loop:
         self.marks.at(step - 1, Doing.SAVING)
         self._publish()
         if saved != step or self.failed_saves:
+            self._compare(step)
             self._begin_save(step)
         self._publish(last=True)
 
@@ -326,10 +329,16 @@ class _Loop:
         """Begin a checkpoint, behind training. One that fails is told; several in a row end the run."""
         self.marks.at(step - 1, Doing.SAVING)
         self._publish()
+        self._compare(step)
         try:
             self._begin_save(step)
         except CinemeshError as error:
             self._not_saved(error)
+
+    def _compare(self, step: int) -> None:
+        """Before what differs is saved."""
+        compare_replicas(self.runner, self.compared)
+        self.compared = step
 
     def _begin_save(self, step: int) -> None:
         sizes = self.config.data.global_batches
