@@ -18,6 +18,7 @@ from ..ranges import BATCH_RANGE, EULER_RANGE, PROCESSES_RANGE, SEED_RANGE
 from .examples import PAPER, epilog
 from .judging import judge
 from .options import (
+    DEFAULT_CLUSTER,
     DEFAULT_DTYPE,
     FILE_RANGE,
     GPUS_RANGE,
@@ -621,14 +622,45 @@ def trace(
     ] = "local-cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Show when every op and collective of a step ran.
+    """Show when every op and collective of a plan's step ran.
 
-    Runs the plan on CPU processes, writes a trace that Perfetto opens, and prints for every collective
-    how much of it compute hid and how much it waited for, predicted beside measured.
+    Runs the plan on CPU processes, writes a trace that Perfetto opens, and prints for every record and
+    lane how long it ran and how long it held compute, predicted beside measured: what profile does for
+    the steps of a recipe.
     """
     from .commands.trace import run
 
     run(plan=plan, model=model, out=out, steps=steps, max_procs=max_procs, cluster=cluster, as_json=as_json)
+
+
+@app.command("profile", epilog=epilog("profile"))
+def profile_recipe(
+    config: ConfigFile,
+    steps: Annotated[int, typer.Option("--steps", **bounds(TRIED_RANGE), help="Steps to watch, and as many not.")] = 10,
+    latent: LatentOption = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", help="Prices to predict by. Default: the recipe's; on CPUs local-cpu.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where to write. Default: profile/ in the run's folder.")
+    ] = None,
+    nproc: LocalProcesses = None,
+    device: RecipeDevice = None,
+    plan: RecipePlan = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show where the time of a recipe's steps goes, beside where it should go.
+
+    Runs some of its steps, on its data, as training would, half of them with the times of every record, and
+    writes a page, a trace that Perfetto opens, profile.json, from which calibrate takes the level of the
+    prices, and with 6 steps or more rows.yaml for validate. Saves nothing of what the steps learn. The
+    worst disagreements of measured and predicted come first. On GPUs, torchrun starts the same command.
+    """
+    from .commands.profiled import ProfileOrder, run
+
+    given = [*plan_override(plan), *device_override(device), *(overrides or [])]
+    run(ProfileOrder(config, given, nproc, steps, latent, cluster, out, as_json))
 
 
 @app.command(epilog=epilog("program"))
@@ -732,9 +764,17 @@ def calibrate(
         Path | None,
         typer.Option("--acceptance", metavar="JSON", help="What cinemesh.launch.acceptance wrote of a job's links."),
     ] = None,
+    profile: Annotated[
+        Path | None, typer.Option("--profile", metavar="JSON", help="What cinemesh profile wrote of a recipe's steps.")
+    ] = None,
     base: Annotated[
-        str, typer.Option("--base", help="On GPUs, and with what was measured there: the cluster of all else.")
-    ] = "grand-teton-h100",
+        str | None,
+        typer.Option(
+            "--base",
+            help="The cluster of all that is not measured. Default: with --profile the one that it was priced on, else "
+            f"{DEFAULT_CLUSTER}.",
+        ),
+    ] = None,
     device: OnDevice = "auto",
 ) -> None:
     """Measure this machine, or take what was measured on GPUs, and write a cluster file.
@@ -746,7 +786,7 @@ def calibrate(
     if out.suffix not in (".yaml", ".yml"):
         raise CinemeshError(f"--out {out}: a cluster file ends in .yaml", remedy="write for example --out local.yaml")
     check_output_file(out, "--out")
-    measured = {"--card": card, "--nccl-tests": nccl_tests, "--acceptance": acceptance}
+    measured = {"--card": card, "--nccl-tests": nccl_tests, "--acceptance": acceptance, "--profile": profile}
     given = [name for name, of in measured.items() if of]
     if len(given) > 1:
         raise CinemeshError(
@@ -756,6 +796,12 @@ def calibrate(
         if card is None:
             raise CinemeshError("--table is made of --card", remedy="add it, or leave --table out")
         check_output_file(table, "--table")
+    if profile is not None:
+        from .commands.links import show_levels
+
+        show_levels(profile, base, out)
+        return
+    base = base or DEFAULT_CLUSTER
     if card is not None:
         from ..perf_model.calibration.card import write, write_table
 

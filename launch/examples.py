@@ -12,7 +12,7 @@ STARTED = "0 done; 1 a bug; 2 wrong input or data; 128 + n when signal n stopped
 DONE = "0 done; 2 wrong input, with a line that says how to mend it."
 CODES: dict[str, str] = {
     **dict.fromkeys(("verify", "doctor", "lint"), CHECKED),
-    **dict.fromkeys(("train", "stages", "launch", "sample"), STARTED),
+    **dict.fromkeys(("train", "stages", "launch", "sample", "profile"), STARTED),
 }
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
@@ -82,6 +82,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh trace --plan tp=2",
         "cinemesh trace --plan cp=2,kv_slices=2,grad_units=2 --out step.trace.json --steps 5",
     ),
+    "profile": (
+        "cinemesh profile configs/quickstart.yaml --nproc 2",
+        "cinemesh profile configs/quickstart.yaml --nproc 2 --plan cp=2,dtype=float32 --steps 6 --out profiled --json",
+    ),
     "program": (
         f"cinemesh program --model movie-gen-30b --plan {PAPER}",
         "cinemesh program --model tiny --plan tp=2,dp_shard=2 --latent 3x4x12 --json",
@@ -97,6 +101,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh calibrate --card card.json --base h200-ib400 --out h200.yaml --table tuning/h200.yaml",
         "cinemesh calibrate --nccl-tests all_gather.log --base dgx-h100-ib400 --out ours.yaml",
         "cinemesh calibrate --acceptance acceptance.json --base dgx-h100-ib400 --out ours.yaml",
+        "cinemesh calibrate --profile profiled/profile.json --base local-cpu --out here.yaml",
     ),
     "judge make": (
         "cinemesh judge make runs/new runs/old --out judged",

@@ -15,7 +15,7 @@ from ...perf_model.prices.played import play_program
 from ...perf_model.report.trace import predicted
 from ..cluster.processes import Joined
 from ..proof.parity import Case
-from ..proof.traced import traced_steps
+from ..proof.traced import taken_steps
 from .here import SAID, Here, mesh_of
 from .prices import priced_on
 from .steps import fill_inputs, plans_of, runner_of, timed_case
@@ -50,7 +50,7 @@ def _traced(place: Joined, case: Case) -> tuple[dict[str, dict[str, float]], Pro
     with mesh_of(case.plan, place) as mesh:
         runner = runner_of(case, mesh, place.device)
         fill_inputs(runner, case.seed)
-        return lanes_of(traced_steps(runner, STEPS), STEPS), runner.program
+        return lanes_of(taken_steps(runner, STEPS).spans, STEPS), runner.program
 
 
 def _row(

@@ -108,8 +108,13 @@ class MeasuredRows:
         if not rows:
             return
         told = [dated(row, self._device) for row in rows]
-        with atomic_file(self._path) as unfinished:
-            unfinished.write_text(HEAD + write_yaml(self._earlier + told), encoding="utf-8")
+        write_rows(self._path, self._earlier + told)
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
+    """A file for ``cinemesh validate``, whole or not at all."""
+    with atomic_file(path) as unfinished:
+        unfinished.write_text(HEAD + write_yaml(rows), encoding="utf-8")
 
 
 def _read(path: Path) -> list[Any]:

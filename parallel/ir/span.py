@@ -48,3 +48,8 @@ class Span:
     def overlapped_s(self) -> float:
         """Of its run, what compute hid."""
         return self.ran_s - self.exposed_s
+
+
+def role(record: Span | Op) -> str:
+    """Under what records of all blocks and micro-batches are summed, as ``blocks.*.forward/kv_gathered~``."""
+    return f"{record.place.alike}/{record.label}{'~' if record.clone else ''}"

@@ -1,14 +1,13 @@
 """What a step did and when: every op and collective, when it was issued, ran and was waited for.
 
-The spans come from running a bound program record by record beside its executor, so that a step that is not traced pays
-nothing. Times are seconds of the machine's monotonic clock: processes of one machine share it.
+The spans come from running bound records one by one, so that a step that is not traced pays nothing; while they run
+only moments are noted. Times are seconds of the machine's monotonic clock: processes of one machine share it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,76 +16,38 @@ from ...kernels.ops import OPS
 from ..ir.communicators import communicator
 from ..ir.records import COMPUTE_LANE, Op
 from ..ir.span import Span
-from .executor import Executor
+from .executor import BoundRecord
 
 
-@torch.no_grad()
-def traced_step(executor: Executor) -> list[Span]:
-    """Run one step on a CPU; spans in the order of their records, collectives at their issue."""
-    assert executor.device == "cpu", "on a GPU the host does not see when an op runs"
+@torch.inference_mode()  # as a replayed step runs
+def traced_step(records: Sequence[BoundRecord]) -> list[Span]:
+    """Run the records of one step on a CPU; spans in their order, collectives at their issue."""
     now = time.perf_counter
-    done: list[Span | None] = []
-    issued: dict[str, tuple[int, float, dist.Work, list[float]]] = {}  # record, when, what, and when it ended
-    free: dict[str, float] = {}  # when each communicator ended its last collective
-    records = [part for record in executor.records for part in record.parts or (record,)]
+    moments: list[
+        tuple[float, float, list[float]]
+    ] = []  # of every record: before, behind, and when what it issued ended
     for record in records:
-        op, start = record.op, now()
+        start, ended = now(), list[float]()
+        answer = record.run()
+        if isinstance(answer, dist.Work):
+            answer.get_future().add_done_callback(lambda _, ended=ended: ended.append(now()))
+        moments.append((start, now(), ended))
+    done: list[Span | None] = []
+    issued: dict[str, tuple[int, Op, float, list[float]]] = {}  # by name: record, what, when, and when it ended
+    free: dict[str, float] = {}  # when each communicator ended its last collective
+    for record, (start, end, ended) in zip(records, moments, strict=True):
+        op = record.op
         if op.kind in OPS or op.to is not None:  # a copy to or from the host is done when it is issued
-            record.run()
-            done.append(Span.of(op, COMPUTE_LANE if op.kind in OPS or op.is_wait else op.lane, start, now()))
+            done.append(Span.of(op, COMPUTE_LANE if op.kind in OPS or op.is_wait else op.lane, start, end))
         elif not op.is_wait:
-            work, ended = record.run(), list[float]()
-            assert isinstance(work, dist.Work)
-            work.get_future().add_done_callback(lambda _, ended=ended: ended.append(now()))
-            issued[op.name] = (len(done), start, work, ended)
+            issued[op.name] = (len(done), op, start, ended)
             done.append(None)
-        else:
-            place, since, work, ended = issued.pop(op.waits_for)
-            work.wait()
-            waited = now()
-            record.run()  # what is left of it: on gloo, the sum of a reduce-scatter
-            issue = records[place].op
-            end = min(ended[0], waited) if ended else waited
+        else:  # behind what it waits for, a wait does what is left of it: on gloo, the sum of a reduce-scatter
+            place, issue, since, ended = issued.pop(op.waits_for)
+            until = min(ended[0], end) if ended else end
             lane = communicator(issue)
-            begin = min(max(since, free.get(lane, since)), end)
-            free[lane] = max(end, free.get(lane, end))
-            done[place] = Span.of(issue, lane, begin, end, issued_s=since, waited_s=waited - start)
-            done.append(Span.of(op, COMPUTE_LANE, start, now()))
+            begin = min(max(since, free.get(lane, since)), until)
+            free[lane] = max(until, free.get(lane, until))
+            done[place] = Span.of(issue, lane, begin, until, issued_s=since, waited_s=max(until - start, 0.0))
+            done.append(Span.of(op, COMPUTE_LANE, start, end))
     return [span for span in done if span is not None]
-
-
-@dataclass(frozen=True)
-class OverlapRow:
-    """Collectives of one role, of all layers and steps: totals in seconds."""
-
-    role: str
-    kind: str
-    lane: str
-    count: int
-    ran_s: float
-    overlapped_s: float
-    exposed_s: float
-
-
-def summary(spans: Sequence[Span]) -> list[OverlapRow]:
-    """Overlapped and exposed time of every collective, layers and micro-batches together; the most exposed first."""
-    groups: dict[tuple[str, str, str], list[Span]] = {}
-    for span in spans:
-        if span.lane != COMPUTE_LANE:
-            groups.setdefault((role(span), span.kind, span.lane), []).append(span)
-    rows = [
-        OverlapRow(
-            *key,
-            len(group),
-            sum(s.ran_s for s in group),
-            sum(s.overlapped_s for s in group),
-            sum(s.exposed_s for s in group),
-        )
-        for key, group in groups.items()
-    ]
-    return sorted(rows, key=lambda row: -row.exposed_s)
-
-
-def role(record: Span | Op) -> str:
-    """Under what records of all blocks and micro-batches are summed, as ``blocks.*.forward/kv_gathered~``."""
-    return f"{record.place.alike}/{record.label}{'~' if record.clone else ''}"

@@ -206,6 +206,19 @@ def load(name_or_path: str, servers: int | None = None, packages: str = "", head
     ``servers``: in place of as many as the file says, in pods of the same size. ``packages``: installed beside those
     that it says, by name, commas between them. ``headroom_gb``: of a GPU's usable memory, left free.
     """
+    path = _path_of(name_or_path)
+    cluster = from_dict(_read(path), path.stem, path.parent).with_packages(names_in(packages))
+    if headroom_gb:
+        cluster = cluster.with_headroom(headroom_gb * 1e9)
+    return cluster if servers is None else cluster.with_(**{"topology.servers": servers})
+
+
+def merged_values(name_or_path: str) -> dict[str, Any]:
+    """What a cluster's file says, its bases merged in. Raises CinemeshError as :func:`load`."""
+    return _read(_path_of(name_or_path))
+
+
+def _path_of(name_or_path: str) -> Path:
     if name_or_path.endswith((".yaml", ".yml")):
         path = Path(name_or_path)
         if not path.is_file():
@@ -219,10 +232,7 @@ def load(name_or_path: str, servers: int | None = None, packages: str = "", head
                 f"cluster: {name_or_path!r} is unknown",
                 remedy=f"{did_you_mean(name_or_path, names())}. Or give a .yaml file",
             )
-    cluster = from_dict(_read(path), path.stem, path.parent).with_packages(names_in(packages))
-    if headroom_gb:
-        cluster = cluster.with_headroom(headroom_gb * 1e9)
-    return cluster if servers is None else cluster.with_(**{"topology.servers": servers})
+    return path
 
 
 def names_in(packages: str) -> list[str]:

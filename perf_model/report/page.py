@@ -117,11 +117,14 @@ class Story:
         )
 
 
+def page_templates() -> Environment:
+    """Where pages come from; a name that is not given is an error, and text is escaped."""
+    return Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+
+
 def render(story: Story, pictures: list[Picture]) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
+    environment = page_templates()
     environment.filters |= {"describe": describe, "digits": digits}
     request, best = story.request, story.best
     return environment.get_template("report.html").render(

@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,9 @@ from benchmarks.torch_baseline import TorchBaseline
 
 from cinemesh.kernels.ops import OPS
 from cinemesh.launch.commands.calibrate import machine_of, measure
-from cinemesh.launch.commands.trace import beside
+from cinemesh.launch.commands.profile_shown import beside
 from cinemesh.launch.proof.parity import LR, OPTIMIZER, Case, load_batch
+from cinemesh.launch.proof.traced import records_of
 from cinemesh.model.config import Encoder, ModelConfig
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step
@@ -138,7 +140,7 @@ def runner_of(case: Case, mesh: Mesh, price: Price | None) -> StepRunner:
 
 def traced(runner: StepRunner) -> Callable[[], list[Span]]:
     runner.buffers["lr"].fill_(LR)
-    return lambda: traced_step(runner.executor)
+    return partial(traced_step, records_of(runner.executor, None))
 
 
 def alone(spans_of_ranks: Sequence[Sequence[Span]]) -> dict[str, float]:

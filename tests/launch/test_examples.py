@@ -121,6 +121,11 @@ def chained(given: dict[str, Any]) -> None:
             Setting.of(config).check_sampling()
 
 
+def profiled(given: dict[str, Any]) -> None:
+    trained(given | {"dry_run": False})
+    assert given["cluster"] is None or load(given["cluster"])
+
+
 def sampled(given: dict[str, Any]) -> None:
     Setting.of(read_config(given["config"])).check_sampling()
 
@@ -131,13 +136,15 @@ def compiled(given: dict[str, Any]) -> None:
 
 
 def calibrated(given: dict[str, Any]) -> None:
-    assert given["out"].suffix == ".yaml" and load(given["base"]).nccl is not None
+    assert given["out"].suffix == ".yaml"
+    assert given["base"] is None or (load(given["base"]).nccl is None) == (given["profile"] is not None)
 
 
 IN_PLACE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "verify": (verified, "starts processes: the plan, the shrunk model and its program are checked as it does first"),
     "lint": (linted, "runs a step twice: the plan and the shrunk model are checked"),
     "trace": (traced, "starts processes: the plan and the prices are checked"),
+    "profile": (profiled, "starts processes: everything that is checked before the first step"),
     "train": (trained, "minutes: everything that is checked before the first step"),
     "stages": (chained, "minutes: every recipe of the chain is read, and what a start looks at"),
     "sample": (sampled, "needs a trained model: recipe and sampled shape are checked"),

@@ -20,12 +20,12 @@ from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.ir.records import Buffer, Fused, Op, Place, Wait
+from cinemesh.parallel.ir.span import role
 from cinemesh.parallel.passes.arena import place
 from cinemesh.parallel.passes.choose_kept import block_of
 from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.passes.prices import RATES
 from cinemesh.parallel.runtime.mesh import Mesh
-from cinemesh.parallel.runtime.trace import role
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.played import play_program
 from cinemesh.perf_model.report.trace import block_starts, predicted

@@ -203,8 +203,8 @@ def real_steps(text: str) -> tuple[list[tuple[str, str, float, float, float]], l
             for runner in runners:
                 runner.initialise(probe_values(1))
                 load_batch(case, runner, 0)
-            spans = traced.traced_steps(runners[0], 1)
-            for _ in range(traced.WARM_UP_STEPS + 1):
+            spans = traced.taken_steps(runners[0], 1).spans
+            for _ in range(traced.WARM_UP_STEPS + 2):
                 runners[1].step(traced.LR)
             tensors = [runner.executor.buffers for runner in runners]
             differ = [n for n in persistent(runners[0].program) if not torch.equal(tensors[0][n], tensors[1][n])]

@@ -9,35 +9,44 @@ from harness import Pool
 
 from cinemesh.kernels.ops import OPS
 from cinemesh.launch.proof.parity import OPTIMIZER, Case, load_batch
+from cinemesh.launch.proof.traced import records_of
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model import weights
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.records import Phase, Place
-from cinemesh.parallel.ir.span import Span
+from cinemesh.parallel.ir.span import Span, role
 from cinemesh.parallel.passes.liveness import persistent
 from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.runtime.mesh import Mesh
-from cinemesh.parallel.runtime.trace import role, summary, traced_step
-
-
-def gather(place: Place, label: str, start_s: float, end_s: float, waited_s: float) -> Span:
-    return Span("of any name", "all_gather", "tp", start_s, start_s, end_s, waited_s, label, place)
+from cinemesh.parallel.runtime.trace import traced_step
 
 
 def test_time_is_split_by_hand() -> None:
-    spans = [
-        Span("mb0/x", "silu", "compute", 0.0, 0.0, 5.0, 0.0),
-        gather(Place(Phase.FORWARD, 0, 0, "blocks.0"), "g", 0.0, 4.0, 1.0),  # 3 hidden, 1 waited for
-        gather(Place(Phase.FORWARD, 1, 11, "blocks.11"), "g", 5.0, 7.0, 2.5),  # wholly exposed: woke up late
-        gather(Place(Phase.BACKWARD, 0, 0, "blocks.0"), "d", 8.0, 9.0, 0.0),  # wholly hidden
-    ]
-    exposed, hidden = summary(spans)
-    assert (exposed.role, exposed.count) == ("blocks.*.forward/g", 2)
-    assert (exposed.ran_s, exposed.overlapped_s, exposed.exposed_s) == (6.0, 3.0, 3.0)
-    assert (hidden.role, hidden.overlapped_s, hidden.exposed_s) == ("blocks.*.backward/d", 1.0, 0.0)
-    once = gather(Place(Phase.WEIGHTS, title="replicated.weights"), "flat", 0.0, 1.0, 0.0)
+    """Of a collective's run, what compute waited for and what it hid; a wait that woke up late is no more than it."""
+    hidden, exposed = (Span("g", "all_gather", "tp", 0.0, 0.0, 4.0, waited) for waited in (1.0, 4.5))
+    assert (hidden.overlapped_s, hidden.exposed_s) == (3.0, 1.0)
+    assert (exposed.overlapped_s, exposed.exposed_s) == (0.0, 4.0)
+
+
+def test_records_of_all_blocks_are_summed_under_one_role() -> None:
+    one, other = (
+        Span(
+            "of any name",
+            "all_gather",
+            "tp",
+            0.0,
+            0.0,
+            1.0,
+            0.0,
+            "g",
+            Place(Phase.FORWARD, block, block, f"blocks.{block}"),
+        )
+        for block in (0, 11)
+    )
+    assert role(one) == role(other) == "blocks.*.forward/g"
+    once = Span("x", "all_gather", "tp", 0.0, 0.0, 1.0, 0.0, "flat", Place(Phase.WEIGHTS, title="replicated.weights"))
     assert role(once) == "replicated.weights/flat"
 
 
@@ -50,7 +59,7 @@ def traced(text: str) -> tuple[list[Span], list[str]]:
         runner.initialise(weights.probe_values(case.seed))
         load_batch(case, runner, 0)
         runner.buffers["lr"].fill_(1e-2)
-    spans = traced_step(runners[0].executor)
+    spans = traced_step(records_of(runners[0].executor, None))
     runners[1].executor.run()
     tensors = [runner.executor.buffers for runner in runners]
     differ = [name for name in persistent(runners[0].program) if not tensors[0][name].equal(tensors[1][name])]

@@ -14,11 +14,16 @@ from typing import Any
 
 import pytest
 
+from cinemesh.model.config import preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.parallel.ir.plan import Plan
+from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.played import play_step
 from cinemesh.perf_model.report import report
 from cinemesh.perf_model.report.page import Story, render
+from cinemesh.perf_model.report.profile_page import render_profile
+from cinemesh.perf_model.report.profiling import profiled
+from cinemesh.perf_model.report.trace import predicted
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SCREENS: dict[str, dict[str, Any]] = {
@@ -140,6 +145,24 @@ def test_the_page_can_be_read(browser: Any, page: Path, screen: str) -> None:
     found = shown.evaluate(MEASURE)
     context.close()
     assert len(found["figures"]) == len(report.SHEETS)
+    assert list(faults(found)) == []
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+def test_a_profile_s_page_can_be_read(browser: Any, screen: str, tmp_path: Path) -> None:
+    """A table of nine columns, with the longest names of records and lanes that there are."""
+    plan = Plan(tp=2, cp=2, dp_shard=2, dp_replicate=2, micro_batches=2, dtype="float32")
+    whole = play_step(preset("tiny-video"), plan, BatchShape(1, (2, 16, 16)), load("local-cpu"))
+    spans = [span for span in predicted(whole) if span.kind != "wait"]
+    profile = profiled([spans], [whole.step_s], whole)
+    assert len(profile.rows) > 80 and len(profile.lanes) > 5
+    path = tmp_path / "profile.html"
+    path.write_text(render_profile("tiny-video, 2x16x16", load("local-cpu"), plan, profile, 16), encoding="utf-8")
+    context = browser.new_context(**SCREENS[screen])
+    shown = context.new_page()
+    shown.goto(path.as_uri())
+    found = shown.evaluate(MEASURE)
+    context.close()
     assert list(faults(found)) == []
 
 
