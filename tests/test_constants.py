@@ -146,6 +146,21 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "launch.training.validation.BANDS": (10, "ours: a tenth of the path each"),
     # -- a run ----------------------------------------------------------------------------------------------------
     "launch.training.recipe.LoggingSection.every": (10, RUNS),
+    "launch.training.drift.SETTLED": (
+        3,
+        "ours: the first report has warm-up in it, and a median of three leaves one out",
+    ),
+    "launch.training.drift.DRIFTED": (1.1, "ours: steps of one GPU differ by 2 % (results/first_gpu_h200.json)"),
+    "launch.training.goodput.GoodputAccount.steps": (0, UNSAID),
+    "launch.training.goodput.GoodputAccount.useful_s": (0.0, UNSAID),
+    "launch.training.goodput.settle: 1e-09": (1e-9, "a run that began this moment has no goodput to tell"),
+    "launch.training.prometheus.EDGES_S": (
+        tuple(1e-3 * 2.0**i for i in range(23)),
+        "ours: 1 ms, then twice as long each",
+    ),
+    "launch.training.prometheus.PrometheusFile.step": (0, UNSAID),
+    "launch.training.prometheus.PrometheusFile.total_s": (0.0, UNSAID),
+    "launch.training.reports.Done.loading_s": (0.0, UNSAID),
     "launch.training.recipe.LoggingSection.validate_every": (100, RUNS),
     "launch.training.recipe.LoggingSection.validation_draws": (4, RUNS),
     "launch.training.recipe.LoggingSection.checkpoint_every": (500, RUNS),

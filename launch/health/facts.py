@@ -18,7 +18,7 @@ from ...kernels.packages import version_of
 from ...memory import available_bytes
 from ...parallel.runtime.comm import nccl_stack
 from ..cluster.alike import DISTRIBUTIONS, code
-from .cards import CardFacts, cards_here, driver_version
+from ..cluster.cards import CardFacts, cards_here, driver_version
 
 PORTS = Path("/sys/class/infiniband")
 SHM = Path("/dev/shm")

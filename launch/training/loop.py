@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,13 @@ from ..cluster.meeting import agree
 from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, rank_main
 from ..cluster.verdict import stages_of
 from .average import remark
+from .card_watch import CardWatch
 from .checkpoint.choosing import FOLDER, VALIDATION_LOSS, Keep
 from .checkpoint.loading import resume
 from .checkpoint.saving import Saver
 from .differences import RECIPE, recipe_facts, recorded
 from .feed import Feed
+from .goodput import LossCause
 from .measured_rows import MeasuredRows
 from .needs import check_training_memory
 from .plateau import VALIDATIONS, Validated
@@ -94,7 +97,7 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
 
     The answer holds the states.
     """
-    config, speaks = setting.config, place.rank == 0
+    config, speaks, since = setting.config, place.rank == 0, time.time()
     buckets = BucketRunner(
         setting.model,
         config.plan,
@@ -119,7 +122,7 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
     elif resumed is None:
         runner.initialise(initial_values(config.seed))
     carried = {BEGUN_WITH: begun.note} if begun else carried_on(resumed.manifest.note) if resumed else {}
-    telemetry = Telemetry(config.logging.directory, config.schedule.steps, runner.steps_done) if speaks else None
+    telemetry = Telemetry(config.logging.directory, config.schedule.steps, runner.steps_done, since) if speaks else None
     if telemetry:
         telemetry.say(f"{setting.model.name}: {config.plan.equation()} processes on {place.device}; "
                       + (f"resumed from {resumed.path}" if resumed else "from step 0"))  # fmt: skip
@@ -137,10 +140,11 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
         if failure is not None:
             telemetry.say(f"steps are NOT captured, on any rank: {failure}; they run from the executor")
         telemetry.say(buckets.report())
+        telemetry.account.lose(LossCause.START, time.time() - since)
     try:
         log = config.logging
         saver = Saver(checkpoints, runner, Keep(log.keep, log.keep_every, log.keep_best))
-        loop = _Loop(setting, buckets, cache, saver, telemetry, carried, place.marks)
+        loop = _Loop(setting, buckets, cache, saver, telemetry, carried, place.marks, CardWatch.of(place))
         if place.watched is not None:
             place.watched.tell(config.plan, [stages_of(program) for program in loop.programs])
         loop.run(stop)
@@ -163,7 +167,9 @@ class _Loop:
         telemetry: Telemetry | None,
         carried: dict[str, Any],
         marks: Marks,
+        cards: CardWatch | None = None,
     ) -> None:
+        self.cards = cards
         self.config, self.runners, self.runner = setting.config, runners, runners.first
         self.cache, self.saver, self.telemetry, self.marks = cache, saver, telemetry, marks
         self.carried = carried  # of a checkpoint's note, from one to the next
@@ -191,8 +197,9 @@ class _Loop:
         runner, log, steps = self.runner, self.config.logging, self.config.schedule.steps
         step = saved = runner.steps_done
         if step == 0:
-            self._validate(0)
-        reports = Reports.of(self.config, self.runners, self.latents, step, self.telemetry)
+            with self._losing(LossCause.VALIDATION):
+                self._validate(0)
+        reports = Reports.of(self.config, self.runners, self.latents, step, self.telemetry, self.cards)
         skipped = 0  # updates in a row
         while step < steps:
             begun = time.perf_counter()
@@ -208,7 +215,7 @@ class _Loop:
             loss, norm = runner.loss.item(), runner.gradient_norm.item()  # between steps: the step itself reads nothing
             self.marks.at(step, Doing.REPORTING)
             ended = time.perf_counter()
-            done = Done(self.feed.bucket[step], lr, ended - begun, loss, norm)
+            done = Done(self.feed.bucket[step], lr, ended - begun, loss, norm, loaded - begun)
             reports.add(done)
             if self.rows:
                 self.rows.add(done.bucket, ended - loaded, loaded - begun)
@@ -223,9 +230,11 @@ class _Loop:
             if step % log.every == 0 or step == steps:
                 reports.report(step)
             if log.validate_every and (step % log.validate_every == 0 or step == steps):
-                self._validate(step)
+                with self._losing(LossCause.VALIDATION):
+                    self._validate(step)
             if log.checkpoint_every and step % log.checkpoint_every == 0:
-                self._save(step)
+                with self._losing(LossCause.CHECKPOINT):
+                    self._save(step)
                 saved = step
         reports.report(step)
         self.marks.at(step - 1, Doing.SAVING)
@@ -234,6 +243,10 @@ class _Loop:
             self._compare(step)
             self._begin_save(step)
         self._publish(last=True)
+
+    def _losing(self, cause: LossCause) -> AbstractContextManager[None]:
+        """What runs inside is, on the rank that speaks, lost to this cause."""
+        return self.telemetry.account.losing(cause) if self.telemetry else nullcontext()
 
     def _run_step(self, step: int, lr: float) -> None:
         self.marks.at(step, Doing.STEP)

@@ -18,6 +18,9 @@ import torch
 from ...model.buckets import BucketRunner, Latent
 from ...model.config import latent_text
 from ...parallel.ir.flops import model_flops
+from .card_watch import CardWatch
+from .drift import Drift
+from .goodput import LossCause
 from .predicted import Predicted
 from .recipe import Config
 from .telemetry import Telemetry
@@ -34,6 +37,7 @@ class Done:
     seconds: float
     loss: float
     gradient_norm: float
+    loading_s: float = 0.0  # of its seconds, what it waited for its samples
 
     @property
     def finite(self) -> bool:
@@ -54,6 +58,7 @@ class Reports:
     """Gathers the steps of a start of a run, from step ``first`` of ``steps``, and reports them interval by interval.
 
     Every step is in exactly one report. Without ``telemetry``, on ranks that do not speak, none is given.
+    ``cards``: the job's GPUs, where it has any.
     """
 
     def __init__(
@@ -64,14 +69,22 @@ class Reports:
         device: str,
         first: int,
         telemetry: Telemetry | None,
+        cards: CardWatch | None = None,
     ) -> None:
+        self.drift, self.cards = Drift(), cards
         self.buckets, self.predicted, self.device, self.telemetry = buckets, predicted, device, telemetry
         self.first, self.steps, self.world_size = first, config.schedule.steps, config.plan.world_size
         self._begun_s, self._done = time.monotonic(), list[Done]()
 
     @classmethod
     def of(
-        cls, config: Config, runners: BucketRunner, latents: Sequence[Latent], first: int, telemetry: Telemetry | None
+        cls,
+        config: Config,
+        runners: BucketRunner,
+        latents: Sequence[Latent],
+        first: int,
+        telemetry: Telemetry | None,
+        cards: CardWatch | None = None,
     ) -> Reports:
         """Those of a run, whose buckets have these latents; with what was predicted of its plan on its device."""
         device = runners.first.executor.device
@@ -96,19 +109,34 @@ class Reports:
             )
             for bucket, latent, batch in zip(config.data.shapes, latents, config.data.global_batches, strict=True)
         ]
-        return cls(buckets, predicted, config, device, first, telemetry)
+        return cls(buckets, predicted, config, device, first, telemetry, cards)
 
     def add(self, done: Done) -> None:
         """One more step of this interval."""
         self._done.append(done)
+        if self.telemetry:
+            self.telemetry.account.lose(LossCause.LOADING, done.loading_s)
+            self.telemetry.account.add_step(done.seconds - done.loading_s, counts=done.finite)
 
     def report(self, step: int) -> None:
         """The interval that ends with ``step``, if it holds any; the next one begins."""
         done, self._done = self._done, []
         if self.telemetry and done:
             values = self.values(done)
-            self.telemetry.scalars(step, values)
+            if (ratio := values.get("predicted_over_measured")) is not None:
+                said = self.drift.look(ratio)
+                values["drifted"] = float(self.drift.drifted)
+                if said:
+                    self.telemetry.say(f"step {step}: {said}")
+            if self.cards is not None:
+                cards = self.cards.read()
+                values |= self.cards.values(cards)
+                if news := self.cards.news(cards):
+                    self.telemetry.say(f"step {step}: {news}")
+            self.telemetry.interval(step, values, [one.seconds for one in done])
             self.telemetry.say_step(self.line(step, values))
+        if self.cards is not None and done:
+            self.cards.tell()
 
     def values(self, done: Sequence[Done]) -> dict[str, float]:
         """Means over these steps; of loss and norm, over those whose update was not skipped. The last learning rate."""
@@ -126,6 +154,7 @@ class Reports:
             values["gradient_norm"] = _mean(one.gradient_norm for one in finite)
         if self.predicted is not None:
             values["predicted_step_s"] = _mean(step.predicted_s for step in of if step.predicted_s is not None)
+            values["predicted_over_measured"] = values["predicted_step_s"] / values["step_s"]
             values["predicted_memory_bytes"] = float(self.predicted.peak_bytes)
             if self.predicted.peak_flops_per_s is not None:
                 could = self.predicted.peak_flops_per_s * self.world_size * seconds

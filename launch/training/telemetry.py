@@ -1,23 +1,30 @@
 """Telemetry: where a run's reports go, on rank 0: TensorBoard, a JSON line each, a log, standard output or a bar.
 
 Below ``logging.directory``: ``tensorboard/``, one event file for each start of the run; ``metrics.jsonl``, whose
-lines read ``{"step": 10, "loss": 1.2, ...}``; and ``train.log``, all that was said, with its time.
+lines read ``{"step": 10, "loss": 1.2, ...}``; ``metrics.prom``, for Prometheus; ``goodput.json``, where the time went;
+and ``train.log``, all that was said, with its time.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
+import numpy as np
 from tqdm import tqdm
 
 from ...documents import parse_json
 from ...files import atomic_file
+from .goodput import GoodputAccount
+from .prometheus import PROM_FILE, PrometheusFile
 
+P = ParamSpec("P")
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "train.log"
 BESIDE = {  # charts of TensorBoard that show what was measured and what was predicted
@@ -27,14 +34,34 @@ BESIDE = {  # charts of TensorBoard that show what was measured and what was pre
 SUPERSEDED_FILE = "metrics.superseded.jsonl"  # reports of steps that a run took again
 
 
-class Telemetry:
-    """Reports of one run. Steps count finished updates; a resumed run sets aside what is later than its ``first``."""
+def _timed(method: Callable[Concatenate[Telemetry, P], None]) -> Callable[Concatenate[Telemetry, P], None]:
+    """Of what telemetry does between steps: the seconds that its thread computes."""
 
-    def __init__(self, directory: Path, steps: int, first: int) -> None:
+    def timed(self: Telemetry, *args: P.args, **kwargs: P.kwargs) -> None:
+        since = time.thread_time()
+        method(self, *args, **kwargs)
+        self.cpu_s += time.thread_time() - since
+
+    timed.__doc__ = method.__doc__
+    return timed
+
+
+class Telemetry:
+    """Reports of one run. Steps count finished updates; a resumed run sets aside what is later than its ``first``.
+
+    ``since``: when this start began, of the epoch; now unless told. ``account``: where the time of all starts went.
+    ``cpu_s``: CPU seconds of this thread in telemetry.
+    """
+
+    def __init__(self, directory: Path, steps: int, first: int, since: float | None = None) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tensorboard's own imports warn
             from torch.utils.tensorboard.writer import SummaryWriter
         directory.mkdir(parents=True, exist_ok=True)
+        since = time.time() if since is None else since
+        self.cpu_s = 0.0
+        self.account = GoodputAccount.of(directory, first, since)
+        self._prometheus = PrometheusFile(directory / PROM_FILE, directory.name, first)
         self._metrics = directory / METRICS_FILE
         _set_aside(self._metrics, first)
         self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first + 1 if first else None)
@@ -42,12 +69,28 @@ class Telemetry:
         self._log = (directory / LOG_FILE).open("a", encoding="utf-8", buffering=1)
         self._bar = tqdm(total=steps, initial=first, desc="training", unit="step", dynamic_ncols=True, disable=None)
 
+    @_timed
     def advance(self) -> None:
         """One more step is done."""
         self._bar.update()
 
+    @_timed
+    def interval(self, step: int, values: dict[str, float], steps_s: Sequence[float]) -> None:
+        """Report numbers of the steps since the last one, each with its seconds."""
+        now = time.time()
+        values = values | {"goodput": self.account.settle(now)}
+        self._writer.add_histogram("step_s/of each", np.asarray(steps_s), step)
+        self._scalars(step, values)
+        self._prometheus.write(step, values, steps_s, self.account.lost_s)
+        self.account.write(now)
+
+    @_timed
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Report numbers; those of training also stand beside the progress bar."""
+        self._scalars(step, values)
+        self._prometheus.write(step, values, (), self.account.lost_s)
+
+    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         line = json.dumps({"step": step, **values}) + "\n"

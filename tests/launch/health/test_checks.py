@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from cinemesh.launch.cli import app
 from cinemesh.launch.cluster import alike
+from cinemesh.launch.cluster.cards import CardFacts, cards_here
 from cinemesh.launch.health import facts as module
-from cinemesh.launch.health.cards import CardFacts, cards_here
 from cinemesh.launch.health.checks import Wanted, check, fit
 from cinemesh.launch.health.facts import MachineFacts, machine_facts
 from cinemesh.perf_model.clusters.cluster import load

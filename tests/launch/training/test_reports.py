@@ -67,6 +67,7 @@ def test_times_of_an_interval_are_means_and_rates_are_of_its_total(values: dict[
             "loss": 2.5,
             "gradient_norm": 5.0,
             "predicted_step_s": 5.5 / 3,
+            "predicted_over_measured": 5.5 / 7,
             "predicted_memory_bytes": 5.0,
             "mfu": 4200 / (1e3 * 2 * 7),
             "step_s/a": 1.5,

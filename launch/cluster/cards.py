@@ -26,6 +26,7 @@ class CardFacts:
     used_bytes: int
     clock_mhz: int | None = None
     most_clock_mhz: int | None = None
+    power_w: float | None = None
     power_cap_w: float | None = None
     usual_cap_w: float | None = None
     temperature_c: int | None = None
@@ -70,6 +71,7 @@ def _card(nvml: Any, index: int) -> CardFacts:
 
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     cap = told(lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle))
+    draws = told(lambda: nvml.nvmlDeviceGetPowerUsage(handle))
     usual = told(lambda: nvml.nvmlDeviceGetPowerManagementDefaultLimit(handle))
     rows = told(lambda: nvml.nvmlDeviceGetRemappedRows(handle))  # corrected, uncorrected, pending, failed
     ecc = told(lambda: nvml.nvmlDeviceGetEccMode(handle))
@@ -84,6 +86,7 @@ def _card(nvml: Any, index: int) -> CardFacts:
         used_bytes=int(memory.used),
         clock_mhz=told(lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
         most_clock_mhz=told(lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)),
+        power_w=None if draws is None else draws / 1e3,
         power_cap_w=None if cap is None else cap / 1e3,
         usual_cap_w=None if usual is None else usual / 1e3,
         temperature_c=told(lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
