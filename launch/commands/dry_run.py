@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...errors import CinemeshError
 from ...perf_model.clusters.cluster import Cluster
+from ...perf_model.prices.lifetime import Lifetime, lifetime
 from ...perf_model.prices.played import PlayedStep
 from ...perf_model.report.explain import describe
 from ..tables import new_console
@@ -15,8 +16,10 @@ from ..training.recipe import read_recipe
 from ..training.resolve import cluster_under, planned, resolved_before
 from ..training.setting import Setting
 from . import reply
+from .lifetime import print_lifetime
+from .reasons import print_start_up, start_up_cost
 from .recipe_run import Steps, print_recipe_run, recipe_run
-from .reply import DryRunReply, Schema
+from .reply import DryRunReply, RecipeRun, Schema
 from .software import print_order
 
 
@@ -40,12 +43,22 @@ def run(*, config: Path, ranks: int | None, overrides: Sequence[str], as_json: b
         recipe.plan.check_world_size(ranks)
     data, plan = recipe.data, setting.config.plan
     steps = Steps(recipe.schedule.steps, [bucket.weight for bucket in data.shapes])
+    whole = recipe_run(setting.model, cluster, plan, _that_fit(setting, cluster), steps)
+    lives = None
+    if cluster.operations is not None:
+        samples = sum(bucket.share * bucket.global_batch for bucket in whole.buckets)
+        lives = lifetime(setting.model, plan, cluster, whole.step_s, samples)
+    days = whole.hours / 24.0 / (lives.usual.shares.training if lives else 1.0)
     told = DryRunReply(
         schema=Schema(name="train --dry-run"),
         model=setting.model.name,
         cluster=cluster.name,
-        **vars(recipe_run(setting.model, cluster, plan, _that_fit(setting, cluster), steps)),
+        **vars(whole),
         order=cluster.order_told(),
+        start_up=start_up_cost(plan, cluster),
+        lifetime=lives,
+        days=days,
+        verdict=_verdict(whole, lives, days),
     )
     if as_json:
         print(reply.text(told))
@@ -58,6 +71,20 @@ def run(*, config: Path, ranks: int | None, overrides: Sequence[str], as_json: b
     )
     print_recipe_run(console, told)
     print_order(console, told.order)
+    print_start_up(console, told.start_up)
+    if lives is not None:
+        print_lifetime(console, "the run", lives, None)
+    console.print(f"\n{told.verdict}")
+
+
+def _verdict(run: RecipeRun, lives: Lifetime | None, days: float) -> str:
+    fits = f"fits: {run.peak_bytes / 1e9:.2f} of {run.limit_bytes / 1e9:.2f} GB"
+    if lives is None:
+        return f"{fits}; {run.steps:,} steps take {days:.3g} days where nothing fails"
+    return (
+        f"{fits}; {run.steps:,} steps take {days:.3g} days with failures, at a goodput of "
+        f"{lives.usual.shares.training:.1%} with a checkpoint every {lives.usual.steps:,} steps"
+    )
 
 
 def _that_fit(setting: Setting, cluster: Cluster) -> Iterator[PlayedStep]:

@@ -55,7 +55,7 @@ class Lives:
     def print(self, console: Console, price: float | None) -> None:
         """With the ``price`` of a GPU hour, where there is one."""
         if self.best is not None:
-            _print(console, self.best, price)
+            print_lifetime(console, "the best plan", self.best, price)
         if len(self.order) > 1:
             console.print(
                 f"near-ties by samples a day with failures: {', '.join(str(place + 1) for place in self.order)}"
@@ -68,10 +68,10 @@ def _lifetime(request: Request, found: Search, place: int) -> Lifetime:
     return lifetime(request.config, choice.plan, request.cluster, choice.step_s, samples)
 
 
-def _print(console: Console, lives: Lifetime, price: float | None) -> None:
+def print_lifetime(console: Console, what: str, lives: Lifetime, price: float | None) -> None:
     """Two columns: failures as rare, and as often, as the cluster file says. ``price``: of a GPU hour."""
     console.print(
-        f"\nthe best plan with failures, simulated: a checkpoint of {lives.checkpoint_bytes / 1e9:,.0f} GB, "
+        f"\n{what} with failures, simulated: a checkpoint of {lives.checkpoint_bytes / 1e9:,.0f} GB, "
         f"{lives.rank_bytes / 1e9:.2f} GB of a rank, pauses the run for {lives.pause_s:.2g} s and holds "
         f"{lives.write_s:.2g} s later; from a failure that is noticed to the next step {lives.restart_s:.0f} s"
     )

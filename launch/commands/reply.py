@@ -273,6 +273,10 @@ class DryRunReply(RecipeRun, Heading):
     """`cinemesh train CONFIG --dry-run --json`."""
 
     order: Annotated[str, ORDER] = ""
+    start_up: StartUpCost
+    lifetime: Annotated[Lifetime | None, "with failures, simulated; null for a cluster that says nothing of them"]
+    days: Annotated[float, "of the run; with failures, where these are simulated"]
+    verdict: Annotated[str, "all of it in a line"]
 
 
 @dataclass(frozen=True, kw_only=True)

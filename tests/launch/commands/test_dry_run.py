@@ -160,7 +160,9 @@ def test_people_read_the_same(path: Path) -> None:
     assert [line.split()[2] for line in lines] == ["33%", "67%"]
     planned = CliRunner().invoke(app, ["plan", str(path), "--fix", "recompute=none"]).stdout
     below = planned[planned.index("a run of it under the best plan") :]
-    assert all(line in below for line in lines) and said[said.index("most memory: ") :] in below
+    assert (
+        all(line in below for line in lines) and said[said.index("most memory: ") : said.index("\n\nfits: ")] in below
+    )
 
 
 @pytest.mark.parametrize(
@@ -191,3 +193,18 @@ def test_a_plan_that_does_not_fit_is_refused_as_its_start_would_be(path: Path, t
     )
     with pytest.raises(CinemeshError, match=r"GB on each device .* more than the 0.30 GB of local-cpu"):
         told(path, "--set", f"cluster={tmp_path / 'small.yaml'}")
+
+
+def test_it_ends_in_a_verdict_with_failures_where_the_cluster_has_any(path: Path) -> None:
+    """On one that says nothing of failures, days are the steps' alone; else what is lost makes the run longer."""
+    here = told(path)
+    assert here["lifetime"] is None and here["days"] == pytest.approx(here["hours"] / 24)
+    assert "where nothing fails" in here["verdict"] and here["start_up"]["communicators"] == 0
+    there = told(path, "--set", "cluster=grand-teton-h100", "--set", "plan.dp_shard=2", "--ranks", "2")
+    lives = there["lifetime"]
+    assert there["days"] == pytest.approx(there["hours"] / 24 / lives["usual"]["shares"]["training"])
+    assert there["days"] > there["hours"] / 24 and there["start_up"]["communicators"] > 0
+    assert f"every {lives['usual']['steps']:,} steps" in there["verdict"] and lives["pause_s"] > 0
+    done = CliRunner().invoke(app, ["train", str(path), "--dry-run", "--set", "cluster=grand-teton-h100"])
+    assert done.exit_code == 0 and "pauses the run for" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("fits: ")
