@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .facts import MachineFacts
 
 CheckVerdict = Literal["ok", "warning", "fault"]
+SHM_NAME = "/dev/shm"  # nosec B108  named, not written
 SHM_LEAST = 2**24  # free of /dev/shm, on CPUs too: below, it is full
 DISK_LEAST = 1e9  # free where runs write: below, a run ends at its first checkpoint
 CLOCK_MOST_S = 1.0  # between two clocks: logs and time limits of one job are told apart by seconds
@@ -163,9 +164,9 @@ def _room(facts: MachineFacts, wanted: Wanted) -> Iterator[Check]:
     if facts.shm_bytes < least:
         free = "is not there" if facts.shm_bytes < 0 else f"has {facts.shm_bytes / 2**20:,.0f} MiB free"
         remedy = "remove what jobs have left there; of a container: --shm-size, or a volume of medium Memory"
-        yield Check("/dev/shm", "fault", f"{free}, {least / 2**20:,.0f} MiB are needed", remedy)
+        yield Check(SHM_NAME, "fault", f"{free}, {least / 2**20:,.0f} MiB are needed", remedy)
     else:
-        yield Check("/dev/shm", "ok", f"{facts.shm_bytes / 1e9:.1f} GB free")
+        yield Check(SHM_NAME, "ok", f"{facts.shm_bytes / 1e9:.1f} GB free")
     yield Check("host memory", "ok", f"{facts.memory_bytes / 1e9:.1f} GB to be had")
 
 

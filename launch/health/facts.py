@@ -21,7 +21,7 @@ from ..cluster.alike import DISTRIBUTIONS, code
 from ..cluster.cards import CardFacts, cards_here, driver_version
 
 PORTS = Path("/sys/class/infiniband")
-SHM = Path("/dev/shm")
+SHM = Path("/dev/shm")  # nosec B108  its free bytes are asked for
 
 
 @dataclass(frozen=True, kw_only=True)

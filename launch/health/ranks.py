@@ -11,7 +11,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,11 @@ from .facts import machine_facts, machine_host
 from .groups import by_value, ranks_text
 
 SIDE = {"cpu": 512, "cuda": 8192}  # of the square product: milliseconds on either
+PRODUCTS = {"cpu": 10, "cuda": 1}  # of a try: on CPUs longer than the turn of another process, or a try may miss it
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 GATHERED_BYTES = {"cpu": 2**20, "cuda": 2**28}  # of an all-gather: long enough for its rate, not its latency, to count
 TRIES = 15
+LOOKS_AGAIN = 4  # at who is slow: one that is keeps being so
 CLOCK_ROUNDS = 5
 SLOWER = {"cpu": 1.5, "cuda": 1.1}  # than the median: CPU processes share cores with whatever else runs
 PRICED = 1.5  # times the cluster file's price: it is no more exact for one small product or exchange
@@ -96,7 +99,12 @@ def _work(device: Device, directory: Path, cluster: Cluster | None, say: Say) ->
     if rank == 0:
         say(machines, shared)
         store.set(f"{DOCTOR}/fit", json.dumps(sound))
-    return 0 if parse_json(store.get(f"{DOCTOR}/fit").decode(), "what rank 0 said", "") else 1
+    else:
+        sound = parse_json(store.get(f"{DOCTOR}/fit").decode(), "what rank 0 said", "")
+    store.set(f"{DOCTOR}/heard/{rank}", "")
+    if rank == 0:  # which may keep the store
+        store.wait([f"{DOCTOR}/heard/{other}" for other in range(world)])
+    return 0 if sound else 1
 
 
 def _read(text: bytes) -> RankTold:
@@ -127,8 +135,21 @@ def look_together(device: str, cluster: Cluster | None, world: int, local: int) 
     """What shows when ``world`` ranks, ``local`` on each host, are at the same work; collective, alike on all ranks."""
     kind = "cpu" if device == "cpu" else "cuda"
     hosts: Any = gather_objects(machine_host())
-    found = [one_time(_clock_rounds(), hosts), slow(_products(device, cluster), kind, hosts)]
-    return found + [slow(times, kind, hosts) for times in _gathers(device, cluster, world, local)]
+    measures: list[Callable[[], TakenTimes]] = [lambda: _products(device, cluster)]
+    for what, plan, axes in link_plans(world, local):
+        measures.append(partial(_gathers, device, cluster, what, plan, axes))
+    return [one_time(_clock_rounds(), hosts), *(_slow_each_time(measure, kind, hosts) for measure in measures)]
+
+
+def _slow_each_time(measure: Callable[[], TakenTimes], kind: str, hosts: Sequence[str]) -> Check:
+    """Who is slow is looked at again, with all others: what somebody else did there for a moment is gone then."""
+    times = measure()
+    for _ in range(LOOKS_AGAIN):
+        if slow(times, kind, hosts).verdict != "fault":
+            break
+        later = measure().seconds
+        times = replace(times, seconds={who: min(seconds, later[who]) for who, seconds in times.seconds.items()})
+    return slow(times, kind, hosts)
 
 
 def _clock_rounds() -> list[list[float]]:
@@ -173,7 +194,12 @@ def _products(device: str, cluster: Cluster | None) -> TakenTimes:
     side, dtype = SIDE[kind], DTYPE[kind]
     a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
-    everyones: Any = gather_objects(_fastest(lambda: torch.mm(a, b, out=out), device))
+
+    def work() -> None:
+        for _ in range(PRODUCTS[kind]):
+            torch.mm(a, b, out=out)
+
+    everyones: Any = gather_objects(_fastest(work, device) / PRODUCTS[kind])
     price = None
     if cluster is not None and cluster.device == kind:
         price = Compute(cluster).matmul_s(side, side, side, str(dtype).removeprefix("torch."))
@@ -195,29 +221,27 @@ def link_plans(world: int, local: int) -> Iterator[tuple[str, Plan, Axes]]:
         yield "links between servers", Plan(tp=local, dp_replicate=servers), ("dp_replicate",)
 
 
-def _gathers(device: str, cluster: Cluster | None, world: int, local: int) -> Iterator[TakenTimes]:
-    kind = "cpu" if device == "cpu" else "cuda"
-    for what, plan, axes in link_plans(world, local):
-        mesh = Mesh(plan)
-        size = GATHERED_BYTES[kind]
-        ranks = plan.size(axes[0])
-        part = torch.zeros(size // ranks, dtype=torch.uint8, device=device)
-        whole = torch.zeros(part.numel() * ranks, dtype=torch.uint8, device=device)
-        collective = Communicator(mesh).bind("all_gather", axes, part, whole, None)
+def _gathers(device: str, cluster: Cluster | None, what: str, plan: Plan, axes: Axes) -> TakenTimes:
+    """Of one of :func:`link_plans`."""
+    kind, mesh = "cpu" if device == "cpu" else "cuda", Mesh(plan)
+    size, ranks, world = GATHERED_BYTES[kind], plan.size(axes[0]), plan.world_size
+    part = torch.zeros(size // ranks, dtype=torch.uint8, device=device)
+    whole = torch.zeros(part.numel() * ranks, dtype=torch.uint8, device=device)
+    collective = Communicator(mesh).bind("all_gather", axes, part, whole, None)
 
-        def work(issue: Callable[[], object] = collective.issue, wait: Callable[[], object] = collective.wait) -> None:
-            issue()
-            wait()
+    def work() -> None:
+        collective.issue()
+        collective.wait()
 
-        everyones: Any = gather_objects(_fastest(work, device))
-        mesh.close()
-        groups = {tuple(group_ranks(plan, axes, rank)) for rank in range(world)}
-        price = None
-        if cluster is not None and cluster.device == kind and cluster.gpus >= world:
-            apart = 1 if axes == ("tp",) else cluster.gpus_per_server
-            price = Network(cluster).collective("all_gather", size, ring_group(cluster, ranks, apart)).seconds
-        remedy = "see to the link, its cable or switch, and what else it carries"
-        yield TakenTimes(what, remedy, {group: max(everyones[r] for r in group) for group in sorted(groups)}, price)
+    everyones: Any = gather_objects(_fastest(work, device))
+    mesh.close()
+    groups = {tuple(group_ranks(plan, axes, rank)) for rank in range(world)}
+    price = None
+    if cluster is not None and cluster.device == kind and cluster.gpus >= world:
+        apart = 1 if axes == ("tp",) else cluster.gpus_per_server
+        price = Network(cluster).collective("all_gather", size, ring_group(cluster, ranks, apart)).seconds
+    remedy = "see to the link, its cable or switch, and what else it carries"
+    return TakenTimes(what, remedy, {group: max(everyones[r] for r in group) for group in sorted(groups)}, price)
 
 
 def slow(times: TakenTimes, kind: str, hosts: Sequence[str]) -> Check:

@@ -86,7 +86,7 @@ def _job(late: int) -> list[Check]:
         multiply = module.torch.mm
 
         def slowly(*given: Any, **options: Any) -> Any:
-            time.sleep(0.3)
+            time.sleep(0.02)
             return multiply(*given, **options)
 
         module.torch.mm = slowly
@@ -123,3 +123,21 @@ def test_the_ranks_of_a_job_end_alike_and_the_first_speaks(tmp_path: Path) -> No
     assert [one["name"] for one in machine["checks"] if one["verdict"] == "fault"] == ["disk"]
     assert told["checks"][0] == {"name": "one software", "verdict": "ok", "said": "the same on 2 ranks", "remedy": ""}
     assert not told["fit"] and (tmp_path / "said.1").read_text() == ""
+
+
+def test_who_was_slow_for_a_moment_is_no_fault() -> None:
+    """Rank 2 is slow in the first two looks of five and then is not; rank 5 always is. Nobody is looked at in vain."""
+    looks: list[TakenTimes] = []
+
+    def measure(always: dict[int, float]) -> TakenTimes:
+        late = {(2,): 0.030} if len(looks) < 2 else {}
+        seconds = {(rank,): 0.010 for rank in range(8)} | late | {(rank,): s for rank, s in always.items()}
+        looks.append(TakenTimes("product", "", seconds))
+        return looks[-1]
+
+    found = module._slow_each_time(lambda: measure({}), "cpu", HOSTS)
+    assert found.verdict == "ok" and len(looks) == 3
+    looks.clear()
+    found = module._slow_each_time(lambda: measure({5: 0.025}), "cpu", HOSTS)
+    assert found.verdict == "fault" and "rank 5 on n3: 25 ms" in found.said and "rank 2" not in found.said
+    assert len(looks) == 1 + module.LOOKS_AGAIN
