@@ -26,7 +26,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -318,13 +318,12 @@ def forked(ranks: int, work: Callable[[], T]) -> list[T]:
                 processes += [process for process in started.processes if process is not None]
             while not started.join(WAKE_S):
                 pass
-            answers = [pickle.loads((Path(folder) / f"answer{rank}").read_bytes()) for rank in range(ranks)]
+            answers = [_answer(Path(folder), rank) for rank in range(ranks)]
         except ProcessException:  # of the rank that was found first: what it says of a lost connection is no cause
             for rank, process in enumerate(processes):
-                answer = Path(folder) / f"answer{rank}"
                 if process.exitcode == -signal.SIGKILL:
                     raise _killed(rank, signal.SIGKILL) from None
-                if answer.exists() and isinstance(error := pickle.loads(answer.read_bytes()), CinemeshError):
+                if isinstance(error := _answer(Path(folder), rank), CinemeshError):
                     raise error from None
             raise
         finally:
@@ -333,6 +332,12 @@ def forked(ranks: int, work: Callable[[], T]) -> list[T]:
                     process.kill()
                     process.join()
         return answers
+
+
+def _answer(folder: Path, rank: int) -> Any:
+    """What a rank said last, None where nothing: from a folder that this process made, and nobody else may enter."""
+    file = folder / f"answer{rank}"
+    return pickle.loads(file.read_bytes()) if file.exists() else None  # nosec B301
 
 
 def _forked(rank: int, ranks: int, folder: Path, work: Callable[[], object]) -> None:

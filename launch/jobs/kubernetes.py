@@ -118,7 +118,7 @@ def _pod(job: ClusterJob, asked: KubernetesAsked, container: Mapping[str, Any]) 
         **where,
         "resources": _resources(job, asked),
         "volumeMounts": [
-            {"name": "shm", "mountPath": "/dev/shm"},
+            {"name": "shm", "mountPath": "/dev/shm"},  # nosec B108  the pod's own
             {"name": "recipe", "mountPath": RECIPE_FOLDER},
             *claim,
         ],

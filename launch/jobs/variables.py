@@ -37,7 +37,7 @@ def variables(job: ClusterJob, interface: str | None) -> Iterator[Variable]:
         yield Variable("NCCL_DEBUG", "WARN", "what NCCL says of the cause of a failure, and nothing else")
         yield Variable(
             "TRITON_CACHE_DIR",
-            f"/tmp/cinemesh-triton-{os.getuid()}",
+            f"/tmp/cinemesh-triton-{os.getuid()}",  # nosec B108  on nodes whose other users are trusted
             "on the node's own disk: all ranks of a job would wait for one",
         )
         if job.nodes > 1:
