@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -211,6 +212,15 @@ ACCEPTANCE = {
         {"name": "predictions", "found": {"rows": [OWN_STEP]}},
     ],
 }
+PROFILE = {
+    **{"about": "a test", "date": "2026-11-30", "device": "cpu", "cluster": "local-cpu", "dtype": "float32"},
+    "samples": [
+        {"part": "matmul", "name": "float32", "key": [1, 64, 64, 64, 0], "seconds": 1e-4, "count": 2},
+        {"part": "attention", "name": "forward", "key": [1, 64, 64, 2, 32], "seconds": 1e-4, "count": 2},
+        {"part": "stream", "name": "swiglu", "key": [65536], "seconds": 1e-4, "count": 2},
+        {"part": "collectives", "name": "all_gather", "key": [65536, 2, 1], "seconds": 1e-3, "count": 2},
+    ],
+}
 CLUSTER = {
     "base": ["_hgx-h100", "_nccl"],
     "packages": ["fa3"],
@@ -302,6 +312,35 @@ def command_lines(draw: st.DrawFn) -> list[str]:
         elif option in known:
             line += [option, known[option]]
     return line + draw(st.sampled_from([[], ["--json"]]))
+
+
+JOB_OPTIONS = {
+    "slurm": ["--ranks", "--per-node", "--interface", "--spares", "--time", "--partition", "--account", "--container"],
+    "kubernetes": ["--ranks", "--per-node", "--image", "--kind", "--claim", "--mount", "--rdma", "--topology"],
+}
+JOB_TEXTS = st.one_of(
+    TEXTS, st.sampled_from(["1-00:00:00", "eth0", "JobSet", "a b", "$(x)", "`x`", "a;b", "a\nb", "/work", "rdma/ib"])
+)
+
+
+@st.composite
+def job_lines(draw: st.DrawFn) -> list[str]:
+    """A command that writes what starts a job, with options that may be wrong: those of the other target, too."""
+    target = draw(st.sampled_from([*JOB_OPTIONS]))
+    given = {"--image": "registry/cinemesh:1", "--claim": "work"} if target == "kubernetes" else {}
+    for option in draw(st.lists(st.sampled_from(JOB_OPTIONS["slurm"] + JOB_OPTIONS["kubernetes"]), max_size=3)):
+        if option in JOB_OPTIONS[target] or draw(st.integers(0, 3)) == 0:
+            given[option] = draw(JOB_TEXTS)
+    return ["launch", target, "recipe.yaml", *(word for pair in given.items() for word in pair), "--out", "made"]
+
+
+@st.composite
+def machine_lines(draw: st.DrawFn) -> list[str]:
+    """A look at this machine, for what it is not."""
+    options = draw(
+        st.dictionaries(st.sampled_from(["--cluster", "--per-node", "--directory", "--device"]), TEXTS, max_size=2)
+    )
+    return ["doctor", *(word for pair in options.items() for word in pair)]
 
 
 NAMES = (
@@ -408,6 +447,11 @@ def command_door(line: list[str], folder: Path) -> int:
     return main(*line)
 
 
+def recipe_command_door(line: list[str], folder: Path) -> int:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"capture": "auto", "cluster": "local-cpu"}))
+    return main(*line)
+
+
 def variables_door(variables: dict[str, str], folder: Path) -> int:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     os.environ.update(variables)
@@ -423,6 +467,16 @@ SOME_ROWS = [*ROWS[:2], ROWS[40], ROWS[150]]
 NCCL_LOG = printed("all_reduce_perf", load("grand-teton-h100"), 16, 8, sizes=(2**16, 2**28)).encode()
 DOORS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any, Path], int]]] = {
     "recipe": (as_yaml(RECIPE), recipe_door),
+    "dry run": (
+        as_yaml(RECIPE),
+        with_file("recipe.yaml", "train", "{}", "--dry-run", "--set", "cluster=local-cpu", "--json"),
+    ),
+    "profile": (
+        as_json(PROFILE),
+        with_file("profile.json", "calibrate", "--profile", "{}", "--base", "local-cpu", "--out", "made.yaml"),
+    ),
+    "job": (job_lines(), recipe_command_door),
+    "machine": (machine_lines(), command_door),
     "override": (st.lists(st.builds("{}={}".format, KEYS, TEXTS), max_size=3), override_door),
     "plan file": (as_yaml(PLAN), with_file("plan.yaml", *PROGRAM, "{}")),
     "plan text": (st.lists(TEXTS, max_size=3).map(",".join), lambda text, folder: main(*PROGRAM, text)),
@@ -447,6 +501,10 @@ DOORS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any, Path], int]]] = {
 
 GOOD: dict[str, Any] = {
     "recipe": yaml.safe_dump(RECIPE).encode(),
+    "dry run": yaml.safe_dump(RECIPE).encode(),
+    "profile": json.dumps(PROFILE).encode(),
+    "job": ["launch", "slurm", "recipe.yaml", "--time", "1-00:00:00"],
+    "machine": ["doctor"],
     "override": ["seed=3"],
     "plan file": yaml.safe_dump(PLAN).encode(),
     "plan text": "tp=2,cp=2",
@@ -461,6 +519,9 @@ GOOD: dict[str, Any] = {
     "command line": ["program", "--model", "tiny", "--plan", "tp=2"],
     "environment": {"CINEMESH_KERNELS": "attention=torch"},
 }
+
+
+ANSWERS = {"machine": (0, 1, 2)}  # exit codes of a door, where a check that does not hold is one
 
 
 def knock(name: str, given: Any, folder: Path, code: int | None = None) -> tuple[int, str | None]:
@@ -482,9 +543,9 @@ def knock(name: str, given: Any, folder: Path, code: int | None = None) -> tuple
         os.environ.update(environment)
     errors = [line for line in told.getvalue().splitlines() if line.startswith(("error: ", "Error: "))]
     put = {"recipe.yaml", "captions.yaml", "plan.yaml", "mine.yaml", "rows.yaml", "card.json", "nccl.log"}
-    put |= {"acceptance.json"}
+    put |= {"acceptance.json", "profile.json"}
     left = {path.name for path in folder.iterdir()} - put - {MANIFEST_FILE}
-    if done not in ((0, 2) if code is None else (code,)):
+    if done not in (ANSWERS.get(name, (0, 2)) if code is None else (code,)):
         return done, f"exit code {done}: {told.getvalue()[:500]}"
     if done == 2 and (len(errors) != 1 or len(errors[0]) > 4000):
         return done, f"exit code 2 with {len(errors)} messages: {told.getvalue()[:500]}"
@@ -493,8 +554,13 @@ def knock(name: str, given: Any, folder: Path, code: int | None = None) -> tuple
     return done, None
 
 
-def knock_often(name: str, cases: int, seed_of: int, folder: Path) -> tuple[Counter[int], list[tuple[Any, str]]]:
-    """``cases`` inputs of a door, drawn from a seed: how often which exit code, and those not answered as promised."""
+def knock_often(
+    name: str, cases: int, seed_of: int, folder: Path, spent: Callable[[Any, float], None] = lambda *_: None
+) -> tuple[Counter[int], list[tuple[Any, str]]]:
+    """``cases`` inputs of a door, drawn from a seed: how often which exit code, and those not answered as promised.
+
+    ``spent`` is told of each, and of the CPU seconds that it took.
+    """
     codes: Counter[int] = Counter()
     found: list[tuple[Any, str]] = []
 
@@ -509,7 +575,9 @@ def knock_often(name: str, cases: int, seed_of: int, folder: Path) -> tuple[Coun
     @given(DOORS[name][0])
     def once(given: Any) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as own:
+            since = time.process_time()
             code, wrong = knock(name, given, Path(own))
+            spent(given, time.process_time() - since)
         codes[code] += 1
         if wrong:
             found.append((given, wrong))
