@@ -14,11 +14,10 @@ from statistics import fmean, median
 from typing import Any, cast, get_args, get_type_hints
 
 from ...documents import write_yaml
-from ...files import atomic_file
 from ...kernels.ops import OPS
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import Op
-from ..clusters.cluster import Cluster, load
+from ..clusters.cluster import Cluster, load, write_cluster
 from ..clusters.constants import LIMITS, UNITS, Fact, Rule
 from ..clusters.schema import Measured
 from ..prices.compute import AttentionCall, Compute, Direction, matmul_shape
@@ -357,6 +356,4 @@ def _find(cluster: Cluster, path: str) -> Any:
 
 def write(cluster: Cluster, machine: Machine, path: Path) -> Cluster:
     """Write the file, whole or not at all; the cluster as read back from it."""
-    with atomic_file(path) as unfinished:
-        unfinished.write_text(cluster_text(cluster, machine), encoding="utf-8")
-    return load(str(path))
+    return write_cluster(path, cluster_text(cluster, machine))

@@ -16,12 +16,11 @@ from typing import Any
 
 from ...documents import mapping, quoted, read_json, write_yaml
 from ...errors import CinemeshError
-from ...files import atomic_file
 from ...kernels import tuning
 from ...kernels.catalogue import OPTIONAL, candidates
 from ...kernels.rates import dense_bf16_flops
 from ...ranges import Range, integers, reals
-from ..clusters.cluster import Cluster, load
+from ..clusters.cluster import Cluster, load, write_cluster
 from ..prices.compute import AttentionCall, Compute, Direction
 
 SIDE = 8192  # of the square product that the benchmark times
@@ -155,9 +154,7 @@ def write(source: Path, base_name: str, out: Path) -> Cluster:
         raise CinemeshError(
             f"card: {base_name} is no GPU cluster", remedy="name the one whose links and memory the card has"
         )
-    with atomic_file(out) as unfinished:
-        unfinished.write_text(text_of(values, base, base_name, out.stem), encoding="utf-8")
-    return load(str(out))
+    return write_cluster(out, text_of(values, base, base_name, out.stem))
 
 
 def write_table(source: Path, out: Path) -> tuning.Table:

@@ -23,7 +23,7 @@ from ...kernels.ops import OPS
 from ...parallel.ir.collectives import COLLECTIVES
 from ...ranges import integers, reals
 from ...reading import read_record
-from ..clusters.cluster import Cluster, load, merged_values
+from ..clusters.cluster import Cluster, load, merged_values, write_cluster
 from ..clusters.constants import LIMITS, UNITS, Rule
 from ..clusters.schema import Measured
 from ..prices.compute import AttentionCall, Compute, Direction
@@ -117,10 +117,8 @@ def write_leveled(source: Path, base_name: str | None, out: Path) -> tuple[Clust
         )
     about = f"{base.about}; levels as a profile on {profile.about} measured them"
     values = _text_of(merged_values(base_name), base, leveled(base, profile), profile)
-    with atomic_file(out) as unfinished:
-        head = {"name": out.stem, "about": about}
-        unfinished.write_text(write_yaml(values | head, default_flow_style=None, width=120), encoding="utf-8")
-    made = load(str(out))
+    values |= {"name": out.stem, "about": about}
+    made = write_cluster(out, write_yaml(values, default_flow_style=None, width=120))
     before, after = _errors(_prepared(base), profile), _errors(made, profile)
     return made, {part: (before[part], after[part]) for part in before}
 

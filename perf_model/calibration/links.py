@@ -15,9 +15,8 @@ from typing import Any
 
 from ...documents import write_yaml
 from ...errors import CinemeshError
-from ...files import atomic_file
 from ..acceptance import link_times
-from ..clusters.cluster import Cluster, load
+from ..clusters.cluster import Cluster, load, write_cluster
 from ..prices.network import Group, Network, ring_group
 from .descent import descend
 
@@ -168,9 +167,7 @@ def write(
     }
     for section, name, number in _numbers(base, made, source.key):
         values.setdefault(section, {})[name] = number
-    with atomic_file(out) as unfinished:
-        unfinished.write_text(write_yaml(values), encoding="utf-8")
-    cluster = load(str(out))
+    cluster = write_cluster(out, write_yaml(values))
     return cluster, [(test.title, math.expm1(log_error(cluster, [test]))) for test in tests]
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 
 from ...documents import mapping, quoted, read_yaml
 from ...errors import CinemeshError, did_you_mean
-from ...files import file_name
+from ...files import atomic_file, file_name
 from ...kernels.rates import TABLES, capability_of
 from ...kernels.selection import PLAIN_INSTALL, Software, packages_of
 from ...parallel.ir.nccl_stack import Capture, NcclStack
@@ -211,6 +211,13 @@ def load(name_or_path: str, servers: int | None = None, packages: str = "", head
     if headroom_gb:
         cluster = cluster.with_headroom(headroom_gb * 1e9)
     return cluster if servers is None else cluster.with_(**{"topology.servers": servers})
+
+
+def write_cluster(path: Path, text: str) -> Cluster:
+    """Write a cluster file, whole and fit to be read or not at all. Raises CinemeshError as :func:`load`."""
+    with atomic_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+        return from_dict(_read(unfinished), path.stem, path.parent)
 
 
 def merged_values(name_or_path: str) -> dict[str, Any]:

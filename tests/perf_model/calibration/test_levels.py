@@ -131,3 +131,11 @@ def test_a_file_that_is_no_profile_is_refused(
 def test_a_direction_that_is_none_is_refused() -> None:
     with pytest.raises(CinemeshError, match="forward, backward"):
         ProfileSample(part="attention", name="sideways", key=(1, 1, 1, 1, 1), seconds=1.0, count=1)
+
+
+def test_a_file_that_could_not_be_read_back_is_not_written(measured: MachineProfile, tmp_path: Path) -> None:
+    """A source without a date: the text is whole, and every command would refuse it."""
+    replace(measured, date="").write(tmp_path / "profile.json")
+    with pytest.raises(CinemeshError, match="source"):
+        write_leveled(tmp_path / "profile.json", None, tmp_path / "here.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
