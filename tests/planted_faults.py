@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from elastic_job import FIRST_S, LIMIT_S, Fault, Job
+from elastic_job import FIRST_S, LIMIT_S, OF_A_FIRST_TURN, Fault, Job
 from training import STATES, recipe, states, states_in
 
 from cinemesh.launch.training.checkpoint.choosing import FOLDER, published
@@ -82,7 +82,7 @@ def check_hangs(job: Job, faults: Sequence[Fault]) -> list[dict[str, Any]]:
     for number, fault in enumerate(faults):
         (at, said), fired = job.errors[number], job.fired[number]
         how = "is stopped by a signal" if fault.what == "stop" else "stands"
-        limit_s = FIRST_S if fault.where in ("video", "clip") else LIMIT_S
+        limit_s = FIRST_S if fault.where in OF_A_FIRST_TURN else LIMIT_S
         guilty = said.partition("; ")[0]
         assert guilty.startswith(f"error: no progress for {limit_s:.0f} s: rank {fault.rank} (process "), said
         assert f") {how} in " in guilty and fired["doing"] in guilty, said
