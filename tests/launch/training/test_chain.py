@@ -21,6 +21,9 @@ from cinemesh.launch.training.start import BEGUN_WITH
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
+CLIP = {"name": "b", "after": "a", "prompt": "x"}
+
+
 def written(clips: Path, folder: Path, stages: list[dict[str, Any]] | None = None) -> Path:
     """Images, then video with longer tables; two ends, their average, a clip of it; a few steps each."""
     folder.mkdir(exist_ok=True)
@@ -86,7 +89,8 @@ def test_a_chain_that_was_stopped_goes_on_to_the_same_bits(
         ([{"name": "a", "greedy": True}], "greedy, and no average"),
         ([{"name": "a", "prompt": "A cat."}], "no weights to sample it with"),
         ([{"name": "a"}, {"name": "b", "average": ["a", "a"], "prompt": "A cat."}], "neither prompt nor after"),
-        ([{"name": "a"}, {"name": "b", "after": "a", "prompt": "x"}, {"name": "c", "after": "b"}], "has no weights"),
+        ([{"name": "a"}, {**CLIP, "set": {"sample.steps": 2}}, {"name": "c", "after": "b"}], "has no weights"),
+        ([{"name": "a"}, CLIP], "a prompt, and its recipe has no section sample"),
     ],
 )
 def test_a_chain_that_is_none_is_told_before_it_begins(
