@@ -43,7 +43,7 @@ setup(
     packages=[*PACKAGES],
     package_dir=PACKAGES,
     package_data={
-        "cinemesh.configs": ["*.yaml", "*/*.yaml"],
+        "cinemesh.configs": ["*.yaml", "*/*.yaml", "*.safetensors"],
         "cinemesh.kernels": ["tuning/*.yaml", "rates/*.yaml"],
         "cinemesh.launch.jobs": ["*.sh"],
         "cinemesh.evaluation": ["*.yaml", "templates/*.html"],

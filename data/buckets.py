@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -75,7 +74,7 @@ class Bucket:
                     f"data.buckets: {name}({size}) % {stride} = {size % stride} in {self}",
                     remedy=f"the codec needs a multiple of {stride}",
                 )
-        return math.ceil(self.frames / codec.temporal_stride), self.height // stride, self.width // stride
+        return codec.latent_frames(self.frames), self.height // stride, self.width // stride
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from .encoding import Encoding
 from .scenes import Scene, find_clips
 from .settings import Cut, DataSettings
 from .text import file_digest, with_fps
-from .video import BadClip, Survey, look_through, read_windows
+from .video import BadClip, Survey, Window, look_through, read_windows
 
 # Raise it when the file layout, how frames are picked, coloured, scaled and cropped, or what is drawn by a sample's id
 # changes: from 3 on by its place in the batch too; from 4 on rows have digests; from 6 on frames lie on a time grid,
@@ -114,6 +114,20 @@ def build_cache(settings: DataSettings, encoding: Encoding, cache_dir: Path, pro
     text = json.dumps(header, default=str)
     _write(path, tensors, {"cinemesh": text, "digest": sha256(text.encode())})
     return path
+
+
+def decoded_windows(settings: DataSettings, progress: bool = True) -> Iterator[Window]:
+    """The windows of a recipe's scenes as they are decoded, nothing encoded; damaged clips are left out.
+
+    Raises CinemeshError as ``build_cache`` does for clips, captions and buckets.
+    """
+    scenes, clips = settings.scenes(), find_clips(settings.clips)
+    by_file = _by_file(scenes, clips)
+    surveys, skipped = _survey(clips, by_file, progress)
+    if len(skipped) == len(by_file):
+        raise CinemeshError(f"no clip can be read: {skipped[0].file}, {skipped[0].reason}", remedy="replace them")
+    cuts = settings.cuts([span for found in surveys.values() for span in found.spans])
+    yield from _windows(clips, by_file, surveys, cuts, progress)
 
 
 def _by_file(scenes: Sequence[Scene], clips: Mapping[str, Path]) -> dict[str, list[Scene]]:
@@ -220,7 +234,7 @@ def _windows(
     surveys: Surveys,
     cuts: Mapping[str, Sequence[Cut]],
     progress: bool,
-) -> Iterator[tuple[Scene, Cut, bool, int, Tensor]]:
+) -> Iterator[Window]:
     """Every window, as it is decoded."""
     for file, found in tqdm(surveys.items(), desc="encoding clips", unit="clip", disable=None if progress else True):
         yield from read_windows(clips[file], found, cuts, by_file[file])
@@ -229,7 +243,7 @@ def _windows(
 def _rows(
     settings: DataSettings,
     encoding: Encoding,
-    windows: Iterator[tuple[Scene, Cut, bool, int, Tensor]],
+    windows: Iterator[Window],
     scenes: Sequence[Scene],
 ) -> dict[str, dict[str, list[EncodedWindow]]]:
     """By bucket and split, its windows encoded: scene by scene as the captions file has them, then in time."""

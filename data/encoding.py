@@ -9,7 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ..documents import quoted
 from ..errors import CinemeshError, did_you_mean
 from ..model.codec import BlockDCTCodec, LatentCodec
 from ..model.inputs import MASK, text_input
+from .context_codec import SHIPPED, ContextDCTCodec
 from .text import EncoderSettings, TextEncoder, build_encoders
 
 
@@ -42,7 +44,18 @@ class BlockDCT(CodecSettings):
         return BlockDCTCodec()
 
 
-CODECS: dict[str, type[CodecSettings]] = {settings.kind: settings for settings in (BlockDCT,)}
+@dataclass(frozen=True, kw_only=True)
+class ContextDCT(CodecSettings):
+    """The same latents, decoded with their neighbours' by a linear map that `cinemesh codec fit` fitted to clips."""
+
+    decoder: Annotated[Path, "the fitted map; default: that of the quick start's clips, which ships"] = SHIPPED
+    kind: Literal["dct-context"] = "dct-context"
+
+    def build(self) -> LatentCodec:
+        return ContextDCTCodec.read(self.decoder)
+
+
+CODECS: dict[str, type[CodecSettings]] = {settings.kind: settings for settings in (BlockDCT, ContextDCT)}
 
 
 def codec_kind(name: object) -> type[CodecSettings]:
@@ -50,6 +63,16 @@ def codec_kind(name: object) -> type[CodecSettings]:
     if not isinstance(name, str) or name not in CODECS:
         raise CinemeshError(f"codec.kind is {quoted(name)}", remedy=did_you_mean(name, CODECS))
     return CODECS[name]
+
+
+def codec_of(name: str) -> CodecSettings:
+    """The codec of a kind, as it is without settings, or of a file that `cinemesh codec fit` wrote.
+
+    Raises CinemeshError for a name that is neither.
+    """
+    if name not in CODECS and Path(name).is_file():
+        return ContextDCT(decoder=Path(name))
+    return codec_kind(name)(kind=name)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ..errors import CinemeshError
 from ..files import check_output_file
 from ..interrupt import interrupted_in_a_line
 from ..ranges import BATCH_RANGE, EULER_RANGE, PROCESSES_RANGE, SEED_RANGE
+from .codecs import codec
 from .examples import PAPER, epilog
 from .judging import judge
 from .options import (
@@ -85,6 +86,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.add_typer(judge)
+app.add_typer(codec)
 
 
 def say_version(asked: bool) -> None:

@@ -103,6 +103,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh calibrate --acceptance acceptance.json --base dgx-h100-ib400 --out ours.yaml",
         "cinemesh calibrate --profile profiled/profile.json --base local-cpu --out here.yaml",
     ),
+    "codec eval": (
+        "cinemesh codec eval --codec dct-context --json",
+        "cinemesh codec eval configs/quickstart.yaml --codec ours.safetensors",
+    ),
+    "codec fit": ("cinemesh codec fit configs/quickstart.yaml --set data.stride=4 --out ours.safetensors",),
     "judge make": (
         "cinemesh judge make runs/new runs/old --out judged",
         "cinemesh judge make runs/a runs/b runs/c --prompts bench.jsonl --best-of c=4 --fit --out judged",

@@ -4,8 +4,8 @@ The paper's temporal autoencoder (3.1.1) is learned and compresses 8x along time
 width into 16 channels. ``BlockDCTCodec`` has the same latent shape and is a fixed linear map: each
 block of 8 frames x 8 x 8 pixels is written in an orthonormal basis, cosines along time, height and
 width (DCT-II) times an opponent-colour axis; the 16 coefficients with most energy are kept and
-normalised. The basis is orthonormal, so decoding is the transposed map. A learned autoencoder
-replaces it by meeting ``LatentCodec``.
+normalised. The basis is orthonormal, so decoding is the transposed map (``data/context_codec.py``
+decodes the same latents better). A learned autoencoder replaces it by meeting ``LatentCodec``.
 
     T frames   H, W pixels   C channels   t, h, w latent dims: t = ceil(T / 8), h = H / 8, w = W / 8
 """
@@ -30,6 +30,8 @@ class LatentCodec(Protocol):
     channels: int
     temporal_stride: int
     spatial_stride: int
+    mean: Tensor  # float32 [C], of each channel before it is normalised: ``encode`` takes it away
+    std: Tensor  # float32 [C], likewise: ``encode`` divides by it
     errors: str  # how an error in a latent looks, in a sentence for whoever sees a clip
 
     @property
@@ -37,8 +39,12 @@ class LatentCodec(Protocol):
         """Changes whenever ``encode`` would give other latents: a cache of another is rebuilt."""
         ...
 
+    def latent_frames(self, frames: int) -> int:
+        """T -> t: frames of the latent of so many frames."""
+        ...
+
     def encode(self, frames: Tensor) -> Tensor:
-        """Frames uint8 [T, H, W, 3] -> latent float32 [C, t, h, w].
+        """Frames uint8 [T, H, W, 3] -> latent float32 [C, t, h, w], t as ``latent_frames`` says.
 
         A channel has about zero mean and unit variance.
         Raises CinemeshError when H or W does not divide by ``spatial_stride``.
@@ -46,7 +52,7 @@ class LatentCodec(Protocol):
         ...
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Latent [C, t, h, w] -> frames uint8 [8 t, 8 h, 8 w, 3]; the caller cuts frames past T."""
+        """Latent [C, t, h, w] -> frames uint8 [at least T, H, W, 3]; the caller cuts those past T."""
         ...
 
 
@@ -99,14 +105,17 @@ class BlockDCTCodec:
 
     def __init__(self) -> None:
         self._basis = _basis()  # [C, 8 * 8 * 8 * 3], orthonormal rows
-        self._mean = torch.tensor([c.mean for c in COEFFICIENTS])
-        self._std = torch.tensor([c.std for c in COEFFICIENTS])
+        self.mean = torch.tensor([c.mean for c in COEFFICIENTS])
+        self.std = torch.tensor([c.std for c in COEFFICIENTS])
 
     @property
     def fingerprint(self) -> str:
         """A hash of every constant of the codec."""
         constants = repr((STRIDE, OPPONENT_AXES, [tuple(c) for c in COEFFICIENTS]))
         return f"block-dct-{hashlib.sha256(constants.encode()).hexdigest()[:16]}"
+
+    def latent_frames(self, frames: int) -> int:
+        return math.ceil(frames / STRIDE)
 
     def encode(self, frames: Tensor) -> Tensor:
         """See ``LatentCodec.encode``. The last frame is repeated to fill the last block."""
@@ -119,16 +128,10 @@ class BlockDCTCodec:
             raise CinemeshError(
                 f"{len(frames)} frames of {height} x {width} pixels: {height} % {STRIDE} = "
                 f"{height % STRIDE}, {width} % {STRIDE} = {width % STRIDE}",
-                remedy="a clip has at least one frame and both sizes are positive multiples of "
-                f"{STRIDE}: resize or crop",
+                remedy=f"a clip has a frame at least and both sizes are positive multiples of {STRIDE}: resize or crop",
             )
-        short = -len(frames) % STRIDE
-        whole = torch.cat([frames, frames[-1:].expand(short, -1, -1, -1)])
-        t, h, w = len(whole) // STRIDE, height // STRIDE, width // STRIDE
-        blocks = whole.view(t, STRIDE, h, STRIDE, w, STRIDE, 3).permute(0, 2, 4, 1, 3, 5, 6)
-        pixels = blocks.reshape(t * h * w, -1).float() / 127.5 - 1.0
-        values = (pixels @ self._basis.T - self._mean) / self._std
-        return values.T.reshape(self.channels, t, h, w).contiguous()
+        values = (self.pixels(frames) @ self._basis.T - self.mean) / self.std
+        return values.T.reshape(self.channels, -1, height // STRIDE, width // STRIDE).contiguous()
 
     def decode(self, latent: Tensor) -> Tensor:
         """See ``LatentCodec.decode``.
@@ -136,26 +139,27 @@ class BlockDCTCodec:
         Raises CinemeshError for a wrong channel count and for values that are not finite.
         """
         if latent.dim() != 4 or latent.shape[0] != self.channels:
-            raise CinemeshError(
-                f"latent of {list(latent.shape)}", remedy=f"this codec reads [{self.channels}, t, h, w]"
-            )
+            raise CinemeshError(f"latent of {list(latent.shape)}", remedy=f"read are [{self.channels}, t, h, w]")
         if bad := int((~torch.isfinite(latent)).sum()):
             raise CinemeshError(
                 f"{bad} of {latent.numel()} latent values are not finite and decode to no picture",
                 remedy="the model that made them has diverged: sample from an earlier checkpoint",
             )
         t, h, w = latent.shape[1:]
-        values = latent.float().reshape(self.channels, -1).T * self._std + self._mean
-        pixels = ((values @ self._basis + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        pixels = ((self.blocks(latent.float()) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
         blocks = pixels.view(t, h, w, STRIDE, STRIDE, STRIDE, 3).permute(0, 3, 1, 4, 2, 5, 6)
         return blocks.reshape(t * STRIDE, h * STRIDE, w * STRIDE, 3)
 
+    def pixels(self, frames: Tensor) -> Tensor:
+        """Frames uint8 [T, H, W, 3] -> pixels of their blocks in [-1, 1], float32 [t h w, 8 * 8 * 8 * 3]."""
+        whole = torch.cat([frames, frames[-1:].expand(-len(frames) % STRIDE, -1, -1, -1)])
+        t, h, w = (size // STRIDE for size in whole.shape[:3])
+        blocks = whole.view(t, STRIDE, h, STRIDE, w, STRIDE, 3).permute(0, 2, 4, 1, 3, 5, 6)
+        return blocks.reshape(t * h * w, -1).float() / 127.5 - 1.0
 
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio, dB, of two uint8 clips of one shape; infinite when equal."""
-    assert a.shape == b.shape and a.dtype == b.dtype == torch.uint8, (a.shape, b.shape)
-    error = (a.double() - b.double()).square().mean().item()
-    return 10 * math.log10(255**2 / error) if error else math.inf
+    def blocks(self, latent: Tensor) -> Tensor:
+        """Latent float32 [C, t, h, w] -> its blocks' pixels before rounding, about [-1, 1], [t h w, 8 * 8 * 8 * 3]."""
+        return (latent.reshape(self.channels, -1).T * self.std + self.mean) @ self._basis
 
 
 def _basis() -> Tensor:

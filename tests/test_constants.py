@@ -37,6 +37,7 @@ SPLIT_MIX = "Steele et al., OOPSLA'14, SplitMix64; part of every digest of a sta
 COUNTER = "ours: part of every drawn number; another value is another run"
 RUNS = "ours: how often and how long, of a run"
 MATHS = "mathematics"
+WANG = "Wang et al. 2004, III.C"
 NVIDIA = "CUDA programming guide, compute capabilities 8.0, 9.0 and 10.0"
 QUICK_START = "ours: the CPU quick start"
 UNSAID = "what is meant where nothing else is said"
@@ -227,7 +228,7 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "model.codec.BlockDCTCodec.temporal_stride": (8, "3.1.1"),
     "model.codec.BlockDCTCodec.spatial_stride": (8, "3.1.1"),
     "model.codec.OPPONENT_AXES": ((1.0, 1.0, 1.0, 1.0, 0.0, -1.0, 1.0, -2.0, 1.0), "ours: orthogonal"),
-    "model.codec.encode: 127.5": (127.5, MATHS),
+    "model.codec.pixels: 127.5": (127.5, MATHS),
     "model.codec.decode: 127.5": (127.5, MATHS),
     "model.codec.COEFFICIENTS": (
         (  # colour, (time, height, width), mean, std
@@ -240,6 +241,14 @@ PINNED: Mapping[str, tuple[object, str]] = {
         ),
         "measured over the quick start's training frames",
     ),
+    "data.context_codec.REACH": (3, "ours: a block's neighbours, and none farther"),
+    "data.context_codec.RIDGE": (1e-4, "ours: measured on held-out windows of the quick start"),
+    "data.context_codec.BLOCK": ((8, 8, 8, 3), "3.1.1, and three colours"),
+    "evaluation.reconstruction.WINDOW_PX": (11, WANG),
+    "evaluation.reconstruction.WINDOW_STD_PX": (1.5, WANG),
+    "evaluation.reconstruction.LUMINANCE": (0.01, WANG),
+    "evaluation.reconstruction.CONTRAST": (0.03, WANG),
+    "evaluation.reconstruction.PEAK": (255.0, MATHS),
     # -- randomness -----------------------------------------------------------------------------------------------
     "kernels.philox._MULTIPLIERS": ((0xD2511F53, 0xCD9E8D57), SC11),
     "kernels.philox._WEYL": ((0x9E3779B9, 0xBB67AE85), SC11),

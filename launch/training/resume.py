@@ -23,13 +23,13 @@ class Allowed(Enum):
     ASKED = "refused, unless may_change names it"
 
 
-CONTENTS = "data.contents"  # the captions, videos and encoders that the latent cache was made of, not a key
+CONTENTS = "data.contents"  # captions, videos, encoders and kind of latents of the cache, not a key
 # By the longest beginning of the key.
 ALLOWED = {
     "model": Allowed.FREE,  # a checkpoint of another model is refused by itself
     "plan": Allowed.FREE,
     "plan.dtype": Allowed.ASKED,
-    "codec": Allowed.ASKED,
+    "codec": Allowed.FREE,  # what it encodes is among the contents; how it decodes changes no weight
     "cluster": Allowed.FREE,
     "data": Allowed.ASKED,
     "data.clips": Allowed.FREE,  # where they are; what they hold is among the contents

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ...data.cache import Cache, Samples
 from ...data.clips import write_contact_sheet, write_mp4
+from ...evaluation.reconstruction import psnr
 from ...files import atomic_file
 from ...kernels.philox import Purpose
-from ...model.codec import LatentCodec, psnr
+from ...model.codec import LatentCodec
 from ...model.flow import draw_noise
 from ...model.runner import StepRunner
 from ..cluster.marks import Marks

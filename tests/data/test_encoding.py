@@ -62,7 +62,7 @@ def test_a_new_kind_of_codec_is_added_in_one_place(monkeypatch: pytest.MonkeyPat
     for codec, message in (
         ({"kind": "learned"}, "the key 'codec.path' is missing; add it"),
         ({"kind": "learned", "path": "a", "pth": "b"}, "unknown key 'codec.pth'; did you mean 'path'?"),
-        ({"kind": "lerned"}, "codec.kind is 'lerned'; did you mean 'learned'? Known: block-dct, learned"),
+        ({"kind": "lerned"}, "codec.kind is 'lerned'; did you mean 'learned'? Known: block-dct, dct-context, learned"),
     ):
         with pytest.raises(CinemeshError) as refused:
             check_config({**RECIPE, "codec": codec}, "test")

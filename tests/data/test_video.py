@@ -17,7 +17,7 @@ from cinemesh.data.scenes import Scene
 from cinemesh.data.settings import Cut, DataSettings
 from cinemesh.data.video import BadClip, frame_rate, look_through, read_frames, read_windows
 from cinemesh.errors import CinemeshError
-from cinemesh.model.codec import psnr
+from cinemesh.evaluation.reconstruction import psnr
 
 NTSC = Fraction(30000, 1001)
 # One of each kind; the benchmark tries all.

@@ -153,6 +153,8 @@ IN_PLACE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "average": (lambda _: None, "needs trained models, tests/launch/commands/test_averaging.py: options are read"),
     "calibrate": (calibrated, "a minute, or a measured card: options are read"),
     "launch local": (lambda given: trained(given | {"dry_run": False, "nproc": 2}), "minutes, as train"),
+    "codec eval": (lambda _: None, "decodes clips, tests/launch/commands/test_codec.py: options are read"),
+    "codec fit": (lambda _: None, "decodes clips, tests/launch/commands/test_codec.py: options are read"),
     "judge make": (lambda _: None, "needs clips, tests/evaluation: options are read"),
     "judge serve": (lambda _: None, "serves until it is stopped, tests/evaluation: options are read"),
     "judge score": (lambda _: None, "needs votes, tests/evaluation: options are read"),

@@ -15,13 +15,14 @@ from torch import Tensor
 from cinemesh.data.text import ByteEncoder
 from cinemesh.data.video import frame_rate, read_frames
 from cinemesh.errors import CinemeshError
+from cinemesh.evaluation.reconstruction import psnr
 from cinemesh.kernels.reference import REFERENCE
 from cinemesh.launch.cluster.processes import Joined
 from cinemesh.launch.training import sample, showcase
 from cinemesh.launch.training.checkpoint.saving import save
 from cinemesh.launch.training.recipe import check_config
 from cinemesh.launch.training.setting import Setting
-from cinemesh.model.codec import BlockDCTCodec, psnr
+from cinemesh.model.codec import BlockDCTCodec
 from cinemesh.model.config import Encoder, ModelConfig
 from cinemesh.model.inputs import MASK, BatchShape, text_input
 from cinemesh.model.runner import StepRunner
