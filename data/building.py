@@ -32,8 +32,8 @@ from .video import BadClip, Survey, Window, look_through, read_windows
 
 # Raise it when the file layout, how frames are picked, coloured, scaled and cropped, or what is drawn by a sample's id
 # changes: from 3 on by its place in the batch too; from 4 on rows have digests; from 6 on frames lie on a time grid,
-# upright, of square pixels and told colours, and captions begin with their rate.
-FORMAT = 6
+# upright, of square pixels and told colours, and captions begin with their rate; from 7 on blocks are mixed, not rows.
+FORMAT = 7
 SKIPPED_FILE = "skipped.json"
 MOST_TOLD = 3  # bad clips in a message; the file has all
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -126,6 +127,11 @@ class Samples(Sequence[Sample]):
                 remedy="delete the cache, which the next run builds again, and look to the disk",
             )
         return values
+
+    @property
+    def latent_bytes(self) -> int:
+        """Of every sample."""
+        return 4 * math.prod(self._file.get_slice(self._tensor).get_shape()[1:])  # float32
 
     @property
     def scenes(self) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...data.cache import Cache, collate
-from ...data.order import Stream, balanced, turns
+from ...data.order import Stream, balanced, samples_of_a_read, turns
 from ...errors import CinemeshError
 from .recipe import Config
 
@@ -35,9 +35,10 @@ class Feed:
         self.weights = [bucket.weight for bucket in data.shapes]
         drawn = turns(seed, config.schedule.steps, self.weights)
         self.bucket, self.turn = (values.tolist() for values in drawn)  # of every step
+        trained = [windows.train for windows in cache.buckets]
         self.streams = [
-            Stream(seed, bucket, balanced(windows.train.scenes, data.balance))
-            for bucket, windows in enumerate(cache.buckets)
+            Stream(seed, bucket, balanced(train.scenes, data.balance), samples_of_a_read(train.latent_bytes))
+            for bucket, train in enumerate(trained)
         ]
         self._ahead: StepBatches | None = None
 

@@ -36,7 +36,7 @@ from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cinemesh.data.cache import Cache, collate
-from cinemesh.data.order import Stream, balanced
+from cinemesh.data.order import Stream, balanced, samples_of_a_read
 from cinemesh.launch.cluster.processes import Joined, forked
 from cinemesh.launch.progress import progress
 from cinemesh.launch.training.recipe import Config, read_config
@@ -101,7 +101,7 @@ def follow(recipe: Config, steps: int) -> dict[str, list[float]]:
     config, size = setting.config, recipe.data.global_batch
     cache: Cache = setting.open_cache(Joined(rank, "cpu", mesh))
     train = cache.buckets[0].train
-    stream = Stream(config.seed, 0, balanced(train.scenes, config.data.balance))
+    stream = Stream(config.seed, 0, balanced(train.scenes, config.data.balance), samples_of_a_read(train.latent_bytes))
     ours = StepRunner(
         setting.model, PLAN, setting.batches[0], config.optimizer, mesh,
         seed=config.seed, caption_dropout=config.caption_dropout,

@@ -20,7 +20,7 @@ from training import STATES, cinemesh, in_two_batches, in_two_buckets, recipe, s
 
 from cinemesh.data.building import build_cache
 from cinemesh.data.cache import Sample, collate
-from cinemesh.data.order import Stream, turns
+from cinemesh.data.order import Stream, samples_of_a_read, turns
 from cinemesh.data.video import frame_rate, read_frames
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels.reference import Kernel
@@ -229,7 +229,8 @@ def steps_by_hand(values: dict[str, Any]) -> dict[str, Tensor]:
         for name, value in state.items():
             runner.buffers[name].copy_(value)
         train, size = cache.buckets[bucket].train, setting.batches[bucket].samples
-        batch = collate(train.select(Stream(config.seed, bucket, range(len(train))).take(size * place, size)), 0, 1)
+        stream = Stream(config.seed, bucket, range(len(train)), samples_of_a_read(train.latent_bytes))
+        batch = collate(train.select(stream.take(size * place, size)), 0, 1)
         runner.load(0, batch)
         runner.step(config.schedule.lr(config.optimizer.lr, step))
         state = {name: runner.buffers[name].clone() for name in STATES}

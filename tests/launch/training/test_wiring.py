@@ -261,7 +261,7 @@ EFFECTS: Mapping[str, Sequence[Effect]] = {
     "data.buckets.0.frames": [Effect(9, SHAPE | {"ids", "text"})],
     "data.buckets.0.height": [Effect(64, SHAPE)],
     "data.buckets.0.width": [Effect(64, SHAPE)],
-    "data.buckets.0.weight": [Effect(0.01, SAMPLES - GRADIENT | LATER, TWO_BUCKETS)],
+    "data.buckets.0.weight": [Effect(0.01, SAMPLES - GRADIENT | LATER, {**TWO_BUCKETS, "seed": 4})],
     "data.buckets.0.global_batch": [Effect(4, SAMPLES)],
     "data.buckets.0.fps": [Effect(20, SAMPLES | {"windows"})],
     "data.buckets.0.squeeze_from_s": [  # takes the right scene alone
