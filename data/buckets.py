@@ -52,7 +52,9 @@ class Bucket:
         return f"{self.frames}x{self.height}x{self.width}"
 
     def rate(self, seconds: Fraction) -> Fraction | None:
-        """Frames/s of its windows of a scene of so many seconds; None where it takes none of it."""
+        """Frames/s of its windows of a scene of so many seconds, 0 of an image; None where it takes none of it."""
+        if not seconds:
+            return Fraction(self.fps) if self.frames == 1 and self.squeeze_from_s is None else None
         if self.squeeze_from_s is None:
             return Fraction(self.fps) if grid_frames(seconds, Fraction(self.fps)) >= self.frames else None
         fits = self.squeeze_from_s <= seconds + ROUNDING_S and LEAST_SQUEEZED * (seconds - ROUNDING_S) <= self.frames

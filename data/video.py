@@ -47,7 +47,7 @@ class BadClip(CinemeshError):
 
     def __init__(self, path: Path, reason: str, time_s: Fraction | None = None) -> None:
         at = "" if time_s is None else f" at {float(time_s):.3f} s"
-        super().__init__(f"the video {path} is not read{at}: {reason}", remedy="replace it, or leave it out")
+        super().__init__(f"{path} is not read{at}: {reason}", remedy="replace it, or leave it out")
         self.file, self.reason, self.time_s = path, reason, time_s
 
 

@@ -123,7 +123,7 @@ def test_samples_of_a_few_blocks_are_mixed_and_read_together() -> None:
         assert len(blocks) == GROUP
         assert sum(b - a == 1 for a, b in pairwise(taken)) < group // 50  # neighbours of a block come apart
         assert sum(b + 1 in blocks for b in blocks) < GROUP // 4  # and so do neighbouring blocks
-    assert taken != sorted(taken)
+        assert taken != sorted(taken)
 
 
 def boundaries(stream: Stream, size: int, block: int) -> list[int]:

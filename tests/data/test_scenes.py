@@ -40,12 +40,12 @@ def test_the_declared_scenes_are_the_shots_of_the_clips() -> None:
 
 
 def test_clips_are_found_by_their_endings_whatever_the_case(tmp_path: Path) -> None:
-    """A camera writes MOV in capitals; notes and pictures beside the videos are none."""
+    """A camera writes MOV in capitals; a picture is a clip of one frame, notes and parts are none."""
     for name in ("A.MP4", "b.mkv", "c.Mov", "d d.webm", "notes.txt", "cover.jpg", "e.mp4.part"):
         (tmp_path / name).touch()
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "lost.avi").symlink_to("nowhere")
-    assert list(find_clips([str(tmp_path)])) == ["A.MP4", "b.mkv", "c.Mov", "d d.webm", "lost.avi"]
+    assert list(find_clips([str(tmp_path)])) == ["A.MP4", "b.mkv", "c.Mov", "cover.jpg", "d d.webm", "lost.avi"]
     assert list(find_clips([str(tmp_path / "notes.txt")])) == ["notes.txt"]  # who names a file means it
     for folder in (tmp_path / "nowhere", tmp_path / "folder.mp4"):
         with pytest.raises(CinemeshError, match=f"no video file at {folder}"):
