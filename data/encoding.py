@@ -20,6 +20,7 @@ from ..errors import CinemeshError, did_you_mean
 from ..model.codec import BlockDCTCodec, LatentCodec
 from ..model.inputs import MASK, text_input
 from .context_codec import SHIPPED, ContextDCTCodec
+from .diffusers_codec import DiffusersCodec
 from .text import EncoderSettings, TextEncoder, build_encoders
 
 
@@ -55,7 +56,19 @@ class ContextDCT(CodecSettings):
         return ContextDCTCodec.read(self.decoder)
 
 
-CODECS: dict[str, type[CodecSettings]] = {settings.kind: settings for settings in (BlockDCT, ContextDCT)}
+@dataclass(frozen=True, kw_only=True)
+class Diffusers(CodecSettings):
+    """An autoencoder of the package diffusers: of clips (Wan, Hunyuan) or of images, which takes frame by frame."""
+
+    path: Annotated[Path, "the directory that its save_pretrained wrote"]
+    kind: Literal["diffusers"] = "diffusers"
+
+    def build(self) -> LatentCodec:
+        return DiffusersCodec(self.path)
+
+
+KINDS: tuple[type[CodecSettings], ...] = (BlockDCT, ContextDCT, Diffusers)
+CODECS: dict[str, type[CodecSettings]] = {settings.kind: settings for settings in KINDS}
 
 
 def codec_kind(name: object) -> type[CodecSettings]:
@@ -66,12 +79,15 @@ def codec_kind(name: object) -> type[CodecSettings]:
 
 
 def codec_of(name: str) -> CodecSettings:
-    """The codec of a kind, as it is without settings, or of a file that `cinemesh codec fit` wrote.
+    """The codec of a kind without settings, of what `cinemesh codec fit` wrote, or of a directory of diffusers.
 
-    Raises CinemeshError for a name that is neither.
+    Raises CinemeshError for a name that is none of them.
     """
-    if name not in CODECS and Path(name).is_file():
-        return ContextDCT(decoder=Path(name))
+    path = Path(name)
+    if name not in CODECS and path.exists():
+        return Diffusers(path=path) if path.is_dir() else ContextDCT(decoder=path)
+    if codec_kind(name) is Diffusers:
+        raise CinemeshError("--codec diffusers says not which", remedy="name the directory of the autoencoder")
     return codec_kind(name)(kind=name)
 
 

@@ -26,7 +26,11 @@ def evaluate(
     config: Recipe = None,
     named: Annotated[
         str | None,
-        typer.Option("--codec", metavar="NAME|PATH", help="A kind, or what codec fit wrote. Default: the recipe's."),
+        typer.Option(
+            "--codec",
+            metavar="NAME|PATH",
+            help="A kind, what codec fit wrote, or a folder of diffusers. Default: the recipe's.",
+        ),
     ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,

@@ -240,6 +240,8 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "model.codec.OPPONENT_AXES": ((1.0, 1.0, 1.0, 1.0, 0.0, -1.0, 1.0, -2.0, 1.0), "ours: orthogonal"),
     "model.codec.pixels: 127.5": (127.5, MATHS),
     "model.codec.decode: 127.5": (127.5, MATHS),
+    "data.diffusers_codec.encode: 127.5": (127.5, MATHS),
+    "data.diffusers_codec.decode: 127.5": (127.5, MATHS),
     "model.codec.COEFFICIENTS": (
         (  # colour, (time, height, width), mean, std
             *((0, 0, 0, 0, -5.608, 16.21), (0, 1, 0, 0, 0.0, 3.563), (0, 0, 0, 1, 0.0, 3.523)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -62,11 +63,25 @@ def test_a_new_kind_of_codec_is_added_in_one_place(monkeypatch: pytest.MonkeyPat
     for codec, message in (
         ({"kind": "learned"}, "the key 'codec.path' is missing; add it"),
         ({"kind": "learned", "path": "a", "pth": "b"}, "unknown key 'codec.pth'; did you mean 'path'?"),
-        ({"kind": "lerned"}, "codec.kind is 'lerned'; did you mean 'learned'? Known: block-dct, dct-context, learned"),
+        (
+            {"kind": "lerned"},
+            "codec.kind is 'lerned'; did you mean 'learned'? Known: block-dct, dct-context, diffusers, learned",
+        ),
     ):
         with pytest.raises(CinemeshError) as refused:
             check_config({**RECIPE, "codec": codec}, "test")
         assert message in str(refused.value)
+
+
+def test_diffusers_is_asked_for_when_its_codec_is_and_not_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # as where it is not installed
+    settings = encoding.codec_of(str(tmp_path))
+    with pytest.raises(CinemeshError, match=r"needs the package diffusers; pip install 'cinemesh\[diffusers\]'"):
+        settings.build()
+    with pytest.raises(CinemeshError, match="--codec diffusers says not which"):
+        encoding.codec_of("diffusers")
 
 
 def test_a_recipe_without_the_section_has_the_block_dct() -> None:
