@@ -96,9 +96,9 @@ class BucketRunner:
         self.current = runner
         runner.load(micro_batch, batch)
 
-    def step(self, lr: float, watch: Callable[[int], None] | None = None) -> None:
-        """One optimizer update on what was loaded last; ``watch`` as :meth:`StepRunner.step`."""
-        self.current.step(lr, watch)
+    def step(self, lr: float, watch: Callable[[int], None] | None = None, *, replays: bool = True) -> None:
+        """One optimizer update on what was loaded last; the rest as :meth:`StepRunner.step`."""
+        self.current.step(lr, watch, replays=replays)
 
 
 def _counted(count: int, what: str) -> str:

@@ -114,17 +114,18 @@ class StepRunner:
             )
         load_inputs(self.executor, batch, micro_batch)
 
-    def step(self, lr: float, watch: Callable[[int], None] | None = None) -> None:
+    def step(self, lr: float, watch: Callable[[int], None] | None = None, *, replays: bool = True) -> None:
         """One optimizer update on what was loaded. Read ``loss`` and ``gradient_norm`` afterwards.
 
-        Replays when something was captured. ``watch`` is called after every record, which a graph does not tell.
+        Replays when something was captured and ``replays``. ``watch`` is called after every record, which a graph does
+        not tell.
         """
         self.buffers["lr"].fill_(lr)
-        if isinstance(self.replay, Graph):
+        if replays and isinstance(self.replay, Graph):
             self.replay.run()
             self._expect_end()
         else:
-            (self.replay or self.executor).run(watch)
+            (self.replay if isinstance(self.replay, Frozen) else self.executor).run(watch)
 
     @property
     def loss(self) -> Tensor:

@@ -38,12 +38,14 @@ from .average import remark
 from .card_watch import CardWatch
 from .checkpoint.choosing import FOLDER, VALIDATION_LOSS, Keep
 from .checkpoint.loading import resume
+from .checkpoint.manifest import COUNTERS
 from .checkpoint.saving import Saver
 from .differences import RECIPE, recipe_facts, recorded
 from .feed import Feed
 from .goodput import LossCause
 from .measured_rows import MeasuredRows
 from .needs import check_training_memory
+from .numerics import Numerics, gathered
 from .plateau import VALIDATIONS, Validated
 from .recipe import Config, read_config
 from .replicas import compare_replicas
@@ -209,7 +211,9 @@ class _Loop:
                 break
             loaded = time.perf_counter()
             lr = self.config.schedule.lr(self.config.optimizer.lr, step, self.validations)
-            self._run_step(step, lr)
+            measures = log.numerics_every and (step + 1) % log.numerics_every == 0
+            numerics = Numerics(self.runners.current) if measures else None
+            self._run_step(step, lr, numerics)
             if self.reads_ahead:
                 self.feed.read_ahead(step + 1)
             loss, norm = runner.loss.item(), runner.gradient_norm.item()  # between steps: the step itself reads nothing
@@ -224,7 +228,11 @@ class _Loop:
                 skipped = 0
             else:
                 skipped += 1
+                if numerics is None and skipped == 1:
+                    numerics = self._again(step - 1, lr)
                 self._skipped(step, skipped, loss, norm, ids)
+            if numerics is not None:
+                self._measured(step, numerics, ids)
             if self.telemetry:
                 self.telemetry.advance()
             if step % log.every == 0 or step == steps:
@@ -248,10 +256,17 @@ class _Loop:
         """What runs inside is, on the rank that speaks, lost to this cause."""
         return self.telemetry.account.losing(cause) if self.telemetry else nullcontext()
 
-    def _run_step(self, step: int, lr: float) -> None:
+    def _run_step(self, step: int, lr: float, numerics: Numerics | None) -> None:
+        replays, runner = numerics is None, self.runners.current
         self.marks.at(step, Doing.STEP)
-        self._mark(None if isinstance(self.runners.current.replay, Graph) else self.runners.current.program)
-        self.runners.step(lr, self.marks.record_done)
+        self._mark(None if replays and isinstance(runner.replay, Graph) else runner.program)
+
+        def watch(record: int) -> None:
+            if numerics:
+                numerics.watch(record)
+            self.marks.record_done(record)
+
+        self.runners.step(lr, watch, replays=replays)
 
     def _run_marked(self, executor: Executor) -> None:
         self._mark(executor.program)
@@ -323,6 +338,18 @@ class _Loop:
     def validations(self) -> list[Validated]:
         """Of the whole run."""
         return self.carried.get(VALIDATIONS, [])
+
+    def _again(self, step: int, lr: float) -> Numerics:
+        """Run the step whose update was skipped once more, and measure it: the same draws on the same weights."""
+        self.runner.buffers[COUNTERS][0] -= 1
+        numerics = Numerics(self.runners.current)
+        self._run_step(step, lr, numerics)
+        return numerics
+
+    def _measured(self, step: int, numerics: Numerics, ids: list[int]) -> None:
+        numbers = gathered(numerics.measured(), self.runners.current)
+        if self.telemetry and numbers:
+            numbers.tell(self.telemetry, step, self.config.plan, ids)
 
     def _validate(self, step: int) -> None:
         if not self.held_out:

@@ -160,6 +160,7 @@ class LoggingSection:
     every: Annotated[Every, "from one report to the next"] = 10
     validate_every: Annotated[EveryOrNever, "from one validation to the next"] = 100
     validation_draws: Annotated[int, DRAWS_RANGE, "fixed (t, noise) of every validation sample"] = 4
+    numerics_every: Annotated[EveryOrNever, "from one step whose every value is measured to the next"] = 0
     checkpoint_every: Annotated[EveryOrNever, "from one checkpoint to the next"] = 500
     keep: Annotated[int, KEEP_RANGE, "newest checkpoints that stay on disk"] = 2
     keep_every: Annotated[EveryOrNever, "from one checkpoint that stays for good to the next"] = 0

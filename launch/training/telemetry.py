@@ -62,8 +62,8 @@ class Telemetry:
         self.cpu_s = 0.0
         self.account = GoodputAccount.of(directory, first, since)
         self._prometheus = PrometheusFile(directory / PROM_FILE, directory.name, first)
-        self._metrics = directory / METRICS_FILE
-        _set_aside(self._metrics, first)
+        self._directory = directory
+        _set_aside(directory / METRICS_FILE, first)
         self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first + 1 if first else None)
         self._writer.add_custom_scalars({"measured and predicted": BESIDE})
         self._log = (directory / LOG_FILE).open("a", encoding="utf-8", buffering=1)
@@ -93,11 +93,14 @@ class Telemetry:
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        line = json.dumps({"step": step, **values}) + "\n"
-        with self._metrics.open("ab", buffering=0) as file:
-            file.write(line.encode())  # one write: a reader never sees half a line
+        self.append(METRICS_FILE, {"step": step, **values})
         if "loss" in values:
             self._bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.2e}")
+
+    def append(self, name: str, values: dict[str, Any]) -> None:
+        """A line of JSON at the end of a file of the run."""
+        with (self._directory / name).open("ab", buffering=0) as file:
+            file.write((json.dumps(values) + "\n").encode())  # one write: a reader never sees half a line
 
     def say(self, text: str) -> None:
         """A line above the progress bar, and in the log."""

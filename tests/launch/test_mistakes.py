@@ -268,6 +268,7 @@ def test_a_gradient_that_is_not_finite_skips_the_update_and_is_told(
     assert start(values, tmp_path) == 0
     out = capsys.readouterr().out
     assert out.count("the update was skipped; samples [") == 2 and "step 4: loss inf" in out
+    assert out.count("first not finite: mb0/final.forward/loss (velocity_loss), 1 of 1 values on rank 0") == 2
     assert states(tmp_path / "run", values)[COUNTERS].flatten().tolist() == [6, 4]
     losses = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
     assert len(losses) == 3 and all(loss < 10 for loss in losses)

@@ -95,7 +95,7 @@ def test_what_is_read_ahead_is_what_would_be_read(
     read, step = Feed._read, StepRunner.step
     monkeypatch.setattr(train, "READS_AHEAD", ("cpu",))
     monkeypatch.setattr(Feed, "_read", lambda self, at: (order.append(f"read {at}"), read(self, at))[1])
-    monkeypatch.setattr(StepRunner, "step", lambda self, *given: (order.append("step"), step(self, *given))[1])
+    monkeypatch.setattr(StepRunner, "step", lambda *given, **how: (order.append("step"), step(*given, **how))[1])
     assert start(ahead, tmp_path) == 0
     assert_same(states(tmp_path / "run", values), states(tmp_path / "ahead/run", values))
     assert order[:6] == ["read 0", "step", "read 1", "step", "read 2", "step"] and order.count("step") == 6

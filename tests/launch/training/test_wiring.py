@@ -298,6 +298,7 @@ EFFECTS: Mapping[str, Sequence[Effect]] = {
     "logging.every": [Effect(1, frozenset({"reported"}))],
     "logging.validate_every": [Effect(0, frozenset({"validated", "validation"}))],
     "logging.validation_draws": [Effect(2, frozenset({"validation"}))],
+    "logging.numerics_every": [Effect(2, frozenset({"files"}))],
     "logging.checkpoint_every": [Effect(2, frozenset({"checkpoints"}))],
     "logging.keep": [Effect(1, frozenset({"checkpoints"}), {"logging.checkpoint_every": 1})],
     "logging.keep_every": [Effect(1, frozenset({"checkpoints"}), {"logging.checkpoint_every": 1})],
