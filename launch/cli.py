@@ -14,7 +14,7 @@ import typer
 from ..errors import CinemeshError
 from ..files import check_output_file
 from ..interrupt import interrupted_in_a_line
-from ..ranges import BATCH_RANGE, EULER_RANGE, PROCESSES_RANGE, SEED_RANGE
+from ..ranges import BATCH_RANGE, EULER_RANGE, PROCESSES_RANGE, SEED_RANGE, STEPS_RANGE
 from .codecs import codec
 from .examples import PAPER, epilog
 from .judging import judge
@@ -292,6 +292,31 @@ def sample(
         nproc=nproc,
         overrides=[*plan_override(plan), *device_override(device), *(overrides or [])],
     )
+
+
+@app.command(epilog=epilog("replay"))
+def replay(
+    config: ConfigFile,
+    step: Annotated[int, typer.Option("--step", **bounds(STEPS_RANGE), help="Counted from 1.")],
+    exact: Annotated[bool, typer.Option("--float64", help="In float64: what rounding made is not there.")] = False,
+    nproc: LocalProcesses = None,
+    device: RecipeDevice = None,
+    plan: RecipePlan = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a step of a run once more, with every value measured.
+
+    From the newest checkpoint before it, with the same samples, draws and learning rate, under any plan.
+    Shows of each block how large its values are, of each unit its gradient, and the first record whose
+    values are not finite, with its rank and samples. Writes nothing.
+
+    Exit code 1 when something is not finite.
+    """
+    from .training.replay import run
+
+    given = [*plan_override(plan), *device_override(device), *(overrides or [])]
+    raise typer.Exit(run(config=config, step=step, nproc=nproc, overrides=given, exact=exact, as_json=as_json))
 
 
 @app.command(epilog=epilog("export"))

@@ -11,7 +11,7 @@ CHECKED = "0 it holds; 1 it does not; 2 wrong input, with a line that says how t
 STARTED = "0 done; 1 a bug; 2 wrong input or data; 128 + n when signal n stopped it and its state is saved."
 DONE = "0 done; 2 wrong input, with a line that says how to mend it."
 CODES: dict[str, str] = {
-    **dict.fromkeys(("verify", "doctor", "lint"), CHECKED),
+    **dict.fromkeys(("verify", "doctor", "replay", "lint"), CHECKED),
     **dict.fromkeys(("train", "stages", "launch", "sample", "profile"), STARTED),
 }
 
@@ -37,6 +37,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         'cinemesh sample configs/quickstart.yaml --prompt "Traffic crosses a square." --out clip.mp4',
         'cinemesh sample configs/quickstart.yaml --prompt "A grey rabbit." --seed 3 --guidance 1.5',
         "cinemesh sample configs/quickstart.yaml --prompts prompts.yaml --out clips --solver midpoint",
+    ),
+    "replay": (
+        "cinemesh replay configs/quickstart.yaml --step 120",
+        "cinemesh replay configs/quickstart.yaml --step 120 --float64 --nproc 2 --json",
     ),
     "export": (
         "cinemesh export runs/quickstart --out quickstart-hf",

@@ -204,12 +204,12 @@ def at_a_record(fault: Fault, happens: Happens) -> None:
         loop._Loop._run_marked = validated
         return
 
-    def stepped(self: Any, lr: float, watch: Callable[[int], None]) -> None:
+    def stepped(self: Any, lr: float, watch: Callable[[int], None], **how: Any) -> None:
         if turns[0] == fault.turn:
             done = self.first.steps_done
             watch = _stopping(self.current.program, fault, watch, lambda what: happens(done + 1, what))
         turns[0] += 1
-        before(self, lr, watch)
+        before(self, lr, watch, **how)
 
     setattr(BucketRunner, "step", stepped)  # noqa: B010  a type checker minds otherwise
 

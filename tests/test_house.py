@@ -60,6 +60,7 @@ WIDER_WITH_REASON: dict[str, str] = {  # path -> why
     "launch/proof/verify.py": "the proof from the case to what is printed of it: shrinks, runs the ranks, counts",
     "launch/training/recipe.py": "every section of a recipe, each with the ranges and rules of what it sets",
     "launch/training/sample.py": "where recipe, checkpoint, processes and sampler meet",
+    "launch/training/replay.py": "a run once more, to one step: it meets what the loop meets",
     "launch/training/loop.py": "where data, steps, reports, validation and checkpoints of a run meet",
     "launch/commands/trace.py": "runs a step, plays it, and shows both beside each other",
     "launch/commands/plan.py": "the command that searches, tunes, explains, reports and writes",

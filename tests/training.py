@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -163,9 +163,9 @@ def stop_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """SIGTERM arrives while step ``number`` (from 1) is running."""
     step = StepRunner.step
 
-    def interrupted(self: StepRunner, lr: float, watch: Callable[[int], None] | None = None) -> None:
+    def interrupted(self: StepRunner, lr: float, *given: Any, **how: Any) -> None:
         if self.steps_done == number - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        step(self, lr, watch)
+        step(self, lr, *given, **how)
 
     monkeypatch.setattr(StepRunner, "step", interrupted)

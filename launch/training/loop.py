@@ -261,12 +261,12 @@ class _Loop:
         self.marks.at(step, Doing.STEP)
         self._mark(None if replays and isinstance(runner.replay, Graph) else runner.program)
 
-        def watch(record: int) -> None:
+        def both(record: int) -> None:
             if numerics:
                 numerics.watch(record)
             self.marks.record_done(record)
 
-        self.runners.step(lr, watch, replays=replays)
+        self.runners.step(lr, both if numerics else self.marks.record_done, replays=replays)
 
     def _run_marked(self, executor: Executor) -> None:
         self._mark(executor.program)

@@ -143,9 +143,12 @@ class Numerics:
 
 
 def _made(record: BoundRecord) -> Iterator[Tensor]:
-    """Outputs that hold values once the record has run: an issue's come with its wait; the update makes states."""
+    """Outputs that hold values once the record has run.
+
+    An issue's come with its wait; what makes room for a gradient writes gaps alone; the update makes states.
+    """
     op = record.op
-    if not op.is_issue and op.kind != "adamw":
+    if not op.is_issue and op.place.phase is not Phase.GRADIENT and op.kind != "adamw":
         yield from (value for value in record.outputs if value.is_floating_point())
 
 

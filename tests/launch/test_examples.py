@@ -148,6 +148,7 @@ IN_PLACE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "train": (trained, "minutes: everything that is checked before the first step"),
     "stages": (chained, "minutes: every recipe of the chain is read, and what a start looks at"),
     "sample": (sampled, "needs a trained model: recipe and sampled shape are checked"),
+    "replay": (lambda given: trained(given | {"dry_run": False}), "needs a run: all that is checked before its ranks"),
     "export": (lambda _: None, "needs a trained model, tests/launch/exchange: options are read"),
     "import": (lambda _: None, "needs an export, tests/launch/exchange: options are read"),
     "average": (lambda _: None, "needs trained models, tests/launch/commands/test_averaging.py: options are read"),

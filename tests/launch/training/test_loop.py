@@ -119,10 +119,10 @@ def run_rank(values: dict[str, Any], stop_on: tuple[int, int] | None) -> dict[st
     place, stop = Joined(mesh.rank, "cpu", mesh), StopSignal()
     step = StepRunner.step
 
-    def interrupted(self: StepRunner, lr: float, watch: Callable[[int], None] | None = None) -> None:
+    def interrupted(self: StepRunner, lr: float, *given: Any, **how: Any) -> None:
         if stop_on == (mesh.rank, self.steps_done + 1):
             stop.signum = signal.SIGTERM
-        step(self, lr, watch)
+        step(self, lr, *given, **how)
 
     StepRunner.step = interrupted
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +85,10 @@ def test_an_interrupted_run_has_its_rows_and_a_resumed_one_keeps_them(
     values["logging"] |= {"checkpoint_every": 8, "validate_every": 0}
     step = StepRunner.step
 
-    def dies(self: StepRunner, lr: float, watch: Callable[[int], None] | None = None) -> None:
+    def dies(self: StepRunner, lr: float, *given: Any, **how: Any) -> None:
         if self.steps_done == 8:
             raise CinemeshError("the node is gone")
-        step(self, lr, watch)
+        step(self, lr, *given, **how)
 
     torch.set_num_threads(1)  # more would wait for one another, on these sizes
     with monkeypatch.context() as patch, pytest.raises(CinemeshError, match="the node is gone"):

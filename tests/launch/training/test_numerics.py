@@ -38,6 +38,7 @@ from cinemesh.parallel.runtime.mesh import Mesh, coordinates
 
 SAMPLES = 4  # of the global batch
 PLANS = ["", "tp=2,dp_shard=2,tp_slices=2", "cp=2,dp_replicate=2,kv_slices=2", "tp=3,micro_batches=2,recompute=none"]
+PLANS += ["cp=2,kv_chunks=2,grad_units=2,prefetch=2", "recompute=none,offload=act:o,micro_batches=2"]
 
 
 def batch() -> dict[str, Tensor]:
@@ -77,6 +78,7 @@ def watched(plan: Plan, planted: str | None = None) -> tuple[StepNumbers | None,
         if planted is not None:
             plant(runner, planted)
         seen = Numerics(runner) if watch else None
+        runner.executor.arena.fill_(0xFF)  # NaN in any dtype: what no record has written is no finding
         runner.step(1e-3, seen.watch if seen else None)
         ends.append([runner.loss.item(), runner.gradient_norm.item()])
         if seen:

@@ -126,9 +126,9 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
         did["text"].append({name: value for name, value in batch.items() if name not in (IDS, LATENTS)})
         load(self, micro_batch, batch)
 
-    def stepped(self: StepRunner, lr: float, watch: Any = None) -> None:
+    def stepped(self: StepRunner, lr: float, *given: Any, **how: Any) -> None:
         first = self.steps_done == 0
-        step(self, lr, watch)
+        step(self, lr, *given, **how)
         did["lr"].append(lr)
         run.losses.append(self.loss.item())
         run.norms.append(self.gradient_norm.item())

@@ -1,0 +1,175 @@
+"""``cinemesh replay``: a step of a run once more, from the checkpoint before it, with every value measured.
+
+Samples, draws and learning rate are functions of the step, so it is that step again, under any plan and in any dtype;
+in float64 what only rounding made is not there. Nothing of the run is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ...data.cache import Cache
+from ...errors import CinemeshError
+from ...model.buckets import BucketRunner
+from ...model.weights import initial_values
+from ...parallel.runtime.comm import first_of
+from ..cluster.environment import processes_here, say_device, world_size
+from ..cluster.processes import joined, launch, rank_main
+from ..progress import progress
+from ..tables import new_console, plain_table
+from .checkpoint.choosing import FOLDER, published
+from .checkpoint.layout import Layout
+from .checkpoint.loading import read_states
+from .checkpoint.manifest import COUNTERS, SAVED_STATES, Damaged, Manifest, check_model, read_manifest, step_of
+from .checkpoint.together import together
+from .differences import recipe_facts
+from .feed import Feed
+from .needs import check_training_memory
+from .numerics import Numerics, StepNumbers, gathered
+from .plateau import VALIDATIONS, Validated
+from .recipe import Config, read_config
+from .resume import allowed_changes
+from .setting import Setting
+
+BLOCK_COLUMNS = ("block", "residual max", "rms", "logits at most")
+
+
+@dataclass(frozen=True)
+class ReplayOrder:
+    """Step ``step``, counted from 1, of a recipe's run."""
+
+    config: Config
+    step: int
+    as_json: bool
+
+
+def run(*, config: Path, step: int, nproc: int | None, overrides: Sequence[str], exact: bool, as_json: bool) -> int:
+    """Replay a step and print its numbers. 1 when something of it is not finite."""
+    recipe = read_config(config, overrides)
+    processes = world_size(nproc)
+    if processes == 1:
+        recipe = replace(recipe, plan=recipe.plan.with_degrees(tp=1, cp=1, dp_shard=1, dp_replicate=1))
+    if exact:
+        free = (*recipe.may_change, "plan.dtype")
+        recipe = replace(recipe, plan=replace(recipe.plan, dtype="float64"), may_change=free)
+    recipe.plan.check_world_size(processes)
+    if not 1 <= step <= recipe.schedule.steps:
+        raise CinemeshError(f"--step {step}: the run has steps 1 to {recipe.schedule.steps}", remedy="name one of them")
+    say_device(recipe.device, processes_here(processes))
+    setting = Setting.of(recipe)
+    setting.check_training()
+    check_training_memory(setting)
+    order = ReplayOrder(recipe, step, as_json)
+    return launch(nproc, replay, order) if nproc and nproc > 1 else rank_main(lambda: replay(order))
+
+
+def replay(order: ReplayOrder) -> int:
+    """The work of one rank; rank 0 prints."""
+    config = order.config
+    with joined(config.plan, config.device, recipe_facts(config) | {"step": str(order.step)}) as place:
+        setting = Setting.of(config)
+        cache = setting.open_cache(place)
+        runner = BucketRunner(
+            setting.model,
+            config.plan,
+            setting.batches,
+            config.optimizer,
+            place.mesh,
+            seed=config.seed,
+            caption_dropout=config.caption_dropout,
+            device=place.device,
+            kernels=setting.kernels(place.device),
+        )
+        begun = _begin(order, setting, cache, runner)
+        validations = _validations(config.logging.directory / FOLDER)
+        feed = Feed(config, cache, place.mesh.data_rank if place.mesh else 0)
+        first, ids, numerics = runner.first.steps_done, list[int](), None
+        with progress("replaying", order.step - first, silent=place.rank > 0) as begin:
+            for step in range(first, order.step):
+                begin(f"step {step + 1}")
+                batches = feed.take(step)
+                for micro_batch, batch in enumerate(batches.micro_batches):
+                    runner.load(micro_batch, batch)
+                if step + 1 == order.step:
+                    ids, numerics = batches.ids, Numerics(runner.current)
+                known = [one for one in validations if one[0] <= step]
+                lr = config.schedule.lr(config.optimizer.lr, step, known)
+                runner.step(lr, numerics.watch if numerics else None)
+        assert numerics is not None
+        numbers = gathered(numerics.measured(), runner.current)
+        if numbers is not None:
+            _show(order, begun, [runner.first.loss.item(), runner.first.gradient_norm.item()], numbers, ids)
+        return int(bool(first_of(numbers.bad if numbers else None) if place.mesh else numbers and numbers.bad))
+
+
+def _begin(order: ReplayOrder, setting: Setting, cache: Cache, runner: BucketRunner) -> str:
+    """Bring states to where a checkpoint before the step has them, cast to this plan's dtype; what was taken."""
+    folder = order.config.logging.directory / FOLDER
+    paths = [path for path in published(folder) if (step_of(path) or 0) < order.step]
+    states = runner.first
+    if states.mesh is not None:
+        paths = first_of(paths) or []
+    for path in paths:
+        try:
+            together(states.mesh, lambda path=path: _read(path, order, setting, cache, runner))
+        except Damaged:
+            continue
+        return str(path)
+    if order.config.start_from is not None or paths:
+        raise CinemeshError(
+            f"no whole checkpoint before step {order.step} in {folder}", remedy="name a later step, or restore one"
+        )
+    states.initialise(initial_values(order.config.seed))
+    return "random weights"
+
+
+def _validations(folder: Path) -> list[Validated]:
+    """Of the run, as far as its newest checkpoint that can be read knows them: what cuts a learning rate."""
+    for path in published(folder):
+        with suppress(CinemeshError):
+            return read_manifest(path).note.get(VALIDATIONS, [])
+    return []
+
+
+def _read(path: Path, order: ReplayOrder, setting: Setting, cache: Cache, runner: BucketRunner) -> Manifest:
+    found, states = read_manifest(path), runner.first
+    check_model(path, found, setting.model)
+    allowed_changes(found.note, order.config, cache.contents)
+    targets = {state: states.buffers[state].view(-1) for state in SAVED_STATES}
+    read_states(path, found, Layout.of(states.units), states.coordinates, targets)
+    states.buffers[COUNTERS].copy_(torch.tensor([found.step, found.updates]))
+    return found
+
+
+def _show(order: ReplayOrder, begun: str, ends: Sequence[float], numbers: StepNumbers, ids: Sequence[int]) -> None:
+    loss, norm = ends
+    if order.as_json:
+        about = {
+            "step": order.step,
+            "from": begun,
+            "dtype": order.config.plan.dtype,
+            "loss": loss,
+            "gradient_norm": norm,
+        }
+        print(json.dumps(about | numbers.values(), indent=1))
+        return
+    console = new_console()
+    console.print(
+        f"step {order.step} in {order.config.plan.dtype}, from {begun}: loss {loss:.6g}, gradient norm {norm:.6g}"
+    )
+    blocks = plain_table(*BLOCK_COLUMNS, right=BLOCK_COLUMNS)
+    for block, (residual, logits) in enumerate(zip(numbers.residual, numbers.logits, strict=True)):
+        blocks.add_row(str(block), f"{residual.amax:.4g}", f"{residual.rms:.4g}", f"{logits:.4g}")
+    units = plain_table("gradient of", "max", "rms", right=("max", "rms"))
+    for unit, gradient in numbers.gradient.items():
+        units.add_row(unit, f"{gradient.amax:.4g}", f"{gradient.rms:.4g}")
+    console.print(blocks)
+    console.print(units)
+    if numbers.bad is not None:
+        console.print(numbers.bad.line(order.config.plan, ids))
