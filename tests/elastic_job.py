@@ -186,12 +186,12 @@ def at_a_moment(fault: Fault, happens: Happens) -> None:
 
 def at_a_record(fault: Fault, happens: Happens) -> None:
     """Before one of the kind, in the step of this turn; ``wait``: for a collective over an axis."""
-    from cinemesh.launch.training import loop
+    from cinemesh.launch.training.marked import MarkedRuns
     from cinemesh.model.buckets import BucketRunner
 
     before, turns = BucketRunner.step, [0]
     if fault.where == "validation":
-        before_run, runs = loop._Loop._run_marked, [0]
+        before_run, runs = MarkedRuns.run, [0]
 
         def validated(self: Any, executor: Any) -> None:
             marks, done = self.marks, self.marks.record_done
@@ -201,7 +201,7 @@ def at_a_record(fault: Fault, happens: Happens) -> None:
             before_run(self, executor)
             marks.record_done = done
 
-        loop._Loop._run_marked = validated
+        MarkedRuns.run = validated
         return
 
     def stepped(self: Any, lr: float, watch: Callable[[int], None], **how: Any) -> None:

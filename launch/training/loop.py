@@ -24,13 +24,10 @@ from ...model.buckets import BucketRunner
 from ...model.config import latent_text
 from ...model.runner import StepRunner
 from ...model.weights import initial_values
-from ...parallel.ir.program import Program
 from ...parallel.runtime import comm
-from ...parallel.runtime.executor import Executor
-from ...parallel.runtime.graph import Graph
 from ..cluster.alike import program_digest
 from ..cluster.environment import world_size
-from ..cluster.marks import NO_PROGRAM, Doing, Marks
+from ..cluster.marks import Doing, Marks
 from ..cluster.meeting import agree
 from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, rank_main
 from ..cluster.verdict import stages_of
@@ -38,11 +35,11 @@ from .average import remark
 from .card_watch import CardWatch
 from .checkpoint.choosing import FOLDER, VALIDATION_LOSS, Keep
 from .checkpoint.loading import resume
-from .checkpoint.manifest import COUNTERS
 from .checkpoint.saving import Saver
 from .differences import RECIPE, recipe_facts, recorded
 from .feed import Feed
 from .goodput import LossCause
+from .marked import MarkedRuns
 from .measured_rows import MeasuredRows
 from .needs import check_training_memory
 from .numerics import Numerics, gathered
@@ -148,7 +145,7 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
         saver = Saver(checkpoints, runner, Keep(log.keep, log.keep_every, log.keep_best))
         loop = _Loop(setting, buckets, cache, saver, telemetry, carried, place.marks, CardWatch.of(place))
         if place.watched is not None:
-            place.watched.tell(config.plan, [stages_of(program) for program in loop.programs])
+            place.watched.tell(config.plan, [stages_of(program) for program in loop.runs.programs])
         loop.run(stop)
         saver.close()
     finally:
@@ -183,11 +180,11 @@ class _Loop:
         self.rows = MeasuredRows(self.config, runners, self.latents) if telemetry else None
         self.feed = Feed(self.config, cache, self.runner.mesh.data_rank if self.runner.mesh else 0)
         self.reads_ahead = torch.device(self.runner.executor.device).type in READS_AHEAD
-        self.programs = [runner.program for runner in runners.runners.values()]
+        self.runs = MarkedRuns(runners, marks)
         self.held_out = None
         if log.validate_every:
-            self.held_out = HeldOutWindows(runners, self.latents, cache, self.config, self._run_marked)
-            self.programs += self.held_out.programs
+            self.held_out = HeldOutWindows(runners, self.latents, cache, self.config, self.runs.run)
+            self.runs.programs = [*self.runs.programs, *self.held_out.programs]
         if self.config.schedule.decay == "plateau" and not self.held_out:
             raise CinemeshError(
                 "schedule.decay is plateau, and no scene is long enough for held-out windows",
@@ -213,7 +210,7 @@ class _Loop:
             lr = self.config.schedule.lr(self.config.optimizer.lr, step, self.validations)
             measures = log.numerics_every and (step + 1) % log.numerics_every == 0
             numerics = Numerics(self.runners.current) if measures else None
-            self._run_step(step, lr, numerics)
+            self.runs.step(step, lr, numerics)
             if self.reads_ahead:
                 self.feed.read_ahead(step + 1)
             loss, norm = runner.loss.item(), runner.gradient_norm.item()  # between steps: the step itself reads nothing
@@ -229,7 +226,7 @@ class _Loop:
             else:
                 skipped += 1
                 if numerics is None and skipped == 1:
-                    numerics = self._again(step - 1, lr)
+                    numerics = self.runs.again(step - 1, lr)
                 self._skipped(step, skipped, loss, norm, ids)
             if numerics is not None:
                 self._measured(step, numerics, ids)
@@ -255,27 +252,6 @@ class _Loop:
     def _losing(self, cause: LossCause) -> AbstractContextManager[None]:
         """What runs inside is, on the rank that speaks, lost to this cause."""
         return self.telemetry.account.losing(cause) if self.telemetry else nullcontext()
-
-    def _run_step(self, step: int, lr: float, numerics: Numerics | None) -> None:
-        replays, runner = numerics is None, self.runners.current
-        self.marks.at(step, Doing.STEP)
-        self._mark(None if replays and isinstance(runner.replay, Graph) else runner.program)
-
-        def both(record: int) -> None:
-            if numerics:
-                numerics.watch(record)
-            self.marks.record_done(record)
-
-        self.runners.step(lr, both if numerics else self.marks.record_done, replays=replays)
-
-    def _run_marked(self, executor: Executor) -> None:
-        self._mark(executor.program)
-        executor.run(self.marks.record_done)
-
-    def _mark(self, program: Program | None) -> None:
-        """It begins; None: what runs does not tell its records."""
-        number = next((n for n, known in enumerate(self.programs) if known is program), NO_PROGRAM)
-        self.marks.run(number, 0 if program is None else len(program.ops))
 
     def _load(self, step: int, stop: StopSignal) -> list[int] | None:
         """Load this rank's share of every micro-batch: the ids of the whole global batch, or None to stop here.
@@ -338,13 +314,6 @@ class _Loop:
     def validations(self) -> list[Validated]:
         """Of the whole run."""
         return self.carried.get(VALIDATIONS, [])
-
-    def _again(self, step: int, lr: float) -> Numerics:
-        """Run the step whose update was skipped once more, and measure it: the same draws on the same weights."""
-        self.runner.buffers[COUNTERS][0] -= 1
-        numerics = Numerics(self.runners.current)
-        self._run_step(step, lr, numerics)
-        return numerics
 
     def _measured(self, step: int, numerics: Numerics, ids: list[int]) -> None:
         numbers = gathered(numerics.measured(), self.runners.current)

@@ -1,0 +1,51 @@
+"""What runs programs in a training run, and says at every record where it is: to the watchdog, and to who measures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...model.buckets import BucketRunner
+from ...parallel.ir.program import Program
+from ...parallel.runtime.executor import Executor
+from ...parallel.runtime.graph import Graph
+from ..cluster.marks import NO_PROGRAM, Doing, Marks
+from .checkpoint.manifest import COUNTERS
+from .numerics import Numerics
+
+
+class MarkedRuns:
+    """``programs``: all that may run, as the watchdog counts them."""
+
+    def __init__(self, runners: BucketRunner, marks: Marks) -> None:
+        self.runners, self.marks = runners, marks
+        self.programs: Sequence[Program] = [runner.program for runner in runners.runners.values()]
+
+    def step(self, step: int, lr: float, numerics: Numerics | None = None) -> None:
+        """One update on what was loaded last; measured, it runs from the executor."""
+        replays, runner = numerics is None, self.runners.current
+        self.marks.at(step, Doing.STEP)
+        self._begin(None if replays and isinstance(runner.replay, Graph) else runner.program)
+
+        def both(record: int) -> None:
+            if numerics:
+                numerics.watch(record)
+            self.marks.record_done(record)
+
+        self.runners.step(lr, both if numerics else self.marks.record_done, replays=replays)
+
+    def again(self, step: int, lr: float) -> Numerics:
+        """Run a step whose update was skipped once more, and measure it: the same draws on the same weights."""
+        self.runners.buffers[COUNTERS][0] -= 1
+        numerics = Numerics(self.runners.current)
+        self.step(step, lr, numerics)
+        return numerics
+
+    def run(self, executor: Executor) -> None:
+        """A program that is no step."""
+        self._begin(executor.program)
+        executor.run(self.marks.record_done)
+
+    def _begin(self, program: Program | None) -> None:
+        """None: what runs does not tell its records."""
+        number = next((n for n, known in enumerate(self.programs) if known is program), NO_PROGRAM)
+        self.marks.run(number, 0 if program is None else len(program.ops))
