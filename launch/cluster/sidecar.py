@@ -116,7 +116,7 @@ def watched(meeting: Meeting, directory: Path) -> Watched:
         return Watched(marks, directory, ours, pid, stack)
     try:
         ours.close()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTSTP):  # the rank's, of the terminal or the launcher
+        for number in (signal.SIGINT, signal.SIGTERM):  # the rank's, of the terminal or the launcher; Ctrl-Z is for all
             signal.signal(number, signal.SIG_IGN)
         _Watchdog(meeting, marks, directory, theirs, rank_pid, stack).run()
     except dist.DistError:  # the store's host is gone: the ranks see it too
