@@ -22,6 +22,7 @@ from ..training.checkpoint.choosing import FOLDER, check_files, latest
 from ..training.checkpoint.loading import read_parameter
 from ..training.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from ..training.checkpoint.saving import free_bytes
+from ..training.sample import FRAME_RATE
 from . import movie_gen
 from .movie_gen import INDEX, MODEL_CONFIG, SCHEDULER_CONFIG
 from .names import Exported, exported
@@ -35,7 +36,8 @@ STEPS = 50  # 3.4.2
 class Origin:
     """Which state of a checkpoint of ``step`` steps and ``updates`` was written, as ``dtype``.
 
-    ``digest``: of its values, as the manifest has it; None where another dtype changed them.
+    ``digest``: of its values, as the manifest has it; None where another dtype changed them. ``frame_rate``: of the
+    clips that it was trained on, frames/s as a fraction; None where the checkpoint does not say.
     """
 
     weights: str
@@ -43,6 +45,7 @@ class Origin:
     updates: int
     dtype: str
     digest: str | None
+    frame_rate: str | None
 
 
 def found_checkpoint(given: Path) -> Path:
@@ -80,9 +83,8 @@ def export(checkpoint: Path, folder: Path, *, which: str, dtype: str | None, fil
             )
         partial.mkdir()
         _write_weights(checkpoint, found, which, TORCH_DTYPES[told], files, partial, needed)
-        origin = Origin(
-            which, found.step, found.updates, told, found.digests[which] if told == found.states[which] else None
-        )
+        digest = found.digests[which] if told == found.states[which] else None
+        origin = Origin(which, found.step, found.updates, told, digest, found.note.get(FRAME_RATE))
         _write_rest(config, origin, partial)
         partial.rename(folder)
     except OSError as error:

@@ -18,6 +18,7 @@ from ..models import model_of
 from ..training.checkpoint.alone import write_alone
 from ..training.checkpoint.layout import Coordinates, Layout
 from ..training.checkpoint.manifest import Manifest
+from ..training.sample import FRAME_RATE
 from .exporting import CLASS, ORIGIN, Origin
 from .movie_gen import INDEX, MODEL_CONFIG
 from .names import Exported, exported
@@ -61,7 +62,8 @@ def import_weights(folder: Path, out: Path) -> ModelConfig:
                 remedy=f"export them again; where that was meant, let digest be null in {MODEL_CONFIG}",
             )
 
-    write_alone(out, config, {which: dtype}, fill, step=step, updates=updates, note={}, check=check)
+    note = {FRAME_RATE: origin.frame_rate} if origin and origin.frame_rate else {}
+    write_alone(out, config, {which: dtype}, fill, step=step, updates=updates, note=note, check=check)
     return config
 
 
@@ -73,6 +75,7 @@ def _origin(value: object, where: Path) -> Origin | None:
     if value is None:
         return None
     kinds: dict[str, Any] = {"weights": str, "step": int, "updates": int, "dtype": str, "digest": str | None}
+    kinds["frame_rate"] = str | None
     return Origin(**exactly(value, f"{where}: {ORIGIN}", kinds, remedy=REMEDY))
 
 

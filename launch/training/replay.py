@@ -61,6 +61,10 @@ def run(*, config: Path, step: int, nproc: int | None, overrides: Sequence[str],
     recipe.plan.check_world_size(processes)
     if not 1 <= step <= recipe.schedule.steps:
         raise CinemeshError(f"--step {step}: the run has steps 1 to {recipe.schedule.steps}", remedy="name one of them")
+    if not recipe.logging.directory.is_dir():
+        raise CinemeshError(
+            f"no run in {recipe.logging.directory}", remedy="train with this recipe first, or set logging.directory"
+        )
     say_device(recipe.device, processes_here(processes))
     setting = Setting.of(recipe)
     setting.check_training()

@@ -49,7 +49,9 @@ def checkpoint(folder: Path, config: ModelConfig = TINY, dtype: str = "float32",
             fill_shard(flat, units, at, probe_values(seed + number))
 
     path = folder / "step-00000009"
-    write_alone(path, config, {"ema": dtype, "master": dtype}, fill, step=9, updates=8, note={})
+    write_alone(
+        path, config, {"ema": dtype, "master": dtype}, fill, step=9, updates=8, note={"frame_rate": "24000/1001"}
+    )
     return path
 
 
@@ -149,6 +151,7 @@ def test_what_comes_back_is_what_left(tmp_path: Path, monkeypatch: pytest.Monkey
     assert import_weights(tmp_path / "out", tmp_path / "back") == CONDITIONED
     there, back = read_manifest(path), read_manifest(tmp_path / "back")
     assert len(back.files) > 2 and (back.step, back.updates, back.states) == (9, 8, {"master": dtype})
+    assert back.note == {"frame_rate": "24000/1001"}, "at which its clips will play"
     assert back.digests["master"] == there.digests["master"]
     want = full(parameters(CONDITIONED), probe_values(4), getattr(torch, dtype))
     for name, values in want.items():

@@ -91,6 +91,7 @@ def test_what_is_not_finite_is_named(
         (7, "seed=0", "--step 7: the run has steps 1 to 6"),
         (5, "seed=5", "not as in the run so far: seed: 0 -> 5"),
         (5, "model.layers=1", "is of another model"),
+        (5, "logging.directory=elsewhere", "no run in elsewhere"),
     ],
 )
 def test_another_run_is_no_replay(
