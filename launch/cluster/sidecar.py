@@ -175,7 +175,7 @@ class _Watchdog:
         """Whether the rank lives on."""
         rank, place = self.meeting.rank, self.marks.place
         try:
-            said = pickle.loads(self.pipe.recv_bytes())
+            said = pickle.loads(self.pipe.recv_bytes())  # nosec B301  of its own rank
         except (EOFError, OSError):
             where = f"ended without a word in {shown_place(place, self.programs)}"
             text = f"rank {rank} (process {self.rank_pid} on {socket.gethostname()}) {where}"

@@ -143,7 +143,8 @@ def test_a_key_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
 
 def test_evaluation_loads_without_torch() -> None:
     """Votes are scored where no torch is; numpy is all it needs besides what planning has."""
-    names = [f"cinemesh.evaluation.{path.stem}" for path in (ROOT / "evaluation").glob("*.py")]
+    files = [path for path in (ROOT / "evaluation").glob("*.py") if path.stem != "reconstruction"]  # compares pixels
+    names = [f"cinemesh.evaluation.{path.stem}" for path in files]
     assert len(names) > 5
     refuse = "import sys; sys.modules['torch'] = sys.modules['triton'] = None; import importlib\n"
     code = refuse + f"for name in {sorted(names)!r}: importlib.import_module(name)"

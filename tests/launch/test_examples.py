@@ -126,6 +126,10 @@ def profiled(given: dict[str, Any]) -> None:
     assert given["cluster"] is None or load(given["cluster"])
 
 
+def replayed(given: dict[str, Any]) -> None:
+    Setting.of(read_config(given["config"])).check_training()
+
+
 def sampled(given: dict[str, Any]) -> None:
     Setting.of(read_config(given["config"])).check_sampling()
 
@@ -148,7 +152,7 @@ IN_PLACE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "train": (trained, "minutes: everything that is checked before the first step"),
     "stages": (chained, "minutes: every recipe of the chain is read, and what a start looks at"),
     "sample": (sampled, "needs a trained model: recipe and sampled shape are checked"),
-    "replay": (lambda given: trained(given | {"dry_run": False}), "needs a run: all that is checked before its ranks"),
+    "replay": (replayed, "needs a run: what is checked of its recipe"),
     "export": (lambda _: None, "needs a trained model, tests/launch/exchange: options are read"),
     "import": (lambda _: None, "needs an export, tests/launch/exchange: options are read"),
     "average": (lambda _: None, "needs trained models, tests/launch/commands/test_averaging.py: options are read"),

@@ -184,9 +184,8 @@ def test_every_command_that_starts_ranks_takes_a_device_and_every_recipe_names_o
     group: Any = typer.main.get_command(cli.app)
     options = {name: {option.name for option in command.params} for name, command in group.commands.items()}
     starting = {name for name, names in options.items() if "nproc" in names}
-    assert starting == {"train", "stages", "sample", "calibrate"} and all(
-        "device" in options[name] for name in starting
-    )
+    assert starting == {"train", "stages", "sample", "replay", "profile", "calibrate"}
+    assert all("device" in options[name] for name in starting)
     recipes = {path.name: yaml.safe_load(path.read_text()) for path in CONFIGS.glob("*.yaml")}
     recipes = {name: cast(dict[str, Any], values) for name, values in recipes.items() if "model" in values}
     assert recipes.keys() >= {"quickstart.yaml", "buckets.yaml"}

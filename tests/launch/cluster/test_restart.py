@@ -215,8 +215,7 @@ def test_the_stack_of_a_rank_ends_in_what_its_main_thread_does(meeting: Meeting,
     if not pid:
         threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
         faulthandler.register(sidecar.SHOW_STACK, stack)
-        meeting.again().job.set("there", "")
-        _rest()
+        _rest(meeting.again())
     try:
         meeting.job.get("there")
         watchdog = sidecar._Watchdog(meeting, Marks(), tmp_path, cast(Any, None), pid, stack)
@@ -231,5 +230,6 @@ def test_the_stack_of_a_rank_ends_in_what_its_main_thread_does(meeting: Meeting,
         stack.close()
 
 
-def _rest() -> None:
+def _rest(meeting: Meeting) -> None:
+    meeting.job.set("there", "")
     time.sleep(60)

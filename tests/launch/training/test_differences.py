@@ -14,6 +14,7 @@ from cinemesh.launch.training.recipe import Config, check_config
 from cinemesh.parallel.ir.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("one_process")
+SAMPLED = ("steps: 50", "schedule: linear-quadratic", "solver: euler", "guidance: 7.5", "seed: 0")  # its defaults
 
 
 def places(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
@@ -51,7 +52,7 @@ def test_no_key_is_left_out(values: dict[str, Any]) -> None:
     [
         ({"kernels": {"all": "reference"}}, ["kernels.all: absent -> reference"]),
         ({"plan": {"dtype": "float32", "recompute": "none", "tp": 2}}, ["plan.tp: 1 -> 2"]),
-        ({"sample": None}, [f"sample.{key} -> absent" for key in ("steps: 50", "guidance: 7.5", "seed: 0")]),
+        ({"sample": None}, [f"sample.{key} -> absent" for key in SAMPLED]),
         (
             {"data": {"buckets": [{}, {"width": 64}]}},
             [f"data.buckets.1.{w}" for w in ("width: absent -> 64", "weight: absent -> 1.0")],

@@ -62,8 +62,8 @@ def trained(values: dict[str, Any], flipped: int | None) -> str:
     """What a rank of a run hears in which a bit of one rank's EMA flips in step 3."""
     step, rank = BucketRunner.step, dist.get_rank()
 
-    def flips(self: BucketRunner, *given: Any) -> None:
-        step(self, *given)
+    def flips(self: BucketRunner, *given: Any, **how: Any) -> None:
+        step(self, *given, **how)
         if self.first.steps_done == 3 and rank == flipped:
             self.buffers["ema"].view(torch.int32)[0, 5] ^= 1 << 20
 

@@ -101,10 +101,11 @@ def why_no_capture(drivers: list[int], mode: Capture) -> str | None:
     """What rank 0 or 1, each with its own driver, hears of the capture that it was about to begin."""
     mesh = Mesh(Plan.parse("tp=2"))
     runner = object.__new__(StepRunner)
-    runner.mesh, runner.pool = mesh, None
+    runner.mesh, runner.pool, runner._heartbeat = mesh, None, None
     with pytest.MonkeyPatch.context() as patch:
         of_machine(patch, (2, 28, 9), drivers[mesh.rank])
-        patch.setattr(runner_module, "GraphPool", mock.Mock(side_effect=NotImplementedError))
+        pool = mock.Mock(warm_up=mock.Mock(side_effect=NotImplementedError))
+        patch.setattr(runner_module, "GraphPool", mock.Mock(return_value=pool))
         runner.executor = mock.Mock()
         try:
             _, failure = runner._graph(mode)
