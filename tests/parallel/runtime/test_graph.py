@@ -28,10 +28,9 @@ from cinemesh.errors import CinemeshError
 from cinemesh.kernels.registry import kernels_for
 from cinemesh.launch.proof.parity import OPTIMIZER, Case, load_batch
 from cinemesh.launch.proof.verify import small_case
-from cinemesh.model import runner as runner_module
 from cinemesh.model import weights
 from cinemesh.model.buckets import BucketRunner
-from cinemesh.model.runner import StepRunner
+from cinemesh.model.runner import StepRunner, capture_graph
 from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.communicators import GROUPS, communicator_name
 from cinemesh.parallel.ir.nccl_stack import Capture, NcclStack
@@ -100,15 +99,11 @@ def test_nccl_and_driver_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def why_no_capture(drivers: list[int], mode: Capture) -> str | None:
     """What rank 0 or 1, each with its own driver, hears of the capture that it was about to begin."""
     mesh = Mesh(Plan.parse("tp=2"))
-    runner = object.__new__(StepRunner)
-    runner.mesh, runner.pool, runner._heartbeat = mesh, None, None
+    pool = mock.Mock(warm_up=mock.Mock(side_effect=NotImplementedError))  # the capture begins
     with pytest.MonkeyPatch.context() as patch:
         of_machine(patch, (2, 28, 9), drivers[mesh.rank])
-        pool = mock.Mock(warm_up=mock.Mock(side_effect=NotImplementedError))
-        patch.setattr(runner_module, "GraphPool", mock.Mock(return_value=pool))
-        runner.executor = mock.Mock()
         try:
-            _, failure = runner._graph(mode)
+            _, failure = capture_graph(mock.Mock(), pool, mesh, mode)
         except NotImplementedError:
             return None
         finally:
