@@ -148,26 +148,15 @@ class StepRunner:
         """
         if mode == "off":
             return None
-        made, failure = self._frozen() if self.executor.device == "cpu" else self._graph(mode)
-        failure = vote(failure, self.mesh)
+        if self.executor.device != "cpu":
+            self.pool = self.pool or GraphPool(self.executor.device)
+            if self.mesh is not None and self.close not in self.mesh.before_close:
+                self.mesh.before_close.append(self.close)
+        with self._changing_nothing():
+            made, failure = captured(self.executor, self.pool, self.mesh, mode)
         if failure is None:
             self.replay = made
-        elif mode == "required":
-            raise refuse(failure)
         return failure
-
-    def _frozen(self) -> tuple[Frozen, str | None]:
-        frozen = Frozen(self.executor)
-        with self._changing_nothing():
-            frozen.record()
-        return frozen, frozen.hazards[0] if frozen.hazards else None
-
-    def _graph(self, mode: Capture) -> tuple[Graph | None, str | None]:
-        self.pool = self.pool or GraphPool(self.executor.device)
-        if self.mesh is not None and self.close not in self.mesh.before_close:
-            self.mesh.before_close.append(self.close)
-        with self._changing_nothing():
-            return capture_graph(self.executor, self.pool, self.mesh, mode)
 
     @contextmanager
     def _changing_nothing(self) -> Iterator[None]:
@@ -176,8 +165,10 @@ class StepRunner:
         for given in self.program.inputs:
             if given.name == LATENTS:
                 self.executor.buffers[given.buffer].fill_(torch.nan)
-        yield
-        self.buffers["counters"].copy_(counters)
+        try:
+            yield
+        finally:
+            self.buffers["counters"].copy_(counters)
 
     def _expect_end(self) -> None:
         self._heartbeat = self._heartbeat or Heartbeat(device=self.executor.device)
@@ -203,6 +194,25 @@ class StepRunner:
     def updates_done(self) -> int:
         """Steps less those whose update was skipped."""
         return int(self.buffers["counters"][1])
+
+
+def captured(
+    executor: Executor, pool: GraphPool | None, mesh: Mesh | None, mode: Capture
+) -> tuple[Frozen | Graph | None, str | None]:
+    """What replays a program, a CUDA Graph of ``pool`` or without one frozen calls; or why nothing does. Collective.
+
+    The answers are as of :meth:`StepRunner.capture`, whose error this raises.
+    """
+    if pool is None:
+        made = Frozen(executor)
+        made.record()
+        failure = made.hazards[0] if made.hazards else None
+    else:
+        made, failure = capture_graph(executor, pool, mesh, mode)
+    failure = vote(failure, mesh)
+    if failure is not None and mode == "required":
+        raise refuse(failure)
+    return made, failure
 
 
 def capture_graph(

@@ -29,13 +29,12 @@ from ..parallel.passes.pipeline import prepare
 from ..parallel.runtime.comm import Communicator
 from ..parallel.runtime.executor import Executor
 from ..parallel.runtime.frozen import Frozen
-from ..parallel.runtime.graph import Graph, GraphPool, refuse
+from ..parallel.runtime.graph import Graph, GraphPool
 from ..parallel.runtime.mesh import Mesh, backend_of, coordinates
-from ..parallel.runtime.watchdog import vote
 from .config import ModelConfig
 from .forward import build_unpatchify, build_velocity
 from .inputs import LATENTS, MASK, BatchShape, text_input
-from .runner import Batch, StepRunner, capture_graph, load_inputs, named_buffers
+from .runner import Batch, StepRunner, captured, load_inputs, named_buffers
 from .solvers import SOLVERS, Solver
 
 GUIDANCE = 7.5  # 3.1.2, text-to-video
@@ -94,21 +93,13 @@ class Sampler:
             return None
         for name in ("t", "x_t"):
             self._buffers[name].zero_()
-        if self.device == "cpu":
-            made = Frozen(self.velocity)
-            made.record()
-            failure = made.hazards[0] if made.hazards else None
-        else:
-            if self.pool is None:
-                self.pool = GraphPool(self.device)
-                if self.mesh is not None:
-                    self.mesh.before_close.append(self.pool.close)
-            made, failure = capture_graph(self.velocity, self.pool, self.mesh, mode)
-        failure = vote(failure, self.mesh)
+        if self.device != "cpu" and self.pool is None:
+            self.pool = GraphPool(self.device)
+            if self.mesh is not None:
+                self.mesh.before_close.append(self.pool.close)
+        made, failure = captured(self.velocity, self.pool, self.mesh, mode)
         if failure is None:
             self.replay = made
-        elif mode == "required":
-            raise refuse(failure)
         return failure
 
     def sample(

@@ -36,17 +36,7 @@ def take_steps(setting: Setting, place: Joined, batch: BatchShape, steps: int) -
     Raises CinemeshError for samples that cannot be read.
     """
     config = setting.config
-    runner = StepRunner(
-        setting.model,
-        config.plan,
-        batch,
-        config.optimizer,
-        place.mesh,
-        seed=config.seed,
-        caption_dropout=config.caption_dropout,
-        device=place.device,
-        kernels=setting.kernels(place.device),
-    )
+    runner = setting.runners(place, [batch]).first
     feed = Feed(config, setting.open_cache(place), place.mesh.data_rank if place.mesh else 0)
     bucket = setting.latents.index(batch.latent)
     own = [step for step, drawn in enumerate(feed.bucket) if drawn == bucket]
@@ -61,8 +51,7 @@ def take_steps(setting: Setting, place: Joined, batch: BatchShape, steps: int) -
 
     def begin() -> float:
         step = next(turn)
-        for micro_batch, samples in enumerate(feed.take(step).micro_batches):
-            runner.load(micro_batch, samples)
+        feed.load(step, runner)
         return config.schedule.lr(config.optimizer.lr, step)
 
     return runner, taken_steps(runner, steps, begin)

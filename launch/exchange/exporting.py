@@ -21,7 +21,7 @@ from ..progress import progress
 from ..training.checkpoint.choosing import FOLDER, check_files, latest
 from ..training.checkpoint.loading import read_parameter
 from ..training.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from ..training.checkpoint.saving import free_bytes
+from ..training.checkpoint.saving import NO_ROOM, check_room
 from ..training.sample import FRAME_RATE
 from . import movie_gen
 from .movie_gen import INDEX, MODEL_CONFIG, SCHEDULER_CONFIG
@@ -75,14 +75,11 @@ def export(checkpoint: Path, folder: Path, *, which: str, dtype: str | None, fil
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         files = list(_files(config, TORCH_DTYPES[told].itemsize, file_bytes))
-        needed = sum(TORCH_DTYPES[told].itemsize * _elements(row) for file in files for row in file.values())
-        if (free := free_bytes(folder.parent)) < needed:
-            raise CinemeshError(
-                f"the export needs {needed:,} bytes, but {folder.parent} has {free:,} free",
-                remedy="free some space, write to another file system, or export --dtype bfloat16",
-            )
+        item = TORCH_DTYPES[told].itemsize
+        elements = sum(_elements(row) for file in files for row in file.values())
+        check_room(folder.parent, "the export", elements, item, f"{NO_ROOM}, or export --dtype bfloat16")
         partial.mkdir()
-        _write_weights(checkpoint, found, which, TORCH_DTYPES[told], files, partial, needed)
+        _write_weights(checkpoint, found, which, TORCH_DTYPES[told], files, partial, elements * item)
         digest = found.digests[which] if told == found.states[which] else None
         origin = Origin(which, found.step, found.updates, told, digest, found.note.get(FRAME_RATE))
         _write_rest(config, origin, partial)

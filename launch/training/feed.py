@@ -16,6 +16,9 @@ from .recipe import Config
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ...model.buckets import BucketRunner
+    from ...model.runner import StepRunner
+
 
 @dataclass(frozen=True)
 class StepBatches:
@@ -46,6 +49,13 @@ class Feed:
         """Raises CinemeshError for a sample that cannot be read."""
         ahead, self._ahead = self._ahead, None
         return ahead if ahead is not None and ahead.step == step else self._read(step)
+
+    def load(self, step: int, runner: BucketRunner | StepRunner) -> list[int]:
+        """Load a step's samples; the ids of its whole global batch. Raises CinemeshError as ``take``."""
+        taken = self.take(step)
+        for micro_batch, batch in enumerate(taken.micro_batches):
+            runner.load(micro_batch, batch)
+        return taken.ids
 
     def read_ahead(self, step: int) -> None:
         """What ``take`` will be asked for next. What cannot be read is told there: it is another step's failure."""

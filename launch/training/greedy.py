@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from ...errors import CinemeshError
-from ...model.buckets import BucketRunner
 from ...model.runner import StepRunner
 from ...parallel.runtime.executor import Executor
 from ..cluster.processes import joined
@@ -67,15 +66,7 @@ def measuring(config: Config, members: Sequence[Member]) -> Iterator[HeldOutMean
         check_model(member.path, member.found, setting.model)
     with joined(plan, config.device) as place:
         cache = setting.open_cache(place)
-        runners = BucketRunner(
-            setting.model,
-            plan,
-            setting.batches,
-            config.optimizer,
-            None,
-            device=place.device,
-            kernels=setting.kernels(place.device),
-        )
+        runners = setting.runners(place)
         windows = HeldOutWindows(runners, setting.latents, cache, config, Executor.run)
         if not windows:
             raise CinemeshError(

@@ -97,17 +97,7 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
     The answer holds the states.
     """
     config, speaks, since = setting.config, place.rank == 0, time.time()
-    buckets = BucketRunner(
-        setting.model,
-        config.plan,
-        setting.batches,
-        config.optimizer,
-        place.mesh,
-        seed=config.seed,
-        caption_dropout=config.caption_dropout,
-        device=place.device,
-        kernels=setting.kernels(place.device),
-    )
+    buckets = setting.runners(place)
     runner = buckets.first
     if place.meeting is not None:
         programs = {f"program of {latent_text(at)}": program_digest(one.program) for at, one in buckets.runners.items()}
@@ -293,10 +283,7 @@ class _Loop:
         return None if stopped else ids
 
     def _fill(self, step: int) -> list[int]:
-        batches = self.feed.take(step)
-        for micro_batch, batch in enumerate(batches.micro_batches):
-            self.runners.load(micro_batch, batch)
-        return batches.ids
+        return self.feed.load(step, self.runners)
 
     def _skipped(self, step: int, times: int, loss: float, norm: float, ids: list[int]) -> None:
         what = f"step {step}: loss {loss}, gradient norm {norm}; the update was skipped; samples {ids}"

@@ -17,6 +17,7 @@ import torch
 from ...data.cache import Cache
 from ...errors import CinemeshError
 from ...model.buckets import BucketRunner
+from ...model.runner import StepRunner
 from ...model.weights import initial_values
 from ...parallel.runtime.comm import first_of
 from ..cluster.environment import processes_here, say_device, world_size
@@ -25,8 +26,8 @@ from ..progress import progress
 from ..tables import new_console, plain_table
 from .checkpoint.choosing import FOLDER, published
 from .checkpoint.layout import Layout
-from .checkpoint.loading import read_states
-from .checkpoint.manifest import COUNTERS, SAVED_STATES, Damaged, Manifest, check_model, read_manifest, step_of
+from .checkpoint.loading import newest_whole, read_states
+from .checkpoint.manifest import COUNTERS, SAVED_STATES, Manifest, check_model, read_manifest, step_of
 from .checkpoint.together import together
 from .differences import recipe_facts
 from .feed import Feed
@@ -79,17 +80,7 @@ def replay(order: ReplayOrder) -> int:
     with joined(config.plan, config.device, recipe_facts(config) | {"step": str(order.step)}) as place:
         setting = Setting.of(config)
         cache = setting.open_cache(place)
-        runner = BucketRunner(
-            setting.model,
-            config.plan,
-            setting.batches,
-            config.optimizer,
-            place.mesh,
-            seed=config.seed,
-            caption_dropout=config.caption_dropout,
-            device=place.device,
-            kernels=setting.kernels(place.device),
-        )
+        runner = setting.runners(place)
         begun = _begin(order, setting, cache, runner)
         validations = _validations(config.logging.directory / FOLDER)
         feed = Feed(config, cache, place.mesh.data_rank if place.mesh else 0)
@@ -97,11 +88,9 @@ def replay(order: ReplayOrder) -> int:
         with progress("replaying", order.step - first, silent=place.rank > 0) as begin:
             for step in range(first, order.step):
                 begin(f"step {step + 1}")
-                batches = feed.take(step)
-                for micro_batch, batch in enumerate(batches.micro_batches):
-                    runner.load(micro_batch, batch)
+                ids = feed.load(step, runner)
                 if step + 1 == order.step:
-                    ids, numerics = batches.ids, Numerics(runner.current)
+                    numerics = Numerics(runner.current)
                 known = [one for one in validations if one[0] <= step]
                 lr = config.schedule.lr(config.optimizer.lr, step, known)
                 runner.step(lr, numerics.watch if numerics else None)
@@ -115,17 +104,16 @@ def replay(order: ReplayOrder) -> int:
 def _begin(order: ReplayOrder, setting: Setting, cache: Cache, runner: BucketRunner) -> str:
     """Bring states to where a checkpoint before the step has them, cast to this plan's dtype; what was taken."""
     folder = order.config.logging.directory / FOLDER
-    paths = [path for path in published(folder) if (step_of(path) or 0) < order.step]
     states = runner.first
-    if states.mesh is not None:
-        paths = first_of(paths) or []
-    for path in paths:
-        try:
-            together(states.mesh, lambda path=path: _read(path, order, setting, cache, runner))
-        except Damaged:
-            continue
-        return str(path)
-    if order.config.start_from is not None or paths:
+    paths = [path for path in published(folder) if (step_of(path) or 0) < order.step]
+
+    def read(path: Path) -> Manifest:
+        return together(states.mesh, lambda: _read(path, order, setting, cache, states))
+
+    found, damaged = newest_whole(paths, states.mesh, read)
+    if found is not None:
+        return str(found[0])
+    if order.config.start_from is not None or damaged:
         raise CinemeshError(
             f"no whole checkpoint before step {order.step} in {folder}", remedy="name a later step, or restore one"
         )
@@ -141,8 +129,8 @@ def _validations(folder: Path) -> list[Validated]:
     return []
 
 
-def _read(path: Path, order: ReplayOrder, setting: Setting, cache: Cache, runner: BucketRunner) -> Manifest:
-    found, states = read_manifest(path), runner.first
+def _read(path: Path, order: ReplayOrder, setting: Setting, cache: Cache, states: StepRunner) -> Manifest:
+    found = read_manifest(path)
     check_model(path, found, setting.model)
     allowed_changes(found.note, order.config, cache.contents)
     targets = {state: states.buffers[state].view(-1) for state in SAVED_STATES}

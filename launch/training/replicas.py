@@ -15,9 +15,8 @@ from ...errors import CinemeshError
 from ...model.runner import StepRunner
 from ...parallel.ir.fields import AXES
 from ...parallel.runtime.comm import first_of, gather_at_first
+from .checkpoint.digests import BITS
 from .checkpoint.manifest import SAVED_STATES
-
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers of an item's bytes
 
 
 @dataclass(frozen=True)

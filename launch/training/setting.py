@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,7 +12,7 @@ from ...data.cache import CACHE_FILE, Cache
 from ...data.encoding import Encoding
 from ...errors import CinemeshError, did_you_mean
 from ...kernels.registry import Kernels, kernels_for
-from ...model.buckets import Latent
+from ...model.buckets import BucketRunner, Latent
 from ...model.config import ModelConfig
 from ...model.inputs import BatchShape
 from ...model.step import check
@@ -93,6 +94,21 @@ class Setting:
     def check_sampling(self) -> None:
         """Raises CinemeshError when the plan does not divide the model or a sampled clip."""
         check(self.model, self.config.plan, BatchShape(1, self.config.sampled.latent(self.encoding.codec)))
+
+    def runners(self, place: Joined, batches: Sequence[BatchShape] | None = None) -> BucketRunner:
+        """Steps of all buckets, or of these, on a rank. Raises CinemeshError as :class:`BucketRunner`."""
+        config = self.config
+        return BucketRunner(
+            self.model,
+            config.plan,
+            self.batches if batches is None else batches,
+            config.optimizer,
+            place.mesh,
+            seed=config.seed,
+            caption_dropout=config.caption_dropout,
+            device=place.device,
+            kernels=self.kernels(place.device),
+        )
 
     def open_cache(self, place: Joined) -> Cache:
         """The latent cache: rank 0 builds it where it is missing or of other data, the others wait."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,10 +19,9 @@ from ....model.config import ModelConfig, parameters
 from ....model.step import unit_layout
 from ....parallel.ir.plan import Plan
 from ...progress import progress
-from . import writing
 from .layout import SHARDING, Coordinates, Layout
-from .manifest import Manifest, code_here
-from .saving import assembled, free_bytes, publish, write_failed
+from .manifest import Manifest
+from .saving import assembled, check_room, described, publish, write_failed
 from .writing import Written, write_part
 
 SHARD_BYTES = 1 << 30  # of all states: what is in memory at once
@@ -57,25 +55,11 @@ def write_alone(
     plan = Plan(dp_shard=-(-elements * each // SHARD_BYTES), dtype=cast(Literal["float32", "float64"], dtype))
     layout = Layout.of(unit_layout(config, plan))
     partial = final.with_name(f".{final.name}.partial")
-    about = {
-        "step": step,
-        "updates": updates,
-        "model": asdict(config),
-        "plan": plan.to_dict(),
-        "code": code_here(),
-        "note": note,
-        "states": dict(states),
-        "block_elements": writing.BLOCK_ELEMENTS,
-    }
+    about = described(config, plan, states, step=step, updates=updates, note=note)
     written: list[Written] = []
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        if (free := free_bytes(final.parent)) < elements * each:
-            raise CinemeshError(
-                f"a checkpoint needs {elements * each:,} bytes ({elements:,} parameters * {each} bytes), but "
-                f"{final.parent} has {free:,} free",
-                remedy="free some space or write to another file system",
-            )
+        check_room(final.parent, "a checkpoint", elements, each)
         shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
         partial.mkdir()
         with progress("writing", plan.dp_shard) as begin:

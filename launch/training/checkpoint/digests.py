@@ -18,7 +18,7 @@ from .layout import Piece
 # Odd numbers with bits well spread, of SplitMix64 (Steele et al., OOPSLA 2014), as int64.
 _GOLDEN, _MIX1, _MIX2 = (value - (1 << 64) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _AT_ONCE = {"cpu": 1 << 15, "cuda": 1 << 20}  # elements, by device: the 64-bit temporaries of a part stay in its cache
-_BITS = {4: torch.int32, 8: torch.int64, 2: torch.int16}
+BITS = {4: torch.int32, 8: torch.int64, 2: torch.int16}  # integers of an item's bytes
 
 
 def block_digest(data: memoryview | bytes | bytearray) -> str:
@@ -30,7 +30,7 @@ def state_sums(runs: Iterable[Piece], states: list[Tensor]) -> list[int]:
     """Of every state the sum over these runs, at their positions of flat buffers. Equal shapes and devices."""
     total = torch.zeros(len(states), dtype=torch.int64, device=states[0].device)
     part = _AT_ONCE[states[0].device.type]
-    bits = [state.view(-1).view(_BITS[state.element_size()]) for state in states]
+    bits = [state.view(-1).view(BITS[state.element_size()]) for state in states]
     for run in runs:
         name = int.from_bytes(hashlib.sha256(run.parameter.name.encode()).digest()[:8], "little", signed=True)
         for start in range(run.start, run.stop, part):

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from ....kernels.dtypes import TORCH_DTYPES
 from ....model.runner import StepRunner
 from ....parallel.ir.units import Units
 from ....parallel.runtime.comm import first_of, sum_over_ranks
+from ....parallel.runtime.mesh import Mesh
 from .choosing import none_whole, published
 from .digests import block_digest, digest, state_sums
 from .layout import SHARDING, Coordinates, Copy, Layout, Piece
@@ -36,6 +39,8 @@ from .manifest import (
 from .together import together
 from .writing import MOST_THREADS
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Resumed:
@@ -52,18 +57,30 @@ def resume(directory: Path, runner: StepRunner) -> Resumed | None:
     Raises CinemeshError, on all ranks, where there are only damaged ones: that is no reason to begin from step 0; and
     as :func:`load` does for one that is whole and cannot be gone on from.
     """
-    damaged: list[Damaged] = []
-    paths: list[Path] | None = published(directory)
-    if runner.mesh is not None:
-        paths = first_of(paths)  # rank 0's: another may still see what is gone
-    for path in paths or ():
-        try:
-            return Resumed(path, load(path, runner), damaged)
-        except Damaged as error:
-            damaged.append(error)
+    found, damaged = newest_whole(published(directory), runner.mesh, lambda path: load(path, runner))
+    if found is not None:
+        return Resumed(*found, damaged)
     if damaged:
         raise none_whole(damaged)
     return None
+
+
+def newest_whole(
+    paths: Sequence[Path] | None, mesh: Mesh | None, read: Callable[[Path], T]
+) -> tuple[tuple[Path, T] | None, list[Damaged]]:
+    """The first of ``paths``, the newest first, of which ``read`` finds no damage, with its answer; those before it.
+
+    Collective, as ``read`` is.
+    """
+    damaged: list[Damaged] = []
+    if mesh is not None:
+        paths = first_of(paths)  # rank 0's: another may still see what is gone
+    for path in paths or ():
+        try:
+            return (path, read(path)), damaged
+        except Damaged as error:
+            damaged.append(error)
+    return None, damaged
 
 
 def load(path: Path, runner: StepRunner) -> Manifest:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,8 +24,9 @@ from torch import Tensor
 
 from ....errors import CinemeshError, in_a_line
 from ....kernels.dtypes import TORCH_DTYPES
-from ....model.config import parameters
+from ....model.config import ModelConfig, parameters
 from ....model.runner import StepRunner
+from ....parallel.ir.plan import Plan
 from ....parallel.ir.units import Units
 from ....parallel.runtime.comm import gather_at_first
 from ....parallel.runtime.host import pin
@@ -35,6 +37,8 @@ from .layout import SHARDING, Layout
 from .manifest import MANIFEST, SAVED_STATES, Manifest, code_here, step_folder
 from .together import together
 from .writing import Written, write_part
+
+NO_ROOM = "free some space or write to another file system"
 
 
 def free_bytes(path: Path) -> int:
@@ -60,6 +64,32 @@ def save(directory: Path, runner: StepRunner, *, keep: int = 2, note: dict[str, 
 def part_of(flat_elements: int, replicas: int, replica: int) -> tuple[int, int]:
     """(start, stop) of the elements of a shard that one of its replicas writes."""
     return flat_elements * replica // replicas, flat_elements * (replica + 1) // replicas
+
+
+def check_room(folder: Path, what: str, elements: int, each: int, remedy: str = NO_ROOM) -> None:
+    """Raise CinemeshError when ``folder`` has no room for so many parameters of ``each`` bytes."""
+    needed, free = elements * each, free_bytes(folder)
+    if free < needed:
+        raise CinemeshError(
+            f"{what} needs {needed:,} bytes ({elements:,} parameters * {each} bytes), but {folder} has {free:,} free",
+            remedy=remedy,
+        )
+
+
+def described(
+    config: ModelConfig, plan: Plan, states: Mapping[str, str], *, step: int, updates: int, note: dict[str, Any]
+) -> dict[str, Any]:
+    """Of a manifest all that does not wait for the files. ``states``: dtype by state."""
+    return {
+        "step": step,
+        "updates": updates,
+        "model": asdict(config),
+        "plan": plan.to_dict(),
+        "code": code_here(),
+        "note": note,
+        "states": dict(states),
+        "block_elements": writing.BLOCK_ELEMENTS,
+    }
 
 
 def assembled(about: dict[str, Any], layout: Layout, written: list[Written]) -> Manifest:
@@ -112,16 +142,9 @@ class Saver:
         runner = self.runner
         final = step_folder(self.directory, runner.steps_done)
         partial = final.with_name(f".{final.name}.partial")
-        about = {
-            "step": runner.steps_done,
-            "updates": runner.updates_done,
-            "model": asdict(runner.config),
-            "plan": runner.plan.to_dict(),
-            "code": code_here(),
-            "note": note,
-            "states": dict.fromkeys(SAVED_STATES, runner.plan.stat_dtype),
-            "block_elements": writing.BLOCK_ELEMENTS,
-        }
+        states: dict[str, str] = dict.fromkeys(SAVED_STATES, runner.plan.stat_dtype)
+        counts = {"step": runner.steps_done, "updates": runner.updates_done}
+        about = described(runner.config, runner.plan, states, note=note, **counts)
 
         def prepare() -> None:
             if self.memory is None:
@@ -182,14 +205,7 @@ class Saver:
             shutil.rmtree(broken)
         item = TORCH_DTYPES[self.runner.plan.stat_dtype].itemsize
         elements = sum(row.elements for row in parameters(self.runner.config))
-        each, free = item * len(SAVED_STATES), free_bytes(self.directory)
-        needed = elements * each
-        if free < needed:
-            raise CinemeshError(
-                f"a checkpoint needs {needed:,} bytes ({elements:,} parameters * {each} bytes), but "
-                f"{self.directory} has {free:,} free",
-                remedy="free some space or write to another file system",
-            )
+        check_room(self.directory, "a checkpoint", elements, item * len(SAVED_STATES))
         partial.mkdir()
 
     def _ask_for_memory(self) -> None:
@@ -235,7 +251,7 @@ def publish(manifest: Manifest, partial: Path, final: Path) -> None:
 def write_failed(path: Path, cause: OSError, where: str = "") -> CinemeshError:
     """One message, with the remedy for what the file system says."""
     if cause.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "free some space or write to another file system"
+        remedy = NO_ROOM
     elif cause.errno == errno.ENOENT:
         remedy = "somebody removed it meanwhile: give each run a logging.directory of its own"
     elif cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
