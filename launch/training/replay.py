@@ -56,9 +56,9 @@ def run(*, config: Path, step: int, nproc: int | None, overrides: Sequence[str],
     processes = world_size(nproc)
     if processes == 1:
         recipe = replace(recipe, plan=recipe.plan.with_degrees(tp=1, cp=1, dp_shard=1, dp_replicate=1))
+    recipe = replace(recipe, may_change=(*recipe.may_change, "plan.dtype"))  # states are cast
     if exact:
-        free = (*recipe.may_change, "plan.dtype")
-        recipe = replace(recipe, plan=replace(recipe.plan, dtype="float64"), may_change=free)
+        recipe = replace(recipe, plan=replace(recipe.plan, dtype="float64"))
     recipe.plan.check_world_size(processes)
     if not 1 <= step <= recipe.schedule.steps:
         raise CinemeshError(f"--step {step}: the run has steps 1 to {recipe.schedule.steps}", remedy="name one of them")

@@ -57,6 +57,8 @@ def test_in_float64_rounding_is_gone(trained: Path, capsys: pytest.CaptureFixtur
     plain, exact = replayed(trained, 5, capsys), replayed(trained, 5, capsys, exact=True)
     assert exact["dtype"] == "float64" and exact["loss"] != plain["loss"]
     assert exact["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    other = replayed(trained, 5, capsys, "plan.dtype=bf16")
+    assert other["dtype"] == "bf16" and 1e-6 < abs(other["loss"] / plain["loss"] - 1) < 0.1, "states are cast"
     for a, b in zip(exact["residual"], plain["residual"], strict=True):
         assert a["amax"] == pytest.approx(b["amax"], rel=1e-4)
 
