@@ -18,7 +18,7 @@ FOLDERS = (
     *("perf_model/published", "perf_model/calibration"),
     "evaluation",
     *("launch", "launch/training", "launch/training/checkpoint", "launch/commands", "launch/proof"),
-    *("launch/cluster", "launch/jobs", "launch/health", "launch/acceptance", "launch/exchange"),
+    *("launch/cluster", "launch/jobs", "launch/health", "launch/acceptance", "launch/exchange", "launch/doors"),
     "configs",
 )
 PACKAGES = {"cinemesh": ".", **{f"cinemesh.{folder.replace('/', '.')}": folder for folder in FOLDERS}}

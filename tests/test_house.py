@@ -27,14 +27,19 @@ LONGEST_FILE = 400  # lines
 LONGER_WITH_REASON: dict[str, str] = {  # path -> why it is not two files
     "kernels/reference.py": "the truth of every op, in the order of the op table",
     "parallel/ir/builder.py": "one class: the records and their checks share all of its state",
-    "launch/cli.py": "one function a command, its options and its help: what --help prints, in its order",
 }
 
 # Rooms of a folder, from the left: each imports from its left only, and from itself.
 ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "parallel": (("ir",), ("layers", "passes"), ("runtime",)),
     "perf_model": (("clusters",), ("prices",), ("search", "published"), ("report", "calibration")),
-    "launch": (("cluster", "jobs"), ("training", "proof"), ("exchange", "health"), ("commands",), ("acceptance",)),
+    "launch": (
+        ("cluster", "jobs"),
+        ("training", "proof"),
+        ("exchange", "health"),
+        ("commands",),
+        ("acceptance", "doors"),
+    ),
 }
 # Code lines of kernels without Triton, parallel and model without its autoencoder: 8,000, and what stands in the core
 # so that nothing else need state it: check() (230 lines), and the op table's counts, which price and proof read (180);
@@ -53,7 +58,6 @@ WIDER_WITH_REASON: dict[str, str] = {  # path -> why
     "model/runner.py": "one rank of a step: where program, executor, capture and model meet",
     "model/sampler.py": "one rank of a sampler: where program, executor, capture and model meet",
     "perf_model/report/explain.py": "asks every price and the search, and computes nothing itself",
-    "launch/cli.py": "one module a command, imported when it is called",
     "launch/commands/calibrate.py": "measures compute and links, fits, and writes: a line of each",
     "launch/commands/kernels.py": "a command with three modes: show, compile, tune",
     "launch/health/ranks.py": "all that a job is asked at once: software, clocks, compute, links",
@@ -449,7 +453,7 @@ def check_names_once(root: Path) -> list[str]:
     imported: set[str] = set()
     for path in sources(root):
         imported |= {target.rpartition(".")[2] for _, target, inside in imports(path, root) if inside}
-        if path != root / "launch" / "cli.py":
+        if path.parent != root / "launch" / "doors" and path != root / "launch" / "cli.py":
             for name in dict.fromkeys(public_names(path)):
                 where.setdefault(name, []).append(str(path.relative_to(root)))
     return [

@@ -133,10 +133,8 @@ def test_a_number_of_a_cluster_file_is_refused_out_of_its_range(tmp_path: Path) 
 
 def options() -> Iterator[tuple[str, str, OptionInfo]]:
     """(command, ``--option``, what bounds it) of every one that takes a number."""
-    groups = [
-        ("", app),
-        *((f"{own.info.name} ", own) for group in app.registered_groups if (own := group.typer_instance)),
-    ]
+    doors = [own for group in app.registered_groups if (own := group.typer_instance)]
+    groups = [("", app), *((f"{own.info.name} " if isinstance(own.info.name, str) else "", own) for own in doors)]
     for group, command in ((name, command) for name, owner in groups for command in owner.registered_commands):
         assert command.callback is not None
         for parameter, hint in get_type_hints(command.callback, include_extras=True).items():

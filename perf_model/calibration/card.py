@@ -20,7 +20,7 @@ from ...kernels import tuning
 from ...kernels.catalogue import OPTIONAL, candidates
 from ...kernels.rates import dense_bf16_flops
 from ...ranges import Range, integers, reals
-from ..clusters.cluster import Cluster, load, write_cluster
+from ..clusters.cluster import Cluster, load, over, write_cluster
 from ..prices.compute import AttentionCall, Compute, Direction
 
 SIDE = 8192  # of the square product that the benchmark times
@@ -125,7 +125,6 @@ def text_of(values: dict[str, Any], base: Cluster, base_name: str, name: str) ->
     made: dict[str, Any] = {
         "name": name,
         "about": f"{base.about}; kernels as measured on {values['device']}",
-        "base": [base_name],
         "sources": {
             "card": {
                 "title": f"tests/benchmarks/kernels_gpu.py on {values['device']}: bf16, and one head dim of attention; "
@@ -141,7 +140,7 @@ def text_of(values: dict[str, Any], base: Cluster, base_name: str, name: str) ->
         law = getattr(base.attention[family], direction)
         speeds = {int(dim): speed * ratio / 1e12 for dim, speed in law.speed.items()}
         made.setdefault("attention", {}).setdefault(family, {})[direction] = {"speed": measured(speeds, "TFLOP/s")}
-    return write_yaml(made)
+    return write_yaml(over(base_name, made))
 
 
 def write(source: Path, base_name: str, out: Path) -> Cluster:

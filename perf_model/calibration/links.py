@@ -16,7 +16,7 @@ from typing import Any
 from ...documents import write_yaml
 from ...errors import CinemeshError
 from ..acceptance import link_times
-from ..clusters.cluster import Cluster, load, write_cluster
+from ..clusters.cluster import Cluster, load, over, write_cluster
 from ..prices.network import Group, Network, ring_group
 from .descent import descend
 
@@ -162,12 +162,11 @@ def write(
     values: dict[str, Any] = {
         "name": out.stem,
         "about": f"{base.about}; links as {source.name} measured them",
-        "base": [base_name],
         "sources": {source.key: {"title": f"{source.name}: {shown}", "date": source.date}},
     }
     for section, name, number in _numbers(base, made, source.key):
         values.setdefault(section, {})[name] = number
-    cluster = write_cluster(out, write_yaml(values))
+    cluster = write_cluster(out, write_yaml(over(base_name, values)))
     return cluster, [(test.title, math.expm1(log_error(cluster, [test]))) for test in tests]
 
 

@@ -225,6 +225,17 @@ def merged_values(name_or_path: str) -> dict[str, Any]:
     return _read(_path_of(name_or_path))
 
 
+def over(name_or_path: str, made: dict[str, Any]) -> dict[str, Any]:
+    """A file's values: what ``made`` says, over a cluster.
+
+    One that ships is named as the base; a file's own values are taken in, since the new file may lie elsewhere. Raises
+    CinemeshError as :func:`load`.
+    """
+    if name_or_path in names():
+        return {"base": [name_or_path], **made}
+    return _merge(merged_values(name_or_path), made)
+
+
 def _path_of(name_or_path: str) -> Path:
     if name_or_path.endswith((".yaml", ".yml")):
         path = Path(name_or_path)

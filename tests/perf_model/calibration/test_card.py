@@ -148,3 +148,17 @@ def test_a_file_that_is_not_the_benchmarks_is_refused(tmp_path: Path) -> None:
         app(["calibrate", "--table", str(tmp_path / "x.yaml")], standalone_mode=False)
     with pytest.raises(CinemeshError, match="no GPU cluster"):
         write(benchmark(tmp_path), "local-cpu", tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["in the same folder", "in another"])
+def test_a_file_of_ones_own_is_a_base(tmp_path: Path, beside: bool) -> None:
+    """Only this sees a base named by its path: no file is found under that name, and nothing was written."""
+    first = tmp_path / "first.yaml"
+    write(benchmark(tmp_path, copy_bytes_per_s=2.5e12), BASE, first)
+    second = tmp_path / ("" if beside else "there") / "second.yaml"
+    second.parent.mkdir(exist_ok=True)
+    made = write(benchmark(tmp_path, copy_bytes_per_s=2e12), str(first), second)
+    first.unlink()
+    again, shipped = load(str(second)), load(BASE)
+    assert again == made and again.topology == shipped.topology and again.nccl == shipped.nccl
+    assert again.stream.fraction == pytest.approx(2e12 / shipped.gpu.memory_bytes_per_s)

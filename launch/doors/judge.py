@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from ..ranges import SEED_RANGE, integers, reals
-from .examples import epilog
-from .options import AsJson, bounds
+from ...ranges import SEED_RANGE, integers, reals
+from ..examples import epilog
+from ..options import AsJson, bounds
 
 DEVIATION_RANGE = reals(0.01, 100.0, "a net win lies within 100 points, and millions of prompts come to 0.1", "points")
 SHARE_RANGE = reals(0.0, 1.0, "a share of the pairs")
@@ -63,8 +63,8 @@ def make(
     refused by name, or brought together with --fit. Sides are drawn, each system left in half of its
     pairs; which is which stands in key.json alone. Needs no GPU, and no torch without --fit.
     """
-    from ..evaluation.blinding import Draw
-    from .commands.judge_make import run
+    from ...evaluation.blinding import Draw
+    from ..commands.judge_make import run
 
     draw = Draw(seed=seed, identical=identical, repeated=repeated)
     run(
@@ -83,7 +83,7 @@ def serve(
     guideline. A vote is on the disk before the next question; a reload goes on where it was. Raters may
     vote at once, each under a name. Needs no GPU and no torch.
     """
-    from .commands.judge_serve import run
+    from ..commands.judge_serve import run
 
     run(folder=folder, port=port)
 
@@ -109,6 +109,6 @@ def score(
     Of more than two systems also ratings. A rater who presses one side whatever is shown is left out,
     by name. Needs no GPU and no torch.
     """
-    from .commands.judge_score import run
+    from ..commands.judge_score import run
 
     run(votes=votes, key=key, deviation=deviation, as_json=as_json)

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .examples import epilog
-from .options import AsJson, Overrides
+from ..examples import epilog
+from ..options import AsJson, Overrides
 
 codec = typer.Typer(name="codec", no_args_is_help=True, rich_markup_mode=None)
 
@@ -40,7 +40,7 @@ def evaluate(
     PSNR and SSIM are means over scenes, each the mean of its windows; of an image: the first frame of
     a window as a clip of one frame. The clips are decoded, and no cache is read or written.
     """
-    from .commands.codec import run_eval
+    from ..commands.codec import run_eval
 
     run_eval(config=config, named=named, overrides=overrides or [], as_json=as_json)
 
@@ -55,6 +55,6 @@ def fit(
 
     Every scene counts the same. Windows that overlap say little anew: --set data.stride=4 takes fewer.
     """
-    from .commands.codec import run_fit
+    from ..commands.codec import run_fit
 
     run_fit(config=config, overrides=overrides or [], out=out)

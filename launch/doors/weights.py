@@ -1,0 +1,159 @@
+"""Commands of trained weights, from ``sample`` to ``average``: options and help (torch-free)."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ...ranges import EULER_RANGE, SEED_RANGE
+from ..examples import epilog
+from ..options import (
+    FILE_RANGE,
+    ConfigFile,
+    LocalProcesses,
+    Overrides,
+    RecipeDevice,
+    RecipePlan,
+    bounds,
+)
+from ..plans import device_override, plan_override
+
+weights = typer.Typer(rich_markup_mode=None)
+
+
+@weights.command(epilog=epilog("sample"))
+def sample(
+    config: ConfigFile,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="What the clip shall show.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", metavar="FILE", help="YAML list or JSONL of prompts with names, as judge make's."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", metavar="DIR", help="Default: the newest one of the recipe's run."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Of the clip; default sample.mp4. A folder, for --prompts."),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", **bounds(EULER_RANGE), help="From noise to the clip.")] = 50,
+    schedule: Annotated[
+        Literal["linear-quadratic", "linear"] | None,
+        typer.Option("--schedule", help="Spaced linearly, then quadratically; or equally. Default: the recipe's."),
+    ] = None,
+    solver: Annotated[
+        Literal["euler", "midpoint", "dopri5"] | None,
+        typer.Option("--solver", help="One, two or six velocities a step; default: the recipe's."),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option("--guidance", help="Classifier-free guidance scale; default: the recipe's."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", **bounds(SEED_RANGE), help="Picks the starting noise.")] = 0,
+    weights: Annotated[
+        Literal["ema", "master"] | None,
+        typer.Option("--weights", help="Their running average, or the last step's own; default: the recipe's."),
+    ] = None,
+    nproc: LocalProcesses = None,
+    device: RecipeDevice = None,
+    plan: RecipePlan = None,
+    overrides: Overrides = None,
+) -> None:
+    """Sample clips from a trained model.
+
+    Writes an mp4 file for each prompt. Of a file of prompts, those whose clip is in the folder are passed over.
+    """
+    from ..training.sample import run
+
+    run(
+        config=config,
+        prompt=prompt,
+        prompts=prompts,
+        checkpoint=checkpoint,
+        out=out,
+        asked={
+            "weights": weights,
+            "sample.steps": steps,
+            "sample.schedule": schedule,
+            "sample.solver": solver,
+            "sample.guidance": guidance,
+            "sample.seed": seed,
+        },
+        nproc=nproc,
+        overrides=[*plan_override(plan), *device_override(device), *(overrides or [])],
+    )
+
+
+@weights.command(epilog=epilog("export"))
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A step-* folder, or a run's directory.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder.")],
+    weights: Annotated[
+        Literal["ema", "master"], typer.Option("--weights", help="Their running average, or the last step's own.")
+    ] = "ema",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, typer.Option("--dtype", help="Default: that of the checkpoint.")
+    ] = None,
+    file_gb: Annotated[
+        float, typer.Option("--file-gb", **bounds(FILE_RANGE), help="Most of one file, as far as a weight allows.")
+    ] = 5.0,
+) -> None:
+    """Write a checkpoint's weights for other programs.
+
+    As Hugging Face lays them out: config.json, safetensors files with an index, and movie_gen.py, the
+    transformer and its sampler in plain torch, which needs nothing of this package. One weight at a
+    time is in memory. Needs no GPU.
+    """
+    from ..commands.exchange import run_export
+
+    run_export(checkpoint, out, weights=weights, dtype=dtype, file_bytes=round(file_gb * 1e9))
+
+
+@weights.command("import", epilog=epilog("import"))
+def import_folder(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="As cinemesh export writes it.")],
+    out: Annotated[Path, typer.Option("--out", metavar="CHECKPOINT", help="A new folder.")],
+) -> None:
+    """Make a checkpoint of the weights that cinemesh export wrote, bit by bit.
+
+    It holds that one state: cinemesh sample takes it, with a recipe of its model. Needs no GPU.
+    """
+    from ..commands.exchange import run_import
+
+    run_import(folder, out)
+
+
+@weights.command(epilog=epilog("average"))
+def average(
+    checkpoints: Annotated[
+        list[Path], typer.Argument(metavar="DIR DIR ...", help="step-* folders of one model, of any plans.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder, for the average.")],
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", metavar="W,W,...", help="One a checkpoint, summing to 1. Default: equal ones."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="RECIPE", help="Say held-out losses on this recipe's windows.")
+    ] = None,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Begin with the best; keep what does not raise the held-out loss.")
+    ] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Average the weights of several checkpoints into one.
+
+    Both the running averages and the last step's own weights are averaged; moments are left out. The
+    average is an ordinary checkpoint: sample from it, or begin a run with it (start_from).
+    """
+    from ..commands.average import run
+
+    run(
+        members=checkpoints,
+        shares=weights,
+        out=out,
+        config=config,
+        greedy=greedy,
+        overrides=overrides or [],
+    )
