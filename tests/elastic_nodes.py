@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -96,11 +97,20 @@ def lose_and_regain(clips: Path, folder: Path, nodes: int) -> tuple[list[str], d
         job.close()
     said = job.said.read_text()
     assert codes == [0] * nodes, said
+    check_lost(said)
     alone = values | {"plan": {"dtype": "float64"}, "cluster": None}
     alone["logging"] = values["logging"] | {"directory": str(folder / "alone")}
     assert start(alone, folder) == 0
     plans = [line for line in said.splitlines() if "processes on cpu; " in line]
     return plans, _losses(folder / "run"), _losses(folder / "alone")
+
+
+def check_lost(said: str) -> None:
+    """One message tells of the loss, with what was lost; nobody's connections are blamed."""
+    errors = [line for line in said.splitlines() if line.startswith(("error: ", "RuntimeError", "[rank"))]
+    lost = r"ranks \d+, \d+ of .* \(node \d+\) do not answer, nor their watchdogs"
+    of_the_store = "rank 0 on 127.0.0.1, which held the store of the job, is gone"
+    assert len(errors) == 1 and re.match(f"error: ({lost}|{of_the_store})", errors[0]), errors
 
 
 def _losses(run: Path) -> dict[int, float]:

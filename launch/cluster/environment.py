@@ -14,6 +14,7 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from ...errors import CinemeshError
+from ..elastic import missing_own_store
 from ..options import Device
 
 ON_CPU = "compute on the CPU: --device cpu, or device: cpu in the recipe"
@@ -77,7 +78,9 @@ def device_here(wanted: Device, local: int) -> str:
 
 
 def say_device(wanted: Device, local: int) -> None:
-    """The first line of a run, on rank 0, where it ends on the CPU and nobody asked for that. Raises as above."""
+    """The first lines of a run, on rank 0: that it is on the CPU unasked, what its launcher lacks. Raises as above."""
+    if int(os.environ.get("RANK", "0")) == 0 and (lacks := missing_own_store()):
+        print(f"WARNING: {lacks}", file=sys.stderr)
     if device_here(wanted, local) == "cpu" and wanted == "auto" and int(os.environ.get("RANK", "0")) == 0:
         print(f"computing on the CPU: {_none()}", file=sys.stderr)
 

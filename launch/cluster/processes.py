@@ -44,7 +44,7 @@ from .alike import software_alike
 from .environment import claim, device_here, launched, processes_here
 from .marks import Marks
 from .meeting import Meeting, agree, meet
-from .sidecar import DEATH, DEATH_S, JOB_VERDICT, VERDICT, Watched, watched
+from .sidecar import JOB_VERDICT, Watched, watched
 
 USER_ERROR = 2  # exit code of a CinemeshError, see cli.py
 BUG = 1
@@ -172,20 +172,10 @@ def _known_cause() -> str | None:
 
     None: nothing is known.
     """
-    if _watched is None or _meeting is None:
+    if _watched is None:
         return None
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends those that are left: not before one has said why
-    try:
-        until = time.monotonic() + DEATH_S
-        while time.monotonic() < until:
-            if _meeting.store.check([VERDICT]):
-                return ""
-            if _meeting.store.check([DEATH]):
-                return _meeting.store.get(DEATH).decode()
-            time.sleep(WAKE_S / 4)
-    except dist.DistError:  # the store's host is gone
-        pass
-    return None
+    return _watched.cause()
 
 
 def _failed(error: Exception | None, code: int, message: str, say: Callable[[str], None]) -> int:

@@ -7,6 +7,9 @@ When a rank makes no progress for longer than ``TIMES`` the longest turn of what
 watchdog calls all others to say where their ranks stand; one of them judges (``verdict.py``), has the stack of the
 guilty rank shown, writes and prints what it found, and only then every watchdog ends its rank. When a rank ends without
 a word, its watchdog says so.
+
+When a rank loses its connections, or ends, there is a roll call first (``roll_call.py``): a machine that is lost takes
+its watchdogs along, and what its ranks' peers say of that, or die of, is no cause.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ import os
 import pickle
 import re
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -25,9 +27,10 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+from socket import gethostname
 from typing import BinaryIO, cast
 
 import torch.distributed as dist
@@ -40,8 +43,9 @@ from ...parallel.runtime.comm import count_host_calls
 from ...parallel.runtime.mesh import group_ranks
 from .marks import Doing, Marks, Standing
 from .meeting import Meeting
+from .roll_call import DEATH, DEATH_S, RollCall, wait_for
 from .rounds import keep
-from .verdict import At, RoundEnd, Waypoint, judged, shown_place
+from .verdict import At, RoundEnd, Waypoint, judged, lost_with_machines, shown_place, store_lost
 
 POLL_S = 0.5
 MANY = 1024  # watchdogs that ask the store at each poll; more do less often, 6,144 every 3 s
@@ -51,13 +55,12 @@ WRITE_S = 600.0  # at least, where a checkpoint is waited for: what writes it wo
 FIRST_S = 1800.0  # where there was none yet: compilation, the first read of a cold cache
 ANSWERS_S = 5.0  # what the other watchdogs get to say where their ranks stand
 STACK_S = 2.0  # what a rank gets to write its stack
-DEATH_S = 1.0  # what a rank that lost its connection waits to hear whether another died
 SHOW_STACK = signal.SIGUSR2
 CALLED = "watchdog/called"
-DEATH = "watchdog/death"
 VERDICT = "watchdog/verdict"
 JOB_VERDICT = "cinemesh/verdict"  # of any round: for a launcher that has but one
-_BYE = "bye"
+_BYE, _LOST = "bye", "lost"
+FOUND_S = 2 * ANSWERS_S + STACK_S + DEATH_S  # in which a roll call is over, whoever calls it
 _WRITES = (Doing.PUBLISHING, Doing.SAVING)
 
 
@@ -77,6 +80,14 @@ class Watched:
         self.programs = programs
         with suppress(OSError):  # it is gone: the rank goes on without it
             self.pipe.send_bytes(pickle.dumps((plan, programs)))
+
+    def cause(self) -> str | None:
+        """Why this rank fails, if that is another's death; nothing where that was said; None: nothing is known."""
+        with suppress(OSError, EOFError):  # it is gone
+            self.pipe.send_bytes(pickle.dumps(_LOST))
+            if self.pipe.poll(FOUND_S):
+                return pickle.loads(self.pipe.recv_bytes())  # nosec B301  of its own watchdog
+        return None
 
     def failed(self, error: Exception, text: str) -> None:
         """Keep why the rank ends: for the next round."""
@@ -119,8 +130,6 @@ def watched(meeting: Meeting, directory: Path) -> Watched:
         for number in (signal.SIGINT, signal.SIGTERM):  # the rank's, of the terminal or the launcher; Ctrl-Z is for all
             signal.signal(number, signal.SIG_IGN)
         _Watchdog(meeting, marks, directory, theirs, rank_pid, stack).run()
-    except dist.DistError:  # the store's host is gone: the ranks see it too
-        pass
     except Exception:  # noqa: BLE001  the rank goes on without it
         traceback.print_exc()
     finally:
@@ -139,11 +148,21 @@ class _Watchdog:
     stack: BinaryIO
     plan: Plan | None = None
     programs: Sequence[Sequence[Waypoint]] = ()
+    roll: RollCall = field(init=False)
+    rank_waits: bool = False  # to hear why it fails
 
     def run(self) -> None:
         """Until the rank has said goodbye, has ended, or is ended."""
         self.meeting = self.meeting.again()
-        store, rank = self.meeting.store, self.meeting.rank
+        self.roll = RollCall.begin(self.meeting)
+        try:
+            self._watch(self.meeting.store)
+        except dist.DistError:
+            self._without_store()
+
+    def _watch(self, store: Store) -> None:
+        """See ``run``. Raises DistError when the store is gone."""
+        rank, roll = self.meeting.rank, self.roll
         place, since = self.marks.place, time.monotonic()
         looked, asks, called = since, since, False
         while True:
@@ -161,9 +180,10 @@ class _Watchdog:
                 self._called(store, now - since, limit_s)
             if now >= asks:
                 asks = now + POLL_S * self.meeting.world / MANY
+                roll.answer()
             if called and store.check([_show(rank)]) and not store.check([_shown(rank)]):
                 store.set(_shown(rank), self._stack())
-            if called and store.check([VERDICT]):
+            if (called or roll.answered) and store.check([VERDICT]):
                 os.kill(self.rank_pid, signal.SIGKILL)
                 return
 
@@ -173,24 +193,73 @@ class _Watchdog:
 
     def _heard(self, store: Store) -> bool:
         """Whether the rank lives on."""
-        rank, place = self.meeting.rank, self.marks.place
         try:
             said = pickle.loads(self.pipe.recv_bytes())  # nosec B301  of its own rank
         except (EOFError, OSError):
-            where = f"ended without a word in {shown_place(place, self.programs)}"
-            text = f"rank {rank} (process {self.rank_pid} on {socket.gethostname()}) {where}"
-            if store.add("watchdog/deaths", 1) == 1:
-                keep(self.directory, RoundEnd((rank,), place.step, where, text))
-                store.set(DEATH, text)
+            first = store.add("watchdog/deaths", 1) == 1  # those that die of this death come later
+            if not self._lost_machines(store) and first:
+                end = self._death()
+                keep(self.directory, end)
+                store.set(DEATH, end.text)
             return False
         if said == _BYE:
-            self._say_where(store, replace(self._at(0.0), place=place._replace(phase=Doing.ENDED)))
+            self._say_where(store, replace(self._at(0.0), place=self.marks.place._replace(phase=Doing.ENDED)))
+            self.roll.here()
             return False
-        self.plan, self.programs = said
+        if said == _LOST:
+            self.rank_waits = True
+            self._answer("" if self._lost_machines(store) else self.roll.death())
+        else:
+            self.plan, self.programs = said
         return True
 
+    def _answer(self, cause: str | None) -> None:
+        with suppress(OSError):  # the rank has ended
+            self.pipe.send_bytes(pickle.dumps(cause))
+
+    def _death(self) -> RoundEnd:
+        rank, place = self.meeting.rank, self.marks.place
+        where = f"ended without a word in {shown_place(place, self.programs)}"
+        return RoundEnd((rank,), place.step, where, f"rank {rank} (process {self.rank_pid} on {gethostname()}) {where}")
+
+    def _lost_machines(self, store: Store) -> bool:
+        """Call the roll, once in a round: whether ranks are lost with their watchdogs. That is said, and all end."""
+        roll = self.roll
+        if store.check([VERDICT]):  # by which ranks end
+            return True
+        if roll.calls():
+            lost = roll.lost(ANSWERS_S + POLL_S * self.meeting.world / MANY)
+            if lost and not store.check([VERDICT]):
+                self._tell(store, lost_with_machines(lost, roll.machines(lost), self.marks.place, self.programs))
+            roll.over()
+        return roll.wait(VERDICT, FOUND_S)
+
+    def _without_store(self) -> None:
+        """The store's host is gone: one watchdog says so when its rank fails by that, or stands still."""
+        place, since = self.marks.place, time.monotonic()
+        while not self.rank_waits and time.monotonic() - since < self._limit_s(place):
+            try:
+                if self.pipe.poll(POLL_S):
+                    said = pickle.loads(self.pipe.recv_bytes())  # nosec B301  of its own rank
+                    if said == _BYE:
+                        return
+                    self.rank_waits = said == _LOST
+            except (EOFError, OSError):
+                if self.roll.one_machine:  # its own death took the store along
+                    self._say(self._death())
+                    return
+                break
+            if (here := self.marks.place) != place:
+                place, since = here, time.monotonic()
+        if self.roll.deputy:
+            self._say(store_lost(self.roll.store_held_by, place, self.programs))
+        self._answer("")
+        if not self.rank_waits:
+            with suppress(ProcessLookupError):
+                os.kill(self.rank_pid, signal.SIGKILL)
+
     def _at(self, silent_s: float) -> At:
-        return At(self.marks.place, silent_s, _is_stopped(self.rank_pid), socket.gethostname(), self.rank_pid)
+        return At(self.marks.place, silent_s, _is_stopped(self.rank_pid), gethostname(), self.rank_pid)
 
     def _say_where(self, store: Store, at: At) -> None:
         store.set(f"watchdog/at/{self.meeting.rank}", json.dumps(asdict(at)))
@@ -206,17 +275,25 @@ class _Watchdog:
         def group(axes: Axes, rank: int) -> Sequence[int]:
             return () if plan is None else group_ranks(plan, axes, rank)
 
-        verdict = judged(ranks, self.programs, group, limit_s)
+        machines = self.roll.machines([rank for rank, at in ranks.items() if at is None])
+        verdict = judged(ranks, self.programs, group, limit_s, machines)
         if (stack := self._stack_of(verdict.guilty[0], store)) and (inside := _innermost(stack)):
             verdict = replace(verdict, text=f"{verdict.text}; rank {verdict.guilty[0]} is in {inside}")
-        keep(self.directory, verdict, stack)
-        print(f"error: {verdict.text}", file=sys.stderr, flush=True)
+        self._tell(store, verdict, stack)
+
+    def _tell(self, store: Store, verdict: RoundEnd, stack: str = "") -> None:
+        """To people, to the next round, and to all watchdogs, who end their ranks."""
+        self._say(verdict, stack)
         self.meeting.job.set(JOB_VERDICT, verdict.text)
         store.set(VERDICT, verdict.text)
 
+    def _say(self, verdict: RoundEnd, stack: str = "") -> None:
+        keep(self.directory, verdict, stack)
+        print(f"error: {verdict.text}", file=sys.stderr, flush=True)
+
     def _answers(self, store: Store) -> dict[int, At | None]:
         keys = [f"watchdog/at/{rank}" for rank in range(self.meeting.world)]
-        _wait_for(store, keys, ANSWERS_S)
+        wait_for(store, keys, ANSWERS_S)
         return {rank: _at(store.get(key).decode()) if store.check([key]) else None for rank, key in enumerate(keys)}
 
     def _stack_of(self, rank: int, store: Store) -> str:
@@ -224,7 +301,7 @@ class _Watchdog:
         if rank == self.meeting.rank:
             return self._stack()
         store.set(_show(rank), "")
-        return store.get(_shown(rank)).decode() if _wait_for(store, [_shown(rank)], STACK_S + 2 * POLL_S) else ""
+        return store.get(_shown(rank)).decode() if wait_for(store, [_shown(rank)], STACK_S + 2 * POLL_S) else ""
 
     def _stack(self) -> str:
         """Nothing of a process that is stopped."""
@@ -244,13 +321,6 @@ def _show(rank: int) -> str:
 
 def _shown(rank: int) -> str:
     return f"watchdog/shown/{rank}"
-
-
-def _wait_for(store: Store, keys: list[str], seconds: float) -> bool:
-    until = time.monotonic() + seconds
-    while not (there := store.check(keys)) and time.monotonic() < until:
-        time.sleep(POLL_S / 5)
-    return there
 
 
 def _innermost(stack: str) -> str:

@@ -117,8 +117,12 @@ def judged(
     programs: Sequence[Sequence[Waypoint]],
     group: Callable[[Axes, int], Sequence[int]],
     limit_s: float,
+    machines: Mapping[int, str] | None = None,
 ) -> RoundEnd:
-    """``group``: the ranks that a rank communicates with over some axes. None: a rank that did not answer."""
+    """``group``: the ranks that a rank communicates with over some axes. None: a rank that did not answer.
+
+    ``machines``: of those that did not, where it is known.
+    """
     waits = {rank: behind(rank, ranks, programs, group) for rank in ranks}
     ended = [rank for rank, at in ranks.items() if at is not None and at.place.phase is Doing.ENDED]
     ends = [rank for rank, others in waits.items() if not others and rank not in ended] or list(ranks)
@@ -129,9 +133,11 @@ def judged(
     step = max(at.place.step for at in ranks.values() if at is not None) if first is None else first.place.step
     alike = len(guilty) == len(ranks) > 1
     told = ["no rank can be told from the others"] if alike else []
-    told += [_told(rank, ranks[rank], programs) for rank in guilty[:MOST_TOLD]]
-    if len(guilty) > MOST_TOLD:
-        told.append(f"{len(guilty) - MOST_TOLD} more ranks there")
+    silent = [rank for rank in guilty if ranks[rank] is None]
+    told += [_told(rank, at, programs) for rank in guilty[:MOST_TOLD] if (at := ranks[rank]) is not None]
+    told += _without_answer(silent, machines or {})
+    if (more := len([rank for rank in guilty[MOST_TOLD:] if ranks[rank] is not None])) > 0:
+        told.append(f"{more} more ranks there")
     others = [rank for rank in ranks if rank not in guilty]
     for rank in others[:MOST_TOLD]:
         at, awaited = ranks[rank], waits[rank]
@@ -144,13 +150,42 @@ def judged(
     return RoundEnd(guilty, step, where, f"no progress for {limit_s:.0f} s: " + "; ".join(told))
 
 
-def _told(rank: int, at: At | None, programs: Sequence[Sequence[Waypoint]]) -> str:
-    if at is None:
-        return f"rank {rank} does not answer, nor its watchdog: look to its machine"
+def lost_with_machines(
+    lost: Sequence[int], machines: Mapping[int, str], place: Standing, programs: Sequence[Sequence[Waypoint]]
+) -> RoundEnd:
+    """Of ranks that ended with the watchdogs beside them; ``place``: of one that is left."""
+    where = shown_place(place, programs)
+    text = "; ".join(_without_answer(lost, machines))
+    return RoundEnd(tuple(lost), place.step, f"no answer in {where}", f"{text}; they were lost in {where}")
+
+
+def store_lost(holder: str, place: Standing, programs: Sequence[Sequence[Waypoint]]) -> RoundEnd:
+    """``holder``: of the job's store, in words; ``place``: of a rank that is left."""
+    where = shown_place(place, programs)
+    text = f"{holder}, which held the store of the job, is gone, or its machine is; it was lost in {where}"
+    return RoundEnd((0,), place.step, f"no store in {where}", text)
+
+
+def _without_answer(ranks: Sequence[int], machines: Mapping[int, str]) -> list[str]:
+    """Machine by machine."""
+    of: dict[str, list[int]] = {}
+    for rank in ranks:
+        of.setdefault(machines.get(rank, "a machine of which nothing is known"), []).append(rank)
+    told: list[str] = []
+    for machine, there in of.items():
+        neither = "does not answer, nor its watchdog" if len(there) == 1 else "do not answer, nor their watchdogs"
+        told.append(f"{_listed(there)} of {machine} {neither}")
+    more = [f"nor do those of {len(told) - MOST_TOLD} more machines"] if len(told) > MOST_TOLD else []
+    return [*told[:MOST_TOLD], *more]
+
+
+def _told(rank: int, at: At, programs: Sequence[Sequence[Waypoint]]) -> str:
     how = "is stopped by a signal" if at.stopped else "stands"
     return f"rank {rank} (process {at.pid} on {at.host}) {how} in {shown_place(at.place, programs)}"
 
 
 def _listed(ranks: Sequence[int]) -> str:
+    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
+        return f"ranks {ranks[0]} to {ranks[-1]}"
     said = ", ".join(map(str, ranks[:MOST_TOLD]))
     return f"rank{'s' if len(ranks) > 1 else ''} {said}" + (" and others" if len(ranks) > MOST_TOLD else "")

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..elastic import OWN_STORE, OWN_STORE_WHY
 from .job import ClusterJob, word
 
 STOP_S = 120  # seconds in which ranks save once they are asked to stop
@@ -31,6 +32,8 @@ def variables(job: ClusterJob, interface: str | None) -> Iterator[Variable]:
         str(STOP_S),
         "ranks that are asked to stop save first; torchrun would kill them after 30 s",
     )
+    if job.nodes > 1:
+        yield Variable(OWN_STORE, "1", OWN_STORE_WHY)
     yield Variable("OMP_NUM_THREADS", "1", "of libraries: a rank gives torch its share of the cores itself")
     yield Variable("PYTHONFAULTHANDLER", "1", "a rank that dies in native code says where")
     if job.on_gpus:

@@ -17,6 +17,7 @@ from cinemesh.launch import train as entry
 from cinemesh.launch.cluster import environment
 from cinemesh.launch.cluster.environment import claim, device_here
 from cinemesh.launch.cluster.processes import launch
+from cinemesh.launch.elastic import missing_own_store
 from cinemesh.launch.options import Device
 from cinemesh.launch.training import needs
 from cinemesh.launch.training.recipe import check_config
@@ -191,3 +192,19 @@ def test_every_command_that_starts_ranks_takes_a_device_and_every_recipe_names_o
     assert recipes.keys() >= {"quickstart.yaml", "buckets.yaml"}
     for name, values in recipes.items():
         assert values.get("device") == ("cuda" if values.get("cluster", "local-cpu") != "local-cpu" else "cpu"), name
+
+
+@pytest.mark.parametrize(
+    ("nodes", "restarts", "agents", "warned"),
+    [(4, 3, "True", True), (1, 3, "True", False), (4, 0, "True", False), (4, 3, "False", False)],
+)
+def test_a_job_whose_nodes_may_come_back_is_told_how_to_start_it(
+    nodes: int, restarts: int, agents: str, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what torchrun tells its ranks; where it keeps no store over all rounds, nobody needs to be told."""
+    monkeypatch.setenv("GROUP_WORLD_SIZE", str(nodes))
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(restarts))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agents)
+    lacks = missing_own_store()
+    assert (lacks is not None) == warned
+    assert lacks is None or lacks.startswith("start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: ")

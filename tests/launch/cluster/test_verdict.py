@@ -144,7 +144,11 @@ def test_a_rank_that_does_not_answer_is_named() -> None:
     """Its machine is gone: neither it nor its watchdog speaks."""
     ranks: dict[int, At | None] = {rank: waits(5) for rank in range(4)}
     verdict = judged(ranks | {3: None}, [a_step()], group, LIMIT_S)
-    assert verdict.guilty == (3,) and "rank 3 does not answer, nor its watchdog" in verdict.text
+    assert verdict.guilty == (3,) and "does not answer, nor its watchdog" in verdict.text
+    ranks |= {3: None, 2: None}
+    verdict = judged(ranks, [a_step()], group, LIMIT_S, {2: "node-1 (node 1)", 3: "node-1 (node 1)"})
+    assert "ranks 2, 3 of node-1 (node 1) do not answer, nor their watchdogs" in verdict.text
+    assert verdict.guilty == (2, 3) and verdict.text.count("rank 0") == 1
 
 
 def test_where_all_have_come_and_none_goes_on_it_is_the_link_between_them() -> None:
@@ -169,7 +173,7 @@ def test_many_ranks_are_counted() -> None:
     ranks = {rank: waits(5) for rank in range(40)} | {r: at(5, Doing.LOADING, 0, NO_PROGRAM) for r in range(10)}
     text = judged(ranks, [], group, LIMIT_S).text
     assert "6 more ranks there" in text and "26 more ranks wait" in text and text.count("rank ") == 8
-    assert "waits for ranks 0, 1, 2, 3 and others" in text
+    assert "waits for ranks 0 to 9" in text
 
 
 def test_a_wait_knows_where_its_collective_was_issued() -> None:
