@@ -22,7 +22,7 @@ def read_record(kind: type[T], values: Any, where: str, inside: str = ": ") -> T
     tuples, mappings, and ``None`` where their type says so.
     """
     hints = get_type_hints(kind)
-    required = [field.name for field in fields(kind) if field.default is MISSING]  # type: ignore[arg-type]
+    required = [field.name for field in fields(kind) if field.default is field.default_factory is MISSING]  # type: ignore[arg-type]
     given = mapping(values, where, [*hints], required=required)
     read = {name: read_value(hints[name], item, f"{where}{inside}{name}") for name, item in given.items()}
     try:

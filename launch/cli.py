@@ -17,6 +17,7 @@ from .doors.judge import judge
 from .doors.machines import machines
 from .doors.plans import plans
 from .doors.proofs import proofs
+from .doors.rewrite import rewrite
 from .doors.runs import runs
 from .doors.weights import weights
 from .examples import PAPER
@@ -39,6 +40,7 @@ Train on a cluster:     cinemesh launch slurm CONFIG --out run.sbatch
 Average models:         cinemesh average DIR DIR --out runs/mean
 Make a clip:            cinemesh sample configs/quickstart.yaml --prompt "a red car"
 Let people compare:     cinemesh judge make runs/new runs/old --out judged
+Rewrite prompts:        cinemesh rewrite make configs/rewriting.yaml --prompt "a red car"
 
 Every command has --help, with examples. Bytes are of one GPU, 1 GB is 1e9 of them; times are seconds.
 Exit codes: 0 done; 1 a check did not hold; 2 wrong input, with a line that says how to mend it;
@@ -53,7 +55,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for door in (runs, machines, weights, codec, judge, plans, proofs):  # as --help lists them
+for door in (runs, machines, weights, codec, judge, rewrite, plans, proofs):  # as --help lists them
     app.add_typer(door)
 
 

@@ -37,6 +37,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         'cinemesh sample configs/quickstart.yaml --prompt "Traffic crosses a square." --out clip.mp4',
         'cinemesh sample configs/quickstart.yaml --prompt "A grey rabbit." --seed 3 --guidance 1.5',
         "cinemesh sample configs/quickstart.yaml --prompts prompts.yaml --out clips --solver midpoint",
+        'cinemesh sample configs/quickstart.yaml --prompt "a rabbit" --rewrite configs/rewriting.yaml',
     ),
     "replay": (
         "cinemesh replay configs/quickstart.yaml --step 120",
@@ -112,6 +113,13 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh codec eval configs/quickstart.yaml --codec ours.safetensors",
     ),
     "codec fit": ("cinemesh codec fit configs/quickstart.yaml --set data.stride=4 --out ours.safetensors",),
+    "rewrite make": (
+        'cinemesh rewrite make configs/rewriting.yaml --prompt "a cat on a skateboard"',
+        "cinemesh rewrite make configs/rewriting.yaml --prompts prompts.yaml --out rewritten",
+    ),
+    "rewrite serve": ("cinemesh rewrite serve rewritten",),
+    "rewrite export": ("cinemesh rewrite export rewritten --held-out 0.2 --out pairs",),
+    "rewrite score": ("cinemesh rewrite score student.yaml pairs/held_out.jsonl --json",),
     "judge make": (
         "cinemesh judge make runs/new runs/old --out judged",
         "cinemesh judge make runs/a runs/b runs/c --prompts bench.jsonl --best-of c=4 --fit --out judged",

@@ -92,10 +92,10 @@ class Browser:
     def type(self, text: str) -> None:
         self._ask("Input.insertText", text=text)
 
-    def press(self, key: str) -> None:
+    def press(self, key: str, *, ctrl: bool = False) -> None:
         """A key, as the keyboard sends it to what has the focus."""
-        letter = key if len(key) == 1 else "\r" if key == "Enter" else ""
-        pressed = {"key": key, "windowsVirtualKeyCode": CODES.get(key, ord(key[0].upper()))}
+        letter = "" if ctrl else key if len(key) == 1 else "\r" if key == "Enter" else ""
+        pressed = {"key": key, "windowsVirtualKeyCode": CODES.get(key, ord(key[0].upper())), "modifiers": 2 * ctrl}
         self._ask("Input.dispatchKeyEvent", type="keyDown", **pressed, **({"text": letter} if letter else {}))
         self._ask("Input.dispatchKeyEvent", type="keyUp", **pressed)
 

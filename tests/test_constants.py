@@ -574,7 +574,17 @@ FREE: Mapping[str, str] = {
     "evaluation.net_win.net_win(seed)": "any would do",
     "evaluation.blinding.Draw.seed": "any would do",
     "evaluation.clip_files.NAMED": "how much a message says",
-    "evaluation.serving.*": "limits of a request, beyond what the page sends",
+    "evaluation.rewriting.endpoint.*": "limits of an answer and of a message, beyond what is of use",
+    "evaluation.rewriting.rewriter.*": "how long an endpoint that is down is waited for",
+    "evaluation.rewriting.settings.*": "as many words, seconds and tries as a caption wants; a file sets others",
+    **dict.fromkeys(
+        ("evaluation.rewriting.rules.*", "evaluation.rewriting.facts.*"),
+        "of rules on words: tests/evaluation/rewriting/test_rules.py holds what they let pass",
+    ),
+    **dict.fromkeys(
+        ("evaluation.serving.*", "evaluation.local_page.*", "evaluation.rewriting.review_page.*"),
+        "limits of a request, beyond what the page sends",
+    ),
     **dict.fromkeys(("evaluation.ratings.STEPS", "evaluation.ratings.SMALL"), "of Newton's method: it ends before"),
     "perf_model.report.*": "how a picture or a page looks, and how much it shows: tests/perf_model/report",
     "*: 1000000.0": "MB of a message",

@@ -29,6 +29,14 @@ def sample(
         Path | None,
         typer.Option("--prompts", metavar="FILE", help="YAML list or JSONL of prompts with names, as judge make's."),
     ] = None,
+    rewrite: Annotated[
+        Path | None,
+        typer.Option(
+            "--rewrite",
+            metavar="FILE",
+            help="Rewrite prompts first, in the words of training captions, as this file says: configs/rewriting.yaml.",
+        ),
+    ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option("--checkpoint", metavar="DIR", help="Default: the newest one of the recipe's run."),
@@ -63,6 +71,8 @@ def sample(
     """Sample clips from a trained model.
 
     Writes an mp4 file for each prompt. Of a file of prompts, those whose clip is in the folder are passed over.
+    With --rewrite, a prompt that cannot be rewritten is sampled as it is, and a line says why; one that was
+    rewritten once stays so, so that the same command makes the same clip.
     """
     from ..training.sample import run
 
@@ -70,6 +80,7 @@ def sample(
         config=config,
         prompt=prompt,
         prompts=prompts,
+        rewrite=rewrite,
         checkpoint=checkpoint,
         out=out,
         asked={

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from ...data.clips import playable, write_mp4
+from ...data.scenes import read_captions
 from ...data.text import with_fps
 from ...documents import exactly, quoted, read_json
 from ...errors import CinemeshError
 from ...evaluation.bench import read_prompts
+from ...evaluation.rewriting.rewriter import Rewriter
 from ...files import atomic_file, check_output_file
 from ...kernels.dtypes import TORCH_DTYPES
 from ...model.codec import LatentCodec
@@ -35,6 +37,7 @@ from ..cluster.environment import processes_here, say_device, world_size
 from ..cluster.marks import Doing, Marks
 from ..cluster.processes import Joined, joined, launch, rank_main
 from ..progress import progress
+from ..rewritten import read_rewriter, rewrite_all, unlike, write_prompts
 from ..written import wrote
 from .average import remark
 from .checkpoint.choosing import FOLDER, check_files, latest
@@ -48,6 +51,7 @@ from .setting import Setting
 FRAME_RATE = "frame_rate"  # of a checkpoint's note: frames/s of most of what the model was trained on, as a fraction
 ONE_CLIP = Path("sample.mp4")  # of a prompt, where no other file is named
 MADE_WITH = "sampled.json"  # in a folder of clips: what all of them have alike
+REWRITTEN = "rewritten.yaml"  # in a folder of clips: the prompts that they were sampled of
 OTHER_FOLDER = "name a new folder"
 UNTOLD_RATE = Fraction(25)  # frames/s, where an older checkpoint has none: PAL, and most quick-start clips
 
@@ -71,11 +75,12 @@ class ClipOrder:
     frame_rate: Fraction
 
 
-def run(
+def run(  # noqa: PLR0913  what the command line says of clips, one argument each
     *,
     config: Path,
     prompt: str | None,
     prompts: Path | None = None,
+    rewrite: Path | None = None,
     checkpoint: Path | None,
     out: Path | None,
     asked: Mapping[str, object],
@@ -85,7 +90,7 @@ def run(
     """Sample clips with the weights of ``checkpoint``, by default the newest of the recipe's run, and write them.
 
     One of the ``prompt``, to the file ``out``; or those of a file of ``prompts``, each called after its prompt's name,
-    to the folder ``out``, but for those that are there.
+    to the folder ``out``, but for those that are there. ``rewrite``: whose file says how each is rewritten first.
     On one process any recipe's plan is left aside; on several, the plan must be of that many. ``asked``: values of the
     recipe's keys; one that is None is the recipe's.
     """
@@ -112,11 +117,15 @@ def run(
     check_model(newest, written, setting.model)
     check_files(newest, written)
     rate = _frame_rate(newest, written.note)
-    clips = [replace(clip, prompt=with_fps(rate, clip.prompt)) for clip in clips]  # as in training
+    rewriter = None if rewrite is None else _rewriter(rewrite, recipe, ranks_here=nproc is None and processes > 1)
     if prompts is not None:
-        clips = _left(clips, _facts(recipe, written))
+        clips = _left(clips, _facts(recipe, written) | ({"rewriter": rewriter.identity} if rewriter else {}))
         if not clips:
             return
+    if rewriter is not None:
+        clips = _rewritten(clips, rewriter, told=prompts is not None)
+    clips = [replace(clip, prompt=with_fps(rate, clip.prompt)) for clip in clips]  # as in training
+    if prompts is not None:
         for cut in setting.encoding.cuts({clip.out.stem: clip.prompt for clip in clips}):
             print(cut, file=sys.stderr)
     elif cuts := setting.encoding.cuts({"the prompt": clips[0].prompt}):
@@ -142,6 +151,34 @@ def _asked_for(prompt: str | None, prompts: Path | None, out: Path | None) -> li
     if out is None:
         raise CinemeshError("--prompts makes several clips", remedy="name a folder for them with --out")
     return [Clip(number, each.prompt, out / f"{each.name}.mp4") for number, each in enumerate(read_prompts(prompts))]
+
+
+def _rewriter(path: Path, recipe: Config, *, ranks_here: bool) -> Rewriter:
+    """The rewriter of a file; says where the recipe's captions have another length. Raises CinemeshError."""
+    if ranks_here:
+        raise CinemeshError(
+            "--rewrite under torchrun would ask for every prompt once a rank",
+            remedy="rewrite first, with cinemesh rewrite make, and sample the prompts.yaml that it writes",
+        )
+    rewriter = read_rewriter(path)
+    try:
+        captions = [scene.caption for scene in read_captions(recipe.data.captions)]
+    except CinemeshError:
+        return rewriter  # a machine that samples need not have what trained
+    if said := unlike(rewriter.guideline, captions):
+        print(said, file=sys.stderr)
+    return rewriter
+
+
+def _rewritten(clips: list[Clip], rewriter: Rewriter, *, told: bool) -> list[Clip]:
+    """The same clips of rewritten prompts. ``told``: in a file beside them, else on standard error."""
+    found = rewrite_all(rewriter, {clip.out.stem if told else "the prompt": clip.prompt for clip in clips})
+    texts = [one.text for one in found.values()]
+    if told:
+        write_prompts(clips[0].out.parent / REWRITTEN, found)
+    elif texts != [clips[0].prompt]:
+        print(f"the clip is of: {texts[0]}", file=sys.stderr)
+    return [replace(clip, prompt=text) for clip, text in zip(clips, texts, strict=True)]
 
 
 def _facts(recipe: Config, written: Manifest) -> dict[str, str]:

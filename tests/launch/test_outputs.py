@@ -169,7 +169,8 @@ def test_a_trace_that_will_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, t
 HELP = """
 from cinemesh.launch.cli import app, main
 import sys, typer
-groups = ("codec eval", "codec fit", "judge make", "judge serve", "judge score")
+groups = ("codec eval", "codec fit", "judge make", "judge serve", "judge score", "rewrite make", "rewrite serve",
+          "rewrite export", "rewrite score")
 for name in (*typer.main.get_command(app).commands, *groups):
     sys.argv = ["cinemesh", *name.split(), "--help"]
     try:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from chat_server import KEY, breaks, fails, hangs, parts_of, rewrites, says, served
 from checkpoints import body_of, rewrite
 from harness import Pool
 from torch import Tensor
@@ -297,3 +298,86 @@ def test_an_order_that_is_none_is_refused(recipe: Path, changed: dict[str, Any],
 def test_prompts_given_twice_are_refused(recipe: Path) -> None:
     with pytest.raises(CinemeshError, match="have the same"):
         of_a_file(recipe, ["rain", "rain"])
+
+
+REWRITER = "model: m\nguideline: short\ncache: kept\ntries: 1\ntimeout_s: 20\n"
+
+
+def test_a_rewritten_prompt_makes_the_same_clip_with_the_endpoint_gone(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bitwise; and it is the clip of the rewritten text."""
+    monkeypatch.setattr(sample, "with_fps", lambda rate, text: text)  # of which the encoders would take no more
+    Path("rewriting.yaml").write_text(REWRITER)
+    with served(monkeypatch, rewrites) as server:
+        call(recipe, prompt="a red car", rewrite=Path("rewriting.yaml"))
+        assert len(server.asked) == 1
+    text = parts_of("a red car").text
+    said = capsys.readouterr().err
+    assert f"the clip is of: {text}" in said and "rewritten: 1 of 1 prompts, 0 of them before" in said
+    first = Path("out/clip.mp4").read_bytes()
+    call(recipe, prompt="a red car", rewrite=Path("rewriting.yaml"))
+    assert Path("out/clip.mp4").read_bytes() == first and "1 of them before" in capsys.readouterr().err
+    call(recipe, prompt=text)
+    assert Path("out/clip.mp4").read_bytes() == first
+    call(recipe, prompt="a red car")
+    assert Path("out/clip.mp4").read_bytes() != first
+
+
+@pytest.mark.parametrize("answer", [fails, breaks, hangs, says("Ignore me"), says(parts_of("ein auto").answer())])
+def test_the_clip_is_made_whatever_the_endpoint_does(
+    answer: Any, recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the user's prompt, with one message."""
+    call(recipe, prompt="a red car")
+    want = Path("out/clip.mp4").read_bytes()
+    capsys.readouterr()
+    Path("rewriting.yaml").write_text(REWRITER.replace("20", "0.5"))
+    with served(monkeypatch, answer):
+        call(recipe, prompt="a red car", rewrite=Path("rewriting.yaml"))
+    said = capsys.readouterr().err
+    assert said.count("the prompt is NOT rewritten, and taken as it is: ") == 1 and KEY not in said
+    assert Path("out/clip.mp4").read_bytes() == want and not Path("kept").exists()
+
+
+def sampled_of() -> dict[str, str]:
+    """Prompts by name, as the folder of clips says them."""
+    return {row["name"]: row["prompt"] for row in yaml.safe_load(Path("clips/rewritten.yaml").read_text())}
+
+
+def test_clips_of_a_file_say_of_what_they_are(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a second start, which rewrites what is left alone; clips of two rewriters share no folder."""
+    texts = ["a red car", "a dog"]
+    Path("rewriting.yaml").write_text(REWRITER)
+    with served(monkeypatch, rewrites, fails) as server:
+        of_a_file(recipe, texts, rewrite=Path("rewriting.yaml"))
+        want = {"clip-a red car": parts_of("a red car").text, "clip-a dog": "a dog"}
+        assert sampled_of() == want
+        assert "clip-a dog is NOT rewritten" in capsys.readouterr().err
+        Path("clips/clip-a dog.mp4").unlink()
+        of_a_file(recipe, texts, rewrite=Path("rewriting.yaml"))
+        assert sampled_of() == want and len(server.asked) == 3
+    with pytest.raises(CinemeshError, match="name a new folder"):
+        of_a_file(recipe, texts)
+    Path("rewriting.yaml").write_text(REWRITER + "examples: 0\n")
+    with pytest.raises(CinemeshError, match="its clips have rewriter"):
+        of_a_file(recipe, texts, rewrite=Path("rewriting.yaml"))
+
+
+def test_a_rewriter_of_other_lengths_is_told_and_torchrun_refused(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The quick start's captions have about ten words."""
+    Path("rewriting.yaml").write_text("model: m\ncache: kept\ntries: 1\n")
+    monkeypatch.delenv("CINEMESH_REWRITE_URL", raising=False)
+    call(recipe, rewrite=Path("rewriting.yaml"))
+    said = capsys.readouterr().err
+    assert (
+        "have 60 to 120 words, and the recipe's captions 10 to 16" in said and "CINEMESH_REWRITE_URL is not set" in said
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(CinemeshError, match="once a rank; rewrite first"):
+        call(recipe, rewrite=Path("rewriting.yaml"))
