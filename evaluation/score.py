@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import CinemeshError
 from .axes import Axis
-from .net_win import NetWin, net_win
+from .net_win import NetWin, net_wins
 from .raters import Rater, alpha, audit, preferred_system
 from .ratings import Rating, elo_ratings, why_unrated
 from .votes import Judgement, ShownPair, Vote
@@ -93,22 +93,24 @@ def _compare(
     reasons = {
         name: (_named(name, first, pairs, votes), _named(name, second, pairs, votes)) for name in axis.reasons
     }  # fmt: skip
-    groups = {}
-    for names in ([pair.concept for pair in pairs], [pair.motion for pair in pairs]):
-        for name in dict.fromkeys(filter(None, names)):
-            inside = np.array([each == name for each in names])
-            groups[name] = net_win(counts[inside], first_left[inside])
+    groups = {
+        name: np.array([each == name for each in names])
+        for names in ([pair.concept for pair in pairs], [pair.motion for pair in pairs])
+        for name in dict.fromkeys(filter(None, names))
+    }
+    strata = [(pair.concept, pair.motion) for pair in pairs]
+    net, by_group = net_wins(counts, first_left, strata, groups)
     return Comparison(
         axis=axis.name,
         first=first,
         second=second,
-        net=net_win(counts, first_left),
+        net=net,
         votes=int(counts.sum()),
         short=int((counts.sum(1) < axis.raters).sum()),
         unjudged=len(asked) - len(pairs),
         agreement=alpha(dict(zip(("first", "tie", "second"), row, strict=True)) for row in counts.tolist()),
         reasons=reasons,
-        groups=groups,
+        groups=by_group,
     )
 
 

@@ -7,6 +7,7 @@ that no path leaves the folder, and no key is seen.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -14,6 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 from ..errors import CinemeshError
 from .ballot_box import BallotBox
 from .blinding import CLIPS, BlindPairs, read_pairs
+from .examples import FOLDER_NAME, AxisExample, read_examples
 from .local_page import LocalHandler, LocalServer, rendered
 
 MOST_BYTES_OF_A_VOTE = 10_000  # a name and four words
@@ -22,7 +24,7 @@ TYPES = {".mp4": "video/mp4", ".png": "image/png", ".jpg": "image/jpeg", ".jpeg"
 RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)", re.ASCII)
 
 
-def page_of(shown: BlindPairs) -> bytes:
+def page_of(shown: BlindPairs, examples: Sequence[AxisExample] = ()) -> bytes:
     """One file: style, script and guidelines inside it; pairs and votes come by request."""
     axes = [
         {"name": axis.name, "question": axis.question, "guideline": axis.guideline,
@@ -31,18 +33,21 @@ def page_of(shown: BlindPairs) -> bytes:
     ]  # fmt: skip
     pairs = {pair.name: {"prompt": pair.prompt, "left": pair.left, "right": pair.right} for pair in shown.pairs}
     given = {"media": shown.media, "rate": shown.rate, "axes": axes, "pairs": pairs}
-    return rendered("judge.html", given=given, axes=shown.axes, media=shown.media)
+    by_axis = {axis.name: [each for each in examples if each.axis == axis.name] for axis in shown.axes}
+    return rendered("judge.html", given=given, axes=shown.axes, media=shown.media, examples=by_axis)
 
 
 class JudgeServer(LocalServer):
     """Serves the pairs of a folder; ``port`` 0 takes a free one. Raises CinemeshError where it cannot."""
 
     def __init__(self, folder: Path, port: int) -> None:
-        shown = read_pairs(folder)
+        shown, examples = read_pairs(folder), read_examples(folder)
+        names = [name for each in examples for name in (each.better, each.worse)]
+        self.examples = {name: folder / FOLDER_NAME / name for name in names}
         self.files = {name: folder / CLIPS / name for pair in shown.pairs for name in (pair.left, pair.right)}
         self.box = BallotBox(folder, shown)
         try:
-            super().__init__(page_of(shown), port, JudgeHandler)
+            super().__init__(page_of(shown, examples), port, JudgeHandler)
         except CinemeshError:
             self.box.close()
             raise
@@ -67,10 +72,15 @@ class JudgeHandler(LocalHandler):
             voted = {pair: {axis: [vote.answer, vote.reason] for axis, vote in votes.items()}
                      for pair, votes in self.server.box.of(rater).items()}  # fmt: skip
             self.send_json({"open": self.server.box.open_to(rater), "voted": voted})
-        elif (file := self.server.files.get(asked.path.removeprefix(f"/{CLIPS}/"))) is not None:
+        elif (file := self._file(asked.path)) is not None:
             self._send_file(file)
         else:
             self.refuse(HTTPStatus.NOT_FOUND, "there is no such page")
+
+    def _file(self, path: str) -> Path | None:
+        """Of a pair, or an example."""
+        clip, example = path.removeprefix(f"/{CLIPS}/"), path.removeprefix(f"/{FOLDER_NAME}/")
+        return self.server.files.get(clip) or self.server.examples.get(example)
 
     def do_POST(self) -> None:
         """A vote."""

@@ -125,6 +125,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh judge make runs/a runs/b runs/c --prompts bench.jsonl --best-of c=4 --fit --out judged",
     ),
     "judge serve": ("cinemesh judge serve judged",),
+    "judge export": (
+        "cinemesh judge export judged --out for-label-studio",
+        "cinemesh judge export judged --clips-at https://storage/judged/clips --out for-label-studio",
+    ),
+    "judge import": ("cinemesh judge import export.json judged",),
     "judge score": (
         "cinemesh judge score judged/votes.jsonl",
         "cinemesh judge score judged/votes.jsonl --deviation 2 --json",

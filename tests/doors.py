@@ -6,10 +6,12 @@ process, as the command line would, without training, and says what was not as p
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -22,11 +24,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from clip_folders import image
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from nccl_log import printed
 
+from cinemesh.documents import parse_json
 from cinemesh.errors import CinemeshError
+from cinemesh.evaluation.ballot_box import BallotBox
+from cinemesh.evaluation.bench import read_prompts
+from cinemesh.evaluation.blinding import Draw, make_pairs, read_pairs
+from cinemesh.evaluation.rewriting.guideline import GUIDELINES, read_guideline
+from cinemesh.evaluation.rewriting.review_page import ReviewServer
+from cinemesh.evaluation.rewriting.rewriter import Rewriter
+from cinemesh.evaluation.rewriting.settings import read_settings
+from cinemesh.evaluation.serving import JudgeServer
 from cinemesh.launch import cli
 from cinemesh.launch.training.checkpoint.layout import Layout
 from cinemesh.launch.training.checkpoint.manifest import FORMAT, Manifest, ShardFile, check_model, read_manifest, sealed
@@ -429,6 +441,73 @@ def captions_door(text: bytes, folder: Path) -> int:
     return reports(lambda: check_recipe(folder / "recipe.yaml"))
 
 
+def judged_door(text: bytes, folder: Path, name: str, *args: str) -> int:
+    """A judged folder with one of its files wrong."""
+    shutil.copytree(JUDGED, folder / "judged")
+    (folder / "judged" / name).parent.mkdir(exist_ok=True)
+    (folder / "judged" / name).write_bytes(text)
+    if args == ("serve",):
+        return reports(lambda: JudgeServer(folder / "judged", 0).server_close())
+    return main("judge", *(arg.format(folder / "judged") for arg in args))
+
+
+def of_judged(name: str, *args: str) -> Callable[[bytes, Path], int]:
+    return lambda text, folder: judged_door(text, folder, name, *args)
+
+
+def ballot_door(text: bytes, folder: Path) -> int:
+    """What the page may be sent as a vote."""
+    shutil.copytree(JUDGED, folder / "judged")
+    shown = read_pairs(folder / "judged")
+
+    def vote() -> None:
+        box = BallotBox(folder / "judged", shown)
+        try:
+            box.add(parse_json(text.decode(errors="replace"), "the vote", "vote on the page"))
+        finally:
+            box.close()
+
+    return reports(vote)
+
+
+def compared_door(given: list[tuple[str, bytes | None]], folder: Path) -> int:
+    """Two systems' folders with files missing, damaged, renamed and doubled."""
+    for system in ("new", "old"):
+        shutil.copytree(JUDGED / "of" / system, folder / system)
+    (folder / "bench.yaml").write_text(BENCH_OF_JUDGED)
+    for name, content in given:
+        path = folder / name
+        if content is None:
+            path.unlink(missing_ok=True)
+        elif not path.is_dir():
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+    options = ("--prompts", str(folder / "bench.yaml"), "--out", str(folder / "judged"))
+    return main("judge", "make", str(folder / "new"), str(folder / "old"), *options)
+
+
+def rewriter_door(text: bytes, folder: Path) -> int:
+    (folder / "rewriting.yaml").write_bytes(text)
+    return reports(lambda: Rewriter(read_settings(folder / "rewriting.yaml")))
+
+
+def guideline_door(text: bytes, folder: Path) -> int:
+    (folder / "guideline.yaml").write_bytes(text)
+    return reports(lambda: read_guideline(str(folder / "guideline.yaml")).messages("a dog"))
+
+
+def reviewed_door(name: str) -> Callable[[bytes, Path], int]:
+    """A folder of rewrites with one of its files wrong."""
+
+    def door(text: bytes, folder: Path) -> int:
+        (folder / "judged").mkdir()
+        (folder / "judged" / "rewrites.json").write_text(json.dumps(REWRITES))
+        (folder / "judged" / name).write_bytes(text)
+        return reports(lambda: ReviewServer(folder / "judged", 0).server_close())
+
+    return door
+
+
 def manifest_door(text: bytes, folder: Path) -> int:
     """Bodies that are sealed as if they had been written so: one that is not is refused unread."""
     body = text.decode(errors="replace").replace("\n", " ")
@@ -458,6 +537,60 @@ def variables_door(variables: dict[str, str], folder: Path) -> int:
     return main("kernels", "--model", "tiny", "--device", "cpu")
 
 
+def judged_folder() -> Path:
+    """Pairs of images of two systems on two prompts, their folders below ``of``, removed when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="judged-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for n, system in enumerate(("new", "old")):
+        for i, name in enumerate(("dog", "cat")):
+            image(folder / "of" / system / f"{name}.png", 10 * n + i)
+    (folder / "bench.yaml").write_text(BENCH_OF_JUDGED)
+    folders, prompts = [folder / "of" / "new", folder / "of" / "old"], read_prompts(folder / "bench.yaml")
+    make_pairs(folders, prompts, folder, [], {}, Draw(identical=0.5, repeated=0.5), fitted=False)
+    (folder / "votes.jsonl").write_text(json.dumps(VOTE) + "\n")
+    return folder
+
+
+BENCH_OF_JUDGED = "- {name: dog, prompt: A dog., motion: low}\n- {name: cat, prompt: A cat., concept: animal}\n"
+VOTE = {"pair": "p0001", "rater": "ann", "axis": "flaws", "answer": "left", "reason": ""}
+JUDGED = judged_folder()
+EXPORTED = [
+    {
+        "id": 1,
+        "data": {"pair": "p0001", "axis": "flaws", "left": "/x"},
+        "annotations": [
+            {
+                **{"id": 2, "completed_by": {"id": 3, "email": "a@b"}, "was_cancelled": False},
+                "result": [{"from_name": "preference", "type": "pairwise", "value": {"selected": "left"}}],
+            },
+            {"completed_by": 1, "result": [{"from_name": "neither", "value": {"choices": ["neither"]}}]},
+        ],
+    }
+]
+PARTS_OF_DOG = {
+    "subject": "A dog",
+    "action": "sits in the grass by a house",
+    "background": "",
+    "light": "",
+    "camera": "",
+}
+REWRITES = {
+    **{"model": "m", "guideline": "short"},
+    "rewrites": [
+        {"name": "dog", "prompt": "a dog", "parts": PARTS_OF_DOG, "problem": ""},
+        {"name": "cat", "prompt": "a cat", "parts": None, "problem": "no answer"},
+    ],
+}
+VERDICT = {"name": "dog", "reviewer": "ann", "verdict": "edit", "parts": PARTS_OF_DOG}
+REWRITER = {"model": "m", "guideline": "short", "examples": 1, "timeout_s": 3, "tries": 1, "request": {"seed": 1}}
+GUIDELINE = yaml.safe_load((GUIDELINES / "short.yaml").read_text(encoding="utf-8"))
+SYSTEM_FILES = st.lists(
+    st.tuples(
+        st.sampled_from(["new/dog.png", "old/dog.png", "old/cat.png", "old/dog.mp4", "new/x.png", "bench.yaml"]),
+        st.one_of(st.none(), NOISE, st.just((JUDGED / "of" / "new" / "cat.png").read_bytes())),
+    ),
+    max_size=3,
+)
 KEYS = st.sampled_from(
     ["optimizer.lr", "seed", "plan", "plan.tp", "data.buckets", "sample.scenes", "zzz", "", "model.preset.x"]
 )
@@ -493,6 +626,20 @@ DOORS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any, Path], int]]] = {
     ),
     "measured steps": (as_json(ACCEPTANCE), with_file("acceptance.json", "validate", "{}", "--json")),
     "captions": (as_yaml(CAPTIONS), captions_door),
+    "rewriter": (as_yaml(REWRITER), rewriter_door),
+    "guideline": (as_yaml(GUIDELINE), guideline_door),
+    "rewrites": (as_json(REWRITES), reviewed_door("rewrites.json")),
+    "verdicts": (as_json(VERDICT).map(lambda text: text + b"\n"), reviewed_door("verdicts.jsonl")),
+    "judged systems": (SYSTEM_FILES, compared_door),
+    "pairs": (as_json(json.loads((JUDGED / "pairs.json").read_text())), of_judged("pairs.json", "serve")),
+    "key": (as_json(json.loads((JUDGED / "key.json").read_text())), of_judged("key.json", "score", "{}/votes.jsonl")),
+    "votes": (as_json(VOTE), of_judged("votes.jsonl", "score", "{}/votes.jsonl", "--json")),
+    "ballot": (as_json(VOTE), ballot_door),
+    "examples": (
+        as_json([{"axis": "flaws", "better": "a.png", "worse": "a.png", "prompt": "", "why": ""}]),
+        of_judged("examples/examples.json", "serve"),
+    ),
+    "label studio": (as_json(EXPORTED), of_judged("export.json", "import", "{0}/export.json", "{0}")),
     "manifest": (as_json(MANIFEST), manifest_door),
     "command line": (command_lines(), command_door),
     "environment": (VARIABLES, variables_door),
@@ -515,6 +662,17 @@ GOOD: dict[str, Any] = {
     "links": json.dumps(ACCEPTANCE).encode(),
     "measured steps": json.dumps(ACCEPTANCE).encode(),
     "captions": yaml.safe_dump(CAPTIONS).encode(),
+    "rewriter": yaml.safe_dump(REWRITER).encode(),
+    "guideline": yaml.safe_dump(GUIDELINE).encode(),
+    "rewrites": json.dumps(REWRITES).encode(),
+    "verdicts": json.dumps(VERDICT).encode() + b"\n",
+    "judged systems": [],
+    "pairs": (JUDGED / "pairs.json").read_bytes(),
+    "key": (JUDGED / "key.json").read_bytes(),
+    "votes": json.dumps(VOTE).encode() + b"\n",
+    "ballot": json.dumps(VOTE).encode(),
+    "examples": b"[]",
+    "label studio": json.dumps(EXPORTED).encode(),
     "manifest": json.dumps(MANIFEST).encode(),
     "command line": ["program", "--model", "tiny", "--plan", "tp=2"],
     "environment": {"CINEMESH_KERNELS": "attention=torch"},
@@ -543,7 +701,8 @@ def knock(name: str, given: Any, folder: Path, code: int | None = None) -> tuple
         os.environ.update(environment)
     errors = [line for line in told.getvalue().splitlines() if line.startswith(("error: ", "Error: "))]
     put = {"recipe.yaml", "captions.yaml", "plan.yaml", "mine.yaml", "rows.yaml", "card.json", "nccl.log"}
-    put |= {"acceptance.json", "profile.json"}
+    put |= {"acceptance.json", "profile.json", "judged", "new", "old", "bench.yaml", "rewriting.yaml", "guideline.yaml"}
+    put -= {"judged"} if name == "judged systems" else set()
     left = {path.name for path in folder.iterdir()} - put - {MANIFEST_FILE}
     if done not in (ANSWERS.get(name, (0, 2)) if code is None else (code,)):
         return done, f"exit code {done}: {told.getvalue()[:500]}"

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 from doors import DOORS, GOOD, knock, knock_often
 
-CASES = {"dry run": 15, "machine": 15, "job": 30}  # a door, of those that take longest; of the others:
+CASES = {
+    "dry run": 15,
+    "machine": 15,
+    "job": 30,
+    "judged systems": 15,
+}  # a door, of those that take longest; of the others:
 USUAL_CASES = 46
 SEED = 7
 

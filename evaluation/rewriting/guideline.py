@@ -18,7 +18,7 @@ from ...reading import read_record
 GUIDELINES = Path(__file__).parent / "guidelines"
 ENGLISH_FILE = Path(__file__).parent / "english.yaml"
 OWN = "correct it, or take one that ships: {}"
-BROKEN = "it ships with cinemesh: install it anew"
+SHIPPED_WRONG = "it ships with cinemesh: install it anew"
 
 Message = dict[str, str]  # role and content, as chat models take them
 
@@ -122,7 +122,7 @@ class English:
 
 @cache
 def english() -> English:
-    return read_record(English, read_yaml(ENGLISH_FILE, "the words of the rules", BROKEN), str(ENGLISH_FILE))
+    return read_record(English, read_yaml(ENGLISH_FILE, "the words of the rules", SHIPPED_WRONG), str(ENGLISH_FILE))
 
 
 def shipped() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,13 +25,21 @@ def run(
     best_of: Sequence[str],
     draw: Draw,
     fitted: bool,
+    examples: Path | None = None,
 ) -> None:
-    """Write the pairs of ``folders``; ``prompts``: None for those that ship. Raises CinemeshError as it does."""
+    """Write the pairs of ``folders``; ``prompts`` and ``examples``: None for those that ship. Raises CinemeshError."""
     from ...evaluation.bench import BENCH, read_prompts
     from ...evaluation.blinding import make_pairs
+    from ...evaluation.examples import read_own, write_examples
 
+    if examples is not None:
+        read_own(examples)  # refused before anything is written
     picked = dict(_picked(text) for text in best_of)
     found = make_pairs(folders, read_prompts(prompts or BENCH), out, axes, picked, draw, fitted=fitted)
+    try:
+        write_examples(out, found.axes, examples)
+    except CinemeshError as error:
+        print(f"the guideline has no example clips: {error}", file=sys.stderr)
     pairs = found.pairs.values()
     checks = [sum(pair.identical for pair in pairs), sum(bool(pair.repeats) for pair in pairs)]
     wrote(

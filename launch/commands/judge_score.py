@@ -39,7 +39,7 @@ def run(*, votes: Path, key: Path | None, deviation: float, as_json: bool) -> No
         if picked > 1:
             console.print(f"{name}: the best of {picked} clips of every prompt, as its folder was said to hold")
     _print_comparisons(console, found, deviation)
-    _print_groups(console, found)
+    _print_groups(console, found, deviation)
     _print_ratings(console, found)
     _print_raters(console, found)
 
@@ -48,6 +48,8 @@ def _values(found: JudgedScore, deviation: float) -> dict[str, Any]:
     values = asdict(found)
     for row, comparison in zip(values["comparisons"], found.comparisons, strict=True):
         row["more_prompts"] = comparison.net.more_prompts(deviation / 100)
+        for name, net in comparison.groups.items():
+            row["groups"][name]["more_prompts"] = net.more_prompts(deviation / 100)
     return values
 
 
@@ -87,9 +89,10 @@ def _print_comparisons(console: Console, found: JudgedScore, deviation: float) -
     console.print(table)
     console.print(
         "won, tied, lost: prompts by the majority of their votes, a tie where no answer has the most. Net win: won "
-        "less lost, of 100 prompts, side bias removed; its interval and deviation by bootstrap over prompts. Side "
-        "bias: points by which left is pressed too often. Alpha: Krippendorff's, 1 where all raters agree, 0 as by "
-        f"chance. More prompts: until the deviation is {deviation:g}. Reasons: of votes for the one and for the other."
+        "less lost, of 100 prompts, side bias removed; its interval and deviation by bootstrap over prompts, within "
+        "each concept and level of motion. Side bias: points by which left is pressed too often. Alpha: "
+        "Krippendorff's, 1 where all raters agree, 0 as by chance. More prompts: until the deviation is "
+        f"{deviation:g}. Reasons: of votes for the one and for the other."
     )
     for c in found.comparisons:
         if c.short or c.unjudged:
@@ -99,17 +102,22 @@ def _print_comparisons(console: Console, found: JudgedScore, deviation: float) -
             )
 
 
-def _print_groups(console: Console, found: JudgedScore) -> None:
+def _group(net: NetWin, deviation: float) -> str:
+    more = net.more_prompts(deviation / 100)
+    return f"{_points(net.value)} ({net.prompts}{'' if more is None else f', {more:,} more'})"
+
+
+def _print_groups(console: Console, found: JudgedScore, deviation: float) -> None:
     names = [*dict.fromkeys(name for c in found.comparisons for name in c.groups)]
     if not names:
         return
     console.print()
     table = plain_table("net win by", "of", "over", *names, right=names, breaks=names[:1])
     for c in found.comparisons:
-        cells = [f"{_points(net.value)} ({net.prompts})" if (net := c.groups.get(name)) else "" for name in names]
+        cells = [_group(c.groups[name], deviation) if name in c.groups else "" for name in names]
         table.add_row(c.axis, c.first, c.second, *cells)
     console.print(table)
-    console.print("in brackets: prompts")
+    console.print(f"in brackets: prompts, and how many more until the deviation of that group's is {deviation:g}")
 
 
 def _print_ratings(console: Console, found: JudgedScore) -> None:

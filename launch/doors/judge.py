@@ -50,6 +50,14 @@ def make(
         float, typer.Option("--repeated", **bounds(SHARE_RANGE), help="Share of pairs that come again.")
     ] = 0.05,
     seed: Annotated[int, typer.Option("--seed", **bounds(SEED_RANGE), help="Draws sides, order and checks.")] = 0,
+    examples: Annotated[
+        Path | None,
+        typer.Option(
+            "--examples",
+            metavar="DIR",
+            help="Of the guideline: examples.yaml, a list of axis, better, worse, prompt and why, and the files.",
+        ),
+    ] = None,
     fit: Annotated[
         bool,
         typer.Option(
@@ -68,8 +76,15 @@ def make(
 
     draw = Draw(seed=seed, identical=identical, repeated=repeated)
     run(
-        folders=folders, prompts=prompts, out=out, axes=axes or [], best_of=best_of or [], draw=draw, fitted=fit
-    )  # fmt: skip
+        folders=folders,
+        prompts=prompts,
+        out=out,
+        axes=axes or [],
+        best_of=best_of or [],
+        draw=draw,
+        fitted=fit,
+        examples=examples,
+    )
 
 
 @judge.command(epilog=epilog("judge serve"))
@@ -112,3 +127,40 @@ def score(
     from ..commands.judge_score import run
 
     run(votes=votes, key=key, deviation=deviation, as_json=as_json)
+
+
+@judge.command("export", epilog=epilog("judge export"))
+def export_tasks(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What judge make wrote.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder.")],
+    clips_at: Annotated[
+        str | None,
+        typer.Option(
+            "--clips-at",
+            metavar="URL",
+            help="Where clips/ is served. Default: among Label Studio's local files, of the folder that holds DIR.",
+        ),
+    ] = None,
+) -> None:
+    """Write pairs for Label Studio: tasks.json to import, interface.xml for the project's settings.
+
+    A task is a pair on an axis, and names no system. Needs no GPU and no torch.
+    """
+    from ..commands.judge_label_studio import export_for_label_studio
+
+    export_for_label_studio(folder=folder, out=out, clips_at=clips_at)
+
+
+@judge.command("import", epilog=epilog("judge import"))
+def import_votes(
+    exported: Annotated[Path, typer.Argument(metavar="JSON", help="What Label Studio exported, as JSON.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What judge make wrote: its votes are added to.")],
+) -> None:
+    """Add the votes of Label Studio's annotators to those of a folder of pairs.
+
+    All of them or, where one is wrong, none. Votes that are there already stand; of one rater, pair and
+    axis the later counts. Needs no GPU and no torch.
+    """
+    from ..commands.judge_label_studio import import_from_label_studio
+
+    import_from_label_studio(exported=exported, folder=folder)

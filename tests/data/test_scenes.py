@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cinemesh.data.scenes import find_clips, read_captions
-from cinemesh.data.settings import CAPTIONS
+from cinemesh.data.scenes import CAPTIONS, find_clips, read_captions
 from cinemesh.data.text import with_fps
 from cinemesh.data.video import read_frames
 from cinemesh.errors import CinemeshError

@@ -84,7 +84,7 @@ def test_the_page_learns_nothing_of_the_systems(folder: Path) -> None:
             assert content_digest(out / "clips" / name) == content_digest(folder / system / f"{of.prompt}.mp4")
     told = (out / "pairs.json").read_text() + " ".join(path.name for path in (out / "clips").iterdir())
     assert "new" not in told and "old" not in told and len(list((out / "clips").iterdir())) == 8
-    assert sorted(path.name for path in out.iterdir()) == ["clips", "key.json", "pairs.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["clips", "examples", "key.json", "pairs.json"]
 
 
 def test_what_cannot_be_compared_is_refused_by_name(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from judged import honest_net_win, preferences, vote
 from numpy.typing import NDArray
 
 from cinemesh.evaluation import net_win as module
-from cinemesh.evaluation.net_win import majority, net_win
+from cinemesh.evaluation.net_win import majority, net_win, net_wins
 
 BIAS = 0.1
 
@@ -135,3 +136,52 @@ def test_too_few_prompts_have_no_interval_and_no_side_bias() -> None:
     assert (one.value, one.low, one.high, one.deviation, one.side_bias, one.more_prompts(0.1)) == (1, *[None] * 5)
     one_side = net_win(np.array([[3, 0, 0], [0, 0, 3], [3, 0, 0]]), np.array([True, True, True]))
     assert one_side.side_bias is None and one_side.value == pytest.approx(1 / 3)
+
+
+def stratified_bench(random: np.random.Generator, each: int = 4) -> tuple[Any, ...]:
+    """Prompts of 12 strata that raters see differently, votes without bias, and the truth of their population."""
+    means = np.linspace(0.2, 0.9, 12)
+    of = np.concatenate([preferences(mean, each, random) for mean in means])
+    return (*vote(of, 0.0, 3, random), [n // each for n in range(len(of))])
+
+
+def test_strata_are_no_chance() -> None:
+    """Only here is an interval too wide that takes the differences of strata for noise."""
+    random = np.random.Generator(np.random.Philox(key=11))
+    means = np.linspace(0.2, 0.9, 12)
+    truth = float(np.mean([honest_net_win(preferences(mean, 200_000, random), 3).mean() for mean in means]))
+    inside, widths = 0, np.zeros(2)
+    for run in range(300):
+        votes, left, strata = stratified_bench(random)
+        net, other = net_wins(votes, left, strata, {}, seed=run)[0], net_win(votes, left, seed=run)
+        assert net.value == pytest.approx(other.value, abs=1e-12)
+        assert net.low is not None and net.high is not None and other.low is not None and other.high is not None
+        inside += net.low <= truth <= net.high
+        widths += net.high - net.low, other.high - other.low
+    assert 0.95 - 0.04 <= inside / 300 <= 0.95 + 0.04
+    assert widths[0] < 0.93 * widths[1]
+
+
+def test_a_group_is_its_own_prompts() -> None:
+    """Counts, value and side bias of a mask are those of its prompts alone; its deviation too, but for the draws."""
+    random = np.random.Generator(np.random.Philox(key=13))
+    votes, left, strata = stratified_bench(random, 20)
+    mask = np.array(strata) < 6
+    whole, groups = net_wins(votes, left, strata, {"low": mask, "high": ~mask})
+    alone, _ = net_wins(votes[mask], left[mask], [s for s in strata if s < 6], {})
+    found = groups["low"]
+    assert (found.prompts, found.wins, found.ties, found.losses) == (120, alone.wins, alone.ties, alone.losses)
+    assert found.value == pytest.approx(alone.value, abs=1e-12) and found.side_bias == pytest.approx(alone.side_bias)
+    assert found.deviation == pytest.approx(alone.deviation, rel=0.1)
+    assert found.wins + groups["high"].wins == whole.wins and groups["high"].value > found.value
+
+
+@pytest.mark.parametrize("sizes", [(1,) * 40, (1, 39), (1, 1, 38), (2,) * 20])
+def test_strata_of_one_prompt_are_drawn_from_together(sizes: tuple[int, ...]) -> None:
+    """They would never vary: a bench whose prompts each have a concept of their own has an interval all the same."""
+    random = np.random.Generator(np.random.Philox(key=17))
+    votes, left = vote(preferences(0.6, 40, random), 0.0, 3, random)
+    strata = [i for i, size in enumerate(sizes) for _ in range(size)]
+    found, plain = net_wins(votes, left, strata, {})[0], net_win(votes, left)
+    assert found.deviation is not None and plain.deviation is not None
+    assert 0.6 * plain.deviation < found.deviation < 1.4 * plain.deviation

@@ -126,6 +126,9 @@ def test_the_table_has_all_its_parts(tmp_path: Path) -> None:
     for part in PARTS:
         assert any(" ".join(part.split()) in line for line in lines), part
     row = values(path, "--deviation", "5")["comparisons"][0]
+    group = row["groups"]["high"]
+    assert group["more_prompts"] == pytest.approx(50 * (group["deviation"] / 0.05) ** 2 - 50, abs=1)
+    assert f"(50, {group['more_prompts']} more)" in shown(path, "--deviation", "5")
     assert row["more_prompts"] == pytest.approx(100 * (row["net"]["deviation"] / 0.05) ** 2 - 100, abs=1)
 
 

@@ -166,6 +166,8 @@ IN_PLACE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "rewrite score": (lambda _: None, "needs an endpoint, tests/launch/commands/test_rewrite.py: options are read"),
     "judge make": (lambda _: None, "needs clips, tests/evaluation: options are read"),
     "judge serve": (lambda _: None, "serves until it is stopped, tests/evaluation: options are read"),
+    "judge export": (lambda _: None, "needs pairs, tests/evaluation: options are read"),
+    "judge import": (lambda _: None, "needs an export, tests/evaluation: options are read"),
     "judge score": (lambda _: None, "needs votes, tests/evaluation: options are read"),
     "plan --paper": (lambda _: None, "40 s: options are read"),
     "kernels --tune": (lambda _: None, "needs a GPU: options are read"),

@@ -169,8 +169,8 @@ def test_a_trace_that_will_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, t
 HELP = """
 from cinemesh.launch.cli import app, main
 import sys, typer
-groups = ("codec eval", "codec fit", "judge make", "judge serve", "judge score", "rewrite make", "rewrite serve",
-          "rewrite export", "rewrite score")
+groups = [f"judge {name}" for name in ("make", "serve", "score", "export", "import")]
+groups += ["codec eval", "codec fit", *(f"rewrite {name}" for name in ("make", "serve", "export", "score"))]
 for name in (*typer.main.get_command(app).commands, *groups):
     sys.argv = ["cinemesh", *name.split(), "--help"]
     try:
