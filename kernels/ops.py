@@ -352,8 +352,8 @@ OPS: Mapping[str, OpSpec] = {
         workspace=sized(wide=count(tbp=1), cast=count(tbp=1)),
     ),
     # -- flat units and the optimizer ---------------------------------------------------------------------------
-    "cast": OpSpec(None, linear=((0,),)),
-    "copy": OpSpec(None, linear=((0,),)),
+    **dict.fromkeys(("cast", "copy"), OpSpec(None, linear=((0,),))),
+    "scale": OpSpec(None, linear=((0,),), flops=_out),  # times ``factor``
     "accumulate": OpSpec(None, linear=((0,),), adds=True),  # addend, total: total += addend
     # alignment gaps and tail padding of a flat gradient
     "zero_gaps": OpSpec(

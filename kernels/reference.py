@@ -437,6 +437,10 @@ def cast(inputs: Tensors, outputs: Tensors, *, signature: str) -> None:
     outputs[0].copy_(inputs[0])
 
 
+def scale(inputs: Tensors, outputs: Tensors, *, signature: str, factor: float) -> None:
+    torch.mul(inputs[0], factor, out=outputs[0])
+
+
 def copy(inputs: Tensors, outputs: Tensors, *, signature: str) -> None:
     outputs[0].copy_(inputs[0].view(outputs[0].shape))
 

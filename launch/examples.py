@@ -48,6 +48,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh export runs/quickstart/checkpoints/step-00000700 --weights master --dtype bfloat16 --out bf16",
     ),
     "import": ("cinemesh import quickstart-hf --out imported",),
+    "merge": (
+        "cinemesh merge runs/rabbit --out runs/rabbit/merged",
+        "cinemesh merge runs/rabbit/checkpoints/step-00000300 --base bases/step-00000700 --out merged",
+    ),
     "average": (
         "cinemesh average runs/a/checkpoints/step-00000700 runs/b/checkpoints/step-00000700 --out runs/mean",
         "cinemesh average runs/a/checkpoints/step-00000700 runs/b/checkpoints/step-00000700 --out runs/kept "

@@ -17,6 +17,7 @@ from ..errors import CinemeshError, did_you_mean
 from ..kernels.ops import MOST_ELEMENTS
 from ..parallel.ir.fields import MOST_BLOCKS
 from ..parallel.ir.units import Parameter
+from .lora import LORA_TARGETS, Lora, factors_of
 
 MODULATION_ROWS = 6  # shift, scale, gate of self-attention; shift, scale, gate of the FFN (Fig. 8)
 MOST_SIZE = 2**24  # of a width, of tokens, of positions
@@ -74,6 +75,7 @@ class ModelConfig:
     )  # (t, h, w) in patches; 16 -> 32 -> 96 fits 3.2.2
     norm_eps: float = 1e-5  # Table 9
     latent_conditions: tuple[LatentCondition, ...] = ()
+    lora: Lora | None = None  # with it, all else is frozen
 
     def __post_init__(self) -> None:
         for what, value, most in self._sizes():
@@ -99,6 +101,11 @@ class ModelConfig:
                 f"model {self.name}: latent conditions are named {names}, and parameters are called after them",
                 remedy="give each a name of its own, of letters, digits and underscores, not 'weight'",
             )
+        if self.lora is not None and self.lora.rank > self.width:
+            raise CinemeshError(
+                f"model {self.name}: lora.rank({self.lora.rank}) > width({self.width}), the rank of any product",
+                remedy="choose a lower rank, or train all weights",
+            )
         if not self.encoders:
             raise CinemeshError(f"model {self.name}: no text encoder", remedy="cross-attention needs at least one")
 
@@ -115,6 +122,11 @@ class ModelConfig:
             yield f"tokens of text encoder {encoder.name}", encoder.tokens, MOST_SIZE
         for condition in self.latent_conditions:
             yield f"channels of latent condition {condition.name}", condition.channels, MOST_SIZE
+
+    @property
+    def base(self) -> ModelConfig:
+        """The model without its low-rank factors."""
+        return replace(self, lora=None)
 
     @property
     def head_dim(self) -> int:
@@ -181,6 +193,8 @@ def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
     Raises CinemeshError for a parameter whose initial values no counter can tell apart.
     """
     rows = (*_replicated(config), *_conditioning(config), *_block_weights(config))
+    if config.lora is not None:
+        rows = (*(replace(row, trained=False) for row in rows), *_factors(config.lora, rows))
     largest = max(rows, key=lambda row: row.elements)
     if largest.elements > MOST_ELEMENTS:
         raise CinemeshError(
@@ -189,6 +203,11 @@ def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
             remedy="choose smaller sizes",
         )
     return rows
+
+
+def trained(config: ModelConfig) -> tuple[Parameter, ...]:
+    """The rows of the table that a run changes, and its checkpoints hold."""
+    return tuple(row for row in parameters(config) if row.trained)
 
 
 Init = Literal["normal", "zeros", "ones"]
@@ -266,6 +285,27 @@ def _block_weights(c: ModelConfig) -> Iterator[Parameter]:
         yield table.product("gate", (d, f), "FFN", d, tp=1)
         yield table.product("up", (d, f), "FFN", d, tp=1)
         yield table.row("down", (f, d), "FFN", tp=0, std=(f * residual) ** -0.5)
+
+
+def _factors(lora: Lora, rows: Sequence[Parameter]) -> Iterator[Parameter]:
+    """A [inputs, r] and B [r, outputs] of every target of every block, split over tp as the product is.
+
+    What tp does not split goes where all of that kind is. A has the spread of PEFT's uniform draws; B begins as zeros.
+    """
+    for row in rows:
+        if row.in_block not in lora.targets:
+            continue
+        summed = LORA_TARGETS[row.in_block]
+        inputs, outputs, split = row.shape[:summed], row.shape[summed:], row.tp_dim
+        assert split is not None
+        down, up = factors_of(row.in_block)
+        made: tuple[tuple[str, tuple[int, ...], int | None, Init, float], ...] = (
+            (down, (*inputs, lora.rank), split if split < summed else None, "normal", (3 * math.prod(inputs)) ** -0.5),
+            (up, (lora.rank, *outputs), split - summed + 1 if split >= summed else None, "zeros", 0.0),
+        )
+        for name, shape, tp, init, std in made:
+            unit = REPLICATED_UNIT if tp is None else row.unit
+            yield Parameter(f"{row.unit}.{name}", shape, tp, unit, init, std, True, "LoRA", name)
 
 
 @lru_cache(maxsize=32)

@@ -247,40 +247,30 @@ class FinalLayer:
         """The gradient of x; those of weights go to ``dw``, that of the time embedding begins ``shared.time``."""
         b, stat = self.b, self.b.plan.stat_dtype
         dh = tensor.linear_input_backward(b, dvelocity, self.velocity, w["final.weight"], "dh")
-        tensor.linear_weight_backward(b, dvelocity, self.velocity, self.h, dw["final.weight"])
-        placement = Placement(self.modulation.placement.dims, frozenset(TOKENS))
-        dmodulation = b.buffer("dmodulation", self.modulation.shape, stat, placement)
-        dshift, dscale = rows(b, dmodulation, ("dshift", "dscale"))
+        tensor.linear_weight_backward(b, dvelocity, self.velocity, self.h, dw.get("final.weight"))
+        places: dict[int, Buffer] = {}
+        dmodulation: Buffer | None = None
+        if b.needs_gradient(self.modulation):
+            placement = Placement(self.modulation.placement.dims, frozenset(TOKENS))
+            dmodulation = b.buffer("dmodulation", self.modulation.shape, stat, placement)
+            dshift, dscale = rows(b, dmodulation, ("dshift", "dscale"))
+            places = {1: dw["final.norm"], 2: dscale, 3: dshift}
         dx, _, _, _ = b.op(
             "modulate_norm_backward",
             [dh, self.x, self.rstd, w["final.norm"], self.scale],
             ("dx", "dx_gain", "dx_scale", "dx_shift"),
             dtypes=(dh.dtype, stat, stat, stat),
-            into={1: dw["final.norm"], 2: dscale, 3: dshift},
+            into=places,
             of=b.producer(self.h),
             gradient=dh,
             wrt={0: 0, 1: 1, 2: 2, 3: 3},
         )
-        add_table = b.producer(self.modulation)
-        b.op(
-            "sum_to",
-            [dmodulation],
-            "dtable",
-            signature="rbd->rd",
-            dtypes=stat,
-            into={0: dw["final.table"]},
-            of=add_table,
-            gradient=dmodulation,
-            wrt={0: 1},
-        )
-        (shared.time,) = b.op(
-            "sum_to",
-            [dmodulation],
-            "dtime",
-            signature="rbd->bd",
-            dtypes=stat,
-            of=add_table,
-            gradient=dmodulation,
-            wrt={0: 0},
-        )
+        if dmodulation is not None:
+            self._modulation_backward(dw, dmodulation, shared)
         return dx
+
+    def _modulation_backward(self, dw: Weights, dmodulation: Buffer, shared: SharedGradients) -> None:
+        b, add_table = self.b, self.b.producer(self.modulation)
+        facts = {"dtypes": b.plan.stat_dtype, "of": add_table, "gradient": dmodulation}
+        b.op("sum_to", [dmodulation], "dtable", signature="rbd->rd", into={0: dw["final.table"]}, wrt={0: 1}, **facts)
+        (shared.time,) = b.op("sum_to", [dmodulation], "dtime", signature="rbd->bd", wrt={0: 0}, **facts)

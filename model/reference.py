@@ -7,20 +7,23 @@ One device, no parallelism, nothing fused. Parameter names and shapes are those 
 Activations are [S, B, D]. A block (Movie Gen Fig. 8):
     x += position;  x += gate1 * self_attention(norm1(x) modulated);  x += cross_attention(x, text);
     x += gate2 * ffn(norm2(x) modulated)
+
+Weights with low-rank factors are multiplied merged: W + alpha / rank A B.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import flow
-from .config import CAPTION_DROPOUT, MODULATION_ROWS, TIME_FEATURES, ModelConfig
+from .config import CAPTION_DROPOUT, MODULATION_ROWS, TIME_FEATURES, ModelConfig, parameters
 from .inputs import IDS, LATENTS, MASK, PLACES, text_input
+from .lora import factors_of
 
 
 def patchify(latent: Tensor, patch: tuple[int, int, int]) -> Tensor:
@@ -67,16 +70,17 @@ class CrossAttention(nn.Module):
         self.kv = nn.Parameter(torch.empty(c.width, 2, c.heads, c.head_dim))
         self.o = nn.Parameter(torch.empty(c.heads, c.head_dim, c.width))
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        q = torch.einsum("sbd,dhk->sbhk", x, self.q)
-        k, v = torch.einsum("lbd,dchk->clbhk", text, self.kv)
-        return torch.einsum("sbhk,hkd->sbd", attention(q, k, v, mask), self.o)
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor, weight: Callable[[str], Tensor]) -> Tensor:
+        """``weight``: of the block, by name, with its factors."""
+        q = torch.einsum("sbd,dhk->sbhk", x, weight("cross.q"))
+        k, v = torch.einsum("lbd,dchk->clbhk", text, weight("cross.kv"))
+        return torch.einsum("sbhk,hkd->sbd", attention(q, k, v, mask), weight("cross.o"))
 
 
 class Block(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        self.eps = c.norm_eps
+        self.eps, self.lora = c.norm_eps, c.lora
         self.norm1 = nn.Parameter(torch.empty(c.width))
         self.norm2 = nn.Parameter(torch.empty(c.width))
         self.table = nn.Parameter(torch.empty(MODULATION_ROWS, c.width))
@@ -87,18 +91,31 @@ class Block(nn.Module):
         self.gate = nn.Parameter(torch.empty(c.width, c.ffn))
         self.up = nn.Parameter(torch.empty(c.width, c.ffn))
         self.down = nn.Parameter(torch.empty(c.ffn, c.width))
+        if c.lora is not None:
+            shapes = {row.in_block: row.shape for row in parameters(c)}
+            for factors in zip(*map(factors_of, c.lora.targets), strict=True):  # all A, all B
+                group = factors[0].partition(".")[0]
+                self.add_module(group, _weights(**{name.partition(".")[2]: shapes[name] for name in factors}))
+
+    def weight(self, name: str) -> Tensor:
+        """That of a product, with what its factors add to it."""
+        whole = self.get_parameter(name)
+        if self.lora is None or name not in self.lora.targets:
+            return whole
+        down, up = (self.get_parameter(factor) for factor in factors_of(name))
+        return whole + self.lora.scale * torch.tensordot(down, up, 1)
 
     def forward(self, x: Tensor, position: Tensor, modulation: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """X [S, B, D], position [S, D], modulation [6, B, D] (shared by all layers), text [L, B, D], mask [B, L]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation + self.table[:, None, :]
         x = x + position[:, None, :]
         h = rms_norm(x, self.norm1, self.eps) * (1 + scale1) + shift1
-        q = torch.einsum("sbd,dhk->sbhk", h, self.q)
-        k, v = torch.einsum("sbd,dchk->csbhk", h, self.kv)
-        x = x + gate1 * torch.einsum("sbhk,hkd->sbd", attention(q, k, v), self.o)
-        x = x + self.cross(x, text, mask)
+        q = torch.einsum("sbd,dhk->sbhk", h, self.weight("q"))
+        k, v = torch.einsum("sbd,dchk->csbhk", h, self.weight("kv"))
+        x = x + gate1 * torch.einsum("sbhk,hkd->sbd", attention(q, k, v), self.weight("o"))
+        x = x + self.cross(x, text, mask, self.weight)
         h = rms_norm(x, self.norm2, self.eps) * (1 + scale2) + shift2
-        return x + gate2 * ((F.silu(h @ self.gate) * (h @ self.up)) @ self.down)
+        return x + gate2 * ((F.silu(h @ self.weight("gate")) * (h @ self.weight("up"))) @ self.weight("down"))
 
 
 def _weights(**shapes: tuple[int, ...]) -> nn.ParameterDict:

@@ -17,6 +17,7 @@ from ..parallel.ir.nccl_stack import Capture
 from ..parallel.ir.plan import Plan
 from ..parallel.ir.program import Program
 from ..parallel.ir.units import nested_index
+from ..parallel.layers.sharded import FROZEN_STATE
 from ..parallel.passes.device_memory import bytes_beside
 from ..parallel.passes.pipeline import prepare
 from ..parallel.runtime.comm import Communicator, first_of, nccl_stack
@@ -79,9 +80,11 @@ class StepRunner:
         self._heartbeat: Heartbeat | None = None
         self._replays = 0
 
-    def initialise(self, values: Values) -> None:
-        """Master weights by name, EMA equal to them, moments and counters zero."""
+    def initialise(self, values: Values, *, frozen: bool = True) -> None:
+        """Master weights by name, and ``frozen`` ones; EMA equal to the master ones, moments and counters zero."""
         fill_shard(self.buffers["master"], self.units, self.coordinates, values)
+        if self.units.frozen and frozen:
+            fill_shard(self.buffers[FROZEN_STATE], self.units.of_frozen, self.coordinates, values)
         self.buffers["ema"].copy_(self.buffers["master"])
         for name in ("exp_avg", "exp_avg_sq", "counters"):
             self.buffers[name].zero_()

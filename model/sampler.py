@@ -24,6 +24,7 @@ from ..parallel.ir.layout import TOKENS
 from ..parallel.ir.nccl_stack import Capture
 from ..parallel.ir.plan import Plan
 from ..parallel.ir.units import nested_index
+from ..parallel.layers.sharded import FROZEN_STATE
 from ..parallel.passes.device_memory import bytes_beside
 from ..parallel.passes.pipeline import prepare
 from ..parallel.runtime.comm import Communicator
@@ -46,8 +47,9 @@ class Sampler:
     ``master`` is this rank's flat shard of weights in the plan's statistics dtype, any state of a runner (``ema``); it
     is read, never written. ``batch.samples`` are those of one data rank. ``beside``: a runner of the same plan that
     does not run meanwhile: communicators, kernels and arena are its own. ``guidance`` 1 is the model with the caption,
-    0 that without: one velocity instead of two. Raises CinemeshError when the plan does not divide the model or the
-    latent, and when a CUDA device has too little memory.
+    0 that without: one velocity instead of two. ``frozen``: the shard of weights that ``master`` adds low-rank factors
+    to, in the compute dtype. Raises CinemeshError when the plan does not divide the model or the latent, and when a
+    CUDA device has too little memory.
     """
 
     def __init__(  # noqa: PLR0913  what a runner takes but for the optimizer, and the guidance
@@ -62,6 +64,7 @@ class Sampler:
         guidance: float = GUIDANCE,
         kernels: dict[str, Kernel] | None = None,
         beside: StepRunner | None = None,
+        frozen: Tensor | None = None,
     ) -> None:
         self.config, self.plan, self.batch, self.device, self.mesh = config, plan, batch, device, mesh
         self.guidance, self.halves = guidance, 1 if guidance in (0.0, 1.0) else 2
@@ -80,6 +83,8 @@ class Sampler:
         )
         whole = prepare(build_unpatchify(config, exact, batch), backend=backend)
         shared = {velocity.states["master"]: master.view(1, -1)}
+        if frozen is not None:
+            shared[velocity.states[FROZEN_STATE]] = frozen.view(1, -1)
         place = self.coordinates, comm, device
         self.velocity = Executor(velocity, *place, kernels, shared, arena, beside=to_come)
         self._buffers = named_buffers(self.velocity)

@@ -75,7 +75,7 @@ def check(config: ModelConfig, plan: Plan, batch: BatchShape) -> None:
 
 
 def unit_layout(config: ModelConfig, plan: Plan) -> Units:
-    return lay_out({name: list(rows) for name, rows in parameters_by_unit(config).items()}, plan)
+    return lay_out(parameters_by_unit(config), plan)
 
 
 def build_step(
@@ -238,6 +238,8 @@ class _MicroBatch:
             x_t, self.target, t, conditions = self._flow()
             self.embedding = Embedding(b, c, self.grid)
             x, self.cond = self.embedding.forward({**once, **conditioning}, x_t, t, conditions)
+            if c.lora is not None:  # its gradient is made and left: so all blocks are alike
+                b.parameter(x)
         self.conditioning = conditioning
         self.blocks: list[tuple[Block, dict[str, Buffer]]] = []
         for layer in range(c.layers):
@@ -289,6 +291,10 @@ class _MicroBatch:
             with self.scope(unit, Phase.BACKWARD, unit, layer):
                 dx = block.backward({**once, **weights}, {**donce, **dweights}, dx, self.cond, shared)
                 self._reduce(unit, weights, dweights)
+        if c.lora is not None:
+            b.discard(dx)
+            self.units.check(once, donce)
+            return self.units.flat_of(donce)
         with self.scope("conditioning", Phase.GRADIENT, CONDITIONING_UNIT):
             dconditioning = self.units.new_gradient(CONDITIONING_UNIT)
         with self.scope("embedding", Phase.BACKWARD, CONDITIONING_UNIT):

@@ -1,4 +1,4 @@
-"""``cinemesh export`` and ``cinemesh import``: weights for other programs, and from them."""
+"""``cinemesh export``, ``import`` and ``merge``: weights for other programs, and from them; factors on their base."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..exchange.exporting import export, found_checkpoint
 from ..exchange.importing import import_weights
+from ..exchange.merging import merge
 from ..written import wrote
 
 
@@ -13,7 +14,17 @@ def run_export(checkpoint: Path, folder: Path, *, weights: str, dtype: str | Non
     """Write ``folder``."""
     found = found_checkpoint(checkpoint)
     config = export(found, folder, which=weights, dtype=dtype, file_bytes=file_bytes)
-    wrote(folder, "MovieGenTransformer.from_pretrained in its movie_gen.py", f"{weights} of {found}, {config.name}")
+    reader = "MovieGenTransformer.from_pretrained in its movie_gen.py"
+    if config.lora is not None:
+        reader = "PeftModel.from_pretrained, on an export of their base"
+    wrote(folder, reader, f"{weights} of {found}, {config.name}")
+
+
+def run_merge(checkpoint: Path, out: Path, base: Path | None) -> None:
+    """Write the checkpoint ``out``."""
+    found = found_checkpoint(checkpoint)
+    config = merge(found, out, base)
+    wrote(out, f"cinemesh sample RECIPE --checkpoint {out} --prompt TEXT", f"{found}, merged, {config.name}")
 
 
 def run_import(folder: Path, out: Path) -> None:

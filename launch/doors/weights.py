@@ -114,7 +114,8 @@ def export(
 
     As Hugging Face lays them out: config.json, safetensors files with an index, and movie_gen.py, the
     transformer and its sampler in plain torch, which needs nothing of this package. One weight at a
-    time is in memory. Needs no GPU.
+    time is in memory. Needs no GPU. Of a run with model.lora the factors are written as PEFT has
+    them, for PeftModel.from_pretrained on an export of their base.
     """
     from ..commands.exchange import run_export
 
@@ -133,6 +134,28 @@ def import_folder(
     from ..commands.exchange import run_import
 
     run_import(folder, out)
+
+
+@weights.command(epilog=epilog("merge"))
+def merge(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="Of a run with model.lora: a step-* folder, or its directory.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder, for the merged weights.")],
+    base: Annotated[
+        Path | None,
+        typer.Option("--base", metavar="CHECKPOINT", help="Where the base lies now. Default: where the run found it."),
+    ] = None,
+) -> None:
+    """Add low-rank factors to the weights that they were trained on.
+
+    Both the running averages of the factors and the last step's own are added, a weight at a time. The
+    result is an ordinary checkpoint: sample from it, export it, average it, or begin a run with it.
+    The base is known by the digest of its weights: another one is refused. Needs no GPU.
+    """
+    from ..commands.exchange import run_merge
+
+    run_merge(checkpoint, out, base)
 
 
 @weights.command(epilog=epilog("average"))

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from ...errors import CinemeshError, did_you_mean
 from ...kernels.dtypes import TORCH_DTYPES
-from ...model.config import ModelConfig
+from ...model.config import ModelConfig, trained
 from ...model.sampler import GUIDANCE
 from ...model.solvers import EMULATED_STEPS
 from ..models import model_of
@@ -24,6 +24,7 @@ from ..training.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from ..training.checkpoint.saving import NO_ROOM, check_room
 from ..training.sample import FRAME_RATE
 from . import movie_gen
+from .factors import write_factors
 from .movie_gen import INDEX, MODEL_CONFIG, SCHEDULER_CONFIG
 from .names import Exported, exported
 
@@ -60,7 +61,8 @@ def found_checkpoint(given: Path) -> Path:
 def export(checkpoint: Path, folder: Path, *, which: str, dtype: str | None, file_bytes: int) -> ModelConfig:
     """Write the weights ``which`` into ``folder``, which is not there yet, in files of ``file_bytes`` at most.
 
-    ``dtype``: None keeps that of the checkpoint. A weight that is larger has a file of its own. Returns the model.
+    ``dtype``: None keeps that of the checkpoint. A weight that is larger has a file of its own. Low-rank factors are
+    written as PEFT has them. Returns the model.
     Raises CinemeshError; nothing is then left of the folder.
     """
     found = read_manifest(checkpoint)
@@ -71,18 +73,21 @@ def export(checkpoint: Path, folder: Path, *, which: str, dtype: str | None, fil
         raise CinemeshError(f"{folder} exists", remedy="name a new folder, or move that one away")
     config = model_of(found.model, f"the model of checkpoint {checkpoint}")
     told = dtype or found.states[which]
+    item = TORCH_DTYPES[told].itemsize
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        files = list(_files(config, TORCH_DTYPES[told].itemsize, file_bytes))
-        item = TORCH_DTYPES[told].itemsize
-        elements = sum(_elements(row) for file in files for row in file.values())
+        elements = sum(row.elements for row in trained(config))
         check_room(folder.parent, "the export", elements, item, f"{NO_ROOM}, or export --dtype bfloat16")
         partial.mkdir()
-        _write_weights(checkpoint, found, which, TORCH_DTYPES[told], files, partial, elements * item)
-        digest = found.digests[which] if told == found.states[which] else None
-        origin = Origin(which, found.step, found.updates, told, digest, found.note.get(FRAME_RATE))
-        _write_rest(config, origin, partial)
+        if config.lora is not None:
+            write_factors(checkpoint, found, config, which, TORCH_DTYPES[told], partial)
+        else:
+            files = list(_files(config, item, file_bytes))
+            _write_weights(checkpoint, found, which, TORCH_DTYPES[told], files, partial, elements * item)
+            digest = found.digests[which] if told == found.states[which] else None
+            origin = Origin(which, found.step, found.updates, told, digest, found.note.get(FRAME_RATE))
+            _write_rest(config, origin, partial)
         partial.rename(folder)
     except OSError as error:
         raise CinemeshError(

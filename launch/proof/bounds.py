@@ -9,7 +9,7 @@ below. Where zeros in place of a gradient would pass in every step, the check is
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -129,6 +129,10 @@ def bounds_of(case: Case, reference: Trajectory) -> dict[str, float]:
         run = run_rank(alone, watched=False)
         by_itself, wanted = worst_of(alone, [run])
         first = Worst()
+        if case.config.lora is not None:  # the head is frozen: the same model with all weights trained
+            alone = replace(alone, config=case.config.base)
+            run = run_rank(alone, watched=False)
+            _, wanted = worst_of(alone, [run])
         for got, want in zip(whole(alone, [run]).gradients, wanted.gradients, strict=True):
             first.note("gradient", FIRST_GRADIENT, got[FIRST_GRADIENT], want[FIRST_GRADIENT])
         bounds["gradient"] = 2 * by_itself.error["gradient"]

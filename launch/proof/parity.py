@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ...model import weights as weights_by_name
-from ...model.config import ModelConfig, parameters
+from ...model.config import ModelConfig, parameters, trained
 from ...model.inputs import PLACES, BatchShape, training_inputs
 from ...model.reference import Reference, training_loss
 from ...model.runner import StepRunner, data_share
@@ -233,9 +233,14 @@ def _ema(name: str) -> str:
 
 
 def starting_weights(case: Case) -> Named:
-    """What every plan of the case begins with, EMA included, in float64."""
-    values = weights_by_name.full(parameters(case.config), weights_by_name.probe_values(case.seed), torch.float64)
+    """What every plan of the case begins with and trains, EMA included, in float64."""
+    everything = _begun(case)
+    values = {row.name: everything[row.name] for row in trained(case.config)}
     return values | {_ema(name): value.clone() for name, value in values.items()}
+
+
+def _begun(case: Case) -> Named:
+    return weights_by_name.full(parameters(case.config), weights_by_name.probe_values(case.seed), torch.float64)
 
 
 def run_reference(case: Case, followed: Trajectory, dtype: torch.dtype = torch.float64) -> Trajectory:
@@ -244,8 +249,10 @@ def run_reference(case: Case, followed: Trajectory, dtype: torch.dtype = torch.f
     Every step starts from the weights of ``followed``, and AdamW gets its gradients: see [Note: step by step].
     """
     model = Reference(case.config).to(dtype)
-    table = parameters(case.config)
-    named = dict(model.named_parameters())
+    model.load_state_dict(_begun(case))
+    model.requires_grad_(False)
+    table = trained(case.config)
+    named = {row.name: model.get_parameter(row.name).requires_grad_() for row in table}
     groups = [
         {"params": [named[r.name] for r in table if r.decay == decay], "weight_decay": rate}
         for decay, rate in ((True, OPTIMIZER.weight_decay), (False, 0.0))
@@ -253,7 +260,7 @@ def run_reference(case: Case, followed: Trajectory, dtype: torch.dtype = torch.f
     adamw = torch.optim.AdamW(groups, lr=LR, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
     run = Trajectory()
     for step, before in enumerate(followed.weights):
-        model.load_state_dict({name: before[name] for name in named})
+        model.load_state_dict({name: before[name] for name in named}, strict=False)
         adamw.zero_grad()
         total = torch.zeros((), dtype=dtype)
         for micro_batch in range(case.plan.micro_batches):
@@ -269,7 +276,7 @@ def run_reference(case: Case, followed: Trajectory, dtype: torch.dtype = torch.f
         run.norms.append(math.hypot(*(gradient.norm().item() for gradient in run.gradients[-1].values())))
         for name, parameter in named.items():
             parameter.grad = followed.gradients[step][name].to(dtype, copy=True)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm)
+        torch.nn.utils.clip_grad_norm_(named.values(), OPTIMIZER.clip_norm)
         adamw.step()
         now = {name: parameter.detach().clone() for name, parameter in named.items()}
         decay = min(OPTIMIZER.ema_decay, (2 + step) / (11 + step))  # (1 + n) / (10 + n) at update n = step + 1

@@ -126,6 +126,7 @@ def small_case(
         channels=min(full.channels, tiny.channels),
         position_lengths=tuple(2 * length for length in grid),
         latent_conditions=tuple(replace(c, channels=min(c.channels, 3)) for c in full.latent_conditions),
+        lora=full.lora and replace(full.lora, rank=min(full.lora.rank, 4)),
     )
     if full != tiny:
         remarks.append(f"{model}: {full.layers} layers of {full.width} -> {config.layers} layers of {config.width}")

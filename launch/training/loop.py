@@ -32,6 +32,7 @@ from ..cluster.meeting import agree
 from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, rank_main
 from ..cluster.verdict import stages_of
 from .average import remark
+from .base import BEGUN_WITH
 from .card_watch import CardWatch
 from .checkpoint.choosing import FOLDER, VALIDATION_LOSS, Keep
 from .checkpoint.loading import resume
@@ -51,7 +52,7 @@ from .resume import CONTENTS, allowed_changes, check_may_change
 from .sample import FRAME_RATE
 from .setting import Setting
 from .showcase import show_samples
-from .start import BEGUN_WITH, begin, carried_on, check_start
+from .start import begin, carried_on, check_start, put_under
 from .telemetry import Telemetry
 from .validation import HeldOutWindows
 
@@ -106,8 +107,10 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
     resumed = resume(checkpoints, runner)
     changed = allowed_changes(resumed.manifest.note, config, cache.contents) if resumed else []
     begun = None
+    if config.start_from is not None:
+        put_under(config.start_from, runner, resumed.manifest.note if resumed else None)
     if resumed is None and config.start_from is not None:
-        begun = begin(config.start_from, runner)
+        begun = begin(config.start_from, runner, config.seed)
     elif resumed is None:
         runner.initialise(initial_values(config.seed))
     carried = {BEGUN_WITH: begun.note} if begun else carried_on(resumed.manifest.note) if resumed else {}

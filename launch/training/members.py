@@ -45,6 +45,11 @@ def read_members(paths: Sequence[Path]) -> tuple[list[Member], ModelConfig]:
     members = [Member(path, read_manifest(path)) for path in paths]
     first = members[0]
     model = model_of(first.found.model, f"checkpoint {first.path}")
+    if model.lora is not None:
+        raise CinemeshError(
+            f"checkpoint {first.path} holds low-rank factors: their average is not that of what they make",
+            remedy="make weights of each first, with cinemesh merge",
+        )
     for member in members:
         check_model(member.path, member.found, model)
         check_files(member.path, member.found)

@@ -12,33 +12,28 @@ from dataclasses import field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError, create_model
+from pydantic import BeforeValidator, TypeAdapter, ValidationError, create_model
 from pydantic.dataclasses import dataclass
 
 from ...data.buckets import Bucket
-from ...data.encoding import BlockDCT, CodecSettings, Encoding, codec_kind
+from ...data.encoding import BlockDCT, CodecSettings, codec_kind
 from ...data.settings import DataSettings
 from ...documents import mapping, parse_yaml, quoted, read_yaml
 from ...errors import CinemeshError, did_you_mean
-from ...model.config import MOST_SIZE, Encoder, ModelConfig, preset
 from ...model.flow import CAPTION_DROPOUT
 from ...model.sampler import GUIDANCE
 from ...model.solvers import ScheduleName, SolverName
 from ...model.step import Optimizer
-from ...parallel.ir.fields import MOST_BLOCKS
 from ...parallel.ir.nccl_stack import Capture
 from ...parallel.ir.plan import Plan
 from ...ranges import BATCH_RANGE, EULER_RANGE, GUIDANCE_RANGE, MOST_STEPS, SEED_RANGE, STEPS_RANGE, integers, reals
 from ..plans import held_fields, read_plan
+from .model_section import SECTION_CONFIG, ModelSection, StartFrom
 from .plateau import Validated, plateaus
 from .resolved import FILE as RESOLVED
 from .resolved import Resolved
 
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-
 BELOW_1 = 1 - 2**-24  # the largest float32 below 1
-BlockCount = Annotated[int, integers(1, MOST_BLOCKS, "no model has more", "blocks")]
-ModelSize = Annotated[int, integers(1, MOST_SIZE, "no model is larger")]
 Every = Annotated[int, integers(1, MOST_STEPS, "no run has more", "steps")]
 EveryOrNever = Annotated[int, integers(0, MOST_STEPS, "0 is never; no run has more", "steps")]
 Share = Annotated[float, reals(0, 1, "it is a part of a whole")]
@@ -57,31 +52,7 @@ KEEP_RANGE = integers(1, 10**6, "no run writes more; one is needed to go on from
 Decay = Annotated[float, reals(0, BELOW_1, "at 1, in float32, an average would never move")]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ModelSection:
-    """A preset, and what is changed in it. Channels follow from the codec, text encoders from the data."""
-
-    preset: Annotated[str, "the model to begin with; default of every other key of this section"]
-    layers: Annotated[BlockCount | None, "blocks of the transformer"] = None
-    width: Annotated[ModelSize | None, "of the residual stream; a multiple of heads"] = None
-    heads: Annotated[ModelSize | None, "of attention"] = None
-    ffn: Annotated[ModelSize | None, "width of the feed-forward part"] = None
-    patch: Annotated[
-        tuple[ModelSize, ModelSize, ModelSize] | None, "values of the latent in a token, over (T, H, W)"
-    ] = None
-    position_lengths: Annotated[
-        tuple[ModelSize, ModelSize, ModelSize] | None, "of the position tables, in patches (T, H, W)"
-    ] = None
-
-    def build(self, encoding: Encoding) -> ModelConfig:
-        """The model for these latents and texts."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "preset"}
-        changed = {name: value for name, value in changed.items() if value is not None}
-        texts = tuple(Encoder(e.name, e.width, e.tokens) for e in encoding.encoders)
-        return replace(preset(self.preset), channels=encoding.codec.channels, encoders=texts, **changed)
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=SECTION_CONFIG)
 class DataSection(DataSettings):
     """The data's settings, the directory of their cache, and what one optimizer step takes of them."""
 
@@ -95,7 +66,7 @@ class DataSection(DataSettings):
         return [bucket.global_batch or self.global_batch for bucket in self.shapes]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=SECTION_CONFIG)
 class OptimizerSection(Optimizer):
     """AdamW and its peak learning rate."""
 
@@ -116,7 +87,7 @@ class OptimizerSection(Optimizer):
             )
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=SECTION_CONFIG)
 class ScheduleSection:
     """``steps`` updates; the learning rate rises linearly over ``warmup_steps``, then falls, stays or is cut."""
 
@@ -152,7 +123,7 @@ class ScheduleSection:
         return peak * (self.final_share + (1 - self.final_share) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=SECTION_CONFIG)
 class LoggingSection:
     """Where a run writes, and how often. A checkpoint is written at the end in any case."""
 
@@ -167,7 +138,7 @@ class LoggingSection:
     keep_best: Annotated[bool, "the checkpoint of the lowest validation loss stays, if it was validated"] = False
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=SECTION_CONFIG)
 class SampleSection:
     """Clips sampled when training is done: of the named scenes' captions, or of every scene's."""
 
@@ -180,19 +151,6 @@ class SampleSection:
     solver: Annotated[SolverName, "velocities of a step: euler one, midpoint two, dopri5 six"] = "euler"
     guidance: Annotated[float, GUIDANCE_RANGE, "scale of classifier-free guidance"] = GUIDANCE
     seed: Annotated[int, SEED_RANGE, "of the starting noise"] = 0
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class StartFrom:
-    """What step 0 of a new run begins with, in place of random weights: those of a checkpoint of any plan."""
-
-    checkpoint: Annotated[Path, "a step-* folder of another run, of a model as wide and deep"]
-    weights: Annotated[Literal["master", "ema"], "which of its weights the new run begins with"] = "ema"
-    positions: Annotated[
-        Literal["same", "expand"],
-        "expand: its position tables may grow to the model's, linearly, patch centres aligned",
-    ] = "same"
-    moments: Annotated[Literal["keep", "drop"], "AdamW's: the checkpoint's, or zero"] = "drop"
 
 
 AUTO = "auto"
@@ -217,14 +175,16 @@ def _codec(value: object) -> object:
     """The settings of the kind that is named, as strict as any section."""
     if not isinstance(value, dict):
         return value
-    section: Any = create_model("CodecSection", __config__=STRICT, codec=codec_kind(value.get("kind", BlockDCT.kind)))
+    section: Any = create_model(
+        "CodecSection", __config__=SECTION_CONFIG, codec=codec_kind(value.get("kind", BlockDCT.kind))
+    )
     try:
         return section(codec=value).codec
     except ValidationError as error:
         raise _refusal(error, section) from None
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=SECTION_CONFIG)
 class Config:
     """A whole recipe. Without ``sample``, nothing is sampled at the end."""
 
@@ -279,6 +239,16 @@ class Config:
                 f"schedule.decay is plateau, with logging.validate_every({self.logging.validate_every}) and "
                 f"data.validation_share({self.data.validation_share:g})",
                 remedy="a plateau is seen in the validation loss: let both be above 0",
+            )
+        if self.model.lora is not None and self.start_from is None:
+            raise CinemeshError(
+                "model.lora without start_from: low-rank factors are trained beside weights",
+                remedy="name them with start_from.checkpoint, or take lora out",
+            )
+        if self.model.lora is not None and self.start_from is not None and self.start_from.changes:
+            raise CinemeshError(
+                f"model.lora with start_from.{self.start_from.changes}: the weights of the base stay as they are",
+                remedy="take it out, or train all weights",
             )
 
     @property

@@ -19,11 +19,13 @@ from ...errors import CinemeshError
 from ...model.buckets import BucketRunner
 from ...model.runner import StepRunner
 from ...model.weights import initial_values
+from ...parallel.layers.sharded import FROZEN_STATE
 from ...parallel.runtime.comm import first_of
 from ..cluster.environment import processes_here, say_device, world_size
 from ..cluster.processes import joined, launch, rank_main
 from ..progress import progress
 from ..tables import new_console, plain_table
+from .base import check_base, read_base
 from .checkpoint.choosing import FOLDER, published
 from .checkpoint.layout import Layout
 from .checkpoint.loading import newest_whole, read_states
@@ -136,6 +138,9 @@ def _read(path: Path, order: ReplayOrder, setting: Setting, cache: Cache, states
     targets = {state: states.buffers[state].view(-1) for state in SAVED_STATES}
     read_states(path, found, Layout.of(states.units), states.coordinates, targets)
     states.buffers[COUNTERS].copy_(torch.tensor([found.step, found.updates]))
+    if order.config.start_from is not None and setting.model.lora is not None:
+        check_base(order.config.start_from, setting.model, found.note)
+        read_base(order.config.start_from, states.buffers[FROZEN_STATE], states.units, states.coordinates)
     return found
 
 

@@ -40,6 +40,7 @@ from ..progress import progress
 from ..rewritten import read_rewriter, rewrite_all, unlike, write_prompts
 from ..written import wrote
 from .average import remark
+from .base import check_base, read_base
 from .checkpoint.choosing import FOLDER, check_files, latest
 from .checkpoint.loading import load_weights
 from .checkpoint.manifest import Manifest, check_model, read_manifest
@@ -116,6 +117,8 @@ def run(  # noqa: PLR0913  what the command line says of clips, one argument eac
     written = read_manifest(newest)
     check_model(newest, written, setting.model)
     check_files(newest, written)
+    if recipe.start_from is not None and setting.model.lora is not None:
+        check_base(recipe.start_from, setting.model, written.note)
     rate = _frame_rate(newest, written.note)
     rewriter = None if rewrite is None else _rewriter(rewrite, recipe, ranks_here=nproc is None and processes > 1)
     if prompts is not None:
@@ -232,9 +235,14 @@ def sample(order: ClipOrder) -> None:
         position = place.mesh.coordinates if place.mesh else coordinates(plan, 0)
         weights = torch.empty(1, units.flat_elements, dtype=TORCH_DTYPES[plan.stat_dtype], device=place.device)
         load_weights(order.checkpoint, order.config.weights, weights, units, position)
+        frozen: Tensor | None = None
+        if order.config.start_from is not None and setting.model.lora is not None:
+            dtype = TORCH_DTYPES[plan.compute_dtype]
+            frozen = torch.empty(1, units.frozen_elements, dtype=dtype, device=place.device)
+            read_base(order.config.start_from, frozen, units, position)
         prompts = {clip.number: clip.prompt for clip in order.clips}
         outs = {clip.number: clip.out for clip in order.clips}
-        for number, clip in sample_clips(setting, place, weights, prompts):
+        for number, clip in sample_clips(setting, place, weights, prompts, frozen=frozen):
             write_mp4(outs[number], clip[: order.config.sampled.frames], order.frame_rate)
             about = f"{float(order.frame_rate):.4g} frames/s"
             wrote(outs[number], "open it in a video player; another --seed makes another clip", about)
@@ -248,12 +256,14 @@ def sample_clips(
     *,
     samples: int = 1,
     beside: StepRunner | None = None,
+    frozen: Tensor | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """A clip of each prompt with its number, uint8 [T, H, W, 3], as it is made, as the recipe's ``sample`` says.
 
     On rank 0, none elsewhere; collective, and every rank asks for all. ``weights`` is this rank's flat shard. Each data
     rank makes at most ``samples`` clips at once. A prompt's noise depends on (seed, its number) alone. ``beside``: the
-    runner of a training that is over. Raises CinemeshError when the model has diverged.
+    runner of a training that is over. ``frozen``: as the sampler takes it. Raises CinemeshError when the model has
+    diverged.
     """
     plan, mesh, section, codec = setting.config.plan, place.mesh, setting.config.sample, setting.encoding.codec
     assert section is not None
@@ -262,7 +272,7 @@ def sample_clips(
     samples = min(samples, -(-len(ordered) // ranks))
     batch = BatchShape(samples, setting.config.sampled.latent(codec))
     kernels = setting.kernels(place.device)
-    choices: dict[str, Any] = {"guidance": section.guidance, "kernels": kernels, "beside": beside}
+    choices: dict[str, Any] = {"guidance": section.guidance, "kernels": kernels, "beside": beside, "frozen": frozen}
     sampler = Sampler(setting.model, plan, batch, mesh, weights, place.device, **choices)
     if (failure := sampler.capture(setting.config.capture)) is not None and place.rank == 0:
         print(f"sampling is NOT captured, on any rank: {failure}; it runs from the executor", file=sys.stderr)

@@ -23,6 +23,7 @@ from ...kernels.philox import Purpose
 from ...model.codec import LatentCodec
 from ...model.flow import draw_noise
 from ...model.runner import StepRunner
+from ...parallel.layers.sharded import FROZEN_STATE
 from ..cluster.marks import Marks
 from ..cluster.processes import Joined
 from .average import remark
@@ -56,7 +57,15 @@ def show_samples(setting: Setting, place: Joined, cache: Cache, runner: StepRunn
     config, bucket, captions = setting.config, setting.config.sampled, setting.sampled_captions(cache)
     weights = runner.buffers[config.weights]
     numbered = dict(enumerate(captions.values()))
-    made = sample_clips(setting, place, weights, numbered, samples=runner.batch.samples, beside=runner)
+    made = sample_clips(
+        setting,
+        place,
+        weights,
+        numbered,
+        samples=runner.batch.samples,
+        beside=runner,
+        frozen=runner.buffers.get(FROZEN_STATE),
+    )
     clips = [clip for _, clip in made]
     if place.rank:
         return

@@ -20,7 +20,10 @@ from torch import Tensor
 from ...errors import CinemeshError
 from ...model.config import ModelConfig
 from ...model.runner import StepRunner
+from ...model.weights import initial_values
 from ...parallel.ir.plan import Plan
+from ...parallel.layers.sharded import FROZEN_STATE
+from .base import BEGUN_WITH, DIGEST, check_base, read_base
 from .checkpoint.choosing import FOLDER, VALIDATION_LOSS, check_files, published
 from .checkpoint.layout import SHARDING, FlatParameter, FlatUnit, Layout
 from .checkpoint.loading import read_states
@@ -29,7 +32,6 @@ from .checkpoint.together import together
 from .plateau import VALIDATIONS
 from .recipe import Config, StartFrom
 
-BEGUN_WITH = "begun_with"  # of a checkpoint's note: what the run began with
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SQUARES = "exp_avg_sq"  # moment of squares: a row that is a sum of rows has the sum with squared shares
 
@@ -43,17 +45,37 @@ class Begun:
 
 
 def check_start(config: Config, model: ModelConfig) -> None:
-    """Raises CinemeshError when a run that is to begin from a checkpoint cannot; one that goes on needs none."""
-    if config.start_from is not None and not published(config.logging.directory / FOLDER):
+    """Raises CinemeshError when a run that is to begin from a checkpoint cannot.
+
+    One that goes on needs none, unless it trains low-rank factors: what they are added to is there alone.
+    """
+    if config.start_from is not None and model.lora is not None:
+        check_base(config.start_from, model)
+    elif config.start_from is not None and not published(config.logging.directory / FOLDER):
         found = _checked(config.start_from, model)
         check_files(config.start_from.checkpoint, found)
 
 
-def begin(section: StartFrom, runner: StepRunner) -> Begun:
+def put_under(section: StartFrom, runner: StepRunner, note: Mapping[str, Any] | None) -> None:
+    """The frozen weights under low-rank factors; nothing where all weights are trained. Collective.
+
+    ``note``: of the checkpoint of factors that was loaded, if any. Raises CinemeshError as :func:`check_base`.
+    """
+    if runner.config.lora is not None:
+        together(runner.mesh, lambda: check_base(section, runner.config, note))
+        flat = runner.buffers[FROZEN_STATE].view(-1)
+        together(runner.mesh, lambda: read_base(section, flat, runner.units, runner.coordinates))
+
+
+def begin(section: StartFrom, runner: StepRunner, seed: int) -> Begun:
     """Fill the states of ``runner`` from a checkpoint; steps count from 0, the EMA is equal to the weights. Collective.
 
-    Raises CinemeshError, on all ranks, for a checkpoint that is damaged, or from which this model cannot begin.
+    Low-rank factors begin as ``seed`` says, over what :func:`put_under` has read. Raises CinemeshError, on all ranks,
+    for a checkpoint that is damaged, or from which this model cannot begin.
     """
+    if runner.config.lora is not None:
+        runner.initialise(initial_values(seed), frozen=False)
+        return _told(section, check_base(section, runner.config), {})
     path, here = section.checkpoint, Layout.of(runner.units)
     found = together(runner.mesh, lambda: _checked(section, runner.config))
     grown = {name: shape for name, shape in here.shapes.items() if found.layout.shapes.get(name, shape) != shape}
@@ -173,7 +195,7 @@ def _told(section: StartFrom, found: Manifest, grown: Mapping[str, tuple[int, ..
         "updates": found.updates,
         "weights": section.weights,
         "moments": section.moments,
-        "digest": found.digests[section.weights],
+        DIGEST: found.digests[section.weights],
         "tables": tables,
         VALIDATION_LOSS: loss,
     }

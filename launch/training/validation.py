@@ -88,8 +88,9 @@ class Validation:
         self.program = program = prepare(build_velocity(runner.config, runner.plan, runner.batch), backend=backend)
         train = runner.executor  # never runs while this does: the same arena serves
         place = runner.coordinates, runner.comm, train.device, train.kernels
+        held = {at: runner.buffers[name] for name, at in program.states.items() if name in runner.buffers}
         self._forward = {
-            weights: Executor(program, *place, {program.states["master"]: runner.buffers[weights]}, train.arena)
+            weights: Executor(program, *place, held | {program.states["master"]: runner.buffers[weights]}, train.arena)
             for weights in WEIGHTS
         }
 

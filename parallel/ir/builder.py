@@ -5,12 +5,17 @@ What the builder refuses, with the op's name and the placements at hand (``Place
     - an op whose inputs break the placement rule of ``layout.infer``; an output that is not placed as it was declared
     - a collective that does not fit: a gather of axes that are not innermost, a reduction done twice or of nothing
     - a read of a buffer that an in-place op has overwritten, or whose collective nobody waited for
+    - a sum in place of a term that was read before it
     - a gradient read before every use of its forward buffer contributed to it, or to which one use contributed twice
     - an output that nobody reads
 
 [Note: contributions] Every read of a buffer that depends on parameters is a *use*, (forward op, operand). Each backward
 record names the uses that it differentiates; the gradient that it writes carries them, sums carry the union, and the
-backward record of the op that produced the buffer accepts only a gradient that carries all of its uses.
+backward record of the op that produced the buffer accepts only a gradient that carries all of its uses. What depends on
+nothing that is trained has no uses, and no gradient: what a backward record makes of it nobody needs to read.
+
+[Note: sums in place] A term that is added to in place becomes the sum, under whose name it is read from then on. The
+gradient of either is that of the other, so the addition is no use of it.
 """
 
 from __future__ import annotations
@@ -55,7 +60,6 @@ class Builder:
         self._uses: dict[str, set[Use]] = {}
         self._gradient_of: dict[str, frozenset[Use]] = {}
         self._settled: set[Use] = set()
-        self._added_in_place: set[Use] = set()  # in forward: under one name, uses before and after cannot be told apart
         self._by_name: dict[str, Op] = {}
         self._wait_of: dict[str, Op] = {}  # of an issue
         self._inputs: list[Input] = []
@@ -202,10 +206,18 @@ class Builder:
         return self._add(view)
 
     def parameter(self, view: Buffer) -> Buffer:
-        """Mark a view of a gathered unit as a parameter: reads of it demand a gradient."""
+        """Mark a view of a gathered unit as a trained parameter: reads of it demand a gradient."""
         if self.training:
             self._needs_grad.add(view.name)
         return view
+
+    def needs_gradient(self, buffer: Buffer) -> bool:
+        """Whether it depends on anything that is trained."""
+        return buffer.name in self._needs_grad
+
+    def discard(self, buffer: Buffer) -> None:
+        """Nobody needs to read it."""
+        self._unread.discard(buffer.name)
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -217,6 +229,17 @@ class Builder:
             self._unread.discard(related)
         if self.training and not self._in_backward and name in self._needs_grad:
             self._uses.setdefault(name, set()).add((op, operand))
+
+    def _read_sum(self, op: str, term: Buffer, addends: Sequence[Buffer]) -> None:
+        """What ``addends`` make is added to ``term`` in place ([Note: sums in place])."""
+        before = self._all_uses(term.name)
+        self._read(op, term, -1)
+        self._uses.get(term.name, set()).discard((op, -1))
+        if before and any(map(self.needs_gradient, addends)):
+            raise PlacementError(
+                f"{op}: adds in place to {term.name}, which {', '.join(sorted(o for o, _ in before))} read before; "
+                "make the sum a buffer of its own, op('residual', [a, b], ...)"
+            )
 
     def _related(self, name: str) -> Iterator[str]:
         """The buffer, what it is a view of, and every view that shares elements, up to where a rename ends it."""
@@ -247,11 +270,9 @@ class Builder:
         if got != uses:
             missing = sorted(f"{o}:{i}" for o, i in uses - got)
             extra = sorted(f"{o}:{i}" for o, i in got - uses)
-            summed = ", ".join(sorted(o for o, _ in (uses - got) & self._added_in_place))
-            remedy = f"; {summed} adds in place: make the sum a buffer of its own, op('residual', [a, b], ...)"
             raise PlacementError(
                 f"{op}: {gradient.name} is not the whole gradient of {' and '.join(forward)}; "
-                f"missing uses {missing or 'none'}, foreign uses {extra or 'none'}{remedy if summed else ''}"
+                f"missing uses {missing or 'none'}, foreign uses {extra or 'none'}"
             )
 
     # -- records ------------------------------------------------------------------------------------------------
@@ -340,9 +361,7 @@ class Builder:
         in_place = dict(spec.in_place)
         if add_to is not None:
             assert spec.adds, f"{kind} adds to nothing"
-            if not self._in_backward:
-                self._added_in_place.add((op_name, len(inputs)))
-            self._read(op_name, add_to, len(inputs))
+            self._read_sum(op_name, add_to, inputs)
             reads.append(add_to)
             in_place[0] = len(inputs)
         for index, labels in enumerate(signature.outputs):
@@ -414,7 +433,10 @@ class Builder:
         if gradient is not None:
             self._demand_complete(record.name, gradient, *map(self.final_output, of))
         for index, operand in wrt.items():
-            self._contribute_to(record.name, outputs[index], of, operand, add_to if index == 0 else None)
+            if self._differentiated(of, operand):
+                self._contribute_to(record.name, outputs[index], of, operand, add_to if index == 0 else None)
+            else:
+                self._unread.discard(outputs[index].name)
 
     def _contribute(self, op: str, output: Buffer, uses: frozenset[Use], add_to: Buffer | None) -> None:
         """``output`` carries ``uses``, and those of what it was added to."""
@@ -431,6 +453,10 @@ class Builder:
         targets = [None] * len(of) if add_to is None else self.slices(add_to)
         for forward, part, target in zip(of, self.slices(output), targets, strict=True):
             self._contribute(op, part, frozenset({(forward.name, operand)}), target)
+
+    def _differentiated(self, of: Sequence[Op], operand: int) -> bool:
+        """Whether an operand of forward records depends on anything that is trained."""
+        return any(forward.inputs[operand] in self._needs_grad for forward in of)
 
     def _mark_needs_grad(self, buffer: Buffer) -> None:
         name: str | None = buffer.name
@@ -463,8 +489,9 @@ class Builder:
             facts = {"kind": BufferKind.TEMPORARY, "base": gradient.name, "offset": 0}
             alias = replace(gradient, name=self._name(name), role=name, place=self.place, **facts)
             self._add(alias, renamed=True)
-            self._contribute_to(first, alias, of, operand, None)
-            self._unread.add(alias.name)
+            if self._differentiated(of, operand):
+                self._contribute_to(first, alias, of, operand, None)
+                self._unread.add(alias.name)
             aliases.append(alias)
         self._consumed.add(gradient.name)
         return tuple(aliases)

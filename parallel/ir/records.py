@@ -100,6 +100,7 @@ class Holds(Enum):
     EMA = "EMA"
     GRADIENT = "gradient shard"
     WEIGHTS = "weight shard"
+    FROZEN = "frozen weight shard"
     GATHERED_UNIT = "gathered unit"
     UNIT_GRADIENT = "unit gradient"
     VALUES = "values"

@@ -7,13 +7,17 @@ inner); all TP-replicated parameters form ONE unit over ``replicated_unit`` (fsd
     unit, local to one tp rank:   | W_q | gap | W_kv | gap | ... | tail padding |     elements, a multiple of shards
     a rank's flat shard:          | conditioning | blocks.0 | ... | blocks.N | replicated |   one shard of each unit
 
+A unit is trained or frozen as a whole, and either kind has a flat shard of its own: what is frozen has no gradient, no
+moments and no average, and its shard no more than the weights in the compute dtype. Parameters of one name of a unit of
+which some are trained and some are not are two units.
+
 Every parameter and every shard starts at a multiple of ALIGN elements.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -30,7 +34,7 @@ class Parameter:
 
     ``shape`` is global. ``tp_dim`` is the dim split over tp (None: TP-replicated). ``unit`` names the FSDP unit.
     ``std`` is the initial standard deviation when ``init`` is normal. ``decay`` says whether AdamW decays it.
-    ``in_block``: of a parameter that every block has, its name without the block.
+    ``in_block``: of a parameter that every block has, its name without the block. ``trained``: or frozen.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Parameter:
     decay: bool
     part: str
     in_block: str = ""
+    trained: bool = True
 
     @property
     def role(self) -> str:
@@ -85,6 +90,15 @@ class Unit:
         return self.elements // self.shards
 
     @property
+    def trained(self) -> bool:
+        return self.slots[0].parameter.trained
+
+    @property
+    def place(self) -> str:
+        """The unit that its parameters are said to be in: of which it is the trained part, or the frozen one."""
+        return self.slots[0].parameter.unit
+
+    @property
     def tp_sharded(self) -> bool:
         return self.axes == FSDP
 
@@ -126,20 +140,45 @@ class Unit:
 
 @dataclass(frozen=True)
 class Units:
-    """All units of a model under a plan; the replicated unit is last, so that one index splits decayed elements."""
+    """All trained units of a model under a plan, and those that are ``frozen``, in a flat shard of their own.
+
+    The replicated unit is last, so that one index splits decayed elements.
+    """
 
     units: tuple[Unit, ...]
     plan: Plan
+    frozen: tuple[Unit, ...] = ()
+
+    @property
+    def all(self) -> tuple[Unit, ...]:
+        return (*self.frozen, *self.units)
 
     @cached_property
     def by_name(self) -> dict[str, Unit]:
-        return {unit.name: unit for unit in self.units}
+        return {unit.name: unit for unit in self.all}
+
+    @cached_property
+    def at(self) -> dict[str, list[Unit]]:
+        """By the name that parameters give: one unit, or the frozen part and the trained one."""
+        places: dict[str, list[Unit]] = {}
+        for unit in self.all:
+            places.setdefault(unit.place, []).append(unit)
+        return places
+
+    @property
+    def of_frozen(self) -> Units:
+        """The frozen ones as a layout of their own."""
+        return Units(self.frozen, self.plan)
 
     @property
     def flat_elements(self) -> int:
-        """Elements of one rank's flat shard of everything."""
-        last = self.units[-1]
-        return last.flat_offset + last.shard_elements
+        """Elements of one rank's flat shard of everything that is trained."""
+        return _flat_elements(self.units)
+
+    @property
+    def frozen_elements(self) -> int:
+        """Of its flat shard of what is frozen."""
+        return _flat_elements(self.frozen)
 
     @property
     def ranks(self) -> int:
@@ -152,7 +191,14 @@ class Units:
 
     def over(self, plan: Plan) -> Units:
         """The same units over the shard group of another plan of the same tp."""
-        return _split(((unit.name, unit.slots, unit.axes) for unit in self.units), plan)
+        units, frozen = (
+            _split(((unit.name, unit.slots, unit.axes) for unit in kind), plan) for kind in (self.units, self.frozen)
+        )
+        return Units(units, plan, frozen)
+
+
+def _flat_elements(units: tuple[Unit, ...]) -> int:
+    return units[-1].flat_offset + units[-1].shard_elements if units else 0
 
 
 def nested_index(plan: Plan, axes: Axes, coordinates: dict[str, int]) -> int:
@@ -171,24 +217,28 @@ def communicator_order(plan: Plan, axes: Axes) -> Axes:
     return tuple(sorted(axes, key=plan.order.index, reverse=True))
 
 
-def lay_out(parameters_by_unit: dict[str, Sequence[Parameter]], plan: Plan) -> Units:
+def lay_out(parameters_by_unit: Mapping[str, Sequence[Parameter]], plan: Plan) -> Units:
     """Place every parameter. Units that hold TP-replicated parameters are split over ``replicated_unit``."""
     ordered = sorted(parameters_by_unit.items(), key=lambda item: item[1][0].tp_dim is None)
-    units: list[tuple[str, tuple[Slot, ...], Axes]] = []
-    for name, rows in ordered:
-        assert len({row.tp_dim is None for row in rows}) == 1, f"unit {name} mixes TP-sharded and TP-replicated"
-        axes = REPLICATED_AXES if rows[0].tp_dim is None else FSDP
-        slots: list[Slot] = []
-        offset = 0
-        for row in sorted(rows, key=lambda row: not row.decay):
-            elements = math.prod(row.local_shape(plan.tp))
-            slots.append(Slot(row, offset, elements))
-            offset = _up(offset + elements, ALIGN)
-        units.append((name, tuple(slots), axes))
-    return _split(units, plan)
+    kinds: dict[bool, list[tuple[str, tuple[Slot, ...], Axes]]] = {True: [], False: []}  # trained, frozen
+    for place, all_rows in ordered:
+        assert len({row.tp_dim is None for row in all_rows}) == 1, f"unit {place} mixes TP-sharded and TP-replicated"
+        axes = REPLICATED_AXES if all_rows[0].tp_dim is None else FSDP
+        for trained, units in kinds.items():
+            rows = [row for row in all_rows if row.trained is trained]
+            slots: list[Slot] = []
+            offset = 0
+            for row in sorted(rows, key=lambda row: not row.decay):
+                elements = math.prod(row.local_shape(plan.tp))
+                slots.append(Slot(row, offset, elements))
+                offset = _up(offset + elements, ALIGN)
+            if rows:
+                name = place if len(rows) == len(all_rows) or not trained else f"{place}.trained"
+                units.append((name, tuple(slots), axes))
+    return Units(_split(kinds[True], plan), plan, _split(kinds[False], plan))
 
 
-def _split(units: Iterable[tuple[str, tuple[Slot, ...], Axes]], plan: Plan) -> Units:
+def _split(units: Iterable[tuple[str, tuple[Slot, ...], Axes]], plan: Plan) -> tuple[Unit, ...]:
     """Pad every unit (name, slots, axes) so that its ranks share it, and put their shards one behind the other."""
     made: list[Unit] = []
     flat = 0
@@ -197,7 +247,7 @@ def _split(units: Iterable[tuple[str, tuple[Slot, ...], Axes]], plan: Plan) -> U
         elements = _up(slots[-1].offset + slots[-1].elements, shards * ALIGN)
         made.append(Unit(name, slots, elements, shards, axes, flat))
         flat += made[-1].shard_elements
-    return Units(tuple(made), plan)
+    return tuple(made)
 
 
 def _up(value: int, multiple: int) -> int:

@@ -2,6 +2,7 @@
 
     master, m, v, ema   fp32 flat shards, one storage each, held by every rank for its part      [states]
     weights             compute-dtype copy of the master shard, made once a step
+    frozen              what no step changes: a shard in the compute dtype, and nothing else                [state]
     gather              all-gather of one unit's shard -> the flat unit; parameters are views
     gradient            the flat gradient of one unit, Partial over everything that split the batch or the tokens
     reduce              reduce-scatter of the flat gradient over the unit's axes; the cp sum (and, in the replicated
@@ -21,6 +22,7 @@ from ..ir.layout import BATCH, NONE, REPLICATED_AXES, Placement
 from ..ir.records import Buffer, Holds
 from ..ir.units import Unit, Units
 
+FROZEN_STATE = "frozen"  # the state of what is not trained
 SHARDED = Placement((REPLICATED_AXES, NONE))  # [ranks, elements]: every rank holds other elements
 REPLICA_PARTIAL = Placement((REPLICATED_AXES, NONE), frozenset({"dp_replicate"}))
 OPTIMIZER_STATES = {"master": Holds.MASTER, "exp_avg": Holds.MOMENT, "exp_avg_sq": Holds.MOMENT, "ema": Holds.EMA}
@@ -39,6 +41,10 @@ class ShardedUnits:
             for name, holds in OPTIMIZER_STATES.items()
             if training or holds is Holds.MASTER
         }
+        self.frozen: Buffer | None = None
+        if units.frozen:
+            frozen = (units.ranks, units.frozen_elements)
+            self.frozen = b.state(FROZEN_STATE, frozen, b.plan.compute_dtype, SHARDED, Holds.FROZEN)
         self.gradient = b.buffer("gradient", shape, stat, REPLICA_PARTIAL, holds=Holds.GRADIENT) if training else None
         self._reduced: dict[str, Buffer] = {}
         self._totals: list[Buffer] = []  # of units that were summed over replicas by themselves
@@ -54,32 +60,42 @@ class ShardedUnits:
     def _placement(self, unit: Unit, split: bool) -> Placement:
         return Placement((("tp",) if unit.tp_sharded else NONE, unit.axes if split else NONE))
 
-    def gather(self, name: str) -> dict[str, Buffer]:
-        """All-gather a unit; returns its parameters by name. Call inside the scope of the unit's weights."""
-        b, unit = self.b, self.units.by_name[name]
-        assert self._weights is not None, "cast_weights comes first"
-        shard = b.view(self._weights, "shard", self._shape(unit), self._placement(unit, True), unit.flat_offset)
-        flat = b.all_gather(shard, unit.axes, "flat", dim=1, holds=Holds.GATHERED_UNIT, unit=name)
-        return {
-            slot.parameter.name: b.parameter(
-                b.view(
-                    flat,
-                    slot.parameter.name,
-                    slot.parameter.shape,
-                    slot.parameter.placement,
-                    slot.offset,
-                )
+    def gather(self, place: str) -> dict[str, Buffer]:
+        """All-gather a unit, its frozen part and its trained one; returns its parameters by name.
+
+        Call inside the scope of the unit's weights.
+        """
+        return {name: w for unit in self.units.at[place] for name, w in self._gather(unit).items()}
+
+    def _gather(self, unit: Unit) -> dict[str, Buffer]:
+        b, source = self.b, self._weights if unit.trained else self.frozen
+        assert source is not None, "cast_weights comes first"
+        mark = "trained_" if unit.trained and unit.name != unit.place else ""
+        shard = b.view(source, f"{mark}shard", self._shape(unit), self._placement(unit, True), unit.flat_offset)
+        flat = b.all_gather(shard, unit.axes, f"{mark}flat", dim=1, holds=Holds.GATHERED_UNIT, unit=unit.name)
+        views = {
+            slot.parameter.name: b.view(
+                flat, slot.parameter.name, slot.parameter.shape, slot.parameter.placement, slot.offset
             )
             for slot in unit.slots
         }
+        return {name: b.parameter(view) if unit.trained else view for name, view in views.items()}
 
-    def new_gradient(self, name: str) -> dict[str, Buffer]:
-        """The flat gradient of a unit, gaps zeroed; returns the views into which weight gradients are written."""
-        b, unit = self.b, self.units.by_name[name]
+    def _trained(self, place: str) -> Unit | None:
+        return next((unit for unit in self.units.at[place] if unit.trained), None)
+
+    def new_gradient(self, place: str) -> dict[str, Buffer]:
+        """The flat gradient of a unit, gaps zeroed; returns the views into which weight gradients are written.
+
+        Of what is trained: none of a frozen unit.
+        """
+        b, unit = self.b, self._trained(place)
+        if unit is None:
+            return {}
         partial = frozenset((*BATCH, "cp", *(() if unit.tp_sharded else ("tp",))))
         placement = Placement(self._placement(unit, False).dims, partial)
         shape, dtype = self._shape(unit), b.plan.stat_dtype
-        flat = b.buffer("flat_gradient", shape, dtype, placement, holds=Holds.UNIT_GRADIENT, unit=name)
+        flat = b.buffer("flat_gradient", shape, dtype, placement, holds=Holds.UNIT_GRADIENT, unit=unit.name)
         if unit.gaps:
             (flat,) = b.op("zero_gaps", [flat], "zeroed", signature="xn->xn", gaps=unit.gaps)
         return {
@@ -101,14 +117,14 @@ class ShardedUnits:
         return self.b.buffers[base]
 
     def check(self, parameters: dict[str, Buffer], gradients: dict[str, Buffer]) -> None:
-        """Every use of every parameter in this micro-batch has reached its gradient."""
-        for name, parameter in parameters.items():
-            self.b.demand_parameter_gradient(parameter, gradients[name])
+        """Every use of every trained parameter in this micro-batch has reached its gradient."""
+        for name, gradient in gradients.items():
+            self.b.demand_parameter_gradient(parameters[name], gradient)
 
     def reduce(self, name: str, flat: Buffer, *, last: bool) -> None:
         """Reduce-scatter a flat gradient into (or onto) the unit's part of the flat shard; ``last``: of the step."""
-        b, unit = self.b, self.units.by_name[name]
-        assert self.gradient is not None
+        b, unit = self.b, self._trained(name)
+        assert self.gradient is not None and unit is not None
         if name not in self._reduced:
             placement = Placement(self._placement(unit, True).dims, REPLICA_PARTIAL.partial)
             shard = b.view(self.gradient, "gradient_shard", self._shape(unit), placement, unit.flat_offset)
@@ -123,7 +139,7 @@ class ShardedUnits:
 
     def reduced_gradient(self) -> Buffer:
         """The whole flat gradient shard, summed over replicas. Call after the last unit was reduced."""
-        assert self.gradient is not None and set(self._reduced) == set(self.units.by_name)
+        assert self.gradient is not None and set(self._reduced) == {unit.place for unit in self.units.units}
         if self._totals:
             return self.b.join(self.gradient, self._totals, "gradient_total", SHARDED)
         return self.b.all_reduce(self.gradient, ("dp_replicate",), "gradient_total")

@@ -54,13 +54,20 @@ def linear(
     name: str,
     into: Buffer | None = None,
     part: Slice | None = None,
+    add_to: Buffer | None = None,
 ) -> Buffer:
     """One product; ``signature`` names the labels of x, weight and output, e.g. ``tbi,ihk->tbhk``."""
-    return b.op("matmul", [x, weight], name, signature=signature, into={0: into} if into else None, part=part)[0]
+    where = {"into": {0: into} if into else None, "add_to": add_to, "part": part}
+    return b.op("matmul", [x, weight], name, signature=signature, **where)[0]
 
 
-def linear_weight_backward(b: Builder, dy: Buffer, y: Buffer | Sequence[Buffer], x: Buffer, dw: Buffer) -> None:
-    """dW = x^T dy, written into its place in the unit's flat gradient. ``y`` may be the slices that ``dy`` covers."""
+def linear_weight_backward(b: Builder, dy: Buffer, y: Buffer | Sequence[Buffer], x: Buffer, dw: Buffer | None) -> None:
+    """dW = x^T dy, written into its place in the unit's flat gradient; nothing where W is frozen.
+
+    ``y`` may be the slices that ``dy`` covers.
+    """
+    if dw is None:
+        return
     slices = [y] if isinstance(y, Buffer) else y
     x_labels, w_labels, y_labels = _labels(b, slices[0])
     b.op(
@@ -264,14 +271,26 @@ class Row:
     parts: list[Buffer]
 
 
-def row(b: Builder, y: Buffer, weight: Buffer, signature: str, partial_name: str, name: str) -> Row:
-    """Multiply ``y`` and reduce-scatter the result over tp, slice by slice: [T, B, D] split by (cp, tp)."""
-    slices = token_slices(b, y)
+def row(
+    b: Builder,
+    y: Buffer,
+    weight: Buffer,
+    signature: str,
+    partial_name: str,
+    name: str,
+    add_to: Buffer | None = None,
+) -> Row:
+    """Multiply ``y`` and reduce-scatter the result over tp, slice by slice: [T, B, D] split by (cp, tp).
+
+    ``add_to``: what the product is added to, in place.
+    """
+    slices, below = token_slices(b, y), token_slices(b, add_to) if add_to else None
     partials: list[Buffer] = []
     parts: list[Buffer] = []
     target: _Target | None = None
     for i, which in enumerate(_which(b)):
-        partials.append(linear(b, slices[i], weight, signature, partial_name, part=which))
+        term = below[i] if below else None
+        partials.append(linear(b, slices[i], weight, signature, partial_name, part=which, add_to=term))
         if target is None:
             like = replace(_of_all([partials[0]] * len(slices)), dtype=y.dtype)
             target = _target(b, name, like, partials[0].placement.scattered(HEADS, 0), issued=True)
@@ -281,9 +300,16 @@ def row(b: Builder, y: Buffer, weight: Buffer, signature: str, partial_name: str
 
 
 def row_backward(
-    b: Builder, dout: Buffer, layer: Row, y: Buffer, weight: Buffer, dweight: Buffer, gathered_name: str, name: str
-) -> Buffer:
-    """Gather ``dout`` over tp slice by slice; returns the gradient of ``y``, after that of the weight."""
+    b: Builder,
+    dout: Buffer,
+    layer: Row,
+    y: Buffer,
+    weight: Buffer,
+    dweight: Buffer | None,
+    gathered_name: str,
+    name: str,
+) -> tuple[Buffer, Buffer]:
+    """Gather ``dout`` over tp slice by slice; returns it, whole, and the gradient of ``y``, behind the weight's."""
     rows = token_slices(b, dout)
     gathered = _target(b, gathered_name, dout, dout.placement.gathered(HEADS, 0), issued=True)
     dy = _target(b, name, y, y.placement)
@@ -294,5 +320,6 @@ def row_backward(
         parts.append(b.all_gather(rows[i], HEADS, gathered_name, of=of, into=gathered.places[i], part=which))
         into = dy.places[i]
         results.append(linear_input_backward(b, parts[i], layer.partials[i], weight, name, into=into, part=which))
-    linear_weight_backward(b, gathered.whole or parts[0], layer.partials, y, dweight)
-    return dy.whole or results[0]
+    dz = gathered.whole or parts[0]
+    linear_weight_backward(b, dz, layer.partials, y, dweight)
+    return dz, dy.whole or results[0]

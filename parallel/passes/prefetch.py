@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 from ..ir.layout import FSDP
 from ..ir.program import Program
 from ..ir.records import Op
@@ -10,11 +12,13 @@ from ..ir.records import Op
 def prefetch(program: Program) -> Program:
     """Move each unit gather's issue up to the wait of the gather ``plan.prefetch`` places before it.
 
-    At most ``prefetch`` + 1 gathered units live at once: an issue stays behind the last read of the unit that is
-    ``prefetch`` + 1 places before it (in backward, a unit's last read is its last weight's).
+    A unit of which a part is frozen is two gathers, which move together. At most ``prefetch`` + 1 gathered units live
+    at once: an issue stays behind the last read of the unit that is ``prefetch`` + 1 places before it (in backward, a
+    unit's last read is its last weight's).
     """
     depth = program.plan.prefetch
-    gathers = [i for i, op in enumerate(program.ops) if op.kind == "all_gather" and op.axes == FSDP]
+    all_gathers = (i for i, op in enumerate(program.ops) if op.kind == "all_gather" and op.axes == FSDP)
+    gathers = [list(group) for _, group in groupby(all_gathers, lambda i: program.ops[i].place)]
     if depth == 0 or not gathers:
         return program
     last_read: dict[str, int] = {}
@@ -24,17 +28,18 @@ def prefetch(program: Program) -> Program:
     moved: dict[int, list[Op]] = {}
     taken: set[int] = set()
     floor = 0
-    for k, i in enumerate(gathers):
+    for k, group in enumerate(gathers):
         if k == 0:
             continue
-        behind = gathers[max(k - depth, 0)] + 1  # the wait of the gather ``depth`` places before, or of the first
+        # Behind the wait of the last gather ``depth`` places before, or of the first place.
+        floor = max(floor, gathers[max(k - depth, 0)][-1] + 1)
         if k > depth:
-            freed = program.root(program.ops[gathers[k - depth - 1]].outputs[0])[0]
-            behind = max(behind, last_read[freed])
-        behind = floor = max(behind, floor)
-        if behind < i:
-            moved.setdefault(behind, []).append(program.ops[i])
-            taken.add(i)
+            freed = [program.root(program.ops[i].outputs[0])[0] for i in gathers[k - depth - 1]]
+            floor = max(floor, *(last_read[root] for root in freed))
+        for i in group:
+            if floor < i:
+                moved.setdefault(floor, []).append(program.ops[i])
+                taken.add(i)
     ops: list[Op] = []
     for i, op in enumerate(program.ops):
         if i not in taken:

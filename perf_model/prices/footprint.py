@@ -22,6 +22,7 @@ CLASSES = (
     "EMA",
     "gradients",
     "weights",
+    "frozen weights",
     "gathered units",
     "unit gradients",
     "kept activations",
@@ -34,7 +35,8 @@ CLASSES = (
     "CUDA graphs",
     "CUDA context",
 )
-FLAT = ("optimizer", "EMA", "gradients", "weights")  # one flat shard of everything each
+FLAT = ("optimizer", "EMA", "gradients", "weights")  # one flat shard of everything that is trained each
+FROZEN_CLASS = "frozen weights"  # one of everything else
 UNIT = ("gathered units", "unit gradients")  # one unit each
 _CLASS_OF = {
     Holds.MASTER: "optimizer",
@@ -42,6 +44,7 @@ _CLASS_OF = {
     Holds.EMA: "EMA",
     Holds.GRADIENT: "gradients",
     Holds.WEIGHTS: "weights",
+    Holds.FROZEN: "frozen weights",
     Holds.GATHERED_UNIT: "gathered units",
     Holds.UNIT_GRADIENT: "unit gradients",
 }

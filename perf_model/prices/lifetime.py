@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ...errors import CinemeshError
 from ...kernels.counts import DTYPE_BYTES
-from ...model.config import ModelConfig, parameters
+from ...model.config import ModelConfig, trained
 from ...parallel.ir.plan import Plan
 from ..clusters.cluster import Cluster
 from ..clusters.schema import Operations
@@ -55,7 +55,7 @@ class Lifetime:
 
 def checkpoint_bytes(config: ModelConfig, plan: Plan) -> tuple[int, int]:
     """Of all ranks together, and what one of those that write them writes."""
-    weights = sum(math.prod(parameter.shape) for parameter in parameters(config))
+    weights = sum(math.prod(parameter.shape) for parameter in trained(config))
     states = STATES * DTYPE_BYTES[plan.stat_dtype] * weights
     return states, math.ceil(states / (plan.world_size // plan.dp_replicate))
 

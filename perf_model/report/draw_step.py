@@ -47,6 +47,7 @@ MEMORY: dict[str, tuple[str, str]] = {  # class: colour, hatch
     "EMA": ("#6f9bc8", "|||"),
     "gradients": ("#a8c6e3", "---"),
     "weights": ("#d6e4f2", ""),
+    "frozen weights": ("#9ec9d9", "..."),
     "gathered units": ("#f2d388", "xxx"),
     "unit gradients": ("#cf7f5c", "..."),
     "kept activations": ("#9cc5a1", "///"),

@@ -145,7 +145,7 @@ class Extrapolation:
     def _collectives(self) -> dict[Alike, list[int]]:
         """Records of every collective that differs from the others."""
         program, units = self.program, self.few.units
-        by_elements = {unit.elements: unit.name for unit in units.units}
+        by_elements = {unit.elements: unit.name for unit in units.all}
         by_shard = {unit.shard_elements: unit.name for unit in units.units}
         found: dict[Alike, list[int]] = {}
         for i, op in enumerate(program.ops):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
-from ...model.config import ModelConfig, block_unit
+from ...model.config import REPLICATED_UNIT, ModelConfig, block_unit, parameters_by_unit
 from ...model.inputs import BatchShape
 from ...model.step import build_step, unit_layout
 from ...parallel.ir.fields import AXES, Overlap
@@ -16,7 +16,7 @@ from ...parallel.ir.layout import BATCH, HEADS
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import Buffer
-from ...parallel.ir.units import Units
+from ...parallel.ir.units import Units, lay_out
 from ...parallel.passes.pipeline import arranging, finishing, prepare
 from ...parallel.passes.schedule import ScheduleWindows
 
@@ -130,15 +130,15 @@ class FewBlocks:
 
     def _sized(self, program: Program, other: FewBlocks) -> Program:
         """A program of another's records, with the flat units laid out as here, and as many samples."""
-        units = list(zip(self.units.units, other.units.units, strict=True))
-        flat = _Moved(
-            (self.units.ranks, self.units.flat_elements), {there.flat_offset: u.flat_offset for u, there in units}
-        )
         # By shape, and whether tp splits it: what is replicated may be as large as what is not, on one rank of tp.
-        flats: dict[tuple[tuple[int, ...], bool], dict[str | None, _Moved]] = {
-            ((other.units.ranks, other.units.flat_elements), False): {None: flat}
-        }
-        for unit, there in units:
+        flats: dict[tuple[tuple[int, ...], bool], dict[str | None, _Moved]] = {}
+        for ours, theirs in ((self.units, other.units), (self.units.of_frozen, other.units.of_frozen)):
+            offsets = {
+                there.flat_offset: unit.flat_offset for unit, there in zip(ours.units, theirs.units, strict=True)
+            }
+            flat = _Moved((ours.ranks, ours.flat_elements), offsets)
+            flats.setdefault(((theirs.ranks, theirs.flat_elements), False), {None: flat})
+        for unit, there in zip(self.units.all, other.units.all, strict=True):
             tp, its_tp = (self.plan.tp, other.plan.tp) if unit.tp_sharded else (1, 1)
             slots = zip(unit.slots, there.slots, strict=True)
             moved = _Moved((tp, unit.elements), {its.offset: slot.offset for slot, its in slots})
@@ -160,7 +160,8 @@ class FewBlocks:
                 shape = (*shape[:batch], shape[batch] * samples // its_samples, *shape[batch + 1 :])
             if shape != buffer.shape or offset != buffer.offset:
                 buffers[name] = replace(buffer, shape=shape, offset=offset)
-        gaps = {unit.name: unit.gaps for unit, there in units if unit.gaps != there.gaps}
+        trained = zip(self.units.units, other.units.units, strict=True)
+        gaps = {unit.place: unit.gaps for unit, there in trained if unit.gaps != there.gaps}
         ops = [
             replace(op, attrs=op.attrs | {"gaps": gaps[op.place.unit]})
             if op.kind == "zero_gaps" and op.place.unit in gaps
@@ -193,16 +194,25 @@ class FewBlocks:
         """Blocks of the model that the program leaves out."""
         return self.config.layers - self.blocks
 
+    @cached_property
+    def _deep_units(self) -> Units:
+        """The few blocks' units, and the whole model's of what all blocks share."""
+        rows = parameters_by_unit(replace(self.config, layers=self.blocks))
+        shared = {REPLICATED_UNIT: parameters_by_unit(self.config)[REPLICATED_UNIT]}
+        return lay_out(rows | shared, self.plan)
+
     def units_of(self, plan: Plan) -> Units:
-        """The few blocks' units under another shard group."""
+        """The few blocks' units and the replicated one of the whole model, under another shard group."""
         if plan.dp_shard not in self._units:
-            self._units[plan.dp_shard] = self.units.over(plan)
+            self._units[plan.dp_shard] = self._deep_units.over(plan)
         return self._units[plan.dp_shard]
 
-    def flat_elements(self, plan: Plan) -> int:
-        """Elements of a rank's flat shard of the whole model."""
+    def flat_elements(self, plan: Plan, *, frozen: bool = False) -> int:
+        """Elements of a rank's flat shard of the whole model: of what is trained, or of what is ``frozen``."""
         units = self.units_of(plan)
-        return units.flat_elements + self.more * units.by_name[block_unit(0)].shard_elements
+        held = units.of_frozen if frozen else units
+        of_block = sum(unit.shard_elements for unit in held.units if unit.place == block_unit(0))
+        return held.flat_elements + self.more * of_block
 
 
 @dataclass(frozen=True)

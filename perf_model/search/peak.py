@@ -8,10 +8,11 @@ from ...parallel.ir.program import Program
 from ...parallel.ir.records import BufferKind, Phase, Space
 from ...parallel.passes.device_memory import Workspaces
 from ...parallel.passes.liveness import lifetimes
-from ..prices.footprint import FLAT, UNIT, class_of
+from ..prices.footprint import FLAT, FROZEN_CLASS, UNIT, class_of
 from .few_blocks import FewBlocks, blocks_of
 
-Sized = tuple[str, int]  # of a buffer that the shard group sizes: its unit, "" for the flat shard; bytes of an element
+# Of a buffer that the shard group sizes: its unit ("" or FROZEN_CLASS: a flat shard), and bytes of an element.
+Sized = tuple[str, int]
 
 
 class Peak:
@@ -56,10 +57,10 @@ class Peak:
         stopping: dict[int, list[Sized]] = {}
         for name, buffer in program.buffers.items():
             class_ = class_of(program, name, set()) if buffer.base is None and space is Space.DEVICE else ""
-            if class_ not in FLAT and class_ not in UNIT:
+            if class_ not in (*FLAT, *UNIT, FROZEN_CLASS):
                 continue
             if buffer.kind is not BufferKind.TEMPORARY or name in first:
-                unit = "" if class_ in FLAT else buffer.unit or ""
+                unit = "" if class_ in FLAT else class_ if class_ == FROZEN_CLASS else buffer.unit or ""
                 sized = (unit, DTYPE_BYTES[buffer.dtype])
                 starting.setdefault(first.get(name, 0), []).append(sized)
                 stopping.setdefault(last.get(name, len(program.ops) - 1), []).append(sized)
@@ -98,8 +99,9 @@ class Peak:
     def _under(self, plan: Plan) -> dict[tuple[bool, ...], int]:
         """The most live bytes under a shard group, among records that grow alike with depth."""
         ours, theirs = self.few.units, self.few.units_of(plan)
-        deep = self.few.flat_elements(plan) - ours.flat_elements
-        grown_by = {unit.name: theirs.by_name[unit.name].elements - unit.elements for unit in ours.units} | {"": deep}
+        grown_by = {unit.name: theirs.by_name[unit.name].elements - unit.elements for unit in ours.all}
+        grown_by[""] = self.few.flat_elements(plan) - ours.flat_elements
+        grown_by[FROZEN_CLASS] = self.few.flat_elements(plan, frozen=True) - ours.frozen_elements
         most: dict[tuple[bool, ...], int] = {}
         for (held, holds), live in self._highest.items():
             grown = live + sum(width * grown_by[unit] for unit, width in held)

@@ -356,6 +356,11 @@ def cast(t: int, b: int, d: int) -> Iterator[Example]:
     yield Example("s->c", [x], [x.to(torch.bfloat16)], {"signature": "abc->abc"})
 
 
+def scale(t: int, b: int, d: int) -> Iterator[Example]:
+    x = rand(t, b, d)
+    yield Example("c->c", [x], [-2.5 * x], {"signature": "abc->abc", "factor": -2.5})
+
+
 def copy(t: int, b: int, d: int) -> Iterator[Example]:
     x = rand(1, t * b * d)
     yield Example("s->s", [x], [x.clone()], {"signature": "xn->xn"})

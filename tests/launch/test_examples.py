@@ -155,6 +155,7 @@ IN_PLACE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "replay": (replayed, "needs a run: what is checked of its recipe"),
     "export": (lambda _: None, "needs a trained model, tests/launch/exchange: options are read"),
     "import": (lambda _: None, "needs an export, tests/launch/exchange: options are read"),
+    "merge": (lambda _: None, "needs a trained LoRA, tests/launch/exchange: options are read"),
     "average": (lambda _: None, "needs trained models, tests/launch/commands/test_averaging.py: options are read"),
     "calibrate": (calibrated, "a minute, or a measured card: options are read"),
     "launch local": (lambda given: trained(given | {"dry_run": False, "nproc": 2}), "minutes, as train"),

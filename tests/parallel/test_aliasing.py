@@ -16,6 +16,7 @@ import pytest
 from cinemesh.kernels.ops import OPS
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model.forward import build_velocity
+from cinemesh.model.lora import Lora
 from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.collectives import COLLECTIVES
 from cinemesh.parallel.ir.plan import Plan
@@ -183,8 +184,9 @@ PLANS = (
 )
 
 
-def program_of(text: str, backend: str = "gloo") -> Program:
+def program_of(text: str, backend: str = "gloo", lora: Lora | None = None) -> Program:
     case = small_case(Plan.parse(text, dtype="float32") if "dtype" not in text else Plan.parse(text), max_procs=16)
+    case.config = replace(case.config, lora=lora)
     return prepare(build_step(case.config, case.plan, case.batch), backend=backend)
 
 
@@ -192,6 +194,11 @@ def program_of(text: str, backend: str = "gloo") -> Program:
 @pytest.mark.parametrize("text", PLANS)
 def test_no_record_reads_what_was_overwritten(text: str, backend: str) -> None:
     assert find_hazards(program_of(text, backend)) == []
+
+
+@pytest.mark.parametrize("text", PLANS)
+def test_nor_beside_frozen_weights(text: str) -> None:
+    assert find_hazards(program_of(text, lora=Lora(4, 4.0))) == []
 
 
 @pytest.mark.parametrize("text", ["tp=1", "tp=2,cp=2,dp_shard=2", "tp=2,cp=2,dp_shard=2,kv_slices=3,tp_slices=3"])
@@ -249,5 +256,6 @@ def test_an_alias_of_a_live_buffer_is_found() -> None:
 
 def test_every_kind_of_op_was_walked() -> None:
     kinds = {op.kind for text in PLANS for op in program_of(text).ops}
+    kinds |= {op.kind for op in program_of(PLANS[0], lora=Lora(4, 4.0)).ops}
     assert kinds >= set(COLLECTIVES)
     assert set(OPS) - kinds == {"unpatchify"}  # the sampler's alone

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ....errors import CinemeshError
 from ....kernels.dtypes import TORCH_DTYPES
-from ....model.config import ModelConfig, parameters
+from ....model.config import ModelConfig, trained
 from ....model.step import unit_layout
 from ....parallel.ir.plan import Plan
 from ...progress import progress
@@ -51,7 +51,7 @@ def write_alone(
         raise CinemeshError(f"{final} exists", remedy="name a new folder, or move that one away")
     dtype = max(states.values(), key=lambda name: TORCH_DTYPES[name].itemsize)
     each = sum(TORCH_DTYPES[name].itemsize for name in states.values())
-    elements = sum(row.elements for row in parameters(config))
+    elements = sum(row.elements for row in trained(config))
     plan = Plan(dp_shard=-(-elements * each // SHARD_BYTES), dtype=cast(Literal["float32", "float64"], dtype))
     layout = Layout.of(unit_layout(config, plan))
     partial = final.with_name(f".{final.name}.partial")

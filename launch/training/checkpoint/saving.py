@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ....errors import CinemeshError, in_a_line
 from ....kernels.dtypes import TORCH_DTYPES
-from ....model.config import ModelConfig, parameters
+from ....model.config import ModelConfig, trained
 from ....model.runner import StepRunner
 from ....parallel.ir.plan import Plan
 from ....parallel.ir.units import Units
@@ -204,7 +204,7 @@ class Saver:
         for broken in self.directory.glob(".step-*"):
             shutil.rmtree(broken)
         item = TORCH_DTYPES[self.runner.plan.stat_dtype].itemsize
-        elements = sum(row.elements for row in parameters(self.runner.config))
+        elements = sum(row.elements for row in trained(self.runner.config))
         check_room(self.directory, "a checkpoint", elements, item * len(SAVED_STATES))
         partial.mkdir()
 

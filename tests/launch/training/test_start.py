@@ -79,7 +79,7 @@ def begun(plan: Plan, section: StartFrom, config: ModelConfig) -> tuple[dict[str
     runner = runner_of(plan, Mesh(plan) if plan.world_size > 1 else None, config=config)
     for state in ("master", "ema", "exp_avg", SQUARES):
         runner.buffers[state].fill_(7.0)  # nothing that was there stays
-    begin(section, runner)
+    begin(section, runner, 0)
     return whole_states(runner), runner.buffers["counters"].tolist()
 
 
@@ -130,7 +130,7 @@ def test_a_longer_temporal_table_leaves_the_loss_of_images(
     save(tmp_path, before)
     after = StepRunner(replace(TINY, position_lengths=lengths), plan, image, Optimizer(), None)
     section = StartFrom(checkpoint=tmp_path / "step-00000007", weights="master", positions="expand")
-    begin(section, after)
+    begin(section, after, 0)
     before.buffers["counters"].zero_()  # the same draws
     difference = abs(image_loss(before) - image_loss(after))
     assert difference <= 1e-12 if same else difference > 1e-6
@@ -141,7 +141,7 @@ def test_what_a_checkpoint_of_no_latent_condition_lacks_begins_as_zeros(tmp_path
     save(tmp_path, filled(runner_of(plan_of(""))))
     wider = replace(TINY, latent_conditions=(LatentCondition("low", 2),))
     runner = StepRunner(wider, plan_of(""), BATCH, Optimizer(), None)
-    begin(StartFrom(checkpoint=tmp_path / "step-00000007"), runner)
+    begin(StartFrom(checkpoint=tmp_path / "step-00000007"), runner, 0)
     got = whole_states(runner)["master"]
     assert got.pop("patchify.low").count_nonzero() == 0
     for name, value in full(parameters(TINY), probe_values(3), torch.float64).items():
@@ -252,7 +252,7 @@ def test_moments_of_another_list_of_parameters_are_refused(tmp_path: Path) -> No
     wider = replace(TINY, latent_conditions=(LatentCondition("low", 2),))
     runner = StepRunner(wider, plan_of(""), BATCH, Optimizer(), None)
     with pytest.raises(CinemeshError, match=r"keep, but checkpoint .* conditions low: its list of parameters"):
-        begin(StartFrom(checkpoint=tmp_path / "step-00000007", moments="keep"), runner)
+        begin(StartFrom(checkpoint=tmp_path / "step-00000007", moments="keep"), runner, 0)
 
 
 def test_moments_that_are_not_there_are_refused(tmp_path: Path) -> None:
@@ -260,8 +260,8 @@ def test_moments_that_are_not_there_are_refused(tmp_path: Path) -> None:
     write_under(plan_of("", "float32"), tmp_path / "weights")
     runner = runner_of(plan_of(""))
     with pytest.raises(CinemeshError, match="holds master, ema and no exp_avg, exp_avg_sq"):
-        begin(StartFrom(checkpoint=tmp_path / "weights", moments="keep"), runner)
-    begin(StartFrom(checkpoint=tmp_path / "weights"), runner)
+        begin(StartFrom(checkpoint=tmp_path / "weights", moments="keep"), runner, 0)
+    begin(StartFrom(checkpoint=tmp_path / "weights"), runner, 0)
     assert torch.equal(runner.buffers["master"], held_under(plan_of("", "float32"), 0)["ema"].double().view(1, -1))
 
 

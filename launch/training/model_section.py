@@ -1,0 +1,77 @@
+"""What of a recipe says which model a run trains, and what it begins with."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from ...data.encoding import Encoding
+from ...model.config import MOST_SIZE, Encoder, ModelConfig, preset
+from ...model.lora import Lora
+from ...parallel.ir.fields import MOST_BLOCKS
+from ...ranges import integers, reals
+
+SECTION_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
+BlockCount = Annotated[int, integers(1, MOST_BLOCKS, "no model has more", "blocks")]
+ModelSize = Annotated[int, integers(1, MOST_SIZE, "no model is larger")]
+ALPHA_RANGE = reals(1e-6, 1e6, "below, the factors would add nothing; above, nothing else would be left")
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION_CONFIG)
+class LoraSection(Lora):
+    """Low-rank factors of frozen products: y = x W + alpha / rank (x A) B."""
+
+    rank: Annotated[ModelSize, "columns of A, rows of B"]
+    alpha: Annotated[float, ALPHA_RANGE, "over the rank, the scale of what they add"]
+    targets: Annotated[tuple[str, ...], "products of every block that have factors"] = Lora.targets
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION_CONFIG)
+class ModelSection:
+    """A preset, and what is changed in it. Channels follow from the codec, text encoders from the data."""
+
+    preset: Annotated[str, "the model to begin with; default of every other key of this section"]
+    layers: Annotated[BlockCount | None, "blocks of the transformer"] = None
+    width: Annotated[ModelSize | None, "of the residual stream; a multiple of heads"] = None
+    heads: Annotated[ModelSize | None, "of attention"] = None
+    ffn: Annotated[ModelSize | None, "width of the feed-forward part"] = None
+    patch: Annotated[
+        tuple[ModelSize, ModelSize, ModelSize] | None, "values of the latent in a token, over (T, H, W)"
+    ] = None
+    position_lengths: Annotated[
+        tuple[ModelSize, ModelSize, ModelSize] | None, "of the position tables, in patches (T, H, W)"
+    ] = None
+    lora: Annotated[LoraSection | None, "trained beside the weights of start_from, which stay as they are"] = None
+
+    def build(self, encoding: Encoding) -> ModelConfig:
+        """The model for these latents and texts."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "preset"}
+        changed = {name: value for name, value in changed.items() if value is not None}
+        if self.lora is not None:
+            changed["lora"] = Lora(self.lora.rank, self.lora.alpha, self.lora.targets)
+        texts = tuple(Encoder(e.name, e.width, e.tokens) for e in encoding.encoders)
+        return replace(preset(self.preset), channels=encoding.codec.channels, encoders=texts, **changed)
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION_CONFIG)
+class StartFrom:
+    """What step 0 of a new run begins with, in place of random weights: those of a checkpoint of any plan."""
+
+    checkpoint: Annotated[Path, "a step-* folder of another run, of a model as wide and deep"]
+    weights: Annotated[Literal["master", "ema"], "which of its weights the new run begins with"] = "ema"
+    positions: Annotated[
+        Literal["same", "expand"],
+        "expand: its position tables may grow to the model's, linearly, patch centres aligned",
+    ] = "same"
+    moments: Annotated[Literal["keep", "drop"], "AdamW's: the checkpoint's, or zero"] = "drop"
+
+    @property
+    def changes(self) -> str | None:
+        """What frozen weights cannot have, as ``moments: keep``, if anything."""
+        if self.positions == "expand":
+            return "positions: expand"
+        return "moments: keep" if self.moments == "keep" else None
