@@ -167,7 +167,6 @@ OPS: Mapping[str, OpSpec] = {
         plain_bytes=_each(_inputs, sized(_out, own=lambda o: 8 * _out(o)), sized(_out)),
         workspace=lambda o: 4 * _out(o) if o.outputs[0].dtype == "bfloat16" else 0,
     ),
-    # -- norms --------------------------------------------------------------------------------------------------
     # x, gain, scale, shift -> x / rms(x) * gain * (1 + scale) + shift, 1 / rms(x)
     "modulate_norm": OpSpec(
         "tbd,d,bd,bd->tbd,tb",
@@ -248,8 +247,7 @@ OPS: Mapping[str, OpSpec] = {
         plain_bytes=sized(count(tbf=11)),
     ),
     # -- embeddings and conditioning ----------------------------------------------------------------------------
-    # a rank takes the tokens that it holds
-    "patchify": OpSpec(
+    "patchify": OpSpec(  # a rank takes the tokens that it holds
         "bcfyx->tbp",
         whole="cfyx",
         bytes=sized(count(tbp=2)),
@@ -334,6 +332,8 @@ OPS: Mapping[str, OpSpec] = {
         plain_bytes=sized(count(tbp=1), count(tbp=11, b=6)),
         workspace=sized(wide=count(tbp=2, b=1)),
     ),
+    # velocities of halves of guided samples, what each counts -> their sum; counted for the one half of a rank
+    "weigh": OpSpec("tgbp,g->tbp", linear=((0,),), flops=count(tbp=1)),
     # prediction, velocity -> sum of squares / (elements of the GLOBAL buffer * micro-batches): Partial over every axis
     "velocity_loss": OpSpec(
         "tbp,tbp->",

@@ -418,6 +418,13 @@ def interpolate(inputs: Tensors, outputs: Tensors, *, sigma_min: float) -> None:
     torch.sub(x1, x0, alpha=1 - sigma_min, out=velocity)
 
 
+def weigh(inputs: Tensors, outputs: Tensors) -> None:
+    halves, shares = inputs
+    torch.mul(halves[:, 0], shares[:1], out=outputs[0])
+    for half in range(1, halves.shape[1]):
+        outputs[0].add_(halves[:, half] * shares[half : half + 1])
+
+
 def velocity_loss(inputs: Tensors, outputs: Tensors, *, elements: int, micro_batches: int, add: bool = False) -> None:
     """Sum of squares over ``elements`` (of the global buffer) and micro-batches."""
     error = inputs[0].to(outputs[0].dtype) - inputs[1]

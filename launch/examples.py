@@ -68,6 +68,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh plan --gpus 6144 --fix tp=4,cp=2 --report report/",
         "cinemesh plan --gpus 8192 --servers 1024",
         "cinemesh plan --gpus 256 --model movie-gen-5b --global-batch 256 --goodput --price 2.5",
+        "cinemesh plan --sample",
+        "cinemesh plan --sample --gpus 16 --latent 32x96x96 --json",
         "cinemesh plan --paper",
         "cinemesh plan configs/quickstart.yaml --gpus 4 --cluster local-cpu --tune --out plan.yaml",
     ),

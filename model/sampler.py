@@ -33,7 +33,7 @@ from ..parallel.runtime.frozen import Frozen
 from ..parallel.runtime.graph import Graph, GraphPool
 from ..parallel.runtime.mesh import Mesh, backend_of, coordinates
 from .config import ModelConfig
-from .forward import build_unpatchify, build_velocity
+from .forward import SHARES, build_unpatchify, build_velocity
 from .inputs import LATENTS, MASK, BatchShape, text_input
 from .runner import Batch, StepRunner, captured, load_inputs, named_buffers
 from .solvers import SOLVERS, Solver
@@ -50,6 +50,9 @@ class Sampler:
     0 that without: one velocity instead of two. ``frozen``: the shard of weights that ``master`` adds low-rank factors
     to, in the compute dtype. Raises CinemeshError when the plan does not divide the model or the latent, and when a
     CUDA device has too little memory.
+
+    ``apart``, under two replicas: they make the halves of the same guided samples, one each, instead of samples of
+    their own.
     """
 
     def __init__(  # noqa: PLR0913  what a runner takes but for the optimizer, and the guidance
@@ -65,9 +68,11 @@ class Sampler:
         kernels: dict[str, Kernel] | None = None,
         beside: StepRunner | None = None,
         frozen: Tensor | None = None,
+        apart: bool = False,
     ) -> None:
         self.config, self.plan, self.batch, self.device, self.mesh = config, plan, batch, device, mesh
-        self.guidance, self.halves = guidance, 1 if guidance in (0.0, 1.0) else 2
+        self.guidance, self.apart = guidance, apart
+        self.halves = 1 if apart or guidance in (0.0, 1.0) else 2
         self.coordinates = mesh.coordinates if mesh else coordinates(plan, 0)
         to_come = bytes_beside(plan, 0, graphs=1)
         arena: Tensor | None = None
@@ -76,7 +81,7 @@ class Sampler:
             comm, kernels, arena, to_come = beside.comm, beside.executor.kernels, beside.executor.arena, {}
         backend = backend_of(device)
         asked = replace(batch, samples=self.halves * batch.samples)
-        velocity = prepare(build_velocity(config, plan, asked), backend=backend)
+        velocity = prepare(build_velocity(config, plan, asked, apart=apart), backend=backend)
         # What was integrated in the statistics dtype is put together in it, by a program without blocks.
         exact = replace(
             plan, dtype=cast(Literal["float32", "float64"], plan.stat_dtype), recompute_last=None, last_blocks=0
@@ -88,6 +93,9 @@ class Sampler:
         place = self.coordinates, comm, device
         self.velocity = Executor(velocity, *place, kernels, shared, arena, beside=to_come)
         self._buffers = named_buffers(self.velocity)
+        self.captioned = not apart or self.coordinates["dp_replicate"] == 0
+        if apart:
+            self._buffers[SHARES].fill_(guidance if self.captioned else 1 - guidance)
         self.pool = beside.pool if beside is not None else None
         self.replay: Frozen | Graph | None = None
         self.unpatchify = Executor(whole, *place, kernels, arena=self.velocity.arena)
@@ -141,7 +149,7 @@ class Sampler:
         text = [text_input(encoder.name) for encoder in self.config.encoders]
         null |= {name: torch.zeros_like(conditions[name]) for name in text}
         if self.halves == 1:
-            return conditions if self.guidance else null
+            return conditions if self.guidance and self.captioned else null
         return {name: torch.cat([value, null[name]], int(name in text)) for name, value in conditions.items()}
 
     def _noise(self, seed: int, ids: Tensor) -> Tensor:

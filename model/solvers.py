@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+PAPER_STEPS = 50  # 3.4.2
 EMULATED_STEPS = 250  # 3.4.2: 50 linear-quadratic steps stand for 250 linear ones
 
 

@@ -56,6 +56,7 @@ EPS = 1e-5  # Table 9
 # Name -> value, source. Containers and dataclasses are compared number by number, in order.
 PINNED: Mapping[str, tuple[object, str]] = {
     # -- the model ------------------------------------------------------------------------------------------------
+    "model.solvers.PAPER_STEPS": (50, "3.4.2"),
     "model.lora.LORA_TARGETS": ((1, 1, 2, 1, 1, 2, 1, 1, 1), "dims that a product sums over: of o [H, K, D] two"),
     "model.config.MODULATION_ROWS": (6, "Fig. 8: shift, scale, gate, twice"),
     "model.config.SIGMA_MIN": (1e-5, "3.1.2"),

@@ -21,9 +21,7 @@ from ...perf_model.report.software import OtherSoftware, PricedKernel
 from ...perf_model.report.waterfall import Loss
 from ...perf_model.search.samples import TriedSamples
 
-VERSION = (
-    2  # one more where a key goes, changes its meaning, its type or its place; a new key may come behind the others
-)
+VERSION = 2  # one more where a key goes, or changes its meaning, type or place; a new one may come behind the others
 KERNELS = "what each attention op is priced on: what would run it where the stated packages are installed"
 TAKEN = "what a recipe gave, by name, in words; empty without one"
 ORDER = "what the cluster's NCCL and driver take from overlap or capture, and how that is priced; empty: nothing"
@@ -37,7 +35,7 @@ OTHERS = (
 class Schema:
     """What a reply follows."""
 
-    name: Annotated[str, "`plan`, `paper`, `explain`, `compare` or `train --dry-run`"]
+    name: Annotated[str, "`plan`, `plan --sample`, `paper`, `explain`, `compare` or `train --dry-run`"]
     version: Annotated[int, "changes where a key goes or changes its meaning, type or place"] = VERSION
 
 
@@ -362,7 +360,39 @@ class CompareReply(Heading):
     taken: Annotated[dict[str, str], TAKEN] = field(default_factory=dict)
 
 
-REPLIES = (PlanReply, PaperReply, ExplainReply, CompareReply, DryRunReply)
+@dataclass(frozen=True, kw_only=True)
+class ClipPlan:
+    """A way to share one guided clip."""
+
+    plan: Annotated[dict[str, Any], "every field of the plan, as its YAML file has them"]
+    guidance: Annotated[str, "`batch`: halves in one batch on all ranks; `groups`: each on a group of ranks"]
+    clip_s: Annotated[float, "seconds of all steps"]
+    velocity_s: Annotated[float, "seconds of one guided velocity"]
+    exposed_s: Annotated[float, "seconds of it in which compute waits for collectives"]
+    peak_bytes: Annotated[int, "most that one rank holds at once"]
+    fits: Annotated[bool, "whether a GPU has them"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipPrices:
+    """Of one latent and number of GPUs."""
+
+    gpus: int
+    latent: Annotated[str, "`TxHxW`"]
+    tokens: Annotated[int, "of a sample"]
+    steps: Annotated[int, "of the sampler, one guided velocity each"]
+    plans: Annotated[list[ClipPlan], "the fastest that fits first, those that do not fit last"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleReply(Heading):
+    """`cinemesh plan --sample --json`."""
+
+    clips: list[ClipPrices]
+    taken: Annotated[dict[str, str], TAKEN] = field(default_factory=dict)
+
+
+REPLIES = (PlanReply, PaperReply, SampleReply, ExplainReply, CompareReply, DryRunReply)
 
 
 def text(reply: Heading) -> str:

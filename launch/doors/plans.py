@@ -137,6 +137,9 @@ def plan(
     explain: Annotated[
         bool, typer.Option("--explain", help="What binds the best plan, what it duplicates, what would change it.")
     ] = False,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="How long one clip takes instead, on 8 and 16 GPUs unless --gpus says.")
+    ] = False,
     paper: Annotated[bool, typer.Option("--paper", help="The paper's Table 3 beside the best plans.")] = False,
     goodput: Annotated[
         bool,
@@ -161,6 +164,15 @@ def plan(
 
     Needs no GPU, and no torch without a recipe. Every number is predicted, none measured.
     """
+    if sample:
+        of_search = {"--fix": fix, "--tune": tune, "--explain": explain, "--paper": paper, "--goodput": goodput,
+                     "--report": report, "--out": out, "--global-batch": on.global_batch,
+                     "--samples": on.samples}  # fmt: skip
+        from ..commands.plan_sample import run as price_clip
+
+        asked = [name for name, value in of_search.items() if value]
+        price_clip(on=on, recipe=config, gpus=gpus, latents=latent or [], dtype=dtype, beside=asked, as_json=as_json)
+        return
     from ..commands.plan import run
 
     run(

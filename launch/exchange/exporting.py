@@ -15,7 +15,7 @@ from ...errors import CinemeshError, did_you_mean
 from ...kernels.dtypes import TORCH_DTYPES
 from ...model.config import ModelConfig, trained
 from ...model.sampler import GUIDANCE
-from ...model.solvers import EMULATED_STEPS
+from ...model.solvers import EMULATED_STEPS, PAPER_STEPS
 from ..models import model_of
 from ..progress import progress
 from ..training.checkpoint.choosing import FOLDER, check_files, latest
@@ -30,7 +30,6 @@ from .names import Exported, exported
 
 ORIGIN = "cinemesh"  # of config.json: where the weights are from; all other keys are the model's and the class's
 CLASS = "_class_name"  # as Hugging Face's configurations tell which class reads them
-STEPS = 50  # 3.4.2
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def _write_weights(
 
 def _write_rest(config: ModelConfig, origin: Origin, partial: Path) -> None:
     model = {CLASS: movie_gen.MovieGenTransformer.__name__} | asdict(config) | {ORIGIN: asdict(origin)}
-    scheduler = {"steps": STEPS, "emulated_steps": EMULATED_STEPS, "guidance": GUIDANCE}
+    scheduler = {"steps": PAPER_STEPS, "emulated_steps": EMULATED_STEPS, "guidance": GUIDANCE}
     for name, values in ((MODEL_CONFIG, model), (SCHEDULER_CONFIG, scheduler)):
         (partial / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     code = Path(movie_gen.__file__)

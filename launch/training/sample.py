@@ -267,12 +267,17 @@ def sample_clips(
     """
     plan, mesh, section, codec = setting.config.plan, place.mesh, setting.config.sample, setting.encoding.codec
     assert section is not None
-    ranks, rank = plan.data_ranks, mesh.data_rank if mesh else 0
     ordered = list(prompts)
+    # A second replica that would have no clip of its own makes the halves without the caption.
+    apart = plan.dp_replicate == 2 and len(ordered) <= plan.dp_shard and section.guidance not in (0.0, 1.0)
+    ranks, rank = plan.data_ranks, mesh.data_rank if mesh else 0
+    if apart and mesh is not None:
+        ranks, rank = plan.dp_shard, mesh.coordinates["dp_shard"]
     samples = min(samples, -(-len(ordered) // ranks))
     batch = BatchShape(samples, setting.config.sampled.latent(codec))
     kernels = setting.kernels(place.device)
     choices: dict[str, Any] = {"guidance": section.guidance, "kernels": kernels, "beside": beside, "frozen": frozen}
+    choices["apart"] = apart
     sampler = Sampler(setting.model, plan, batch, mesh, weights, place.device, **choices)
     if (failure := sampler.capture(setting.config.capture)) is not None and place.rank == 0:
         print(f"sampling is NOT captured, on any rank: {failure}; it runs from the executor", file=sys.stderr)

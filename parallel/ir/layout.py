@@ -29,6 +29,7 @@ TOKENS: Axes = ("cp", "tp")  # where layers work token by token (sp)
 TOKENS_GATHERED: Axes = ("cp",)  # between the tp gather and the tp reduce-scatter
 BATCH: Axes = ("dp_replicate", "dp_shard")
 HEADS: Axes = ("tp",)
+REPLICA_AXES: Axes = ("dp_replicate",)
 FSDP: Axes = ("dp_shard", "cp")
 REPLICATED_AXES: Axes = ("dp_shard", "cp", "tp")
 WORLD: Axes = ("dp_replicate", "dp_shard", "cp", "tp")

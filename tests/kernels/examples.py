@@ -335,6 +335,11 @@ def interpolate(t: int, b: int, d: int) -> Iterator[Example]:
     yield Example("sss->cs", [x1, x0, time], [x.transpose(0, 1) for x in path], {"sigma_min": 1e-5})
 
 
+def weigh(t: int, b: int, d: int) -> Iterator[Example]:
+    x, share = rand(t, 1, b, d), rand(1)
+    yield Example("cs->s", [x, share], [x[:, 0] * share], {})
+
+
 def velocity_loss(t: int, b: int, d: int) -> Iterator[Example]:
     prediction, velocity = rand(t, b, d), rand(t, b, d)
     attrs = {"elements": 4 * t * b * d, "micro_batches": 3}  # of the global buffer: this rank holds a quarter

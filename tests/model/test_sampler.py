@@ -1,6 +1,7 @@
 """The sampler: the schedule's numbers, and any plan against a plain Euler loop on the reference model."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -77,16 +78,18 @@ def sampled(
     *,
     capture: Capture = "off",
     solver: SolverName = "euler",
+    apart: bool = False,
 ) -> Tensor:
-    """What this rank gets."""
+    """What this rank gets. ``apart``: replicas make halves of the same samples."""
     position = mesh.coordinates if mesh else coordinates(plan, 0)
     units = unit_layout(TINY, plan)
     master = torch.empty(1, units.flat_elements, dtype=torch.float64)
     fill_shard(master, units, position, values)
     before = master.clone()
-    batch = BatchShape(SAMPLES // plan.data_ranks, LATENT)
-    mine = data_share(captions(), training_inputs(TINY, plan, batch), plan, position)
-    sampler = Sampler(TINY, plan, batch, mesh, master, guidance=guidance)
+    batch = BatchShape(SAMPLES // (plan.dp_shard if apart else plan.data_ranks), LATENT)
+    given, at = (replace(plan, dp_replicate=1), position | {"dp_replicate": 0}) if apart else (plan, position)
+    mine = data_share(captions(), training_inputs(TINY, given, batch), given, at)
+    sampler = Sampler(TINY, plan, batch, mesh, master, guidance=guidance, apart=apart)
     assert sampler.capture(capture) is None and (sampler.replay is not None) == (capture != "off")
     latents = sampler.sample(mine, SEED, mine[IDS], linear_quadratic(steps), SOLVERS[solver])
     assert torch.equal(master, before)
@@ -98,6 +101,24 @@ def sampled_on_rank(plan: Plan, guidance: float) -> tuple[int, Tensor, Tensor]:
     mesh = Mesh(plan)
     made = sampled(plan, probe_values(0), guidance, mesh)
     return mesh.data_rank, made, sampled(plan, probe_values(0), guidance, mesh, capture="required")
+
+
+def apart_on_rank(plan: Plan, guidance: float) -> tuple[int, Tensor, Tensor]:
+    """Of each half on a group of ranks: from the executor, and captured."""
+    mesh = Mesh(plan)
+    made = sampled(plan, probe_values(0), guidance, mesh, apart=True)
+    captured = sampled(plan, probe_values(0), guidance, mesh, apart=True, capture="required")
+    return mesh.coordinates["dp_shard"], made, captured
+
+
+@pytest.mark.parametrize("text", ["dp_replicate=2", "dp_replicate=2,dp_shard=2", "dp_replicate=2,tp=2,cp=2"])
+def test_halves_on_two_groups_of_ranks_are_one_batch_of_two(pool: Pool, text: str) -> None:
+    """Every rank of either group ends with the guided clip; captured, with the same bits."""
+    plan, guidance = Plan.parse(text, dtype="float64"), 3.0
+    wanted = euler_on_reference(guidance).chunk(plan.dp_shard)
+    for at, got, captured in pool.run(plan.world_size, apart_on_rank, plan, guidance):
+        assert (got - wanted[at]).abs().max() <= 1e-10 * wanted[at].abs().max()
+        assert torch.equal(captured, got)
 
 
 def noise() -> Tensor:

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cinemesh.launch.cli import app
-from cinemesh.launch.commands.reply import VERSION, CompareReply, DryRunReply, ExplainReply, PlanReply
+from cinemesh.launch.commands.reply import VERSION, CompareReply, DryRunReply, ExplainReply, PlanReply, SampleReply
 from cinemesh.parallel.ir.plan import Plan
 
 PAGE = Path(__file__).parents[3] / "docs" / "json.md"
@@ -25,11 +25,18 @@ SHAPE = ("--model", "tiny", "--latent", "2x8x8", "--json")
 QUICK = str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")
 REPLIES = {
     PlanReply: ("plan", "--gpus", "8", "--top", "3", *SHAPE),
+    SampleReply: ("plan", "--sample", "--gpus", "4", *SHAPE),
     ExplainReply: ("explain", "tp=2,dp_shard=2", *SHAPE),
     CompareReply: ("compare", "tp=2,dp_shard=2", "tp=2,cp=2", *SHAPE),
     DryRunReply: ("train", QUICK, "--dry-run", "--set", "cluster=local-cpu", "--json"),
 }
-NAMES = {PlanReply: "plan", ExplainReply: "explain", CompareReply: "compare", DryRunReply: "train --dry-run"}
+NAMES = {
+    PlanReply: "plan",
+    SampleReply: "plan --sample",
+    ExplainReply: "explain",
+    CompareReply: "compare",
+    DryRunReply: "train --dry-run",
+}
 
 
 def hints(record: type) -> dict[str, tuple[Any, str]]:

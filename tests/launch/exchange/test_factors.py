@@ -92,8 +92,8 @@ def read_under(plan: Plan, path: Path, below: Path) -> tuple[Any, dict[str, torc
     """Every state of the factors, and the frozen weights, from a checkpoint of another plan."""
     runner = runner_of(plan, Mesh(plan), config=ADAPTED)
     put_under(StartFrom(checkpoint=below), runner, load(path, runner).note)
-    mine = (runner.coordinates, runner.buffers[FROZEN_STATE].clone())
-    return whole_states(runner), collect(gather_objects(mine), runner.units.of_frozen)
+    shards: list[Any] = gather_objects((runner.coordinates, runner.buffers[FROZEN_STATE].clone()))
+    return whole_states(runner), collect(shards, runner.units.of_frozen)
 
 
 @pytest.mark.parametrize("text", ["tp=2,cp=2", "tp=2,dp_shard=2"])
