@@ -51,7 +51,8 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
 # collectives (33). What the first GPU showed: bytes that packages copy, and what a kernel that cannot be built raised
 # (9). A watchdog is told how many calls of all hosts a rank began and ended (11). And of sampling: schedules and
 # solvers as data, guidance as one batch of two, captured velocities (78). And of low-rank factors beside frozen weights
-# (234): their rows, units in two flat shards, forward and backward, and what needs no gradient. And of halves of guided samples on two groups of ranks (20).
+# (234): their rows, units in two flat shards, forward and backward, and what needs no gradient. And of halves of guided
+# samples on two groups of ranks (20).
 CORE_LINES = 9255
 READ = (".csv", ".html", ".sh", ".yaml")  # suffixes of files that modules read
 FAN_OUT = 15  # modules of the package that a file imports
