@@ -21,8 +21,9 @@ def read_record(kind: type[T], values: Any, where: str, inside: str = ": ") -> T
     ``where`` it stands; ``inside`` joins that and a field's name. Fields may be numbers, texts, booleans, dataclasses,
     tuples, mappings, and ``None`` where their type says so.
     """
-    hints = get_type_hints(kind)
-    required = [field.name for field in fields(kind) if field.default is field.default_factory is MISSING]  # type: ignore[arg-type]
+    told = get_type_hints(kind)
+    hints = {each.name: told[each.name] for each in fields(kind)}  # type: ignore[arg-type]  # a ClassVar is no field
+    required = [each.name for each in fields(kind) if each.default is each.default_factory is MISSING]  # type: ignore[arg-type]
     given = mapping(values, where, [*hints], required=required)
     read = {name: read_value(hints[name], item, f"{where}{inside}{name}") for name, item in given.items()}
     try:

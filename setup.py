@@ -13,7 +13,7 @@ FOLDERS = (
     "kernels",
     *("parallel", "parallel/ir", "parallel/layers", "parallel/passes", "parallel/runtime"),
     "model",
-    "data",
+    *("data", "data/curate"),
     *("perf_model", "perf_model/clusters", "perf_model/prices", "perf_model/search", "perf_model/report"),
     *("perf_model/published", "perf_model/calibration"),
     *("evaluation", "evaluation/rewriting"),
@@ -44,6 +44,7 @@ setup(
     package_dir=PACKAGES,
     package_data={
         "cinemesh.configs": ["*.yaml", "*/*.yaml", "*.safetensors"],
+        "cinemesh.data.curate": ["*.yaml", "presets/*.yaml", "templates/*.html"],
         "cinemesh.kernels": ["tuning/*.yaml", "rates/*.yaml"],
         "cinemesh.launch.jobs": ["*.sh"],
         "cinemesh.evaluation": ["*.yaml", "templates/*.html"],

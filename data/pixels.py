@@ -64,7 +64,7 @@ def unshowable(frame: av.VideoFrame) -> str | None:
     for kind, said in REFUSED_SIDE_DATA.items():
         if kind in kinds:
             return said
-    if _turned(frame) is None:
+    if turned(frame) is None:
         return "its display matrix turns it by no multiple of 90 degrees"
     if _has_alpha(frame) and (frame.reformat(format="rgba").to_ndarray()[..., 3] != OPAQUE).any():
         return "it is transparent in part"
@@ -82,8 +82,8 @@ def fitted(frame: av.VideoFrame, pixel_aspect: Fraction, height: int, width: int
 
     ``pixel_aspect``: width over height of a pixel as stored.
     """
-    upright, turned = _upright(frame)
-    return fit(Image.fromarray(upright), 1 / pixel_aspect if turned else pixel_aspect, height, width)
+    pixels, on_its_side = upright(frame)
+    return fit(Image.fromarray(pixels), 1 / pixel_aspect if on_its_side else pixel_aspect, height, width)
 
 
 def fit(image: Image.Image, pixel_aspect: Fraction, height: int, width: int) -> RgbPixels:
@@ -96,9 +96,9 @@ def fit(image: Image.Image, pixel_aspect: Fraction, height: int, width: int) -> 
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=box))
 
 
-def _upright(frame: av.VideoFrame) -> tuple[RgbPixels, bool]:
+def upright(frame: av.VideoFrame) -> tuple[RgbPixels, bool]:
     """RGB as it is to be seen, and whether height and width changed places."""
-    turn = _turned(frame)
+    turn = turned(frame)
     assert turn is not None  # else refused
     transposed, mirrored, flipped = turn
     pixels = _rgb(frame)
@@ -119,7 +119,7 @@ def _kinds(frame: av.VideoFrame) -> frozenset[Type] | None:
         return None
 
 
-def _turned(frame: av.VideoFrame) -> tuple[bool, bool, bool] | None:
+def turned(frame: av.VideoFrame) -> tuple[bool, bool, bool] | None:
     """Of the display matrix: transposed, then mirrored left to right, then upside down; None: it is of no such kind."""
     if Type.DISPLAYMATRIX not in (_kinds(frame) or ()):
         return False, False, False

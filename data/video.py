@@ -39,6 +39,7 @@ BROADCAST = ("mpegts", "mpeg")  # their frames follow one another: a gap is what
 GAP = Fraction(3, 4)  # of a frame; repeated fields make some frames half as long again
 DEINTERLACE = "yadif", "mode=send_frame:deint=interlaced"  # a frame for a frame; those that are whole pass
 
+SeenFrame = Callable[[av.VideoFrame, Fraction, Fraction], None]  # a frame, when it begins in s, its pixels' aspect
 Window = tuple[Scene, Cut, bool, int, Tensor]  # whether of validation, first frame in the file, uint8 [T, H, W, 3]
 
 
@@ -53,17 +54,25 @@ class BadClip(CinemeshError):
 
 @dataclass
 class Survey:
-    """What a file holds: its scenes in time, its frames, their average rate a second, whether any is interlaced."""
+    """What a file holds: its scenes in time, its frames, their average rate a second, whether any is interlaced.
+
+    ``begins``, ``ends``: of its first and last frame, in s of its own clock.
+    """
 
     spans: list[SceneTime] = field(default_factory=list)
     frames: int = 0
     rate: Fraction = Fraction(0)
     interlaced: bool = False
+    begins: Fraction = Fraction(0)
+    ends: Fraction = Fraction(0)
 
 
-def look_through(path: Path, scenes: Sequence[Scene] = ()) -> Survey:
-    """Decode a file to its end. Raises BadClip, and CinemeshError for a scene that ends after its last frame."""
-    found, seen, decoded = Survey(), set[tuple[object, ...]](), _Decoded(path)
+def look_through(path: Path, scenes: Sequence[Scene] = (), watch: SeenFrame | None = None) -> Survey:
+    """Decode a file to its end; ``watch`` is called with every frame and when it begins, in s.
+
+    Raises BadClip, and CinemeshError for a scene that ends after its last frame.
+    """
+    found, seen, decoded = Survey(), set[tuple[object, ...]](), Decoded(path)
     timed: dict[str, SceneTime] = {}
     waiting = deque(sorted(scenes, key=lambda scene: scene.first_frame))
     open_scenes: list[Scene] = []
@@ -89,6 +98,8 @@ def look_through(path: Path, scenes: Sequence[Scene] = ()) -> Survey:
             if found.interlaced and len({(height, width) for _, height, width, *_ in seen}) > 1:
                 raise BadClip(path, "it is interlaced and changes its size", now)
             found.frames, begins = found.frames + 1, [*begins[:1], now]
+            if watch is not None:
+                watch(frame, now, decoded.pixel_aspect)
         if said:
             raise BadClip(path, in_a_line(Exception(said[0][2])), decoded.now)
     if not begins:
@@ -102,7 +113,8 @@ def look_through(path: Path, scenes: Sequence[Scene] = ()) -> Survey:
                 f"(0 to {found.frames - 1}): correct the captions file, or replace the video if it is cut short"
             )
     found.spans = [timed[scene.name] for scene in scenes]
-    found.rate = playable(found.frames / (decoded.ends - begins[0]), f"the video {path}")
+    found.begins, found.ends = begins[0], decoded.ends
+    found.rate = playable(found.frames / (found.ends - found.begins), f"the video {path}")
     return found
 
 
@@ -119,7 +131,7 @@ def read_windows(
     """
     waiting = deque(sorted(scenes, key=lambda scene: scene.first_frame))
     grids: list[_Grid] = []
-    decoded = _Decoded(path, interlaced=found.interlaced)
+    decoded = Decoded(path, interlaced=found.interlaced)
     for index, frame in enumerate(decoded):
         for grid in grids:
             yield from grid.until(decoded.now)
@@ -185,7 +197,7 @@ def read_frames(path: Path, height: int, width: int) -> Tensor:
 
     Returns uint8 [T, height, width, 3]. Raises BadClip.
     """
-    decoded = _Decoded(path, interlaced=look_through(path).interlaced)
+    decoded = Decoded(path, interlaced=look_through(path).interlaced)
     return torch.from_numpy(np.stack([fitted(frame, decoded.pixel_aspect, height, width) for frame in decoded]))
 
 
@@ -208,13 +220,14 @@ def _logged() -> Iterator[list[tuple[int, str, str]]]:
         av.logging.set_skip_repeated(once)
 
 
-class _Decoded:
+class Decoded:
     """The frames of a file's video as they are shown.
 
     While it is iterated, of the frame at hand: ``now``, when it begins, ``ends``, when it ends, and ``pixel_aspect``,
-    its pixels' width over height.
+    its pixels' width over height. ``told``: how long the file says it is, in s; None: it does not say.
     """
 
+    told: Fraction | None = None
     now = ends = Fraction(0)
     pixel_aspect = Fraction(1)
 
@@ -235,6 +248,7 @@ class _Decoded:
             raise BadClip(self._path, "it holds no video")
         stream = next((s for s in videos if s.disposition & Disposition.default), videos[0])
         stream.codec_context.options = STRICT
+        self.told = Fraction(container.duration, av.time_base) if container.duration else None
         filtered = _deinterlacer(stream) if self._interlaced else lambda frame: [frame] if frame else []
         reached, stored = Fraction(0), 0  # by any stream; in an AVI, by this one
         for packet in container.demux():
@@ -254,9 +268,8 @@ class _Decoded:
                     yield self._at(whole, stream)
         for whole in filtered(None):
             yield self._at(whole, stream)
-        told = Fraction(container.duration or 0, av.time_base)
-        if max(reached, self.ends) + CUT_SHORT_S < told:
-            raise BadClip(self._path, f"it ends there, and was written to end at {float(told):.3f} s", self.ends)
+        if self.told is not None and max(reached, self.ends) + CUT_SHORT_S < self.told:
+            raise BadClip(self._path, f"it ends there, and was written to end at {float(self.told):.3f} s", self.ends)
 
     def _at(self, frame: av.VideoFrame, stream: VideoStream) -> av.VideoFrame:
         if frame.pts is None or frame.time_base is None:

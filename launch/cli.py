@@ -13,6 +13,7 @@ import typer
 from ..errors import CinemeshError
 from ..interrupt import interrupted_in_a_line
 from .doors.codec import codec
+from .doors.curate import curation
 from .doors.judge import judge
 from .doors.machines import machines
 from .doors.plans import plans
@@ -38,6 +39,7 @@ Train in stages:        cinemesh stages configs/chain.yaml --nproc 2
 Look at a machine:      cinemesh doctor
 Train on a cluster:     cinemesh launch slurm CONFIG --out run.sbatch
 Average models:         cinemesh average DIR DIR --out runs/mean
+Make a training set:    cinemesh curate configs/curation/quickstart.yaml --out curated
 Make a clip:            cinemesh sample configs/quickstart.yaml --prompt "a red car"
 Let people compare:     cinemesh judge make runs/new runs/old --out judged
 Rewrite prompts:        cinemesh rewrite make configs/rewriting.yaml --prompt "a red car"
@@ -55,7 +57,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for door in (runs, machines, weights, codec, judge, rewrite, plans, proofs):  # as --help lists them
+for door in (runs, machines, weights, curation, codec, judge, rewrite, plans, proofs):  # as --help lists them
     app.add_typer(door)
 
 

@@ -57,6 +57,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh average runs/a/checkpoints/step-00000700 runs/b/checkpoints/step-00000700 --out runs/kept "
         "--config configs/quickstart.yaml --greedy",
     ),
+    "curate": (
+        "cinemesh curate configs/curation/quickstart.yaml --out curated --recipe configs/quickstart.yaml",
+        "cinemesh curate configs/curation/quickstart.yaml --out curated --set videos.text.below=0.4 --json",
+        "cinemesh curate configs/curation/film.yaml --out curated --workers 8 --engine ray",
+    ),
     "list": ("cinemesh list", "cinemesh list --json"),
     "cluster": ("cinemesh cluster grand-teton-h100", "cinemesh cluster local-cpu --json"),
     "model": ("cinemesh model movie-gen-30b", "cinemesh model tiny --json"),

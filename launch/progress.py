@@ -49,6 +49,29 @@ def progress(title: str, pieces: int, *, silent: bool = False) -> Iterator[Begin
     yield say
 
 
+@contextmanager
+def counted(title: str, *, silent: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """Yields what is to be told of work in rounds: the round's name, how many pieces are done, of how many."""
+    console = Console(stderr=True)
+    if silent:
+        yield lambda what, done, pieces: None
+    elif console.is_terminal:
+        columns = (TextColumn(f"{title}: {{task.description:<32}}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as shown:
+            bar = shown.add_task("", total=None)
+            yield lambda what, done, pieces: shown.update(bar, completed=done, total=pieces, description=what)
+    else:
+        said_s = -EVERY_S
+
+        def say(what: str, done: int, pieces: int) -> None:
+            nonlocal said_s
+            if time.monotonic() - said_s >= EVERY_S:
+                said_s = time.monotonic()
+                print(f"{title}: {what} ({done} of {pieces})", file=sys.stderr, flush=True)
+
+        yield say
+
+
 def each(items: Iterable[T], begin: Begin, name: Callable[[T], str]) -> Iterator[T]:
     """The items, each begun under its name."""
     for item in items:

@@ -67,6 +67,8 @@ WIDER_WITH_REASON: dict[str, str] = {  # path -> why
     "launch/training/recipe.py": "every section of a recipe, each with the ranges and rules of what it sets",
     "launch/training/sample.py": "where recipe, checkpoint, processes and sampler meet",
     "launch/training/replay.py": "a run once more, to one step: it meets what the loop meets",
+    "data/curate/pipeline.py": "a run of curation: where files, measures, stages and captions meet",
+    "data/curate/settings.py": "every stage's limits and every measure's parameters: one field each",
     "launch/training/loop.py": "where data, steps, reports, validation and checkpoints of a run meet",
     "launch/commands/trace.py": "runs a step, plays it, and shows both beside each other",
     "launch/commands/plan.py": "the command that searches, tunes, explains, reports and writes",

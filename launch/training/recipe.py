@@ -284,7 +284,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Auto
     sections = _keys(Config)
     values = read_yaml(path, "the recipe", f"a recipe is a YAML file with the sections {', '.join(sections)}")
     mapping(values, f"the recipe {path}", sections)
-    _override(values, overrides)
+    override(values, overrides)
     plan = values.get("plan")
     held = dict(plan) if isinstance(plan, dict) else {AUTO: True} if plan == AUTO else {}
     if held.pop(AUTO, False) is not True:
@@ -306,7 +306,8 @@ def check_config(values: dict[str, Any], where: str) -> Config:
         raise _refusal(error, Config, f"{where}: ") from None
 
 
-def _override(values: dict[str, Any], overrides: Sequence[str]) -> None:
+def override(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Put ``a.b=value`` into what a file holds. Raises CinemeshError for one that is not of that form."""
     given: set[str] = set()
     for override in overrides:
         said = f"--set {quoted(override)}"

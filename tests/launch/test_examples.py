@@ -16,13 +16,15 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from cinemesh.data.curate.settings import settings_of
+from cinemesh.documents import read_yaml
 from cinemesh.launch.cli import app
 from cinemesh.launch.commands.compile_check import sizes_of
 from cinemesh.launch.examples import EXAMPLES
 from cinemesh.launch.plans import plan_override, read_plan
 from cinemesh.launch.proof.verify import MAX_PROCS, small_case
 from cinemesh.launch.training.chain import read_chain
-from cinemesh.launch.training.recipe import read_config
+from cinemesh.launch.training.recipe import override, read_config
 from cinemesh.launch.training.setting import Setting
 from cinemesh.model.config import USUAL_LATENTS, preset
 from cinemesh.model.inputs import BatchShape
@@ -134,6 +136,13 @@ def sampled(given: dict[str, Any]) -> None:
     Setting.of(read_config(given["config"])).check_sampling()
 
 
+def curation_read(given: dict[str, Any]) -> None:
+    values = read_yaml(given["config"], "the curation", "")
+    override(values, given["overrides"] or [])
+    settings_of(values, str(given["config"]))
+    assert given["recipe"] is None or read_config(given["recipe"])
+
+
 def compiled(given: dict[str, Any]) -> None:
     model = given["model"]
     sizes_of(preset(model), read_plan(given["plan"] or ""), BatchShape(given["batch"], USUAL_LATENTS[model]))
@@ -159,6 +168,7 @@ IN_PLACE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "average": (lambda _: None, "needs trained models, tests/launch/commands/test_averaging.py: options are read"),
     "calibrate": (calibrated, "a minute, or a measured card: options are read"),
     "launch local": (lambda given: trained(given | {"dry_run": False, "nproc": 2}), "minutes, as train"),
+    "curate": (curation_read, "decodes clips, tests/data/curate: the curation is read"),
     "codec eval": (lambda _: None, "decodes clips, tests/launch/commands/test_codec.py: options are read"),
     "codec fit": (lambda _: None, "decodes clips, tests/launch/commands/test_codec.py: options are read"),
     "rewrite make": (lambda _: None, "needs an endpoint, tests/launch/commands/test_rewrite.py: options are read"),
