@@ -1,7 +1,7 @@
 """Which bucket a step takes, and which samples of it: functions of seed and step alone, so that runs resume exactly.
 
-step -> its bucket, drawn by Philox -> its turn: how many earlier steps drew that bucket
-     -> the next global batch of that bucket's stream of epochs
+step -> its bucket, drawn by Philox -> its place in that bucket's stream of epochs: what earlier steps took of it
+     -> the next global batch there
 
 Data ranks share out a global batch and are no part of it: with another number of them a run goes on with the same ones.
 """
@@ -25,21 +25,16 @@ GROUP = 64  # blocks whose samples are mixed: 256 MB
 FEISTEL_ROUNDS = 8  # Luby and Rackoff prove four of random functions; domains of a few samples need more to look random
 
 
-def turns(seed: int, steps: int, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """The bucket of each step from 0 to ``steps`` - 1, and its turn: how many steps before it drew that bucket.
+def drawn_buckets(seed: int, steps: int, weights: Sequence[float]) -> Tensor:
+    """The bucket of each step from 0 to ``steps`` - 1, int64 [steps].
 
-    Two int64 [steps]. Every step draws bucket i with probability ``weights[i]`` / their sum, by itself: the beginning
-    does not depend on how many steps there are.
+    Every step draws bucket i with probability ``weights[i]`` / their sum, by itself: the beginning does not depend on
+    how many steps there are.
     """
     zero = torch.tensor(0)
     drawn = uniform(seed, BUCKET_PURPOSE, torch.arange(steps), zero, zero)
     upper = torch.tensor(weights, dtype=torch.float64).cumsum(0)
-    buckets = torch.searchsorted(upper[:-1] / upper[-1], drawn, right=True)
-    turn = torch.empty_like(buckets)
-    for bucket in range(len(weights)):
-        mine = buckets == bucket
-        turn[mine] = torch.arange(int(mine.sum()))
-    return buckets, turn
+    return torch.searchsorted(upper[:-1] / upper[-1], drawn, right=True)
 
 
 def balanced(scenes: Sequence[str], balance: float) -> list[int]:

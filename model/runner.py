@@ -104,7 +104,7 @@ class StepRunner:
                 f"a batch without {', '.join(missing)}: model {self.config.name} takes {', '.join(wanted)}",
                 remedy="give it data that hold them, or train a model without them",
             )
-        size = self.batch.samples * self.plan.data_ranks * self.plan.micro_batches
+        size = self.samples
         if PLACES in wanted and not 0 <= batch[PLACES].min() <= batch[PLACES].max() < size:
             raise CinemeshError(
                 f"places {batch[PLACES].tolist()} in a step's global batch of {size} samples",
@@ -188,6 +188,11 @@ class StepRunner:
         if self.pool is not None:
             self.pool.close()
         self.replay = None
+
+    @property
+    def samples(self) -> int:
+        """Of a step, on all ranks and in all micro-batches."""
+        return self.batch.samples * self.plan.data_ranks * self.plan.micro_batches
 
     @property
     def steps_done(self) -> int:

@@ -11,20 +11,24 @@ from ...perf_model.prices.lifetime import Lifetime, lifetime
 from ...perf_model.prices.played import PlayedStep
 from ...perf_model.report.explain import describe
 from ..tables import new_console
+from ..training.batches import told as batches_told
 from ..training.predict import check_memory, play_buckets
-from ..training.recipe import read_recipe
+from ..training.recipe import Config, read_recipe
 from ..training.resolve import cluster_under, planned, resolved_before
+from ..training.resolved import Resolved
 from ..training.setting import Setting
 from . import reply
 from .lifetime import print_lifetime
 from .reasons import print_start_up, start_up_cost
 from .recipe_run import Steps, print_recipe_run, recipe_run
-from .reply import DryRunReply, RecipeRun, Schema
+from .reply import AfterLoss, DryRunReply, RecipeRun, Schema
 from .software import print_order
 
 
-def run(*, config: Path, ranks: int | None, overrides: Sequence[str], as_json: bool) -> None:
+def run(*, config: Path, ranks: int | None, lost: int | None, overrides: Sequence[str], as_json: bool) -> None:
     """Print the recipe's plan, its bytes, and what the cost model says of a step of every bucket.
+
+    ``lost``: of the ranks, what is shown is what the run goes on with without these.
 
     Raises CinemeshError where training would refuse the recipe on so many devices: no plan that fits, or not the given
     one; and for a recipe that names no cluster.
@@ -34,11 +38,19 @@ def run(*, config: Path, ranks: int | None, overrides: Sequence[str], as_json: b
         raise CinemeshError(
             f"{config}: it names no cluster to price its steps on", remedy="add --set cluster=grand-teton-h100"
         )
-    setting, cluster = Setting.of(recipe), cluster_under(recipe, recipe.cluster)
+    setting, cluster, after = Setting.of(recipe), cluster_under(recipe, recipe.cluster), None
     if auto is not None:
         if ranks is None:
             raise CinemeshError(f"{config}: its plan is auto", remedy="say for how many devices: --ranks 6144")
-        setting = setting.under((resolved_before(ranks, auto, setting) or planned(ranks, auto, setting)).plan)
+        chosen = resolved_before(ranks, auto, setting) or planned(ranks, auto, setting)
+        if lost is not None:
+            whole, chosen = chosen, planned(_left(ranks, lost), auto, setting, ranks)
+            after = _after_loss(recipe, whole, chosen)
+        setting = setting.under(chosen.plan, chosen.global_batches)
+    elif lost is not None:
+        raise CinemeshError(
+            f"{config}: its plan is given, and of fewer ranks another is needed", remedy="add --plan auto", what="lost"
+        )
     elif ranks is not None:
         recipe.plan.check_world_size(ranks)
     data, plan = recipe.data, setting.config.plan
@@ -57,6 +69,7 @@ def run(*, config: Path, ranks: int | None, overrides: Sequence[str], as_json: b
         order=cluster.order_told(),
         start_up=start_up_cost(plan, cluster),
         lifetime=lives,
+        after_loss=after,
         days=days,
         verdict=_verdict(whole, lives, days),
     )
@@ -74,7 +87,35 @@ def run(*, config: Path, ranks: int | None, overrides: Sequence[str], as_json: b
     print_start_up(console, told.start_up)
     if lives is not None:
         print_lifetime(console, "the run", lives, None)
+    if after is not None:
+        console.print(
+            f"\n{told.ranks:,} of {after.full_ranks:,} ranks are left: a step takes {after.batches}, "
+            f"{after.samples_per_s:.4g} samples/s of {after.full_samples_per_s:.4g} before, which is "
+            f"{after.of_proportional:.2%} of their share"
+        )
     console.print(f"\n{told.verdict}")
+
+
+def _left(ranks: int, lost: int) -> int:
+    if not 0 < lost < ranks:
+        raise CinemeshError(f"--lost {lost} of {ranks} ranks", remedy="some must be left", what="lost", value=lost)
+    return ranks - lost
+
+
+def _after_loss(recipe: Config, before: Resolved, left: Resolved) -> AfterLoss:
+    def samples_per_s(of: Resolved) -> float:
+        weights = [bucket.weight for bucket in recipe.data.shapes]
+        mean = sum(w * b for w, b in zip(weights, of.global_batches, strict=True)) / sum(weights)
+        return mean / of.step_s
+
+    proportional = samples_per_s(before) * left.plan.world_size / before.plan.world_size
+    return AfterLoss(
+        full_ranks=before.plan.world_size,
+        batches=batches_told(left.global_batches, tuple(recipe.data.global_batches)),
+        samples_per_s=samples_per_s(left),
+        full_samples_per_s=samples_per_s(before),
+        of_proportional=samples_per_s(left) / proportional,
+    )
 
 
 def _verdict(run: RecipeRun, lives: Lifetime | None, days: float) -> str:

@@ -10,7 +10,6 @@ from typing import Literal
 
 from ...errors import CinemeshError
 from ...files import atomic_file, check_output_file
-from ...parallel.ir.plan import Plan
 from ..jobs import kubernetes, local, slurm
 from ..jobs.job import ClusterJob, make_job
 from ..options import JobOptions
@@ -73,8 +72,9 @@ def run(order: LaunchOrder, options: JobOptions) -> int:
 
 def _job(order: LaunchOrder, per_node: int | None) -> ClusterJob:
     recipe, auto = read_recipe(order.recipe, order.overrides)
-    plan = _plan(recipe, auto, order)
-    _ = Setting.of(recipe).under(plan).batches  # raises where the plan does not divide one
+    setting = _under_its_plan(recipe, auto, order)
+    plan = setting.config.plan
+    _ = setting.batches  # raises where the plan does not divide one
     cluster = None if recipe.cluster is None else cluster_under(recipe, recipe.cluster)
     if per_node is None and cluster is None and order.target == "local":
         per_node = max(1, plan.world_size // 2)
@@ -83,15 +83,16 @@ def _job(order: LaunchOrder, per_node: int | None) -> ClusterJob:
     return make_job(order.recipe, plan, given, cluster=cluster, per_node=per_node, on_gpus=on_gpus)
 
 
-def _plan(recipe: Config, auto: Auto | None, order: LaunchOrder) -> Plan:
+def _under_its_plan(recipe: Config, auto: Auto | None, order: LaunchOrder) -> Setting:
+    setting = Setting.of(recipe)
     if auto is None:
         if order.ranks is not None:
             recipe.plan.check_world_size(order.ranks)
-        return recipe.plan
+        return setting
     if order.ranks is None:
         raise CinemeshError(f"{order.recipe}: its plan is auto", remedy="say for how many ranks: --ranks 6144")
-    setting = Setting.of(recipe)
-    return (resolved_before(order.ranks, auto, setting) or planned(order.ranks, auto, setting)).plan
+    chosen = resolved_before(order.ranks, auto, setting) or planned(order.ranks, auto, setting)
+    return setting.under(chosen.plan, chosen.global_batches)
 
 
 def _slurm(options: JobOptions) -> slurm.SlurmAsked:

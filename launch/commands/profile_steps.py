@@ -13,6 +13,7 @@ from ...model.weights import initial_values
 from ..cluster.processes import Joined
 from ..models import parse_latent
 from ..proof.traced import TakenSteps, taken_steps
+from ..training.batches import BatchHistory
 from ..training.feed import Feed
 from ..training.setting import Setting
 
@@ -37,7 +38,8 @@ def take_steps(setting: Setting, place: Joined, batch: BatchShape, steps: int) -
     """
     config = setting.config
     runner = setting.runners(place, [batch]).first
-    feed = Feed(config, setting.open_cache(place), place.mesh.data_rank if place.mesh else 0)
+    history = BatchHistory.of({}, setting.global_batches)
+    feed = Feed(config, setting.open_cache(place), place.mesh.data_rank if place.mesh else 0, history)
     bucket = setting.latents.index(batch.latent)
     own = [step for step, drawn in enumerate(feed.bucket) if drawn == bucket]
     if not own:

@@ -19,6 +19,7 @@ from ...perf_model.clusters.cluster import Cluster
 from ...perf_model.prices.played import play_program
 from ..cluster.environment import device_here, processes_here, say_device, world_size
 from ..cluster.processes import joined, launch, rank_main
+from ..training.batches import Batches
 from ..training.differences import recipe_facts
 from ..training.measured_rows import NO_CLUSTER
 from ..training.recipe import Config, read_recipe
@@ -54,7 +55,8 @@ def run(order: ProfileOrder) -> None:
     world = world_size(order.nproc)
     setting = Setting.of(recipe)
     if auto is not None:
-        setting = setting.under((resolved_before(world, auto, setting) or planned(world, auto, setting)).plan)
+        chosen = resolved_before(world, auto, setting) or planned(world, auto, setting)
+        setting = setting.under(chosen.plan, chosen.global_batches)
     config = setting.config
     config.plan.check_world_size(world)
     setting.check_training()
@@ -62,7 +64,8 @@ def run(order: ProfileOrder) -> None:
     say_device(config.device, processes_here(world))
     prices_beside(config, order.cluster, device_here(config.device, processes_here(world)))
     local = order.nproc or 1
-    code = launch(local, _work, config, order) if local > 1 else rank_main(lambda: _work(config, order))
+    given = config, setting.global_batches, order
+    code = launch(local, _work, *given) if local > 1 else rank_main(lambda: _work(*given))
     if code:
         sys.exit(code)
 
@@ -85,9 +88,9 @@ def prices_beside(config: Config, named: str | None, device: str) -> tuple[str, 
     return name, cluster
 
 
-def _work(config: Config, order: ProfileOrder) -> None:
+def _work(config: Config, batches: Batches, order: ProfileOrder) -> None:
     with joined(config.plan, config.device, recipe_facts(config)) as place:
-        setting = Setting.of(config)
+        setting = Setting.of(config, batches)
         batch = batch_of(setting, order.latent)
         runner, taken = take_steps(setting, place, batch, order.steps)
         everyones: Any = gather_objects(taken) if place.mesh is not None else [taken]

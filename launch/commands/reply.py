@@ -267,12 +267,24 @@ class RecipeRun:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AfterLoss:
+    """A run that goes on with the ranks that are left of `full_ranks`, by the planner's predictions for both."""
+
+    full_ranks: int
+    batches: Annotated[str, "samples of a step, in words"]
+    samples_per_s: float
+    full_samples_per_s: Annotated[float, "of all ranks"]
+    of_proportional: Annotated[float, "`samples_per_s` over the share of `full_samples_per_s` that the ranks left are"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class DryRunReply(RecipeRun, Heading):
     """`cinemesh train CONFIG --dry-run --json`."""
 
     order: Annotated[str, ORDER] = ""
     start_up: StartUpCost
     lifetime: Annotated[Lifetime | None, "with failures, simulated; null for a cluster that says nothing of them"]
+    after_loss: Annotated[AfterLoss | None, "with `--lost`: all else is of the ranks that are left"] = None
     days: Annotated[float, "of the run; with failures, where these are simulated"]
     verdict: Annotated[str, "all of it in a line"]
 

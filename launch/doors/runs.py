@@ -36,6 +36,10 @@ def train(
     ranks: Annotated[
         int | None, typer.Option("--ranks", **bounds(GPUS_RANGE), help="Devices of the dry run; default: the plan's.")
     ] = None,
+    lost: Annotated[
+        int | None,
+        typer.Option("--lost", **bounds(GPUS_RANGE), help="Devices that its run has lost, and goes on without."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a model, or resume its training.
@@ -52,8 +56,9 @@ def train(
             )
         from ..commands.dry_run import run as show
 
-        return show(config=config, ranks=ranks or nproc, overrides=given, as_json=as_json)
-    for option in [name for name, said in (("--ranks", ranks is not None), ("--json", as_json)) if said]:
+        return show(config=config, ranks=ranks or nproc, lost=lost, overrides=given, as_json=as_json)
+    of_dry_run = (("--ranks", ranks is not None), ("--lost", lost is not None), ("--json", as_json))
+    for option in [name for name, said in of_dry_run if said]:
         raise CinemeshError(f"{option} says nothing to a run that starts", remedy="add --dry-run, or leave it out")
     from ..train import run
 

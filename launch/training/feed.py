@@ -1,6 +1,7 @@
 """The batches of a run, in the order that its seed says: read when a step begins, on a GPU while the one before runs.
 
-A step's samples are a function of the seed and the step, so what was read ahead is what would be read then.
+A step's samples are a function of the seed, the step and how many the steps before took (``batches.py``), so what was
+read ahead is what would be read then.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...data.cache import Cache, collate
-from ...data.order import Stream, balanced, samples_of_a_read, turns
+from ...data.order import Stream, balanced, drawn_buckets, samples_of_a_read
 from ...errors import CinemeshError
+from .batches import BatchHistory
 from .recipe import Config
 
 if TYPE_CHECKING:
@@ -32,12 +34,12 @@ class StepBatches:
 class Feed:
     """Of one data rank."""
 
-    def __init__(self, config: Config, cache: Cache, data_rank: int) -> None:
-        self.config, self.cache, self.data_rank = config, cache, data_rank
+    def __init__(self, config: Config, cache: Cache, data_rank: int, history: BatchHistory) -> None:
+        self.config, self.cache, self.data_rank, self.history = config, cache, data_rank, history
         data, seed = config.data, config.seed
         self.weights = [bucket.weight for bucket in data.shapes]
-        drawn = turns(seed, config.schedule.steps, self.weights)
-        self.bucket, self.turn = (values.tolist() for values in drawn)  # of every step
+        self.bucket: list[int] = drawn_buckets(seed, config.schedule.steps, self.weights).tolist()  # of every step
+        self.places = history.places(self.bucket)
         trained = [windows.train for windows in cache.buckets]
         self.streams = [
             Stream(seed, bucket, balanced(train.scenes, data.balance), samples_of_a_read(train.latent_bytes))
@@ -57,6 +59,10 @@ class Feed:
             runner.load(micro_batch, batch)
         return taken.ids
 
+    def taken(self, step: int) -> list[int]:
+        """Of each bucket's stream, how many samples the steps before this one took."""
+        return self.history.taken(self.bucket[:step])
+
     def read_ahead(self, step: int) -> None:
         """What ``take`` will be asked for next. What cannot be read is told there: it is another step's failure."""
         try:
@@ -66,9 +72,9 @@ class Feed:
 
     def _read(self, step: int) -> StepBatches:
         plan, bucket = self.config.plan, self.bucket[step]
-        size = self.config.data.global_batches[bucket]
+        size = self.history.at(step)[bucket]
         train, share = self.cache.buckets[bucket].train, size // plan.micro_batches
-        indices = self.streams[bucket].take(self.turn[step] * size, size)
+        indices = self.streams[bucket].take(self.places[step], size)
         batches = [
             collate(train.select(indices[first : first + share]), self.data_rank, plan.data_ranks, first)
             for first in range(0, size, share)

@@ -33,6 +33,7 @@ from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, ran
 from ..cluster.verdict import stages_of
 from .average import remark
 from .base import BEGUN_WITH
+from .batches import BATCHES, Batches, BatchHistory, told
 from .card_watch import CardWatch
 from .checkpoint.choosing import FOLDER, VALIDATION_LOSS, Keep
 from .checkpoint.loading import resume
@@ -45,7 +46,7 @@ from .measured_rows import MeasuredRows
 from .needs import check_training_memory
 from .numerics import Numerics, gathered
 from .plateau import VALIDATIONS, Validated
-from .recipe import Config, read_config
+from .recipe import Config, read_run
 from .replicas import compare_replicas
 from .reports import Done, Reports
 from .resume import CONTENTS, allowed_changes, check_may_change
@@ -64,23 +65,27 @@ SAMPLES = "samples"  # of a checkpoint's note: how many of each bucket's stream 
 
 def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
     """Train, on ``nproc`` processes of this machine or on those that torchrun started. Exits with the ranks' code."""
-    recipe = read_config(config, overrides)
+    recipe, batches = read_run(config, overrides)
     recipe.plan.check_world_size(world_size(nproc))
     check_may_change(recipe)
-    setting = Setting.of(recipe)
+    setting = Setting.of(recipe, batches)
     setting.check_training()
     check_start(recipe, setting.model)
     check_training_memory(setting)
     local = nproc or 1
-    code = launch(local, train, recipe) if local > 1 else rank_main(lambda: train(recipe))
+    code = launch(local, train, recipe, batches) if local > 1 else rank_main(lambda: train(recipe, batches))
     if code:
         sys.exit(code)
 
 
-def train(config: Config) -> None:
-    """The work of one rank. Raises Stopped when a signal asked for it and the state is saved."""
-    with joined(config.plan, config.device, recipe_facts(config), config.logging.directory) as place:
-        setting, stop = Setting.of(config), StopSignal()
+def train(config: Config, batches: Batches | None = None) -> None:
+    """The work of one rank. ``batches``: samples of a step, where they are not the recipe's.
+
+    Raises Stopped when a signal asked for it and the state is saved.
+    """
+    alike = recipe_facts(config) | {"samples of a step": str(batches or config.data.global_batches)}
+    with joined(config.plan, config.device, alike, config.logging.directory) as place:
+        setting, stop = Setting.of(config, batches), StopSignal()
         cache = setting.open_cache(place)
         setting.sampled_captions(cache)  # refused before training, not after
         with stop:
@@ -114,6 +119,9 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
     elif resumed is None:
         runner.initialise(initial_values(config.seed))
     carried = {BEGUN_WITH: begun.note} if begun else carried_on(resumed.manifest.note) if resumed else {}
+    asked = tuple(config.data.global_batches)
+    before = BatchHistory.of(resumed.manifest.note if resumed else {}, setting.global_batches)
+    history = before.going_on(runner.steps_done, setting.global_batches)
     telemetry = Telemetry(config.logging.directory, config.schedule.steps, runner.steps_done, since) if speaks else None
     if telemetry:
         telemetry.say(f"{setting.model.name}: {config.plan.equation()} processes on {place.device}; "
@@ -124,6 +132,8 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
             telemetry.say(f"not as in the run so far: {change}")
         for error in resumed.damaged if resumed else ():
             telemetry.say(f"WARNING: {error.problem}; it was passed over")
+        if history != before or setting.global_batches != asked:
+            telemetry.say(f"from step {runner.steps_done + 1} on a step takes {told(setting.global_batches, asked)}")
         for windows in cache.buckets:
             telemetry.say(f"bucket {windows.bucket}: {len(windows.train)} training and {len(windows.validation)} "
                           "validation windows")  # fmt: skip
@@ -136,7 +146,8 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
     try:
         log = config.logging
         saver = Saver(checkpoints, runner, Keep(log.keep, log.keep_every, log.keep_best))
-        loop = _Loop(setting, buckets, cache, saver, telemetry, carried, place.marks, CardWatch.of(place))
+        feed = Feed(config, cache, runner.mesh.data_rank if runner.mesh else 0, history)
+        loop = _Loop(setting, buckets, feed, saver, telemetry, carried, place.marks, CardWatch.of(place))
         if place.watched is not None:
             place.watched.tell(config.plan, [stages_of(program) for program in loop.runs.programs])
         loop.run(stop)
@@ -154,7 +165,7 @@ class _Loop:
         self,
         setting: Setting,
         runners: BucketRunner,
-        cache: Cache,
+        feed: Feed,
         saver: Saver,
         telemetry: Telemetry | None,
         carried: dict[str, Any],
@@ -163,7 +174,7 @@ class _Loop:
     ) -> None:
         self.cards = cards
         self.config, self.runners, self.runner = setting.config, runners, runners.first
-        self.cache, self.saver, self.telemetry, self.marks = cache, saver, telemetry, marks
+        self.feed, self.cache, self.saver, self.telemetry, self.marks = feed, feed.cache, saver, telemetry, marks
         self.carried = carried  # of a checkpoint's note, from one to the next
         self.failed_saves = 0  # in a row
         self.compared = self.runner.steps_done  # when replicas were last the same
@@ -171,12 +182,11 @@ class _Loop:
         self.latents = [batch.latent for batch in setting.batches]
         log = self.config.logging
         self.rows = MeasuredRows(self.config, runners, self.latents) if telemetry else None
-        self.feed = Feed(self.config, cache, self.runner.mesh.data_rank if self.runner.mesh else 0)
         self.reads_ahead = torch.device(self.runner.executor.device).type in READS_AHEAD
         self.runs = MarkedRuns(runners, marks)
         self.held_out = None
         if log.validate_every:
-            self.held_out = HeldOutWindows(runners, self.latents, cache, self.config, self.runs.run)
+            self.held_out = HeldOutWindows(runners, self.latents, self.cache, self.config, self.runs.run)
             self.runs.programs = [*self.runs.programs, *self.held_out.programs]
         if self.config.schedule.decay == "plateau" and not self.held_out:
             raise CinemeshError(
@@ -340,12 +350,12 @@ class _Loop:
         self.compared = step
 
     def _begin_save(self, step: int) -> None:
-        sizes = self.config.data.global_batches
         note = self.carried | {
             RECIPE: recorded(self.config),
             CONTENTS: self.cache.contents,
             FRAME_RATE: str(self.cache.frame_rate),
-            SAMPLES: [self.feed.bucket[:step].count(bucket) * size for bucket, size in enumerate(sizes)],
+            SAMPLES: self.feed.taken(step),
+            BATCHES: self.feed.history.noted(),
         }
         if self.validated is not None and self.validated[0] == step:
             note[VALIDATION_LOSS] = self.validated[1]

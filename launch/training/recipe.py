@@ -29,6 +29,7 @@ from ...parallel.ir.plan import Plan
 from ...ranges import BATCH_RANGE, EULER_RANGE, GUIDANCE_RANGE, MOST_STEPS, SEED_RANGE, STEPS_RANGE, integers, reals
 from ..plans import held_fields, read_plan
 from .model_section import SECTION_CONFIG, ModelSection, StartFrom
+from .batches import Batches
 from .plateau import Validated, plateaus
 from .resolved import FILE as RESOLVED
 from .resolved import Resolved
@@ -207,6 +208,11 @@ class Config:
     caption_dropout: Annotated[
         float, DROPOUT_RANGE, "part of the samples that are trained on without their caption"
     ] = CAPTION_DROPOUT
+    on_loss: Annotated[
+        Literal["shrink", "exact"],
+        "with `plan: auto` on ranks that no longer divide the global batch well: shrink takes fewer samples a step "
+        "(recorded, and taken up later), exact never does",
+    ] = "shrink"
     capture: Annotated[Capture, "steps replay, as frozen calls or a CUDA Graph: where it can be, never, or always"] = (
         "auto"
     )
@@ -267,16 +273,21 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises CinemeshError for a file that cannot be read, for keys that are unknown, missing or given twice, for values
     that break a rule, and for a plan that nobody has chosen yet.
     """
+    return read_run(path, overrides)[0]
+
+
+def read_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Batches]:
+    """As ``read_config``, with the samples that a step of every bucket has: the recipe's, or fewer of ranks left."""
     config, auto = read_recipe(path, overrides)
     if auto is None:
-        return config
+        return config, tuple(config.data.global_batches)
     resolved = Resolved.read(config.logging.directory)
     if resolved is None:
         raise CinemeshError(
             f"{path}: plan is auto, and {config.logging.directory / RESOLVED} does not say yet which",
             remedy="train with this recipe first, or give a plan",
         )
-    return replace(config, plan=resolved.plan)
+    return replace(config, plan=resolved.plan), resolved.global_batches
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Auto | None]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ from ..cluster.processes import joined, launch, rank_main
 from ..progress import progress
 from ..tables import new_console, plain_table
 from .base import check_base, read_base
+from .batches import BatchHistory
 from .checkpoint.choosing import FOLDER, published
 from .checkpoint.layout import Layout
 from .checkpoint.loading import newest_whole, read_states
@@ -35,7 +37,7 @@ from .differences import recipe_facts
 from .feed import Feed
 from .needs import check_training_memory
 from .numerics import Numerics, StepNumbers, gathered
-from .plateau import VALIDATIONS, Validated
+from .plateau import VALIDATIONS
 from .recipe import Config, read_config
 from .resume import allowed_changes
 from .setting import Setting
@@ -69,7 +71,8 @@ def run(*, config: Path, step: int, nproc: int | None, overrides: Sequence[str],
             f"no run in {recipe.logging.directory}", remedy="train with this recipe first, or set logging.directory"
         )
     say_device(recipe.device, processes_here(processes))
-    setting = Setting.of(recipe)
+    history = BatchHistory.of(_newest_note(recipe), tuple(recipe.data.global_batches))
+    setting = Setting.of(recipe, history.at(step - 1))
     setting.check_training()
     check_training_memory(setting)
     order = ReplayOrder(recipe, step, as_json)
@@ -80,12 +83,20 @@ def replay(order: ReplayOrder) -> int:
     """The work of one rank; rank 0 prints."""
     config = order.config
     with joined(config.plan, config.device, recipe_facts(config) | {"step": str(order.step)}) as place:
-        setting = Setting.of(config)
+        note = _newest_note(config)
+        history = BatchHistory.of(note, tuple(config.data.global_batches))
+        setting = Setting.of(config, history.at(order.step - 1))
         cache = setting.open_cache(place)
         runner = setting.runners(place)
         begun = _begin(order, setting, cache, runner)
-        validations = _validations(config.logging.directory / FOLDER)
-        feed = Feed(config, cache, place.mesh.data_rank if place.mesh else 0)
+        validations = note.get(VALIDATIONS, [])
+        feed = Feed(config, cache, place.mesh.data_rank if place.mesh else 0, history)
+        if history.at(runner.first.steps_done) != setting.global_batches:
+            raise CinemeshError(
+                f"steps got another number of samples between step {runner.first.steps_done}, whose checkpoint is the "
+                f"newest before it, and step {order.step}",
+                remedy="name a step for which a checkpoint later than that is there",
+            )
         first, ids, numerics = runner.first.steps_done, list[int](), None
         with progress("replaying", order.step - first, silent=place.rank > 0) as begin:
             for step in range(first, order.step):
@@ -123,12 +134,12 @@ def _begin(order: ReplayOrder, setting: Setting, cache: Cache, runner: BucketRun
     return "random weights"
 
 
-def _validations(folder: Path) -> list[Validated]:
-    """Of the run, as far as its newest checkpoint that can be read knows them: what cuts a learning rate."""
-    for path in published(folder):
+def _newest_note(config: Config) -> dict[str, Any]:
+    """Of the run's newest checkpoint that can be read: what it knows of the run, validations and batches."""
+    for path in published(config.logging.directory / FOLDER):
         with suppress(CinemeshError):
-            return read_manifest(path).note.get(VALIDATIONS, [])
-    return []
+            return read_manifest(path).note
+    return {}
 
 
 def _read(path: Path, order: ReplayOrder, setting: Setting, cache: Cache, states: StepRunner) -> Manifest:

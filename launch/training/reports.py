@@ -49,6 +49,7 @@ class StepOf:
     """What every step of one bucket is, on all ranks together."""
 
     name: str
+    samples: int
     tokens: int
     model_flops: int
     predicted_s: float | None
@@ -103,11 +104,12 @@ class Reports:
         buckets = [
             StepOf(
                 str(bucket),
-                runners.first.config.tokens(latent) * batch,
+                (samples := runners.runners[latent].samples),
+                runners.first.config.tokens(latent) * samples,
                 model_flops(runners.runners[latent].program),
                 predicted.step_s[latent_text(latent)] if predicted else None,
             )
-            for bucket, latent, batch in zip(config.data.shapes, latents, config.data.global_batches, strict=True)
+            for bucket, latent in zip(config.data.shapes, latents, strict=True)
         ]
         return cls(buckets, predicted, config, device, first, telemetry, cards)
 
@@ -145,6 +147,7 @@ class Reports:
         values = {
             "lr": done[-1].lr,
             "step_s": seconds / len(done),
+            "samples_per_step": _mean(step.samples for step in of),
             "tokens_per_step": _mean(step.tokens for step in of),
             "tokens_per_s": sum(step.tokens for step in of) / seconds,
             "memory_bytes": float(memory_bytes(self.device)),

@@ -45,6 +45,7 @@ ALLOWED = {
     "weights": Allowed.TOLD,
     "seed": Allowed.ASKED,
     "caption_dropout": Allowed.ASKED,
+    "on_loss": Allowed.FREE,
     "capture": Allowed.FREE,
     "device": Allowed.TOLD,
     "kernels": Allowed.TOLD,

@@ -19,30 +19,40 @@ from ...model.step import check
 from ...parallel.ir.plan import Plan
 from ...parallel.runtime.comm import barrier
 from ..cluster.processes import Joined
+from .batches import Batches
 from .recipe import Config
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A recipe, and what encodes and learns by it. No video, latent or weight is read."""
+    """A recipe, and what encodes and learns by it. No video, latent or weight is read.
+
+    ``global_batches``: samples of a step of every bucket; the recipe's, or fewer where ranks were lost.
+    """
 
     config: Config
     encoding: Encoding
     model: ModelConfig
+    global_batches: Batches
 
     @classmethod
-    def of(cls, config: Config) -> Setting:
-        """Raises CinemeshError for a codec, an encoder or a model that cannot be built."""
+    def of(cls, config: Config, batches: Batches | None = None) -> Setting:
+        """With the recipe's own batches, unless others are given.
+
+        Raises CinemeshError for a codec, an encoder or a model that cannot be built.
+        """
         encoding = Encoding.of(config.codec, config.data.encoders)
-        return cls(config, encoding, config.model.build(encoding))
+        own = tuple(config.data.global_batches)
+        return cls(config, encoding, config.model.build(encoding), batches or own)
 
     def kernels(self, device: str) -> Kernels:
         """What runs the ops on a device, as the recipe wants it. Raises CinemeshError where that cannot be."""
         return kernels_for(device, self.config.kernels, deterministic=self.config.deterministic)
 
-    def under(self, plan: Plan) -> Setting:
-        """The same with another plan."""
-        return replace(self, config=replace(self.config, plan=plan))
+    def under(self, plan: Plan, batches: Batches | None = None) -> Setting:
+        """The same with another plan, and other batches where these are given."""
+        config = replace(self.config, plan=plan)
+        return replace(self, config=config, global_batches=batches or self.global_batches)
 
     @cached_property
     def latents(self) -> list[Latent]:
@@ -52,7 +62,7 @@ class Setting:
     @cached_property
     def batches(self) -> list[BatchShape]:
         """One data rank's micro-batch of every bucket. Raises CinemeshError when the plan does not divide one."""
-        samples = map(self.config.plan.local_batch, self.config.data.global_batches)
+        samples = map(self.config.plan.local_batch, self.global_batches)
         batches = [BatchShape(*of) for of in zip(samples, self.latents, strict=True)]
         for batch in batches:
             check(self.model, self.config.plan, batch)

@@ -17,8 +17,8 @@ from cinemesh.data.order import (
     SHIFT_PURPOSE,
     Stream,
     balanced,
+    drawn_buckets,
     samples_of_a_read,
-    turns,
 )
 from cinemesh.model.inputs import IDS, PLACES
 
@@ -35,7 +35,7 @@ def philox_word(seed: int, purpose: int, step: int) -> int:
 
 @pytest.mark.parametrize(("seed", "weights"), [(0, [1.0, 2.0]), (5, [0.5, 0.1, 0.4]), (1 << 40, [3.0, 3.0, 1.0])])
 def test_the_bucket_of_a_step_is_where_its_number_falls_among_the_shares(seed: int, weights: list[float]) -> None:
-    buckets, _ = turns(seed, 40, weights)
+    buckets = drawn_buckets(seed, 40, weights)
     borders = np.cumsum(weights) / np.sum(weights)
     numbers = [(philox_word(seed, BUCKET_PURPOSE, step) + 0.5) / 2**32 for step in range(40)]
     assert buckets.tolist() == [int(np.sum(number >= borders)) for number in numbers]
@@ -43,42 +43,31 @@ def test_the_bucket_of_a_step_is_where_its_number_falls_among_the_shares(seed: i
 
 def test_the_first_buckets_of_a_run_stay_what_they_are() -> None:
     """Another draw would send a resumed run other samples."""
-    buckets, turn = turns(0, 12, [1.0, 2.0])
-    assert (buckets.tolist(), turn.tolist()) == (
-        [1, 1, 1, 1, 1, 1, 0, 1, 0, 1, 1, 0],
-        [0, 1, 2, 3, 4, 5, 0, 6, 1, 7, 8, 2],
-    )
+    assert drawn_buckets(0, 12, [1.0, 2.0]).tolist() == [1, 1, 1, 1, 1, 1, 0, 1, 0, 1, 1, 0]
 
 
-def test_a_turn_counts_the_earlier_steps_of_its_bucket() -> None:
-    buckets, turn = turns(3, 200, [1.0, 2.0, 0.5])
-    seen: Counter[int] = Counter()
-    for bucket, place in zip(buckets.tolist(), turn.tolist(), strict=True):
-        assert place == seen[bucket]
-        seen[bucket] += 1
-    shorter = turns(3, 60, [1.0, 2.0, 0.5])  # a run that was planned shorter goes on as one planned longer
-    assert torch.equal(shorter[0], buckets[:60]) and torch.equal(shorter[1], turn[:60])
-    alone = turns(3, 50, [0.3])
-    assert not alone[0].any() and alone[1].tolist() == list(range(50))
+def test_a_run_that_was_planned_shorter_goes_on_as_one_planned_longer() -> None:
+    buckets = drawn_buckets(3, 200, [1.0, 2.0, 0.5])
+    assert torch.equal(drawn_buckets(3, 60, [1.0, 2.0, 0.5]), buckets[:60]) and len(set(buckets.tolist())) == 3
+    assert not drawn_buckets(3, 50, [0.3]).any()
 
 
 def test_buckets_get_their_shares_of_the_steps() -> None:
     """Six binomial standard deviations, sqrt(n p (1 - p)): at most 210 of 6000 steps."""
     steps, weights = 6000, [3.0, 1.0, 2.0]
-    counts = Counter(turns(11, steps, weights)[0].tolist())
+    counts = Counter(drawn_buckets(11, steps, weights).tolist())
     for bucket, weight in enumerate(weights):
         p = weight / sum(weights)
         assert abs(counts[bucket] - steps * p) < 6 * (steps * p * (1 - p)) ** 0.5
 
 
-def turns_here() -> tuple[list[int], list[int]]:
-    buckets, turn = turns(9, 300, [0.1, 0.7, 0.2])
-    return buckets.tolist(), turn.tolist()
+def drawn_here() -> list[int]:
+    return drawn_buckets(9, 300, [0.1, 0.7, 0.2]).tolist()
 
 
 def test_every_rank_draws_the_same(pool: Pool) -> None:
-    here = turns_here()
-    assert pool.run(4, turns_here) == [here] * 4
+    here = drawn_here()
+    assert pool.run(4, drawn_here) == [here] * 4
 
 
 @pytest.mark.parametrize("count", [1, 6, 10, 75])

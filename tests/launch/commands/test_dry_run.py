@@ -80,7 +80,7 @@ def test_a_plan_left_to_the_planner_is_the_one_a_start_would_choose(path: Path, 
 def test_a_plan_that_the_run_has_already_is_the_one_that_is_shown(path: Path, tmp_path: Path) -> None:
     """A resume keeps it; the planner would choose no such plan."""
     slow = replace(Plan.parse("tp=2,dtype=float32"), recompute="full")
-    Resolved(slow, "local-cpu", 1.0, 1).write(tmp_path / "run")
+    Resolved(slow, "local-cpu", 1.0, 1, 2, (2, 4)).write(tmp_path / "run")
     said = told(path, "--ranks", "2", "--set", "plan=auto")
     assert said["plan"] == slow.to_dict()
 

@@ -20,7 +20,7 @@ from training import STATES, cinemesh, in_two_batches, in_two_buckets, recipe, s
 
 from cinemesh.data.building import build_cache
 from cinemesh.data.cache import Sample, collate
-from cinemesh.data.order import Stream, samples_of_a_read, turns
+from cinemesh.data.order import Stream, drawn_buckets, samples_of_a_read
 from cinemesh.data.video import frame_rate, read_frames
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels.reference import Kernel
@@ -219,18 +219,20 @@ def steps_by_hand(values: dict[str, Any]) -> dict[str, Tensor]:
     """The states after the recipe's steps, each taken by a plain runner of its bucket's shape that knows no other."""
     setting = Setting.of(check_config(values, "test"))
     config, cache = setting.config, setting.open_cache(Joined(0, "cpu", None))
-    buckets, turn = turns(config.seed, config.schedule.steps, [bucket.weight for bucket in config.data.shapes])
+    drawn = drawn_buckets(config.seed, config.schedule.steps, [bucket.weight for bucket in config.data.shapes])
+    place = [0 for _ in cache.buckets]
     options: dict[str, Any] = {"seed": config.seed, "caption_dropout": config.caption_dropout}
     runners = [StepRunner(setting.model, config.plan, b, config.optimizer, None, **options) for b in setting.batches]
     runners[0].initialise(initial_values(config.seed))
     state = {name: runners[0].buffers[name].clone() for name in STATES}
-    for step, (bucket, place) in enumerate(zip(buckets.tolist(), turn.tolist(), strict=True)):
+    for step, bucket in enumerate(drawn.tolist()):
         runner = runners[bucket]
         for name, value in state.items():
             runner.buffers[name].copy_(value)
         train, size = cache.buckets[bucket].train, setting.batches[bucket].samples
         stream = Stream(config.seed, bucket, range(len(train)), samples_of_a_read(train.latent_bytes))
-        batch = collate(train.select(stream.take(size * place, size)), 0, 1)
+        batch = collate(train.select(stream.take(place[bucket], size)), 0, 1)
+        place[bucket] += size
         runner.load(0, batch)
         runner.step(config.schedule.lr(config.optimizer.lr, step))
         state = {name: runner.buffers[name].clone() for name in STATES}
@@ -311,18 +313,18 @@ def test_every_bucket_is_captured_counted_and_validated(
 def faulty_rank(values: dict[str, Any], fault: str) -> str:
     """The error of one rank of two, of which rank 1 alone has the fault."""
     rank = dist.get_rank()
-    turns_as_they_are, collate_as_it_is = feed.turns, feed.collate
+    drawn_as_they_are, collate_as_it_is = feed.drawn_buckets, feed.collate
 
-    def other_buckets(seed: int, steps: int, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-        buckets, turn = turns_as_they_are(seed, steps, weights)
-        return 1 - buckets, turn
+    def other_buckets(seed: int, steps: int, weights: Sequence[float]) -> Tensor:
+        buckets = drawn_as_they_are(seed, steps, weights)
+        return 1 - buckets
 
     def narrow(*given: Any) -> dict[str, Tensor]:
         batch = collate_as_it_is(*given)
         return batch | {LATENTS: batch[LATENTS][..., :2]}
 
     if rank == 1:
-        feed.turns = other_buckets if fault == "draw" else feed.turns
+        feed.drawn_buckets = other_buckets if fault == "draw" else feed.drawn_buckets
         feed.collate = narrow if fault == "shape" else feed.collate
     mesh = Mesh(check_config(values, "test").plan)
     try:
@@ -331,7 +333,7 @@ def faulty_rank(values: dict[str, Any], fault: str) -> str:
     except CinemeshError as error:
         return str(error)
     finally:
-        feed.turns, feed.collate = turns_as_they_are, collate_as_it_is
+        feed.drawn_buckets, feed.collate = drawn_as_they_are, collate_as_it_is
         mesh.close()
     return "nothing was found"
 

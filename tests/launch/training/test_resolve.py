@@ -95,7 +95,7 @@ def test_every_reader_of_the_recipe_reads_the_resolved_plan(auto: Path, tmp_path
     with pytest.raises(CinemeshError, match=r"plan is auto, and .*resolved\.yaml does not say yet which; train with"):
         read_config(auto)
     plan = Plan(cp=2, dp_shard=1, dtype="float32")
-    Resolved(plan, "local-cpu", 1.0, 1).write(tmp_path / "run")
+    Resolved(plan, "local-cpu", 1.0, 1, 2, (2,)).write(tmp_path / "run")
     assert read_config(auto).plan == plan
 
 
@@ -148,7 +148,7 @@ def test_only_rank_0_asks_the_planner_and_the_others_wait_for_it(
 
     monkeypatch.setattr(resolve, "planned", counted)
     for stale in (Plan(dp_shard=4, dtype="float32"), Plan(dp_shard=2), Plan(dp_replicate=2, micro_batches=2)):
-        Resolved(stale, "local-cpu", 1.0, 1).write(tmp_path / "run")
+        Resolved(stale, "local-cpu", 1.0, 1, 2, (2,)).write(tmp_path / "run")
         monkeypatch.setattr(resolve, "MEETING_S", 0.3)
         with pytest.raises(CinemeshError, match="rank 0 wrote no plan of 2 processes"):
             resolve.resolve(config, wanted, 2, rank=1)
