@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import CinemeshError
-from ...perf_model.clusters.cluster import Cluster
 from ...perf_model.prices.lifetime import Lifetime, lifetime
-from ...perf_model.prices.played import PlayedStep
 from ...perf_model.report.explain import describe
 from ..tables import new_console
-from ..training.batches import told as batches_told
-from ..training.predict import check_memory, play_buckets
-from ..training.recipe import Config, read_recipe
+from ..training.predict import steps_that_fit
+from ..training.recipe import read_recipe
 from ..training.resolve import cluster_under, planned, resolved_before
-from ..training.resolved import Resolved
 from ..training.setting import Setting
 from . import reply
+from .after_loss import loss_told, planned_after_loss
 from .lifetime import print_lifetime
 from .reasons import print_start_up, start_up_cost
 from .recipe_run import Steps, print_recipe_run, recipe_run
-from .reply import AfterLoss, DryRunReply, RecipeRun, Schema
+from .reply import DryRunReply, RecipeRun, Schema
 from .software import print_order
 
 
@@ -44,8 +41,7 @@ def run(*, config: Path, ranks: int | None, lost: int | None, overrides: Sequenc
             raise CinemeshError(f"{config}: its plan is auto", remedy="say for how many devices: --ranks 6144")
         chosen = resolved_before(ranks, auto, setting) or planned(ranks, auto, setting)
         if lost is not None:
-            whole, chosen = chosen, planned(_left(ranks, lost), auto, setting, ranks)
-            after = _after_loss(recipe, whole, chosen)
+            chosen, after = planned_after_loss(chosen, lost, auto, setting)
         setting = setting.under(chosen.plan, chosen.global_batches)
     elif lost is not None:
         raise CinemeshError(
@@ -55,11 +51,11 @@ def run(*, config: Path, ranks: int | None, lost: int | None, overrides: Sequenc
         recipe.plan.check_world_size(ranks)
     data, plan = recipe.data, setting.config.plan
     steps = Steps(recipe.schedule.steps, [bucket.weight for bucket in data.shapes])
-    whole = recipe_run(setting.model, cluster, plan, _that_fit(setting, cluster), steps)
+    whole = recipe_run(setting.model, cluster, plan, steps_that_fit(setting, cluster, records := list[int]()), steps)
     lives = None
     if cluster.operations is not None:
         samples = sum(bucket.share * bucket.global_batch for bucket in whole.buckets)
-        lives = lifetime(setting.model, plan, cluster, whole.step_s, samples)
+        lives = lifetime(setting.model, plan, cluster, whole.step_s, samples, sum(records))
     days = whole.hours / 24.0 / (lives.usual.shares.training if lives else 1.0)
     told = DryRunReply(
         schema=Schema(name="train --dry-run"),
@@ -88,34 +84,8 @@ def run(*, config: Path, ranks: int | None, lost: int | None, overrides: Sequenc
     if lives is not None:
         print_lifetime(console, "the run", lives, None)
     if after is not None:
-        console.print(
-            f"\n{told.ranks:,} of {after.full_ranks:,} ranks are left: a step takes {after.batches}, "
-            f"{after.samples_per_s:.4g} samples/s of {after.full_samples_per_s:.4g} before, which is "
-            f"{after.of_proportional:.2%} of their share"
-        )
+        console.print(f"\n{loss_told(after, told.ranks)}")
     console.print(f"\n{told.verdict}")
-
-
-def _left(ranks: int, lost: int) -> int:
-    if not 0 < lost < ranks:
-        raise CinemeshError(f"--lost {lost} of {ranks} ranks", remedy="some must be left", what="lost", value=lost)
-    return ranks - lost
-
-
-def _after_loss(recipe: Config, before: Resolved, left: Resolved) -> AfterLoss:
-    def samples_per_s(of: Resolved) -> float:
-        weights = [bucket.weight for bucket in recipe.data.shapes]
-        mean = sum(w * b for w, b in zip(weights, of.global_batches, strict=True)) / sum(weights)
-        return mean / of.step_s
-
-    proportional = samples_per_s(before) * left.plan.world_size / before.plan.world_size
-    return AfterLoss(
-        full_ranks=before.plan.world_size,
-        batches=batches_told(left.global_batches, tuple(recipe.data.global_batches)),
-        samples_per_s=samples_per_s(left),
-        full_samples_per_s=samples_per_s(before),
-        of_proportional=samples_per_s(left) / proportional,
-    )
 
 
 def _verdict(run: RecipeRun, lives: Lifetime | None, days: float) -> str:
@@ -126,9 +96,3 @@ def _verdict(run: RecipeRun, lives: Lifetime | None, days: float) -> str:
         f"{fits}; {run.steps:,} steps take {days:.3g} days with failures, at a goodput of "
         f"{lives.usual.shares.training:.1%} with a checkpoint every {lives.usual.steps:,} steps"
     )
-
-
-def _that_fit(setting: Setting, cluster: Cluster) -> Iterator[PlayedStep]:
-    for step in play_buckets(setting, cluster):
-        check_memory(step, cluster)
-        yield step

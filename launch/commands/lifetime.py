@@ -9,6 +9,7 @@ from rich.console import Console
 from ...errors import CinemeshError
 from ...perf_model.clusters.cluster import Cluster
 from ...perf_model.prices.lifetime import Lifetime, lifetime, operations_of
+from ...perf_model.prices.restart import SHAPE_RECORDS
 from ...perf_model.search.planner import Search
 from ...perf_model.search.request import Request
 from ..tables import plain_table
@@ -65,7 +66,8 @@ class Lives:
 def _lifetime(request: Request, found: Search, place: int) -> Lifetime:
     choice = found.choices[place]
     samples = choice.samples_per_s * choice.step_s  # of a step: the mean over latents
-    return lifetime(request.config, choice.plan, request.cluster, choice.step_s, samples)
+    records = len(request.buckets) * SHAPE_RECORDS
+    return lifetime(request.config, choice.plan, request.cluster, choice.step_s, samples, records)
 
 
 def print_lifetime(console: Console, what: str, lives: Lifetime, price: float | None) -> None:
@@ -75,6 +77,8 @@ def print_lifetime(console: Console, what: str, lives: Lifetime, price: float | 
         f"{lives.rank_bytes / 1e9:.2f} GB of a rank, pauses the run for {lives.pause_s:.2g} s and holds "
         f"{lives.write_s:.2g} s later; from a failure that is noticed to the next step {lives.restart_s:.0f} s"
     )
+    told = ", ".join(f"{part.name} {part.seconds:.1f}" for part in lives.restart)
+    console.print(f"from a failure to the next step, s: {told}")
     table = plain_table("", *NUMBERS, right=NUMBERS)
     both = (lives.usual, lives.low)
 

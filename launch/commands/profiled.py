@@ -19,7 +19,6 @@ from ...perf_model.clusters.cluster import Cluster
 from ...perf_model.prices.played import play_program
 from ..cluster.environment import device_here, processes_here, say_device, world_size
 from ..cluster.processes import joined, launch, rank_main
-from ..training.batches import Batches
 from ..training.differences import recipe_facts
 from ..training.measured_rows import NO_CLUSTER
 from ..training.recipe import Config, read_recipe
@@ -88,7 +87,7 @@ def prices_beside(config: Config, named: str | None, device: str) -> tuple[str, 
     return name, cluster
 
 
-def _work(config: Config, batches: Batches, order: ProfileOrder) -> None:
+def _work(config: Config, batches: tuple[int, ...], order: ProfileOrder) -> None:
     with joined(config.plan, config.device, recipe_facts(config)) as place:
         setting = Setting.of(config, batches)
         batch = batch_of(setting, order.latent)

@@ -67,7 +67,7 @@ class BatchHistory:
             yield sizes, bucket_of[first:end]
 
 
-def told(batches: Batches, asked: Batches) -> str:
+def batches_told(batches: Batches, asked: Batches) -> str:
     """How many samples a step has, where a recipe asks for so many."""
     many, of = (" + ".join(f"{size:,}" for size in dict.fromkeys(sizes)) for sizes in (batches, asked))
     return f"{many} samples" if batches == asked else f"{many} samples in place of the recipe's {of}"

@@ -34,6 +34,7 @@ from ..cluster.verdict import stages_of
 from .average import remark
 from .base import BEGUN_WITH
 from .batches import BATCHES, Batches, BatchHistory, told
+from .batches import BATCHES, Batches, BatchHistory, batches_told
 from .card_watch import CardWatch
 from .checkpoint.choosing import FOLDER, VALIDATION_LOSS, Keep
 from .checkpoint.loading import resume
@@ -133,7 +134,9 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
         for error in resumed.damaged if resumed else ():
             telemetry.say(f"WARNING: {error.problem}; it was passed over")
         if history != before or setting.global_batches != asked:
-            telemetry.say(f"from step {runner.steps_done + 1} on a step takes {told(setting.global_batches, asked)}")
+            telemetry.say(
+                f"from step {runner.steps_done + 1} on a step takes {batches_told(setting.global_batches, asked)}"
+            )
         for windows in cache.buckets:
             telemetry.say(f"bucket {windows.bucket}: {len(windows.train)} training and {len(windows.validation)} "
                           "validation windows")  # fmt: skip

@@ -27,6 +27,14 @@ def play_buckets(setting: Setting, cluster: Cluster) -> Iterator[PlayedStep]:
         yield play_step(setting.model, setting.config.plan, batch, models, graphs=len(setting.batches))
 
 
+def steps_that_fit(setting: Setting, cluster: Cluster, records: list[int]) -> Iterator[PlayedStep]:
+    """The same, each with its number of records noted. Raises CinemeshError for a step that needs too much memory."""
+    for step in play_buckets(setting, cluster):
+        records.append(len(step.program.ops))
+        check_memory(step, cluster)
+        yield step
+
+
 def predict_run(setting: Setting, cluster: Cluster, *, must_fit: bool) -> Predicted:
     """What the cost model says of the recipe's plan.
 

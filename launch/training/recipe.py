@@ -208,11 +208,7 @@ class Config:
     caption_dropout: Annotated[
         float, DROPOUT_RANGE, "part of the samples that are trained on without their caption"
     ] = CAPTION_DROPOUT
-    on_loss: Annotated[
-        Literal["shrink", "exact"],
-        "with `plan: auto` on ranks that no longer divide the global batch well: shrink takes fewer samples a step "
-        "(recorded, and taken up later), exact never does",
-    ] = "shrink"
+    on_loss: Annotated[Literal["shrink", "exact"], "of ranks: a batch that those left divide no more"] = "shrink"
     capture: Annotated[Capture, "steps replay, as frozen calls or a CUDA Graph: where it can be, never, or always"] = (
         "auto"
     )
@@ -281,8 +277,7 @@ def read_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Batches
     config, auto = read_recipe(path, overrides)
     if auto is None:
         return config, tuple(config.data.global_batches)
-    resolved = Resolved.read(config.logging.directory)
-    if resolved is None:
+    if (resolved := Resolved.read(config.logging.directory)) is None:
         raise CinemeshError(
             f"{path}: plan is auto, and {config.logging.directory / RESOLVED} does not say yet which",
             remedy="train with this recipe first, or give a plan",

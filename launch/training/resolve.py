@@ -23,7 +23,7 @@ from ...perf_model.search.request import Request, buckets_of_batches
 from ...perf_model.search.space import divisors
 from ...perf_model.search.tune import tune
 from ..cluster.meeting import MEETING_S
-from .batches import Batches, told
+from .batches import Batches, batches_told
 from .predict import predict_run
 from .recipe import Auto, Config
 from .resolved import FILE, Resolved
@@ -84,7 +84,7 @@ def _settled(directory: Path, world: int, auto: Auto, setting: Setting) -> Resol
     _say(f"{describe(chosen.plan)}, {priced}; written to {directory / FILE}")
     if chosen.global_batches != setting.global_batches:
         _say(f"WARNING: {world} of {chosen.full_ranks} processes are left: "
-             f"a step takes {told(chosen.global_batches, setting.global_batches)}")  # fmt: skip
+             f"a step takes {batches_told(chosen.global_batches, setting.global_batches)}")  # fmt: skip
     return chosen
 
 

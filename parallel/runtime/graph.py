@@ -15,8 +15,7 @@ import torch
 from ...errors import CinemeshError, in_a_line
 from .comm import barrier
 from .executor import Executor
-
-WARM_UP_STEPS = 2  # the first compiles kernels and connects communicators, the second shows that it did
+from .rehearsal import Rehearsal
 
 _abandoned: list[torch.cuda.CUDAGraph] = []  # of captures that failed: never destroyed, see GraphPool._put_right
 
@@ -41,21 +40,23 @@ class GraphPool:
         self.stream = torch.cuda.Stream(device)
         self.handle = torch.cuda.graph_pool_handle()
         self.graphs: list[Graph] = []
+        self.rehearsal = Rehearsal()
 
     @property
     def bytes(self) -> int:
         return sum(graph.pool_bytes for graph in self.graphs)
 
-    def warm_up(self, executor: Executor) -> None:
-        """Real steps on the stream of the capture: lazy set-up may not happen inside one.
+    def warm_up(self, executor: Executor) -> list[str]:
+        """Each thing of a step once, on the stream of the capture: lazy set-up may not happen inside one.
 
-        What fails here ends the process, and so the job: other ranks wait in collectives, where no vote reaches them.
+        Answers the names of the records that ran. What fails here ends the process, and so the job: other ranks wait in
+        collectives, where no vote reaches them.
         """
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            for _ in range(WARM_UP_STEPS):
-                executor.run()
+            ran = self.rehearsal.run(executor)
         torch.cuda.current_stream().wait_stream(self.stream)
+        return ran
 
     def capture(self, executor: Executor, *, keep: bool = False) -> tuple[Graph | None, str | None]:
         """The graph, or why there is none, with the op's name. Nothing is executed. All ranks capture together.

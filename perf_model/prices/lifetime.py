@@ -12,11 +12,10 @@ from ...parallel.ir.plan import Plan
 from ..clusters.cluster import Cluster
 from ..clusters.schema import Operations
 from .goodput import DAY_S, Conditions, Shares, best_simulated, mean_shares, proposed_steps, worthwhile_spares
-from .startup import hosts_start, start_up
+from .restart import SHAPE_RECORDS, RestartPart, restart_parts
 
 STATES = 4  # of a checkpoint: master weights, two moments, averaged weights
-HANG_S = 1800.0  # until a collective that does not end is given up (launch/cluster/processes.py: ANSWER_S)
-WARM_UP_STEPS = 2  # whole steps before a capture (parallel/runtime/graph.py)
+HANG_S, HANG_STEPS = 60.0, 10.0  # until a hang is told, at least, and in steps (launch/cluster/sidecar.py)
 MOST_SPARES = 8  # nodes: at these rates more of them wait than work
 WHOLE = 1e6  # samples, of which GPU hours are told
 
@@ -42,13 +41,17 @@ class Goodput:
 
 @dataclass(frozen=True, kw_only=True)
 class Lifetime:
-    """A plan's run on a cluster, where fewer things fail and where more do. ``restart_s``: from noticing to a step."""
+    """A plan's run on a cluster, where fewer things fail and where more do.
+
+    ``restart_s``: from noticing to a step; ``restart``: its parts, and before them the noticing.
+    """
 
     checkpoint_bytes: int
     rank_bytes: int
     pause_s: float
     write_s: float
     restart_s: float
+    restart: list[RestartPart]
     usual: Goodput
     low: Goodput
 
@@ -70,21 +73,25 @@ def operations_of(cluster: Cluster) -> Operations:
     return cluster.operations
 
 
-def lifetime(config: ModelConfig, plan: Plan, cluster: Cluster, step_s: float, samples: float) -> Lifetime:
-    """Of a run whose steps take ``step_s`` and ``samples``. Raises CinemeshError as :func:`operations_of`."""
+def lifetime(
+    config: ModelConfig, plan: Plan, cluster: Cluster, step_s: float, samples: float, records: int = SHAPE_RECORDS
+) -> Lifetime:
+    """Of a run whose steps take ``step_s`` and ``samples``; ``records``: of the steps of all shapes.
+
+    Raises CinemeshError as :func:`operations_of`.
+    """
     operations = operations_of(cluster)
     whole, own = checkpoint_bytes(config, plan)
     pause_s = operations.pause_s + (own / cluster.host.from_bytes_per_s if cluster.host is not None else 0.0)
-    hosts = hosts_start(plan, cluster)
-    restart_s = operations.restart_s + whole / operations.read_bytes_per_s + WARM_UP_STEPS * step_s
-    restart_s += sum(each.seconds for each in start_up(plan, cluster)) + (hosts.seconds if hosts is not None else 0.0)
+    restart = restart_parts(plan, cluster, operations, whole, records)
+    restart_s = sum(part.seconds for part in restart[1:])
     conditions = Conditions(
         step_s=step_s,
         mtbf_s=operations.gpu_mtbf_s / plan.world_size,
         pause_s=pause_s,
         write_s=whole / operations.write_bytes_per_s,
         notice_s=operations.notice_s,
-        hang_s=HANG_S,
+        hang_s=max(HANG_S, HANG_STEPS * step_s),
         hang_fraction=operations.hang_fraction,
         restart_s=restart_s,
         node_fraction=operations.node_fraction,
@@ -98,6 +105,7 @@ def lifetime(config: ModelConfig, plan: Plan, cluster: Cluster, step_s: float, s
         pause_s=pause_s,
         write_s=conditions.write_s,
         restart_s=restart_s,
+        restart=restart,
         usual=_goodput(conditions, nodes, plan.world_size, samples),
         low=_goodput(often, nodes, plan.world_size, samples),
     )

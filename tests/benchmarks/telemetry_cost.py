@@ -39,7 +39,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         telemetry = Telemetry(Path(folder), STEPS, 0)
         predicted = Predicted(config.plan, "c", "cpu", {}, 10**9, 1e11)
-        reports = Reports([StepOf("2x16x16", 1024, 10**11, step_s)], predicted, config, "cpu", 0, telemetry)
+        reports = Reports([StepOf("2x16x16", 1, 1024, 10**11, step_s)], predicted, config, "cpu", 0, telemetry)
         begun, own = time.process_time(), telemetry.cpu_s
         for step in range(1, STEPS + 1):
             reports.add(Done(0, 1e-3, step_s * (1 + step % 7 / 100), 1.0 / step, 2.0, 0.001))

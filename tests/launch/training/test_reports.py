@@ -53,7 +53,7 @@ def test_times_of_an_interval_are_means_and_rates_are_of_its_total(values: dict[
     """By hand: a mean of rates, a skipped update's loss in a mean, or one device's peak for two shows here."""
     config = check_config(values | {"plan": {"dp_shard": 2}}, "test")
     predicted = Predicted(config.plan, "c", "cpu", {}, 5, 1e3)
-    buckets = [StepOf("a", 10, 600, 1.5), StepOf("b", 40, 3000, 2.5)]
+    buckets = [StepOf("a", 2, 10, 600, 1.5), StepOf("b", 8, 40, 3000, 2.5)]
     reports = Reports(buckets, predicted, config, "cpu", 0, None)
     steps = [Done(0, 0.3, 1.0, 2.0, 4.0), Done(1, 0.2, 4.0, 3.0, 6.0), Done(0, 0.1, 2.0, float("nan"), 1.0)]
     found = reports.values(steps)
@@ -62,6 +62,7 @@ def test_times_of_an_interval_are_means_and_rates_are_of_its_total(values: dict[
         {
             "lr": 0.1,
             "step_s": 7 / 3,
+            "samples_per_step": 4.0,
             "tokens_per_step": 20.0,
             "tokens_per_s": 60 / 7,
             "loss": 2.5,
@@ -83,7 +84,7 @@ def test_the_time_that_is_left_is_at_the_pace_of_this_start(
     """Steps of an earlier start took none of its time: 20 s for steps 4 and 5 of 6 leave 10 s, not 4."""
     clock = iter((100.0, 120.0))
     monkeypatch.setattr("cinemesh.launch.training.reports.time.monotonic", lambda: next(clock))
-    reports = Reports([StepOf("a", 1, 1, None)], None, check_config(values, "test"), "cpu", 3, None)
+    reports = Reports([StepOf("a", 1, 1, 1, None)], None, check_config(values, "test"), "cpu", 3, None)
     line = reports.line(5, reports.values([Done(0, 0.1, 1.0, 1.0, 1.0)]))
     assert line.startswith("step 5/6: ") and line.endswith("0:00:10 left") and "predicted" not in line
 

@@ -8,10 +8,9 @@ from dataclasses import astuple, replace
 import pytest
 
 from cinemesh.errors import CinemeshError
-from cinemesh.launch.cluster.processes import ANSWER_S
+from cinemesh.launch.cluster import sidecar
 from cinemesh.model.config import parameters, preset
 from cinemesh.parallel.ir.plan import Plan
-from cinemesh.parallel.runtime import graph
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices import lifetime as module
 from cinemesh.perf_model.prices.goodput import (
@@ -123,4 +122,4 @@ def test_the_plan_of_the_30b_lives_as_its_cluster_file_says() -> None:
 
 def test_constants_of_the_trainer_are_the_trainers() -> None:
     """Planning loads no torch, so they are written twice."""
-    assert (module.HANG_S, module.WARM_UP_STEPS) == (ANSWER_S, graph.WARM_UP_STEPS)
+    assert (module.HANG_S, module.HANG_STEPS) == (sidecar.LEAST_S, sidecar.TIMES)

@@ -12,7 +12,9 @@ from cinemesh.parallel.ir.sockets import sockets
 from cinemesh.parallel.passes.device_memory import BLAS_STREAM_BYTES, GRAPH_BYTES
 from cinemesh.perf_model.clusters.cluster import load
 from cinemesh.perf_model.prices.footprint import outside
+from cinemesh.perf_model.prices.lifetime import checkpoint_bytes, lifetime, operations_of
 from cinemesh.perf_model.prices.played import play_step
+from cinemesh.perf_model.prices.restart import SHAPE_RECORDS, restart_parts
 from cinemesh.perf_model.prices.startup import hosts_start, init_s, start_up
 from cinemesh.perf_model.search.evaluator import Evaluator
 from cinemesh.perf_model.search.request import LatentBucket, Request
@@ -78,3 +80,26 @@ def test_the_tree_of_hosts_is_priced_as_it_is_made(plan: Plan) -> None:
         sum(row.count for row in told.sockets) == most and f"sockets of a rank: {most} (store 1, hosts " in told.told()
     )
     assert hosts_start(Plan(), CLUSTER) is None
+
+
+def test_a_restart_of_6144_ranks_is_split_into_its_parts() -> None:
+    """At most 120 s with 20 shapes under the paper-like plan; the planner's tuned plan has five times the records."""
+    cluster = load("grand-teton-h100")
+    operations = operations_of(cluster)
+    plan = Plan.parse("tp=4,cp=2,dp_shard=768")
+    state_bytes, _ = checkpoint_bytes(preset("movie-gen-30b"), plan)
+    parts = {part.name: part.seconds for part in restart_parts(plan, cluster, operations, state_bytes, 20 * 4691)}
+    assert sum(parts.values()) <= 120 and all(seconds > 0 for seconds in parts.values())
+    assert parts["detection"] == operations.notice_s and parts["rendezvous"] == operations.restart_s
+    made = sum(each.seconds for each in start_up(plan, cluster))
+    assert parts["communicators"] > made > 15
+    assert parts["reading the checkpoint"] == pytest.approx(state_bytes / 2e12)
+    few = {part.name: part.seconds for part in restart_parts(plan, cluster, operations, state_bytes, 4691)}
+    for name in parts:
+        grows = 20 if name in ("steps built and bound", "capture") else 1
+        assert parts[name] == pytest.approx(grows * few[name])
+    sliced = Plan.parse("tp=2,cp=4,dp_shard=96,dp_replicate=8")
+    tuned = restart_parts(sliced, cluster, operations, state_bytes, 20 * SHAPE_RECORDS)
+    assert 120 < sum(part.seconds for part in tuned) < 170, "told, not hidden: building 20 shapes of 23,126 records"
+    found = lifetime(preset("movie-gen-30b"), plan, cluster, 8.74, 768, 4691)
+    assert found.restart_s == pytest.approx(sum(few.values()) - operations.notice_s)

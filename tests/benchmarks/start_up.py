@@ -1,0 +1,190 @@
+"""What a start of eight ranks takes, part by part, and what a captured step of the 30B would be rehearsed by.
+
+    python tests/benchmarks/start_up.py
+
+A job under torchrun on this machine, started, killed whole by a SIGKILL of one rank, and started again by its agent;
+moments are taken in the job's own processes. Writes ``results/start_up.json``. Wall seconds of eight ranks on fewer
+cores are mostly others' turns, so processor seconds of a rank stand beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+RESULT = Path(__file__).parent / "results" / "start_up.json"
+MACHINE = "2-core x86-64, no GPU"
+RANKS = 8
+PLANS = (
+    "tp=4,cp=2,dp_shard=768",
+    "tp=2,cp=4,dp_shard=96,dp_replicate=8,kv_chunks=3,tp_slices=8,defer_weight_gradients=true,grad_units=2",
+)
+
+
+def main() -> None:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import torch
+    import yaml
+    from training import recipe, write_clips
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_clips(folder)
+        values = recipe(folder, folder, tp=2, cp=2, dp_shard=2)
+        values["schedule"]["steps"], values["logging"]["checkpoint_every"] = 8, 2
+        values["logging"]["validate_every"] = 0
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+        agent = f"-m torch.distributed.run --standalone --nproc-per-node {RANKS} --max-restarts 1"
+        begun = time.time()
+        done = subprocess.run(
+            [sys.executable, *agent.split(), __file__, "rank", str(folder)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(file.read_text()) for file in sorted(folder.glob("*.moments"))]
+        killed = float((folder / "killed").read_text())
+    first, again = ([row for row in rows if row["life"] == life] for life in (0, 1))
+    told = {
+        "date": date.today().isoformat(),
+        "machine": MACHINE,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "command": "python tests/benchmarks/start_up.py",
+        "ranks": RANKS,
+        "first_start": _parts(first, begun),
+        "after_a_kill": _parts(again, killed),
+        "files": {
+            "bytes": int(median(row["bytes"] for row in first)),
+            "count": int(median(row["files"] for row in first)),
+        },
+        "store_requests_of_a_rank": int(median(row["requests"] for row in first)),
+        "rehearsed": [rehearsed(text) for text in PLANS],
+    }
+    RESULT.write_text(json.dumps(told, indent=1) + "\n")
+    print(json.dumps(told, indent=1))
+
+
+def _parts(rows: list[dict[str, Any]], since: float) -> dict[str, dict[str, float]]:
+    """Wall seconds until the last rank had it behind it, and processor seconds of the median one."""
+    names = list(rows[0]["at"])
+    parts: dict[str, dict[str, float]] = {}
+    before, cpu_before = since, [0.0] * len(rows)
+    for name in names:
+        ended = max(row["at"][name][0] for row in rows)
+        cpu = [row["at"][name][1] for row in rows]
+        parts[name] = {
+            "wall_s": round(ended - before, 2),
+            "cpu_s": round(median(b - a for a, b in zip(cpu_before, cpu, strict=True)), 3),
+        }
+        before, cpu_before = ended, cpu
+    return parts
+
+
+def rehearsed(text: str) -> dict[str, Any]:
+    """Of the 30B's step under a plan, bound without memory: what runs before its capture, and as it is priced."""
+    from cinemesh.kernels.reference import REFERENCE
+    from cinemesh.model.config import USUAL_LATENTS, preset
+    from cinemesh.model.inputs import BatchShape
+    from cinemesh.model.step import build_step
+    from cinemesh.parallel.ir.plan import Plan
+    from cinemesh.parallel.passes.pipeline import prepare
+    from cinemesh.parallel.runtime.alone import Alone
+    from cinemesh.parallel.runtime.executor import Executor
+    from cinemesh.parallel.runtime.mesh import coordinates
+    from cinemesh.parallel.runtime.rehearsal import Rehearsal
+    from cinemesh.perf_model.clusters.cluster import load
+    from cinemesh.perf_model.prices.played import play_program
+
+    plan, batch = Plan.parse(text), BatchShape(1, USUAL_LATENTS["movie-gen-30b"])
+    program = prepare(build_step(preset("movie-gen-30b"), plan, batch), backend="nccl")
+    executor = Executor(program, coordinates(plan, 0), Alone(plan), "meta", dict(REFERENCE))
+    names = {record.op.name for record in Rehearsal().chosen(program, executor.records)}
+    whole = play_program(program, batch, load("grand-teton-h100"))
+    seconds = {op.name: record.seconds for op, record in zip(program.ops, whole.tape.records, strict=True)}
+    return {
+        "plan": text,
+        "records": len(program.ops),
+        "rehearsed": len(names),
+        "of_these_collectives": sum(bool(op.axes) for op in program.ops if op.name in names),
+        "predicted_s": round(sum(seconds[name] for name in names), 3),
+        "predicted_step_s": round(whole.step_s, 2),
+    }
+
+
+# -- on a rank --------------------------------------------------------------------------------------------------------
+
+
+def rank(folder: Path) -> None:
+    at: dict[str, tuple[float, float]] = {}
+
+    def note(name: str) -> None:
+        at.setdefault(name, (time.time(), time.process_time()))
+
+    note("process")
+    from cinemesh.launch import train
+    from cinemesh.launch.cluster import meeting, processes
+    from cinemesh.launch.training import loop, reports, telemetry  # noqa: F401
+
+    note("imports")
+    number, life = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    requests = [0]
+    for name in ("set", "get", "add", "check", "compare_set", "wait"):
+        _counted(meeting.PrefixStore, name, requests)
+    _after(processes, "meet_alike", lambda: note("ranks meet and compare"))
+    _after(loop.Setting, "open_cache", lambda: note("communicators, the hosts' tree, the cache"))
+    _after(loop.Setting, "runners", lambda: note("shapes: build and bind"))
+    _after(loop, "resume", lambda: note("reading the checkpoint"))
+    _after(loop.BucketRunner, "capture", lambda: note("capture, one step"))
+
+    def stepped() -> None:
+        note("first step")
+        if life == 0 and number == 5 and (folder / "run" / "checkpoints" / "step-00000004").exists():
+            (folder / "killed").write_text(str(time.time()))
+            os.kill(os.getpid(), 9)
+        files = [Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
+        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
+        sizes = [file.stat().st_size for file in {*map(str, files), *mapped} for file in [Path(file)] if file.is_file()]
+        row = {"life": life, "at": at, "requests": requests[0], "bytes": sum(sizes), "files": len(sizes)}
+        if not (moments := folder / f"{life}-{number}.moments").exists():
+            moments.write_text(json.dumps(row))
+
+    _after(loop.BucketRunner, "step", stepped)
+    sys.argv = ["train", str(folder / "recipe.yaml")]
+    train.main()
+
+
+def _after(owner: Any, name: str, then: Callable[[], None]) -> None:
+    before = getattr(owner, name)
+
+    def called(*given: Any, **named: Any) -> Any:
+        answer = before(*given, **named)
+        then()
+        return answer
+
+    setattr(owner, name, called)
+
+
+def _counted(owner: Any, name: str, count: list[int]) -> None:
+    before = getattr(owner, name)
+
+    def called(*given: Any, **named: Any) -> Any:
+        count[0] += 1
+        return before(*given, **named)
+
+    setattr(owner, name, called)
+
+
+if __name__ == "__main__":
+    rank(Path(sys.argv[2])) if sys.argv[1:2] == ["rank"] else main()
