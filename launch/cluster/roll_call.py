@@ -88,10 +88,15 @@ class RollCall:
 
     def machines(self, ranks: Iterable[int]) -> dict[int, str]:
         """Of these ranks, where it is known: as ``node-3 (node 3)``."""
-        store, keys = self.meeting.store, {rank: f"roll/machine/{rank}" for rank in ranks}
-        known = {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
-        said = {rank: parse_json(text, "where a rank is", "") for rank, text in known.items()}
-        return {rank: f"{host} (node {node})" for rank, (host, node) in said.items()}
+        return machines_of(self.meeting.store, ranks)
+
+
+def machines_of(store: Store, ranks: Iterable[int]) -> dict[int, str]:
+    """Of ranks whose watchdogs have said it, by the store of their round: as ``node-3 (node 3)``."""
+    keys = {rank: f"roll/machine/{rank}" for rank in ranks}
+    known = {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
+    said = {rank: parse_json(text, "where a rank is", "") for rank, text in known.items()}
+    return {rank: f"{host} (node {node})" for rank, (host, node) in said.items()}
 
 
 def _here(rank: int) -> str:

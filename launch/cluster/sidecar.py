@@ -41,6 +41,7 @@ from ...parallel.ir.layout import Axes
 from ...parallel.ir.plan import Plan
 from ...parallel.runtime.comm import count_host_calls
 from ...parallel.runtime.mesh import group_ranks
+from .flight import BUFFER, CommunicatorState, FlightRecorder, joined_flights
 from .marks import Doing, Marks, Standing
 from .meeting import Meeting
 from .roll_call import DEATH, DEATH_S, RollCall, wait_for
@@ -73,11 +74,13 @@ class Watched:
     pipe: Connection
     pid: int
     stack: BinaryIO
+    recorder: FlightRecorder
     programs: Sequence[Sequence[Waypoint]] = ()
 
     def tell(self, plan: Plan, programs: Sequence[Sequence[Waypoint]]) -> None:
         """What runs, by which a place is told."""
         self.programs = programs
+        self.recorder.listen()
         with suppress(OSError):  # it is gone: the rank goes on without it
             self.pipe.send_bytes(pickle.dumps((plan, programs)))
 
@@ -107,6 +110,7 @@ class Watched:
         self.pipe.close()
         faulthandler.unregister(SHOW_STACK)
         self.stack.close()
+        self.recorder.close()
 
 
 def watched(meeting: Meeting, directory: Path) -> Watched:
@@ -115,6 +119,7 @@ def watched(meeting: Meeting, directory: Path) -> Watched:
     count_host_calls(marks.host_calls)
     ours, theirs = cast(tuple[Connection, Connection], Pipe())
     stack: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115  of both processes, as long as they live
+    recorder = FlightRecorder.made()
     faulthandler.register(SHOW_STACK, stack)
     rank_pid = os.getpid()
     sys.stdout.flush()
@@ -124,12 +129,12 @@ def watched(meeting: Meeting, directory: Path) -> Watched:
         pid = os.fork()
     if pid:
         theirs.close()
-        return Watched(marks, directory, ours, pid, stack)
+        return Watched(marks, directory, ours, pid, stack, recorder)
     try:
         ours.close()
         for number in (signal.SIGINT, signal.SIGTERM):  # the rank's, of the terminal or the launcher; Ctrl-Z is for all
             signal.signal(number, signal.SIG_IGN)
-        _Watchdog(meeting, marks, directory, theirs, rank_pid, stack).run()
+        _Watchdog(meeting, marks, directory, theirs, rank_pid, stack, recorder).run()
     except Exception:  # noqa: BLE001  the rank goes on without it
         traceback.print_exc()
     finally:
@@ -146,6 +151,7 @@ class _Watchdog:
     pipe: Connection
     rank_pid: int
     stack: BinaryIO
+    recorder: FlightRecorder | None = None
     plan: Plan | None = None
     programs: Sequence[Sequence[Waypoint]] = ()
     roll: RollCall = field(init=False)
@@ -267,6 +273,7 @@ class _Watchdog:
     def _called(self, store: Store, silent_s: float, limit_s: float) -> None:
         """Say where the rank stands; who called first judges."""
         self._say_where(store, self._at(silent_s))
+        self._say_flight(store)
         if silent_s <= limit_s or store.add("watchdog/judges", 1) > 1:
             return
         store.set(CALLED, "")
@@ -279,7 +286,20 @@ class _Watchdog:
         verdict = judged(ranks, self.programs, group, limit_s, machines)
         if (stack := self._stack_of(verdict.guilty[0], store)) and (inside := _innermost(stack)):
             verdict = replace(verdict, text=f"{verdict.text}; rank {verdict.guilty[0]} is in {inside}")
+        if plan is not None and (flights := joined_flights(self._flights(store), plan)):
+            verdict = replace(verdict, text=f"{verdict.text}; {flights}")
         self._tell(store, verdict, stack)
+
+    def _say_flight(self, store: Store) -> None:
+        """What the rank's flight recorder knows, where it has one and the rank is not stopped."""
+        if self.recorder is not None and int(os.environ.get(BUFFER, "0") or 0) > 0 and not _is_stopped(self.rank_pid):
+            store.set(f"watchdog/flight/{self.meeting.rank}", json.dumps(self.recorder.ask(STACK_S)))
+
+    def _flights(self, store: Store) -> dict[int, dict[str, CommunicatorState]]:
+        keys = {rank: f"watchdog/flight/{rank}" for rank in range(self.meeting.world)}
+        known = {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
+        said = {rank: parse_json(text, "where collectives stand", "") for rank, text in known.items()}
+        return {rank: {name: CommunicatorState(*of) for name, of in each.items()} for rank, each in said.items()}
 
     def _tell(self, store: Store, verdict: RoundEnd, stack: str = "") -> None:
         """To people, to the next round, and to all watchdogs, who end their ranks."""

@@ -38,6 +38,7 @@ def variables(job: ClusterJob, interface: str | None) -> Iterator[Variable]:
     yield Variable("PYTHONFAULTHANDLER", "1", "a rank that dies in native code says where")
     if job.on_gpus:
         yield Variable("NCCL_DEBUG", "WARN", "what NCCL says of the cause of a failure, and nothing else")
+        yield Variable("TORCH_FR_BUFFER_SIZE", "2000", "what NCCL's collectives did last is joined to a hang's verdict")
         yield Variable(
             "TRITON_CACHE_DIR",
             f"/tmp/cinemesh-triton-{os.getuid()}",  # nosec B108  on nodes whose other users are trusted

@@ -57,6 +57,17 @@ class CardWatch:
         said = [parse_json(text.decode(), "what a machine said of its GPUs", "") for text in self.store.multi_get(keys)]
         return {one["host"]: [read_record(CardFacts, card, "a GPU") for card in one["cards"]] for one in said}
 
+    def told_of(self, rank: int) -> str:
+        """What the GPU of a rank said last, in words."""
+        machines = list(self.read().values())
+        machine, index = divmod(rank, self.local)
+        if machine >= len(machines) or index >= len(machines[machine]):
+            return ""
+        card = machines[machine][index]
+        told = {"MHz": card.clock_mhz, "W": card.power_w, "degrees": card.temperature_c}
+        numbers = [f"{value:.0f} {unit}" for unit, value in told.items() if value is not None]
+        return f"GPU {card.index}: {', '.join([*numbers, *card.slowed])}" if numbers or card.slowed else ""
+
     def values(self, of: Mapping[str, Sequence[CardFacts]]) -> dict[str, float]:
         """Numbers of a report; none where no GPU is told of."""
         cards = [card for cards in of.values() for card in cards]

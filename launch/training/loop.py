@@ -35,7 +35,6 @@ from .average import remark
 from .base import BEGUN_WITH
 from .batches import BATCHES, Batches, BatchHistory, told
 from .batches import BATCHES, Batches, BatchHistory, batches_told
-from .card_watch import CardWatch
 from .checkpoint.choosing import FOLDER, VALIDATION_LOSS, Keep
 from .checkpoint.loading import resume
 from .checkpoint.saving import Saver
@@ -55,6 +54,8 @@ from .sample import FRAME_RATE
 from .setting import Setting
 from .showcase import show_samples
 from .start import begin, carried_on, check_start, put_under
+from .start import BEGUN_WITH, begin, carried_on, check_start
+from .stragglers import UNITS_PER_S, Stragglers
 from .telemetry import Telemetry
 from .validation import HeldOutWindows
 
@@ -150,7 +151,7 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
         log = config.logging
         saver = Saver(checkpoints, runner, Keep(log.keep, log.keep_every, log.keep_best))
         feed = Feed(config, cache, runner.mesh.data_rank if runner.mesh else 0, history)
-        loop = _Loop(setting, buckets, feed, saver, telemetry, carried, place.marks, CardWatch.of(place))
+        loop = _Loop(setting, buckets, feed, saver, telemetry, carried, place.marks, Stragglers.of(place))
         if place.watched is not None:
             place.watched.tell(config.plan, [stages_of(program) for program in loop.runs.programs])
         loop.run(stop)
@@ -173,9 +174,9 @@ class _Loop:
         telemetry: Telemetry | None,
         carried: dict[str, Any],
         marks: Marks,
-        cards: CardWatch | None = None,
+        stragglers: Stragglers | None = None,
     ) -> None:
-        self.cards = cards
+        self.stragglers, self.computed_s = stragglers or Stragglers(), 0.0  # of this rank, in the step before
         self.config, self.runners, self.runner = setting.config, runners, runners.first
         self.feed, self.cache, self.saver, self.telemetry, self.marks = feed, feed.cache, saver, telemetry, marks
         self.carried = carried  # of a checkpoint's note, from one to the next
@@ -204,7 +205,7 @@ class _Loop:
         if step == 0:
             with self._losing(LossCause.VALIDATION):
                 self._validate(0)
-        reports = Reports.of(self.config, self.runners, self.latents, step, self.telemetry, self.cards)
+        reports = Reports.of(self.config, self.runners, self.latents, step, self.telemetry, self.stragglers)
         skipped = 0  # updates in a row
         while step < steps:
             begun = time.perf_counter()
@@ -213,6 +214,7 @@ class _Loop:
             if ids is None:
                 break
             loaded = time.perf_counter()
+            waited_s = self.runs.waited_s
             lr = self.config.schedule.lr(self.config.optimizer.lr, step, self.validations)
             measures = log.numerics_every and (step + 1) % log.numerics_every == 0
             numerics = Numerics(self.runners.current) if measures else None
@@ -220,6 +222,8 @@ class _Loop:
             if self.reads_ahead:
                 self.feed.read_ahead(step + 1)
             loss, norm = runner.loss.item(), runner.gradient_norm.item()  # between steps: the step itself reads nothing
+            if not self.reads_ahead:  # else it was behind nothing but its launches
+                self.computed_s = time.perf_counter() - loaded - (self.runs.waited_s - waited_s)
             self.marks.at(step, Doing.REPORTING)
             ended = time.perf_counter()
             done = Done(self.feed.bucket[step], lr, ended - begun, loss, norm, loaded - begun)
@@ -280,9 +284,14 @@ class _Loop:
             if written:
                 self._publish()
             return None if stop.signum is not None else ids
-        votes = torch.zeros(3 + len(self.latents), dtype=torch.int64)
+        every = 3 + len(self.latents)  # from there on, what each rank says
+        votes = torch.zeros(every + self.config.plan.world_size, dtype=torch.int64)
+        votes[every + self.runner.mesh.rank] = round(self.computed_s * UNITS_PER_S)
         votes[0], votes[1], votes[2], votes[3 + loaded] = stop.signum is not None, failure is not None, written, 1
-        stopped, failed, written, *taken = comm.sum_over_ranks(votes).tolist()
+        votes = comm.sum_over_ranks(votes)
+        stopped, failed, written, *taken = votes[:every].tolist()
+        if self.telemetry:
+            self.stragglers.add(votes[every:].tolist())
         if failed:
             first = comm.first_of(failure)
             assert first is not None

@@ -20,6 +20,12 @@ class MarkedRuns:
         self.runners, self.marks = runners, marks
         self.programs: Sequence[Program] = [runner.program for runner in runners.runners.values()]
 
+    @property
+    def waited_s(self) -> float:
+        """By this host, for other ranks, in all that ran."""
+        comm = self.runners.first.comm
+        return comm.waited_s if comm else 0.0
+
     def step(self, step: int, lr: float, numerics: Numerics | None = None) -> None:
         """One update on what was loaded last; measured, it runs from the executor."""
         replays, runner = numerics is None, self.runners.current

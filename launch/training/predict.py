@@ -41,12 +41,13 @@ def predict_run(setting: Setting, cluster: Cluster, *, must_fit: bool) -> Predic
     ``must_fit``: raise CinemeshError when a step needs more memory, as the planner counts, than a device has.
     """
     plan = setting.config.plan
-    step_s: dict[str, float] = {}
+    step_s, compute_s = dict[str, float](), dict[str, float]()
     peak_bytes = 0
     for step in play_buckets(setting, cluster):
         if must_fit:
             check_memory(step, cluster)
         step_s[latent_text(step.batch.latent)] = step.step_s
+        compute_s[latent_text(step.batch.latent)] = step.tape.compute_s
         peak_bytes = max(peak_bytes, step.footprint.peak_bytes)
     peak_flops_per_s = cluster.gpu.peak_flops[plan.compute_dtype]
     if cluster.has_placeholders("gpu.peak_flops"):
@@ -54,7 +55,7 @@ def predict_run(setting: Setting, cluster: Cluster, *, must_fit: bool) -> Predic
             f"the prices of {cluster.name} are placeholders: calibrate this machine and name its file", file=sys.stderr
         )
         peak_flops_per_s = None
-    return Predicted(plan, cluster.name, cluster.device, step_s, peak_bytes, peak_flops_per_s)
+    return Predicted(plan, cluster.name, cluster.device, step_s, peak_bytes, peak_flops_per_s, compute_s)
 
 
 def check_memory(step: PlayedStep, cluster: Cluster) -> None:

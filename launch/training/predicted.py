@@ -6,7 +6,7 @@ Written before the run's mesh exists, by who may ask the cost model. The loop sa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import UnionType
 
@@ -22,6 +22,7 @@ KINDS: dict[str, type | UnionType] = {
     "step_s": dict,
     "peak_bytes": int,
     "peak_flops_per_s": int | float | None,
+    "compute_s": dict,
 }
 HEAD = "# Steps of this run as the cost model sees them: predicted, not measured.\n"
 
@@ -32,7 +33,7 @@ class Predicted:
 
     ``device``: cuda or cpu, what the cluster has. ``step_s``: by latent, as ``latent_text`` writes it. ``peak_bytes``:
     of one rank, in the bucket that needs most. ``peak_flops_per_s``: of one device in the plan's compute dtype; None
-    where the cluster has a placeholder for it.
+    where the cluster has a placeholder for it. ``compute_s``: of each step, what a rank computes.
     """
 
     plan: Plan
@@ -41,6 +42,7 @@ class Predicted:
     step_s: Mapping[str, float]
     peak_bytes: int
     peak_flops_per_s: float | None
+    compute_s: Mapping[str, float] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
         """Into a run's directory, whole or not at all."""

@@ -18,11 +18,11 @@ import torch
 from ...model.buckets import BucketRunner, Latent
 from ...model.config import latent_text
 from ...parallel.ir.flops import model_flops
-from .card_watch import CardWatch
 from .drift import Drift
 from .goodput import LossCause
 from .predicted import Predicted
 from .recipe import Config
+from .stragglers import Stragglers
 from .telemetry import Telemetry
 
 MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of getrusage's ru_maxrss
@@ -53,13 +53,14 @@ class StepOf:
     tokens: int
     model_flops: int
     predicted_s: float | None
+    compute_s: float | None = None  # of predicted_s, a rank's own
 
 
 class Reports:
     """Gathers the steps of a start of a run, from step ``first`` of ``steps``, and reports them interval by interval.
 
     Every step is in exactly one report. Without ``telemetry``, on ranks that do not speak, none is given.
-    ``cards``: the job's GPUs, where it has any.
+    ``stragglers``: of its ranks, with the job's GPUs, where it has any.
     """
 
     def __init__(
@@ -70,9 +71,10 @@ class Reports:
         device: str,
         first: int,
         telemetry: Telemetry | None,
-        cards: CardWatch | None = None,
+        stragglers: Stragglers | None = None,
     ) -> None:
-        self.drift, self.cards = Drift(), cards
+        self.drift, self.stragglers = Drift(), stragglers or Stragglers()
+        self.cards = self.stragglers.cards
         self.buckets, self.predicted, self.device, self.telemetry = buckets, predicted, device, telemetry
         self.first, self.steps, self.world_size = first, config.schedule.steps, config.plan.world_size
         self._begun_s, self._done = time.monotonic(), list[Done]()
@@ -85,7 +87,7 @@ class Reports:
         latents: Sequence[Latent],
         first: int,
         telemetry: Telemetry | None,
-        cards: CardWatch | None = None,
+        stragglers: Stragglers | None = None,
     ) -> Reports:
         """Those of a run, whose buckets have these latents; with what was predicted of its plan on its device."""
         device = runners.first.executor.device
@@ -108,10 +110,11 @@ class Reports:
                 runners.first.config.tokens(latent) * samples,
                 model_flops(runners.runners[latent].program),
                 predicted.step_s[latent_text(latent)] if predicted else None,
+                predicted.compute_s.get(latent_text(latent)) if predicted else None,
             )
             for bucket, latent in zip(config.data.shapes, latents, strict=True)
         ]
-        return cls(buckets, predicted, config, device, first, telemetry, cards)
+        return cls(buckets, predicted, config, device, first, telemetry, stragglers)
 
     def add(self, done: Done) -> None:
         """One more step of this interval."""
@@ -130,6 +133,10 @@ class Reports:
                 values["drifted"] = float(self.drift.drifted)
                 if said:
                     self.telemetry.say(f"step {step}: {said}")
+            if found := self.stragglers.interval():
+                values |= {"slowest_rank": float(found[0].rank), "slowest_over_median": found[0].times}
+            if news := self.stragglers.news(found, values.get("predicted_compute_s")):
+                self.telemetry.say(f"step {step}: {news}")
             if self.cards is not None:
                 cards = self.cards.read()
                 values |= self.cards.values(cards)
@@ -157,6 +164,8 @@ class Reports:
             values["gradient_norm"] = _mean(one.gradient_norm for one in finite)
         if self.predicted is not None:
             values["predicted_step_s"] = _mean(step.predicted_s for step in of if step.predicted_s is not None)
+            if all(step.compute_s is not None for step in of):
+                values["predicted_compute_s"] = _mean(step.compute_s or 0.0 for step in of)
             values["predicted_over_measured"] = values["predicted_step_s"] / values["step_s"]
             values["predicted_memory_bytes"] = float(self.predicted.peak_bytes)
             if self.predicted.peak_flops_per_s is not None:

@@ -69,5 +69,5 @@ class Resolved:
         batches = tuple(values["global_batches"])
         if not batches or not all(type(size) is int and size > 0 for size in batches):
             raise CinemeshError(f"{path}: global_batches is {quoted(values['global_batches'])}", remedy=remedy)
-        plan, numbers = Plan.of_file(values), (values[name] for name in ("step_s", "peak_bytes", "full_ranks"))
-        return cls(plan, values["cluster"], *numbers, batches)
+        step_s, peak_bytes, full_ranks = (values[name] for name in ("step_s", "peak_bytes", "full_ranks"))
+        return cls(Plan.of_file(values), values["cluster"], step_s, peak_bytes, full_ranks, batches)

@@ -107,6 +107,7 @@ class Communicator:
         self.mesh = mesh
         self.ledger: list[Entry] = []
         self.record = False
+        self.waited_s = 0.0  # by this host, for others: of a GPU nothing, whose stream waits
         self._latest: dict[str, dist.Work] = {}  # of each communicator, until it is waited for
         self._symmetric: list[Tensor] = []
 
@@ -141,7 +142,9 @@ class Communicator:
 
         def wait() -> None:
             work = flying.pop()
+            since = time.perf_counter()
             finish(work)
+            self.waited_s += time.perf_counter() - since
             if latest.get(queue) is work:
                 del latest[queue]
             if finish_sum is not None:

@@ -153,9 +153,9 @@ def rank(folder: Path) -> None:
         if life == 0 and number == 5 and (folder / "run" / "checkpoints" / "step-00000004").exists():
             (folder / "killed").write_text(str(time.time()))
             os.kill(os.getpid(), 9)
-        files = [Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
+        files = [str(of) for m in list(sys.modules.values()) if (of := getattr(m, "__file__", None))]
         mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
-        sizes = [file.stat().st_size for file in {*map(str, files), *mapped} for file in [Path(file)] if file.is_file()]
+        sizes = [file.stat().st_size for file in {*files, *mapped} for file in [Path(file)] if file.is_file()]
         row = {"life": life, "at": at, "requests": requests[0], "bytes": sum(sizes), "files": len(sizes)}
         if not (moments := folder / f"{life}-{number}.moments").exists():
             moments.write_text(json.dumps(row))

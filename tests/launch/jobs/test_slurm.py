@@ -222,7 +222,7 @@ def test_the_script_asks_for_what_the_plan_needs() -> None:
     assert "# tp(4): ranks 1 apart, inside a node" in lines and "# cp(2): ranks 4 apart, inside a node" in lines
     assert "# dp_shard(4): ranks 8 apart, across nodes, one rank on each" in lines
     exported = [i for i, line in enumerate(lines) if line.startswith("export ")]
-    assert len(exported) == 7 and all(lines[i - 1].startswith("# ") for i in exported)
+    assert len(exported) == 8 and all(lines[i - 1].startswith("# ") for i in exported)
 
 
 @pytest.mark.parametrize("order", ["tp,cp,dp_shard,dp_replicate", "dp_shard,tp,dp_replicate,cp"])
