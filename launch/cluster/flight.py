@@ -27,7 +27,7 @@ from ...parallel.runtime.mesh import group_ranks
 BUFFER = "TORCH_FR_BUFFER_SIZE"
 DUMPS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")  # the first that this torch has
 MOST_TOLD = 2  # communicators: where one stands still, those behind it do too
-COUNTED = ("enqueued", "completed")
+ISSUED, FINISHED = "last_enqueued_collective", "last_completed_collective"
 POLL_S = 0.05
 
 
@@ -46,8 +46,7 @@ def read_flight(text: str) -> dict[str, CommunicatorState]:
         names = {str(entry["pg_id"]): entry["process_group"][1] for entry in found["entries"]}  # the name, description
         last = {str(entry["pg_id"]): entry["profiling_name"].rpartition(":")[2] for entry in found["entries"]}
         status = {name: found["pg_status"][name] for name in names}
-        counts = {name: [int(of[f"last_{what}_collective"]) for what in COUNTED] for name, of in status.items()}
-        return {names[name]: CommunicatorState(*counts[name], last[name]) for name in counts}
+        return {names[pg]: CommunicatorState(int(of[ISSUED]), int(of[FINISHED]), last[pg]) for pg, of in status.items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CinemeshError(f"the flight recorder's dump is not as torch 2.11 to 2.13 write it: {error!r}") from error
 

@@ -33,7 +33,6 @@ from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, ran
 from ..cluster.verdict import stages_of
 from .average import remark
 from .base import BEGUN_WITH
-from .batches import BATCHES, Batches, BatchHistory, told
 from .batches import BATCHES, Batches, BatchHistory, batches_told
 from .checkpoint.choosing import FOLDER, VALIDATION_LOSS, Keep
 from .checkpoint.loading import resume
@@ -54,7 +53,6 @@ from .sample import FRAME_RATE
 from .setting import Setting
 from .showcase import show_samples
 from .start import begin, carried_on, check_start, put_under
-from .start import BEGUN_WITH, begin, carried_on, check_start
 from .stragglers import UNITS_PER_S, Stragglers
 from .telemetry import Telemetry
 from .validation import HeldOutWindows
@@ -290,8 +288,7 @@ class _Loop:
         votes[0], votes[1], votes[2], votes[3 + loaded] = stop.signum is not None, failure is not None, written, 1
         votes = comm.sum_over_ranks(votes)
         stopped, failed, written, *taken = votes[:every].tolist()
-        if self.telemetry:
-            self.stragglers.add(votes[every:].tolist())
+        self.stragglers.add(votes[every:].tolist() if self.telemetry else ())
         if failed:
             first = comm.first_of(failure)
             assert first is not None

@@ -28,8 +28,8 @@ from ...parallel.ir.nccl_stack import Capture
 from ...parallel.ir.plan import Plan
 from ...ranges import BATCH_RANGE, EULER_RANGE, GUIDANCE_RANGE, MOST_STEPS, SEED_RANGE, STEPS_RANGE, integers, reals
 from ..plans import held_fields, read_plan
-from .model_section import SECTION_CONFIG, ModelSection, StartFrom
 from .batches import Batches
+from .model_section import SECTION_CONFIG, ModelSection, StartFrom
 from .plateau import Validated, plateaus
 from .resolved import FILE as RESOLVED
 from .resolved import Resolved

@@ -104,7 +104,8 @@ def _late(kernel: Kernel) -> Kernel:
 @pytest.mark.usefixtures("one_process")
 def test_a_rank_that_sleeps_in_an_op_is_named_by_the_run(clips: Path, tmp_path: Path, pool: Pool) -> None:
     """All ranks' steps take as long: by its waits, which it has not, one is told from the others."""
-    values = recipe(clips, tmp_path, tp=2, dp_shard=2) | {"capture": "off"}
+    values: dict[str, Any] = recipe(clips, tmp_path, tp=2, dp_shard=2)
+    values["capture"] = "off"
     values["schedule"]["steps"] = 14
     values["logging"] |= {"every": 14, "validate_every": 0}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
