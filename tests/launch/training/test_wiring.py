@@ -332,6 +332,7 @@ REFUSED = {
 }
 # Keys of a run that begins with another's end: tests/launch/training/test_start.py has one, and obeys each of them.
 STARTED = {f"start_from.{name}" for name in ("checkpoint", "weights", "positions", "moments")}
+STARTED |= {f"model.lora.{name}" for name in ("rank", "alpha", "targets")}  # tests/launch/training/test_base.py
 
 
 def test_every_key_of_a_recipe_is_here() -> None:
