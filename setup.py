@@ -12,13 +12,21 @@ from setuptools.command.build_py import build_py
 FOLDERS = (
     "kernels",
     *("parallel", "parallel/ir", "parallel/layers", "parallel/passes", "parallel/runtime"),
-    "model",
+    *("model", "model/tae"),
     *("data", "data/curate"),
     *("perf_model", "perf_model/clusters", "perf_model/prices", "perf_model/search", "perf_model/report"),
     *("perf_model/published", "perf_model/calibration"),
     *("evaluation", "evaluation/rewriting"),
     *("launch", "launch/training", "launch/training/checkpoint", "launch/commands", "launch/proof"),
-    *("launch/cluster", "launch/jobs", "launch/health", "launch/acceptance", "launch/exchange", "launch/doors"),
+    *(
+        "launch/cluster",
+        "launch/jobs",
+        "launch/health",
+        "launch/acceptance",
+        "launch/exchange",
+        "launch/doors",
+        "launch/tae",
+    ),
     "configs",
 )
 PACKAGES = {"cinemesh": ".", **{f"cinemesh.{folder.replace('/', '.')}": folder for folder in FOLDERS}}

@@ -19,6 +19,8 @@ from ..documents import quoted
 from ..errors import CinemeshError, did_you_mean
 from ..model.codec import BlockDCTCodec, LatentCodec
 from ..model.inputs import MASK, text_input
+from ..model.tae.codec import Precision, TAECodec
+from ..model.tae.files import is_autoencoder
 from .context_codec import SHIPPED, ContextDCTCodec
 from .diffusers_codec import DiffusersCodec
 from .text import EncoderSettings, TextEncoder, build_encoders
@@ -67,7 +69,20 @@ class Diffusers(CodecSettings):
         return DiffusersCodec(self.path)
 
 
-KINDS: tuple[type[CodecSettings], ...] = (BlockDCT, ContextDCT, Diffusers)
+@dataclass(frozen=True, kw_only=True)
+class TAE(CodecSettings):
+    """A temporal autoencoder that `cinemesh tae train` trained: tiles of 32 frames, in constant memory."""
+
+    path: Annotated[Path, "the directory that cinemesh tae train wrote"]
+    device: Annotated[Literal["auto", "cpu", "cuda"], "auto: a GPU where the process sees one, else the CPU"] = "auto"
+    dtype: Annotated[Precision, "of products and convolutions; latents are float32, of another fingerprint"] = "float32"
+    kind: Literal["tae"] = "tae"
+
+    def build(self) -> LatentCodec:
+        return TAECodec.of(self.path, self.device, self.dtype, "codec.path")
+
+
+KINDS: tuple[type[CodecSettings], ...] = (BlockDCT, ContextDCT, Diffusers, TAE)
 CODECS: dict[str, type[CodecSettings]] = {settings.kind: settings for settings in KINDS}
 
 
@@ -79,15 +94,18 @@ def codec_kind(name: object) -> type[CodecSettings]:
 
 
 def codec_of(name: str) -> CodecSettings:
-    """The codec of a kind without settings, of what `cinemesh codec fit` wrote, or of a directory of diffusers.
+    """The codec of a kind without settings, of what `cinemesh codec fit` wrote, or of a directory.
+
+    The directory is one of `cinemesh tae train`, or of diffusers.
 
     Raises CinemeshError for a name that is none of them.
     """
     path = Path(name)
     if name not in CODECS and path.exists():
-        return Diffusers(path=path) if path.is_dir() else ContextDCT(decoder=path)
-    if codec_kind(name) is Diffusers:
-        raise CinemeshError("--codec diffusers says not which", remedy="name the directory of the autoencoder")
+        directory = TAE if is_autoencoder(path) else Diffusers
+        return directory(path=path) if path.is_dir() else ContextDCT(decoder=path)
+    if codec_kind(name) in (Diffusers, TAE):
+        raise CinemeshError(f"--codec {name} says not which", remedy="name the directory of the autoencoder")
     return codec_kind(name)(kind=name)
 
 

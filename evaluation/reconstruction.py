@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,10 @@ PEAK = 255.0
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Means over scenes, each the mean of its windows; an image is the first frame of a window."""
+    """Means over scenes, each the mean of its windows; an image is the first frame of a window.
+
+    ``frechet``: between features of all frames of the windows and of what was decoded; None: not asked for.
+    """
 
     video_psnr_db: float
     video_ssim: float
@@ -26,6 +29,7 @@ class Reconstruction:
     image_ssim: float
     scenes: int
     windows: int
+    frechet: float | None = None
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -62,12 +66,55 @@ def _window_means(size: int) -> Tensor:
     return band
 
 
-def reconstruct(codec: LatentCodec, windows: Iterable[tuple[str, Tensor]]) -> Reconstruction:
-    """Encode and decode ``windows``: scene, and frames uint8 [T, H, W, 3]; at least one."""
+class Gaussian:
+    """Mean and covariance of features, as they come in, in float64."""
+
+    def __init__(self) -> None:
+        self.count, self.sum, self.products = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, rows: Tensor) -> None:
+        """Features [N, D]."""
+        rows = rows.double()
+        self.count += len(rows)
+        self.sum, self.products = self.sum + rows.sum(0), self.products + rows.T @ rows
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sum / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """As of a whole population: two sets are compared that are of one size."""
+        return self.products / self.count - self.mean.outer(self.mean)
+
+    def distance(self, other: Gaussian) -> float:
+        """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)): Frechet's, Dowson and Landau 1982; FID's form.
+
+        The trace of the root is the sum of the roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric.
+        """
+        values, vectors = torch.linalg.eigh(self.covariance)
+        root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        shared = torch.linalg.eigvalsh(root @ other.covariance @ root).clamp(min=0).sqrt().sum()
+        spread = self.covariance.trace() + other.covariance.trace() - 2 * shared
+        return ((self.mean - other.mean).square().sum() + spread).clamp(min=0).item()
+
+
+def reconstruct(
+    codec: LatentCodec, windows: Iterable[tuple[str, Tensor]], features: Callable[[Tensor], Tensor] | None = None
+) -> Reconstruction:
+    """Encode and decode ``windows``: scene, and frames uint8 [T, H, W, 3]; at least one.
+
+    ``features`` of frames, [T, D], are what a Frechet distance is taken of.
+    """
+    given, made = Gaussian(), Gaussian()
     scores: dict[str, list[tuple[float, ...]]] = {}
     for scene, frames in windows:
         video, image = (codec.decode(codec.encode(clip))[: len(clip)] for clip in (frames, frames[:1]))
+        if features is not None:
+            given.add(features(frames))
+            made.add(features(video))
         of = psnr(video, frames), ssim(video, frames), psnr(image, frames[:1]), ssim(image, frames[:1])
         scores.setdefault(scene, []).append(of)
     scenes = torch.stack([torch.tensor(of, dtype=torch.float64).mean(0) for of in scores.values()])
-    return Reconstruction(*scenes.mean(0).tolist(), scenes=len(scores), windows=sum(map(len, scores.values())))
+    count, frechet = sum(map(len, scores.values())), given.distance(made) if features is not None else None
+    return Reconstruction(*scenes.mean(0).tolist(), scenes=len(scores), windows=count, frechet=frechet)

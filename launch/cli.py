@@ -20,6 +20,7 @@ from .doors.plans import plans
 from .doors.proofs import proofs
 from .doors.rewrite import rewrite
 from .doors.runs import runs
+from .doors.tae import tae
 from .doors.weights import weights
 from .examples import PAPER
 from .terminal import show_what_it_can
@@ -57,7 +58,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for door in (runs, machines, weights, curation, codec, judge, rewrite, plans, proofs):  # as --help lists them
+for door in (runs, machines, weights, curation, codec, tae, judge, rewrite, plans, proofs):  # as --help lists them
     app.add_typer(door)
 
 

@@ -12,7 +12,7 @@ STARTED = "0 done; 1 a bug; 2 wrong input or data; 128 + n when signal n stopped
 DONE = "0 done; 2 wrong input, with a line that says how to mend it."
 CODES: dict[str, str] = {
     **dict.fromkeys(("verify", "doctor", "replay", "lint"), CHECKED),
-    **dict.fromkeys(("train", "stages", "launch", "sample", "profile"), STARTED),
+    **dict.fromkeys(("train", "tae train", "stages", "launch", "sample", "profile"), STARTED),
 }
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
@@ -76,6 +76,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh plan --sample",
         "cinemesh plan --sample --gpus 16 --latent 32x96x96 --json",
         "cinemesh plan --paper",
+        "cinemesh plan --encode 256x768x768:100000000",
         "cinemesh plan configs/quickstart.yaml --gpus 4 --cluster local-cpu --tune --out plan.yaml",
     ),
     "explain": (
@@ -121,6 +122,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "codec eval": (
         "cinemesh codec eval --codec dct-context --json",
+        "cinemesh codec eval --codec dct-context --frechet",
         "cinemesh codec eval configs/quickstart.yaml --codec ours.safetensors",
     ),
     "codec fit": ("cinemesh codec fit configs/quickstart.yaml --set data.stride=4 --out ours.safetensors",),
@@ -131,6 +133,16 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "rewrite serve": ("cinemesh rewrite serve rewritten",),
     "rewrite export": ("cinemesh rewrite export rewritten --held-out 0.2 --out pairs",),
     "rewrite score": ("cinemesh rewrite score student.yaml pairs/held_out.jsonl --json",),
+    "tae train": (
+        "cinemesh tae train configs/tae/quickstart.yaml",
+        "cinemesh tae train configs/tae/quickstart.yaml --nproc 2 --set logging.directory=runs/tae-2",
+        "torchrun --nproc-per-node 2 -m cinemesh.launch tae train configs/tae/quickstart.yaml",
+    ),
+    "tae encode": (
+        "cinemesh tae encode runs/tae/autoencoder configs/quickstart.yaml --out latents.safetensors",
+        "cinemesh tae encode runs/tae/autoencoder configs/quickstart.yaml --out latents.safetensors --decoded again "
+        "--nproc 2",
+    ),
     "judge make": (
         "cinemesh judge make runs/new runs/old --out judged",
         "cinemesh judge make runs/a runs/b runs/c --prompts bench.jsonl --best-of c=4 --fit --out judged",

@@ -104,7 +104,7 @@ class BlockDCTCodec:
     )
 
     def __init__(self) -> None:
-        self._basis = _basis()  # [C, 8 * 8 * 8 * 3], orthonormal rows
+        self.basis = _basis()  # [C, 8 * 8 * 8 * 3], orthonormal rows
         self.mean = torch.tensor([c.mean for c in COEFFICIENTS])
         self.std = torch.tensor([c.std for c in COEFFICIENTS])
 
@@ -130,7 +130,7 @@ class BlockDCTCodec:
                 f"{height % STRIDE}, {width} % {STRIDE} = {width % STRIDE}",
                 remedy=f"a clip has a frame at least and both sizes are positive multiples of {STRIDE}: resize or crop",
             )
-        values = (self.pixels(frames) @ self._basis.T - self.mean) / self.std
+        values = (self.pixels(frames) @ self.basis.T - self.mean) / self.std
         return values.T.reshape(self.channels, -1, height // STRIDE, width // STRIDE).contiguous()
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class BlockDCTCodec:
 
     def blocks(self, latent: Tensor) -> Tensor:
         """Latent float32 [C, t, h, w] -> its blocks' pixels before rounding, about [-1, 1], [t h w, 8 * 8 * 8 * 3]."""
-        return (latent.reshape(self.channels, -1).T * self.std + self.mean) @ self._basis
+        return (latent.reshape(self.channels, -1).T * self.std + self.mean) @ self.basis
 
 
 def _basis() -> Tensor:

@@ -31,6 +31,7 @@ ORDINARY = (0.0, 0.5, 1.0, 2.0)  # inside a function these are arithmetic
 # Sources. Sections and tables are those of Movie Gen, arXiv 2410.13720 v1.
 TABLE_1 = "Table 1, Fig. 8"
 OURS = "ours: the paper gives none"
+LDM = "Rombach et al. 2022: the f8 autoencoder and its loss"
 LLM = "ours: usual for large transformers (the paper gives none for video)"
 SC11 = "Salmon et al., SC'11, Philox 4x32-10"
 SPLIT_MIX = "Steele et al., OOPSLA'14, SplitMix64; part of every digest of a state"
@@ -55,6 +56,55 @@ EPS = 1e-5  # Table 9
 
 # Name -> value, source. Containers and dataclasses are compared number by number, in order.
 PINNED: Mapping[str, tuple[object, str]] = {
+    # -- the temporal autoencoder ----------------------------------------------------------------------------------
+    "model.tae.config.TAEConfig.channels": (16, "3.1.1"),
+    "model.tae.config.TAEConfig.width": (128, LDM),
+    "model.tae.config.TAEConfig.multipliers": ((1, 2, 4, 4), LDM),
+    "model.tae.config.TAEConfig.blocks": (2, LDM),
+    "model.tae.config.TAEConfig.groups": (32, LDM),
+    "model.tae.config.TAE_PRESETS": (
+        (
+            *(16, 128, 1, 2, 4, 4, 2, 32),  # movie-gen
+            *(8, 128, 1, 2, 4, 2, 32),  # movie-gen-3d
+            *(8, 128, 1, 2, 4, 2, 32),  # movie-gen-2.5d
+            *(8, 128, 1, 2, 4, 4, 2, 32),  # frame-wise
+            *(16, 32, 1, 1, 2, 2, 1, 8),  # small
+            *(16, 256, 1, 2, 32),  # grid
+            *(4, 8, 1, 1, 2, 2, 1, 4),  # tiny
+        ),
+        "channels 3.1.1 and 3.6.3; widths LDM's or ours",
+    ),
+    "model.tae.work.GRID_REACH": (3, QUICK_START),
+    "model.tae.work.GRID_PIXELS": (1536, MATHS),
+    "perf_model.prices.encoding.ITEM_BYTES": (2, MATHS),
+    "perf_model.prices.encoding.PASSES": (6.5, EAGER),
+    "perf_model.prices.encoding.SECONDS_AN_HOUR": (3600.0, SI),
+    "model.tae.config.GRID_STRIDE": (8, "3.1.1"),
+    "model.tae.config.COLOURS": (3, MATHS),
+    "model.tae.grid.BLOCK": ((8, 8, 8, 3), "3.1.1"),
+    "model.tae.grid.PIXELS": (1536, MATHS),
+    "model.tae.grid.REACH": (3, QUICK_START),
+    "model.tae.layers.NORM_EPS": (1e-6, LDM),
+    "model.tae.config.TAPS": (3, OURS),
+    "model.tae.autoencoder.FIRST_LOG_VARIANCE": (-6.0, "ours: from 0 on, noise drowns the latents"),
+    "model.tae.autoencoder.LOG_VARIANCE_ENDS": ((-30.0, 20.0), LDM),
+    "model.tae.autoencoder.PHILOX_BLOCK": (4, SC11),
+    "model.tae.tile_shapes.TILE_FRAMES": (32, "3.1.1"),
+    "model.tae.tile_shapes.OVERLAP_FRAMES": (16, "3.1.1"),
+    "model.tae.losses.OUTLIER_R": (3.0, "3.1.1"),
+    "model.tae.losses.outlier_penalty(r)": (3.0, "3.1.1"),
+    "model.tae.losses.ADAPTIVE_MOST": (1e4, LDM),
+    "model.tae.losses.ADAPTIVE_EPS": (1e-4, LDM),
+    "model.tae.discriminator.KERNEL": (4, "Isola et al. 2017"),
+    "model.tae.discriminator.SLOPE": (0.2, "Isola et al. 2017"),
+    "model.tae.discriminator.GROUPS": (8, OURS),
+    "model.tae.features.LEVELS": ((0, 2, 4, 10), "ours: the last blocks of four sizes"),
+    "model.tae.features.EPS": (1e-10, "lpips 0.1.4, normalize_tensor"),
+    **dict.fromkeys(("model.tae.codec.to_pixels: 127.5", "model.tae.codec.to_frames: 127.5"), (127.5, MATHS)),
+    **dict.fromkeys(
+        ("data.pixel_codec.PixelCodec.temporal_stride", "data.pixel_codec.PixelCodec.spatial_stride"), (1, MATHS)
+    ),
+    "data.pixel_codec.PixelCodec.channels": (3, MATHS),
     # -- the model ------------------------------------------------------------------------------------------------
     "model.solvers.PAPER_STEPS": (50, "3.4.2"),
     "model.lora.LORA_TARGETS": ((1, 1, 2, 1, 1, 2, 1, 1, 1), "dims that a product sums over: of o [H, K, D] two"),
@@ -535,6 +585,8 @@ PINNED: Mapping[str, tuple[object, str]] = {
 
 # Name or pattern -> why any value would do, or what else holds it.
 FREE: Mapping[str, str] = {
+    "model.tae.losses.LossWeights.*": "defaults of a recipe; docs/tae.md",
+    "model.tae.layers.Conv.__init__(*)": "none unless said",
     "*.MOST_*": "a limit of what is taken for a number at all; tests/model/test_config.py",
     "*.*_RANGE": "ends of what a person may give, each with its reason: docs/recipe.md; tests/test_ranges.py",
     "launch.training.recipe.BELOW_1": "the end of a range: the largest float32 below 1",

@@ -37,7 +37,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "launch": (
         ("cluster", "jobs"),
         ("training", "proof"),
-        ("exchange", "health"),
+        ("exchange", "health", "tae"),
         ("commands",),
         ("acceptance", "doors"),
     ),
@@ -72,6 +72,7 @@ WIDER_WITH_REASON: dict[str, str] = {  # path -> why
     "data/curate/pipeline.py": "a run of curation: where files, measures, stages and captions meet",
     "data/curate/settings.py": "every stage's limits and every measure's parameters: one field each",
     "launch/training/loop.py": "where data, steps, reports, validation and checkpoints of a run meet",
+    "launch/tae/loop.py": "where data, steps, reports, reconstructions and checkpoints of a run meet",
     "launch/commands/trace.py": "runs a step, plays it, and shows both beside each other",
     "launch/commands/plan.py": "the command that searches, tunes, explains, reports and writes",
 }

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from ...data.building import decoded_windows
 from ...data.context_codec import STRIDE, fit
@@ -16,6 +19,8 @@ from ...data.settings import CAPTIONS
 from ...errors import CinemeshError
 from ...evaluation.reconstruction import WINDOW_PX, reconstruct
 from ...files import check_output_file
+from ...model.tae.codec import to_pixels
+from ...model.tae.features import Lite0
 from ..tables import new_console
 from ..training.recipe import read_config
 from ..written import command, wrote
@@ -23,7 +28,9 @@ from ..written import command, wrote
 QUICK_START = CAPTIONS.with_name("quickstart.yaml")
 
 
-def run_eval(*, config: Path | None, named: str | None, overrides: Sequence[str], as_json: bool) -> None:
+def run_eval(
+    *, config: Path | None, named: str | None, overrides: Sequence[str], as_json: bool, frechet: bool = False
+) -> None:
     """Print what a codec, by default the recipe's, loses of the held-out windows of its first bucket's shape.
 
     Raises CinemeshError for a recipe without such windows, or too small ones.
@@ -49,7 +56,7 @@ def run_eval(*, config: Path | None, named: str | None, overrides: Sequence[str]
             f"no scene of {recipe.data.captions} has held-out windows of bucket {bucket}",
             remedy="raise data.validation_share, or take shorter windows: --set data.frames=8",
         )
-    found = reconstruct(codec, chain([first], held))
+    found = reconstruct(codec, chain([first], held), embedded() if frechet else None)
     values = {"codec": settings.kind, "latents": codec.fingerprint} | asdict(found)
     if as_json:
         print(json.dumps(values, indent=1))
@@ -59,6 +66,22 @@ def run_eval(*, config: Path | None, named: str | None, overrides: Sequence[str]
         f"video  {found.video_psnr_db:.2f} dB, SSIM {found.video_ssim:.3f}\n"
         f"image  {found.image_psnr_db:.2f} dB, SSIM {found.image_ssim:.3f}"
     )
+    if found.frechet is not None:
+        new_console().print(
+            f"Frechet distance {found.frechet:.4f} of EfficientNet-lite0's features of all frames: no FID, no FVD, for "
+            "comparison within this project alone"
+        )
+
+
+def embedded() -> Callable[[Tensor], Tensor]:
+    """Features of frames uint8 [T, H, W, 3]. Raises CinemeshError where the packages of the extra tae are missing."""
+    net = Lite0()
+
+    def features(frames: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return net.embedding(to_pixels(frames))
+
+    return features
 
 
 def run_fit(*, config: Path | None, overrides: Sequence[str], out: Path) -> None:

@@ -16,7 +16,8 @@ from ...documents import read_yaml
 from ...files import check_output_folder
 from ..progress import counted
 from ..tables import new_console
-from ..training.recipe import override, read_config
+from ..training.recipe import read_config
+from ..training.sections import override
 from ..written import wrote
 
 

@@ -29,9 +29,17 @@ def evaluate(
         typer.Option(
             "--codec",
             metavar="NAME|PATH",
-            help="A kind, what codec fit wrote, or a folder of diffusers. Default: the recipe's.",
+            help="A kind, what codec fit wrote, or a folder of tae train or diffusers. Default: the recipe's.",
         ),
     ] = None,
+    frechet: Annotated[
+        bool,
+        typer.Option(
+            "--frechet",
+            help="Also the Frechet distance of features of EfficientNet-lite0, which is no FID and no FVD. Needs the "
+            "extra tae.",
+        ),
+    ] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -42,7 +50,7 @@ def evaluate(
     """
     from ..commands.codec import run_eval
 
-    run_eval(config=config, named=named, overrides=overrides or [], as_json=as_json)
+    run_eval(config=config, named=named, overrides=overrides or [], as_json=as_json, frechet=frechet)
 
 
 @codec.command("fit", epilog=epilog("codec fit"))

@@ -8,6 +8,7 @@ import typer
 from ...ranges import BATCH_RANGE
 from ..examples import epilog
 from ..options import (
+    DEFAULT_CLUSTER,
     DEFAULT_DTYPE,
     GPUS_RANGE,
     MODEL_HELP,
@@ -152,6 +153,14 @@ def plan(
         Path | None, typer.Option("--report", metavar="DIR", help="Write pictures, an HTML page and a trace.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the best plan as YAML.")] = None,
+    encode: Annotated[
+        str | None,
+        typer.Option(
+            "--encode",
+            metavar="TxHxW[:CLIPS]",
+            help="Price latents of clips of so many frames and pixels, 1e8 unless said, in place of a search.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Choose a sharding plan for a cluster, by predicted time and memory.
@@ -172,6 +181,14 @@ def plan(
 
         asked = [name for name, value in of_search.items() if value]
         price_clip(on=on, recipe=config, gpus=gpus, latents=latent or [], dtype=dtype, beside=asked, as_json=as_json)
+        return
+    if encode is not None:
+        from ..commands.encode_price import run as price_encode
+
+        asked = {"--gpus": gpus, "--latent": latent, "--fix": fix, "--tune": tune, "--explain": explain, "--out": out,
+                 "--paper": paper, "--goodput": goodput, "--report": report, "CONFIG": config}  # fmt: skip
+        others = [name for name, value in asked.items() if value]
+        price_encode(encode, cluster=on.cluster or DEFAULT_CLUSTER, others=others, as_json=as_json)
         return
     from ..commands.plan import run
 

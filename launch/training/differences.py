@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .checkpoint.manifest import shown
-from .recipe import Config
 
 RECIPE = "recipe"  # of a checkpoint's note
 
 
-def recorded(config: Config) -> dict[str, Any]:
-    """The recipe as JSON values: what a checkpoint keeps of it."""
+def recorded(config: Any) -> dict[str, Any]:
+    """A recipe, of whatever sections, as JSON values: what a checkpoint keeps of it."""
     return {name: _plain(value) for name, value in asdict(config).items()}
 
 
@@ -28,7 +27,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)  # a path
 
 
-def recipe_facts(config: Config) -> dict[str, str]:
+def recipe_facts(config: Any) -> dict[str, str]:
     """Every key of the recipe with its value, as texts: what all ranks of a run must have alike."""
     return {key: shown(value) for key, value in _keys(recorded(config))}
 
@@ -45,7 +44,7 @@ class OtherValue:
         return f"{self.key}: {shown(self.then)} -> {shown(self.now)}"
 
 
-def differences(note: Mapping[str, Any], config: Config) -> list[OtherValue]:
+def differences(note: Mapping[str, Any], config: Any) -> list[OtherValue]:
     """All keys of the recipe in a checkpoint's ``note`` and in ``config`` whose values differ."""
     then, now = dict(_keys(note[RECIPE])), dict(_keys(recorded(config)))
     return [

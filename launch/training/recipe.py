@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import field, fields, is_dataclass, replace
+from dataclasses import field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, TypeAdapter, ValidationError, create_model
+from pydantic import BeforeValidator, ValidationError, create_model
 from pydantic.dataclasses import dataclass
 
 from ...data.buckets import Bucket
 from ...data.encoding import BlockDCT, CodecSettings, codec_kind
 from ...data.settings import DataSettings
-from ...documents import mapping, parse_yaml, quoted, read_yaml
-from ...errors import CinemeshError, did_you_mean
+from ...errors import CinemeshError
 from ...model.flow import CAPTION_DROPOUT
 from ...model.sampler import GUIDANCE
 from ...model.solvers import ScheduleName, SolverName
@@ -33,6 +32,7 @@ from .model_section import SECTION_CONFIG, ModelSection, StartFrom
 from .plateau import Validated, plateaus
 from .resolved import FILE as RESOLVED
 from .resolved import Resolved
+from .sections import from_values, read_values, section_error
 
 BELOW_1 = 1 - 2**-24  # the largest float32 below 1
 Every = Annotated[int, integers(1, MOST_STEPS, "no run has more", "steps")]
@@ -182,7 +182,7 @@ def _codec(value: object) -> object:
     try:
         return section(codec=value).codec
     except ValidationError as error:
-        raise _refusal(error, section) from None
+        raise section_error(error, section) from None
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION_CONFIG)
@@ -287,10 +287,7 @@ def read_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Batches
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Auto | None]:
     """As ``read_config``; where the plan is left to the planner, with the plan of one process in its place."""
-    sections = _keys(Config)
-    values = read_yaml(path, "the recipe", f"a recipe is a YAML file with the sections {', '.join(sections)}")
-    mapping(values, f"the recipe {path}", sections)
-    override(values, overrides)
+    values = read_values(Config, path, overrides)
     plan = values.get("plan")
     held = dict(plan) if isinstance(plan, dict) else {AUTO: True} if plan == AUTO else {}
     if held.pop(AUTO, False) is not True:
@@ -306,65 +303,4 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, Auto
 
 def check_config(values: dict[str, Any], where: str) -> Config:
     """A recipe from plain values; ``where`` names their origin in errors."""
-    try:
-        return TypeAdapter(Config).validate_python(values)
-    except ValidationError as error:
-        raise _refusal(error, Config, f"{where}: ") from None
-
-
-def override(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Put ``a.b=value`` into what a file holds. Raises CinemeshError for one that is not of that form."""
-    given: set[str] = set()
-    for override in overrides:
-        said = f"--set {quoted(override)}"
-        key, equals, text = (part.strip() for part in override.partition("="))
-        path = key.split(".")
-        if not equals or not all(path):
-            raise CinemeshError(f"{said} is not KEY=VALUE", remedy="write for example --set optimizer.lr=1e-3")
-        if key in given:
-            raise CinemeshError(f"{said}: {key} is given twice", remedy="leave one of them out")
-        given.add(key)
-        section: Any = values
-        for name in path[:-1]:
-            section = section.setdefault(name, {})
-            if not isinstance(section, dict):
-                raise CinemeshError(
-                    f"{said}: {name} is {quoted(section)}, no section", remedy="--set replaces one value"
-                )
-        section[path[-1]] = parse_yaml(text, f"{said}: {quoted(text)}", "quote it")
-
-
-def _refusal(error: ValidationError, section: Any, where: str = "") -> CinemeshError:
-    """The first complaint of pydantic: key path, value, rule and, for an unknown key, the nearest known one.
-
-    ``section``: the class that was to be filled.
-    """
-    complaints = error.errors(include_url=False)
-    unknown = {"unexpected_keyword_argument", "extra_forbidden"}
-    first = next((c for c in complaints if c["type"] in unknown), complaints[0])  # a typo also leaves a key missing
-    path = tuple(first["loc"])
-    key = ".".join(map(str, path))
-    if first["type"] in unknown:
-        known = _keys(_type_at(section, path[:-1]))
-        return CinemeshError(f"{where}unknown key {key!r}", remedy=did_you_mean(path[-1], known))
-    if first["type"] in ("missing", "missing_argument"):
-        return CinemeshError(f"{where}the key {key!r} is missing", remedy="add it")
-    if first["type"] == "range":
-        return CinemeshError(f"{where}{key} is {quoted(first['input'])}", remedy=first["msg"], what=key)
-    rule = first["msg"][0].lower() + first["msg"][1:]
-    return CinemeshError(f"{where}{key} is {quoted(first['input'])}: {rule}")
-
-
-def _type_at(section: Any, path: tuple[int | str, ...]) -> Any:
-    """The class at a key path below ``section``."""
-    at = section
-    for part in path:
-        if isinstance(part, str):
-            at = get_type_hints(at)[part]
-        candidates = [a for a in (at, *get_args(at)) if is_dataclass(a)]
-        at = candidates[0] if candidates else at
-    return at
-
-
-def _keys(section: Any) -> list[str]:
-    return [f.name for f in fields(section)]
+    return from_values(Config, values, where)

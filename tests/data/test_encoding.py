@@ -65,7 +65,7 @@ def test_a_new_kind_of_codec_is_added_in_one_place(monkeypatch: pytest.MonkeyPat
         ({"kind": "learned", "path": "a", "pth": "b"}, "unknown key 'codec.pth'; did you mean 'path'?"),
         (
             {"kind": "lerned"},
-            "codec.kind is 'lerned'; did you mean 'learned'? Known: block-dct, dct-context, diffusers, learned",
+            "codec.kind is 'lerned'; did you mean 'learned'? Known: block-dct, dct-context, diffusers, tae, learned",
         ),
     ):
         with pytest.raises(CinemeshError) as refused:

@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from cinemesh.evaluation.reconstruction import psnr, reconstruct, ssim
+from cinemesh.evaluation.reconstruction import Gaussian, psnr, reconstruct, ssim
 from cinemesh.model.codec import BlockDCTCodec
 
 
@@ -62,3 +63,21 @@ def test_a_scene_of_many_windows_counts_as_one() -> None:
     flat_image = codec.decode(codec.encode(flat[:1]))[:1]
     assert found.image_psnr_db == pytest.approx((psnr(image, busy[:1]) + psnr(flat_image, flat[:1])) / 2)
     assert (found.scenes, found.windows) == (2, 4)
+
+
+def test_the_frechet_distance_is_that_of_the_matrix_root() -> None:
+    """By scipy's square root of the product, on features that do not commute; added in parts; 0 of equal ones."""
+    from scipy.linalg import sqrtm
+
+    random = torch.Generator().manual_seed(0)
+    mix = torch.randn(2, 5, 5, generator=random, dtype=torch.float64)
+    sets = [torch.randn(40, 5, generator=random, dtype=torch.float64) @ mix[i] + i for i in range(2)]
+    fitted = [Gaussian(), Gaussian()]
+    for gaussian, rows in zip(fitted, sets, strict=True):
+        for part in rows.split(17):
+            gaussian.add(part)
+    means, covariances = [rows.mean(0) for rows in sets], [torch.cov(rows.T, correction=0) for rows in sets]
+    root = torch.as_tensor(np.real(sqrtm((covariances[0] @ covariances[1]).numpy())))
+    expected = (means[0] - means[1]).square().sum() + (covariances[0] + covariances[1] - 2 * root).trace()
+    assert fitted[0].distance(fitted[1]) == pytest.approx(expected.item(), rel=1e-9) and expected > 5
+    assert fitted[0].distance(fitted[0]) == pytest.approx(0, abs=1e-6)

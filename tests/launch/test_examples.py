@@ -23,8 +23,11 @@ from cinemesh.launch.commands.compile_check import sizes_of
 from cinemesh.launch.examples import EXAMPLES
 from cinemesh.launch.plans import plan_override, read_plan
 from cinemesh.launch.proof.verify import MAX_PROCS, small_case
+from cinemesh.launch.tae.loop import plan_of
+from cinemesh.launch.tae.recipe import read_tae_recipe
 from cinemesh.launch.training.chain import read_chain
-from cinemesh.launch.training.recipe import override, read_config
+from cinemesh.launch.training.recipe import read_config
+from cinemesh.launch.training.sections import override
 from cinemesh.launch.training.setting import Setting
 from cinemesh.model.config import USUAL_LATENTS, preset
 from cinemesh.model.inputs import BatchShape
@@ -113,6 +116,10 @@ def trained(given: dict[str, Any]) -> None:
     Setting.of(config).check_training()
 
 
+def autoencoded(given: dict[str, Any]) -> None:
+    plan_of(read_tae_recipe(given["config"], given["overrides"] or []), given["nproc"] or 1)
+
+
 def chained(given: dict[str, Any]) -> None:
     links = read_chain(given["chain"])
     for link in links:
@@ -170,6 +177,8 @@ IN_PLACE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "launch local": (lambda given: trained(given | {"dry_run": False, "nproc": 2}), "minutes, as train"),
     "curate": (curation_read, "decodes clips, tests/data/curate: the curation is read"),
     "codec eval": (lambda _: None, "decodes clips, tests/launch/commands/test_codec.py: options are read"),
+    "tae train": (autoencoded, "minutes: everything that is checked before the first step"),
+    "tae encode": (lambda _: None, "needs a trained autoencoder, tests/launch/tae: options are read"),
     "codec fit": (lambda _: None, "decodes clips, tests/launch/commands/test_codec.py: options are read"),
     "rewrite make": (lambda _: None, "needs an endpoint, tests/launch/commands/test_rewrite.py: options are read"),
     "rewrite serve": (lambda _: None, "serves until it is stopped, tests/evaluation/rewriting: options are read"),

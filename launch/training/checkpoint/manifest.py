@@ -194,7 +194,7 @@ def _manifest(body: object) -> Manifest:
         raise _wrong("states", states)
     if found["digests"].keys() != states.keys() or not all(isinstance(v, str) for v in found["digests"].values()):
         raise _wrong("digests", found["digests"])
-    encoders = found["model"].get("encoders")
+    encoders = found["model"].get("encoders", [])  # an autoencoder has none
     if not isinstance(encoders, list) or not all(
         isinstance(e, dict) and {"name", "width"} <= e.keys() for e in encoders
     ):
@@ -336,7 +336,7 @@ def check_model(path: Path, found: Manifest, config: ModelConfig) -> None:
     def facts(model: dict[str, Any]) -> dict[str, Any]:
         model = parse_json(json.dumps(defaults | model), "the model", "")  # as the manifest has it: lists
         plain = {key: value for key, value in model.items() if key not in ("name", "encoders")}
-        return plain | {f"width of text encoder {e['name']}": e["width"] for e in model["encoders"]}
+        return plain | {f"width of text encoder {e['name']}": e["width"] for e in model.get("encoders", ())}
 
     here, there = facts(asdict(config)), facts(found.model)
     _compare(path, there, here)

@@ -1,0 +1,1 @@
+"""Training of the temporal autoencoder: its recipe, batches, networks, steps and checkpoints."""

@@ -1,0 +1,60 @@
+"""What training is for: how well the running average gives back held-out windows, and the codec that it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...data.cache import Cache, Samples
+from ...evaluation.reconstruction import WINDOW_PX, Reconstruction, reconstruct
+from ...model.tae import files
+from ...model.tae.codec import TAECodec, latent_statistics
+from ...model.tae.tiles import Tiling
+from ..training.differences import RECIPE, recorded
+from ..written import command, wrote
+from .networks import Networks
+from .recipe import TAERecipe
+
+FOLDER = "autoencoder"  # below logging.directory: the codec's directory
+
+
+def reconstructed(networks: Networks, recipe: TAERecipe, cache: Cache) -> Reconstruction | None:
+    """Of the first bucket of several frames that has held-out windows, by the average of the weights; None: none."""
+    for bucket, windows in zip(recipe.data.shapes, cache.buckets, strict=True):
+        if bucket.frames > 1 and len(windows.validation) and min(bucket.height, bucket.width) >= WINDOW_PX:
+            net = networks.average
+            bare = torch.zeros(net.config.channels), torch.ones(net.config.channels)
+            codec = TAECodec(files.Trained(net, *bare, Tiling.of(net.config.temporal_stride), ""), networks.device)
+            return reconstruct(codec, clips_of(windows.validation))
+    return None
+
+
+def write_trained(networks: Networks, recipe: TAERecipe, cache: Cache) -> None:
+    """Write the average of the weights, with the statistics of its latents over training windows."""
+    directory, average = recipe.logging.directory / FOLDER, networks.average
+    tiling = Tiling.of(average.config.temporal_stride)
+    mean, std = latent_statistics(average, tiling, training_windows(recipe, cache))
+    about: dict[str, Any] = {RECIPE: recorded(recipe), "steps": networks.steps}
+    if (found := reconstructed(networks, recipe, cache)) is not None:
+        about["held_out"] = asdict(found)
+    files.write(directory, average, mean, std, about)
+    wrote(directory, command("codec", "eval", codec=directory))
+
+
+def training_windows(recipe: TAERecipe, cache: Cache) -> Iterator[Tensor]:
+    """Of every bucket, evenly, up to what the recipe says together."""
+    each = max(1, recipe.statistics_from // len(cache.buckets))
+    for windows in cache.buckets:
+        every = -(-len(windows.train) // each)
+        yield from (frames for _, frames in clips_of(windows.train[::every]))
+
+
+def clips_of(samples: Samples) -> Iterator[tuple[str, Tensor]]:
+    """Scene and frames uint8 [T, H, W, 3] of windows of pixels."""
+    for index in range(len(samples)):
+        sample = samples[index]
+        yield sample.scene, sample.latent.permute(1, 2, 3, 0).contiguous()
