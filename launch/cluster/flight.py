@@ -95,10 +95,11 @@ class FlightRecorder:
         return cls(hears, asks, tempfile.TemporaryFile())
 
     def close(self) -> None:
-        """The rank's or the watchdog's part."""
-        os.close(self.asks)
-        os.close(self.hears)
-        self.answer.close()
+        """The rank's part; again, as where a rank ends inside what ends it, nothing."""
+        if not self.answer.closed:
+            os.close(self.asks)
+            os.close(self.hears)
+            self.answer.close()
 
     def listen(self) -> None:
         """On the rank, where a recorder is on: a thread answers."""

@@ -187,6 +187,7 @@ def test_a_rank_that_ends_without_a_word_is_told_of(word: bool, meeting: Meeting
         found.pipe.close()
         os.waitpid(found.pid, 0)
     found.close()
+    found.close()  # by the work of a rank, and by what ran it
     assert meeting.store.check([DEATH]) != word
     if not word:
         said = f"rank 0 (process {os.getpid()} on {socket.gethostname()}) ended without a word in step 3, at b (swiglu)"
