@@ -19,6 +19,7 @@ FOLDERS = (
     *("evaluation", "evaluation/rewriting"),
     *("launch", "launch/training", "launch/training/checkpoint", "launch/commands", "launch/proof"),
     *(
+        "launch/storage",
         "launch/cluster",
         "launch/jobs",
         "launch/health",

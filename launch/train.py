@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 from ..interrupt import interrupted_in_a_line
@@ -24,7 +24,7 @@ def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
     from .cluster.processes import meet_alike
     from .cluster.rounds import begin_round
     from .training import loop
-    from .training.checkpoint.choosing import FOLDER, latest
+    from .training.checkpoint.choosing import kept_in, latest
     from .training.differences import recipe_facts
     from .training.measured_rows import ROWS_FILE
     from .training.needs import check_outputs
@@ -38,7 +38,10 @@ def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
     say_device(recipe.device, processes_here(world))
     check_outputs(recipe)
     rank = int(os.environ.get("RANK", "0"))
-    with leased(recipe.logging.directory) if rank == 0 else nullcontext():
+    written_to = {recipe.logging.directory, recipe.logging.checkpoints or recipe.logging.directory}
+    with ExitStack() as leases:
+        for place in sorted(written_to, key=str) if rank == 0 else ():
+            leases.enter_context(leased(place))
         if launched() and rank == 0 and (before := begin_round(recipe.logging.directory)):
             print(f"the round before ended: {before}", flush=True)
         if recipe.cluster is not None:
@@ -46,7 +49,7 @@ def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
 
             resolve(recipe, auto, world, rank)
         loop.run(config=config, nproc=nproc, overrides=overrides)
-    newest = latest(recipe.logging.directory / FOLDER)
+    newest = latest(kept_in(recipe))
     if newest is not None and rank == 0:
         given = [word for override in overrides for word in ("--set", override)]
         wrote(newest, command("sample", config, *given, prompt=PROMPT))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shlex
 import sys
-from pathlib import Path
+
+from .storage.places import Location
 
 
-def wrote(path: Path, then: str, about: str = "") -> None:
+def wrote(path: Location, then: str, about: str = "") -> None:
     """Say that ``path`` is there, and what to do with it: a :func:`command`, or words where a person opens it."""
     print(f"wrote {path}{f' ({about})' if about else ''}; next: {then}", file=sys.stderr)
 

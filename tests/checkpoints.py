@@ -6,6 +6,7 @@ import json
 import math
 import secrets
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -16,6 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cinemesh.launch.training.checkpoint import writing
+from cinemesh.launch.training.checkpoint.assembling import assembled
+from cinemesh.launch.training.checkpoint.copies import part_of
 from cinemesh.launch.training.checkpoint.layout import Layout
 from cinemesh.launch.training.checkpoint.loading import read_states
 from cinemesh.launch.training.checkpoint.manifest import (
@@ -24,10 +27,10 @@ from cinemesh.launch.training.checkpoint.manifest import (
     SAVED_STATES,
     Manifest,
     ShardFile,
+    ShardPart,
     read_manifest,
     sealed,
 )
-from cinemesh.launch.training.checkpoint.saving import assembled, part_of
 from cinemesh.launch.training.checkpoint.writing import Written, write_part
 from cinemesh.model.config import ModelConfig, parameters, preset
 from cinemesh.model.inputs import IDS, LATENTS, MASK, PLACES, BatchShape, text_input
@@ -53,13 +56,13 @@ def rewrite(path: Path, body: object) -> None:
 def plain_states(path: Path) -> dict[str, dict[str, Tensor]]:
     """Every state's whole tensors by parameter: shards put behind one another, tp ranks' parts side by side."""
     body = body_of(path)
-    layout, files = body["layout"], [(part, load_file(path / part["name"])) for part in body["files"]]
+    layout, files = body["layout"], [*parts_of(path, body)]
     degrees: dict[str, int] = layout["degrees"]
     found: dict[str, dict[str, Tensor]] = {state: {} for state in body["states"]}
     for state, tensors in found.items():
         shards = {
-            at: torch.cat([held[state] for part, held in sorted(files, key=start_of) if at_of(part) == at])
-            for at in {at_of(part) for part, _ in files}
+            at: torch.cat([of[before + state] for part, before, of in sorted(files, key=start_of) if at_of(part) == at])
+            for at in {at_of(part) for part, _, _ in files}
         }
         for unit in layout["units"]:
             axes, size = unit["axes"], unit["elements"] // math.prod(degrees[axis] for axis in unit["axes"])
@@ -86,8 +89,15 @@ def at_of(part: dict[str, Any]) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(part["at"].items()))
 
 
-def start_of(item: tuple[dict[str, Any], object]) -> int:
+def start_of(item: tuple[dict[str, Any], object, object]) -> int:
     return item[0]["start"]
+
+
+def parts_of(path: Path, body: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, dict[str, Tensor]]]:
+    """Every part, what the names of its tensors begin with, and all tensors of its file."""
+    for file in body["files"]:
+        for number, part in enumerate(file["parts"]):
+            yield part, "" if len(file["parts"]) == 1 else f"{number}.", load_file(path / file["name"])
 
 
 # -- written and read without processes -------------------------------------------------------------------------------
@@ -197,7 +207,8 @@ def dry_manifest(plan: Plan, config: ModelConfig) -> Manifest:
         count = -(-(stop - start) // writing.BLOCK_ELEMENTS)
         blocks = {state: [secrets.token_hex(32) for _ in range(count)] for state in SAVED_STATES}
         size = 400 + 4 * len(SAVED_STATES) * (stop - start)
-        files.append(ShardFile(f"{rank:05d}.safetensors", size, at, start, stop, secrets.token_hex(32), blocks))
+        part = ShardPart(400, at, start, stop, blocks)
+        files.append(ShardFile(f"{rank:05d}.safetensors", size, secrets.token_hex(32), (part,)))
     about: dict[str, Any] = {"step": 1, "updates": 1, "model": asdict(config), "plan": plan.to_dict(), "code": {}}
     about |= {"states": dict.fromkeys(SAVED_STATES, "float32"), "block_elements": writing.BLOCK_ELEMENTS}
     return Manifest(**about, note={}, digests=dict.fromkeys(SAVED_STATES, "0"), layout=layout, files=tuple(files))

@@ -12,6 +12,7 @@ from typing import Any
 from checkpoints import assert_same, body_of, filled, plan_of, rewrite, runner_of, whole_states
 
 from cinemesh.errors import CinemeshError
+from cinemesh.launch.storage.places import Location
 from cinemesh.launch.training.checkpoint import writing
 from cinemesh.launch.training.checkpoint.loading import resume
 from cinemesh.launch.training.checkpoint.manifest import MANIFEST
@@ -92,14 +93,23 @@ def put(body: Any, where: tuple[Any, ...], value: object) -> Any:
     return body
 
 
-def knock(name: str, damage: Callable[[], object], run: Path, runner: StepRunner) -> str | None:
-    """What was wrong with how a damage was met: loaded, another than the older taken, or not named. None: nothing."""
+def knock(
+    name: str,
+    damage: Callable[[], object],
+    run: Path,
+    runner: StepRunner,
+    kept: Callable[[Path], Location] = lambda run: run,
+) -> str | None:
+    """What was wrong with how a damage was met: loaded, another than the older taken, or not named. None: nothing.
+
+    ``kept``: where the run is read from.
+    """
     before = contents(run / NEWER)
     damage()
     if before == contents(run / NEWER):
         return None  # the value that was there
     try:
-        found = resume(run, runner)
+        found = resume(kept(run), runner)
     except CinemeshError as error:
         return None if "is of another model" in str(error) and "'model'" in name else f"{name}: {error}"
     if found is None or found.path.name != OLDER or [e.path.name for e in found.damaged] != [NEWER]:

@@ -41,8 +41,9 @@ from cinemesh.evaluation.rewriting.settings import read_settings
 from cinemesh.evaluation.serving import JudgeServer
 from cinemesh.launch import cli
 from cinemesh.launch.training.checkpoint.layout import Layout
-from cinemesh.launch.training.checkpoint.manifest import FORMAT, Manifest, ShardFile, check_model, read_manifest, sealed
+from cinemesh.launch.training.checkpoint.manifest import FORMAT, Manifest, ShardFile, ShardPart, read_manifest, sealed
 from cinemesh.launch.training.checkpoint.manifest import MANIFEST as MANIFEST_FILE
+from cinemesh.launch.training.checkpoint.same_model import check_model
 from cinemesh.launch.training.recipe import read_recipe
 from cinemesh.launch.training.setting import Setting
 from cinemesh.model.config import preset
@@ -182,8 +183,13 @@ MANIFEST = json.loads(
                 layout=replace(LAYOUT, units=LAYOUT.units[:1]),
                 files=(
                     ShardFile(
-                        *("a", 1 << 24, {"tp": 0, "cp": 0, "dp_shard": 0}, 0, LAYOUT.shard_elements(LAYOUT.units[0])),
-                        *("0" * 64, {"ema": ["0" * 64]}),
+                        *("a", 400 + 4 * LAYOUT.shard_elements(LAYOUT.units[0]), "0" * 64),
+                        (
+                            ShardPart(
+                                *(400, {"tp": 0, "cp": 0, "dp_shard": 0}, 0),
+                                *(LAYOUT.shard_elements(LAYOUT.units[0]), {"ema": ["0" * 64]}),
+                            ),
+                        ),
                     ),
                 ),
             )

@@ -237,22 +237,22 @@ def in_a_write(fault: Fault, happens: Happens) -> None:
     """Half of a checkpoint's file is written, by the thread behind training."""
     from cinemesh.launch.training.checkpoint import saving, writing
 
-    before, write_all = saving.write_part, writing._write_all
+    before, write_all = saving.write_part, writing.write_file
     turns = [0]
 
     def written(path: Path, *given: Any) -> Any:
         if turns[0] == fault.turn:
 
-            def half(file: int, data: memoryview, offset: int) -> None:
-                os.pwrite(file, data[: len(data) // 2], offset)
+            def half(file: Path, chunks: Any) -> None:
+                file.write_bytes(bytes(chunks[1][: len(chunks[1]) // 2]))
                 happens(int(path.parent.name.split("-")[1].split(".")[0]), "saving a checkpoint")
 
-            writing._write_all = half
+            writing.write_file = half
         turns[0] += 1
         try:
             return before(path, *given)
         finally:
-            writing._write_all = write_all
+            writing.write_file = write_all
 
     saving.write_part = written
 

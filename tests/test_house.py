@@ -35,6 +35,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "parallel": (("ir",), ("layers", "passes"), ("runtime",)),
     "perf_model": (("clusters",), ("prices",), ("search", "published"), ("report", "calibration")),
     "launch": (
+        ("storage",),
         ("cluster", "jobs"),
         ("training", "proof"),
         ("exchange", "health", "tae"),
@@ -73,6 +74,7 @@ WIDER_WITH_REASON: dict[str, str] = {  # path -> why
     "data/curate/settings.py": "every stage's limits and every measure's parameters: one field each",
     "launch/training/loop.py": "where data, steps, reports, validation and checkpoints of a run meet",
     "launch/tae/loop.py": "where data, steps, reports, reconstructions and checkpoints of a run meet",
+    "launch/tae/checkpoints.py": "an autoencoder's checkpoints, of the parts of the transformer's",
     "launch/commands/trace.py": "runs a step, plays it, and shows both beside each other",
     "launch/commands/plan.py": "the command that searches, tunes, explains, reports and writes",
 }

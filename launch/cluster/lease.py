@@ -1,14 +1,14 @@
-"""The lease of a run's directory: one job at a time writes there (torch-free).
+"""The lease of a place where a run writes: one job at a time (torch-free).
 
 [Note: stale] The holder's host, process and the process's start stand in the lease. On that host it is known at once
 whether the process is still there: another may have its number, none its start too. From elsewhere it is seen by the
-file's time, which the holder renews: it is old beside that of a file made now (one clock, the file system's, tells
-both), or it does not change while we wait. What its launcher started again elsewhere takes its lease over at once.
+beat, a file beside the lease that its holder writes again and again: it is old beside a file made now (one clock, the
+store's, tells both), or it does not change while we wait. What its launcher started again elsewhere takes its lease
+over at once. The lease itself is never written twice, so that a holder who was asleep writes over nobody's.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import socket
@@ -16,17 +16,19 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event, Thread
 
-from ...documents import exactly, read_json
+from ...documents import exactly, parse_json
 from ...errors import CinemeshError
+from ..storage.places import Location, children, create_file, make_folder, modified, put_file, read_file
+from ..storage.remote import RemotePath
 
 LEASE = "lease.json"  # in the run's directory
-BEAT_S = 10.0  # from one renewal to the next
-STALE_S = 60.0  # not renewed for so long, it is nobody's: six renewals, each may be late by a slow file system
+BEAT_S = 10.0  # from one beat to the next
+STALE_S = 60.0  # without a beat for so long, it is nobody's: six of them, each may be late by a slow file system
 POLL_S = 1.0
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -57,16 +59,24 @@ class Holder:
 
 
 @contextmanager
-def leased(directory: Path) -> Iterator[None]:
-    """Hold the lease of a directory, which is made as needed; it is given back when all is done.
+def leased(place: Location) -> Iterator[None]:
+    """Hold the lease of a folder, which is made as needed; it is given back when all is done.
 
-    Raises CinemeshError where another job holds it.
+    Raises CinemeshError where another job holds it. Of a store where two may hold it at once, that is said.
     """
-    made = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
-    path, mine, over = directory / LEASE, Holder.here(), Event()
-    _take(path, mine)
-    beat = Thread(target=_renew, args=(path, mine, over), name="lease", daemon=True)
+    if isinstance(place, RemotePath) and not place.is_conditional:
+        print(f"WARNING: {place}: what reaches it looks before it writes, in two requests, so that two jobs that start "
+              "there at one moment may both go on; see to it that there is one", file=sys.stderr)  # fmt: skip
+    made = not place.exists()
+    path, mine, over = place / LEASE, Holder.here(), Event()
+    try:
+        make_folder(place)
+        _take(path, mine)
+    except OSError as error:
+        raise CinemeshError(
+            f"cannot write {path}: {error.strerror or error}", remedy="see to its folder and the free space there"
+        ) from error
+    beat = Thread(target=_beat, args=(path, mine, over), name="lease", daemon=True)
     beat.start()
     try:
         yield
@@ -75,120 +85,109 @@ def leased(directory: Path) -> Iterator[None]:
         beat.join()
         if _is(path, mine):
             path.unlink(missing_ok=True)
-        if made and not any(directory.iterdir()):
-            directory.rmdir()
+        beats(path, mine).unlink(missing_ok=True)
+        if made and isinstance(place, Path) and not children(place):
+            place.rmdir()
 
 
-def _take(path: Path, mine: Holder) -> None:
-    while not _created(path, mine):
-        holder = _holder(path)
-        if holder is None and not path.exists():
-            continue  # given back meanwhile
-        if not _ended(path, holder, mine):
-            raise CinemeshError(
-                f"{path.parent} is in use by {holder or 'a job that does not say which'}",
-                remedy="end that job, or name another logging.directory",
-            )
-        if _taken_over(path, holder, mine):
-            print(f"the lease of {path.parent} is taken over: {holder or 'its job'} has ended", file=sys.stderr)
-            return
+def beats(path: Location, holder: Holder | None) -> Location:
+    """What the holder of a lease writes again and again; of one that does not say who it is, the lease itself."""
+    return path if holder is None else path.parent / f".{LEASE}.{holder.token}"
 
 
-def _created(path: Path, mine: Holder) -> bool:
-    """Whether the lease is mine now: written whole under another name, then given its own, where there is none."""
-    part = path.with_name(f".{LEASE}.{mine.token}")
-    part.write_text(json.dumps(asdict(mine), indent=1), encoding="utf-8")
+def _take(path: Location, mine: Holder) -> None:
+    put_file(beats(path, mine), b"")
     try:
-        os.link(part, path)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK):
-            raise
-        try:  # a file system without links
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return False
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return True
+        while not create_file(path, _text(mine)):
+            holder = _holder(path)
+            if holder is None and not path.exists():
+                continue  # given back meanwhile
+            if not _ended(path, holder, mine):
+                raise CinemeshError(
+                    f"{path.parent} is in use by {holder or 'a job that does not say which'}",
+                    remedy="end that job, or write to another place (logging.directory, logging.checkpoints)",
+                )
+            if _taken_over(path, holder, mine):
+                print(f"the lease of {path.parent} is taken over: {holder or 'its job'} has ended", file=sys.stderr)
+                return
+    except BaseException:
+        with suppress(OSError, CinemeshError):
+            beats(path, mine).unlink(missing_ok=True)
+        raise
 
 
-def _ended(path: Path, holder: Holder | None, mine: Holder) -> bool:
-    """Whether the holder is no more: see [Note: stale]. May wait for a renewal, and says so."""
+def _text(holder: Holder) -> bytes:
+    return json.dumps(asdict(holder), indent=1).encode()
+
+
+def _ended(path: Location, holder: Holder | None, mine: Holder) -> bool:
+    """Whether the holder is no more: see [Note: stale]. May wait for a beat, and says so."""
     if holder is not None and (holder.host, holder.boot) == (mine.host, mine.boot) and holder.boot:
         return not holder.is_alive()
     if holder is not None and holder.job and holder.job == mine.job:
         return True
-    first, until = _renewed(path), time.monotonic() + STALE_S
+    first, until = _renewed(path, holder), time.monotonic() + STALE_S
     if first is not None and _now(path, mine) - first <= STALE_S:
         print(f"{path} is of {holder or 'another job'}: waiting up to {STALE_S:.0f} s to see whether it is renewed",
               file=sys.stderr)  # fmt: skip
-        while _renewed(path) == first and time.monotonic() < until:
+        while _renewed(path, holder) == first and time.monotonic() < until:
             time.sleep(POLL_S)
-    return _renewed(path) in (first, None)
+    return _renewed(path, holder) in (first, None)
 
 
-def _taken_over(path: Path, holder: Holder | None, mine: Holder) -> bool:
+def _taken_over(path: Location, holder: Holder | None, mine: Holder) -> bool:
     """Put mine in place of a stale lease. Who else found it stale waits, and looks again."""
-    turn = path.with_name(f".{LEASE}.turn")
-    try:
-        os.close(os.open(turn, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
+    turn = path.parent / f".{LEASE}.turn"
+    if not create_file(turn, mine.token.encode()):
         time.sleep(POLL_S)
-        if (since := _renewed(turn)) is not None and _now(path, mine) - since > STALE_S:
+        if (since := modified(turn)) is not None and _now(path, mine) - since > STALE_S:
             turn.unlink(missing_ok=True)  # of one that was killed in its turn
         return False
     try:
         if _holder(path) != holder:
             return False
-        part = path.with_name(f".{LEASE}.{mine.token}")
-        part.write_text(json.dumps(asdict(mine), indent=1), encoding="utf-8")
-        part.replace(path)
+        put_file(path, _text(mine))
+        if holder is not None:
+            beats(path, holder).unlink(missing_ok=True)
         return True
     finally:
         turn.unlink(missing_ok=True)
 
 
-def _renew(path: Path, mine: Holder, over: Event) -> None:
+def _beat(path: Location, mine: Holder, over: Event) -> None:
     while not over.wait(BEAT_S):
-        try:
-            if _is(path, mine):
-                os.utime(path)
-        except OSError:  # of a file system that is away for a while: it is tried again
-            continue
+        with suppress(OSError, CinemeshError):  # of a store that is away for a while: it is tried again
+            put_file(beats(path, mine), b"")
 
 
-def _is(path: Path, mine: Holder) -> bool:
+def _renewed(path: Location, holder: Holder | None) -> float | None:
+    """When the lease was taken, or its holder's last beat."""
+    times = [modified(path), modified(beats(path, holder))]
+    return max((at for at in times if at is not None), default=None)
+
+
+def _is(path: Location, mine: Holder) -> bool:
     return _holder(path) == mine
 
 
-def _holder(path: Path) -> Holder | None:
+def _holder(path: Location) -> Holder | None:
     """None for a file that is away, or none of ours."""
     try:
-        found = read_json(path, "the lease", "")
+        found = parse_json(read_file(path).decode(), "the lease", "")
         return Holder(**exactly(found, "the lease", _KINDS, remedy=""))
-    except CinemeshError:
+    except (OSError, ValueError, CinemeshError):
         return None
 
 
 _KINDS = {"host": str, "boot": str, "pid": int, "start": str, "began": str, "job": str, "token": str}
 
 
-def _renewed(path: Path) -> float | None:
+def _now(path: Location, mine: Holder) -> float:
+    """By the clock that gave the beat its time."""
+    probe = path.parent / f".{LEASE}.{mine.token}.now"
+    put_file(probe, b"")
     try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return None
-
-
-def _now(path: Path, mine: Holder) -> float:
-    """By the clock that gave the lease its time."""
-    probe = path.with_name(f".{LEASE}.{mine.token}.now")
-    probe.touch()
-    try:
-        return probe.stat().st_mtime
+        return modified(probe) or 0.0
     finally:
         probe.unlink(missing_ok=True)
 

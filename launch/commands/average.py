@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import CinemeshError
+from ..storage.places import Location, location_of
 from ..training.checkpoint.alone import write_alone
+from ..training.checkpoint.publishing import is_unfinished
 from ..training.differences import RECIPE
 from ..training.greedy import measuring
 from ..training.members import mean_of, read_members, read_shares
@@ -21,9 +23,9 @@ AVERAGED = "averaged"  # of a checkpoint's note: its members, with their shares
 
 def run(
     *,
-    members: Sequence[Path],
+    members: Sequence[str | Location],
     shares: str | None,
-    out: Path,
+    out: str | Location,
     config: Path | None,
     greedy: bool,
     overrides: Sequence[str],
@@ -34,7 +36,8 @@ def run(
     told; ``greedy`` takes the best member, then each next one that does not raise the loss of the equal average.
     Raises CinemeshError for members of different models, shares that are none, and as reading and writing do.
     """
-    if out.exists():
+    target = location_of(out)
+    if target.exists() and not is_unfinished(target):
         raise CinemeshError(f"--out {out} exists", remedy="name a new folder")
     if greedy and (config is None or shares is not None):
         raise CinemeshError(
@@ -43,7 +46,7 @@ def run(
         )
     if overrides and config is None:
         raise CinemeshError("--set replaces a value of a recipe, and there is none", remedy="add --config RECIPE")
-    found, model = read_members(members)
+    found, model = read_members([*map(location_of, members)])
     given = read_shares(shares, len(found))
     if config is not None:
         with measuring(read_config(config, overrides), found) as measured:
@@ -64,7 +67,7 @@ def run(
         for member, share in zip(found, given, strict=True)
     ]
     write_alone(
-        out,
+        target,
         model,
         {state: first.states[state] for state in held},
         mean_of(found, given),
@@ -72,4 +75,8 @@ def run(
         updates=max(member.found.updates for member in found),
         note=note,
     )
-    wrote(out, f"cinemesh sample CONFIG --checkpoint {out} --prompt ...", f"{', '.join(held)} of {len(found)} members")
+    wrote(
+        target,
+        f"cinemesh sample CONFIG --checkpoint {target} --prompt ...",
+        f"{', '.join(held)} of {len(found)} members",
+    )

@@ -7,10 +7,11 @@ from pathlib import Path
 from ..exchange.exporting import export, found_checkpoint
 from ..exchange.importing import import_weights
 from ..exchange.merging import merge
+from ..storage.places import location_of
 from ..written import wrote
 
 
-def run_export(checkpoint: Path, folder: Path, *, weights: str, dtype: str | None, file_bytes: int) -> None:
+def run_export(checkpoint: str, folder: Path, *, weights: str, dtype: str | None, file_bytes: int) -> None:
     """Write ``folder``."""
     found = found_checkpoint(checkpoint)
     config = export(found, folder, which=weights, dtype=dtype, file_bytes=file_bytes)
@@ -20,14 +21,16 @@ def run_export(checkpoint: Path, folder: Path, *, weights: str, dtype: str | Non
     wrote(folder, reader, f"{weights} of {found}, {config.name}")
 
 
-def run_merge(checkpoint: Path, out: Path, base: Path | None) -> None:
+def run_merge(checkpoint: str, out: str, base: str | None) -> None:
     """Write the checkpoint ``out``."""
     found = found_checkpoint(checkpoint)
-    config = merge(found, out, base)
-    wrote(out, f"cinemesh sample RECIPE --checkpoint {out} --prompt TEXT", f"{found}, merged, {config.name}")
+    place = location_of(out)
+    config = merge(found, place, location_of(base) if base is not None else None)
+    wrote(place, f"cinemesh sample RECIPE --checkpoint {out} --prompt TEXT", f"{found}, merged, {config.name}")
 
 
-def run_import(folder: Path, out: Path) -> None:
+def run_import(folder: Path, out: str) -> None:
     """Write the checkpoint ``out``."""
-    config = import_weights(folder, out)
-    wrote(out, f"cinemesh sample RECIPE --checkpoint {out} --prompt TEXT", config.name)
+    place = location_of(out)
+    config = import_weights(folder, place)
+    wrote(place, f"cinemesh sample RECIPE --checkpoint {out} --prompt TEXT", config.name)

@@ -38,8 +38,8 @@ def sample(
         ),
     ] = None,
     checkpoint: Annotated[
-        Path | None,
-        typer.Option("--checkpoint", metavar="DIR", help="Default: the newest one of the recipe's run."),
+        str | None,
+        typer.Option("--checkpoint", metavar="DIR", help="Or its URL. Default: the newest one of the recipe's run."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -98,7 +98,9 @@ def sample(
 
 @weights.command(epilog=epilog("export"))
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A step-* folder, or a run's directory.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A step-* folder, or a run's directory, or a URL of one.")
+    ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder.")],
     weights: Annotated[
         Literal["ema", "master"], typer.Option("--weights", help="Their running average, or the last step's own.")
@@ -125,7 +127,7 @@ def export(
 @weights.command("import", epilog=epilog("import"))
 def import_folder(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="As cinemesh export writes it.")],
-    out: Annotated[Path, typer.Option("--out", metavar="CHECKPOINT", help="A new folder.")],
+    out: Annotated[str, typer.Option("--out", metavar="CHECKPOINT", help="A new folder, or its URL.")],
 ) -> None:
     """Make a checkpoint of the weights that cinemesh export wrote, bit by bit.
 
@@ -139,11 +141,11 @@ def import_folder(
 @weights.command(epilog=epilog("merge"))
 def merge(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="Of a run with model.lora: a step-* folder, or its directory.")
+        str, typer.Argument(metavar="CHECKPOINT", help="Of a run with model.lora: a step-* folder, or its directory.")
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder, for the merged weights.")],
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="A new folder for the merged weights, or its URL.")],
     base: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--base", metavar="CHECKPOINT", help="Where the base lies now. Default: where the run found it."),
     ] = None,
 ) -> None:
@@ -161,9 +163,9 @@ def merge(
 @weights.command(epilog=epilog("average"))
 def average(
     checkpoints: Annotated[
-        list[Path], typer.Argument(metavar="DIR DIR ...", help="step-* folders of one model, of any plans.")
+        list[str], typer.Argument(metavar="DIR DIR ...", help="step-* folders, or their URLs, of one model, any plans.")
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder, for the average.")],
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="A new folder for the average, or its URL.")],
     weights: Annotated[
         str | None,
         typer.Option("--weights", metavar="W,W,...", help="One a checkpoint, summing to 1. Default: equal ones."),

@@ -18,10 +18,10 @@ from ...model.sampler import GUIDANCE
 from ...model.solvers import EMULATED_STEPS, PAPER_STEPS
 from ..models import model_of
 from ..progress import progress
+from ..storage.places import NO_ROOM, Location, check_room, location_of
 from ..training.checkpoint.choosing import FOLDER, check_files, latest
 from ..training.checkpoint.loading import read_parameter
 from ..training.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from ..training.checkpoint.saving import NO_ROOM, check_room
 from ..training.sample import FRAME_RATE
 from . import movie_gen
 from .factors import write_factors
@@ -48,16 +48,20 @@ class Origin:
     frame_rate: str | None
 
 
-def found_checkpoint(given: Path) -> Path:
-    """A checkpoint, or the newest of the run whose directory is given. Raises CinemeshError."""
-    if (given / MANIFEST).is_file() or not (given / FOLDER).is_dir():
+def found_checkpoint(named: str | Location) -> Location:
+    """A checkpoint, or the newest of the run, or of the folder of checkpoints, that is given. Raises CinemeshError."""
+    given = location_of(named)
+    if (given / MANIFEST).is_file():
         return given
-    if (newest := latest(given / FOLDER)) is None:
-        raise CinemeshError(f"no checkpoint in {given / FOLDER}", remedy="train first, or name a step-* folder")
-    return newest
+    kept = given / FOLDER if (given / FOLDER).is_dir() else given
+    if (newest := latest(kept)) is not None:
+        return newest
+    if kept is given:
+        return given  # whoever reads it says what is wrong
+    raise CinemeshError(f"no checkpoint in {kept}", remedy="train first, or name a step-* folder")
 
 
-def export(checkpoint: Path, folder: Path, *, which: str, dtype: str | None, file_bytes: int) -> ModelConfig:
+def export(checkpoint: Location, folder: Path, *, which: str, dtype: str | None, file_bytes: int) -> ModelConfig:
     """Write the weights ``which`` into ``folder``, which is not there yet, in files of ``file_bytes`` at most.
 
     ``dtype``: None keeps that of the checkpoint. A weight that is larger has a file of its own. Low-rank factors are
@@ -115,7 +119,7 @@ def _files(config: ModelConfig, item: int, file_bytes: int) -> Iterator[dict[str
 
 
 def _write_weights(
-    checkpoint: Path,
+    checkpoint: Location,
     found: Manifest,
     which: str,
     dtype: torch.dtype,

@@ -21,6 +21,7 @@ from ...model.config import ModelConfig, block_unit
 from ...model.lora import factors_of
 from ..models import model_of
 from ..progress import progress
+from ..storage.places import Location
 from ..training.base import base_section
 from ..training.checkpoint.loading import read_parameter
 from ..training.checkpoint.manifest import Manifest
@@ -30,7 +31,7 @@ ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"  # 
 PREFIX = "base_model.model."  # of every weight: PEFT wraps a model twice
 
 
-def checked_factors(checkpoint: Path, found: Manifest) -> ModelConfig:
+def checked_factors(checkpoint: Location, found: Manifest) -> ModelConfig:
     """The model of a checkpoint of low-rank factors. Raises CinemeshError for one of whole weights."""
     config = model_of(found.model, f"the model of checkpoint {checkpoint}")
     if config.lora is None:
@@ -50,7 +51,7 @@ def adapted(config: ModelConfig) -> Iterator[tuple[str, str]]:
 
 
 def write_factors(
-    checkpoint: Path, found: Manifest, config: ModelConfig, which: str, dtype: torch.dtype, partial: Path
+    checkpoint: Location, found: Manifest, config: ModelConfig, which: str, dtype: torch.dtype, partial: Path
 ) -> None:
     """The factors ``which`` of a checkpoint, as PEFT has them, into a folder. Raises CinemeshError and OSError."""
     assert config.lora is not None

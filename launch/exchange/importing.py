@@ -15,6 +15,7 @@ from ...errors import CinemeshError, in_a_line
 from ...files import file_name
 from ...model.config import ModelConfig
 from ..models import model_of
+from ..storage.places import Location
 from ..training.checkpoint.alone import write_alone
 from ..training.checkpoint.layout import Coordinates, Layout
 from ..training.checkpoint.manifest import Manifest
@@ -28,7 +29,7 @@ DEFAULT_WEIGHTS = "ema"  # where a folder does not say what its weights are: wha
 _FLOATS = {"F64", "F32", "BF16", "F16"}  # as safetensors calls them
 
 
-def import_weights(folder: Path, out: Path) -> ModelConfig:
+def import_weights(folder: Path, out: Location) -> ModelConfig:
     """Write the checkpoint ``out``, a new folder, with one state: the weights of ``folder``, bit by bit.
 
     Weights of 16 bits become float32. Returns the model. Raises CinemeshError for what is damaged, incomplete or no

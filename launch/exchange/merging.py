@@ -5,13 +5,12 @@ W + alpha / rank A B     in float64, a parameter at a time, written in the dtype
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from ...model.config import ModelConfig
 from ...model.lora import factors_of
+from ..storage.places import Location
 from ..training.base import BEGUN_WITH, DIGEST, base_section, check_base
 from ..training.checkpoint.alone import write_alone
 from ..training.checkpoint.layout import Coordinates, Layout
@@ -26,7 +25,7 @@ from .factors import adapted, checked_factors
 MERGED = "merged"  # of a checkpoint's note: the factors and the base that it was made of
 
 
-def merge(checkpoint: Path, out: Path, base: Path | None) -> ModelConfig:
+def merge(checkpoint: Location, out: Location, base: Location | None) -> ModelConfig:
     """Write the checkpoint ``out``, a new folder: ``master`` and ``ema`` of the factors, each on the base's weights.
 
     ``base``: where the checkpoint that the factors were trained on lies now; by default where it did. Returns the
@@ -51,7 +50,7 @@ def merge(checkpoint: Path, out: Path, base: Path | None) -> ModelConfig:
 
 
 def _add(
-    config: ModelConfig, path: Path, found: Manifest, which: str, layout: Layout, at: Coordinates, flat: Tensor
+    config: ModelConfig, path: Location, found: Manifest, which: str, layout: Layout, at: Coordinates, flat: Tensor
 ) -> None:
     """What the factors add to the weights that a flat shard holds."""
     assert config.lora is not None

@@ -6,7 +6,7 @@ a part. What was written under any number of ranks is read under any other.
 
 from __future__ import annotations
 
-import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,16 @@ from ...kernels.dtypes import TORCH_DTYPES
 from ...parallel.ir.plan import Plan
 from ...parallel.runtime.comm import gather_at_first
 from ..cluster.processes import Joined
+from ..storage.places import Location
+from ..training.checkpoint.assembling import assembled
 from ..training.checkpoint.choosing import none_whole, prune, published
+from ..training.checkpoint.copies import part_of
 from ..training.checkpoint.digests import digest, state_sums
 from ..training.checkpoint.layout import SHARDING, Coordinates, FlatParameter, FlatUnit, Layout
 from ..training.checkpoint.loading import newest_whole, read_states
-from ..training.checkpoint.manifest import (
-    OTHER_MODEL,
-    Damaged,
-    Manifest,
-    code_here,
-    read_manifest,
-    shown,
-    step_folder,
-)
-from ..training.checkpoint.saving import assembled, check_room, part_of, publish, write_failed
+from ..training.checkpoint.manifest import Damaged, Manifest, code_here, read_manifest, step_folder
+from ..training.checkpoint.publishing import make_room, publish, remove, write_failed
+from ..training.checkpoint.same_model import OTHER_MODEL, shown
 from ..training.checkpoint.together import together
 from ..training.checkpoint.writing import BLOCK_ELEMENTS, write_part
 from .networks import FLAT_STATES, Networks
@@ -62,22 +58,17 @@ def tae_description(networks: Networks) -> dict[str, Any]:
 def save_networks(networks: Networks, place: Joined, directory: Path, plan: Plan, note: dict[str, Any]) -> Path:
     """Write ``directory/step-NNNNNNNN``. Collective. Raises CinemeshError, on all ranks, where it cannot be written."""
     final = step_folder(directory, networks.steps)
-    partial = final.with_name(f".{final.name}.partial")
     dtype = networks.recipe.state_dtype
     layout, states = layout_of(networks), dict.fromkeys(FLAT_STATES, dtype)
 
     def prepare() -> None:
         if place.rank == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            for broken in directory.glob(".step-*"):
-                shutil.rmtree(broken)
-            check_room(directory, "a checkpoint", networks.elements, TORCH_DTYPES[dtype].itemsize * len(FLAT_STATES))
-            partial.mkdir()
+            make_room(directory, final, networks.elements, TORCH_DTYPES[dtype].itemsize * len(FLAT_STATES))
 
     def write() -> Any:
         start, stop = part_of(networks.elements, plan.world_size, place.rank)
         copies: dict[str, Tensor] = {name: state[start:stop].cpu() for name, state in networks.states.items()}
-        return write_part(partial / f"{place.rank:05d}.safetensors", layout, AT, start, copies)
+        return write_part(final / f"{place.rank:05d}.safetensors", layout, AT, start, copies)
 
     def finish() -> None:
         if parts is not None:
@@ -91,7 +82,7 @@ def save_networks(networks: Networks, place: Joined, directory: Path, plan: Plan
                 "states": states,
                 "block_elements": BLOCK_ELEMENTS,
             }
-            publish(assembled(about, layout, parts), partial, final)
+            publish(assembled(about, layout, parts), final)
             prune(directory, networks.steps, networks.recipe.logging.kept)
 
     def told(work: Any) -> Any:
@@ -107,12 +98,15 @@ def save_networks(networks: Networks, place: Joined, directory: Path, plan: Plan
         together(place.mesh, lambda: told(finish))
     except CinemeshError:
         if place.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError, CinemeshError):
+                remove(final)
         raise
     return final
 
 
-def resume_networks(networks: Networks, place: Joined, directory: Path) -> tuple[Path, Manifest, list[Damaged]] | None:
+def resume_networks(
+    networks: Networks, place: Joined, directory: Path
+) -> tuple[Location, Manifest, list[Damaged]] | None:
     """Load the newest whole checkpoint, or None where there is none at all. Collective.
 
     Raises CinemeshError, on all ranks, where there are only damaged ones, and for one of another autoencoder.
@@ -127,7 +121,7 @@ def resume_networks(networks: Networks, place: Joined, directory: Path) -> tuple
     return *found, damaged
 
 
-def load(path: Path, networks: Networks) -> Manifest:
+def load(path: Location, networks: Networks) -> Manifest:
     """Read a checkpoint into the states, bit by bit. Raises Damaged, and CinemeshError for another autoencoder's."""
     found, layout, dtype = read_manifest(path), layout_of(networks), networks.recipe.state_dtype
     here = tae_description(networks)

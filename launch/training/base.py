@@ -7,7 +7,6 @@ A checkpoint of factors holds nothing of them. Its note says what it began with;
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,10 +14,12 @@ from torch import Tensor
 from ...errors import CinemeshError
 from ...model.config import ModelConfig
 from ...parallel.ir.units import Units
+from ..storage.places import Location, location_of
 from .checkpoint.choosing import check_files
 from .checkpoint.layout import Coordinates
 from .checkpoint.loading import load_weights
-from .checkpoint.manifest import Manifest, check_model, read_manifest
+from .checkpoint.manifest import Manifest, read_manifest
+from .checkpoint.same_model import check_model
 from .model_section import StartFrom
 
 BEGUN_WITH = "begun_with"  # of a checkpoint's note: what the run began with, and so the base of its factors
@@ -60,7 +61,7 @@ def read_base(section: StartFrom, frozen: Tensor, units: Units, at: Coordinates)
     load_weights(section.checkpoint, section.weights, frozen, units.of_frozen, at)
 
 
-def base_section(note: Mapping[str, Any], path: Path, given: Path | None = None) -> StartFrom:
+def base_section(note: Mapping[str, Any], path: Location, given: Location | None = None) -> StartFrom:
     """The base of the factors in a checkpoint, as its note says; ``given``: where it lies now.
 
     Raises CinemeshError for a note that does not say it.
@@ -72,7 +73,7 @@ def base_section(note: Mapping[str, Any], path: Path, given: Path | None = None)
             f"checkpoint {path} does not say of which base its low-rank factors are", remedy="restore the file"
         )
     weights: Any = begun["weights"]
-    return StartFrom(checkpoint=given or Path(begun["checkpoint"]), weights=weights)
+    return StartFrom(checkpoint=given or location_of(begun["checkpoint"]), weights=weights)
 
 
 def _told(note: Mapping[str, Any]) -> str:

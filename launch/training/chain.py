@@ -16,8 +16,9 @@ from ...documents import mapping, read_yaml
 from ...errors import CinemeshError, did_you_mean
 from ...files import file_name
 from ...reading import read_record
-from .checkpoint.choosing import FOLDER, latest
-from .checkpoint.manifest import step_folder, step_of
+from ..storage.places import Location
+from .checkpoint.choosing import kept_in, latest
+from .checkpoint.manifest import MANIFEST, step_folder, step_of
 from .recipe import Config, read_config
 
 KEYS = ("directory", "recipe", "set", "stages")
@@ -61,20 +62,22 @@ class Link:
     def config(self) -> Config:
         return read_config(self.recipe, self.overrides)
 
-    def end(self) -> Path:
+    def end(self) -> Location:
         """The checkpoint of its last step, or its average: there when the stage is done."""
         if self.stage.average:
             return self.directory / CHECKPOINT
-        return step_folder(self.directory / FOLDER, self.config().schedule.steps)
+        config = self.config()
+        return step_folder(kept_in(config), config.schedule.steps)
 
     @property
     def done(self) -> bool:
         if self.stage.prompt is not None:
             return self.clip.exists()
         if self.stage.average:
-            return self.end().exists()
-        newest = latest(self.directory / FOLDER)
-        return newest is not None and (step_of(newest) or 0) >= self.config().schedule.steps
+            return (self.end() / MANIFEST).exists()
+        config = self.config()
+        newest = latest(kept_in(config))
+        return newest is not None and (step_of(newest) or 0) >= config.schedule.steps
 
 
 def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Link]:
@@ -104,6 +107,7 @@ def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Link]:
             replaced |= {"logging.directory": str(folder)}
             if stage.after is not None:
                 replaced["start_from.checkpoint"] = str(links[stage.after].end())
+            replaced |= _kept_apart(Path(recipe), replaced, overrides, stage)
         given = (f"{key}={json.dumps(value)}" for key, value in replaced.items())
         link = Link(stage, Path(recipe), folder, (*given, *overrides))
         config = link.config()  # told now, not in hours
@@ -113,6 +117,15 @@ def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Link]:
             )
         links[stage.name] = link
     return list(links.values())
+
+
+def _kept_apart(
+    recipe: Path, replaced: Mapping[str, Any], overrides: Sequence[str], stage: ChainStage
+) -> dict[str, Any]:
+    """Where checkpoints are kept elsewhere: a stage's own folder there."""
+    given = [*(f"{key}={json.dumps(value)}" for key, value in replaced.items()), *overrides]
+    there = read_config(recipe, given).logging.checkpoints
+    return {} if there is None else {"logging.checkpoints": str(there / stage.name)}
 
 
 def _settings(value: object, where: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .checkpoint.manifest import shown
+from .checkpoint.same_model import shown
 
 RECIPE = "recipe"  # of a checkpoint's note
 

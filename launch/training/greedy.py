@@ -12,7 +12,7 @@ from ...model.runner import StepRunner
 from ...parallel.runtime.executor import Executor
 from ..cluster.processes import joined
 from .checkpoint.layout import Layout
-from .checkpoint.manifest import check_model
+from .checkpoint.same_model import check_model
 from .members import Member, mean_of, read_shares
 from .recipe import Config
 from .setting import Setting

@@ -34,7 +34,7 @@ from ..cluster.verdict import stages_of
 from .average import remark
 from .base import BEGUN_WITH
 from .batches import BATCHES, Batches, BatchHistory, batches_told
-from .checkpoint.choosing import FOLDER, VALIDATION_LOSS, Keep
+from .checkpoint.choosing import VALIDATION_LOSS, Keep, kept_in
 from .checkpoint.loading import resume
 from .checkpoint.saving import Saver
 from .differences import RECIPE, recipe_facts, recorded
@@ -108,7 +108,7 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
     if place.meeting is not None:
         programs = {f"program of {latent_text(at)}": program_digest(one.program) for at, one in buckets.runners.items()}
         agree(place.meeting, "code and latent cache", programs | {"latent cache": cache.digest})
-    checkpoints = config.logging.directory / FOLDER
+    checkpoints = kept_in(config)
     resumed = resume(checkpoints, runner)
     changed = allowed_changes(resumed.manifest.note, config, cache.contents) if resumed else []
     begun = None
@@ -147,7 +147,8 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
         telemetry.account.lose(LossCause.START, time.time() - since)
     try:
         log = config.logging
-        saver = Saver(checkpoints, runner, Keep(log.keep, log.keep_every, log.keep_best))
+        keep = Keep(log.keep, log.keep_every, log.keep_best)
+        saver = Saver(checkpoints, runner, keep, log.checkpoint_files)
         feed = Feed(config, cache, runner.mesh.data_rank if runner.mesh else 0, history)
         loop = _Loop(setting, buckets, feed, saver, telemetry, carried, place.marks, Stragglers.of(place))
         if place.watched is not None:

@@ -17,11 +17,13 @@ from torch import Tensor
 from ...errors import CinemeshError
 from ...model.config import ModelConfig
 from ..models import model_of
+from ..storage.places import Location
 from .checkpoint.alone import Fill
 from .checkpoint.choosing import check_files
 from .checkpoint.layout import Coordinates, Layout
 from .checkpoint.loading import read_states
-from .checkpoint.manifest import Manifest, check_model, read_manifest
+from .checkpoint.manifest import Manifest, read_manifest
+from .checkpoint.same_model import check_model
 from .validation import WEIGHTS
 
 SUM_ERROR = 1e-9  # of shares that are to sum to one, written as decimals
@@ -31,13 +33,13 @@ SUM_ERROR = 1e-9  # of shares that are to sum to one, written as decimals
 class Member:
     """A checkpoint that takes part, and what its manifest says."""
 
-    path: Path
+    path: Location
     found: Manifest
 
 
-def read_members(paths: Sequence[Path]) -> tuple[list[Member], ModelConfig]:
+def read_members(paths: Sequence[Location]) -> tuple[list[Member], ModelConfig]:
     """The members, and the model that all of them are of."""
-    if len({path.resolve() for path in paths}) < len(paths) or len(paths) < 2:
+    if len({path.resolve() if isinstance(path, Path) else path for path in paths}) < len(paths) or len(paths) < 2:
         raise CinemeshError(
             f"an average of {', '.join(map(str, paths))}",
             remedy="name two checkpoints or more, each once: step-* folders; --weights weighs them",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict
+from pydantic import BeforeValidator, ConfigDict
 from pydantic.dataclasses import dataclass
 
 from ...data.encoding import Encoding
@@ -14,11 +13,17 @@ from ...model.config import MOST_SIZE, Encoder, ModelConfig, preset
 from ...model.lora import Lora
 from ...parallel.ir.fields import MOST_BLOCKS
 from ...ranges import integers, reals
+from ..storage.places import Location, location_of
 
-SECTION_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
+SECTION_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 BlockCount = Annotated[int, integers(1, MOST_BLOCKS, "no model has more", "blocks")]
 ModelSize = Annotated[int, integers(1, MOST_SIZE, "no model is larger")]
 ALPHA_RANGE = reals(1e-6, 1e6, "below, the factors would add nothing; above, nothing else would be left")
+
+
+def named_place(value: object) -> object:
+    """A URL, or a path: for pydantic."""
+    return location_of(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION_CONFIG)
@@ -61,7 +66,11 @@ class ModelSection:
 class StartFrom:
     """What step 0 of a new run begins with, in place of random weights: those of a checkpoint of any plan."""
 
-    checkpoint: Annotated[Path, "a step-* folder of another run, of a model as wide and deep"]
+    checkpoint: Annotated[
+        Location,
+        BeforeValidator(named_place),
+        "a step-* folder of another run, or its URL, of a model as wide and deep",
+    ]
     weights: Annotated[Literal["master", "ema"], "which of its weights the new run begins with"] = "ema"
     positions: Annotated[
         Literal["same", "expand"],

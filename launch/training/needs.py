@@ -11,8 +11,9 @@ from ...model.step import build_step, unit_layout
 from ...parallel.passes.pipeline import prepare
 from ..cluster.environment import device_here, processes_here
 from ..preflight import check_device_memory, check_host_memory
-from .checkpoint.choosing import FOLDER
-from .checkpoint.saving import copy_bytes
+from ..storage.places import check_folder
+from .checkpoint.choosing import kept_in
+from .checkpoint.copies import copy_bytes
 from .measured_rows import ROWS_FILE
 from .recipe import Config
 from .setting import Setting
@@ -21,8 +22,9 @@ from .setting import Setting
 def check_outputs(config: Config) -> None:
     """Raise CinemeshError for a folder of the run that cannot be written."""
     run = config.logging.directory
-    for folder in (run, *(run / name for name in (FOLDER, "tensorboard", "samples"))):
+    for folder in (run, *(run / name for name in ("tensorboard", "samples"))):
         check_output_folder(folder, "logging.directory")
+    check_folder(kept_in(config), "logging.checkpoints" if config.logging.checkpoints else "logging.directory")
     check_output_file(run / ROWS_FILE, "logging.directory")
     check_output_file(config.data.cache / CACHE_FILE, "data.cache")
 

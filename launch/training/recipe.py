@@ -27,8 +27,9 @@ from ...parallel.ir.nccl_stack import Capture
 from ...parallel.ir.plan import Plan
 from ...ranges import BATCH_RANGE, EULER_RANGE, GUIDANCE_RANGE, MOST_STEPS, SEED_RANGE, STEPS_RANGE, integers, reals
 from ..plans import held_fields, read_plan
+from ..storage.places import Location
 from .batches import Batches
-from .model_section import SECTION_CONFIG, ModelSection, StartFrom
+from .model_section import SECTION_CONFIG, ModelSection, StartFrom, named_place
 from .plateau import Validated, plateaus
 from .resolved import FILE as RESOLVED
 from .resolved import Resolved
@@ -129,6 +130,14 @@ class LoggingSection:
     """Where a run writes, and how often. A checkpoint is written at the end in any case."""
 
     directory: Annotated[Path, "of the run: checkpoints, metrics, samples"]
+    checkpoints: Annotated[
+        Location | None,
+        BeforeValidator(named_place),
+        "where checkpoints are kept: a folder, or a URL, `s3://bucket/run`; default: `checkpoints` in the directory",
+    ] = None
+    checkpoint_files: Annotated[
+        Literal["rank", "server"], "a file of each rank, or one of all ranks of a server, which the first writes"
+    ] = "rank"
     every: Annotated[Every, "from one report to the next"] = 10
     validate_every: Annotated[EveryOrNever, "from one validation to the next"] = 100
     validation_draws: Annotated[int, DRAWS_RANGE, "fixed (t, noise) of every validation sample"] = 4

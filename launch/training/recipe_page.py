@@ -16,6 +16,7 @@ from ...data.encoding import CODECS
 from ...parallel.ir.fields import Degrees, Memory, Overlap, Streams
 from ...parallel.ir.knobs import Whole, knobs
 from ...ranges import Range, range_in
+from ..storage.remote import RemotePath
 from .recipe import Config
 
 HEAD = """# Every key of a recipe
@@ -111,7 +112,7 @@ def _allowed(hint: Any) -> tuple[str, str]:
     listed = any(get_origin(part) is tuple for part in parts)
     if _class_in(hint) is not None:
         return "a list of mappings, at least one", ""
-    kind = "path" if Path in parts else "text"
+    kind = "path or URL" if RemotePath in parts else "path" if Path in parts else "text"
     return f"a list of {kind}s" if listed else f"a {kind}", ""
 
 
@@ -125,7 +126,7 @@ def _parts(hint: Any) -> Iterator[Any]:
 def _class_in(hint: Any) -> type | None:
     """The section that a type holds, if it holds one."""
     found = (part for part in _parts(hint) if isinstance(part, type) and is_dataclass(part))
-    return next((part for part in found if part is not Range), None)
+    return next((part for part in found if part not in (Range, RemotePath)), None)
 
 
 def _shown(default: Any) -> str:

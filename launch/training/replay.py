@@ -25,13 +25,15 @@ from ...parallel.runtime.comm import first_of
 from ..cluster.environment import processes_here, say_device, world_size
 from ..cluster.processes import joined, launch, rank_main
 from ..progress import progress
+from ..storage.places import Location
 from ..tables import new_console, plain_table
 from .base import check_base, read_base
 from .batches import BatchHistory
-from .checkpoint.choosing import FOLDER, published
+from .checkpoint.choosing import kept_in, published
 from .checkpoint.layout import Layout
 from .checkpoint.loading import newest_whole, read_states
-from .checkpoint.manifest import COUNTERS, SAVED_STATES, Manifest, check_model, read_manifest, step_of
+from .checkpoint.manifest import COUNTERS, SAVED_STATES, Manifest, read_manifest, step_of
+from .checkpoint.same_model import check_model
 from .checkpoint.together import together
 from .differences import recipe_facts
 from .feed import Feed
@@ -116,11 +118,11 @@ def replay(order: ReplayOrder) -> int:
 
 def _begin(order: ReplayOrder, setting: Setting, cache: Cache, runner: BucketRunner) -> str:
     """Bring states to where a checkpoint before the step has them, cast to this plan's dtype; what was taken."""
-    folder = order.config.logging.directory / FOLDER
+    folder = kept_in(order.config)
     states = runner.first
     paths = [path for path in published(folder) if (step_of(path) or 0) < order.step]
 
-    def read(path: Path) -> Manifest:
+    def read(path: Location) -> Manifest:
         return together(states.mesh, lambda: _read(path, order, setting, cache, states))
 
     found, damaged = newest_whole(paths, states.mesh, read)
@@ -136,13 +138,13 @@ def _begin(order: ReplayOrder, setting: Setting, cache: Cache, runner: BucketRun
 
 def _newest_note(config: Config) -> dict[str, Any]:
     """Of the run's newest checkpoint that can be read: what it knows of the run, validations and batches."""
-    for path in published(config.logging.directory / FOLDER):
+    for path in published(kept_in(config)):
         with suppress(CinemeshError):
             return read_manifest(path).note
     return {}
 
 
-def _read(path: Path, order: ReplayOrder, setting: Setting, cache: Cache, states: StepRunner) -> Manifest:
+def _read(path: Location, order: ReplayOrder, setting: Setting, cache: Cache, states: StepRunner) -> Manifest:
     found = read_manifest(path)
     check_model(path, found, setting.model)
     allowed_changes(found.note, order.config, cache.contents)

@@ -38,12 +38,14 @@ from ..cluster.marks import Doing, Marks
 from ..cluster.processes import Joined, joined, launch, rank_main
 from ..progress import progress
 from ..rewritten import read_rewriter, rewrite_all, unlike, write_prompts
+from ..storage.places import Location, location_of
 from ..written import wrote
 from .average import remark
 from .base import check_base, read_base
-from .checkpoint.choosing import FOLDER, check_files, latest
+from .checkpoint.choosing import check_files, kept_in, latest
 from .checkpoint.loading import load_weights
-from .checkpoint.manifest import Manifest, check_model, read_manifest
+from .checkpoint.manifest import Manifest, read_manifest
+from .checkpoint.same_model import check_model
 from .differences import recipe_facts
 from .needs import check_sampling_memory
 from .recipe import Config, read_config
@@ -71,7 +73,7 @@ class ClipOrder:
     """Clips to make, by the recipe's plan and its section ``sample``: everything that a rank needs."""
 
     config: Config
-    checkpoint: Path
+    checkpoint: Location
     clips: tuple[Clip, ...]
     frame_rate: Fraction
 
@@ -82,7 +84,7 @@ def run(  # noqa: PLR0913  what the command line says of clips, one argument eac
     prompt: str | None,
     prompts: Path | None = None,
     rewrite: Path | None = None,
-    checkpoint: Path | None,
+    checkpoint: str | Location | None,
     out: Path | None,
     asked: Mapping[str, object],
     nproc: int | None,
@@ -105,8 +107,8 @@ def run(  # noqa: PLR0913  what the command line says of clips, one argument eac
     say_device(recipe.device, processes_here(processes))
     for clip in clips:
         check_output_file(clip.out, "--out")
-    folder = recipe.logging.directory / FOLDER
-    newest = checkpoint or latest(folder)
+    folder = kept_in(recipe)
+    newest = location_of(checkpoint) if checkpoint is not None else latest(folder)
     if newest is None:
         raise CinemeshError(
             f"no checkpoint in {folder}", remedy="train with this recipe first, or name one with --checkpoint"
@@ -210,7 +212,7 @@ def _left(clips: list[Clip], facts: dict[str, str]) -> list[Clip]:
     return left
 
 
-def _frame_rate(checkpoint: Path, note: Mapping[str, object]) -> Fraction:
+def _frame_rate(checkpoint: Location, note: Mapping[str, object]) -> Fraction:
     """Of the clips of this checkpoint, whose manifest has the ``note``."""
     if FRAME_RATE not in note:
         print(

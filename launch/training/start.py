@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +23,11 @@ from ...model.weights import initial_values
 from ...parallel.ir.plan import Plan
 from ...parallel.layers.sharded import FROZEN_STATE
 from .base import BEGUN_WITH, DIGEST, check_base, read_base
-from .checkpoint.choosing import FOLDER, VALIDATION_LOSS, check_files, published
+from .checkpoint.choosing import VALIDATION_LOSS, check_files, kept_in, published
 from .checkpoint.layout import SHARDING, FlatParameter, FlatUnit, Layout
 from .checkpoint.loading import read_states
-from .checkpoint.manifest import COUNTERS, Manifest, check_model, read_manifest, shown
+from .checkpoint.manifest import COUNTERS, Manifest, read_manifest
+from .checkpoint.same_model import check_model, shown
 from .checkpoint.together import together
 from .plateau import VALIDATIONS
 from .recipe import Config, StartFrom
@@ -51,7 +51,7 @@ def check_start(config: Config, model: ModelConfig) -> None:
     """
     if config.start_from is not None and model.lora is not None:
         check_base(config.start_from, model)
-    elif config.start_from is not None and not published(config.logging.directory / FOLDER):
+    elif config.start_from is not None and not published(kept_in(config)):
         found = _checked(config.start_from, model)
         check_files(config.start_from.checkpoint, found)
 
@@ -91,7 +91,7 @@ def begin(section: StartFrom, runner: StepRunner, seed: int) -> Begun:
         read_states(path, replace(found, layout=old), new, runner.coordinates, targets)
         for name, shape in grown.items():
             for state, target in targets.items():
-                table = expanded(_table(path, found, state, name), shape[0], squared=state == SQUARES)
+                table = expanded(_table(section, found, state, name), shape[0], squared=state == SQUARES)
                 _fill(target, runner, here, name, table)
 
     together(runner.mesh, read)
@@ -117,14 +117,14 @@ def expanded(table: Tensor, length: int, *, squared: bool = False) -> Tensor:
     return before * wide[low] + after * wide[(low + 1).clamp(max=n - 1)]
 
 
-def _table(path: Path, found: Manifest, state: str, name: str) -> Tensor:
+def _table(section: StartFrom, found: Manifest, state: str, name: str) -> Tensor:
     """All of a position table of a checkpoint, float64."""
     shape = found.layout.shapes[name]
     unit = FlatUnit(name, math.prod(shape), SHARDING, 0, (FlatParameter(name, shape, None, 0),))
     whole = Layout(dict.fromkeys(SHARDING, 1), (unit,))
     table = torch.empty(shape, dtype=torch.float64)
     there = replace(found, layout=found.layout.of_parameters([name]))
-    read_states(path, there, whole, dict.fromkeys(SHARDING, 0), {state: table.view(-1)})
+    read_states(section.checkpoint, there, whole, dict.fromkeys(SHARDING, 0), {state: table.view(-1)})
     return table
 
 

@@ -32,10 +32,11 @@ from checkpoints import dry_manifest, plan_of, runner_of
 from damages import KINDS, damages, knock, write_runs
 
 from cinemesh.launch.training.checkpoint.choosing import Keep
+from cinemesh.launch.training.checkpoint.copies import copy_bytes
 from cinemesh.launch.training.checkpoint.layout import Layout
 from cinemesh.launch.training.checkpoint.loading import _needed, read_states
 from cinemesh.launch.training.checkpoint.manifest import MANIFEST, SAVED_STATES, read_manifest
-from cinemesh.launch.training.checkpoint.saving import Saver, copy_bytes
+from cinemesh.launch.training.checkpoint.saving import Saver
 from cinemesh.model.config import ModelConfig, parameters, preset
 from cinemesh.model.step import unit_layout
 from cinemesh.parallel.ir.plan import Plan
@@ -112,7 +113,7 @@ def paused(config: ModelConfig, folder: Path) -> dict[str, Any]:
         ended = time.perf_counter()
         rows.append({"copy_s": copied - begun, "write_s": written - copied, "publish_s": ended - written})
     saver.close()
-    saver.copies.clear()
+    saver.copies.states.clear()
     begun = time.perf_counter()
     flats = {state: torch.empty_like(buffer).view(-1) for state, buffer in buffers.items()}
     read_states(path, read_manifest(path), Layout.of(units), coordinates(plan, 0), flats)

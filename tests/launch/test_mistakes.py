@@ -20,7 +20,7 @@ from cinemesh.errors import CinemeshError
 from cinemesh.launch.cluster import processes
 from cinemesh.launch.cluster.meeting import Meeting
 from cinemesh.launch.cluster.processes import Joined
-from cinemesh.launch.training.checkpoint import saving
+from cinemesh.launch.storage import places
 from cinemesh.launch.training.checkpoint.choosing import FOLDER
 from cinemesh.launch.training.checkpoint.manifest import COUNTERS
 from cinemesh.launch.training.recipe import check_config
@@ -245,7 +245,7 @@ def test_a_checkpoint_of_another_model(
 def test_too_little_disk_for_a_checkpoint(
     values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(places, "free_bytes", lambda path: 1000)
     assert "1,000 free" in failure(values, tmp_path, capsys)
     assert not list((tmp_path / "run" / FOLDER).iterdir())
 

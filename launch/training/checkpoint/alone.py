@@ -5,23 +5,22 @@ As a plan that splits it over dp_shard alone would have written it; any plan rea
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from ....errors import CinemeshError
 from ....kernels.dtypes import TORCH_DTYPES
 from ....model.config import ModelConfig, trained
 from ....model.step import unit_layout
 from ....parallel.ir.plan import Plan
 from ...progress import progress
+from ...storage.places import Location, check_room
+from .assembling import assembled, described
 from .layout import SHARDING, Coordinates, Layout
 from .manifest import Manifest
-from .saving import assembled, check_room, described, publish, write_failed
+from .publishing import publish, published_or_gone
 from .writing import Written, write_part
 
 SHARD_BYTES = 1 << 30  # of all states: what is in memory at once
@@ -30,7 +29,7 @@ Fill = Callable[[Layout, Coordinates, dict[str, Tensor]], None]
 
 
 def write_alone(
-    final: Path,
+    final: Location,
     config: ModelConfig,
     states: Mapping[str, str],
     fill: Fill,
@@ -47,21 +46,15 @@ def write_alone(
     ``check`` raises where what was written is not to be published. Raises CinemeshError when ``final`` is there or
     cannot be written; nothing is then left of it.
     """
-    if final.exists():
-        raise CinemeshError(f"{final} exists", remedy="name a new folder, or move that one away")
     dtype = max(states.values(), key=lambda name: TORCH_DTYPES[name].itemsize)
     each = sum(TORCH_DTYPES[name].itemsize for name in states.values())
     elements = sum(row.elements for row in trained(config))
     plan = Plan(dp_shard=-(-elements * each // SHARD_BYTES), dtype=cast(Literal["float32", "float64"], dtype))
     layout = Layout.of(unit_layout(config, plan))
-    partial = final.with_name(f".{final.name}.partial")
     about = described(config, plan, states, step=step, updates=updates, note=note)
     written: list[Written] = []
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        check_room(final.parent, "a checkpoint", elements, each)
-        shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
-        partial.mkdir()
+    with published_or_gone(final):
+        check_room(final, "a checkpoint", elements, each)
         with progress("writing", plan.dp_shard) as begin:
             for shard in range(plan.dp_shard):
                 begin(f"file {shard + 1}")
@@ -70,11 +63,7 @@ def write_alone(
                     state: torch.zeros(layout.flat_elements, dtype=TORCH_DTYPES[name]) for state, name in states.items()
                 }
                 fill(layout, at, flats)
-                written.append(write_part(partial / f"{shard:05d}.safetensors", layout, at, 0, flats))
+                written.append(write_part(final / f"{shard:05d}.safetensors", layout, at, 0, flats))
         manifest = assembled(about, layout, written)
         check(manifest)
-        publish(manifest, partial, final)
-    except OSError as error:
-        raise write_failed(final, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        publish(manifest, final)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from ....errors import CinemeshError
+from ...storage.places import AnyLocation, Location, children, size_of
 from .manifest import Damaged, Manifest, check_size, read_manifest, step_folder, step_of
+from .publishing import is_unfinished, remove
+
+if TYPE_CHECKING:
+    from ..recipe import Config
 
 FOLDER = "checkpoints"  # where a run keeps them, below its directory
 VALIDATION_LOSS = "validation_loss"  # of a note: at the step of the checkpoint, where it was validated then
@@ -26,19 +30,25 @@ class Keep:
     best: bool = False
 
 
-def published(directory: Path) -> list[Path]:
-    """All checkpoints, whole or not, the newest first."""
-    steps = {path: step for path in directory.glob("step-*") if (step := step_of(path)) is not None}
+def kept_in(config: Config) -> Location:
+    """Where a recipe's run keeps its checkpoints."""
+    return config.logging.checkpoints or config.logging.directory / FOLDER
+
+
+def published(directory: AnyLocation) -> list[AnyLocation]:
+    """All checkpoints, whole or not, the newest first; none whose save was broken off."""
+    found = cast(Sequence[AnyLocation], children(directory))
+    steps = {path: step for path in found if (step := step_of(path)) is not None and not is_unfinished(path)}
     return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
-def check_files(path: Path, found: Manifest) -> None:
+def check_files(path: Location, found: Manifest) -> None:
     """Raise Damaged for a file that is missing or of another size; their contents are not looked at."""
-    for part in found.files:
-        check_size(path, part, (path / part.name).stat().st_size if (path / part.name).is_file() else None)
+    for file in found.files:
+        check_size(path, file, size_of(path / file.name))
 
 
-def latest(directory: Path) -> Path | None:
+def latest(directory: AnyLocation) -> AnyLocation | None:
     """The newest checkpoint whose manifest is good and whose files have their sizes; None where there is none at all.
 
     Raises CinemeshError where there are only others: that is no reason to begin from step 0.
@@ -64,7 +74,7 @@ def none_whole(damaged: list[Damaged]) -> CinemeshError:
     )
 
 
-def prune(directory: Path, step: int, keep: Keep) -> None:
+def prune(directory: Location, step: int, keep: Keep) -> None:
     """Remove checkpoints up to ``step`` that need not stay; later ones, of a run that went back, wait for their step.
 
     Never that of ``step``. Damaged ones count as any: they may be restored.
@@ -81,16 +91,9 @@ def prune(directory: Path, step: int, keep: Keep) -> None:
             remove(path)
 
 
-def _validation_loss(path: Path) -> float | None:
+def _validation_loss(path: Location) -> float | None:
     try:
         loss = read_manifest(path).note.get(VALIDATION_LOSS)
     except CinemeshError:
         return None
     return float(loss) if isinstance(loss, (int, float)) else None
-
-
-def remove(folder: Path) -> None:
-    """Give up the final name first: a checkpoint that is half removed is none."""
-    doomed = folder.with_name(f".{folder.name}.removed")
-    os.rename(folder, doomed)
-    shutil.rmtree(doomed)

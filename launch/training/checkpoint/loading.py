@@ -5,12 +5,10 @@ By the manifest alone: no rank asks another what to read, and nothing of a file 
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -22,20 +20,12 @@ from ....model.runner import StepRunner
 from ....parallel.ir.units import Units
 from ....parallel.runtime.comm import first_of, sum_over_ranks
 from ....parallel.runtime.mesh import Mesh
+from ...storage.places import Location, read_range, size_of
 from .choosing import none_whole, published
 from .digests import block_digest, digest, state_sums
 from .layout import SHARDING, Coordinates, Copy, Layout, Piece
-from .manifest import (
-    COUNTERS,
-    SAVED_STATES,
-    Damaged,
-    Manifest,
-    ShardFile,
-    check_model,
-    check_shapes,
-    check_size,
-    read_manifest,
-)
+from .manifest import COUNTERS, SAVED_STATES, Damaged, Manifest, ShardFile, ShardPart, check_size, read_manifest
+from .same_model import check_model, check_shapes
 from .together import together
 from .writing import MOST_THREADS
 
@@ -46,12 +36,12 @@ T = TypeVar("T")
 class Resumed:
     """The checkpoint that was loaded, and those newer ones that are damaged."""
 
-    path: Path
+    path: Location
     manifest: Manifest
     damaged: list[Damaged]
 
 
-def resume(directory: Path, runner: StepRunner) -> Resumed | None:
+def resume(directory: Location, runner: StepRunner) -> Resumed | None:
     """Load the newest whole checkpoint, or None where there is none at all. Collective.
 
     Raises CinemeshError, on all ranks, where there are only damaged ones: that is no reason to begin from step 0; and
@@ -66,8 +56,8 @@ def resume(directory: Path, runner: StepRunner) -> Resumed | None:
 
 
 def newest_whole(
-    paths: Sequence[Path] | None, mesh: Mesh | None, read: Callable[[Path], T]
-) -> tuple[tuple[Path, T] | None, list[Damaged]]:
+    paths: Sequence[Location] | None, mesh: Mesh | None, read: Callable[[Location], T]
+) -> tuple[tuple[Location, T] | None, list[Damaged]]:
     """The first of ``paths``, the newest first, of which ``read`` finds no damage, with its answer; those before it.
 
     Collective, as ``read`` is.
@@ -83,7 +73,7 @@ def newest_whole(
     return None, damaged
 
 
-def load(path: Path, runner: StepRunner) -> Manifest:
+def load(path: Location, runner: StepRunner) -> Manifest:
     """Read a checkpoint, written under any plan, into the states and counters of ``runner``, bit by bit. Collective.
 
     Raises, on all ranks, Damaged when it is not as it was written, and CinemeshError when it is of another model or
@@ -121,7 +111,7 @@ def load(path: Path, runner: StepRunner) -> Manifest:
     return found
 
 
-def load_weights(path: Path, which: str, flat: Tensor, units: Units, coordinates: Coordinates) -> None:
+def load_weights(path: Location, which: str, flat: Tensor, units: Units, coordinates: Coordinates) -> None:
     """Read the ``master`` or ``ema`` weights into one rank's flat shard, cast to its dtype. Each rank for itself.
 
     Raises CinemeshError as :func:`load` does.
@@ -136,15 +126,16 @@ def load_weights(path: Path, which: str, flat: Tensor, units: Units, coordinates
 
 @dataclass(frozen=True)
 class _Block:
-    """Elements ``first`` to ``last`` of a shard, in a file."""
+    """Elements ``first`` to ``last`` of a part, in a file."""
 
-    part: ShardFile
+    file: ShardFile
+    part: ShardPart
     number: int
     first: int
     last: int
 
 
-def read_states(path: Path, found: Manifest, here: Layout, at: Coordinates, targets: dict[str, Tensor]) -> None:
+def read_states(path: Location, found: Manifest, here: Layout, at: Coordinates, targets: dict[str, Tensor]) -> None:
     """What lies at these coordinates ``here``, of every state into its flat target; padding becomes zero.
 
     Targets lie on any one device, and may have other dtypes. Raises Damaged for what is not as it was written, and
@@ -156,7 +147,7 @@ def read_states(path: Path, found: Manifest, here: Layout, at: Coordinates, targ
     _read(path, found, list(here.runs(at)), targets)
 
 
-def read_parameter(path: Path, found: Manifest, state: str, name: str) -> Tensor:
+def read_parameter(path: Location, found: Manifest, state: str, name: str) -> Tensor:
     """All of one parameter, in its global shape and the dtype of its state, on the host.
 
     Raises Damaged for what is not as it was written.
@@ -167,45 +158,40 @@ def read_parameter(path: Path, found: Manifest, state: str, name: str) -> Tensor
     return flat.view(whole.parameter.shape)
 
 
-def _read(path: Path, found: Manifest, wanted: list[Piece], targets: dict[str, Tensor]) -> None:
+def _read(path: Location, found: Manifest, wanted: list[Piece], targets: dict[str, Tensor]) -> None:
     """These pieces of every state, to their positions of its target."""
     blocks = _needed(found, wanted)
 
+    def check(file: ShardFile) -> None:
+        check_size(path, file, size_of(path / file.name))
+        header = _bytes(path, file, 0, file.header_bytes)
+        if block_digest(header) != file.header:
+            raise Damaged(path, f"the header of {file.name} is not what was written")
+
     def read(item: tuple[_Block, list[Copy]]) -> None:
         block, copies = item
-        try:
-            file = os.open(path / block.part.name, os.O_RDONLY)
-        except OSError as error:
-            raise Damaged(path, f"{block.part.name}: {in_a_line(error)}") from error
-        try:
-            check_size(path, block.part, os.fstat(file).st_size)
-            if block.number == 0:
-                header = _bytes(file, found.data_begin(block.part, next(iter(found.states))), 0)
-                if block_digest(header) != block.part.header:
-                    raise Damaged(path, f"the header of {block.part.name} is not what was written")
-            for state, target in targets.items():
-                values = _values(path, found, file, block, state)
-                for copy in copies:
-                    _copy(values, target, copy)
-        except OSError as error:
-            raise Damaged(path, f"{block.part.name}: {in_a_line(error)}") from error
-        finally:
-            os.close(file)
+        for state, target in targets.items():
+            values = _values(path, found, block, state)
+            for copy in copies:
+                _copy(values, target, copy)
 
     with ThreadPoolExecutor(min(MOST_THREADS, torch.get_num_threads())) as threads:
+        for _ in threads.map(check, {block.file.name: block.file for block, _ in blocks}.values()):
+            pass
         for _ in threads.map(read, blocks):
             pass
 
 
 def _needed(found: Manifest, wanted: list[Piece]) -> list[tuple[_Block, list[Copy]]]:
     """Blocks that hold what is wanted, and what is to be copied out of each."""
-    parts: dict[tuple[int, ...], list[ShardFile]] = defaultdict(list)
-    for part in found.files:
-        parts[_key(part.at)].append(part)
-    needed: dict[tuple[str, int], tuple[_Block, list[Copy]]] = {}
+    parts: dict[tuple[int, ...], list[tuple[ShardFile, ShardPart]]] = defaultdict(list)
+    for file in found.files:
+        for part in file.parts:
+            parts[_key(part.at)].append((file, part))
+    needed: dict[tuple[str, int, int], tuple[_Block, list[Copy]]] = {}
     for run in wanted:
         for at, held in found.layout.holders(run):
-            for part in parts[_key(at)]:
+            for file, part in parts[_key(at)]:
                 if (inside := held.within(part.start, part.stop)) is None:
                     continue
                 end = inside.position + inside.stop - inside.start
@@ -215,8 +201,8 @@ def _needed(found: Manifest, wanted: list[Piece]) -> list[tuple[_Block, list[Cop
                     piece = inside.within(first, last)
                     assert piece is not None
                     if copies := list(piece.copies_to(run)):
-                        block = _Block(part, number, first, last)
-                        needed.setdefault((part.name, number), (block, []))[1].extend(copies)
+                        block = _Block(file, part, number, first, last)
+                        needed.setdefault((file.name, part.begin, number), (block, []))[1].extend(copies)
     return list(needed.values())
 
 
@@ -224,23 +210,21 @@ def _key(at: Coordinates) -> tuple[int, ...]:
     return tuple(at[axis] for axis in SHARDING)
 
 
-def _values(path: Path, found: Manifest, file: int, block: _Block, state: str) -> Tensor:
+def _values(path: Location, found: Manifest, block: _Block, state: str) -> Tensor:
     """A block of a state. Raises Damaged when it is not what was written."""
     item = found.item_bytes(state)
-    begin = found.data_begin(block.part, state) + block.first * item
-    data = _bytes(file, (block.last - block.first) * item, begin)
+    begin = found.data_begin(block.part, state)
+    data = _bytes(path, block.file, begin + block.first * item, begin + block.last * item)
     if block_digest(data) != block.part.blocks[state][block.number]:
-        raise Damaged(path, f"{block.part.name} is not what was written, in block {block.number} of {state}")
+        raise Damaged(path, f"{block.file.name} is not what was written, in block {block.number} of {state}")
     return torch.frombuffer(data, dtype=TORCH_DTYPES[found.states[state]])
 
 
-def _bytes(file: int, size: int, offset: int) -> bytearray:
-    """Fewer where the file ends."""
-    data = bytearray(size)
-    view = memoryview(data)
-    while view and (count := os.preadv(file, [view], offset)):
-        view, offset = view[count:], offset + count
-    return data
+def _bytes(path: Location, file: ShardFile, start: int, stop: int) -> bytearray:
+    try:
+        return read_range(path / file.name, start, stop)
+    except OSError as error:
+        raise Damaged(path, f"{file.name}: {in_a_line(error)}") from error
 
 
 def _copy(values: Tensor, target: Tensor, copy: Copy) -> None:

@@ -2,7 +2,7 @@
 
 A JSON file of three lines; the second is the body, and the first has its digest:
 
-    {"format": 3, "sha256": "...", "body":
+    {"format": 4, "sha256": "...", "body":
     {"step": 100, ..., "layout": {...}, "files": [...]}
     }
 
@@ -16,31 +16,32 @@ import json
 import math
 import re
 import subprocess
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from ....documents import exactly, file_text, parse_json, quoted
-from ....errors import CinemeshError
+from ....documents import exactly, parse_json, quoted
+from ....errors import CinemeshError, in_a_line
 from ....files import file_name
 from ....kernels.dtypes import TORCH_DTYPES
 from ....kernels.packages import version_of
-from ....model.config import ModelConfig
+from ...storage.places import AnyLocation, Location, read_file
 from .digests import block_digest
 from .layout import SHARDING, Coordinates, FlatParameter, FlatUnit, Layout
 
 # Raise it when names or what they mean change, or what the next step does with them.
-FORMAT = 3
+FORMAT = 4
+ONE_PART_A_FILE = 3  # the format before: a file is its part, and its states end where it ends
+READS = (ONE_PART_A_FILE, FORMAT)
 LAST_DCP_COMMIT = "f947c57"  # read formats 1 and 2: files of torch.distributed.checkpoint, 2026-11-29
 MANIFEST = "cinemesh.json"
 SAVED_STATES = ("master", "exp_avg", "exp_avg_sq", "ema")
 COUNTERS = "counters"  # (step, updates): numbers of the manifest, a buffer of a runner
 
 RESTORE = "restore the file, or move this checkpoint away: the run then goes on from an earlier one, or from step 0"
-OTHER_MODEL = "load it with the recipe that wrote it, or name another checkpoint or output directory"
 _OTHER_VERSION = "read it with the version that wrote it, or train anew in another logging.directory"
 _NAME = re.compile(r"step-(\d{8,})")
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -49,26 +50,38 @@ _HEX = re.compile(r"[0-9a-f]{64}")
 class Damaged(CinemeshError):
     """A checkpoint is not as it was written: an earlier one may be whole."""
 
-    def __init__(self, path: Path, what: str) -> None:
+    def __init__(self, path: Location, what: str) -> None:
         super().__init__(f"checkpoint {path} is damaged: {what}", remedy=RESTORE)
         self.path, self.damage = path, what
         self.args = (path, what)  # what makes it again, on another rank
 
 
 @dataclass(frozen=True)
-class ShardFile:
-    """One file: elements ``start`` to ``stop`` of the flat shard at coordinates ``at``, one state behind the other.
+class ShardPart:
+    """Elements ``start`` to ``stop`` of the flat shard at coordinates ``at``, from byte ``begin`` of a file on.
 
-    ``header``: digest of what stands before the states. ``blocks``: of every state, those of its blocks.
+    One state behind the other. ``blocks``: of every state, digests of its blocks.
     """
 
-    name: str
-    size_bytes: int
+    begin: int
     at: Coordinates
     start: int
     stop: int
-    header: str
     blocks: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One file: its parts, one behind the other. ``header``: digest of what stands before the first."""
+
+    name: str
+    size_bytes: int
+    header: str
+    parts: tuple[ShardPart, ...]
+
+    @property
+    def header_bytes(self) -> int:
+        return min(part.begin for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -94,10 +107,10 @@ class Manifest:
     def item_bytes(self, state: str) -> int:
         return TORCH_DTYPES[self.states[state]].itemsize
 
-    def data_begin(self, part: ShardFile, state: str) -> int:
-        """Where a state begins in a file."""
-        behind = list(self.states)[list(self.states).index(state) :]
-        return part.size_bytes - sum(map(self.item_bytes, behind)) * (part.stop - part.start)
+    def data_begin(self, part: ShardPart, state: str) -> int:
+        """Where a state of a part begins in its file."""
+        before = list(self.states)[: list(self.states).index(state)]
+        return part.begin + sum(map(self.item_bytes, before)) * (part.stop - part.start)
 
     def text(self) -> str:
         """As it is written."""
@@ -121,36 +134,34 @@ def _values(record: Any) -> dict[str, Any]:
     return {field.name: getattr(record, field.name) for field in fields(record)}
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Location) -> Manifest:
     """Of the checkpoint in folder ``path``, checked in itself; no other file is looked at.
 
     Raises Damaged when it is not as it was written or contradicts itself, and CinemeshError when it is of another
     format or not there.
     """
-    if not (path / MANIFEST).is_file() and path.is_dir():
-        raise Damaged(path, f"it has no {MANIFEST}, which is written when all else is there")
+    if not (path / MANIFEST).is_file():
+        if path.is_dir():
+            raise Damaged(path, f"it has no {MANIFEST}, which is written when all else is there")
+        raise CinemeshError(
+            f"cannot read the manifest {path / MANIFEST}: there is no such file",
+            remedy="name a complete checkpoint, a step-* folder of a run",
+        )
+    text = _text(path)
     try:
-        text = file_text(path / MANIFEST, "the manifest", "name a complete checkpoint, a step-* folder of a run")
         found = parse_json(text, "the manifest", "")
     except CinemeshError as error:
-        if not path.is_dir():
-            raise
         raise Damaged(path, error.problem) from None
     written_by = found.get("format") if isinstance(found, dict) else None
-    if type(written_by) is int and "sha256" not in found and written_by != FORMAT:
+    if type(written_by) is int and "sha256" not in found and written_by not in READS:
         since = f"commit {LAST_DCP_COMMIT} reads it" if written_by < FORMAT else "a later version wrote it"
-        raise CinemeshError(
-            f"checkpoint {path} has format {written_by}, this version reads {FORMAT}: {since}", remedy=_OTHER_VERSION
-        )
+        raise _other_format(path, written_by, since)
     if type(written_by) is not int or text != sealed(written_by, *text.split("\n")[1:2]):
         raise Damaged(path, f"{MANIFEST} is not as it was written")
-    if written_by != FORMAT:
-        raise CinemeshError(
-            f"checkpoint {path} has format {written_by}, this version reads {FORMAT}: a later version wrote it",
-            remedy=_OTHER_VERSION,
-        )
+    if written_by not in READS:
+        raise _other_format(path, written_by, "a later version wrote it")
     try:
-        manifest = _manifest(found.get("body"))
+        manifest = _manifest(found.get("body"), written_by)
     except CinemeshError as error:
         raise Damaged(path, f"{MANIFEST}: {error.problem}") from None
     if step_of(path) not in (None, manifest.step):
@@ -158,21 +169,35 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def step_folder(directory: Path, step: int) -> Path:
-    return directory / f"step-{step:08d}"
+def _text(path: Location) -> str:
+    try:
+        return read_file(path / MANIFEST).decode()  # cut short, its seal is broken
+    except (OSError, ValueError) as error:
+        raise Damaged(path, f"cannot read {MANIFEST}: {in_a_line(error)}") from error
 
 
-def step_of(path: Path) -> int | None:
+def _other_format(path: Location, number: int, since: str) -> CinemeshError:
+    reads = " and ".join(map(str, READS))
+    return CinemeshError(
+        f"checkpoint {path} has format {number}, this version reads {reads}: {since}", remedy=_OTHER_VERSION
+    )
+
+
+def step_folder(directory: AnyLocation, step: int) -> AnyLocation:
+    return cast(AnyLocation, directory / f"step-{step:08d}")
+
+
+def step_of(path: Location) -> int | None:
     """By its folder's name, or None for a folder that is not named so."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else None
 
 
-def check_size(path: Path, part: ShardFile, there: int | None) -> None:
+def check_size(path: Location, file: ShardFile, there: int | None) -> None:
     """Raise Damaged unless a file has its size; ``there`` is what it has, None where it is missing."""
-    if there != part.size_bytes:
+    if there != file.size_bytes:
         state = "is missing" if there is None else f"has {there:,} bytes"
-        raise Damaged(path, f"{part.name} {state}, it was written with {part.size_bytes:,} bytes")
+        raise Damaged(path, f"{file.name} {state}, it was written with {file.size_bytes:,} bytes")
 
 
 def sealed(number: int, body: str = "") -> str:
@@ -184,7 +209,7 @@ def sealed(number: int, body: str = "") -> str:
 # -- what a body must be ----------------------------------------------------------------------------------------------
 
 
-def _manifest(body: object) -> Manifest:
+def _manifest(body: object, number: int) -> Manifest:
     kinds = {field.name: _KINDS.get(field.name, dict) for field in fields(Manifest)}
     found = exactly(body, "the body", kinds, remedy=RESTORE)
     for key in ("step", "updates", "block_elements"):
@@ -200,7 +225,8 @@ def _manifest(body: object) -> Manifest:
     ):
         raise _wrong("encoders", encoders)
     layout = _layout(found["layout"])
-    files = tuple(_part(each, f"file {number}", layout) for number, each in enumerate(found["files"]))
+    one_part = states if number == ONE_PART_A_FILE else None
+    files = tuple(_file(each, f"file {i}", layout, one_part) for i, each in enumerate(found["files"]))
     made = Manifest(**(found | {"layout": layout, "files": files}))
     _check_files(made)
     return made
@@ -279,33 +305,58 @@ def _apart(spans: list[tuple[int, int, str]]) -> None:
             raise CinemeshError(f"{quoted(a)} ends at element {stop}, behind the start of {quoted(b)} at {start}")
 
 
-def _part(value: object, where: str, layout: Layout) -> ShardFile:
-    kinds = {"name": str, "size_bytes": int, "at": dict, "start": int, "stop": int, "header": str, "blocks": dict}
+def _file(value: object, where: str, layout: Layout, one_part: dict[str, str] | None) -> ShardFile:
+    """``one_part``: dtypes by state, where a file is its part, as in the format before."""
+    kinds: dict[str, Any] = {"name": str, "size_bytes": int, "header": str}
+    kinds |= {"at": dict, "start": int, "stop": int, "blocks": dict} if one_part else {"parts": list}
+    found = exactly(value, where, kinds, remedy=RESTORE)
+    size = _whole(found["size_bytes"], f"size_bytes of {where}")
+    file_name(found["name"], f"{where}: name")
+    if one_part:
+        rows = [{key: found[key] for key in ("at", "start", "stop", "blocks")} | {"begin": 0}]
+    else:
+        rows = found["parts"]
+    parts = [_part(row, f"part {i} of {where}", layout) for i, row in enumerate(rows)]
+    if one_part:
+        item = sum(TORCH_DTYPES[dtype].itemsize for dtype in one_part.values())
+        parts = [replace(part, begin=size - item * (part.stop - part.start)) for part in parts]
+    if not parts:
+        raise _wrong(f"parts of {where}", [])
+    return ShardFile(found["name"], size, found["header"], tuple(parts))
+
+
+def _part(value: object, where: str, layout: Layout) -> ShardPart:
+    kinds = {"begin": int, "at": dict, "start": int, "stop": int, "blocks": dict}
     found = exactly(value, where, kinds, remedy=RESTORE)
     at = exactly(found["at"], f"{where}: at", dict.fromkeys(SHARDING, int), remedy=RESTORE)
     for axis, index in at.items():
         if _whole(index, f"{axis} of {where}") >= layout.degrees[axis]:
             raise _wrong(f"{axis} of {where}, of {layout.degrees[axis]},", index)
-    for key in ("size_bytes", "start", "stop"):
+    for key in ("begin", "start", "stop"):
         _whole(found[key], f"{key} of {where}")
-    file_name(found["name"], f"{where}: name")
-    return ShardFile(**found)
+    return ShardPart(**found)
 
 
 def _check_files(found: Manifest) -> None:
     """They hold every element of every shard once, and a digest of each block of it."""
     layout, spans = found.layout, dict[tuple[int, ...], list[tuple[int, int]]]()
-    for part in found.files:
-        spans.setdefault(tuple(part.at[axis] for axis in SHARDING), []).append((part.start, part.stop))
-        blocks = -(-(part.stop - part.start) // found.block_elements)
-        good = part.blocks.keys() == found.states.keys() and all(
-            isinstance(of, list) and len(of) == blocks and all(map(_is_digest, of)) for of in part.blocks.values()
-        )
-        if not good or not _is_digest(part.header):
-            raise _wrong(f"the digests of {part.name}", part.blocks)
-        if found.data_begin(part, next(iter(found.states))) < 0:
-            raise _wrong(f"the size of {part.name}", part.size_bytes)
-    names = {part.name for part in found.files}
+    item = sum(map(found.item_bytes, found.states))
+    for file in found.files:
+        for part in file.parts:
+            spans.setdefault(tuple(part.at[axis] for axis in SHARDING), []).append((part.start, part.stop))
+            blocks = -(-(part.stop - part.start) // found.block_elements)
+            good = part.blocks.keys() == found.states.keys() and all(
+                isinstance(of, list) and len(of) == blocks and all(map(_is_digest, of)) for of in part.blocks.values()
+            )
+            if not good:
+                raise _wrong(f"the digests of {file.name}", part.blocks)
+        if not _is_digest(file.header):
+            raise _wrong(f"the digests of {file.name}", file.header)
+        ends = [(part.begin, part.begin + item * (part.stop - part.start), file.name) for part in file.parts]
+        if file.header_bytes < 0 or max(end for _, end, _ in ends) != file.size_bytes:
+            raise _wrong(f"the size of {file.name}", file.size_bytes)
+        _apart(ends)
+    names = {file.name for file in found.files}
     if len(names) < len(found.files):
         raise CinemeshError(f"{len(found.files)} files have {len(names)} names")
     shards = math.prod(layout.degrees.values())
@@ -320,45 +371,3 @@ def _check_files(found: Manifest) -> None:
 
 def _is_digest(value: object) -> bool:
     return isinstance(value, str) and _HEX.fullmatch(value) is not None
-
-
-# -- of which model ---------------------------------------------------------------------------------------------------
-
-
-def check_model(path: Path, found: Manifest, config: ModelConfig) -> None:
-    """Raise CinemeshError when the model of the checkpoint at ``path`` differs, naming the first difference.
-
-    Compared is all that fixes weights and their meaning: not the preset's name, nor how many text tokens there are.
-    What a checkpoint does not say had its default when it was written.
-    """
-    defaults = {f.name: f.default for f in fields(ModelConfig) if f.default is not MISSING}
-
-    def facts(model: dict[str, Any]) -> dict[str, Any]:
-        model = parse_json(json.dumps(defaults | model), "the model", "")  # as the manifest has it: lists
-        plain = {key: value for key, value in model.items() if key not in ("name", "encoders")}
-        return plain | {f"width of text encoder {e['name']}": e["width"] for e in model.get("encoders", ())}
-
-    here, there = facts(asdict(config)), facts(found.model)
-    _compare(path, there, here)
-
-
-def check_shapes(path: Path, found: Manifest, here: Layout) -> None:
-    """Raise CinemeshError when the checkpoint at ``path`` has not exactly the parameters of a model."""
-    _compare(path, found.layout.shapes, here.shapes)
-
-
-def _compare(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    for key in dict.fromkeys((*here, *there)):
-        if there.get(key) != here.get(key):
-            raise CinemeshError(
-                f"checkpoint {path} is of another model: {key} is {shown(there.get(key))} there and "
-                f"{shown(here.get(key))} here",
-                remedy=OTHER_MODEL,
-            )
-
-
-def shown(value: object) -> str:
-    """A value for a message; None is absent."""
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(str, value)) + "]"
-    return "absent" if value is None else str(value)

@@ -1,129 +1,71 @@
 """Saving: the states are copied to the host, and written behind training.
 
     begin (all ranks)    room is looked for; each rank copies its part of every state: the pause
-    a thread a rank      writes its file, and digests of what it writes
+    a thread a rank      makes digests of its part, and writes its file, or the one of its server's ranks
     end (all ranks)      rank 0 collects the digests and writes the manifest, last: now there is a checkpoint
 
-The final name appears by a rename, when the manifest is in the folder. Over dp_replicate every rank writes its own part
-of the shard that they share.
+Over dp_replicate every rank writes its own part of the shard that they share.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import shutil
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ....errors import CinemeshError, in_a_line
+from ....errors import CinemeshError
 from ....kernels.dtypes import TORCH_DTYPES
-from ....model.config import ModelConfig, trained
+from ....model.config import trained
 from ....model.runner import StepRunner
-from ....parallel.ir.plan import Plan
-from ....parallel.ir.units import Units
 from ....parallel.runtime.comm import gather_at_first
-from ....parallel.runtime.host import pin
-from . import writing
-from .choosing import Keep, prune, remove
-from .digests import digest
+from ...storage.places import AnyLocation, Location
+from .assembling import assembled, described
+from .choosing import Keep, prune
+from .copies import Copies, FilesOf
 from .layout import SHARDING, Layout
-from .manifest import MANIFEST, SAVED_STATES, Manifest, code_here, step_folder
+from .manifest import SAVED_STATES, step_folder
+from .publishing import make_room, publish, remove, write_failed
 from .together import together
 from .writing import Written, write_part
 
-NO_ROOM = "free some space or write to another file system"
 
-
-def free_bytes(path: Path) -> int:
-    """Bytes that may still be written to the file system of ``path``."""
-    return shutil.disk_usage(path).free
-
-
-def copy_bytes(units: Units) -> int:
-    """Of the host, that a rank's copy of its part of the states takes."""
-    item = TORCH_DTYPES[units.plan.stat_dtype].itemsize
-    return -(-units.flat_elements // units.plan.dp_replicate) * item * len(SAVED_STATES)
-
-
-def save(directory: Path, runner: StepRunner, *, keep: int = 2, note: dict[str, Any] | None = None) -> Path:
+def save(
+    directory: AnyLocation,
+    runner: StepRunner,
+    *,
+    keep: int = 2,
+    note: dict[str, Any] | None = None,
+    files: FilesOf = "rank",
+) -> AnyLocation:
     """Write ``directory/step-NNNNNNNN`` and wait until it is there. Collective; see :class:`Saver`."""
-    saver = Saver(directory, runner, Keep(keep))
+    saver = Saver(directory, runner, Keep(keep), files)
     saver.begin(note or {})
-    path = saver.end()
+    saver.end()
     saver.close()
-    return path
-
-
-def part_of(flat_elements: int, replicas: int, replica: int) -> tuple[int, int]:
-    """(start, stop) of the elements of a shard that one of its replicas writes."""
-    return flat_elements * replica // replicas, flat_elements * (replica + 1) // replicas
-
-
-def check_room(folder: Path, what: str, elements: int, each: int, remedy: str = NO_ROOM) -> None:
-    """Raise CinemeshError when ``folder`` has no room for so many parameters of ``each`` bytes."""
-    needed, free = elements * each, free_bytes(folder)
-    if free < needed:
-        raise CinemeshError(
-            f"{what} needs {needed:,} bytes ({elements:,} parameters * {each} bytes), but {folder} has {free:,} free",
-            remedy=remedy,
-        )
-
-
-def described(
-    config: ModelConfig, plan: Plan, states: Mapping[str, str], *, step: int, updates: int, note: dict[str, Any]
-) -> dict[str, Any]:
-    """Of a manifest all that does not wait for the files. ``states``: dtype by state."""
-    return {
-        "step": step,
-        "updates": updates,
-        "model": asdict(config),
-        "plan": plan.to_dict(),
-        "code": code_here(),
-        "note": note,
-        "states": dict(states),
-        "block_elements": writing.BLOCK_ELEMENTS,
-    }
-
-
-def assembled(about: dict[str, Any], layout: Layout, written: list[Written]) -> Manifest:
-    """The manifest of all files; ``about`` has what is not theirs."""
-    sums = [sum(of) for of in zip(*(sums for _, sums in written), strict=True)]
-    digests = {state: digest(of) for state, of in zip(about["states"], sums, strict=True)}
-    return Manifest(**about, digests=digests, layout=layout, files=tuple(part for part, _ in written))
+    return step_folder(directory, runner.steps_done)
 
 
 @dataclass(frozen=True)
 class _Begun:
-    """A save on its way: where its files are written, where they will be, and what of the manifest is known."""
+    """A save on its way: its folder, and what of the manifest is known."""
 
-    partial: Path
-    final: Path
+    folder: Location
     about: dict[str, Any]  # of the manifest: all that does not wait for the files
     written: Future[Written]
 
 
 class Saver:
-    """Checkpoints of one run, into ``directory``, which all ranks share.
+    """Checkpoints of one run, into ``directory``, which all ranks share: a file of each rank, or of each server.
 
     A save that fails leaves nothing behind: the checkpoints before it stay.
     """
 
-    def __init__(self, directory: Path, runner: StepRunner, keep: Keep) -> None:
+    def __init__(self, directory: Location, runner: StepRunner, keep: Keep, files: FilesOf = "rank") -> None:
         self.directory, self.runner, self.keep = directory, runner, keep
         self.rank = runner.mesh.rank if runner.mesh else 0
         self.layout = Layout.of(runner.units)
-        self.start, self.stop = part_of(
-            self.layout.flat_elements, runner.plan.dp_replicate, runner.coordinates["dp_replicate"]
-        )
-        self.memory: Tensor | None = None  # bytes of the host, asked for once; the copies lie there
-        self.copies: dict[str, Tensor] = {}
+        self.copies = Copies(runner, self.layout, files)
         self.behind = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.begun: _Begun | None = None
         self.pruning: Future[None] | None = None  # of rank 0
@@ -140,28 +82,25 @@ class Saver:
         """
         assert self.begun is None
         runner = self.runner
-        final = step_folder(self.directory, runner.steps_done)
-        partial = final.with_name(f".{final.name}.partial")
+        folder = step_folder(self.directory, runner.steps_done)
         states: dict[str, str] = dict.fromkeys(SAVED_STATES, runner.plan.stat_dtype)
         counts = {"step": runner.steps_done, "updates": runner.updates_done}
         about = described(runner.config, runner.plan, states, note=note, **counts)
 
         def prepare() -> None:
-            if self.memory is None:
-                self._ask_for_memory()
             if self.rank == 0:
                 try:
                     if self.pruning is not None:
                         self.pruning.result()
-                    self._make_room(partial)
+                    self._make_room(folder)
                 except OSError as error:
-                    raise write_failed(final, error) from error
+                    raise write_failed(folder, error) from error
 
         together(runner.mesh, prepare)
         self._copy()
-        self.begun = _Begun(partial, final, about, self.behind.submit(self._write, partial))
+        self.begun = _Begun(folder, about, self.behind.submit(self._write, folder))
 
-    def end(self) -> Path:
+    def end(self) -> Location:
         """Wait for all ranks' files and publish them. Collective. The checkpoint's folder.
 
         Raises CinemeshError, on all ranks, when they cannot be written.
@@ -173,14 +112,14 @@ class Saver:
             try:
                 return begun.written.result()
             except OSError as error:
-                raise write_failed(begun.final, error, f"rank {self.rank}: ") from error
+                raise write_failed(begun.folder, error, f"rank {self.rank}: ") from error
 
         def finish() -> None:
             if parts is not None:
                 try:
-                    publish(assembled(begun.about, self.layout, parts), begun.partial, begun.final)
+                    publish(assembled(begun.about, self.layout, parts), begun.folder)
                 except OSError as error:
-                    raise write_failed(begun.final, error) from error
+                    raise write_failed(begun.folder, error) from error
 
         try:
             mine = together(self.runner.mesh, written)
@@ -188,74 +127,27 @@ class Saver:
             together(self.runner.mesh, finish)
         except CinemeshError:
             if self.rank == 0:
-                shutil.rmtree(begun.partial, ignore_errors=True)
+                with suppress(OSError, CinemeshError):
+                    remove(begun.folder)
             raise
         if self.rank == 0:
             self.pruning = self.behind.submit(prune, self.directory, self.runner.steps_done, self.keep)
-        return begun.final
+        return begun.folder
 
     def close(self) -> None:
         """Wait for what is still removed."""
         self.behind.shutdown()
 
-    def _make_room(self, partial: Path) -> None:
+    def _make_room(self, folder: Location) -> None:
         """Remove what broken saves left behind, compare free bytes with those needed, make the folder."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for broken in self.directory.glob(".step-*"):
-            shutil.rmtree(broken)
         item = TORCH_DTYPES[self.runner.plan.stat_dtype].itemsize
         elements = sum(row.elements for row in trained(self.runner.config))
-        check_room(self.directory, "a checkpoint", elements, item * len(SAVED_STATES))
-        partial.mkdir()
-
-    def _ask_for_memory(self) -> None:
-        dtype, elements = TORCH_DTYPES[self.runner.plan.stat_dtype], self.stop - self.start
-        self.memory = torch.empty(len(SAVED_STATES) * elements * dtype.itemsize, dtype=torch.uint8)
-        if self.runner.executor.device != "cpu":
-            pin(
-                self.memory,
-                "the copy of the states that a checkpoint is written from",
-                "start fewer processes a server",
-            )
-        self.copies = dict(zip(SAVED_STATES, self.memory.view(dtype).view(-1, elements), strict=True))
+        make_room(self.directory, folder, elements, item * len(SAVED_STATES))
 
     def _copy(self) -> None:
-        """This rank's part of every state."""
-        for state, copy in self.copies.items():
-            copy.copy_(self.runner.buffers[state].view(-1)[self.start : self.stop], non_blocking=True)
-        if self.runner.executor.device != "cpu":
-            torch.cuda.current_stream(self.runner.executor.device).synchronize()
+        self.copies.take()
 
-    def _write(self, partial: Path) -> Written:
-        """This rank's file, behind training."""
-        at = {axis: self.runner.coordinates[axis] for axis in SHARDING}
-        return write_part(partial / f"{self.rank:05d}.safetensors", self.layout, at, self.start, self.copies)
-
-
-def publish(manifest: Manifest, partial: Path, final: Path) -> None:
-    """Write the manifest of the files in ``partial``, and give the folder its name. Raises OSError."""
-    with (partial / MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(manifest.text())
-        file.flush()
-        os.fsync(file.fileno())
-    if final.exists():  # the same step again, after resuming from an earlier one
-        remove(final)
-    os.rename(partial, final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the name survives a power failure
-    finally:
-        os.close(folder)
-
-
-def write_failed(path: Path, cause: OSError, where: str = "") -> CinemeshError:
-    """One message, with the remedy for what the file system says."""
-    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = NO_ROOM
-    elif cause.errno == errno.ENOENT:
-        remedy = "somebody removed it meanwhile: give each run a logging.directory of its own"
-    elif cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        remedy = "look to the permissions of its folder"
-    else:
-        remedy = "look to its file system"
-    return CinemeshError(f"cannot write checkpoint {path}: {where}{in_a_line(cause)}", remedy=remedy)
+    def _write(self, folder: Location) -> Written:
+        """This rank's part, behind training."""
+        at, copies = {axis: self.runner.coordinates[axis] for axis in SHARDING}, self.copies
+        return write_part(folder / copies.file_name, self.layout, at, copies.start, copies.states, copies.shelf)

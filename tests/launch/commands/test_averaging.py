@@ -180,9 +180,9 @@ def test_the_command_takes_what_the_function_takes(
     words = ["average", *map(str, several), "--out", str(tmp_path), "--weights", "1,2,3", "--config", "r", "--greedy"]
     assert CliRunner().invoke(app, [*words, "--set", "seed=2"]).exit_code == 0
     assert given == {
-        "members": several,
+        "members": [*map(str, several)],
         "shares": "1,2,3",
-        "out": tmp_path,
+        "out": str(tmp_path),
         "config": Path("r"),
         "greedy": True,
         "overrides": ["seed=2"],

@@ -16,6 +16,7 @@ from cinemesh.errors import CinemeshError
 from cinemesh.launch.commands.stages import run
 from cinemesh.launch.training.chain import read_chain
 from cinemesh.launch.training.checkpoint.manifest import read_manifest
+from cinemesh.launch.training.checkpoint.publishing import begin_folder
 from cinemesh.launch.training.start import BEGUN_WITH
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -65,7 +66,7 @@ def test_a_chain_that_was_stopped_goes_on_to_the_same_bits(
             with pytest.raises(SystemExit) as end:
                 run(path=stopped, nproc=None)
             assert end.value.code == 128 + signal.SIGTERM
-    (tmp_path / "stopped/runs/mean/.average.partial").mkdir(parents=True)
+    begin_folder(tmp_path / "stopped/runs/mean/average")  # the chain was killed over it
     run(path=stopped, nproc=None)
     ends = [plain_states(tmp_path / name / "runs" / "mean" / "average") for name in ("whole", "stopped")]
     assert all(torch.equal(ends[0][s][name], ends[1][s][name]) for s in ends[0] for name in ends[0][s])

@@ -19,7 +19,8 @@ from cinemesh.errors import CinemeshError
 from cinemesh.launch.training.checkpoint import loading
 from cinemesh.launch.training.checkpoint.choosing import latest
 from cinemesh.launch.training.checkpoint.loading import load, load_weights, resume
-from cinemesh.launch.training.checkpoint.manifest import MANIFEST, SAVED_STATES, Damaged, read_manifest, sealed
+from cinemesh.launch.training.checkpoint.manifest import FORMAT, MANIFEST, SAVED_STATES, Damaged, read_manifest, sealed
+from cinemesh.launch.training.checkpoint.publishing import UNFINISHED
 from cinemesh.launch.training.checkpoint.saving import save
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.runtime.mesh import Mesh
@@ -89,7 +90,8 @@ def test_each_one_passed_over_is_told(run: Path) -> None:
 
 def test_a_save_that_was_broken_off_is_none(run: Path) -> None:
     """A kill in the middle of one leaves the older one, and no warning."""
-    (run / NEWER).rename(run / ".step-00000009.partial")
+    (run / NEWER / MANIFEST).unlink()
+    (run / NEWER / UNFINISHED).touch()
     (run / "step-11").mkdir()
     resumed = resume(run, runner_of(plan_of("")))
     assert resumed is not None and resumed.path.name == OLDER and not resumed.damaged
@@ -112,6 +114,10 @@ def in_file(body: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return body | {"files": [body["files"][0] | changes]}
 
 
+def in_part(body: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return in_file(body, parts=[body["files"][0]["parts"][0] | changes])
+
+
 def in_unit(body: dict[str, Any], **changes: Any) -> dict[str, Any]:
     first, *others = body["layout"]["units"]
     return body | {"layout": body["layout"] | {"units": [first | changes, *others]}}
@@ -122,10 +128,13 @@ def in_unit(body: dict[str, Any], **changes: Any) -> dict[str, Any]:
     [
         (in_file, {"name": "../../../.bashrc"}, "'../../../.bashrc', and files are called after it"),
         (in_file, {"name": "/etc/passwd"}, "'/etc/passwd'"),
-        (in_file, {"stop": 1}, "the digests of 00000.safetensors"),
-        (in_file, {"start": 1}, "the files of shard tp 0, cp 0, dp_shard 0 leave gaps or overlap"),
+        (in_part, {"stop": 1}, "the digests of 00000.safetensors"),
+        (in_part, {"start": 1}, "the size of 00000.safetensors"),
         (in_file, {"size_bytes": 9}, "the size of 00000.safetensors is 9"),
-        (in_file, {"at": {"tp": 1, "cp": 0, "dp_shard": 0}}, "tp of file 0, of 1, is 1"),
+        (in_part, {"at": {"tp": 1, "cp": 0, "dp_shard": 0}}, "tp of part 0 of file 0, of 1, is 1"),
+        (in_part, {"begin": 9}, "the size of 00000.safetensors is"),
+        (in_part, {"extra": 1}, "unknown key 'extra'"),
+        (in_file, {"parts": []}, "parts of file 0 is []"),
         (in_file, {"header": "0"}, "the digests of 00000.safetensors"),
         (in_file, {"extra": 1}, "unknown key 'extra'"),
         (in_unit, {"axes": ["tp"]}, "axes of unit 0 is ['tp']"),
@@ -199,7 +208,7 @@ def test_damage_that_one_rank_meets_is_damage_to_all(pool: Pool, tmp_path: Path)
 
 def test_the_seal_covers_the_format(run: Path) -> None:
     text = (run / NEWER / MANIFEST).read_text()
-    assert text == sealed(3, text.split("\n")[1])
-    (run / NEWER / MANIFEST).write_text(text.replace('"format": 3', '"format": 4', 1))
+    assert text == sealed(FORMAT, text.split("\n")[1])
+    (run / NEWER / MANIFEST).write_text(text.replace('"format": 4', '"format": 3', 1))
     with pytest.raises(Damaged, match="not as it was written"):
         read_manifest(run / NEWER)

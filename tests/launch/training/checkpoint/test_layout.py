@@ -79,7 +79,7 @@ def test_a_file_of_another_order_and_alignment_is_read(tmp_path: Path) -> None:
     write_under(Plan.parse("tp=2"), path, SMALL)
     body, units = body_of(path), body_of(path)["layout"]["units"]
     moved = list(reversed(units))
-    flats = [load_file(path / part["name"]) for part in body["files"]]
+    flats = [load_file(path / file["name"]) for file in body["files"]]
     places: list[tuple[int, int, int]] = []  # from, to, elements
     position = 40
     for unit in moved:
@@ -87,17 +87,18 @@ def test_a_file_of_another_order_and_alignment_is_read(tmp_path: Path) -> None:
         places.append((unit["position"], position, size))
         unit["position"], position = position, position + size + 24
     end = position - 24
-    for part, flat in zip(body["files"], flats, strict=True):
+    for file, flat in zip(body["files"], flats, strict=True):
         for state, values in flat.items():
             flat[state] = torch.full((end,), torch.nan)
             for source, target, size in places:
                 flat[state][target : target + size] = values[source : source + size]
-        save_file(flat, path / part["name"])
-        data = (path / part["name"]).read_bytes()
+        save_file(flat, path / file["name"])
+        data = (path / file["name"]).read_bytes()
         header = data[: 8 + int.from_bytes(data[:8], "little")]
         order = sorted(flat, key=lambda state, data=data: data.index(f'"{state}"'.encode()))
         blocks = {state: [block_digest(flat[state].numpy().tobytes())] for state in order}
-        part |= {"stop": end, "size_bytes": len(data), "header": block_digest(header), "blocks": blocks}
+        part = file["parts"][0] | {"begin": len(header), "stop": end, "blocks": blocks}
+        file |= {"size_bytes": len(data), "header": block_digest(header), "parts": [part]}
         body["states"] = dict.fromkeys(order, "float32")
     rewrite(path, body | {"layout": body["layout"] | {"units": moved}})
     assert_read_under(Plan.parse("cp=2,dp_shard=2,dtype=float32"), path, SMALL)

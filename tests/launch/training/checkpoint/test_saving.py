@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +17,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cinemesh.errors import CinemeshError
-from cinemesh.launch.training.checkpoint import saving, writing
+from cinemesh.launch.storage import places
+from cinemesh.launch.storage.places import Location
+from cinemesh.launch.training.checkpoint import copies, saving, writing
 from cinemesh.launch.training.checkpoint.choosing import VALIDATION_LOSS, Keep, latest
 from cinemesh.launch.training.checkpoint.loading import load, load_weights
 from cinemesh.launch.training.checkpoint.manifest import MANIFEST, SAVED_STATES, read_manifest
+from cinemesh.launch.training.checkpoint.publishing import begin_folder
 from cinemesh.launch.training.checkpoint.saving import Saver, save
 from cinemesh.launch.training.checkpoint.writing import Written
 from cinemesh.model.config import parameters
@@ -71,7 +74,7 @@ def test_the_states_are_those_of_the_moment(tmp_path: Path, monkeypatch: pytest.
     go.set()
     path = saver.end()
     saver.close()
-    assert_same(plain_states(path))
+    assert_same(plain_states(tmp_path / path.name))
     assert read_manifest(path).step == COUNTED[0] and saver.written
 
 
@@ -83,18 +86,18 @@ def test_memory_for_the_copies_is_asked_for_once(tmp_path: Path) -> None:
         runner.buffers["counters"].fill_(step)
         saver.begin({})
         saver.end()
-        seen.add(tuple(copy.data_ptr() for copy in saver.copies.values()))
+        seen.add(tuple(copy.data_ptr() for copy in saver.copies.states.values()))
     saver.close()
     assert len(seen) == 1
-    copied = sum(copy.numel() * copy.element_size() for copy in saver.copies.values())
-    assert copied == saving.copy_bytes(runner.units)
+    copied = sum(copy.numel() * copy.element_size() for copy in saver.copies.states.values())
+    assert copied == copies.copy_bytes(runner.units)
 
 
 def test_on_a_gpu_the_copies_are_pinned_once_and_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written before a copy has ended is torn; so many bytes are pinned, not the next power of two."""
     runner, asked = filled(runner_of(plan_of(""))), list[object]()
     stream = SimpleNamespace(synchronize=lambda: asked.append("waited"))
-    monkeypatch.setattr(saving, "pin", lambda memory, *_: asked.append(memory.numel()))
+    monkeypatch.setattr(copies, "pin", lambda memory, *_: asked.append(memory.numel()))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(runner.executor, "device", "cuda")
     saver = Saver(tmp_path, runner, Keep())
@@ -103,7 +106,7 @@ def test_on_a_gpu_the_copies_are_pinned_once_and_waited_for(tmp_path: Path, monk
         saver.end()
     saver.close()
     path = tmp_path / "step-00000007"
-    assert asked == [saving.copy_bytes(runner.units), "waited", "waited"]
+    assert asked == [copies.copy_bytes(runner.units), "waited", "waited"]
     assert_same(plain_states(path))
 
 
@@ -152,8 +155,8 @@ def test_the_same_step_again_replaces(saved: tuple[StepRunner, Path]) -> None:
 
 def test_broken_saves_are_cleared_away(saved: tuple[StepRunner, Path]) -> None:
     runner, path = saved
-    left = path.parent / ".step-00000099.partial"
-    left.mkdir()
+    left = path.parent / "step-00000099"
+    begin_folder(left)
     (left / "00000.safetensors").write_bytes(b"half")
     save(path.parent, runner)
     assert not left.exists()
@@ -162,17 +165,18 @@ def test_broken_saves_are_cleared_away(saved: tuple[StepRunner, Path]) -> None:
 # -- what fails -------------------------------------------------------------------------------------------------------
 
 
-def fail_on_write(monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> list[int]:
-    """The first writes to a file raise this."""
-    write, done = writing._write_all, list[int]()
+def fail_on_write(monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> list[Location]:
+    """The first writes to a file end half way, and raise this."""
+    write, done = writing.write_file, list[Location]()
 
-    def failing(file: int, data: memoryview, offset: int) -> None:
+    def failing(file: Location, chunks: Sequence[memoryview]) -> None:
         if len(done) < times:
-            done.append(offset)
+            done.append(file)
+            write(file, [chunk[: len(chunk) // 2] for chunk in chunks])
             raise OSError(number, os.strerror(number))
-        write(file, data, offset)
+        write(file, chunks)
 
-    monkeypatch.setattr(writing, "_write_all", failing)
+    monkeypatch.setattr(writing, "write_file", failing)
     monkeypatch.setattr(writing, "RETRY_AFTER_S", 0.0)
     return done
 
@@ -207,7 +211,7 @@ def test_a_write_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    "step", ["open", "rename", "fsync"], ids=["the manifest is not written", "nor its folder renamed", "nor synced"]
+    "step", ["write_file", "link", "fsync"], ids=["the manifest is not written", "nor gets its name", "nor synced"]
 )
 def test_a_publication_that_fails_leaves_the_one_before(
     saved: tuple[StepRunner, Path], monkeypatch: pytest.MonkeyPatch, step: str
@@ -223,7 +227,7 @@ def test_a_publication_that_fails_leaves_the_one_before(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((Path, "open") if step == "open" else (os, step)), full)
+        patch.setattr(places if step == "write_file" else os, step, full)
         with pytest.raises(CinemeshError, match="No space left on device"):
             saver.end()
     saver.close()
@@ -236,12 +240,12 @@ def test_no_room_is_said_before_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, bytes_each: int
 ) -> None:
     elements = sum(row.elements for row in parameters(TINY))
-    monkeypatch.setattr(saving, "free_bytes", lambda path: elements * bytes_each - 1)
+    monkeypatch.setattr(places, "free_bytes", lambda path: elements * bytes_each - 1)
     with pytest.raises(CinemeshError) as error:
         save(tmp_path, runner_of(plan_of("", dtype)))
     assert f"{elements * bytes_each:,}" in str(error.value) and f"{elements * bytes_each - 1:,}" in str(error.value)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(saving, "free_bytes", lambda path: elements * bytes_each)
+    monkeypatch.setattr(places, "free_bytes", lambda path: elements * bytes_each)
     assert save(tmp_path, runner_of(plan_of("", dtype))).is_dir(), "just enough"
 
 
@@ -251,18 +255,18 @@ def save_with_one_full_disk(plan: Plan, directory: Path) -> tuple[str, list[str]
     runner = filled(runner_of(plan, mesh))
     save(directory, runner)
     runner.buffers["counters"][0] += 1
-    whole: Callable[..., Any] = writing._write_all
+    whole: Callable[..., Any] = writing.write_file
 
-    def full_disk(file: int, data: memoryview, offset: int) -> None:
+    def full_disk(file: Location, chunks: Sequence[memoryview]) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if mesh.rank == 1:
-        writing._write_all, writing.RETRY_AFTER_S = full_disk, 0.0
+        writing.write_file, writing.RETRY_AFTER_S = full_disk, 0.0
     try:
         with pytest.raises(CinemeshError) as failed:
             save(directory, runner)
     finally:
-        writing._write_all = whole
+        writing.write_file = whole
     left = [path.name for path in directory.iterdir()]
     return str(failed.value), left
 
