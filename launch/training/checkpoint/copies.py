@@ -32,7 +32,7 @@ def part_of(flat_elements: int, replicas: int, replica: int) -> tuple[int, int]:
     return flat_elements * replica // replicas, flat_elements * (replica + 1) // replicas
 
 
-class Copies:
+class HostCopies:
     """Of one rank: a part of its shard, which its replicas share; and the file in which it is written."""
 
     def __init__(self, runner: StepRunner, layout: Layout, files: FilesOf) -> None:

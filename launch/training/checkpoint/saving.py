@@ -22,7 +22,7 @@ from ....parallel.runtime.comm import gather_at_first
 from ...storage.places import AnyLocation, Location
 from .assembling import assembled, described
 from .choosing import Keep, prune
-from .copies import Copies, FilesOf
+from .copies import FilesOf, HostCopies
 from .layout import SHARDING, Layout
 from .manifest import SAVED_STATES, step_folder
 from .publishing import make_room, publish, remove, write_failed
@@ -65,7 +65,7 @@ class Saver:
         self.directory, self.runner, self.keep = directory, runner, keep
         self.rank = runner.mesh.rank if runner.mesh else 0
         self.layout = Layout.of(runner.units)
-        self.copies = Copies(runner, self.layout, files)
+        self.copies = HostCopies(runner, self.layout, files)
         self.behind = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.begun: _Begun | None = None
         self.pruning: Future[None] | None = None  # of rank 0
