@@ -147,8 +147,7 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
         telemetry.account.lose(LossCause.START, time.time() - since)
     try:
         log = config.logging
-        keep = Keep(log.keep, log.keep_every, log.keep_best)
-        saver = Saver(checkpoints, runner, keep, log.checkpoint_files)
+        saver = Saver(checkpoints, runner, Keep(log.keep, log.keep_every, log.keep_best), log.checkpoint_files)
         feed = Feed(config, cache, runner.mesh.data_rank if runner.mesh else 0, history)
         loop = _Loop(setting, buckets, feed, saver, telemetry, carried, place.marks, Stragglers.of(place))
         if place.watched is not None:
