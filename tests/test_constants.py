@@ -224,7 +224,6 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "launch.training.checkpoint.choosing.Keep.newest": (2, UNSAID),
     "launch.training.checkpoint.choosing.Keep.every": (0, UNSAID),
     "launch.training.checkpoint.manifest._whole(least)": (0, UNSAID),
-    "launch.storage.places.MOST_READ_BYTES": (64 * 2**20, RUNS),
     "launch.training.checkpoint.manifest.ONE_PART_A_FILE": (3, RUNS),
     "launch.training.checkpoint.manifest.READS": ((3, 4), RUNS),
     "launch.training.checkpoint.writing.TRIES": (2, RUNS),
