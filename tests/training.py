@@ -16,6 +16,7 @@ from torch import Tensor
 from cinemesh.data.clips import write_mp4
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.cluster import processes
+from cinemesh.launch.storage.places import Location
 from cinemesh.launch.training import loop as train
 from cinemesh.launch.training.checkpoint.choosing import FOLDER, latest
 from cinemesh.launch.training.checkpoint.loading import load
@@ -147,7 +148,7 @@ def states(run: Path, values: dict[str, Any]) -> dict[str, Tensor]:
     return states_in(newest, values)
 
 
-def states_in(checkpoint: Path, values: dict[str, Any]) -> dict[str, Tensor]:
+def states_in(checkpoint: Location, values: dict[str, Any]) -> dict[str, Tensor]:
     """Weights, moments, EMA and counters, whatever plan wrote them. Raises CinemeshError where they are damaged."""
     setting = Setting.of(check_config({**values, "plan": {"dtype": "float32"}}, "test"))
     runner = StepRunner(setting.model, setting.config.plan, setting.batches[0], setting.config.optimizer, None)
