@@ -136,7 +136,6 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "tae train": (
         "cinemesh tae train configs/tae/quickstart.yaml",
         "cinemesh tae train configs/tae/quickstart.yaml --nproc 2 --set logging.directory=runs/tae-2",
-        "torchrun --nproc-per-node 2 -m cinemesh.launch tae train configs/tae/quickstart.yaml",
     ),
     "tae encode": (
         "cinemesh tae encode runs/tae/autoencoder configs/quickstart.yaml --out latents.safetensors",

@@ -24,7 +24,7 @@ from cinemesh.launch.tae.checkpoints import load
 from cinemesh.launch.tae.feed import PixelFeed, open_pixels
 from cinemesh.launch.tae.loop import TAELoop, plan_of
 from cinemesh.launch.tae.networks import FLAT_STATES, Networks
-from cinemesh.launch.tae.recipe import TAERecipe, check_tae_recipe
+from cinemesh.launch.tae.recipe import TAERecipe, check_tae_recipe, read_tae_recipe
 from cinemesh.launch.tae.step import TrainStep
 from cinemesh.model.tae.files import read_trained
 from cinemesh.parallel.runtime.mesh import Mesh
@@ -315,3 +315,19 @@ def test_a_batch_that_ranks_do_not_divide_is_refused(values: Values) -> None:
     recipe: TAERecipe = check_tae_recipe(values, "test")
     with pytest.raises(CinemeshError, match=r"global_batch\(4\) of bucket 8x32x32 % processes\(3\) = 1"):
         plan_of(recipe, 3)
+
+
+SHIPPED = sorted((Path(__file__).parents[3] / "configs" / "tae").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_recipes_that_ship_are_legal_on_one_and_two_processes(path: Path) -> None:
+    recipe = read_tae_recipe(path)
+    assert plan_of(recipe, 2).dp_replicate == 2 and recipe.model.build().channels in (8, 16)
+
+
+def test_the_papers_weight_stands_with_its_reduction() -> None:
+    (path,) = (path for path in SHIPPED if path.stem == "movie-gen")
+    recipe = read_tae_recipe(path)
+    assert (recipe.losses.outlier, recipe.losses.reduction) == (1e5, "frame")
+    assert [(b.frames, b.height, b.weight) for b in recipe.data.shapes] == [(32, 1024, 3.0), (1, 1024, 1.0)]

@@ -1,0 +1,60 @@
+"""What the outlier penalty does: ``python tests/benchmarks/tae_outliers.py WITH WITHOUT CACHE``.
+
+Two finished runs of configs/tae/outliers.yaml, with the penalty and with ``losses.outlier=0``, and the cache of their
+pixels. Measures the largest norm of a latent on every second held-out window, in standard deviations of its frame as
+the penalty counts them, and writes it with the runs' own reconstruction to ``results/tae_outliers.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cinemesh.data.cache import CACHE_FILE, Cache
+from cinemesh.data.encoding import codec_of
+from cinemesh.launch.tae.trained import clips_of
+from cinemesh.model.tae.losses import outlier_penalty
+
+RESULT = Path(__file__).parent / "results" / "tae_outliers.json"
+
+
+def measured(run: Path, cache: Cache) -> dict[str, Any]:
+    codec = codec_of(str(run / "autoencoder")).build()
+    about = json.loads((run / "autoencoder" / "autoencoder.json").read_text(encoding="utf-8"))["about"]
+    norms, penalties = [], []
+    for _, frames in list(clips_of(cache.buckets[0].validation))[::2]:
+        latent = codec.encode(frames).transpose(0, 1)
+        away = (latent - latent.mean((2, 3), keepdim=True)).square().sum(1).sqrt()
+        norms.append((away / latent.var((2, 3), correction=0).sum(1).sqrt()[:, None, None]).flatten())
+        penalties.append(outlier_penalty(latent))
+    return {
+        "steps": about["steps"],
+        "weight": about["recipe"]["losses"]["outlier"],
+        "largest_norm_std": torch.cat(norms).max().item(),
+        "penalty": torch.cat(penalties).mean().item(),
+        "held_out": about["held_out"],
+    }
+
+
+def main() -> None:
+    cache = Cache.open(Path(sys.argv[3]) / CACHE_FILE)
+    found = {
+        "date": date.today().isoformat(),
+        "machine": f"{os.cpu_count()}-core x86-64, no GPU, busy; one thread",
+        "versions": {"torch": version("torch")},
+        "command": "python tests/benchmarks/tae_outliers.py WITH WITHOUT CACHE",
+        "with": measured(Path(sys.argv[1]), cache),
+        "without": measured(Path(sys.argv[2]), cache),
+    }
+    RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
