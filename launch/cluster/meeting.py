@@ -27,6 +27,7 @@ from ...documents import parse_json
 from ...errors import CinemeshError, in_a_line
 
 MEETING_S = 600.0  # how long ranks wait for one another when they start
+HEAR = timedelta(seconds=60)  # between two looks whether the store is still there
 POLL_S = 0.05  # in which rank 0 asks who has heard
 MOST_TOLD = 4  # keys of a difference that are told; the others are counted
 MOST_KINDS = 8  # sets of values that are looked at: those of the ranks that came first
@@ -101,6 +102,21 @@ def token_of(job: Store, rank: int, world: int) -> str:
                 raise dist.DistStoreError(f"{len(answered) + 1} of {world} ranks came in {MEETING_S:.0f} s")
             time.sleep(POLL_S)
     return token
+
+
+def hear(meeting: Meeting, key: str) -> str:
+    """What another rank sets, however long it takes. Raises CinemeshError when the store is gone."""
+    while True:
+        try:
+            meeting.store.wait([key], HEAR)
+            return meeting.store.get(key).decode()
+        except dist.DistStoreError:
+            continue  # not yet
+        except dist.DistError as error:
+            raise CinemeshError(
+                f"rank {meeting.rank} waited for rank 0, which is gone: {in_a_line(error, lines=1)}",
+                remedy="look to rank 0: it has stopped before",
+            ) from error
 
 
 # -- agreement --------------------------------------------------------------------------------------------------------

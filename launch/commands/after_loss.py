@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ...data.batches import batches_told
 from ...errors import CinemeshError
-from ..training.batches import batches_told
 from ..training.recipe import Auto
 from ..training.resolve import planned
 from ..training.resolved import Resolved

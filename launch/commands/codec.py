@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...data.building import decoded_windows
+from ...data.cache.decoding import decoded_windows
 from ...data.context_codec import STRIDE, fit
 from ...data.encoding import codec_of
 from ...data.settings import CAPTIONS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from itertools import cycle
 
+from ...data.batches import BatchHistory
 from ...errors import CinemeshError
 from ...model.config import latent_text
 from ...model.inputs import BatchShape
@@ -13,8 +14,8 @@ from ...model.weights import initial_values
 from ..cluster.processes import Joined
 from ..models import parse_latent
 from ..proof.traced import TakenSteps, taken_steps
-from ..training.batches import BatchHistory
 from ..training.feed import Feed
+from ..training.latent_cache import open_history
 from ..training.setting import Setting
 
 
@@ -38,8 +39,8 @@ def take_steps(setting: Setting, place: Joined, batch: BatchShape, steps: int) -
     """
     config = setting.config
     runner = setting.runners(place, [batch]).first
-    history = BatchHistory.of({}, setting.global_batches)
-    feed = Feed(config, setting.open_cache(place), place.mesh.data_rank if place.mesh else 0, history)
+    batches = BatchHistory.always(setting.global_batches)
+    feed = Feed(config, open_history(setting, place), place.mesh.data_rank if place.mesh else 0, batches)
     bucket = setting.latents.index(batch.latent)
     own = [step for step, drawn in enumerate(feed.bucket) if drawn == bucket]
     if not own:

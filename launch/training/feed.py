@@ -1,18 +1,19 @@
-"""The batches of a run, in the order that its seed says: read when a step begins, on a GPU while the one before runs.
+"""The batches of a run, in the order that its seed says: read by threads, some steps ahead.
 
-A step's samples are a function of the seed, the step and how many the steps before took (``batches.py``), so what was
-read ahead is what would be read then.
+A step's samples are a function of the seed, the step, the versions that the run draws from and how many samples the
+steps before took: what was read ahead is what would be read then, and what another number of data ranks reads.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from ...data.cache import Cache, collate
-from ...data.order import Stream, balanced, drawn_buckets, samples_of_a_read
-from ...errors import CinemeshError
-from .batches import BatchHistory
+from ...data.batches import BatchHistory
+from ...data.cache.drawn import Drawn, Epochs, RunOrder
+from ...data.cache.held import HELD_BYTES
+from ...data.cache.history import History
+from ...data.cache.samples import CaptionDraw, Samples, collate
 from .recipe import Config
 
 if TYPE_CHECKING:
@@ -21,62 +22,68 @@ if TYPE_CHECKING:
     from ...model.buckets import BucketRunner
     from ...model.runner import StepRunner
 
+AHEAD = 3  # steps that are read before they are wanted: one that comes late is waited for by none of the others
+READERS = 4  # threads; a step is read by one of them
 
-@dataclass(frozen=True)
-class StepBatches:
-    """``ids``: of the whole global batch; ``micro_batches``: this data rank's samples of each."""
 
-    step: int
-    ids: list[int]
-    micro_batches: list[dict[str, Tensor]]
+def run_order(config: Config, batches: BatchHistory) -> RunOrder:
+    """What decides which samples the steps of a recipe's run take."""
+    weights = tuple(bucket.weight for bucket in config.data.shapes)
+    return RunOrder(config.seed, config.schedule.steps, weights, batches)
 
 
 class Feed:
     """Of one data rank."""
 
-    def __init__(self, config: Config, cache: Cache, data_rank: int, history: BatchHistory) -> None:
-        self.config, self.cache, self.data_rank, self.history = config, cache, data_rank, history
-        data, seed = config.data, config.seed
-        self.weights = [bucket.weight for bucket in data.shapes]
-        self.bucket: list[int] = drawn_buckets(seed, config.schedule.steps, self.weights).tolist()  # of every step
-        self.places = history.places(self.bucket)
-        trained = [windows.train for windows in cache.buckets]
-        self.streams = [
-            Stream(seed, bucket, balanced(train.scenes, data.balance), samples_of_a_read(train.latent_bytes))
-            for bucket, train in enumerate(trained)
-        ]
-        self._ahead: StepBatches | None = None
+    def __init__(self, config: Config, history: History, data_rank: int, batches: BatchHistory) -> None:
+        self.config, self.data_rank, self.batches = config, data_rank, batches
+        self.drawn = Drawn(run_order(config, batches), history)
+        self.bucket = self.drawn.bucket
+        self._train = {id(epochs): self._read_as(epochs) for of in self.drawn.epochs for epochs in of}
+        self._pool = ThreadPoolExecutor(READERS, "feed")
+        self._ahead: dict[int, Future[list[dict[str, Tensor]]]] = {}
 
-    def take(self, step: int) -> StepBatches:
-        """Raises CinemeshError for a sample that cannot be read."""
-        ahead, self._ahead = self._ahead, None
-        return ahead if ahead is not None and ahead.step == step else self._read(step)
+    def _read_as(self, epochs: Epochs) -> Samples:
+        """By whole blocks, where those of this rank's lanes find room in memory; else one by one."""
+        stream = epochs.stream
+        lanes = -(-stream.lanes // self.config.plan.data_ranks)
+        blocks = min(lanes + 1, -(-stream.size // stream.block))
+        whole = blocks * stream.block * epochs.train.latent_bytes <= HELD_BYTES
+        return epochs.train.in_blocks(stream.block if whole else 1)
 
-    def load(self, step: int, runner: BucketRunner | StepRunner) -> list[int]:
-        """Load a step's samples; the ids of its whole global batch. Raises CinemeshError as ``take``."""
-        taken = self.take(step)
-        for micro_batch, batch in enumerate(taken.micro_batches):
+    def ids(self, step: int) -> list[int]:
+        """Of the samples of a step's whole global batch. Raises CinemeshError for an index that cannot be read."""
+        return self.drawn.at(step).train.ids(self.drawn.indices(step))
+
+    def take(self, step: int) -> list[dict[str, Tensor]]:
+        """This data rank's samples of each micro-batch. Raises CinemeshError for a sample that cannot be read."""
+        for passed in [at for at in self._ahead if not step <= at <= step + AHEAD]:
+            self._ahead.pop(passed).cancel()
+        for at in range(step, min(step + AHEAD + 1, self.config.schedule.steps)):
+            if at not in self._ahead:
+                self._ahead[at] = self._pool.submit(self._read, at)
+        return self._ahead.pop(step).result()
+
+    def load(self, step: int, runner: BucketRunner | StepRunner) -> None:
+        """Load a step's samples. Raises CinemeshError as ``take``."""
+        for micro_batch, batch in enumerate(self.take(step)):
             runner.load(micro_batch, batch)
-        return taken.ids
 
     def taken(self, step: int) -> list[int]:
         """Of each bucket's stream, how many samples the steps before this one took."""
-        return self.history.taken(self.bucket[:step])
+        return self.batches.taken(self.bucket[:step])
 
-    def read_ahead(self, step: int) -> None:
-        """What ``take`` will be asked for next. What cannot be read is told there: it is another step's failure."""
-        try:
-            self._ahead = self._read(step) if step < self.config.schedule.steps else None
-        except CinemeshError:
-            self._ahead = None
+    def close(self) -> None:
+        """Read nothing more."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, step: int) -> StepBatches:
-        plan, bucket = self.config.plan, self.bucket[step]
-        size = self.history.at(step)[bucket]
-        train, share = self.cache.buckets[bucket].train, size // plan.micro_batches
-        indices = self.streams[bucket].take(self.places[step], size)
-        batches = [
-            collate(train.select(indices[first : first + share]), self.data_rank, plan.data_ranks, first)
-            for first in range(0, size, share)
-        ]
-        return StepBatches(step, [train.first_id + index for index in indices], batches)
+    def _read(self, step: int) -> list[dict[str, Tensor]]:
+        plan, indices = self.config.plan, self.drawn.indices(step)
+        train, share = self._train[id(self.drawn.at(step))], len(indices) // plan.micro_batches
+        return [
+            collate(
+                train.select(indices[first : first + share], CaptionDraw(self.config.seed, step, first)),
+                self.data_rank, plan.data_ranks, first,
+            )
+            for first in range(0, len(indices), share)
+        ]  # fmt: skip

@@ -13,6 +13,7 @@ from ...parallel.runtime.executor import Executor
 from ..cluster.processes import joined
 from .checkpoint.layout import Layout
 from .checkpoint.same_model import check_model
+from .latent_cache import open_history
 from .members import Member, mean_of, read_shares
 from .recipe import Config
 from .setting import Setting
@@ -65,7 +66,7 @@ def measuring(config: Config, members: Sequence[Member]) -> Iterator[HeldOutMean
     for member in members:
         check_model(member.path, member.found, setting.model)
     with joined(plan, config.device) as place:
-        cache = setting.open_cache(place)
+        cache = open_history(setting, place).at(config.schedule.steps)
         runners = setting.runners(place)
         windows = HeldOutWindows(runners, setting.latents, cache, config, Executor.run)
         if not windows:

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from ...data.cache import Cache
+from ...data.batches import BATCHES, Batches, BatchHistory, batches_told
+from ...data.cache.history import History
 from ...errors import CinemeshError
 from ...model.buckets import BucketRunner
 from ...model.config import latent_text
@@ -33,13 +34,13 @@ from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, ran
 from ..cluster.verdict import stages_of
 from .average import remark
 from .base import BEGUN_WITH
-from .batches import BATCHES, Batches, BatchHistory, batches_told
 from .checkpoint.choosing import VALIDATION_LOSS, Keep, kept_in
 from .checkpoint.loading import resume
 from .checkpoint.saving import Saver
 from .differences import RECIPE, recipe_facts, recorded
 from .feed import Feed
 from .goodput import LossCause
+from .latent_cache import open_history
 from .marked import MarkedRuns
 from .measured_rows import MeasuredRows
 from .needs import check_training_memory
@@ -50,6 +51,7 @@ from .replicas import compare_replicas
 from .reports import Done, Reports
 from .resume import CONTENTS, allowed_changes, check_may_change
 from .sample import FRAME_RATE
+from .seen import SEEN, DrawnFrom
 from .setting import Setting
 from .showcase import show_samples
 from .start import begin, carried_on, check_start, put_under
@@ -59,7 +61,6 @@ from .validation import HeldOutWindows
 
 SKIPPED_LIMIT = 5  # updates in a row that were skipped for a gradient that is not finite, before a run gives up
 FAILED_SAVES_LIMIT = 3  # in a row, before a run gives up: what it would lose by going on is then not small any more
-READS_AHEAD = ("cuda",)  # devices whose step goes on behind its launch, while the host reads the next one's samples
 SAMPLES = "samples"  # of a checkpoint's note: how many of each bucket's stream were taken
 
 
@@ -86,10 +87,11 @@ def train(config: Config, batches: Batches | None = None) -> None:
     alike = recipe_facts(config) | {"samples of a step": str(batches or config.data.global_batches)}
     with joined(config.plan, config.device, alike, config.logging.directory) as place:
         setting, stop = Setting.of(config, batches), StopSignal()
-        cache = setting.open_cache(place)
+        history = open_history(setting, place)
+        cache = history.at(config.schedule.steps)
         setting.sampled_captions(cache)  # refused before training, not after
         with stop:
-            runner = train_steps(setting, place, cache, stop)
+            runner = train_steps(setting, place, history, stop)
         done = runner.steps_done >= config.schedule.steps
         if done and config.sample is not None:
             show_samples(setting, place, cache, runner)
@@ -97,7 +99,7 @@ def train(config: Config, batches: Batches | None = None) -> None:
         raise Stopped(stop.signum, f"stopped after step {runner.steps_done}; the same command goes on from there")
 
 
-def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal) -> StepRunner:
+def train_steps(setting: Setting, place: Joined, history: History, stop: StopSignal) -> StepRunner:
     """From the newest checkpoint, if there is one, to the last step or until ``stop``; what was reached is saved.
 
     The answer holds the states.
@@ -107,10 +109,13 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
     runner = buckets.first
     if place.meeting is not None:
         programs = {f"program of {latent_text(at)}": program_digest(one.program) for at, one in buckets.runners.items()}
-        agree(place.meeting, "code and latent cache", programs | {"latent cache": cache.digest})
+        agree(place.meeting, "code and latent cache", programs | {"latent cache": history.text()})
     checkpoints = kept_in(config)
     resumed = resume(checkpoints, runner)
-    changed = allowed_changes(resumed.manifest.note, config, cache.contents) if resumed else []
+    changed = []
+    if resumed:
+        changed = allowed_changes(resumed.manifest.note, config, history.text(resumed.manifest.step))
+    history.check_withdrawn(runner.steps_done, config.schedule.steps)
     begun = None
     if config.start_from is not None:
         put_under(config.start_from, runner, resumed.manifest.note if resumed else None)
@@ -121,7 +126,7 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
     carried = {BEGUN_WITH: begun.note} if begun else carried_on(resumed.manifest.note) if resumed else {}
     asked = tuple(config.data.global_batches)
     before = BatchHistory.of(resumed.manifest.note if resumed else {}, setting.global_batches)
-    history = before.going_on(runner.steps_done, setting.global_batches)
+    batches = before.going_on(runner.steps_done, setting.global_batches)
     telemetry = Telemetry(config.logging.directory, config.schedule.steps, runner.steps_done, since) if speaks else None
     if telemetry:
         telemetry.say(f"{setting.model.name}: {config.plan.equation()} processes on {place.device}; "
@@ -132,11 +137,12 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
             telemetry.say(f"not as in the run so far: {change}")
         for error in resumed.damaged if resumed else ():
             telemetry.say(f"WARNING: {error.problem}; it was passed over")
-        if history != before or setting.global_batches != asked:
+        if batches != before or setting.global_batches != asked:
             telemetry.say(
                 f"from step {runner.steps_done + 1} on a step takes {batches_told(setting.global_batches, asked)}"
             )
-        for windows in cache.buckets:
+        telemetry.say(f"latent cache {config.data.cache}, version {history.text()}")
+        for windows in history.at(runner.steps_done).buckets:
             telemetry.say(f"bucket {windows.bucket}: {len(windows.train)} training and {len(windows.validation)} "
                           "validation windows")  # fmt: skip
     failure = buckets.capture(config.capture)
@@ -148,11 +154,14 @@ def train_steps(setting: Setting, place: Joined, cache: Cache, stop: StopSignal)
     try:
         log = config.logging
         saver = Saver(checkpoints, runner, Keep(log.keep, log.keep_every, log.keep_best), log.checkpoint_files)
-        feed = Feed(config, cache, runner.mesh.data_rank if runner.mesh else 0, history)
+        feed = Feed(config, history, runner.mesh.data_rank if runner.mesh else 0, batches)
         loop = _Loop(setting, buckets, feed, saver, telemetry, carried, place.marks, Stragglers.of(place))
         if place.watched is not None:
             place.watched.tell(config.plan, [stages_of(program) for program in loop.runs.programs])
-        loop.run(stop)
+        try:
+            loop.run(stop)
+        finally:
+            loop.feed.close()
         saver.close()
     finally:
         if telemetry:
@@ -176,7 +185,8 @@ class _Loop:
     ) -> None:
         self.stragglers, self.computed_s = stragglers or Stragglers(), 0.0  # of this rank, in the step before
         self.config, self.runners, self.runner = setting.config, runners, runners.first
-        self.feed, self.cache, self.saver, self.telemetry, self.marks = feed, feed.cache, saver, telemetry, marks
+        self.feed, self.saver, self.telemetry, self.marks = feed, saver, telemetry, marks
+        self.history = feed.drawn.history
         self.carried = carried  # of a checkpoint's note, from one to the next
         self.failed_saves = 0  # in a row
         self.compared = self.runner.steps_done  # when replicas were last the same
@@ -184,11 +194,12 @@ class _Loop:
         self.latents = [batch.latent for batch in setting.batches]
         log = self.config.logging
         self.rows = MeasuredRows(self.config, runners, self.latents) if telemetry else None
-        self.reads_ahead = torch.device(self.runner.executor.device).type in READS_AHEAD
+        self.on_gpu = torch.device(self.runner.executor.device).type != "cpu"
         self.runs = MarkedRuns(runners, marks)
         self.held_out = None
         if log.validate_every:
-            self.held_out = HeldOutWindows(runners, self.latents, self.cache, self.config, self.runs.run)
+            cache = self.history.at(self.compared)
+            self.held_out = HeldOutWindows(runners, self.latents, cache, self.config, self.runs.run)
             self.runs.programs = [*self.runs.programs, *self.held_out.programs]
         if self.config.schedule.decay == "plateau" and not self.held_out:
             raise CinemeshError(
@@ -208,8 +219,7 @@ class _Loop:
         while step < steps:
             begun = time.perf_counter()
             self.marks.at(step, Doing.LOADING)
-            ids = self._load(step, stop)
-            if ids is None:
+            if not self._load(step, stop):
                 break
             loaded = time.perf_counter()
             waited_s = self.runs.waited_s
@@ -217,10 +227,8 @@ class _Loop:
             measures = log.numerics_every and (step + 1) % log.numerics_every == 0
             numerics = Numerics(self.runners.current) if measures else None
             self.runs.step(step, lr, numerics)
-            if self.reads_ahead:
-                self.feed.read_ahead(step + 1)
             loss, norm = runner.loss.item(), runner.gradient_norm.item()  # between steps: the step itself reads nothing
-            if not self.reads_ahead:  # else it was behind nothing but its launches
+            if not self.on_gpu:  # else it was behind nothing but its launches
                 self.computed_s = time.perf_counter() - loaded - (self.runs.waited_s - waited_s)
             self.marks.at(step, Doing.REPORTING)
             ended = time.perf_counter()
@@ -235,9 +243,9 @@ class _Loop:
                 skipped += 1
                 if numerics is None and skipped == 1:
                     numerics = self.runs.again(step - 1, lr)
-                self._skipped(step, skipped, loss, norm, ids)
+                self._skipped(step, skipped, loss, norm)
             if numerics is not None:
-                self._measured(step, numerics, ids)
+                self._measured(step, numerics)
             if self.telemetry:
                 self.telemetry.advance()
             if step % log.every == 0 or step == steps:
@@ -261,18 +269,17 @@ class _Loop:
         """What runs inside is, on the rank that speaks, lost to this cause."""
         return self.telemetry.account.losing(cause) if self.telemetry else nullcontext()
 
-    def _load(self, step: int, stop: StopSignal) -> list[int] | None:
-        """Load this rank's share of every micro-batch: the ids of the whole global batch, or None to stop here.
+    def _load(self, step: int, stop: StopSignal) -> bool:
+        """Load this rank's share of every micro-batch; False: stop here.
 
         One vote of all ranks: a signal reaches them at different moments, and a step that one of them cannot take, or
         takes in another shape, would never end. Raises CinemeshError, on every rank, when one of them cannot load its
         samples, and when they loaded more than one bucket.
         """
         failure: CinemeshError | None = None
-        ids: list[int] = []
         written = self.saver.written
         try:
-            ids = self._fill(step)
+            self._fill(step)
         except CinemeshError as error:
             failure = error
         loaded = self.latents.index(self.runners.current.batch.latent)
@@ -281,7 +288,7 @@ class _Loop:
                 raise failure
             if written:
                 self._publish()
-            return None if stop.signum is not None else ids
+            return stop.signum is None
         every = 3 + len(self.latents)  # from there on, what each rank says
         votes = torch.zeros(every + self.config.plan.world_size, dtype=torch.int64)
         votes[every + self.runner.mesh.rank] = round(self.computed_s * UNITS_PER_S)
@@ -294,7 +301,9 @@ class _Loop:
             assert first is not None
             raise first
         if sum(map(bool, taken)) > 1:
-            shares = ", ".join(f"{n} of bucket {w.bucket}" for n, w in zip(taken, self.cache.buckets, strict=True) if n)
+            shares = ", ".join(
+                f"{n} of bucket {w.bucket}" for n, w in zip(taken, self.history.at(step).buckets, strict=True) if n
+            )
             raise CinemeshError(
                 f"step {step + 1}: the ranks loaded batches of several buckets ({shares}), and a step has one: give "
                 "every rank the same recipe, software and latent cache"
@@ -302,12 +311,13 @@ class _Loop:
         if written == self.config.plan.world_size:
             self.marks.at(step, Doing.PUBLISHING)
             self._publish()
-        return None if stopped else ids
+        return not stopped
 
-    def _fill(self, step: int) -> list[int]:
-        return self.feed.load(step, self.runners)
+    def _fill(self, step: int) -> None:
+        self.feed.load(step, self.runners)
 
-    def _skipped(self, step: int, times: int, loss: float, norm: float, ids: list[int]) -> None:
+    def _skipped(self, step: int, times: int, loss: float, norm: float) -> None:
+        ids = self.feed.ids(step - 1)
         what = f"step {step}: loss {loss}, gradient norm {norm}; the update was skipped; samples {ids}"
         if times >= SKIPPED_LIMIT:
             self._publish()
@@ -324,15 +334,16 @@ class _Loop:
         """Of the whole run."""
         return self.carried.get(VALIDATIONS, [])
 
-    def _measured(self, step: int, numerics: Numerics, ids: list[int]) -> None:
+    def _measured(self, step: int, numerics: Numerics) -> None:
         numbers = gathered(numerics.measured(), self.runners.current)
         if self.telemetry and numbers:
-            numbers.tell(self.telemetry, step, self.config.plan, ids)
+            numbers.tell(self.telemetry, step, self.config.plan, self.feed.ids(step - 1))
 
     def _validate(self, step: int) -> None:
         if not self.held_out:
             return
         self.marks.at(step - 1, Doing.VALIDATING)
+        self.held_out.look_at(self.history.at(step))
         held, values = self.held_out.measure()
         if math.isfinite(held.loss):  # a file of JSON has no other numbers
             self.validated = step, held.loss
@@ -361,10 +372,11 @@ class _Loop:
     def _begin_save(self, step: int) -> None:
         note = self.carried | {
             RECIPE: recorded(self.config),
-            CONTENTS: self.cache.contents,
-            FRAME_RATE: str(self.cache.frame_rate),
+            CONTENTS: self.history.text(step),
+            FRAME_RATE: str(self.history.at(step).frame_rate),
+            SEEN: DrawnFrom.of(self.history, self.feed.drawn.order).told(),
             SAMPLES: self.feed.taken(step),
-            BATCHES: self.feed.history.noted(),
+            BATCHES: self.feed.batches.noted(),
         }
         if self.validated is not None and self.validated[0] == step:
             note[VALIDATION_LOSS] = self.validated[1]

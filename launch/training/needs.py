@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ...data.cache import CACHE_FILE
+from pathlib import Path
+
+from ...data.cache.storage import is_url
 from ...files import check_output_file, check_output_folder
 from ...kernels.selection import Software
 from ...model.forward import build_velocity
@@ -26,7 +28,8 @@ def check_outputs(config: Config) -> None:
         check_output_folder(folder, "logging.directory")
     check_folder(kept_in(config), "logging.checkpoints" if config.logging.checkpoints else "logging.directory")
     check_output_file(run / ROWS_FILE, "logging.directory")
-    check_output_file(config.data.cache / CACHE_FILE, "data.cache")
+    if not is_url(config.data.cache) and not config.data.versions:
+        check_output_folder(Path(config.data.cache), "data.cache")
 
 
 def check_training_memory(setting: Setting) -> None:

@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ValidationError, create_model
 from pydantic.dataclasses import dataclass
 
+from ...data.batches import Batches
 from ...data.buckets import Bucket
+from ...data.cache.version import changes_of
 from ...data.encoding import BlockDCT, CodecSettings, codec_kind
 from ...data.settings import DataSettings
 from ...errors import CinemeshError
@@ -28,7 +30,6 @@ from ...parallel.ir.plan import Plan
 from ...ranges import BATCH_RANGE, EULER_RANGE, GUIDANCE_RANGE, MOST_STEPS, SEED_RANGE, STEPS_RANGE, integers, reals
 from ..plans import held_fields, read_plan
 from ..storage.places import Location
-from .batches import Batches
 from .model_section import SECTION_CONFIG, ModelSection, StartFrom, named_place
 from .plateau import Validated, plateaus
 from .resolved import FILE as RESOLVED
@@ -58,9 +59,15 @@ Decay = Annotated[float, reals(0, BELOW_1, "at 1, in float32, an average would n
 class DataSection(DataSettings):
     """The data's settings, the directory of their cache, and what one optimizer step takes of them."""
 
-    cache: Annotated[Path, "directory of the latent cache, made when it is missing or of other data"]
+    cache: Annotated[str, "folder of the latent cache, where what is missing is built; a URL too, with versions"]
     global_batch: Annotated[int, BATCH_RANGE, "samples of a step whose bucket does not give its own"]
-    balance: Annotated[Share, "of scenes: 0 takes every window as often, 1 every scene"] = 0.0
+    versions: Annotated[
+        dict[str, str], "of the cache, by the step from which each is drawn from; default: what these settings make"
+    ] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        changes_of(self.versions)
 
     @property
     def global_batches(self) -> list[int]:

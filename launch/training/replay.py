@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from ...data.cache import Cache
+from ...data.batches import BatchHistory
+from ...data.cache.history import History
 from ...errors import CinemeshError
 from ...model.buckets import BucketRunner
 from ...model.runner import StepRunner
@@ -28,7 +29,6 @@ from ..progress import progress
 from ..storage.places import Location
 from ..tables import new_console, plain_table
 from .base import check_base, read_base
-from .batches import BatchHistory
 from .checkpoint.choosing import kept_in, published
 from .checkpoint.layout import Layout
 from .checkpoint.loading import newest_whole, read_states
@@ -37,6 +37,7 @@ from .checkpoint.same_model import check_model
 from .checkpoint.together import together
 from .differences import recipe_facts
 from .feed import Feed
+from .latent_cache import open_history
 from .needs import check_training_memory
 from .numerics import Numerics, StepNumbers, gathered
 from .plateau import VALIDATIONS
@@ -86,44 +87,46 @@ def replay(order: ReplayOrder) -> int:
     config = order.config
     with joined(config.plan, config.device, recipe_facts(config) | {"step": str(order.step)}) as place:
         note = _newest_note(config)
-        history = BatchHistory.of(note, tuple(config.data.global_batches))
-        setting = Setting.of(config, history.at(order.step - 1))
-        cache = setting.open_cache(place)
+        batches = BatchHistory.of(note, tuple(config.data.global_batches))
+        setting = Setting.of(config, batches.at(order.step - 1))
+        history = open_history(setting, place)
         runner = setting.runners(place)
-        begun = _begin(order, setting, cache, runner)
+        begun = _begin(order, setting, history, runner)
         validations = note.get(VALIDATIONS, [])
-        feed = Feed(config, cache, place.mesh.data_rank if place.mesh else 0, history)
-        if history.at(runner.first.steps_done) != setting.global_batches:
+        feed = Feed(config, history, place.mesh.data_rank if place.mesh else 0, batches)
+        if batches.at(runner.first.steps_done) != setting.global_batches:
             raise CinemeshError(
                 f"steps got another number of samples between step {runner.first.steps_done}, whose checkpoint is the "
                 f"newest before it, and step {order.step}",
                 remedy="name a step for which a checkpoint later than that is there",
             )
-        first, ids, numerics = runner.first.steps_done, list[int](), None
+        first, numerics = runner.first.steps_done, None
         with progress("replaying", order.step - first, silent=place.rank > 0) as begin:
             for step in range(first, order.step):
                 begin(f"step {step + 1}")
-                ids = feed.load(step, runner)
+                feed.load(step, runner)
                 if step + 1 == order.step:
                     numerics = Numerics(runner.current)
                 known = [one for one in validations if one[0] <= step]
                 lr = config.schedule.lr(config.optimizer.lr, step, known)
                 runner.step(lr, numerics.watch if numerics else None)
+        feed.close()
         assert numerics is not None
         numbers = gathered(numerics.measured(), runner.current)
         if numbers is not None:
+            ids = feed.ids(order.step - 1)
             _show(order, begun, [runner.first.loss.item(), runner.first.gradient_norm.item()], numbers, ids)
         return int(bool(first_of(numbers.bad if numbers else None) if place.mesh else numbers and numbers.bad))
 
 
-def _begin(order: ReplayOrder, setting: Setting, cache: Cache, runner: BucketRunner) -> str:
+def _begin(order: ReplayOrder, setting: Setting, history: History, runner: BucketRunner) -> str:
     """Bring states to where a checkpoint before the step has them, cast to this plan's dtype; what was taken."""
     folder = kept_in(order.config)
     states = runner.first
     paths = [path for path in published(folder) if (step_of(path) or 0) < order.step]
 
     def read(path: Location) -> Manifest:
-        return together(states.mesh, lambda: _read(path, order, setting, cache, states))
+        return together(states.mesh, lambda: _read(path, order, setting, history, states))
 
     found, damaged = newest_whole(paths, states.mesh, read)
     if found is not None:
@@ -144,10 +147,10 @@ def _newest_note(config: Config) -> dict[str, Any]:
     return {}
 
 
-def _read(path: Location, order: ReplayOrder, setting: Setting, cache: Cache, states: StepRunner) -> Manifest:
+def _read(path: Location, order: ReplayOrder, setting: Setting, history: History, states: StepRunner) -> Manifest:
     found = read_manifest(path)
     check_model(path, found, setting.model)
-    allowed_changes(found.note, order.config, cache.contents)
+    allowed_changes(found.note, order.config, history.text(found.step))
     targets = {state: states.buffers[state].view(-1) for state in SAVED_STATES}
     read_states(path, found, Layout.of(states.units), states.coordinates, targets)
     states.buffers[COUNTERS].copy_(torch.tensor([found.step, found.updates]))

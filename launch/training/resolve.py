@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from ...data.batches import Batches, batches_told
 from ...errors import CinemeshError
 from ...kernels.selection import PLAIN_INSTALL, Software, packages_of
 from ...perf_model.clusters.cluster import Cluster, load
@@ -23,7 +24,6 @@ from ...perf_model.search.request import Request, buckets_of_batches
 from ...perf_model.search.space import divisors
 from ...perf_model.search.tune import tune
 from ..cluster.meeting import MEETING_S
-from .batches import Batches, batches_told
 from .predict import predict_run
 from .recipe import Auto, Config
 from .resolved import FILE, Resolved

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...data.batches import Batches
 from ...documents import exactly, quoted, read_yaml, write_yaml
 from ...errors import CinemeshError
 from ...files import atomic_file
 from ...parallel.ir.plan import Plan
-from .batches import Batches
 
 FILE = "resolved.yaml"
 KINDS = {

@@ -23,7 +23,7 @@ class Allowed(Enum):
     ASKED = "refused, unless may_change names it"
 
 
-CONTENTS = "data.contents"  # captions, videos, encoders and kind of latents of the cache, not a key
+CONTENTS = "data.contents"  # versions of the cache by step: captions, videos, encoders, kind of latents. Not a key
 # By the longest beginning of the key.
 ALLOWED = {
     "model": Allowed.FREE,  # a checkpoint of another model is refused by itself
@@ -35,6 +35,7 @@ ALLOWED = {
     "data.clips": Allowed.FREE,  # where they are; what they hold is among the contents
     "data.captions": Allowed.FREE,
     "data.cache": Allowed.FREE,
+    "data.versions": Allowed.FREE,  # those of the steps so far are among the contents
     CONTENTS: Allowed.ASKED,
     "optimizer": Allowed.ASKED,
     "optimizer.lr": Allowed.TOLD,

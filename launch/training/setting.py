@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from ...data.batches import Batches
 from ...data.buckets import latents_of
-from ...data.building import build_cache
-from ...data.cache import CACHE_FILE, Cache
+from ...data.cache.samples import Cache
 from ...data.encoding import Encoding
 from ...errors import CinemeshError, did_you_mean
 from ...kernels.registry import Kernels, kernels_for
@@ -17,9 +17,7 @@ from ...model.config import ModelConfig
 from ...model.inputs import BatchShape
 from ...model.step import check
 from ...parallel.ir.plan import Plan
-from ...parallel.runtime.comm import barrier
 from ..cluster.processes import Joined
-from .batches import Batches
 from .recipe import Config
 
 
@@ -119,12 +117,3 @@ class Setting:
             device=place.device,
             kernels=self.kernels(place.device),
         )
-
-    def open_cache(self, place: Joined) -> Cache:
-        """The latent cache: rank 0 builds it where it is missing or of other data, the others wait."""
-        data = self.config.data
-        if place.rank == 0:
-            build_cache(data, self.encoding, data.cache)
-        if place.mesh is not None:
-            barrier()
-        return Cache.open(data.cache / CACHE_FILE)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...data.cache import Cache, Samples
+from ...data.cache.samples import Cache, Samples
 from ...data.clips import write_contact_sheet, write_mp4
 from ...evaluation.reconstruction import psnr
 from ...files import atomic_file

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...data.cache import Cache, Sample, collate
+from ...data.cache.samples import Cache, Sample, collate
 from ...kernels.dtypes import TORCH_DTYPES
 from ...model.buckets import BucketRunner, Latent
 from ...model.flow import draw_time, interpolate
@@ -81,9 +81,9 @@ class Validation:
         config: Config,
         run: Callable[[Executor], None] = Executor.run,
     ) -> None:
-        self._runner, self._samples, self._run = runner, samples, run
-        draws = range(config.logging.validation_draws)
-        self._items = [(index, draw) for draw in draws for index in range(len(samples))]
+        self._runner, self._run = runner, run
+        self._draws = range(config.logging.validation_draws)
+        self.look_at(samples)
         backend = backend_of(runner.executor.device)
         self.program = program = prepare(build_velocity(runner.config, runner.plan, runner.batch), backend=backend)
         train = runner.executor  # never runs while this does: the same arena serves
@@ -93,6 +93,11 @@ class Validation:
             weights: Executor(program, *place, held | {program.states["master"]: runner.buffers[weights]}, train.arena)
             for weights in WEIGHTS
         }
+
+    def look_at(self, samples: Sequence[Sample]) -> None:
+        """Measure on these from here on."""
+        self.samples = samples
+        self._items = [(index, draw) for draw in self._draws for index in range(len(samples))]
 
     def measure(self) -> dict[str, HeldOutLoss]:
         """Of all validation samples, by weights, the same on every rank. Collective."""
@@ -112,7 +117,7 @@ class Validation:
         runner = self._runner
         plan, config = runner.plan, runner.config
         share, rank = runner.batch.samples, runner.mesh.data_rank if runner.mesh else 0
-        batch = collate([self._samples[index] for index, _ in items], rank, plan.data_ranks)
+        batch = collate([self.samples[index] for index, _ in items], rank, plan.data_ranks)
         mine = items[rank * share : (rank + 1) * share]
         draws = torch.tensor([draw for _, draw in mine])
         t = draw_time(SEED, draws, batch[IDS], torch.zeros_like(batch[IDS]))
@@ -165,7 +170,13 @@ class HeldOutWindows:
         ]
 
     def __bool__(self) -> bool:
-        return bool(self._parts)
+        return any(validation.samples for _, _, validation in self._parts)
+
+    def look_at(self, cache: Cache) -> None:
+        """The windows of this version, from here on."""
+        windows = {of.bucket: of.validation for of in cache.buckets}
+        for _, bucket, validation in self._parts:
+            validation.look_at(windows[bucket])
 
     @property
     def programs(self) -> list[Program]:
@@ -173,7 +184,8 @@ class HeldOutWindows:
 
     def measure(self) -> tuple[HeldOutLoss, dict[str, float]]:
         """The loss of the recipe's weights, a mean over the buckets by weight, and all that is reported. Collective."""
-        measured = [(weight, bucket, validation.measure()) for weight, bucket, validation in self._parts]
+        parts = [part for part in self._parts if part[2].samples]
+        measured = [(weight, bucket, validation.measure()) for weight, bucket, validation in parts]
         means = {which: HeldOutLoss.mean([(weight, of[which]) for weight, _, of in measured]) for which in WEIGHTS}
         shown = means[self._config.weights]
         values = {"validation_loss": shown.loss, "validation_error": shown.error}

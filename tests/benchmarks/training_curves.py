@@ -35,10 +35,13 @@ from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cinemesh.data.cache import Cache, collate
-from cinemesh.data.order import Stream, balanced, samples_of_a_read
+from cinemesh.data.batches import BatchHistory
+from cinemesh.data.cache.drawn import Drawn
+from cinemesh.data.cache.samples import CaptionDraw, collate
 from cinemesh.launch.cluster.processes import Joined, forked
 from cinemesh.launch.progress import progress
+from cinemesh.launch.training.feed import run_order
+from cinemesh.launch.training.latent_cache import open_history
 from cinemesh.launch.training.recipe import Config, read_config
 from cinemesh.launch.training.setting import Setting
 from cinemesh.launch.training.telemetry import read_metrics
@@ -99,9 +102,8 @@ def follow(recipe: Config, steps: int) -> dict[str, list[float]]:
     rank, mesh = torch.distributed.get_rank(), Mesh(PLAN)
     setting = Setting.of(replace(recipe, plan=PLAN))
     config, size = setting.config, recipe.data.global_batch
-    cache: Cache = setting.open_cache(Joined(rank, "cpu", mesh))
-    train = cache.buckets[0].train
-    stream = Stream(config.seed, 0, balanced(train.scenes, config.data.balance), samples_of_a_read(train.latent_bytes))
+    batches = BatchHistory.always((size,))
+    drawn = Drawn(run_order(config, batches), open_history(setting, Joined(rank, "cpu", mesh)))
     ours = StepRunner(
         setting.model, PLAN, setting.batches[0], config.optimizer, mesh,
         seed=config.seed, caption_dropout=config.caption_dropout,
@@ -113,7 +115,10 @@ def follow(recipe: Config, steps: int) -> dict[str, list[float]]:
     with progress("training", steps, silent=rank > 0) as begin:
         for step in range(steps):
             begin(f"step {step + 1}")
-            samples, lr = train.select(stream.take(step * size, size)), config.schedule.lr(config.optimizer.lr, step)
+            samples, lr = (
+                drawn.at(step).train.select(drawn.indices(step), CaptionDraw(config.seed, step, 0)),
+                config.schedule.lr(config.optimizer.lr, step),
+            )
             ours.load(0, collate(samples, 0, 1))
             ours.step(lr)
             losses["cinemesh"].append(ours.loss.item())

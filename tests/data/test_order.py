@@ -9,14 +9,12 @@ import pytest
 import torch
 from harness import Pool
 
-from cinemesh.data.cache import Sample, collate
+from cinemesh.data.cache.samples import Sample, collate
 from cinemesh.data.order import (
+    BEGIN_PURPOSE,
     BUCKET_PURPOSE,
-    GROUP,
     ORDER_PURPOSE,
-    SHIFT_PURPOSE,
     Stream,
-    balanced,
     drawn_buckets,
     samples_of_a_read,
 )
@@ -73,7 +71,7 @@ def test_every_rank_draws_the_same(pool: Pool) -> None:
 @pytest.mark.parametrize("count", [1, 6, 10, 75])
 def test_every_epoch_holds_every_sample_once(count: int) -> None:
     """Batches larger than an epoch and ones that do not divide it included."""
-    stream = Stream(5, 0, range(10))
+    stream = Stream(5, 0, 10, lanes=3)
     ids = [index for start in range(0, 30 * count, count) for index in stream.take(start, count)]
     epochs = [tuple(ids[i : i + 10]) for i in range(0, len(ids) - 9, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -81,62 +79,75 @@ def test_every_epoch_holds_every_sample_once(count: int) -> None:
 
 
 def test_the_order_is_of_the_stream_not_of_its_cutting() -> None:
-    """Larger batches, or starting at a later step, meet the same samples."""
-    whole = Stream(7, 0, range(11)).take(0, 72)
-    assert [index for start in range(0, 72, 6) for index in Stream(7, 0, range(11)).take(start, 6)] == whole
-    assert Stream(7, 0, range(11)).take(30, 42) == whole[30:]  # what a resumed process sees
-    assert Stream(8, 0, range(11)).take(0, 72) != whole
-    assert Stream(7, 1, range(11)).take(0, 72) != whole  # buckets of one size do not walk in step
-    assert Stream(0, 0, range(8)).take(0, 8) == [4, 7, 3, 5, 2, 1, 0, 6]
-    assert Stream(0, 0, "abcdefgh").take(0, 8) == list("ehdfcbag")  # pyright: ignore[reportArgumentType]
+    """Starting at a later step meets the same samples."""
+    whole = Stream(7, 0, 11, 2, 3).take(0, 72)
+    assert [index for start in range(0, 72, 6) for index in Stream(7, 0, 11, 2, 3).take(start, 6)] == whole
+    assert Stream(7, 0, 11, 2, 3).take(30, 42) == whole[30:]  # what a resumed process sees
+    assert Stream(8, 0, 11, 2, 3).take(0, 72) != whole
+    assert Stream(7, 1, 11, 2, 3).take(0, 72) != whole  # buckets of one size do not walk in step
+    assert Stream(7, 0, 11, 2, 3, first_epoch=2).take(0, 50) == whole[22:]
+    assert Stream(0, 0, 8).take(0, 8) == FIRST
 
 
-@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 127, 128, 129, 1000])
-@pytest.mark.parametrize("block", [1, 2, 3, 7, 100])
-def test_an_epoch_of_any_size_and_block_is_a_bijection(size: int, block: int) -> None:
+FIRST = [3, 0, 6, 1, 4, 7, 2, 5]
+
+
+@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 127, 129, 1000])
+@pytest.mark.parametrize("block", [1, 2, 7, 100])
+@pytest.mark.parametrize("lanes", [1, 3, 64])
+def test_an_epoch_of_any_size_block_and_lanes_is_a_bijection_that_is_undone(size: int, block: int, lanes: int) -> None:
     """Sizes about powers of two, where the network's halves change; the last block and the last group are short."""
-    stream = Stream(5, 2, range(size), block)
+    stream = Stream(5, 2, size, block, lanes, first_epoch=3)
+    taken = stream.take(0, 3 * size)
     for epoch in range(3):
-        assert sorted(stream.take(epoch * size, size)) == list(range(size))
+        assert sorted(taken[epoch * size : (epoch + 1) * size]) == list(range(size))
+    for sample in {0, size // 3, size - 1}:
+        places = [place for place, index in enumerate(taken) if index == sample]
+        assert stream.places(sample, 3 * size) == places
+        assert stream.places(sample, places[-1]) == places[:-1]
 
 
-def test_samples_of_a_few_blocks_are_mixed_and_read_together() -> None:
-    """A reader of any part of an epoch needs GROUP blocks and the next GROUP, whatever the number of blocks."""
-    size, block = 40_000, 16
-    stream = Stream(1, 0, range(size), block)
-    (shift,) = {(index % block) for index in boundaries(stream, size, block)}
-    group = GROUP * block
-    for start in range(0, size - group, group):
-        taken = stream.take(start, group)
-        blocks = {(index - shift) % size // block for index in taken}
-        assert len(blocks) == GROUP
-        assert sum(b - a == 1 for a, b in pairwise(taken)) < group // 50  # neighbours of a block come apart
-        assert sum(b + 1 in blocks for b in blocks) < GROUP // 4  # and so do neighbouring blocks
-        assert taken != sorted(taken)
+@pytest.mark.parametrize("ranks", [1, 3, 4, 12])
+def test_a_rank_reads_whole_blocks_that_it_alone_needs(ranks: int) -> None:
+    """Whatever their number: its lanes stay with their blocks until they have taken all of them."""
+    size, block, lanes = 40_000, 16, 12
+    stream = Stream(1, 0, size, block, lanes)
+    share = lanes // ranks
+    held: list[set[int]] = [set() for _ in range(ranks)]
+    read = 0
+    mixed = 0
+    for turn in range(size // lanes):  # the first epoch
+        taken = [index // block for index in stream.take(turn * lanes, lanes)]
+        mixed += len(set(taken)) == lanes  # a sample each of as many blocks
+        for rank in range(ranks):
+            mine = {*taken[rank * share : (rank + 1) * share]}
+            read += len(mine - held[rank])
+            held[rank] = mine
+    # Each once, but where an epoch wraps, where its last blocks are fewer than lanes, where a batch is of two groups.
+    assert read <= 1.1 * size / block + 2 * lanes * block
+    assert mixed > size // lanes - 3 * block
 
 
-def boundaries(stream: Stream, size: int, block: int) -> list[int]:
-    """Where blocks of the first epoch begin: the first sample of each run of the samples of its first group."""
-    found = sorted(stream.take(0, GROUP * block))
-    return [
-        index
-        for before, index in zip([-2, *found], found, strict=False)
-        if index != before + 1 and index + block - 1 in found
-    ]
+def test_samples_of_a_block_and_blocks_are_mixed() -> None:
+    size, block, lanes = 40_000, 16, 12
+    taken = Stream(1, 0, size, block, lanes).take(0, size)
+    assert sum(b - a == 1 for a, b in pairwise(taken)) < size // 1000
+    lane = taken[: block * lanes * 20 : lanes]
+    assert sum(b - a == 1 for a, b in pairwise(lane)) < len(lane) // 6  # within a block: 1 in 16 by chance
+    blocks = [index // block for index in taken[:lanes]]
+    assert blocks != sorted(blocks) and max(blocks) - min(blocks) > size // block // 3
 
 
 def test_the_place_of_a_sample_in_a_hundred_million_is_found_without_a_table() -> None:
     """Against the network in plain integers, for one place far inside; a table of them would take gigabytes."""
-    size, block, place = 10**8 + 7, 128, 31_415_926
-    group = GROUP * block
-    assert Stream(6, 1, range(size), block).take(2 * size + place, 1) == [
-        plain_index(6, 1, size, block, 2, place, group)
-    ]
+    size, block, lanes, place = 10**8 + 7, 128, 1536, 31_415_926
+    taken = Stream(6, 1, size, block, lanes).take(2 * size + place, 1)
+    assert taken == [plain_index(6, 1, size, block, lanes, 2, place)]
 
 
-def plain_index(seed: int, bucket: int, size: int, block: int, epoch: int, place: int, group: int) -> int:
-    def words(purpose: int, at: int, block_word: int) -> list[int]:
-        c, key = [block_word, bucket, epoch, purpose + 256 * at], [seed & 0xFFFFFFFF, seed >> 32]
+def plain_index(seed: int, bucket: int, size: int, block: int, lanes: int, epoch: int, place: int) -> int:
+    def words(purpose: int, sample: int, block_word: int, at: int) -> list[int]:
+        c, key = [block_word, sample, epoch, purpose + 256 * at], [seed & 0xFFFFFFFF, seed >> 32]
         for _ in range(10):
             a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
             c = [(b >> 32) ^ c[1] ^ key[0], b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ key[1], a & 0xFFFFFFFF]
@@ -148,25 +159,25 @@ def plain_index(seed: int, bucket: int, size: int, block: int, epoch: int, place
         while True:
             left, right = divmod(value, 2**half)
             for number in range(8):
-                left, right = right, left ^ (words(ORDER_PURPOSE, 8 * which + number, right)[0] % 2**half)
+                left, right = right, left ^ (words(ORDER_PURPOSE, which, right, 8 * bucket + number)[0] % 2**half)
             value = left * 2**half + right
             if value < count:
                 return value
 
-    number = place // group
-    slot, offset = divmod(permuted(number + 1, place % group, min(group, size - number * group)), block)
-    slot += number * GROUP
-    blocks = size // block
-    first, second, *_ = words(SHIFT_PURPOSE, 0, 0)
-    shift = (first * 2**30 + second // 4) % size
-    return ((permuted(0, slot, blocks) if slot < blocks else slot) * block + offset + shift) % size
+    first, second, *_ = words(BEGIN_PURPOSE, bucket, 0, 0)
+    place = (place + (first * 2**30 + second // 4) % size) % size
+    group, within = divmod(place, lanes * block)
+    assert (group + 1) * lanes <= size // block  # far from the end
+    turn, lane = divmod(within, lanes)
+    found = permuted(0, group * lanes + lane, size // block)
+    return found * block + permuted(1 + found, turn, block)
 
 
 @pytest.mark.parametrize("ranks", [(1, 2, 4, 3), (4, 3, 2, 1)])
 def test_another_number_of_data_ranks_meets_the_same_global_batches(ranks: tuple[int, ...]) -> None:
     """A run that goes on with more ranks, or with fewer: the shares of all ranks together are the one batch."""
     samples = [sample_of(number) for number in range(50)]
-    stream, size = Stream(2, 0, range(50), 3), 12
+    stream, size = Stream(2, 0, 50, 3, 12), 12
     for step, count in enumerate(ranks):
         chosen = [samples[index] for index in stream.take(step * size, size)]
         shares = [collate(chosen, rank, count) for rank in range(count)]
@@ -181,20 +192,10 @@ def sample_of(number: int) -> Sample:
 
 def test_each_place_of_an_epoch_gets_every_sample_equally() -> None:
     """Of 800 epochs of 5 each pair (place, sample) expects 160; six binomial std are 68."""
-    ids = Stream(3, 0, range(5)).take(0, 800 * 5)
+    ids = Stream(3, 0, 5).take(0, 800 * 5)
     counts = Counter((place % 5, index) for place, index in enumerate(ids))
     assert len(counts) == 25
     assert all(abs(count - 160) < 68 for count in counts.values())
-
-
-def test_balance_repeats_the_samples_of_short_scenes_evenly() -> None:
-    scenes = ["a"] * 4 + ["b"] * 2 + ["c"]
-    assert balanced(scenes, 0) == list(range(7))
-    assert Counter(balanced(scenes, 1)) == {0: 1, 1: 1, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4}
-    half = Counter(scenes[index] for index in balanced(scenes, 0.5))
-    assert half == {"a": 4, "b": 3, "c": 2}  # 4 * sqrt(2/4) = 2.83, 4 * sqrt(1/4) = 2
-    for balance in (0.1, 0.7):
-        assert set(balanced(scenes, balance)) == set(range(7))  # no sample is left out
 
 
 def test_a_block_is_of_four_megabytes_at_least() -> None:

@@ -69,7 +69,7 @@ GOOD = '{name: x, file: a.mp4, first_frame: 0, last_frame: 9, caption: "A cat."}
         ("[", "the captions file .* is not valid YAML"),
         ("{}", "is not a list of scenes"),
         ("[7]", "scene 1 of .* holds no mapping but 7"),
-        ("[{name: x}]", "scene 1 of .* has no file, first_frame, last_frame, caption"),
+        ("[{name: x}]", "scene 1 of .* has no file, first_frame, last_frame"),
         (f"[{GOOD.replace('caption', 'captoin')}]", "unknown key 'captoin'; did you mean 'caption'"),
         (f"[{GOOD.replace('name: x', 'name: x, name: y')}]", "key 'name' is given twice"),
         (f"[{GOOD.replace('last_frame: 9', 'last_frame: 1:30')}]", "last_frame is '1:30'; it must be a whole number"),

@@ -8,14 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 from training import cinemesh, failure, recipe, refusal, start, states
 
-from cinemesh.data.cache import CACHE_FILE
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.cluster import processes
 from cinemesh.launch.cluster.meeting import Meeting
@@ -23,6 +19,7 @@ from cinemesh.launch.cluster.processes import Joined
 from cinemesh.launch.storage import places
 from cinemesh.launch.training.checkpoint.choosing import FOLDER
 from cinemesh.launch.training.checkpoint.manifest import COUNTERS
+from cinemesh.launch.training.latent_cache import open_history
 from cinemesh.launch.training.recipe import check_config
 from cinemesh.launch.training.setting import Setting
 from cinemesh.launch.training.telemetry import read_metrics
@@ -207,28 +204,22 @@ def test_a_video_that_is_missing_or_cut_short(
     whole = (clips / "a.mp4").read_bytes()
     video.write_bytes(whole[: len(whole) // 2])
     assert f"clips cannot be trained on, and data.bad_share is 0.01: {video}" in failure(values, tmp_path, capsys)
-    assert not (tmp_path / "cache" / CACHE_FILE).exists() and not (tmp_path / "run").exists()
+    assert not (tmp_path / "cache" / "versions").exists() and not (tmp_path / "run").exists()
 
 
-def test_a_cache_that_is_truncated_or_holds_a_nan(
+def test_a_shard_that_is_truncated_or_damaged(
     values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     setting = Setting.of(check_config(values, "test"))
-    setting.open_cache(Joined(0, "cpu", None))
-    path = tmp_path / "cache" / CACHE_FILE
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-100])
-    assert "is truncated or no cache" in failure(values, tmp_path, capsys)
-    assert not (tmp_path / "run").exists()
-
-    path.write_bytes(whole)
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata()
-    tensors = load_file(path)
-    tensors["latent.8x32x32.train"][2, 3, 0, 1, 1] = torch.nan
-    save_file(tensors, path, metadata=header)
+    open_history(setting, Joined(0, "cpu", None))
+    (tar,) = (tmp_path / "cache" / "latents").glob("*/8x32x32.train.tar")
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:2000])
     message = failure(values, tmp_path, capsys)
-    assert "sample 2 (scene left, frame 4) holds 1 values" in message and "NaN" in message
+    assert f"{tar} is cut short: " in message and " bytes at offset 512 are wanted, and there are 1,488" in message
+    tar.write_bytes(whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
+    message = failure(values, tmp_path, capsys)
+    assert f"{tar} is damaged at offset 512: its " in message and "and the index says" in message
 
 
 def test_a_checkpoint_of_another_model(

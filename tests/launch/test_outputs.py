@@ -81,7 +81,7 @@ def test_nor_does_a_run(values: dict[str, Any], tmp_path: Path, key: str, in_the
     if in_the_way == "out":
         (tmp_path / "out").touch()
     else:
-        below = {"logging.directory": "checkpoints", "data.cache": "clips.safetensors/x"}[key]
+        below = {"logging.directory": "checkpoints", "data.cache": "latents"}[key]
         (tmp_path / "out" / below).parent.mkdir(parents=True)
         (tmp_path / "out" / below).touch()
     path = tmp_path / "recipe.yaml"

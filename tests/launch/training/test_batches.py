@@ -13,13 +13,13 @@ from harness import Pool
 from training import STATES, recipe
 from typer.testing import CliRunner
 
+from cinemesh.data.batches import BATCHES, BatchHistory
 from cinemesh.data.cache import collate
 from cinemesh.data.order import Stream, samples_of_a_read
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.cli import app
 from cinemesh.launch.cluster.processes import Joined, StopSignal
 from cinemesh.launch.training import resolve
-from cinemesh.launch.training.batches import BATCHES, BatchHistory
 from cinemesh.launch.training.checkpoint.choosing import FOLDER, latest
 from cinemesh.launch.training.checkpoint.manifest import read_manifest
 from cinemesh.launch.training.loop import SAMPLES, train_steps

@@ -18,8 +18,9 @@ from harness import Pool
 from torch import Tensor
 from training import STATES, cinemesh, in_two_batches, in_two_buckets, recipe, start, states, stop_in_step
 
-from cinemesh.data.building import build_cache
-from cinemesh.data.cache import Sample, collate
+from cinemesh.data.cache import drawn
+from cinemesh.data.cache.building import build
+from cinemesh.data.cache.samples import Sample, collate
 from cinemesh.data.order import Stream, drawn_buckets, samples_of_a_read
 from cinemesh.data.video import frame_rate, read_frames
 from cinemesh.errors import CinemeshError
@@ -31,7 +32,8 @@ from cinemesh.launch.training import feed, showcase
 from cinemesh.launch.training import loop as train
 from cinemesh.launch.training.checkpoint.choosing import FOLDER, latest
 from cinemesh.launch.training.checkpoint.manifest import read_manifest
-from cinemesh.launch.training.feed import Feed, StepBatches
+from cinemesh.launch.training.feed import Feed
+from cinemesh.launch.training.latent_cache import open_history
 from cinemesh.launch.training.loop import train_steps
 from cinemesh.launch.training.recipe import check_config
 from cinemesh.launch.training.sample import FRAME_RATE
@@ -88,28 +90,36 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_bits(
 def test_what_is_read_ahead_is_what_would_be_read(
     values: dict[str, Any], clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Behind the launch of the step before, as on a GPU; a sample that cannot be read ends its own step, no other."""
+    """By threads, some steps before; a sample that cannot be read ends its own step, no other."""
     assert start(values, tmp_path) == 0
-    ahead = recipe(clips, tmp_path / "ahead")
-    order: list[str] = []
     read, step = Feed._read, StepRunner.step
-    monkeypatch.setattr(train, "READS_AHEAD", ("cpu",))
-    monkeypatch.setattr(Feed, "_read", lambda self, at: (order.append(f"read {at}"), read(self, at))[1])
-    monkeypatch.setattr(StepRunner, "step", lambda *given, **how: (order.append("step"), step(*given, **how))[1])
-    assert start(ahead, tmp_path) == 0
-    assert_same(states(tmp_path / "run", values), states(tmp_path / "ahead/run", values))
-    assert order[:6] == ["read 0", "step", "read 1", "step", "read 2", "step"] and order.count("step") == 6
-    assert sum(text.startswith("read") for text in order) == 6
+    asked: list[int] = []
+    stepped: list[int] = []
 
-    def damaged(self: Feed, at: int) -> StepBatches:
+    def counted(self: StepRunner, *given: Any, **how: Any) -> None:
+        stepped.append(max(asked))
+        step(self, *given, **how)
+
+    def watched(self: Feed, at: int) -> list[dict[str, Tensor]]:
+        asked.append(at)
+        return read(self, at)
+
+    monkeypatch.setattr(Feed, "_read", watched)
+    monkeypatch.setattr(StepRunner, "step", counted)
+    assert start(recipe(clips, tmp_path / "again"), tmp_path) == 0
+    again = recipe(clips, tmp_path / "again")
+    assert_same(states(tmp_path / "run", values), states(tmp_path / "again/run", again))
+    assert sorted(asked) == list(range(6)) and len(stepped) == 6  # each once, whatever thread came first
+
+    def damaged(self: Feed, at: int) -> list[dict[str, Tensor]]:
         if at == 2:
             raise CinemeshError("sample 7 is damaged")
         return read(self, at)
 
     monkeypatch.setattr(Feed, "_read", damaged)
-    order.clear()
+    stepped.clear()
     assert start(recipe(clips, tmp_path / "damaged"), tmp_path) == 2
-    assert order == ["step", "step"]
+    assert len(stepped) == 2
 
 
 def run_rank(values: dict[str, Any], stop_on: tuple[int, int] | None) -> dict[str, Any]:
@@ -126,7 +136,7 @@ def run_rank(values: dict[str, Any], stop_on: tuple[int, int] | None) -> dict[st
 
     StepRunner.step = interrupted
     try:
-        runner = train_steps(setting, place, setting.open_cache(place), stop)
+        runner = train_steps(setting, place, open_history(setting, place), stop)
     finally:
         StepRunner.step = step
         mesh.close()
@@ -218,19 +228,19 @@ def _tree(pid: int) -> list[int]:
 def steps_by_hand(values: dict[str, Any]) -> dict[str, Tensor]:
     """The states after the recipe's steps, each taken by a plain runner of its bucket's shape that knows no other."""
     setting = Setting.of(check_config(values, "test"))
-    config, cache = setting.config, setting.open_cache(Joined(0, "cpu", None))
-    drawn = drawn_buckets(config.seed, config.schedule.steps, [bucket.weight for bucket in config.data.shapes])
+    config, cache = setting.config, open_history(setting, Joined(0, "cpu", None)).at(0)
+    buckets = drawn_buckets(config.seed, config.schedule.steps, [bucket.weight for bucket in config.data.shapes])
     place = [0 for _ in cache.buckets]
     options: dict[str, Any] = {"seed": config.seed, "caption_dropout": config.caption_dropout}
     runners = [StepRunner(setting.model, config.plan, b, config.optimizer, None, **options) for b in setting.batches]
     runners[0].initialise(initial_values(config.seed))
     state = {name: runners[0].buffers[name].clone() for name in STATES}
-    for step, bucket in enumerate(drawn.tolist()):
+    for step, bucket in enumerate(buckets.tolist()):
         runner = runners[bucket]
         for name, value in state.items():
             runner.buffers[name].copy_(value)
         train, size = cache.buckets[bucket].train, setting.batches[bucket].samples
-        stream = Stream(config.seed, bucket, range(len(train)), samples_of_a_read(train.latent_bytes))
+        stream = Stream(config.seed, bucket, len(train), samples_of_a_read(train.latent_bytes), size)
         batch = collate(train.select(stream.take(place[bucket], size)), 0, 1)
         place[bucket] += size
         runner.load(0, batch)
@@ -313,7 +323,7 @@ def test_every_bucket_is_captured_counted_and_validated(
 def faulty_rank(values: dict[str, Any], fault: str) -> str:
     """The error of one rank of two, of which rank 1 alone has the fault."""
     rank = dist.get_rank()
-    drawn_as_they_are, collate_as_it_is = feed.drawn_buckets, feed.collate
+    drawn_as_they_are, collate_as_it_is = drawn.drawn_buckets, feed.collate
 
     def other_buckets(seed: int, steps: int, weights: Sequence[float]) -> Tensor:
         buckets = drawn_as_they_are(seed, steps, weights)
@@ -324,16 +334,16 @@ def faulty_rank(values: dict[str, Any], fault: str) -> str:
         return batch | {LATENTS: batch[LATENTS][..., :2]}
 
     if rank == 1:
-        feed.drawn_buckets = other_buckets if fault == "draw" else feed.drawn_buckets
+        drawn.drawn_buckets = other_buckets if fault == "draw" else drawn.drawn_buckets
         feed.collate = narrow if fault == "shape" else feed.collate
     mesh = Mesh(check_config(values, "test").plan)
     try:
         setting, place = Setting.of(check_config(values, "test")), Joined(rank, "cpu", mesh)
-        train.train_steps(setting, place, setting.open_cache(place), StopSignal())
+        train.train_steps(setting, place, open_history(setting, place), StopSignal())
     except CinemeshError as error:
         return str(error)
     finally:
-        feed.drawn_buckets, feed.collate = drawn_as_they_are, collate_as_it_is
+        drawn.drawn_buckets, feed.collate = drawn_as_they_are, collate_as_it_is
         mesh.close()
     return "nothing was found"
 
@@ -361,7 +371,7 @@ def other_on_rank_1(values: dict[str, Any], other: dict[str, Any], meeting: str)
     mesh, store = Mesh(config.plan), dist.FileStore(meeting, 2)  # pyright: ignore[reportPrivateImportUsage]
     try:
         setting, place = Setting.of(config), Joined(rank, "cpu", mesh, Meeting(store, "a", rank, 2))
-        train.train_steps(setting, place, setting.open_cache(place), StopSignal())
+        train.train_steps(setting, place, open_history(setting, place), StopSignal())
     except CinemeshError as error:
         return str(error)
     finally:
@@ -381,7 +391,7 @@ def test_ranks_of_other_programs_or_data_are_told_before_the_first_step(
     else:
         other["data"]["stride"] = 3
         setting = Setting.of(check_config(other, "test"))
-        build_cache(setting.config.data, setting.encoding, setting.config.data.cache, progress=False)
+        build(setting.config.data, setting.encoding, Path(setting.config.data.cache), progress=False)
     heard = pool.run(2, other_on_rank_1, values, other, str(tmp_path / "meeting"))
     assert heard[0] == heard[1] and f"the ranks of this job differ: {what} is " in heard[0], heard
     assert " on rank 0 and " in heard[0] and " on rank 1; give every rank the same code and latent cache" in heard[0]
@@ -402,7 +412,7 @@ def test_validation_runs_on_the_kernels_of_the_run_its_draws_too(clips: Path, tm
     kernels = {op: noting(op, kernel) for op, kernel in setting.kernels("cpu").items()}
     config = setting.config
     runner = StepRunner(setting.model, config.plan, setting.batches[0], config.optimizer, None, kernels=kernels)
-    cache = setting.open_cache(Joined(0, "cpu", None))
+    cache = open_history(setting, Joined(0, "cpu", None)).at(0)
     Validation(runner, cache.buckets[0].validation, config).measure()
     assert {"draw_noise", "patchify", "attention", "matmul"} <= set(ran)
 
@@ -411,7 +421,7 @@ def validated(values: dict[str, Any]) -> HeldOutLoss:
     """With weights that are nowhere zero, in the pool or alone."""
     setting = Setting.of(check_config(values, "test"))
     mesh = Mesh(setting.config.plan) if setting.config.plan.world_size > 1 else None
-    cache = setting.open_cache(Joined(mesh.rank if mesh else 0, "cpu", mesh))
+    cache = open_history(setting, Joined(mesh.rank if mesh else 0, "cpu", mesh)).at(0)
     runner = StepRunner(setting.model, setting.config.plan, setting.batches[0], setting.config.optimizer, mesh)
     shown = runner.buffers[setting.config.weights]  # the others stay zero
     fill_shard(shown, runner.units, runner.coordinates, probe_values(3))
@@ -428,7 +438,7 @@ def test_validation_loss_is_the_plain_models_on_every_plan(pool: Pool, clips: Pa
     values["data"] |= {"global_batch": 4, "stride": 1, "validation_share": 0.5}
     values["logging"]["validation_draws"] = 3
     setting = Setting.of(check_config(values, "test"))
-    cache = setting.open_cache(Joined(0, "cpu", None))
+    cache = open_history(setting, Joined(0, "cpu", None)).at(0)
     model = Reference(setting.model).double()
     model.load_state_dict(full(parameters(setting.model), probe_values(3), torch.float64))
     assert len(cache.buckets[0].validation) == 3
@@ -508,7 +518,7 @@ def test_a_contact_sheet_says_why_its_worst_scenes_look_broken(
     assert "16 numbers for a block of 8 frames of 8 x 8 pixels" in text
     written = list[str]()
     monkeypatch.setattr(showcase, "write_contact_sheet", lambda path, clips, note: written.append(note))
-    cache = (setting := Setting.of(check_config(values, "test"))).open_cache(Joined(0, "cpu", None))
+    cache = open_history((setting := Setting.of(check_config(values, "test"))), Joined(0, "cpu", None)).at(0)
     train, codec = cache.buckets[0].train, setting.encoding.codec
     shown = showcase.show(tmp_path / "samples", {"left": codec.decode(train[0].latent)}, train, codec, marks := Marks())
     assert marks.place[:3] == (len(train) - 1, Doing.DECODING, len(train))
@@ -518,7 +528,7 @@ def test_a_contact_sheet_says_why_its_worst_scenes_look_broken(
 def test_a_sampled_clip_is_compared_with_its_own_scene(values: dict[str, Any], tmp_path: Path) -> None:
     """A training clip itself must be found, at its frame, and not among the other scene's."""
     setting = Setting.of(check_config(values, "test"))
-    cache = setting.open_cache(Joined(0, "cpu", None))
+    cache = open_history(setting, Joined(0, "cpu", None)).at(0)
     window = cache.buckets[0].train[1]
     assert isinstance(window, Sample)
     clip = setting.encoding.codec.decode(window.latent)

@@ -18,6 +18,7 @@ from cinemesh.errors import CinemeshError
 from cinemesh.launch.cli import app
 from cinemesh.launch.cluster.processes import Joined, StopSignal
 from cinemesh.launch.training import measured_rows
+from cinemesh.launch.training.latent_cache import open_history
 from cinemesh.launch.training.loop import train_steps
 from cinemesh.launch.training.measured_rows import ROWS_FILE, MeasuredRows
 from cinemesh.launch.training.recipe import check_config, read_config
@@ -46,14 +47,14 @@ def train_rank(path: Path) -> None:
     setting = Setting.of(read_config(path))
     mesh = Mesh(setting.config.plan)
     place = Joined(mesh.rank, "cpu", mesh)
-    train_steps(setting, place, setting.open_cache(place), StopSignal())
+    train_steps(setting, place, open_history(setting, place), StopSignal())
     mesh.close()
 
 
 def train_alone(values: dict[str, Any]) -> None:
     """A run on this process."""
     setting, place = Setting.of(check_config(values, "test")), Joined(0, "cpu", None)
-    train_steps(setting, place, setting.open_cache(place), StopSignal())
+    train_steps(setting, place, open_history(setting, place), StopSignal())
 
 
 def test_a_run_on_processes_gives_rows_that_validate_predicts(pool: Pool, clips: Path, tmp_path: Path) -> None:

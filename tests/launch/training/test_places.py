@@ -19,6 +19,7 @@ from cinemesh.errors import CinemeshError
 from cinemesh.launch.cluster.processes import Joined, StopSignal
 from cinemesh.launch.training import feed
 from cinemesh.launch.training import loop as train
+from cinemesh.launch.training.latent_cache import open_history
 from cinemesh.launch.training.recipe import check_config
 from cinemesh.launch.training.setting import Setting
 from cinemesh.launch.training.telemetry import read_metrics
@@ -76,7 +77,7 @@ def run_rank(values: dict[str, Any], fault: Fault | None = None) -> Loaded:
 
     feed.collate, StepRunner.load = faulty, noted
     try:
-        train.train_steps(setting, place, setting.open_cache(place), StopSignal())
+        train.train_steps(setting, place, open_history(setting, place), StopSignal())
     finally:
         feed.collate, StepRunner.load = collate, load
         if mesh:

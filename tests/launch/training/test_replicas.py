@@ -14,6 +14,7 @@ from training import recipe
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.cluster.processes import Joined, StopSignal
 from cinemesh.launch.training import loop
+from cinemesh.launch.training.latent_cache import open_history
 from cinemesh.launch.training.recipe import check_config
 from cinemesh.launch.training.replicas import BITS, ReplicaSums, bit_sum, odd_ones
 from cinemesh.launch.training.setting import Setting
@@ -71,7 +72,7 @@ def trained(values: dict[str, Any], flipped: int | None) -> str:
     setattr(BucketRunner, "step", flips)  # noqa: B010  a type checker minds otherwise
     try:
         setting, place = Setting.of(check_config(values, "test")), Joined(rank, "cpu", mesh)
-        loop.train_steps(setting, place, setting.open_cache(place), StopSignal())
+        loop.train_steps(setting, place, open_history(setting, place), StopSignal())
     except CinemeshError as error:
         return str(error)
     finally:

@@ -17,6 +17,7 @@ from cinemesh.launch.cluster.processes import Joined, StopSignal
 from cinemesh.launch.training import resolve, resolved
 from cinemesh.launch.training.checkpoint.choosing import FOLDER, latest
 from cinemesh.launch.training.checkpoint.manifest import read_manifest
+from cinemesh.launch.training.latent_cache import open_history
 from cinemesh.launch.training.loop import train_steps
 from cinemesh.launch.training.predicted import Predicted
 from cinemesh.launch.training.recipe import read_config, read_recipe
@@ -56,7 +57,7 @@ def train_rank(path: Path, steps: int) -> tuple[int, Plan]:
     setting = Setting.of(read_config(path, [f"schedule.steps={steps}"]))
     mesh = Mesh(setting.config.plan)
     place = Joined(mesh.rank, "cpu", mesh)
-    runner = train_steps(setting, place, setting.open_cache(place), StopSignal())
+    runner = train_steps(setting, place, open_history(setting, place), StopSignal())
     mesh.close()
     return runner.steps_done, runner.plan
 

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 def test_every_key_has_one_rule(values: dict[str, Any]) -> None:
     """A key that is added to recipes and forgotten here would be a KeyError in the middle of a resume."""
+    values["data"]["versions"] = {"0": "a"}
     config = check_config(
         in_two_buckets(values) | {"sample": {}, "kernels": {"all": "reference"}, "start_from": {"checkpoint": "a"}},
         "test",

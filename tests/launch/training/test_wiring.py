@@ -19,9 +19,8 @@ from checkpoints import plain_states
 from torch import Tensor
 from training import CAPTIONS, RATE, recipe
 
-from cinemesh.data import building
+from cinemesh.data.cache.building import CacheBuild
 from cinemesh.data.clips import write_mp4
-from cinemesh.data.settings import DataSettings
 from cinemesh.data.video import read_frames
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels.philox import Purpose
@@ -117,7 +116,7 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
     }
     run = Run(values, did)
     load, step, steps = StepRunner.load, StepRunner.step, train.train_steps
-    check_share = building._check_share
+    skip = CacheBuild._skip
     choose, predict, join = setting_of.kernels_for, resolve.predict_run, train.joined
 
     def loaded(self: StepRunner, micro_batch: int, batch: Mapping[str, Tensor]) -> None:
@@ -135,21 +134,21 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
         if first:
             did.update({name: self.buffers[name].clone() for name in STATES})
 
-    def trained(setting: Setting, place: Any, cache: Any, stop: Any) -> StepRunner:
-        runner = steps(setting, place, cache, stop)
+    def trained(setting: Setting, place: Any, history: Any, stop: Any) -> StepRunner:
+        runner = steps(setting, place, history, stop)
         slots = [slot for unit in runner.units.units for slot in unit.slots]
         did["parameters"] = {slot.parameter.name: slot.parameter.shape for slot in slots}
         did["tokens"] = runner.config.tokens(runner.batch.latent)
-        did["windows"] = [(w.bucket, len(w.train), len(w.validation)) for w in cache.buckets]
+        did["windows"] = [(w.bucket, len(w.train), len(w.validation)) for w in history.at(0).buckets]
         did["replay"] = type(runner.replay).__name__
         did["kernels"] = {op: f"{k.__module__}.{k.__qualname__}" for op, k in runner.executor.kernels.items()}
         did["plans"].append(runner.plan)
         did["final"] = {name: runner.buffers[name].clone() for name in STATES}
         return runner
 
-    def shared(settings: DataSettings, *rest: Any) -> None:
-        did["bad_share"] = settings.bad_share
-        check_share(settings, *rest)
+    def shared(self: CacheBuild, *rest: Any) -> None:
+        did["bad_share"] = self.settings.bad_share
+        skip(self, *rest)
 
     def chosen(*given: Any, **asked: Any) -> Any:
         did["asked"] = asked
@@ -182,7 +181,7 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
         patch.setattr(StepRunner, "step", stepped)
         patch.setattr(train, "train_steps", trained)
         patch.setattr(setting_of, "kernels_for", chosen)
-        patch.setattr(building, "_check_share", shared)
+        patch.setattr(CacheBuild, "_skip", shared)
         patch.setattr(train, "joined", joined)
         patch.setattr(resolve, "predict_run", predicted)
         patch.setattr(showcase, "show", shown)
@@ -276,7 +275,7 @@ EFFECTS: Mapping[str, Sequence[Effect]] = {
     "data.encoders.0.width": [Effect(16, MODEL | {"text"})],
     "data.cache": [Effect("{folder}/elsewhere", frozenset({"cache"}))],
     "data.global_batch": [Effect(4, SAMPLES)],
-    "data.balance": [Effect(1.0, SAMPLES - {"validation"}, {"data.validation_share": 0.0})],
+    "data.balance": [Effect(1.0, SAMPLES - {"validation"} | {"windows"}, {"data.validation_share": 0.0})],
     "optimizer.lr": [Effect(2e-2, LATER | {"lr", "master", "ema"})],
     "optimizer.betas": [
         Effect([0.8, 0.95], LATER | {"exp_avg", "master", "ema"}),
@@ -328,6 +327,7 @@ EFFECTS: Mapping[str, Sequence[Effect]] = {
 # Keys of which another value cannot run here: the refusal names what they say.
 REFUSED = {
     "codec.kind": ("another", "codec.kind is 'another'"),
+    "data.versions": ({"5": "a"}, "data.versions begins at step 5"),  # obeyed: tests/data/cache/test_versions.py
     "data.encoders.0.directory": ("{folder}/absent", "{folder}/absent"),
 }
 # Keys of a run that begins with another's end: tests/launch/training/test_start.py has one, and obeys each of them.

@@ -22,6 +22,11 @@ class BatchHistory:
     eras: tuple[tuple[int, Batches], ...]
 
     @classmethod
+    def always(cls, batches: Batches) -> BatchHistory:
+        """Of a run whose steps all have these."""
+        return cls(((0, batches),))
+
+    @classmethod
     def of(cls, note: dict[str, Any], batches: Batches) -> BatchHistory:
         """That of a checkpoint's note; one that does not say was always of these ``batches``."""
         written = note.get(BATCHES, [[0, batches]])

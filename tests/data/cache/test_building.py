@@ -10,18 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cinemesh.data import building
 from cinemesh.data import settings as rules
 from cinemesh.data.buckets import Bucket, BucketSettings
-from cinemesh.data.building import SKIPPED_FILE, build_cache
-from cinemesh.data.cache import Cache, Sample, Windows, collate
+from cinemesh.data.cache.building import OLD_FILE, SKIPPED_FILE
+from cinemesh.data.cache.building import build as build_version
+from cinemesh.data.cache.samples import Cache, Sample, Windows, collate
 from cinemesh.data.clips import write_mp4
 from cinemesh.data.encoding import BlockDCT, Encoding
 from cinemesh.data.settings import DataSettings
+from cinemesh.data.tars import TarWriter
 from cinemesh.data.text import ByteEncoder
 from cinemesh.data.video import read_frames
 from cinemesh.data.windows import held_out, windows
@@ -50,26 +49,20 @@ UMASK = os.umask(0)
 os.umask(UMASK)
 
 
-def build(settings: DataSettings, folder: Path, codec: BlockDCTCodec = CODEC) -> Path:
-    return build_cache(settings, Encoding(BlockDCT(), codec, ENCODERS), folder, progress=False)
+def build(settings: DataSettings, folder: Path, codec: BlockDCTCodec = CODEC) -> Cache:
+    name = build_version(settings, Encoding(BlockDCT(), codec, ENCODERS), folder, progress=False)
+    return Cache.open(str(folder), name)
 
 
-def opened(path: Path) -> Windows:
+def opened(cache: Cache) -> Windows:
     """The only bucket of a cache."""
-    (samples,) = Cache.open(path).buckets
+    (samples,) = cache.buckets
     return samples
 
 
 def shape_of(windows: Windows) -> tuple[int, ...]:
     """(C, T, H, W) of a bucket's latents."""
     return tuple(windows.train[0].latent.shape)
-
-
-def rewrite(path: Path, name: str, tensor: Tensor) -> None:
-    """Replace one tensor of a cache file and keep its header."""
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata()
-    save_file({**load_file(path), name: tensor}, path, metadata=header)
 
 
 def cut(scene_frames: int, held: int, frames: int, stride: int) -> tuple[range, range]:
@@ -131,7 +124,7 @@ def test_samples_are_the_windows_of_the_videos(settings: DataSettings, tmp_path:
 def test_windows_and_captions_tell_their_rate_and_a_clip_that_of_most(settings: DataSettings, tmp_path: Path) -> None:
     """A bucket of fixed rate, and one that squeezes both scenes: 36 frames at 15 a second, 12 of them."""
     buckets = BucketSettings(), BucketSettings(frames=16, squeeze_from_s=0.5)
-    cache = Cache.open(build(replace(settings, buckets=buckets), tmp_path / "cache"))
+    cache = build(replace(settings, buckets=buckets), tmp_path / "cache")
     fixed, squeezed = (windows.train for windows in cache.buckets)
     assert fixed.scenes == ["up"] * 7 + ["short"] * 2 and set(fixed.frame_rates) == {Fraction(15)}
     assert squeezed.scenes == ["short"] and squeezed.frame_rates == [Fraction(20)]
@@ -181,7 +174,7 @@ def test_a_scene_of_no_file_is_named(settings: DataSettings, tmp_path: Path) -> 
 def test_each_bucket_has_windows_of_its_shape(settings: DataSettings, tmp_path: Path) -> None:
     """A scene too short for one bucket is in the others; frames are scaled and cropped to each, never squeezed."""
     buckets = (BucketSettings(), BucketSettings(frames=16, width=24), BucketSettings(frames=9, height=8))
-    cache = Cache.open(build(replace(settings, buckets=buckets), tmp_path / "cache"))
+    cache = build(replace(settings, buckets=buckets), tmp_path / "cache")
     assert [samples.bucket for samples in cache.buckets] == ["8x16x16", "16x16x24", "9x8x16"]
     assert [shape_of(samples) for samples in cache.buckets] == [(16, 1, 2, 2), (16, 2, 2, 3), (16, 2, 1, 2)]
     # 36 frames, 16 held out for the longest bucket: training windows end below frame 20, validation starts there.
@@ -198,12 +191,11 @@ def test_each_bucket_has_windows_of_its_shape(settings: DataSettings, tmp_path: 
         train = [*(("up", 2 + first) for first in up), *(("short", 38 + first) for first in short)]
         assert [(s.scene, s.first_frame) for s in samples.train] == train
         assert [(s.scene, s.first_frame) for s in samples.validation] == [("up", 2 + first) for first in held]
-        assert samples.train.first_id == len(ids)
         for sample in (*samples.train, *samples.validation):
             window = pixels[sample.first_frame : sample.first_frame + frames]
             assert torch.equal(sample.latent, CODEC.encode(window))
             ids.append(sample.id)
-    assert ids == list(range(len(ids)))
+    assert sorted(ids) == list(range(len(ids)))
 
 
 def test_the_quick_start_data_are_normalised_and_complete(tmp_path: Path) -> None:
@@ -231,13 +223,16 @@ def test_a_cache_is_reused_until_what_it_is_made_of_changes(
     """Stale latents or embeddings would train the wrong model in silence."""
 
     def made(**changes: object) -> bool:
-        """Whether building with these changes wrote the file anew; then build as before again."""
-        before = path.stat().st_ino
-        build_cache(replace(settings, **changes), Encoding(BlockDCT(), CODEC, encoders), tmp_path, progress=False)
-        return path.stat().st_ino != before
+        """Whether building with these changes encoded windows, or captions; then build as before again."""
+        before = units()
+        build_version(replace(settings, **changes), Encoding(BlockDCT(), CODEC, encoders), tmp_path, progress=False)
+        return units() != before
+
+    def units() -> set[Path]:
+        return {*(tmp_path / "latents").iterdir(), *(tmp_path / "captions").iterdir()}
 
     encoders = ENCODERS
-    path = build(settings, tmp_path)
+    first = build(settings, tmp_path).name
     assert not made()
     more = {"buckets": (BucketSettings(), BucketSettings(frames=16))}
     for changes in (
@@ -245,105 +240,73 @@ def test_a_cache_is_reused_until_what_it_is_made_of_changes(
         {"frames": 16, "buckets": (BucketSettings(frames=8), BucketSettings(squeeze_from_s=0.5))},
     ):  # fmt: skip
         assert made(**changes), changes
-        assert made()
+        assert not made(**changes) and not made()  # what was there stays
     assert not made(buckets=(BucketSettings(frames=8, weight=3.0),))  # the same windows, and nothing else counts
     encoders = (ByteEncoder(6, 13, "words"), ENCODERS[1])
     assert made() and not made()
     encoders = ENCODERS[::-1]
     assert made() and not made()
-    monkeypatch.setattr(BlockDCTCodec, "fingerprint", "another")
-    assert made() and not made()
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["cinemesh"])
-    assert header["codec"] == {"kind": "block-dct"} and header["recipe"]["codec"] == "another"
+    encoders = ENCODERS
+    assert build(settings, tmp_path).name == first
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockDCTCodec, "fingerprint", "another")
+        assert made() and not made()
+        assert build(settings, tmp_path).version.codec == "another"
     settings.captions.write_text(CAPTIONS.replace("brightens", "glows"))
+    latents = {*(tmp_path / "latents").iterdir()}
     assert made() and not made()
+    assert {*(tmp_path / "latents").iterdir()} == latents  # a caption that is written anew encodes no window
     write_mp4(tmp_path / "clips" / "a.mp4", torch.zeros(50, 16, 16, 3, dtype=torch.uint8), Fraction(15))
     assert made() and not made()
 
 
-def test_a_truncated_or_foreign_cache_says_delete_it(settings: DataSettings, tmp_path: Path) -> None:
-    path = build(settings, tmp_path)
-    whole = path.read_bytes()
-    for kept in (0, 5, 300, len(whole) - 1):
-        path.write_bytes(whole[:kept])
-        with pytest.raises(CinemeshError, match=r"clips\.safetensors is truncated .* delete it"):
-            Cache.open(path)
-        with pytest.raises(CinemeshError, match="delete it"):
-            build(settings, tmp_path)
-        assert len(path.read_bytes()) == kept  # nothing is overwritten unasked
-    save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(CinemeshError, match="delete it"):
-        Cache.open(path)
-    path.unlink()
-    with pytest.raises(CinemeshError, match="there is no latent cache at"):
-        Cache.open(path)
-
-
-def test_a_failed_build_leaves_nothing_behind(
-    settings: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_cache_of_an_earlier_release_is_left_where_it_is(
+    settings: DataSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A full disk in the middle of writing."""
-
-    def fill_disk(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(building, "save_file", fill_disk)
-    with pytest.raises(CinemeshError, match=r"cannot write the latent cache .* No space left"):
-        build(settings, tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    (tmp_path / "cache").mkdir()
+    old = tmp_path / "cache" / OLD_FILE
+    old.write_bytes(b"days of work")
+    assert len(opened(build(settings, tmp_path / "cache")).train) == 9
+    assert old.read_bytes() == b"days of work"
+    assert f"{old} is the latent cache of an earlier release and is not read" in capsys.readouterr().err
 
 
-def test_nan_is_named_when_built_and_when_read(
-    settings: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("after", [0, 1, 3, 9])
+def test_a_failed_build_keeps_whole_units_alone(
+    settings: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    path = build(settings, tmp_path)
-    latents = torch.stack([sample.latent for sample in opened(path).train])
-    latents[7, 3, 0, 1, 1] = math.nan
-    rewrite(path, "latent.8x16x16.train", latents)
-    cache = opened(path)
-    assert cache.train[6].id == 6
-    with pytest.raises(CinemeshError, match=r"sample 7 \(scene short, frame 38\) holds 1 values"):
-        cache.train[7]
-    path.unlink()
+    """A full disk after some members."""
+    whole, count = TarWriter.add, 0
+
+    def fill_disk(self: TarWriter, data: bytes) -> tuple[int, int]:
+        nonlocal count
+        count += 1
+        if count > after:
+            raise OSError(28, "No space left on device")
+        return whole(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TarWriter, "add", fill_disk)
+        with pytest.raises(CinemeshError, match=r"cannot write .*(captions|latents)/.* No space left"):
+            build(settings, tmp_path / "cache")
+    left = [path for path in (tmp_path / "cache").rglob("*") if path.name.endswith(".part")]
+    assert left == [] and not (tmp_path / "cache" / "versions").exists()
+    assert build(settings, tmp_path / "cache").name == build(settings, tmp_path / "other").name
+
+
+def test_nan_is_named_when_built(settings: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlockDCTCodec, "encode", lambda self, frames: torch.full((1,), math.inf))
     with pytest.raises(CinemeshError, match="latent of scene up at frame 2 holds 1 values"):
         build(settings, tmp_path)
     monkeypatch.setattr(ByteEncoder, "encode", lambda self, caption: (torch.tensor(math.nan), 0))
     with pytest.raises(CinemeshError, match="words embedding of the caption of scene up"):
-        build(settings, tmp_path)
-
-
-def test_a_flipped_bit_is_named_when_read(settings: DataSettings, tmp_path: Path) -> None:
-    """Of a latent, an embedding, a mask, and of the header's own text, whose length stays the same."""
-    path = build(settings, tmp_path)
-    whole = path.read_bytes()
-
-    def flip(name: str, row: int) -> None:
-        values = load_file(path)[name]
-        values[row].view(torch.uint8).view(-1)[-1] ^= 1
-        rewrite(path, name, values)
-
-    for name, row, index, said in (
-        ("latent.8x16x16.train", 7, 7, r"sample 7 \(scene short, frame 38\)"),
-        (f"text.{ENCODERS[0].name}", 1, 7, "scene short"),
-        (f"mask.{ENCODERS[1].name}", 0, 0, "scene up"),
-    ):
-        flip(name, row)
-        cache = opened(path)
-        with pytest.raises(CinemeshError, match=rf"{name} of {said} is not what the latent cache was written with"):
-            cache.train[index]
-        assert cache.train[0 if index else 8].scene  # the others are whole
-        path.write_bytes(whole)
-    assert whole.count(b"FPS-15 It brightens.") == 1
-    path.write_bytes(whole.replace(b"FPS-15 It brightens.", b"FPS-15 It brightena."))
-    with pytest.raises(CinemeshError, match="its header is not as it was written"):
-        Cache.open(path)
+        build(settings, tmp_path / "new")
 
 
 def test_others_may_read_a_cache_if_the_umask_lets_them(settings: DataSettings, tmp_path: Path) -> None:
-    assert build(settings, tmp_path).stat().st_mode & 0o777 == 0o666 & ~UMASK
+    build(settings, tmp_path)
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and "clips" not in path.parts]
+    assert len(files) > 8 and all(path.stat().st_mode & 0o777 == 0o666 & ~UMASK for path in files)
 
 
 def test_settings_that_cannot_be_met_give_their_numbers(settings: DataSettings, tmp_path: Path) -> None:

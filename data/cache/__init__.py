@@ -1,0 +1,1 @@
+"""The latent cache: sharded tar files, the Parquet index of their rows, and the versions that name them."""

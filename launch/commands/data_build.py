@@ -1,0 +1,49 @@
+"""``cinemesh data build``: the version of the latent cache that a recipe trains on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...data.cache.building import CacheBuild, say_old
+from ...data.cache.storage import is_url
+from ...data.encoding import Encoding
+from ...errors import CinemeshError
+from ..cluster.processes import launch, rank_main
+from ..training.recipe import Config, read_recipe
+from ..written import wrote
+
+
+@dataclass(frozen=True)
+class BuildOrder:
+    config: Config
+    after: str | None
+
+
+def run_build(*, config: Path, nproc: int | None, after: str | None, overrides: Sequence[str]) -> None:
+    """On ``nproc`` processes, beside those of other machines. Exits with their code."""
+    recipe, _ = read_recipe(config, overrides)
+    if is_url(recipe.data.cache):
+        raise CinemeshError(f"data.cache is {recipe.data.cache}, and a cache is built in a folder", remedy="mount it")
+    order = BuildOrder(recipe, after)
+    code = launch(nproc, built, order) if nproc and nproc > 1 else rank_main(lambda: built(order))
+    if code:
+        sys.exit(code)
+
+
+def built(order: BuildOrder) -> None:
+    """The work of one process; the first of a machine speaks."""
+    local, speaks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.environ.get("LOCAL_RANK", "0") == "0"
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    data, root = order.config.data, Path(order.config.data.cache)
+    build = CacheBuild.planned(data, Encoding.of(order.config.codec, data.encoders), root, order.after)
+    if speaks:
+        say_old(root)
+    name = build.version() or build.work(progress=speaks)
+    if speaks:
+        wrote(root / "versions" / f"{name}.json", f"cinemesh data show {root}")

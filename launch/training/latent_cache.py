@@ -1,0 +1,49 @@
+"""The latent cache of a run: the versions that its recipe names, or the one that it makes, built by all ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ...data.cache.building import CacheBuild, say_old
+from ...data.cache.history import History
+from ...data.cache.storage import is_url
+from ...data.cache.version import VersionChange, changes_of
+from ...errors import CinemeshError
+from ..cluster.meeting import hear
+from ..cluster.processes import Joined
+from .setting import Setting
+
+SAID_THERE = "latent cache"  # where rank 0 says, at the ranks' meeting, which version there is, or what is to be built
+
+
+def open_history(setting: Setting, place: Joined) -> History:
+    """The versions of the latent cache that the run draws from: those that the recipe names, or the one it makes.
+
+    That is built where it is missing, by all ranks. Raises CinemeshError as ``CacheBuild.work``, and for a version that
+    is not there.
+    """
+    data = setting.config.data
+    return History.open(data.cache, changes_of(data.versions) or [VersionChange(0, _built(setting, place))])
+
+
+def _built(setting: Setting, place: Joined) -> str:
+    data = setting.config.data
+    if is_url(data.cache):
+        raise CinemeshError(
+            f"data.cache is {data.cache}, and a cache is built in a folder alone",
+            remedy="name the versions to read there: --set 'data.versions={0: VERSION}'",
+        )
+    root, meeting = Path(data.cache), place.meeting
+    if place.rank == 0 or meeting is None:
+        build = CacheBuild.planned(data, setting.encoding, root)
+        if place.rank == 0:
+            say_old(root)
+        version = build.version()
+        if meeting is not None:
+            build.write_plan()
+            meeting.store.set(SAID_THERE, json.dumps([version, build.digest]))
+    else:
+        version, digest = json.loads(hear(meeting, SAID_THERE))
+        build = CacheBuild.joined(data, setting.encoding, root, digest)
+    return version or build.work(progress=place.rank == 0)
