@@ -18,7 +18,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from ...errors import CinemeshError
 from ..scenes import find_clips, read_captions
+from ..sources import Tarred
 from ..stills import is_still
 from .borders import BorderMeasure
 from .camera import CameraMeasure, read_labels
@@ -119,7 +121,10 @@ class Curation:
     def _files(self) -> list[ClipRow]:
         """A row of every file of the sources, probed. Named by place and time until the digest is known."""
         rows: list[ClipRow] = []
-        for path in sorted(find_clips(self.settings.sources).values()):
+        found = find_clips(self.settings.sources).values()
+        if tars := sorted({str(clip.tar) for clip in found if isinstance(clip, Tarred)}):
+            raise CinemeshError(f"{tars[0]} is a tar, and files are curated", remedy="unpack it, or leave it out")
+        for path in sorted(clip for clip in found if isinstance(clip, Path)):
             told = f"{text_path(path)} {_stamp(path)}"
             rows.append(
                 {"id": hashlib.sha256(told.encode()).hexdigest(), "file": str(path), "kind": _kind(path)}
