@@ -143,7 +143,7 @@ def rank(folder: Path) -> None:
     for name in ("set", "get", "add", "check", "compare_set", "wait"):
         _counted(meeting.PrefixStore, name, requests)
     _after(processes, "meet_alike", lambda: note("ranks meet and compare"))
-    _after(loop.Setting, "open_cache", lambda: note("communicators, the hosts' tree, the cache"))
+    _after(loop, "open_history", lambda: note("communicators, the hosts' tree, the cache"))
     _after(loop.Setting, "runners", lambda: note("shapes: build and bind"))
     _after(loop, "resume", lambda: note("reading the checkpoint"))
     _after(loop.BucketRunner, "capture", lambda: note("capture, one step"))

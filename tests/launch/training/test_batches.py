@@ -14,7 +14,7 @@ from training import STATES, recipe
 from typer.testing import CliRunner
 
 from cinemesh.data.batches import BATCHES, BatchHistory
-from cinemesh.data.cache import collate
+from cinemesh.data.cache.samples import collate
 from cinemesh.data.order import Stream, samples_of_a_read
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.cli import app
@@ -22,6 +22,7 @@ from cinemesh.launch.cluster.processes import Joined, StopSignal
 from cinemesh.launch.training import resolve
 from cinemesh.launch.training.checkpoint.choosing import FOLDER, latest
 from cinemesh.launch.training.checkpoint.manifest import read_manifest
+from cinemesh.launch.training.latent_cache import open_history
 from cinemesh.launch.training.loop import SAMPLES, train_steps
 from cinemesh.launch.training.recipe import read_recipe, read_run
 from cinemesh.launch.training.resolved import Resolved
@@ -43,7 +44,7 @@ def test_steps_of_any_size_take_every_sample_of_an_epoch_once() -> None:
     sizes = [history.at(step)[bucket] for step, bucket in enumerate(buckets)]
     assert sizes[:13] == [4, 8, 8, 3, 3, 7, 3, 7, 7, 4, 4, 8, 5]
     for bucket, samples in ((0, 30), (1, 35)):
-        stream, taken = Stream(3, bucket, range(samples)), list[int]()
+        stream, taken = Stream(3, bucket, samples, 4, sizes[0]), list[int]()
         for step, place in enumerate(history.places(buckets)):
             if buckets[step] == bucket:
                 assert place == len(taken) == history.taken(buckets[:step])[bucket]
@@ -76,7 +77,7 @@ def train_rank(path: Path, steps: int) -> int:
     config, batches = read_run(path, [f"schedule.steps={steps}"])
     setting, mesh = Setting.of(config, batches), Mesh(config.plan)
     place = Joined(mesh.rank, "cpu", mesh)
-    runner = train_steps(setting, place, setting.open_cache(place), StopSignal())
+    runner = train_steps(setting, place, open_history(setting, place), StopSignal())
     mesh.close()
     return runner.samples
 
@@ -84,9 +85,9 @@ def train_rank(path: Path, steps: int) -> int:
 def losses_by_hand(path: Path, sizes: list[int]) -> list[float]:
     """Of steps of so many samples, each the next of the stream, taken by a process that knows no history."""
     setting = Setting.of(replace(read_recipe(path)[0], plan=Plan(dtype="float64")))
-    config, cache = setting.config, setting.open_cache(Joined(0, "cpu", None))
+    config, cache = setting.config, open_history(setting, Joined(0, "cpu", None)).at(0)
     train, latent = cache.buckets[0].train, setting.latents[0]
-    stream = Stream(config.seed, 0, range(len(train)), samples_of_a_read(train.latent_bytes))
+    stream = Stream(config.seed, 0, len(train), samples_of_a_read(train.latent_bytes), sizes[0])
     options: dict[str, Any] = {"seed": config.seed, "caption_dropout": config.caption_dropout}
     runners = {
         size: StepRunner(setting.model, config.plan, BatchShape(size, latent), config.optimizer, None, **options)

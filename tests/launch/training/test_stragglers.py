@@ -17,6 +17,7 @@ from cinemesh.kernels.reference import Kernel
 from cinemesh.launch.cluster.cards import CardFacts
 from cinemesh.launch.cluster.processes import Joined, StopSignal
 from cinemesh.launch.training.card_watch import CardWatch
+from cinemesh.launch.training.latent_cache import open_history
 from cinemesh.launch.training.loop import train_steps
 from cinemesh.launch.training.recipe import read_config
 from cinemesh.launch.training.setting import Setting
@@ -87,7 +88,7 @@ def train_slowly(path: Path) -> None:
     mesh = Mesh(setting.config.plan)
     place = Joined(mesh.rank, "cpu", mesh)
     try:
-        train_steps(setting, place, setting.open_cache(place), StopSignal())
+        train_steps(setting, place, open_history(setting, place), StopSignal())
     finally:
         Setting.kernels = kernels  # type: ignore[method-assign]
     mesh.close()
