@@ -43,7 +43,7 @@ def test_an_odd_video_comes_to_its_pixels_or_a_skip(tmp_path: Path, odd: Odd) ->
 @pytest.mark.parametrize(
     ("name", "where", "what", "planted"),
     [
-        ("turned by 90.mp4", pixels, "_turned", lambda frame: (False, False, False)),
+        ("turned by 90.mp4", pixels, "turned", lambda frame: (False, False, False)),
         ("pixels of 2 to 1.mp4", video, "fitted", lambda frame, _, *size: pixels.fitted(frame, Fraction(1), *size)),
         ("matrix 1 full yuv420p10le.mkv", pixels, "MATRICES", dict.fromkeys(pixels.MATRICES, pixels.MATRICES[5])),
         ("untagged hd.mkv", pixels, "HD_LINES", 9999),

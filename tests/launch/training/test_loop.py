@@ -379,22 +379,25 @@ def other_on_rank_1(values: dict[str, Any], other: dict[str, Any], meeting: str)
     return "nothing was found"
 
 
-@pytest.mark.parametrize("what", ["program of 1x4x4", "latent cache"])
-def test_ranks_of_other_programs_or_data_are_told_before_the_first_step(
-    pool: Pool, clips: Path, tmp_path: Path, what: str
-) -> None:
-    """Whatever made them so: each machine may have folders of its own at one path."""
+def test_ranks_of_other_programs_are_told_before_the_first_step(pool: Pool, clips: Path, tmp_path: Path) -> None:
     values = recipe(clips, tmp_path, dp_shard=2)
-    other = recipe(clips, tmp_path / "other", dp_shard=2)
-    if what == "program of 1x4x4":
-        other = values | {"optimizer": {"lr": 1e-2, "betas": [0.9, 0.98]}}
-    else:
-        other["data"]["stride"] = 3
-        setting = Setting.of(check_config(other, "test"))
-        build(setting.config.data, setting.encoding, Path(setting.config.data.cache), progress=False)
+    other = values | {"optimizer": {"lr": 1e-2, "betas": [0.9, 0.98]}}
     heard = pool.run(2, other_on_rank_1, values, other, str(tmp_path / "meeting"))
-    assert heard[0] == heard[1] and f"the ranks of this job differ: {what} is " in heard[0], heard
+    assert heard[0] == heard[1] and "the ranks of this job differ: program of 1x4x4 is " in heard[0], heard
     assert " on rank 0 and " in heard[0] and " on rank 1; give every rank the same code and latent cache" in heard[0]
+
+
+def test_a_rank_that_has_other_latents_at_the_same_path_is_told(clips: Path, tmp_path: Path) -> None:
+    """Each machine may have folders of its own there; a version's name is what it holds."""
+    recipes = (recipe(clips, tmp_path, dp_shard=2), recipe(clips, tmp_path / "other", dp_shard=2))
+    recipes[1]["data"]["stride"] = 3
+    settings = [Setting.of(check_config(values, "test")) for values in recipes]
+    for setting in settings:
+        build(setting.config.data, setting.encoding, Path(setting.config.data.cache), progress=False)
+    store = dist.FileStore(str(tmp_path / "meeting"), 2)  # pyright: ignore[reportPrivateImportUsage]
+    first = open_history(settings[0], Joined(0, "cpu", None, Meeting(store, "a", 0, 2)))
+    with pytest.raises(CinemeshError, match=first.at(0).name):
+        open_history(settings[1], Joined(1, "cpu", None, Meeting(store, "a", 1, 2)))
     assert not (tmp_path / "run").exists()
 
 
