@@ -91,7 +91,8 @@ class CacheBuild:
     @classmethod
     def joined(cls, settings: DataSettings, encoding: Encoding, root: Path, digest: str) -> CacheBuild:
         """The build that another process planned and wrote down."""
-        told = read_json(root / "plans" / f"{digest}.json", "the plan of a build", "start it again")
+        remedy = "start it again, with a data.cache that all ranks reach: one machine's own folder is built by itself"
+        told = read_json(root / "plans" / f"{digest}.json", "the plan of a build", remedy)
         return cls(settings, encoding, root, tuple(SceneUnit(*unit) for unit in told["units"]), told["after"])
 
     @cached_property

@@ -35,15 +35,14 @@ def _built(setting: Setting, place: Joined) -> str:
             remedy="name the versions to read there: --set 'data.versions={0: VERSION}'",
         )
     root, meeting = Path(data.cache), place.meeting
-    if place.rank == 0 or meeting is None:
-        build = CacheBuild.planned(data, setting.encoding, root)
-        if place.rank == 0:
-            say_old(root)
-        version = build.version()
-        if meeting is not None:
-            build.write_plan()
-            meeting.store.set(SAID_THERE, json.dumps([version, build.digest]))
-    else:
+    if place.rank and meeting is not None:
         version, digest = json.loads(hear(meeting, SAID_THERE))
-        build = CacheBuild.joined(data, setting.encoding, root, digest)
+        return version or CacheBuild.joined(data, setting.encoding, root, digest).work(progress=False)
+    build = CacheBuild.planned(data, setting.encoding, root)
+    if place.rank == 0:
+        say_old(root)
+    version = build.version()
+    if meeting is not None:
+        build.write_plan()
+        meeting.store.set(SAID_THERE, json.dumps([version, build.digest]))
     return version or build.work(progress=place.rank == 0)
