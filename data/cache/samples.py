@@ -31,7 +31,7 @@ LATENT = "latent"  # the tensor of a window's member; of a caption's: these two,
 TEXT, TEXT_MASK = "text.", "mask."
 WORDING_PURPOSE = 10  # Philox purpose of which caption of several; beside those of kernels.philox and data.order
 MOST_CAPTION_BYTES = 2**22  # of captions that are read with their block of latents; else each when it is drawn
-DTYPES = {"F32": torch.float32, "BOOL": torch.bool}  # of safetensors
+DTYPES = {"F32": torch.float32, "U8": torch.uint8, "BOOL": torch.bool}  # of safetensors
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Sample:
     scene: str
     first_frame: int  # in the video file
     caption: str  # as it was encoded, its rate before it
-    latent: Tensor  # float32 [C, T, H, W]
+    latent: Tensor  # float32 [C, T, H, W]; uint8, of windows that are kept as they are
     text: dict[str, Tensor]  # float32 [L, W_e]
     mask: dict[str, Tensor]  # bool [L], True = valid
     frame_rate: Fraction  # frames/s at which it plays

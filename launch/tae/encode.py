@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...data.building import decoded_windows
+from ...data.cache.decoding import decoded_windows
 from ...data.clips import write_mp4
 from ...errors import CinemeshError
 from ...files import atomic_file, check_output_file, check_output_folder

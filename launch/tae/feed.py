@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...data.building import build_cache
-from ...data.cache import CACHE_FILE, Cache
-from ...data.order import Stream, balanced, drawn_buckets, samples_of_a_read
+from ...data.batches import BatchHistory
+from ...data.cache.drawn import Drawn, RunOrder
+from ...data.cache.history import Draws, History
+from ...data.cache.samples import Cache
 from ...data.pixel_codec import unencoded
 from ...kernels.philox import normal, uniform
-from ...parallel.runtime.comm import barrier
 from ..cluster.processes import Joined
+from ..training.latent_cache import built_version
 from .recipe import TAERecipe
 
 # Philox purposes, disjoint from those of kernels.philox.Purpose and data/order.py
@@ -40,33 +41,25 @@ class PixelBatch:
 
 
 def open_pixels(recipe: TAERecipe, place: Joined) -> Cache:
-    """The cache of windows: rank 0 builds it where it is missing or of other data, the others wait."""
-    if place.rank == 0:
-        build_cache(recipe.data, unencoded(), recipe.data.cache)
-    if place.mesh is not None:
-        barrier()
-    return Cache.open(recipe.data.cache / CACHE_FILE)
+    """The cache of windows, built where it is missing, by all ranks."""
+    folder = str(recipe.data.cache)
+    return Cache.open(folder, built_version(folder, recipe.data, unencoded(), place))
 
 
 class PixelFeed:
     """Of one rank of ``ranks``."""
 
     def __init__(self, recipe: TAERecipe, cache: Cache, rank: int, ranks: int) -> None:
-        self.recipe, self.cache, self.rank, self.ranks = recipe, cache, rank, ranks
-        data, seed = recipe.data, recipe.seed
-        weights = [bucket.weight for bucket in data.shapes]
-        self.bucket: list[int] = drawn_buckets(seed, recipe.schedule.steps, weights).tolist()  # of every step
-        self.streams = [
-            Stream(seed, bucket, balanced(train.scenes, data.balance), samples_of_a_read(train.latent_bytes))
-            for bucket, train in enumerate(windows.train for windows in cache.buckets)
-        ]
+        self.recipe, self.rank, self.ranks = recipe, rank, ranks
+        data, weights = recipe.data, tuple(bucket.weight for bucket in recipe.data.shapes)
+        batches = BatchHistory.always(tuple(data.global_batches))
+        order = RunOrder(recipe.seed, recipe.schedule.steps, weights, batches)
+        self.drawn = Drawn(order, History(str(data.cache), (Draws(0, cache),)))
 
     def take(self, step: int) -> PixelBatch:
         """Raises CinemeshError for a sample that cannot be read."""
-        bucket = self.bucket[step]
-        size = self.recipe.data.global_batches[bucket]
-        train, share = self.cache.buckets[bucket].train, size // self.ranks
-        indices = self.streams[bucket].take(self.bucket[:step].count(bucket) * size, size)
+        bucket, train, indices = self.drawn.bucket[step], self.drawn.at(step).train, self.drawn.indices(step)
+        share = len(indices) // self.ranks
         places = torch.arange(self.rank * share, (self.rank + 1) * share)
         samples = [train[indices[place]] for place in places.tolist()]
         ids = torch.tensor([sample.id for sample in samples])

@@ -17,7 +17,7 @@ from dataclasses import asdict
 
 import torch
 
-from ...data.cache import Cache
+from ...data.cache.samples import Cache
 from ...errors import CinemeshError
 from ...parallel.ir.plan import Plan
 from ...parallel.runtime import comm

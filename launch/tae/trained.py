@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.cache import Cache, Samples
+from ...data.cache.samples import Cache, Samples
 from ...evaluation.reconstruction import WINDOW_PX, Reconstruction, reconstruct
 from ...model.tae import files
 from ...model.tae.codec import TAECodec, latent_statistics

@@ -9,6 +9,8 @@ from ...data.cache.building import CacheBuild, say_old
 from ...data.cache.history import History
 from ...data.cache.storage import is_url
 from ...data.cache.version import VersionChange, changes_of
+from ...data.encoding import Encoding
+from ...data.settings import DataSettings
 from ...errors import CinemeshError
 from ..cluster.meeting import hear
 from ..cluster.processes import Joined
@@ -24,21 +26,22 @@ def open_history(setting: Setting, place: Joined) -> History:
     is not there.
     """
     data = setting.config.data
-    return History.open(data.cache, changes_of(data.versions) or [VersionChange(0, _built(setting, place))])
+    changes = changes_of(data.versions) or [VersionChange(0, built_version(data.cache, data, setting.encoding, place))]
+    return History.open(data.cache, changes)
 
 
-def _built(setting: Setting, place: Joined) -> str:
-    data = setting.config.data
-    if is_url(data.cache):
+def built_version(cache: str, data: DataSettings, encoding: Encoding, place: Joined) -> str:
+    """The name of the version that a recipe makes; built where it is missing, by all ranks. Raises as above."""
+    if is_url(cache):
         raise CinemeshError(
-            f"data.cache is {data.cache}, and a cache is built in a folder alone",
+            f"data.cache is {cache}, and a cache is built in a folder alone",
             remedy="name the versions to read there: --set 'data.versions={0: VERSION}'",
         )
-    root, meeting = Path(data.cache), place.meeting
+    root, meeting = Path(cache), place.meeting
     if place.rank and meeting is not None:
         version, digest = json.loads(hear(meeting, SAID_THERE))
-        return version or CacheBuild.joined(data, setting.encoding, root, digest).work(progress=False)
-    build = CacheBuild.planned(data, setting.encoding, root)
+        return version or CacheBuild.joined(data, encoding, root, digest).work(progress=False)
+    build = CacheBuild.planned(data, encoding, root)
     if place.rank == 0:
         say_old(root)
     version = build.version()

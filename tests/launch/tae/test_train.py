@@ -223,7 +223,7 @@ def test_batches_are_functions_of_the_step(values: Values) -> None:
         assert torch.equal(whole.take(step).pixels, batch.pixels)
     batch = whole.take(0)
     train = cache.buckets[batch.bucket].train
-    windows = {train.first_id + i: train[i].latent.transpose(0, 1).float() / 127.5 - 1 for i in range(len(train))}
+    windows = {train[i].id: train[i].latent.transpose(0, 1).float() / 127.5 - 1 for i in range(len(train))}
     mirrored = 0
     for sample, cut in zip(batch.ids.tolist(), batch.pixels, strict=True):
         views = windows[sample].unfold(2, 16, 1).unfold(3, 16, 1)  # [T, 3, 17, 17, 16, 16]

@@ -13,7 +13,7 @@ from harness import Pool
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cinemesh.data.building import decoded_windows
+from cinemesh.data.cache.decoding import decoded_windows
 from cinemesh.data.context_codec import SHIPPED, ContextDCTCodec
 from cinemesh.data.encoding import TAE, codec_of
 from cinemesh.data.scenes import read_captions
