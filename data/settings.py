@@ -22,7 +22,7 @@ Stride = Annotated[
     int, integers(1, 10_000, "windows begin so far apart; beyond their length, frames are never seen", "frames")
 ]
 BadShare = Annotated[float, reals(0, 1, "it is a part of a whole", "of the files")]
-Balance = Annotated[float, reals(0, 1, "it is a part of a whole")]
+SceneBalance = Annotated[float, reals(0, 1, "it is a part of a whole")]
 HeldOut = Annotated[float, reals(0, 0.99, "0 is no validation; some frames are left to train on", "of a scene")]
 
 
@@ -49,7 +49,7 @@ class DataSettings:
         0.01
     )
     balance: Annotated[
-        Balance, "of scenes: 0 takes every window as often, 1 every scene; acts when the index is made"
+        SceneBalance, "of scenes: 0 takes every window as often, 1 every scene; acts when the index is made"
     ] = 0.0
     encoders: Annotated[tuple[EncoderSettings, ...], "the text encoders, in the order of the model's"] = (
         EncoderSettings(),

@@ -26,6 +26,7 @@ ROOT_MODULES = ("__init__", "documents", "errors", "files", "interrupt", "memory
 LONGEST_FILE = 400  # lines
 LONGER_WITH_REASON: dict[str, str] = {  # path -> why it is not two files
     "kernels/reference.py": "the truth of every op, in the order of the op table",
+    "launch/training/loop.py": "one class: what happens between the steps of a run, in its order",
     "parallel/ir/builder.py": "one class: the records and their checks share all of its state",
     "launch/commands/reply.py": "every record of --json, in the order of docs/json.md, which is made of them",
 }
@@ -63,6 +64,7 @@ WIDER_WITH_REASON: dict[str, str] = {  # path -> why
     "model/runner.py": "one rank of a step: where program, executor, capture and model meet",
     "model/sampler.py": "one rank of a sampler: where program, executor, capture and model meet",
     "perf_model/report/explain.py": "asks every price and the search, and computes nothing itself",
+    "launch/cli.py": "a door for each group of commands",
     "launch/commands/calibrate.py": "measures compute and links, fits, and writes: a line of each",
     "launch/commands/kernels.py": "a command with three modes: show, compile, tune",
     "launch/health/ranks.py": "all that a job is asked at once: software, clocks, compute, links",

@@ -36,7 +36,7 @@ from .decoding import sources_of, windows_of
 from .digests import digest_of
 from .listing import Listing
 from .survey import Skipped, UnitSurvey, look_at_files
-from .units import UnitFiles, encode_captions, encode_windows, told_captions
+from .units import UnitFiles, encode_captions, told_captions, write_windows
 from .version import Version, version_names, withdrawn
 from .work import Task, share_out
 
@@ -236,7 +236,7 @@ class CacheBuild:
             found = self._surveyed(unit)
             cuts = {span.scene.name: self.settings.cut(span) for span in found.spans}
             windows = windows_of(found, sources_of([span.scene for span in found.spans], self.sources), cuts)
-            encode_windows(path, self.encoding, windows, [str(bucket) for bucket in self.settings.shapes])
+            write_windows(path, self.encoding, windows, [str(bucket) for bucket in self.settings.shapes])
 
         path = self.root / UnitFiles.LATENTS / latents
         return Task(f"latents-{latents}", path, do, unit.last - unit.first)
@@ -254,7 +254,7 @@ class CacheBuild:
         _write_json(self._made, {"version": made.name, "clips": told["clips"], "skipped": told["skipped"]})
 
 
-def build(settings: DataSettings, encoding: Encoding, root: Path, progress: bool = True) -> str:
+def build_cache(settings: DataSettings, encoding: Encoding, root: Path, progress: bool = True) -> str:
     """The version of these settings, built where it is missing; its name. Raises CinemeshError as ``work``."""
     order = CacheBuild.planned(settings, encoding, root)
     say_old(root)

@@ -104,11 +104,11 @@ def write_index_part(root: Path, name: str, table: pa.Table) -> IndexPart:
     part = IndexPart(f"{FOLDER}/{name}.{rows_digest(table)}.parquet", table.num_rows)
     if not (root / part.file).exists():
         with atomic_file(root / part.file) as unfinished:
-            write_parquet(table, unfinished)
+            write_index_rows(table, unfinished)
     return part
 
 
-def write_parquet(table: pa.Table, path: Path) -> None:
+def write_index_rows(table: pa.Table, path: Path) -> None:
     options: dict[str, Any] = {
         "row_group_size": GROUP_ROWS,
         "compression": "zstd",

@@ -9,7 +9,6 @@ was written is an error. Samples of a block of neighbours are read together.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, Self, overload
 import torch
 from torch import Tensor
 
+from ...documents import parse_json
 from ...errors import CinemeshError
 from ...kernels.philox import uniform
 from ...model.inputs import IDS, LATENTS, MASK, PLACES, text_input
@@ -197,7 +197,11 @@ def member_tensors(data: RawBytes) -> dict[str, Tensor]:
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header = data[8:start].tobytes()
     if (layout := _layouts.get(header)) is None:
-        told = {name: at for name, at in json.loads(header).items() if name != "__metadata__"}
+        told = {
+            name: at
+            for name, at in parse_json(header.decode(), "the header of a member", "see `cinemesh data check`").items()
+            if name != "__metadata__"
+        }
         layout = [(name, DTYPES[at["dtype"]], at["shape"], *at["data_offsets"]) for name, at in told.items()]
         _layouts[header] = layout
     whole = torch.from_numpy(data)[start:]

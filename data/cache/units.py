@@ -19,7 +19,7 @@ from ..settings import Cut
 from ..tars import TarWriter
 from ..text import with_fps
 from ..video import Window
-from .index import write_parquet
+from .index import write_index_rows
 from .samples import LATENT, TEXT, TEXT_MASK, assert_finite
 from .version import SPLITS
 from .work import whole_folder
@@ -80,7 +80,7 @@ def told_captions(spans: Iterable[SceneTime], cut: Callable[[SceneTime], Sequenc
     return found
 
 
-def encode_windows(path: Path, encoding: Encoding, windows: Iterator[Window], buckets: Sequence[str]) -> None:
+def write_windows(path: Path, encoding: Encoding, windows: Iterator[Window], buckets: Sequence[str]) -> None:
     """Encode windows as they come, each into the tar of its bucket and split.
 
     Raises CinemeshError for a latent that is not finite, and when it cannot be written.
@@ -105,11 +105,11 @@ def encode_windows(path: Path, encoding: Encoding, windows: Iterator[Window], bu
         finally:
             for tar in tars.values():
                 tar.close()
-        write_parquet(pa.Table.from_pylist([row for of in rows.values() for row in of], UNIT_LATENTS), part / ROWS)
+        write_index_rows(pa.Table.from_pylist([row for of in rows.values() for row in of], UNIT_LATENTS), part / ROWS)
 
 
 def encode_captions(path: Path, encoding: Encoding, captions: Sequence[Caption], told_in: Path) -> None:
-    """Encode captions into one tar. Raises CinemeshError as ``encode_windows``; says which are cut."""
+    """Encode captions into one tar. Raises CinemeshError as ``write_windows``; says which are cut."""
     if captions:
         for cut in encoding.cuts({f"of scene {told.clip}": told.text for told in captions}):
             print(f"{cut}: raise its tokens in data.encoders, or shorten them in {told_in}", file=sys.stderr)
@@ -130,7 +130,7 @@ def encode_captions(path: Path, encoding: Encoding, captions: Sequence[Caption],
                 rows.append({"clip": told.clip, "text": told.text} | rate | where)
         finally:
             tar.close()
-        write_parquet(pa.Table.from_pylist(rows, UNIT_CAPTIONS), part / ROWS)
+        write_index_rows(pa.Table.from_pylist(rows, UNIT_CAPTIONS), part / ROWS)
 
 
 _RATE = [("fps_num", pa.int32()), ("fps_den", pa.int32())]

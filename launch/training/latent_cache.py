@@ -11,6 +11,7 @@ from ...data.cache.storage import is_url
 from ...data.cache.version import VersionChange, changes_of
 from ...data.encoding import Encoding
 from ...data.settings import DataSettings
+from ...documents import parse_json
 from ...errors import CinemeshError
 from ..cluster.meeting import hear
 from ..cluster.processes import Joined
@@ -39,7 +40,7 @@ def built_version(cache: str, data: DataSettings, encoding: Encoding, place: Joi
         )
     root, meeting = Path(cache), place.meeting
     if place.rank and meeting is not None:
-        version, digest = json.loads(hear(meeting, SAID_THERE))
+        version, digest = parse_json(hear(meeting, SAID_THERE), SAID_THERE, "start the job again")
         return version or CacheBuild.joined(data, encoding, root, digest).work(progress=False)
     build = CacheBuild.planned(data, encoding, root)
     if place.rank == 0:

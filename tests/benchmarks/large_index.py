@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cinemesh.data.cache.index import LATENT_ROWS, PART_ROWS, IndexPart, write_parquet
+from cinemesh.data.cache.index import LATENT_ROWS, PART_ROWS, IndexPart, write_index_rows
 from cinemesh.data.cache.version import BucketRows, EncoderTold, Version
 
 ROWS = 1_100_000_000
@@ -50,7 +50,7 @@ def part(path: Path) -> None:
         "caption": pa.array(n, pa.int64()),
         "captions": pa.array(np.ones(PART_ROWS), pa.int16()),
     }
-    write_parquet(pa.table(columns).cast(LATENT_ROWS), path)
+    write_index_rows(pa.table(columns).cast(LATENT_ROWS), path)
 
 
 def rank(root: str, name: str, send: Any) -> None:

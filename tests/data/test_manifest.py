@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from cinemesh.data.buckets import BucketSettings
-from cinemesh.data.cache.building import build
+from cinemesh.data.cache.building import build_cache
 from cinemesh.data.cache.samples import Cache
 from cinemesh.data.clips import write_mp4
 from cinemesh.data.encoding import BlockDCT, Encoding
@@ -64,7 +64,7 @@ def tar(tmp_path: Path) -> Path:
 
 def cached(settings: DataSettings, folder: Path) -> Cache:
     encoding = Encoding(BlockDCT(), CODEC, (ByteEncoder(4, 12, "x"),))
-    return Cache.open(str(folder), build(settings, encoding, folder, progress=False))
+    return Cache.open(str(folder), build_cache(settings, encoding, folder, progress=False))
 
 
 def test_tars_are_indexed_and_encoded_in_place(tar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageCms
 
 from cinemesh.data.buckets import BucketSettings
-from cinemesh.data.cache.building import SKIPPED_FILE, build
+from cinemesh.data.cache.building import SKIPPED_FILE, build_cache
 from cinemesh.data.cache.samples import Cache
 from cinemesh.data.encoding import BlockDCT, Encoding
 from cinemesh.data.settings import DataSettings
@@ -212,7 +212,9 @@ def test_images_are_clips_of_one_frame_beside_videos_and_bad_ones_are_skipped(tm
     settings = DataSettings((str(clips),), tmp_path / "captions.yaml", buckets=buckets, bad_share=0.5)
     codec = BlockDCTCodec()
     encoding = Encoding(BlockDCT(), codec, (ByteEncoder(4, 12, "x"),))
-    square, wide = Cache.open(str(tmp_path / "cache"), build(settings, encoding, tmp_path / "cache", False)).buckets
+    square, wide = Cache.open(
+        str(tmp_path / "cache"), build_cache(settings, encoding, tmp_path / "cache", False)
+    ).buckets
     assert [s.scene for s in square.train] == ["picture"] and not len(square.validation)
     assert (wide.train[0].caption, wide.train[0].latent.shape) == ("A picture.", (16, 1, 2, 3))
     shown = np.asarray(quarters().resize((24, 16), Image.Resampling.BILINEAR))
@@ -220,7 +222,7 @@ def test_images_are_clips_of_one_frame_beside_videos_and_bad_ones_are_skipped(tm
     assert "b.jpg" in (tmp_path / "cache" / SKIPPED_FILE).read_text(encoding="utf-8")
     (tmp_path / "captions.yaml").write_text(f"[{rows[0].replace('last_frame: 0', 'last_frame: 5')}]", encoding="utf-8")
     with pytest.raises(CinemeshError, match=r"scene picture ends at frame 5, and .*a\.PNG is an image"):
-        build(settings, encoding, tmp_path / "cache", False)
+        build_cache(settings, encoding, tmp_path / "cache", False)
 
 
 CAPTIONED = {"picture": "a.PNG", "broken": "b.jpg"}

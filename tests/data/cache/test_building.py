@@ -15,7 +15,7 @@ from torch import Tensor
 from cinemesh.data import settings as rules
 from cinemesh.data.buckets import Bucket, BucketSettings
 from cinemesh.data.cache.building import OLD_FILE, SKIPPED_FILE
-from cinemesh.data.cache.building import build as build_version
+from cinemesh.data.cache.building import build_cache as build_version
 from cinemesh.data.cache.samples import Cache, Sample, Windows, collate
 from cinemesh.data.clips import write_mp4
 from cinemesh.data.encoding import BlockDCT, Encoding

@@ -19,7 +19,7 @@ from torch import Tensor
 from training import STATES, cinemesh, in_two_batches, in_two_buckets, recipe, start, states, stop_in_step
 
 from cinemesh.data.cache import drawn
-from cinemesh.data.cache.building import build
+from cinemesh.data.cache.building import build_cache
 from cinemesh.data.cache.samples import Sample, collate
 from cinemesh.data.order import Stream, drawn_buckets, samples_of_a_read
 from cinemesh.data.video import frame_rate, read_frames
@@ -393,7 +393,7 @@ def test_a_rank_that_has_other_latents_at_the_same_path_is_told(clips: Path, tmp
     recipes[1]["data"]["stride"] = 3
     settings = [Setting.of(check_config(values, "test")) for values in recipes]
     for setting in settings:
-        build(setting.config.data, setting.encoding, Path(setting.config.data.cache), progress=False)
+        build_cache(setting.config.data, setting.encoding, Path(setting.config.data.cache), progress=False)
     store = dist.FileStore(str(tmp_path / "meeting"), 2)  # pyright: ignore[reportPrivateImportUsage]
     first = open_history(settings[0], Joined(0, "cpu", None, Meeting(store, "a", 0, 2)))
     with pytest.raises(CinemeshError, match=first.at(0).name):

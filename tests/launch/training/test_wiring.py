@@ -316,6 +316,7 @@ EFFECTS: Mapping[str, Sequence[Effect]] = {
     "sample.seed": [Effect(4, frozenset({"clips"}))],
     "seed": [Effect(4, SAMPLES)],
     "caption_dropout": [Effect(0.9, GRADIENT)],
+    "on_loss": [Effect("exact", frozenset())],  # of a run that lost ranks: test_resolve.py
     "may_change": [Effect(["seed"], frozenset())],  # of a run that goes on with nothing
     "weights": [Effect("master", frozenset({"validation", "clips"}))],
     "capture": [Effect("required", frozenset({"replay"}))],

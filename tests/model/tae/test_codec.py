@@ -241,7 +241,8 @@ SCENES = ("rabbit", "passenger")  # of 96 frames and more
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> list[Tensor]:
     """A clip of each, 96 frames of 128 px."""
-    rows = [asdict(scene) for scene in read_captions(CAPTIONS) if scene.name in SCENES]
+    told = [asdict(scene) for scene in read_captions(CAPTIONS) if scene.name in SCENES]
+    rows = [{key: scene[key] for key in ("name", "file", "first_frame", "last_frame", "caption")} for scene in told]
     own = tmp_path_factory.mktemp("real") / "captions.yaml"
     own.write_text(json.dumps(rows), encoding="utf-8")
     settings = DataSettings(captions=own, frames=96, stride=1000, validation_share=0.0)
