@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from cinemesh.data.cache import CACHE_FILE, Cache
+from cinemesh.data.cache.samples import Cache
+from cinemesh.data.cache.version import version_names
 from cinemesh.data.encoding import codec_of
 from cinemesh.launch.tae.trained import clips_of
 from cinemesh.model.tae.losses import outlier_penalty
@@ -44,7 +45,7 @@ def measured(run: Path, cache: Cache) -> dict[str, Any]:
 
 
 def main() -> None:
-    cache = Cache.open(Path(sys.argv[3]) / CACHE_FILE)
+    cache = Cache.open(sys.argv[3], version_names(Path(sys.argv[3]))[-1])
     found = {
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()}-core x86-64, no GPU, busy; one thread",
