@@ -25,6 +25,7 @@ from cinemesh.data.video import read_frames
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels.philox import Purpose
 from cinemesh.launch import train as entry
+from cinemesh.launch.storage.remote import RemotePath
 from cinemesh.launch.training import loop as train
 from cinemesh.launch.training import resolve, showcase
 from cinemesh.launch.training import sample as sampling
@@ -49,7 +50,7 @@ STATES = ("master", "exp_avg", "exp_avg_sq", "ema")
 
 def sections(kind: Any) -> Iterator[tuple[str, Any]]:
     """(what stands between, dataclass) of a field's type: itself, one of a union, or of a list."""
-    if isinstance(kind, type) and is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind) and kind is not RemotePath:
         yield "", kind
     for part in get_args(kind):
         yield from ((f".0{below}" if get_args(kind)[1:] == (...,) else below, found) for below, found in sections(part))
@@ -192,7 +193,8 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
     did["reported"] = [row["step"] for row in run.rows if "loss" in row]
     did["validated"] = [row["step"] for row in run.rows if "validation_loss" in row]
     did["validation"] = [row["validation_loss"] for row in run.rows if "validation_loss" in row]
-    did["checkpoints"] = sorted(path.name for path in (directory / FOLDER).iterdir())
+    kept = Path(values["logging"].get("checkpoints", directory / FOLDER))
+    did["checkpoints"] = sorted(path.name for path in kept.iterdir())
     did["files"] = sorted(path.name for path in directory.iterdir())
     did["directory"], did["cache"] = directory.name, Path(values["data"]["cache"]).name
     return run
@@ -294,6 +296,7 @@ EFFECTS: Mapping[str, Sequence[Effect]] = {
     "schedule.patience": [Effect(2, LATER | {"lr"}, {**RISING})],
     "schedule.final_share": [Effect(0.5, LATER | {"lr"})],
     "logging.directory": [Effect("{folder}/elsewhere", frozenset({"directory"}))],
+    "logging.checkpoints": [Effect("{folder}/kept", frozenset({"files"}))],
     "logging.every": [Effect(1, frozenset({"reported"}))],
     "logging.validate_every": [Effect(0, frozenset({"validated", "validation"}))],
     "logging.validation_draws": [Effect(2, frozenset({"validation"}))],
@@ -333,6 +336,7 @@ REFUSED = {
 }
 # Keys of a run that begins with another's end: tests/launch/training/test_start.py has one, and obeys each of them.
 STARTED = {f"start_from.{name}" for name in ("checkpoint", "weights", "positions", "moments")}
+STARTED |= {"logging.checkpoint_files"}  # of several ranks: tests/launch/training/checkpoint/test_remote.py
 STARTED |= {f"model.lora.{name}" for name in ("rank", "alpha", "targets")}  # tests/launch/training/test_base.py
 
 

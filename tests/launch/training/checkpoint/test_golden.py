@@ -1,6 +1,6 @@
 """A checkpoint of every released format is read by every later release, which goes on from it to the same bits.
 
-``golden/format-3`` holds two checkpoints of one run, behind steps 2 and 4, written by ``python test_golden.py`` in this
+``golden/format-N`` holds two checkpoints of one run, behind steps 2 and 4, written by ``python test_golden.py`` in this
 folder: when a format is released, never again. A test that fails says that a draw, a kernel or a reader changed.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cinemesh.launch.training.checkpoint.loading import load
-from cinemesh.launch.training.checkpoint.manifest import SAVED_STATES, read_manifest
+from cinemesh.launch.training.checkpoint.manifest import READS, SAVED_STATES, read_manifest
 from cinemesh.launch.training.checkpoint.saving import save
 from cinemesh.model.config import preset
 from cinemesh.model.inputs import IDS, LATENTS, MASK, PLACES, BatchShape, text_input
@@ -28,7 +28,7 @@ from cinemesh.parallel.ir.plan import Plan
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = replace(preset("tiny"), layers=1, width=12, heads=2, ffn=16, position_lengths=(2, 2, 2))
 BATCH = BatchShape(2, (2, 2, 4))
-MOST_BYTES = 1_000_000  # of all that is kept
+MOST_BYTES = 1_000_000  # of a format
 MACHINE = "machine"  # of the note: on others a product may be summed in another order
 
 
@@ -75,9 +75,11 @@ def test_a_golden_checkpoint_is_gone_on_from(released: Path, one_process: None) 
 
 
 def test_golden_checkpoints_are_small() -> None:
-    files = [file for file in GOLDEN.rglob("*") if file.is_file()]
-    assert files and sum(file.stat().st_size for file in files) <= MOST_BYTES
-    assert {read_manifest(path).step for path in GOLDEN.glob("*/step-*")} == {2, 4}
+    """And there is one of each format that is read."""
+    assert {path.name for path in GOLDEN.iterdir()} == {f"format-{number}" for number in READS}
+    for released in GOLDEN.iterdir():
+        assert sum(file.stat().st_size for file in released.rglob("*") if file.is_file()) <= MOST_BYTES
+        assert {read_manifest(path).step for path in released.iterdir()} == {2, 4}
 
 
 if __name__ == "__main__":
