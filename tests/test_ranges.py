@@ -60,7 +60,7 @@ def with_value(key: Key, value: object) -> dict[str, Any]:
     changed = yaml.safe_load(yaml.safe_dump(RECIPE))
     owner = changed
     for part in key[:-1]:
-        owner = owner[part]
+        owner = owner.setdefault(part, {}) if isinstance(owner, dict) else owner[part]  # a section that may be absent
     owner[key[-1]] = value
     return changed
 

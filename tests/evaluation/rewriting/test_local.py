@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from chat_server import parts_of
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cinemesh.errors import CinemeshError
 from cinemesh.evaluation.rewriting.guideline import read_guideline
@@ -28,6 +26,10 @@ POSITIONS = 192
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bytes as tokens; two layers; the answer to PROMPT by heart."""
+    # Here, not above: they load Triton, and whether it interprets kernels is decided when tests/kernels is collected.
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
     folder = tmp_path_factory.mktemp("student")
     special = ["<s>", "<a>", "</s>"]
     signs = sorted(pre_tokenizers.ByteLevel.alphabet())
