@@ -38,7 +38,7 @@ class NotAllowed(Exception):
     """A box cannot be built here; says why."""
 
 
-def _call(*command: str) -> None:
+def call(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
@@ -72,19 +72,19 @@ class Box:
 
     def _build(self) -> None:
         for name in self.names:
-            _call("ip", "netns", "add", name)
+            call("ip", "netns", "add", name)
             self._made.append(name)
         first, second = self.names
-        _call(*f"ip link add {INTERFACE} netns {first} type veth peer name {INTERFACE} netns {second}".split())
+        call(*f"ip link add {INTERFACE} netns {first} type veth peer name {INTERFACE} netns {second}".split())
         for i, name in enumerate(self.names):
             inside = ("ip", "netns", "exec", name)
-            _call(*inside, "ip", "address", "add", f"{NETWORK}.{i + 1}/24", "dev", INTERFACE)
+            call(*inside, "ip", "address", "add", f"{NETWORK}.{i + 1}/24", "dev", INTERFACE)
             for interface in ("lo", INTERFACE):
-                _call(*inside, "ip", "link", "set", interface, "up")
+                call(*inside, "ip", "link", "set", interface, "up")
             limit = f"rate {self.rate_mbit:g}mbit burst {BURST_BYTES} limit {QUEUE_BYTES}"
-            _call(*inside, *f"tc qdisc add dev {INTERFACE} root tbf {limit}".split())
+            call(*inside, *f"tc qdisc add dev {INTERFACE} root tbf {limit}".split())
             for setting in SETTINGS:
-                _call(*inside, "sysctl", "-q", "-w", setting)
+                call(*inside, "sysctl", "-q", "-w", setting)
 
     def run(self, command: list[str], timeout_s: float = 1800.0, ranks_per_server: int = RANKS_PER_SERVER) -> str:
         """Run a Python command line as ranks, in the environment that torchrun would set; what rank 0 printed.
