@@ -29,6 +29,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "stages": ("cinemesh stages configs/chain.yaml --nproc 2",),
     "launch": (
         "cinemesh launch slurm configs/gpu-8.yaml --spares 1 --time 12:00:00 --out run.sbatch",
+        "cinemesh launch slurm configs/chain.yaml --per-node 2 --out chain.sbatch",
         "cinemesh launch kubernetes configs/gpu-8.yaml --image registry/cinemesh:1 --claim work",
         "cinemesh launch kubernetes configs/gpu-8.yaml --image registry/cinemesh:1 --kind JobSet --out run.yaml",
         "cinemesh launch local configs/quickstart.yaml",

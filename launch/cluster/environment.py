@@ -8,6 +8,7 @@ sees one GPU has it to itself is known when the ranks meet: each lays claim to i
 from __future__ import annotations
 
 import os
+import stat
 import sys
 
 import torch
@@ -83,6 +84,29 @@ def say_device(wanted: Device, local: int) -> None:
         print(f"WARNING: {lacks}", file=sys.stderr)
     if device_here(wanted, local) == "cpu" and wanted == "auto" and int(os.environ.get("RANK", "0")) == 0:
         print(f"computing on the CPU: {_none()}", file=sys.stderr)
+
+
+def check_kernel_cache() -> None:
+    """Make the folder of compiled kernels that the environment names. Raises CinemeshError where others may write.
+
+    What lies there is loaded as code. One made ahead by another user of a node, in ``/tmp``, could hold theirs.
+    """
+    folder = os.environ.get("TRITON_CACHE_DIR")
+    if not folder:
+        return
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        there = os.lstat(folder)
+    except OSError as error:
+        raise CinemeshError(
+            f"TRITON_CACHE_DIR is {folder}: {error.strerror}", remedy="name a folder that can be made"
+        ) from None
+    if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.getuid() or there.st_mode & 0o022:
+        raise CinemeshError(
+            f"TRITON_CACHE_DIR is {folder}, of user {there.st_uid} with mode {there.st_mode & 0o777:o}: kernels there "
+            f"are run as code, so it must be a folder of user {os.getuid()} that others cannot write",
+            remedy="name another",
+        )
 
 
 def _none() -> str:

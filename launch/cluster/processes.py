@@ -41,7 +41,7 @@ from ...parallel.runtime.mesh import Mesh, start_job
 from ..options import Device
 from ..terminal import show_what_it_can
 from .alike import software_alike
-from .environment import claim, device_here, launched, processes_here
+from .environment import check_kernel_cache, claim, device_here, launched, processes_here
 from .marks import Marks
 from .meeting import Meeting, agree, meet
 from .sidecar import JOB_VERDICT, Watched, watched
@@ -129,6 +129,7 @@ def joined(
         torch.cuda.set_device(device)
     claim(meeting.store, rank, device)
     if cuda:
+        check_kernel_cache()
         set_up_nccl()
         if rank == 0 and (lost := nccl_stack().told()):
             _to_stderr(f"WARNING: {lost}")

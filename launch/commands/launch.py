@@ -10,9 +10,12 @@ from typing import Literal
 
 from ...errors import CinemeshError
 from ...files import atomic_file, check_output_file
+from ...parallel.ir.plan import Plan
+from ...perf_model.clusters.cluster import Cluster
 from ..jobs import kubernetes, local, slurm
 from ..jobs.job import ClusterJob, make_job
 from ..options import JobOptions
+from ..training.chain import is_chain, read_chain
 from ..training.recipe import Auto, Config, read_recipe
 from ..training.resolve import cluster_under, planned, resolved_before
 from ..training.setting import Setting
@@ -53,12 +56,13 @@ def run(order: LaunchOrder, options: JobOptions) -> int:
         if target == "local":
             raise CinemeshError("--out: local starts the run, and writes no file", remedy="leave --out out")
         check_output_file(order.out, "--out")
-    job = _job(order, options.per_node)
+    jobs = _stages(order, options.per_node) if is_chain(order.recipe) else [_job(order, options.per_node)]
+    job = jobs[0]
     if target == "local":
         print("\n".join(job.about()), flush=True)
         return local.run(job, options.interface)
     if target == "slurm":
-        text, start = slurm.script(job, _slurm(options)), "sbatch"
+        text, start = slurm.script(jobs, _slurm(options)), "sbatch"
     else:
         text, start = kubernetes.manifests(job, _kubernetes(options)), "kubectl apply -f"
     if order.out is None:
@@ -66,8 +70,52 @@ def run(order: LaunchOrder, options: JobOptions) -> int:
         return 0
     with atomic_file(order.out) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
-    wrote(order.out, f"{start} {shlex.quote(str(order.out))}", f"{job.plan.world_size:,} ranks on {job.nodes:,} nodes")
+    about = ", ".join(dict.fromkeys(f"{one.plan.world_size:,} ranks on {one.nodes:,} nodes" for one in jobs))
+    wrote(order.out, f"{start} {shlex.quote(str(order.out))}", about)
     return 0
+
+
+def _stages(order: LaunchOrder, per_node: int | None) -> list[ClusterJob]:
+    """Of a chain, each as ``cinemesh stages CHAIN --stage NAME`` does it. Raises CinemeshError for other targets."""
+    if order.target != "slurm":
+        raise CinemeshError(
+            f"{order.recipe} is a chain of stages, and {order.target} starts one run",
+            remedy="launch slurm makes an array of them; cinemesh stages runs them here",
+        )
+    if order.ranks is not None:
+        raise CinemeshError(
+            f"--ranks {order.ranks}: the stages of {order.recipe} have their own plans", remedy="leave it out"
+        )
+    jobs: list[ClusterJob] = []
+    for link in read_chain(order.recipe, order.overrides):
+        recipe, auto = read_recipe(link.recipe, link.overrides)
+        if auto is not None:
+            raise CinemeshError(f"{order.recipe}: the plan of {link.stage.name} is auto", remedy="name one in its set")
+        plan = Plan() if link.stage.average else recipe.plan
+        cluster, on_gpus = _where(recipe)
+        if per_node is None and cluster is None:
+            per_node = plan.world_size
+        fewer = None if per_node is None else min(per_node, plan.world_size)
+        job = make_job(
+            order.recipe,
+            plan,
+            order.overrides,
+            cluster=cluster,
+            per_node=fewer,
+            on_gpus=on_gpus and not link.stage.average,
+            stage=link.stage.name,
+            short=not link.is_run,
+        )
+        jobs.append(job)
+    return jobs
+
+
+def _where(recipe: Config) -> tuple[Cluster | None, bool]:
+    """The cluster that a recipe names, and whether it runs on GPUs."""
+    cluster = None if recipe.cluster is None else cluster_under(recipe, recipe.cluster)
+    return cluster, recipe.device == "cuda" or (
+        recipe.device == "auto" and (cluster is None or cluster.device == "cuda")
+    )
 
 
 def _job(order: LaunchOrder, per_node: int | None) -> ClusterJob:
@@ -75,10 +123,9 @@ def _job(order: LaunchOrder, per_node: int | None) -> ClusterJob:
     setting = _under_its_plan(recipe, auto, order)
     plan = setting.config.plan
     _ = setting.batches  # raises where the plan does not divide one
-    cluster = None if recipe.cluster is None else cluster_under(recipe, recipe.cluster)
+    cluster, on_gpus = _where(recipe)
     if per_node is None and cluster is None and order.target == "local":
         per_node = max(1, plan.world_size // 2)
-    on_gpus = recipe.device == "cuda" or (recipe.device == "auto" and (cluster is None or cluster.device == "cuda"))
     given = [one for one in order.overrides if one.partition("=")[0].strip().split(".")[0] != "plan"]
     return make_job(order.recipe, plan, given, cluster=cluster, per_node=per_node, on_gpus=on_gpus)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ...errors import CinemeshError, did_you_mean
 from ..train import run as train
 from ..training.chain import Link, read_chain
 from ..training.sample import run as sample
@@ -13,20 +15,46 @@ from .average import run as average
 from .hand_over import hand_over
 
 
-def run(*, path: Path, nproc: int | None, overrides: Sequence[str] = ()) -> None:
-    """Do what is left of the chain, stage after stage. Ends as a run of one of its stages ends that does not finish."""
+def run(*, path: Path, nproc: int | None, only: str | None = None, overrides: Sequence[str] = ()) -> None:
+    """Do what is left of the chain, stage after stage, or of one stage of it alone.
+
+    Ends as a run of one of its stages ends that does not finish. Raises CinemeshError where there is no such stage, or
+    one that it begins with is not done.
+    """
     links = {link.stage.name: link for link in read_chain(path, overrides)}
+    if only is not None:
+        _check_before(links, only, path)
     for number, link in enumerate(links.values(), 1):
         what = f"stage {number} of {len(links)}, {link.stage.name}"
-        if link.done:
-            print(f"{what}: done before", file=sys.stderr)
+        if only not in (None, link.stage.name):
             continue
-        print(f"{what}: {link.directory}", file=sys.stderr)
+        if link.done:
+            say(f"{what}: done before")
+            continue
+        say(f"{what}: {link.directory}")
         if link.is_run and link.stage.after is not None and links[link.stage.after].is_run:
             for line in hand_over(links[link.stage.after].config(), link.config()):
-                print(line, file=sys.stderr)
+                say(line)
         _do(link, links, nproc)
-    print(f"the chain is done: {', '.join(str(link.directory) for link in links.values())}", file=sys.stderr)
+    if only is None:
+        say(f"the chain is done: {', '.join(str(link.directory) for link in links.values())}")
+
+
+def say(line: str) -> None:
+    """Once for all ranks of a job."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+
+
+def _check_before(links: Mapping[str, Link], name: str, path: Path) -> None:
+    if name not in links:
+        raise CinemeshError(f"the chain {path} has no stage {name!r}", remedy=did_you_mean(name, links))
+    stage = links[name].stage
+    for before in (*stage.average, *([stage.after] if stage.after is not None else [])):
+        if not links[before].done:
+            raise CinemeshError(
+                f"the chain {path}: {name} begins with {before}, which is not done", remedy="do it first"
+            )
 
 
 def _do(link: Link, links: Mapping[str, Link], nproc: int | None) -> None:

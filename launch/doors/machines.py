@@ -11,7 +11,6 @@ from ..options import (
     DEFAULT_CLUSTER,
     GPUS_RANGE,
     AsJson,
-    ConfigFile,
     JobOptions,
     OnDevice,
     Overrides,
@@ -59,7 +58,9 @@ def launch_job(
         Literal["slurm", "kubernetes", "local"],
         typer.Argument(metavar="slurm|kubernetes|local", help="What starts the run."),
     ],
-    config: ConfigFile,
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML recipe, for example configs/gpu-8.yaml. slurm: also a chain.")
+    ],
     *,
     plan: RecipePlan = None,
     device: RecipeDevice = None,
@@ -75,9 +76,10 @@ def launch_job(
     """Print what starts a run on a cluster, or start it here.
 
     slurm: a script for sbatch. Every node is looked at first, a spare takes the place of one that fails,
-    and the job queues again after a preemption, a lost node and the time limit. kubernetes: manifests of
-    a TrainJob with its runtime, or of a JobSet. local: as many agents of torchrun as there are nodes,
-    all on this machine. Ranks lie on nodes as the plan's order says; what is printed shows where.
+    and the job queues again after a preemption, a lost node and the time limit. Of a chain it is an array
+    of its stages, one after another. kubernetes: manifests of a TrainJob with its runtime, or of a JobSet.
+    local: as many agents of torchrun as there are nodes, all on this machine. Ranks lie on nodes as the
+    plan's order says; what is printed shows where.
     """
     from ..commands.launch import LaunchOrder, run
 

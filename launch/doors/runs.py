@@ -68,16 +68,19 @@ def train(
 @runs.command(epilog=epilog("stages"))
 def stages(
     chain: Annotated[Path, typer.Argument(metavar="CHAIN", help="YAML chain, for example configs/chain.yaml.")],
+    only: Annotated[str | None, typer.Option("--stage", metavar="NAME", help="This one alone. Default: all.")] = None,
     nproc: LocalProcesses = None,
     device: RecipeDevice = None,
+    overrides: Overrides = None,
 ) -> None:
     """Run a chain of stages, or go on with it: runs that begin with others' ends, averages, clips.
 
-    What is done is not done again. Between two runs it says both plans, batches and step times.
+    What is done is not done again. Between two runs it says both plans, batches and step times. On a
+    cluster, launch slurm CHAIN makes an array of its stages.
     """
     from ..commands.stages import run
 
-    run(path=chain, nproc=nproc, overrides=device_override(device))
+    run(path=chain, only=only, nproc=nproc, overrides=[*device_override(device), *(overrides or [])])
 
 
 @runs.command(epilog=epilog("replay"))

@@ -24,7 +24,9 @@ FILES_BESIDE = 512  # open files of a process that are no sockets of the job: li
 class ClusterJob:
     """A recipe's run. ``recipe``: an absolute path; ``overrides``: as ``--set`` takes them; ``directory``: to run in.
 
-    ``plan`` is what the ranks are told to run, whatever the recipe says. ``cluster``: where it is known.
+    ``plan`` is what the ranks are told to run, whatever the recipe says. ``cluster``: where it is known. ``stage``: of
+    a chain, where ``recipe`` is that of all stages; they have their own plans. ``short``: minutes, for which
+    nodes may idle.
     """
 
     name: str
@@ -35,6 +37,8 @@ class ClusterJob:
     ranks_of_a_node: int
     on_gpus: bool
     cluster: Cluster | None = None
+    stage: str | None = None
+    short: bool = False
 
     @property
     def nodes(self) -> int:
@@ -43,6 +47,8 @@ class ClusterJob:
     def training(self, recipe: str) -> list[str]:
         """What follows ``torchrun``'s own options; ``recipe``: its path where the ranks read it."""
         sets = [word for override in self.overrides for word in ("--set", override)]
+        if self.stage is not None:
+            return ["-m", "cinemesh.launch", "stages", recipe, "--stage", self.stage, *sets]
         return ["-m", TRAIN, recipe, "--plan", self.plan.to_text() or "tp=1", *sets]
 
     @property
@@ -57,7 +63,7 @@ class ClusterJob:
         where = f" of {self.cluster.name}" if self.cluster is not None else ""
         many = f"{self.ranks_of_a_node} on each of {self.nodes:,} nodes" if self.nodes > 1 else "on one node"
         return [
-            f"{self.name}: {self.plan.world_size:,} ranks, {many}{where}",
+            f"{self.stage or self.name}: {self.plan.world_size:,} ranks, {many}{where}",
             f"plan: {self.plan.to_text() or 'one rank'}",
             *placement(self),
         ]
@@ -82,9 +88,17 @@ def placement(job: ClusterJob) -> Iterator[str]:
 
 
 def make_job(
-    recipe: Path, plan: Plan, overrides: Sequence[str], *, cluster: Cluster | None, per_node: int | None, on_gpus: bool
+    recipe: Path,
+    plan: Plan,
+    overrides: Sequence[str],
+    *,
+    cluster: Cluster | None,
+    per_node: int | None,
+    on_gpus: bool,
+    stage: str | None = None,
+    short: bool = False,
 ) -> ClusterJob:
-    """The job of a recipe's run from the current directory.
+    """The job of a recipe's run, or of a stage of a chain, from the current directory.
 
     ``per_node``: ranks of a node; default: the GPUs of a server of the cluster. Raises CinemeshError where that does
     not divide the ranks or is not known, and for a text that no script can hold.
@@ -120,6 +134,8 @@ def make_job(
         ranks_of_a_node=per_node,
         on_gpus=on_gpus,
         cluster=cluster,
+        stage=stage,
+        short=short,
     )
 
 

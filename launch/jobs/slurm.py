@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,22 +35,41 @@ class SlurmAsked:
     interface: str | None = None
 
 
-def script(job: ClusterJob, asked: SlurmAsked) -> str:
-    """The script's text. Raises CinemeshError for an option that a directive cannot hold."""
+def script(jobs: Sequence[ClusterJob], asked: SlurmAsked) -> str:
+    """The script's text: of one job, or of an array of them, which run one after another.
+
+    Raises CinemeshError for an option that a directive cannot hold, and for jobs of unlike nodes.
+    """
+    largest = max(jobs, key=lambda job: job.nodes)
+    for job in jobs:
+        if job.nodes != largest.nodes and not job.short:
+            raise CinemeshError(
+                f"{job.stage} runs on {job.nodes} nodes and {largest.stage} on {largest.nodes}: an array has as many "
+                "for each",
+                remedy="give their plans as many ranks, or submit stages of their own: cinemesh stages CHAIN --stage",
+            )
     lines = ["#!/bin/bash", "# shellcheck disable=SC2016  # words in single quotes are meant as they are", ""]
-    lines += [f"# {line}" for line in job.about()]
-    for option, why in _directives(job, asked):
+    lines += [f"# {line}" for job in jobs for line in job.about()]
+    for option, why in _directives(largest, len(jobs), asked):
         lines += [f"# {why}", f"#SBATCH {option}"] if why else [f"#SBATCH {option}"]
-    lines += ["", f"cd -- {shlex.quote(str(job.directory))} || exit 2"]
-    lines += [f"{name}={value}" for name, value in _values(job, asked)]
-    lines += [f"# a process of this job opens up to {job.open_files:,} files", 'ulimit -S -n "$(ulimit -H -n)"', ""]
-    for one in variables(job, asked.interface):
+    lines += ["", f"cd -- {shlex.quote(str(largest.directory))} || exit 2"]
+    lines += [f"{name}={value}" for name, value in _shared(largest, asked)]
+    files = max(job.open_files for job in jobs)
+    lines += [f"# a process of this job opens up to {files:,} files", 'ulimit -S -n "$(ulimit -H -n)"', ""]
+    for one in variables(largest, asked.interface):
         lines += [f"# {one.why}", f"export {one.name}={shlex.quote(one.value)}"]
-    lines += [f"# {line}" for line in site(job)]
+    lines += [f"# {line}" for line in site(largest)]
+    if len(jobs) == 1:
+        lines += [f"{name}={value}" for name, value in _own(largest)]
+    else:
+        lines += ["case $SLURM_ARRAY_TASK_ID in"]
+        for number, job in enumerate(jobs):
+            lines += [f"  {number})", *(f"    {name}={value}" for name, value in _own(job)), "    ;;"]
+        lines += ['  *) echo "there is no stage $SLURM_ARRAY_TASK_ID" >&2; exit 2 ;;', "esac"]
     return "\n".join(lines) + "\n\n" + REST.read_text(encoding="utf-8")
 
 
-def _directives(job: ClusterJob, asked: SlurmAsked) -> Iterator[tuple[str, str]]:
+def _directives(job: ClusterJob, jobs: int, asked: SlurmAsked) -> Iterator[tuple[str, str]]:
     """Each with its reason, where it needs one."""
     if re.fullmatch(r"[0-9]+(-[0-9]+)?(:[0-9]+){0,2}", asked.time_limit) is None:
         raise CinemeshError(
@@ -60,7 +79,9 @@ def _directives(job: ClusterJob, asked: SlurmAsked) -> Iterator[tuple[str, str]]
             value=asked.time_limit,
         )
     yield f"--job-name={job.name}", ""
-    yield f"--output={job.name}-%j.log", ""
+    if jobs > 1:
+        yield f"--array=0-{jobs - 1}%1", "stages, one after another: each begins with the end of one before it"
+    yield f"--output={job.name}-{'%A-%a' if jobs > 1 else '%j'}.log", ""
     yield "--open-mode=append", "the log goes on when the job is started again"
     for name, value in (("partition", asked.partition), ("account", asked.account)):
         if value is not None:
@@ -79,19 +100,23 @@ def _directives(job: ClusterJob, asked: SlurmAsked) -> Iterator[tuple[str, str]]
         yield "--no-kill", "the job outlives another node, and a spare takes its place"
 
 
-def _values(job: ClusterJob, asked: SlurmAsked) -> Iterator[tuple[str, str]]:
-    """Of the rest's variables, as bash reads them."""
-    python = "python3" if asked.container is not None else sys.executable
+def _own(job: ClusterJob) -> Iterator[tuple[str, str]]:
+    """The rest's variables that say what one job is, as bash reads them."""
     yield "nodes", str(job.nodes)
     yield "ranks_of_a_node", str(job.ranks_of_a_node)
     yield "ranks", str(job.plan.world_size)
-    yield "attempts", str(ATTEMPTS)
-    yield "requeues", str(REQUEUES)
-    yield "python", shlex.quote(printable(python, "python"))
     doctor = ["--device", "cuda" if job.on_gpus else "cpu", "--per-node", str(job.ranks_of_a_node)]
     yield "doctor", f"({in_words(['-m', 'cinemesh.launch', 'doctor', *doctor])})"
     yield "train", f"({in_words(job.training(str(job.recipe)))})"
     yield "place", f"({in_words(job.about())})"
+
+
+def _shared(job: ClusterJob, asked: SlurmAsked) -> Iterator[tuple[str, str]]:
+    """Those that say how any of the jobs is started."""
+    python = "python3" if asked.container is not None else sys.executable
+    yield "attempts", str(ATTEMPTS)
+    yield "requeues", str(REQUEUES)
+    yield "python", shlex.quote(printable(python, "python"))
     step = ["--mpi=none", "--cpu-bind=none", "--overlap"]  # see slurm.sh
     if asked.container is not None:
         step += [f"--container-image={printable(asked.container, '--container')}", "--container-mount-home"]

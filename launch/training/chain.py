@@ -80,6 +80,12 @@ class Link:
         return newest is not None and (step_of(newest) or 0) >= config.schedule.steps
 
 
+def is_chain(path: Path) -> bool:
+    """Whether a file is of stages, and not a recipe. Raises CinemeshError for a file that is no YAML."""
+    values = read_yaml(path, "the recipe or chain", "name a recipe or a chain of stages")
+    return isinstance(values, dict) and "stages" in values
+
+
 def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Link]:
     """The stages of a chain in their order. Raises CinemeshError for a file, or a recipe, that is none.
 

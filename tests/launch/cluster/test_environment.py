@@ -15,7 +15,7 @@ from cinemesh.errors import CinemeshError
 from cinemesh.launch import cli
 from cinemesh.launch import train as entry
 from cinemesh.launch.cluster import environment
-from cinemesh.launch.cluster.environment import claim, device_here
+from cinemesh.launch.cluster.environment import check_kernel_cache, claim, device_here
 from cinemesh.launch.cluster.processes import launch
 from cinemesh.launch.elastic import missing_own_store
 from cinemesh.launch.options import Device
@@ -208,3 +208,27 @@ def test_a_job_whose_nodes_may_come_back_is_told_how_to_start_it(
     lacks = missing_own_store()
     assert (lacks is not None) == warned
     assert lacks is None or lacks.startswith("start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: ")
+
+
+def test_kernels_are_loaded_from_a_folder_of_ones_own_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user of a node may have made it first, with theirs inside; compiled kernels are code."""
+    mine = tmp_path / "a" / "mine"
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(mine))
+    check_kernel_cache()
+    assert mine.is_dir() and mine.stat().st_mode & 0o777 == 0o700
+    check_kernel_cache()  # again: it is there
+    mine.chmod(0o777)
+    with pytest.raises(CinemeshError, match="with mode 777: kernels there are run as code"):
+        check_kernel_cache()
+    mine.chmod(0o700)
+    link = tmp_path / "link"
+    link.symlink_to(mine)
+    for bad in (link, tmp_path / "file"):
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(bad))
+        with pytest.raises(CinemeshError, match="TRITON_CACHE_DIR"):
+            check_kernel_cache()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(mine))
+    monkeypatch.setattr(environment.os, "getuid", lambda: 12345)
+    with pytest.raises(CinemeshError, match="must be a folder of user 12345"):
+        check_kernel_cache()

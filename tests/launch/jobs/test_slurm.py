@@ -197,6 +197,49 @@ def test_a_count_that_is_not_the_plans_is_refused(played: Played) -> None:
         played.script("--per-node", "3")
 
 
+def chain_of(played: Played, **changes: Any) -> None:
+    """In the recipe's place: two runs, their average and a clip of it."""
+    own = played.folder / "work" / "own.yaml"
+    shutil.copy(played.recipe, own)
+    stages: list[dict[str, Any]] = [
+        {"name": "a"},
+        {"name": "b", "after": "a", "set": {"seed": 5, **changes}},
+        {"name": "mean", "average": ["a", "b"]},
+        {"name": "clip", "after": "mean", "prompt": "It moves.", "set": {"sample.steps": 2}},
+    ]
+    played.recipe.write_text(yaml.safe_dump({"directory": "runs", "recipe": str(own), "stages": stages}))
+
+
+def test_a_chain_is_an_array_of_its_stages(played: Played) -> None:
+    """Each task does its stage and no other, on the ranks that it has; an average has one."""
+    chain_of(played)
+    text = played.script("--per-node", "1", "--set", "schedule.steps=3")
+    assert "#SBATCH --array=0-3%1\n" in text and "#SBATCH --nodes=2\n" in text
+    for task, (stage, ranks) in enumerate({"a": 2, "b": 2, "mean": 1, "clip": 2}.items()):
+        done = played.run(text, "n1 n2", SLURM_ARRAY_TASK_ID=str(task))
+        assert done.returncode == 0, done.stderr
+        agents = played.ranks
+        (played.folder / "said.ranks").unlink()
+        assert len(agents) == ranks and f"{stage}: {ranks} ranks" in done.stdout
+        wanted = ["stages", str(played.recipe), "--stage", stage, "--set", "schedule.steps=3"]
+        assert all(given[-len(wanted) :] == wanted for given in agents)
+    done = played.run(text, "n1 n2", SLURM_ARRAY_TASK_ID="4")
+    assert done.returncode == 2 and "there is no stage 4" in done.stderr
+
+
+def test_a_chain_that_no_array_holds_is_refused(played: Played) -> None:
+    chain_of(played, **{"plan.dp_shard": 1})
+    with pytest.raises(CinemeshError, match="b runs on 1 nodes and a on 2"):
+        played.script("--per-node", "1")
+    with pytest.raises(CinemeshError, match="--ranks 4"):
+        played.script("--per-node", "1", "--ranks", "4")
+    for target in ("local", "kubernetes"):
+        with pytest.raises(CinemeshError, match="is a chain of stages"):
+            CliRunner().invoke(
+                app, ["launch", target, str(played.recipe)], standalone_mode=False, catch_exceptions=False
+            )
+
+
 @pytest.mark.parametrize("options", [TWO, ("--per-node", "2", "--container", "/images/it's.sqsh", "--partition", "a")])
 def test_the_script_is_clean(played: Played, options: tuple[str, ...]) -> None:
     text = played.script(*options)

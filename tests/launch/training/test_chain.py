@@ -101,3 +101,17 @@ def test_a_chain_that_is_none_is_told_before_it_begins(
         read_chain(written(clips, tmp_path, stages))
     assert said in str(refused.value)
     assert not (tmp_path / "runs").exists()
+
+
+def test_one_stage_alone_waits_for_those_before_it(clips: Path, tmp_path: Path) -> None:
+    """What each task of a job array does: it must neither do another's stage nor begin with half of one."""
+    path = written(clips, tmp_path, [{"name": "a"}, {"name": "b", "after": "a"}, {"name": "c", "average": ["a", "b"]}])
+    for name, before in (("b", "a"), ("c", "a")):
+        with pytest.raises(CinemeshError, match=f"{name} begins with {before}, which is not done"):
+            run(path=path, only=name, nproc=None)
+    with pytest.raises(CinemeshError, match="has no stage 'd'"):
+        run(path=path, only="d", nproc=None)
+    run(path=path, only="a", nproc=None)
+    assert [link.done for link in read_chain(path)] == [True, False, False]
+    with pytest.raises(CinemeshError, match="c begins with b"):
+        run(path=path, only="c", nproc=None)
