@@ -58,9 +58,11 @@ NUMBERS = dict(numbers(Config))
 
 def with_value(key: Key, value: object) -> dict[str, Any]:
     changed = yaml.safe_load(yaml.safe_dump(RECIPE))
+    if "lora" in key:
+        changed["model"]["lora"] = {"rank": 4, "alpha": 8.0}
     owner = changed
     for part in key[:-1]:
-        owner = owner.setdefault(part, {}) if isinstance(owner, dict) else owner[part]  # a section that may be absent
+        owner = owner[part]
     owner[key[-1]] = value
     return changed
 

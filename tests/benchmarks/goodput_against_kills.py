@@ -50,7 +50,7 @@ def moments(seed: int, count: int) -> list[Fault]:
     found: list[Fault] = []
     for number in range(count):
         found.append(Fault(number % 2, "kill", "moment", part=draw.expovariate(1.0 / MTBF_S)))
-        draw.random(), draw.random()  # whether it hangs, whether it takes a node
+        _ = draw.random(), draw.random()  # whether it hangs, whether it takes a node
     return found
 
 
