@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
-from xml.sax.saxutils import quoteattr
+from xml.sax.saxutils import quoteattr  # nosec B406  it writes, and parses nothing
 
 from ..documents import mapping, quoted, read_json
 from ..errors import CinemeshError

@@ -211,9 +211,9 @@ class LargestObject:
     def __init__(self, path: Path, px: int) -> None:
         transformers = transformers_of("detector")
         try:
-            self._model: Any = transformers.AutoModelForObjectDetection.from_pretrained(
-                str(path), local_files_only=True
-            ).eval()
+            detector = transformers.AutoModelForObjectDetection
+            found = detector.from_pretrained(str(path), local_files_only=True)  # nosec B615  a directory of the user's
+            self._model: Any = found.eval()
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise CinemeshError(
                 f"transformers cannot read an object detector from {path}: {in_a_line(error)}",
