@@ -137,6 +137,7 @@ def test_options_reach_train_sample_and_program(monkeypatch: pytest.MonkeyPatch)
         "config": Path("a.yaml"),
         "prompt": "a car",
         "prompts": None,
+        "rewrite": None,
         "checkpoint": None,
         "out": None,
         "asked": {

@@ -74,8 +74,9 @@ def test_nor_does_the_compile_check(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         app(["kernels", "--model", "tiny", "--plan", "tp=1", "--compile", "sm_90"], standalone_mode=False)
 
 
-@pytest.mark.parametrize("key", ["logging.directory", "data.cache"])
-@pytest.mark.parametrize("in_the_way", ["out", "out/below"])
+@pytest.mark.parametrize(
+    ("key", "in_the_way"), [("logging.directory", "out"), ("logging.directory", "out/below"), ("data.cache", "out")]
+)
 def test_nor_does_a_run(values: dict[str, Any], tmp_path: Path, key: str, in_the_way: str) -> None:
     """A file where a folder is wanted; for the run, below it too."""
     if in_the_way == "out":

@@ -188,7 +188,9 @@ def test_every_command_that_starts_ranks_takes_a_device_and_every_recipe_names_o
     assert starting == {"train", "stages", "sample", "replay", "profile", "calibrate"}
     assert all("device" in options[name] for name in starting)
     recipes = {path.name: yaml.safe_load(path.read_text()) for path in CONFIGS.glob("*.yaml")}
-    recipes = {name: cast(dict[str, Any], values) for name, values in recipes.items() if "model" in values}
+    recipes = {
+        name: cast(dict[str, Any], values) for name, values in recipes.items() if {"model", "data"} <= values.keys()
+    }
     assert recipes.keys() >= {"quickstart.yaml", "buckets.yaml"}
     for name, values in recipes.items():
         assert values.get("device") == ("cuda" if values.get("cluster", "local-cpu") != "local-cpu" else "cpu"), name
