@@ -26,7 +26,7 @@ from cinemesh.launch.proof.verify import MAX_PROCS, small_case
 from cinemesh.launch.tae.loop import plan_of
 from cinemesh.launch.tae.recipe import read_tae_recipe
 from cinemesh.launch.training.chain import read_chain
-from cinemesh.launch.training.recipe import read_config
+from cinemesh.launch.training.recipe import read_config, read_recipe
 from cinemesh.launch.training.sections import override
 from cinemesh.launch.training.setting import Setting
 from cinemesh.model.config import USUAL_LATENTS, preset
@@ -110,9 +110,12 @@ def traced(given: dict[str, Any]) -> None:
 
 
 def trained(given: dict[str, Any]) -> None:
-    config = read_config(given["config"], [*plan_override(given["plan"]), *(given["overrides"] or [])])
-    if not given["dry_run"]:
-        config.plan.check_world_size(given["nproc"] or 1)
+    asked = [*plan_override(given["plan"]), *(given["overrides"] or [])]
+    if given["dry_run"]:
+        read_recipe(given["config"], asked)
+        return
+    config = read_config(given["config"], asked)
+    config.plan.check_world_size(given["nproc"] or 1)
     Setting.of(config).check_training()
 
 
