@@ -189,7 +189,9 @@ def test_every_command_that_starts_ranks_takes_a_device_and_every_recipe_names_o
     assert all("device" in options[name] for name in starting)
     recipes = {path.name: yaml.safe_load(path.read_text()) for path in CONFIGS.glob("*.yaml")}
     recipes = {
-        name: cast(dict[str, Any], values) for name, values in recipes.items() if {"model", "data"} <= values.keys()
+        name: cast(dict[str, Any], values)
+        for name, values in recipes.items()
+        if isinstance(values, dict) and {"model", "data"} <= {*values}
     }
     assert recipes.keys() >= {"quickstart.yaml", "buckets.yaml"}
     for name, values in recipes.items():
