@@ -28,6 +28,7 @@ from ...errors import CinemeshError, in_a_line
 
 MEETING_S = 600.0  # how long ranks wait for one another when they start
 HEAR = timedelta(seconds=60)  # between two looks whether the store is still there
+FIRST_FAILURE = "cinemesh/first_failure"  # in the store: the rank that failed first, and its exit code
 POLL_S = 0.05  # in which rank 0 asks who has heard
 MOST_TOLD = 4  # keys of a difference that are told; the others are counted
 MOST_KINDS = 8  # sets of values that are looked at: those of the ranks that came first

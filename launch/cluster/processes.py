@@ -43,7 +43,7 @@ from ..terminal import show_what_it_can
 from .alike import software_alike
 from .environment import check_kernel_cache, claim, device_here, launched, processes_here
 from .marks import Marks
-from .meeting import Meeting, agree, meet
+from .meeting import FIRST_FAILURE, Meeting, agree, meet
 from .sidecar import JOB_VERDICT, Watched, watched
 
 USER_ERROR = 2  # exit code of a CinemeshError, see cli.py
@@ -53,7 +53,6 @@ GRACE_S = 120.0  # what ranks get to save once the launcher was asked to stop
 LEFTOVER_S = 20.0  # and to end by themselves once one of them failed
 LOOPBACK = "127.0.0.1"
 ANSWER_S = 1800.0  # how long ranks wait for one another in a collective
-_CLAIM = "cinemesh/first_failure"
 
 T = TypeVar("T")
 
@@ -186,7 +185,7 @@ def _failed(error: Exception | None, code: int, message: str, say: Callable[[str
     else:
         mine = f"{os.environ.get('RANK', '0')} {code}"
         try:
-            claimed = _meeting.store.compare_set(_CLAIM, "", mine).decode()
+            claimed = _meeting.store.compare_set(FIRST_FAILURE, "", mine).decode()
         except dist.DistError:  # the store's host is gone: nobody can tell
             claimed = mine
         speaks, code_of_all = claimed == mine, int(claimed.split()[1])

@@ -43,7 +43,7 @@ from ...parallel.runtime.comm import count_host_calls
 from ...parallel.runtime.mesh import group_ranks
 from .flight import BUFFER, CommunicatorState, FlightRecorder, joined_flights
 from .marks import Doing, Marks, Standing
-from .meeting import Meeting
+from .meeting import FIRST_FAILURE, Meeting
 from .roll_call import DEATH, DEATH_S, RollCall, wait_for
 from .rounds import keep
 from .verdict import At, RoundEnd, Waypoint, judged, lost_with_machines, shown_place, store_lost
@@ -156,6 +156,7 @@ class _Watchdog:
     programs: Sequence[Sequence[Waypoint]] = ()
     roll: RollCall = field(init=False)
     rank_waits: bool = False  # to hear why it fails
+    job_failed: bool = False  # and who failed first has said so: the launcher ends the others
 
     def run(self) -> None:
         """Until the rank has said goodbye, has ended, or is ended."""
@@ -186,6 +187,7 @@ class _Watchdog:
                 self._called(store, now - since, limit_s)
             if now >= asks:
                 asks = now + POLL_S * self.meeting.world / MANY
+                self.job_failed = self.job_failed or store.check([FIRST_FAILURE])
                 roll.answer()
             if called and store.check([_show(rank)]) and not store.check([_shown(rank)]):
                 store.set(_shown(rank), self._stack())
@@ -251,6 +253,8 @@ class _Watchdog:
                         return
                     self.rank_waits = said == _LOST
             except (EOFError, OSError):
+                if self.job_failed:
+                    return
                 if self.roll.one_machine:  # its own death took the store along
                     self._say(self._death())
                     return
