@@ -143,7 +143,7 @@ def work(folder: Path) -> None:
         if place.rank == 0:
             atexit.register(linger, folder / "rank 1 has ended")
             raise CinemeshError("the cause")
-        processes._meeting.store.wait([processes._CLAIM])
+        processes._meeting.store.wait([processes.FIRST_FAILURE])
         atexit.register((folder / "rank 1 has ended").touch)
         raise RuntimeError("connection closed by peer")
 

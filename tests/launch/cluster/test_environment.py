@@ -114,7 +114,7 @@ environment.number_of = lambda device: NUMBERS[int(os.environ["RANK"])]
 torch.cuda.set_device = Path(FOLDER, os.environ["RANK"]).write_text
 def instead_of_nccl():
     if NUMBERS[0] == NUMBERS[1]:
-        processes._meeting.store.wait([processes._CLAIM])
+        processes._meeting.store.wait([processes.FIRST_FAILURE])
     os._exit(0)
 
 processes.set_up_nccl = instead_of_nccl
