@@ -34,19 +34,7 @@ ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, str(ROOT / "tests/benchmarks/first_gpu.py")]
 
 # What that machine has of what cinemesh asks for: see first_gpu.py. Everything else is not there.
-THERE = {
-    "fsspec",
-    "torch",
-    "numpy",
-    "pyyaml",
-    "safetensors",
-    "typer",
-    "rich",
-    "triton",
-    "pytest",
-    "hypothesis",
-    "jinja2",
-}
+THERE = {"torch", "numpy", "pyyaml", "safetensors", "typer", "rich", "triton", "pytest", "hypothesis", "jinja2"}
 MODULES = {"nvidia-ml-py": "pynvml", "pillow": "PIL", "scikit-video": "skvideo"}  # where the name is another
 BLOCKED = """
 import sys

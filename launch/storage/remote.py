@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
-
-import fsspec
-from fsspec.core import url_to_fs
+from typing import TYPE_CHECKING, Any
 
 from ...errors import CinemeshError, in_a_line
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 REMEDY = "see to its address and credentials, as docs/checkpoints.md says, and that the server answers"
 MAKE_BUCKET = "make the bucket, or name another"
@@ -59,7 +59,7 @@ class RemotePath:
         """Raise CinemeshError where no package reaches such a URL."""
         protocol = self.url.partition("://")[0]
         try:
-            url_to_fs(self.url)
+            _file_system(self.url)
         except ImportError as error:
             extra = "pip install 'cinemesh[s3]'" if protocol in ("s3", "s3a") else "install the package that it names"
             raise CinemeshError(f"{self}: {in_a_line(error)}", remedy=extra) from error
@@ -159,18 +159,25 @@ class RemotePath:
             return None
 
     @contextmanager
-    def _asking(self, doing: str) -> Iterator[tuple[fsspec.AbstractFileSystem, str]]:
+    def _asking(self, doing: str) -> Iterator[tuple[AbstractFileSystem, str]]:
         try:
-            yield url_to_fs(self.url, use_listings_cache=False)  # others write there
+            yield _file_system(self.url, use_listings_cache=False)  # others write there
         except (FileNotFoundError, FileExistsError):
             raise
         except Exception as error:  # each protocol's package has exceptions of its own
             raise CinemeshError(f"cannot {doing} {self}: {in_a_line(error)}", remedy=REMEDY) from error
 
     @contextmanager
-    def _writing(self) -> Iterator[tuple[fsspec.AbstractFileSystem, str]]:
+    def _writing(self) -> Iterator[tuple[AbstractFileSystem, str]]:
         try:
             with self._asking("write") as found:
                 yield found
         except FileNotFoundError as error:
             raise CinemeshError(f"cannot write {self}: {in_a_line(error)}", remedy=MAKE_BUCKET) from error
+
+
+def _file_system(url: str, **options: Any) -> tuple[AbstractFileSystem, str]:
+    """And the path in it. Loads fsspec, which most commands never need."""
+    from fsspec.core import url_to_fs
+
+    return url_to_fs(url, **options)

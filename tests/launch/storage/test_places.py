@@ -111,7 +111,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     def missing(url: str) -> None:
         raise ImportError("Install s3fs to access S3")
 
-    monkeypatch.setattr("cinemesh.launch.storage.remote.url_to_fs", missing)
+    monkeypatch.setattr("cinemesh.launch.storage.remote._file_system", missing)
     with pytest.raises(CinemeshError, match=r"Install s3fs to access S3; pip install 'cinemesh\[s3\]'"):
         location_of("s3://bucket/run")
 
