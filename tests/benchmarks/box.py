@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Self
 
 SERVERS, RANKS_PER_SERVER = 2, 2
 RANKS = SERVERS * RANKS_PER_SERVER
@@ -54,7 +55,7 @@ class Box:
         self._made: list[str] = []
         self._ranks: list[subprocess.Popen[bytes]] = []
 
-    def __enter__(self) -> Box:
+    def __enter__(self) -> Self:
         # Ended from outside, it leaves the box in order too.
         self._on_term = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:

@@ -28,7 +28,8 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from star import NotAllowed, Star
+from box import NotAllowed
+from star import Star
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -67,7 +68,7 @@ def on_servers(
 ) -> tuple[int, str]:
     """One rank on each server; its exit code and what rank 0 said. ``inside``: words before its own command line."""
     with Star(rates) as star:
-        return star.run([*DOCTOR], inside, variables)
+        return star.run_each([*DOCTOR], inside, variables)
 
 
 def two_ranks(crowded: int | None, neighbours: int = 1) -> tuple[int, str]:

@@ -14,34 +14,20 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from box import BURST_BYTES, QUEUE_BYTES, SETTINGS, NotAllowed, call
-
-__all__ = ["NotAllowed", "Star"]
+from box import BURST_BYTES, INTERFACE, QUEUE_BYTES, SETTINGS, Box, call
 
 NETWORK = "10.213.8"  # private to the star; server i is .i+1
 PORT = 29518
-LINK = "link0"  # in every server
 
 
-class Star:
+class Star(Box):
     """Servers for the time of a ``with`` block. ``rates``: Mb/s of each one's link, each way."""
 
     def __init__(self, rates: Sequence[float]) -> None:
+        super().__init__(max(rates))
         self.rates = rates
         self.names = [f"cinemesh-star-{os.getpid()}-{i}" for i in range(len(rates))]
         self.switch = f"cinemesh-star-{os.getpid()}-switch"
-        self._made: list[str] = []
-
-    def __enter__(self) -> Star:
-        try:
-            self._build()
-        except BaseException:
-            self._tear_down()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._tear_down()
 
     def _build(self) -> None:
         for name in (self.switch, *self.names):
@@ -52,18 +38,18 @@ class Star:
         call(*at_switch, *["ip", "link", "set", "switch0", "up"])
         for i, (name, rate) in enumerate(zip(self.names, self.rates, strict=True)):
             port, inside = f"port{i}", ("ip", "netns", "exec", name)
-            call(*f"ip link add {LINK} netns {name} type veth peer name {port} netns {self.switch}".split())
+            call(*f"ip link add {INTERFACE} netns {name} type veth peer name {port} netns {self.switch}".split())
             call(*at_switch, *f"ip link set {port} master switch0 up".split())
-            call(*inside, "ip", "address", "add", f"{NETWORK}.{i + 1}/24", "dev", LINK)
-            for interface in ("lo", LINK):
+            call(*inside, "ip", "address", "add", f"{NETWORK}.{i + 1}/24", "dev", INTERFACE)
+            for interface in ("lo", INTERFACE):
                 call(*inside, "ip", "link", "set", interface, "up")
             limit = f"rate {rate:g}mbit burst {BURST_BYTES} limit {QUEUE_BYTES}"
-            call(*inside, *f"tc qdisc add dev {LINK} root tbf {limit}".split())
+            call(*inside, *f"tc qdisc add dev {INTERFACE} root tbf {limit}".split())
             call(*at_switch, *f"tc qdisc add dev {port} root tbf {limit}".split())
             for setting in SETTINGS:
                 call(*inside, "sysctl", "-q", "-w", setting)
 
-    def run(
+    def run_each(
         self,
         command: Sequence[str],
         inside: Callable[[int], Sequence[str]],
@@ -77,7 +63,6 @@ class Star:
         """
         with tempfile.TemporaryDirectory() as folder:
             logs = [Path(folder) / f"rank{rank}" for rank in range(len(self.names))]
-            ranks: list[subprocess.Popen[bytes]] = []
             for rank, (name, log) in enumerate(zip(self.names, logs, strict=True)):
                 of_job = {
                     "RANK": str(rank),
@@ -86,23 +71,17 @@ class Star:
                     "LOCAL_WORLD_SIZE": "1",
                     "MASTER_ADDR": f"{NETWORK}.1",
                     "MASTER_PORT": str(PORT),
-                    "GLOO_SOCKET_IFNAME": LINK,
+                    "GLOO_SOCKET_IFNAME": INTERFACE,
                     "OMP_NUM_THREADS": "1",
                     "SLURMD_NODENAME": f"server{rank}",
                 }
                 words = ["ip", "netns", "exec", name, *inside(rank), sys.executable, *command]
                 with log.open("wb") as out:
                     environment = os.environ | of_job | variables(rank)
-                    ranks.append(subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, env=environment))
+                    self._ranks.append(subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, env=environment))
             deadline = time.monotonic() + timeout_s
-            while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+            first = self._ranks[0]
+            while any(rank.poll() is None for rank in self._ranks) and time.monotonic() < deadline:
                 time.sleep(0.05)
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-            return ranks[0].returncode, logs[0].read_text(errors="replace")
-
-    def _tear_down(self) -> None:
-        for name in self._made:
-            subprocess.run(["ip", "netns", "delete", name], check=False)
-        self._made.clear()
+            self._end_ranks()
+            return first.returncode, logs[0].read_text(errors="replace")
