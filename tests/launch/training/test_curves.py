@@ -12,7 +12,8 @@ from harness import Pool, forget_meshes
 from cinemesh.launch.training.recipe import read_config
 
 STEPS = 24
-BOUND = 1e-6  # of a loss: 1.6e-7 after fifty steps of the whole run, whose losses are committed
+CALM = 18  # steps: the batch of the next one multiplies any rounding, torch's own by 13
+BOUND = 1e-6  # of a loss in these
 
 
 def losses(cache: str) -> dict[str, list[float]]:
@@ -26,5 +27,6 @@ def test_tp_and_cp_follow_torchs_fsdp2(pool: Pool, tmp_path: Path) -> None:
     """Only here are many steps in a row compared with an optimizer, a clipping and a sharding that are not ours."""
     found = pool.run(RANKS, losses, str(tmp_path))[0]
     assert fmean(found["fsdp2"][-8:]) < fmean(found["fsdp2"][:8])  # what learns nothing is easily followed
-    assert 0.0 < drift(found["cinemesh"], found["fsdp2"])[-1] < BOUND
-    assert found["rounded"] != found["fsdp2"]
+    ours, rounded = (drift(found[side], found["fsdp2"]) for side in ("cinemesh", "rounded"))
+    assert 0.0 < ours[CALM - 1] < BOUND
+    assert ours[-1] < rounded[-1], "no further than torch from itself, begun with weights one rounding away"
