@@ -4,8 +4,27 @@ from __future__ import annotations
 
 import http.client
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
+from typing import TypeVar
 
 from cinemesh.evaluation.local_page import LocalServer
+
+Page = TypeVar("Page", bound=LocalServer)
+
+
+@contextmanager
+def serving(server: Page) -> Iterator[Page]:
+    """A page that answers for the time of the block."""
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def ask(

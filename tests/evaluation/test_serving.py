@@ -7,17 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
 from browser import CHROMIUM, Browser
 from clip_folders import bench, clip
-from local_requests import ask
+from local_requests import ask, serving
 
 from cinemesh.errors import CinemeshError
 from cinemesh.evaluation.ballot_box import BallotBox
@@ -47,19 +44,6 @@ def folder(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "judged"))
 
 
-@contextmanager
-def served(folder: Path) -> Iterator[JudgeServer]:
-    server = JudgeServer(folder, 0)
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 def state(server: JudgeServer, rater: str) -> dict[str, Any]:
     return json.loads(ask(server, f"/state?rater={rater}")[1])
 
@@ -70,7 +54,7 @@ def a_vote(**changes: object) -> dict[str, object]:
 
 def test_the_page_holds_all_it_needs_and_no_name_of_a_system(folder: Path) -> None:
     """The guideline of every asked axis, each prompt; nothing from another host."""
-    with served(folder) as server:
+    with serving(JudgeServer(folder, 0)) as server:
         status, page, headers = ask(server, "/")
         text = page.decode()
         assert status == 200 and headers["Content-Type"].startswith("text/html")
@@ -83,7 +67,7 @@ def test_files_are_served_whole_and_in_ranges(folder: Path) -> None:
     """A player asks for ranges to go back to the first frame."""
     name = read_pairs(folder).pairs[0].left
     whole = (folder / "clips" / name).read_bytes()
-    with served(folder) as server:
+    with serving(JudgeServer(folder, 0)) as server:
         status, body, headers = ask(server, f"/clips/{name}")
         assert (status, body, headers["Content-Type"], headers["Accept-Ranges"]) == (200, whole, "video/mp4", "bytes")
         status, body, headers = ask(server, f"/clips/{name}", Range="bytes=10-19")
@@ -100,14 +84,14 @@ def test_files_are_served_whole_and_in_ranges(folder: Path) -> None:
     ],
 )
 def test_no_path_leaves_the_clips(path: str, folder: Path) -> None:
-    with served(folder) as server:
+    with serving(JudgeServer(folder, 0)) as server:
         status, body, _ = ask(server, path)
         assert status == 404 and b"secret" not in body
 
 
 def test_only_this_machine_and_this_page_may_vote(folder: Path) -> None:
     """A name that another page leads here, a form of another page, another address, a book of a vote."""
-    with served(folder) as server:
+    with serving(JudgeServer(folder, 0)) as server:
         assert server.address == f"http://127.0.0.1:{server.server_port}/"
         assert server.server_address[0] == "127.0.0.1"
         assert ask(server, "/", Host="evil.example")[0] == 403
@@ -124,11 +108,11 @@ def test_only_this_machine_and_this_page_may_vote(folder: Path) -> None:
 
 def test_a_rater_goes_on_where_it_was_and_three_are_enough(folder: Path) -> None:
     """After a new start of the server too; a fourth rater has nothing to do on an axis with three votes."""
-    with served(folder) as server:
+    with serving(JudgeServer(folder, 0)) as server:
         assert len(state(server, "ann")["open"]) == 6 and state(server, "ann")["voted"] == {}
         assert ask(server, "/vote", a_vote())[0] == 200
         assert state(server, "bob")["voted"] == {}
-    with served(folder) as server:
+    with serving(JudgeServer(folder, 0)) as server:
         assert state(server, "ann")["voted"] == {"p0001": {"alignment": ["left", "motion"]}}
         for rater in ("bob", "cid"):
             assert ask(server, "/vote", a_vote(rater=rater, answer="tie", reason=""))[0] == 200
@@ -140,7 +124,11 @@ def test_a_rater_goes_on_where_it_was_and_three_are_enough(folder: Path) -> None
 def test_raters_at_once_lose_nothing(folder: Path) -> None:
     """Two servers of one folder, eight raters, all at the same time: every line is whole."""
     asked = [a_vote(rater=f"r{r}", pair=f"p000{p}", axis="consistency", reason="") for r in range(8) for p in (1, 2, 3)]
-    with served(folder) as one, served(folder) as other, ThreadPoolExecutor(8) as raters:
+    with (
+        serving(JudgeServer(folder, 0)) as one,
+        serving(JudgeServer(folder, 0)) as other,
+        ThreadPoolExecutor(8) as raters,
+    ):
         done = raters.map(lambda vote: ask((one, other)[hash(str(vote)) % 2], "/vote", vote)[0], asked)
         assert set(done) == {200}
     votes = read_votes(folder / "votes.jsonl", read_key(folder / "key.json"))
@@ -174,7 +162,7 @@ def test_a_crash_in_the_middle_of_a_line_loses_that_vote_alone(folder: Path) -> 
 def test_a_folder_without_pairs_and_a_port_in_use_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CinemeshError, match="cannot read the pairs"):
         JudgeServer(tmp_path, 0)
-    with served(folder) as server, pytest.raises(CinemeshError, match="cannot listen on"):
+    with serving(JudgeServer(folder, 0)) as server, pytest.raises(CinemeshError, match="cannot listen on"):
         JudgeServer(folder, server.server_port)
 
 
@@ -190,7 +178,7 @@ def shown(name: str) -> str:
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
 def test_two_videos_are_judged_by_keyboard_alone_over_a_reload(folder: Path, tmp_path: Path) -> None:
     """In a real browser: it plays both in step, saves each answer and reason, and goes on where it was."""
-    with served(folder) as server, Browser(tmp_path / "profile") as page:
+    with serving(JudgeServer(folder, 0)) as server, Browser(tmp_path / "profile") as page:
         page.open(server.address)
         page.wait("document.activeElement && document.activeElement.id === 'name'")
         page.type("ann")

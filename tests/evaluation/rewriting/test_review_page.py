@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
 
 import pytest
 from browser import CHROMIUM, Browser
 from chat_server import parts_of
-from local_requests import ask
+from local_requests import ask, serving
 
 from cinemesh.errors import CinemeshError
 from cinemesh.evaluation.rewriting.guideline import Parts
@@ -34,21 +31,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-@contextmanager
-def reviewed(folder: Path) -> Iterator[ReviewServer]:
-    server = ReviewServer(folder, 0)
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 def test_a_verdict_is_on_the_disk_and_a_wrong_one_is_not(folder: Path) -> None:
-    with reviewed(folder) as server:
+    with serving(ReviewServer(folder, 0)) as server:
         assert server.server_address[0] == "127.0.0.1"
         status, page, _ = ask(server, "/")
         assert status == 200 and EVIL.encode() not in page and b"<img src=x" not in page
@@ -75,7 +59,7 @@ def test_rewrites_are_reviewed_by_keyboard_alone_over_a_reload(folder: Path, tmp
     """Accept, an edit that is refused and then mended, reject; nothing of an endpoint runs in the page."""
     progress = "document.getElementById('progress').textContent"
     message = "document.getElementById('message').textContent"
-    with reviewed(folder) as server, Browser(tmp_path / "profile") as page:
+    with serving(ReviewServer(folder, 0)) as server, Browser(tmp_path / "profile") as page:
         page.open(server.address)
         page.wait("document.activeElement && document.activeElement.id === 'name'")
         page.type("ann")
