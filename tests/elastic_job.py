@@ -174,14 +174,14 @@ def at_once(fault: Fault, happens: Happens) -> None:
 
 def at_a_moment(fault: Fault, happens: Happens) -> None:
     """Of the wall clock, whatever the rank does."""
-    from cinemesh.launch.training import loop
+    from cinemesh.launch.training import steps
 
     def begin(owner: Any, *_: Any) -> None:
         timer = threading.Timer(fault.part, lambda: happens(owner.runner.steps_done + 1, "anything"))
         timer.daemon = True
         timer.start()
 
-    _at_turn(loop._Loop, "_fill", 0, begin)
+    _at_turn(steps.StepLoop, "_fill", 0, begin)
 
 
 def at_a_record(fault: Fault, happens: Happens) -> None:
@@ -302,7 +302,7 @@ PLACES: dict[str, Callable[[Fault, Happens], None]] = {
     "record": at_a_record,
     "validation": at_a_record,
     "write": in_a_write,
-    "loader": before_a_call("launch.training.loop:_Loop", "_fill", "loading samples"),
+    "loader": before_a_call("launch.training.steps:StepLoop", "_fill", "loading samples"),
     "copy": before_a_call("launch.training.checkpoint.saving:Saver", "_copy", "saving a checkpoint"),
     "publish": before_a_call("launch.training.checkpoint.saving", "publish", "a checkpoint"),
     "prune": before_a_call("launch.training.checkpoint.saving", "prune", "a checkpoint"),

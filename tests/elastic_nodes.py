@@ -157,11 +157,11 @@ def life(recipe: str, all_ranks: int, hold: int) -> None:
     """Of one rank."""
     from cinemesh.launch import train
     from cinemesh.launch.cluster import sidecar
-    from cinemesh.launch.training import loop
+    from cinemesh.launch.training import steps
 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     sidecar.LEAST_S = WAIT_S  # a node that starts is slow
-    load = loop._Loop._load
+    load = steps.StepLoop._load
 
     def loaded(self: Any, step: int, stop: StopSignal) -> bool:
         if int(os.environ["WORLD_SIZE"]) < all_ranks and step == hold:
@@ -170,7 +170,7 @@ def life(recipe: str, all_ranks: int, hold: int) -> None:
                 time.sleep(0.05)
         return load(self, step, stop)
 
-    loop._Loop._load = loaded
+    steps.StepLoop._load = loaded
     sys.argv = ["train", recipe]
     train.main()
 

@@ -26,7 +26,6 @@ ROOT_MODULES = ("__init__", "documents", "errors", "files", "interrupt", "memory
 LONGEST_FILE = 400  # lines
 LONGER_WITH_REASON: dict[str, str] = {  # path -> why it is not two files
     "kernels/reference.py": "the truth of every op, in the order of the op table",
-    "launch/training/loop.py": "one class: what happens between the steps of a run, in its order",
     "parallel/ir/builder.py": "one class: the records and their checks share all of its state",
     "launch/commands/reply.py": "every record of --json, in the order of docs/json.md, which is made of them",
 }
@@ -74,7 +73,8 @@ WIDER_WITH_REASON: dict[str, str] = {  # path -> why
     "launch/training/replay.py": "a run once more, to one step: it meets what the loop meets",
     "data/curate/pipeline.py": "a run of curation: where files, measures, stages and captions meet",
     "data/curate/settings.py": "every stage's limits and every measure's parameters: one field each",
-    "launch/training/loop.py": "where data, steps, reports, validation and checkpoints of a run meet",
+    "launch/training/loop.py": "where recipe, data, buckets, checkpoints and reports of a run meet at its start",
+    "launch/training/steps.py": "where data, steps, reports, validation and checkpoints of a run meet",
     "launch/tae/loop.py": "where data, steps, reports, reconstructions and checkpoints of a run meet",
     "launch/tae/checkpoints.py": "an autoencoder's checkpoints, of the parts of the transformer's",
     "launch/commands/trace.py": "runs a step, plays it, and shows both beside each other",

@@ -27,6 +27,7 @@ RECIPE: dict[str, Any] = {
     "optimizer": {"lr": 2e-3, "betas": [0.9, 0.95]},
     "schedule": {"steps": 10},
     "logging": {"directory": "run"},
+    "spikes": {"steps": 3},
     "sample": {"steps": 7},
 }
 Key = tuple[str | int, ...]

@@ -8,60 +8,44 @@ All samples of a step are of one bucket; the steps of all buckets are captured w
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ...data.batches import BATCHES, Batches, BatchHistory, batches_told
+from ...data.batches import Batches, BatchHistory, batches_told
 from ...data.cache.history import History
-from ...errors import CinemeshError
 from ...model.buckets import BucketRunner
 from ...model.config import latent_text
 from ...model.runner import StepRunner
 from ...model.weights import initial_values
-from ...parallel.runtime import comm
 from ..cluster.alike import program_digest
 from ..cluster.environment import world_size
-from ..cluster.marks import Doing, Marks
 from ..cluster.meeting import agree
 from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, rank_main
 from ..cluster.verdict import stages_of
-from .average import remark
 from .base import BEGUN_WITH
-from .checkpoint.choosing import VALIDATION_LOSS, Keep, kept_in
-from .checkpoint.loading import resume
+from .checkpoint.choosing import Keep, kept_in
+from .checkpoint.loading import Resumed, resume
 from .checkpoint.saving import Saver
-from .differences import RECIPE, recipe_facts, recorded
+from .differences import recipe_facts
 from .feed import Feed
 from .goodput import LossCause
 from .latent_cache import open_history
-from .marked import MarkedRuns
-from .measured_rows import MeasuredRows
 from .needs import check_training_memory
-from .numerics import Numerics, gathered
-from .plateau import VALIDATIONS, Validated
+from .plateau import VALIDATIONS
 from .recipe import Config, read_run
-from .replicas import compare_replicas
-from .reports import Done, Reports
-from .resume import CONTENTS, allowed_changes, check_may_change
-from .sample import FRAME_RATE
-from .seen import SEEN, DrawnFrom
+from .resume import allowed_changes, check_may_change
 from .setting import Setting
 from .showcase import show_samples
-from .start import begin, carried_on, check_start, put_under
-from .stragglers import UNITS_PER_S, Stragglers
+from .spikes import LOSSES, SPIKES, RolledBack, roll_back
+from .start import Begun, begin, check_start, put_under
+from .steps import StepLoop
+from .stragglers import Stragglers
 from .telemetry import Telemetry
-from .validation import HeldOutWindows
 
-SKIPPED_LIMIT = 5  # updates in a row that were skipped for a gradient that is not finite, before a run gives up
-FAILED_SAVES_LIMIT = 3  # in a row, before a run gives up: what it would lose by going on is then not small any more
-SAMPLES = "samples"  # of a checkpoint's note: how many of each bucket's stream were taken
+CARRIED = (BEGUN_WITH, VALIDATIONS, SPIKES, LOSSES)  # of a checkpoint's note: every later one holds it too
 
 
 def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
@@ -104,28 +88,42 @@ def train_steps(setting: Setting, place: Joined, history: History, stop: StopSig
 
     The answer holds the states.
     """
-    config, speaks, since = setting.config, place.rank == 0, time.time()
     buckets = setting.runners(place)
-    runner = buckets.first
     if place.meeting is not None:
         programs = {f"program of {latent_text(at)}": program_digest(one.program) for at, one in buckets.runners.items()}
         agree(place.meeting, "code and latent cache", programs | {"latent cache": history.text()})
-    checkpoints = kept_in(config)
+    rolled = None
+    while (rolled := _until_spike(setting, place, history, stop, buckets, rolled)) is not None:
+        pass
+    return buckets.first
+
+
+def _until_spike(
+    setting: Setting,
+    place: Joined,
+    history: History,
+    stop: StopSignal,
+    buckets: BucketRunner,
+    rolled: RolledBack | None,
+) -> RolledBack | None:
+    """As :func:`train_steps`, to the end or to a spike, which the run goes back from: to its newest checkpoint."""
+    config, speaks, since = setting.config, place.rank == 0, time.time()
+    runner, checkpoints = buckets.first, kept_in(config)
     resumed = resume(checkpoints, runner)
     changed = []
     if resumed:
         changed = allowed_changes(resumed.manifest.note, config, history.text(resumed.manifest.step))
     history.check_withdrawn(runner.steps_done, config.schedule.steps)
-    begun = None
-    if config.start_from is not None:
-        put_under(config.start_from, runner, resumed.manifest.note if resumed else None)
-    if resumed is None and config.start_from is not None:
-        begun = begin(config.start_from, runner, config.seed)
-    elif resumed is None:
-        runner.initialise(initial_values(config.seed))
-    carried = {BEGUN_WITH: begun.note} if begun else carried_on(resumed.manifest.note) if resumed else {}
+    begun = _at_step_0(config, runner, resumed)
+    written = resumed.manifest.note if resumed else {}
+    carried: dict[str, Any] = {key: written[key] for key in CARRIED if key in written}
+    if begun:
+        carried[BEGUN_WITH] = begun.note
     asked = tuple(config.data.global_batches)
-    before = BatchHistory.of(resumed.manifest.note if resumed else {}, setting.global_batches)
+    before = BatchHistory.of(written, setting.global_batches)
+    if rolled is not None:
+        before = rolled.going_on(runner.steps_done, [draws.step for draws in history.draws])
+        carried[SPIKES] = rolled.spikes
     batches = before.going_on(runner.steps_done, setting.global_batches)
     telemetry = Telemetry(config.logging.directory, config.schedule.steps, runner.steps_done, since) if speaks else None
     if telemetry:
@@ -137,6 +135,8 @@ def train_steps(setting: Setting, place: Joined, history: History, stop: StopSig
             telemetry.say(f"not as in the run so far: {change}")
         for error in resumed.damaged if resumed else ():
             telemetry.say(f"WARNING: {error.problem}; it was passed over")
+        if rolled is not None:
+            telemetry.say(rolled.line(runner.steps_done))
         if batches != before or setting.global_batches != asked:
             telemetry.say(
                 f"from step {runner.steps_done + 1} on a step takes {batches_told(setting.global_batches, asked)}"
@@ -145,268 +145,41 @@ def train_steps(setting: Setting, place: Joined, history: History, stop: StopSig
         for windows in history.at(runner.steps_done).buckets:
             telemetry.say(f"bucket {windows.bucket}: {len(windows.train)} training and {len(windows.validation)} "
                           "validation windows")  # fmt: skip
-    failure = buckets.capture(config.capture)
+    failure = buckets.capture(config.capture) if rolled is None else None
     if telemetry:
         if failure is not None:
             telemetry.say(f"steps are NOT captured, on any rank: {failure}; they run from the executor")
-        telemetry.say(buckets.report())
+        if rolled is None:
+            telemetry.say(buckets.report())
         telemetry.account.lose(LossCause.START, time.time() - since)
     try:
         log = config.logging
         saver = Saver(checkpoints, runner, Keep(log.keep, log.keep_every, log.keep_best), log.checkpoint_files)
         feed = Feed(config, history, runner.mesh.data_rank if runner.mesh else 0, batches)
-        loop = _Loop(setting, buckets, feed, saver, telemetry, carried, place.marks, Stragglers.of(place))
+        loop = StepLoop(setting, buckets, feed, saver, telemetry, carried, place.marks, Stragglers.of(place))
         if place.watched is not None:
             place.watched.tell(config.plan, [stages_of(program) for program in loop.runs.programs])
         try:
-            loop.run(stop)
+            spike = loop.run(stop)
         finally:
             loop.feed.close()
         saver.close()
+        if spike is None or config.spikes is None:
+            return None
+        spikes = roll_back(spike, config.spikes, checkpoints, carried.get(SPIKES, []), runner.mesh)
+        if telemetry:
+            telemetry.say(f"WARNING: step {spike.step}: {spike}; the run goes back, and passes over the samples since")
+        return RolledBack(spikes, loop.feed.batches, loop.feed.bucket[: spike.step])
     finally:
         if telemetry:
             telemetry.close()
-    return runner
 
 
-class _Loop:
-    """Steps, with what is reported, validated and saved between them."""
-
-    def __init__(
-        self,
-        setting: Setting,
-        runners: BucketRunner,
-        feed: Feed,
-        saver: Saver,
-        telemetry: Telemetry | None,
-        carried: dict[str, Any],
-        marks: Marks,
-        stragglers: Stragglers | None = None,
-    ) -> None:
-        self.stragglers, self.computed_s = stragglers or Stragglers(), 0.0  # of this rank, in the step before
-        self.config, self.runners, self.runner = setting.config, runners, runners.first
-        self.feed, self.saver, self.telemetry, self.marks = feed, saver, telemetry, marks
-        self.history = feed.drawn.history
-        self.carried = carried  # of a checkpoint's note, from one to the next
-        self.failed_saves = 0  # in a row
-        self.compared = self.runner.steps_done  # when replicas were last the same
-        self.validated: tuple[int, float] | None = None  # step and loss, of the last one
-        self.latents = [batch.latent for batch in setting.batches]
-        log = self.config.logging
-        self.rows = MeasuredRows(self.config, runners, self.latents) if telemetry else None
-        self.on_gpu = torch.device(self.runner.executor.device).type != "cpu"
-        self.runs = MarkedRuns(runners, marks)
-        self.held_out = None
-        if log.validate_every:
-            cache = self.history.at(self.compared)
-            self.held_out = HeldOutWindows(runners, self.latents, cache, self.config, self.runs.run)
-            self.runs.programs = [*self.runs.programs, *self.held_out.programs]
-        if self.config.schedule.decay == "plateau" and not self.held_out:
-            raise CinemeshError(
-                "schedule.decay is plateau, and no scene is long enough for held-out windows",
-                remedy="raise data.validation_share, take longer scenes, or another decay",
-            )
-
-    def run(self, stop: StopSignal) -> None:
-        """Up to the last step, or until ``stop``; what was reached is saved."""
-        runner, log, steps = self.runner, self.config.logging, self.config.schedule.steps
-        step = saved = runner.steps_done
-        if step == 0:
-            with self._losing(LossCause.VALIDATION):
-                self._validate(0)
-        reports = Reports.of(self.config, self.runners, self.latents, step, self.telemetry, self.stragglers)
-        skipped = 0  # updates in a row
-        while step < steps:
-            begun = time.perf_counter()
-            self.marks.at(step, Doing.LOADING)
-            if not self._load(step, stop):
-                break
-            loaded = time.perf_counter()
-            waited_s = self.runs.waited_s
-            lr = self.config.schedule.lr(self.config.optimizer.lr, step, self.validations)
-            measures = log.numerics_every and (step + 1) % log.numerics_every == 0
-            numerics = Numerics(self.runners.current) if measures else None
-            self.runs.step(step, lr, numerics)
-            loss, norm = runner.loss.item(), runner.gradient_norm.item()  # between steps: the step itself reads nothing
-            if not self.on_gpu:  # else it was behind nothing but its launches
-                self.computed_s = time.perf_counter() - loaded - (self.runs.waited_s - waited_s)
-            self.marks.at(step, Doing.REPORTING)
-            ended = time.perf_counter()
-            done = Done(self.feed.bucket[step], lr, ended - begun, loss, norm, loaded - begun)
-            reports.add(done)
-            if self.rows:
-                self.rows.add(done.bucket, ended - loaded, loaded - begun)
-            step += 1
-            if done.finite:
-                skipped = 0
-            else:
-                skipped += 1
-                if numerics is None and skipped == 1:
-                    numerics = self.runs.again(step - 1, lr)
-                self._skipped(step, skipped, loss, norm)
-            if numerics is not None:
-                self._measured(step, numerics)
-            if self.telemetry:
-                self.telemetry.advance()
-            if step % log.every == 0 or step == steps:
-                reports.report(step)
-            if log.validate_every and (step % log.validate_every == 0 or step == steps):
-                with self._losing(LossCause.VALIDATION):
-                    self._validate(step)
-            if log.checkpoint_every and step % log.checkpoint_every == 0:
-                with self._losing(LossCause.CHECKPOINT):
-                    self._save(step)
-                saved = step
-        reports.report(step)
-        self.marks.at(step - 1, Doing.SAVING)
-        self._publish()
-        if saved != step or self.failed_saves:
-            self._compare(step)
-            self._begin_save(step)
-        self._publish(last=True)
-
-    def _losing(self, cause: LossCause) -> AbstractContextManager[None]:
-        """What runs inside is, on the rank that speaks, lost to this cause."""
-        return self.telemetry.account.losing(cause) if self.telemetry else nullcontext()
-
-    def _load(self, step: int, stop: StopSignal) -> bool:
-        """Load this rank's share of every micro-batch; False: stop here.
-
-        One vote of all ranks: a signal reaches them at different moments, and a step that one of them cannot take, or
-        takes in another shape, would never end. Raises CinemeshError, on every rank, when one of them cannot load its
-        samples, and when they loaded more than one bucket.
-        """
-        failure: CinemeshError | None = None
-        written = self.saver.written
-        try:
-            self._fill(step)
-        except CinemeshError as error:
-            failure = error
-        loaded = self.latents.index(self.runners.current.batch.latent)
-        if self.runner.mesh is None:
-            if failure is not None:
-                raise failure
-            if written:
-                self._publish()
-            return stop.signum is None
-        every = 3 + len(self.latents)  # from there on, what each rank says
-        votes = torch.zeros(every + self.config.plan.world_size, dtype=torch.int64)
-        votes[every + self.runner.mesh.rank] = round(self.computed_s * UNITS_PER_S)
-        votes[0], votes[1], votes[2], votes[3 + loaded] = stop.signum is not None, failure is not None, written, 1
-        votes = comm.sum_over_ranks(votes)
-        stopped, failed, written, *taken = votes[:every].tolist()
-        self.stragglers.add(votes[every:].tolist() if self.telemetry else ())
-        if failed:
-            first = comm.first_of(failure)
-            assert first is not None
-            raise first
-        if sum(map(bool, taken)) > 1:
-            shares = ", ".join(
-                f"{n} of bucket {w.bucket}" for n, w in zip(taken, self.history.at(step).buckets, strict=True) if n
-            )
-            raise CinemeshError(
-                f"step {step + 1}: the ranks loaded batches of several buckets ({shares}), and a step has one: give "
-                "every rank the same recipe, software and latent cache"
-            )
-        if written == self.config.plan.world_size:
-            self.marks.at(step, Doing.PUBLISHING)
-            self._publish()
-        return not stopped
-
-    def _fill(self, step: int) -> None:
-        self.feed.load(step, self.runners)
-
-    def _skipped(self, step: int, times: int, loss: float, norm: float) -> None:
-        ids = self.feed.ids(step - 1)
-        what = f"step {step}: loss {loss}, gradient norm {norm}; the update was skipped; samples {ids}"
-        if times >= SKIPPED_LIMIT:
-            self._publish()
-            raise CinemeshError(
-                f"{what}. That was update {times} in a row: lower optimizer.lr({self.config.optimizer.lr}), or look at "
-                "these samples",
-                remedy="started again, the run goes on from its last checkpoint, or from step 0 if it has none",
-            )
-        if self.telemetry:
-            self.telemetry.say(what)
-
-    @property
-    def validations(self) -> list[Validated]:
-        """Of the whole run."""
-        return self.carried.get(VALIDATIONS, [])
-
-    def _measured(self, step: int, numerics: Numerics) -> None:
-        numbers = gathered(numerics.measured(), self.runners.current)
-        if self.telemetry and numbers:
-            numbers.tell(self.telemetry, step, self.config.plan, self.feed.ids(step - 1))
-
-    def _validate(self, step: int) -> None:
-        if not self.held_out:
-            return
-        self.marks.at(step - 1, Doing.VALIDATING)
-        self.held_out.look_at(self.history.at(step))
-        held, values = self.held_out.measure()
-        if math.isfinite(held.loss):  # a file of JSON has no other numbers
-            self.validated = step, held.loss
-            self.carried[VALIDATIONS] = [*self.validations, (step, held.loss, held.error)]
-        if self.telemetry:
-            self.telemetry.scalars(step, values)
-            self.telemetry.say(f"step {step}: validation loss {held.loss:.4f} ± {held.error:.4f}")
-            if step and (said := remark(self.config, self.runner.updates_done)):
-                self.telemetry.say(said)
-
-    def _save(self, step: int) -> None:
-        """Begin a checkpoint, behind training. One that fails is told; several in a row end the run."""
-        self.marks.at(step - 1, Doing.SAVING)
-        self._publish()
-        self._compare(step)
-        try:
-            self._begin_save(step)
-        except CinemeshError as error:
-            self._not_saved(error)
-
-    def _compare(self, step: int) -> None:
-        """Before what differs is saved."""
-        compare_replicas(self.runner, self.compared)
-        self.compared = step
-
-    def _begin_save(self, step: int) -> None:
-        note = self.carried | {
-            RECIPE: recorded(self.config),
-            CONTENTS: self.history.text(step),
-            FRAME_RATE: str(self.history.at(step).frame_rate),
-            SEEN: DrawnFrom.of(self.history, self.feed.drawn.order).told(),
-            SAMPLES: self.feed.taken(step),
-            BATCHES: self.feed.batches.noted(),
-        }
-        if self.validated is not None and self.validated[0] == step:
-            note[VALIDATION_LOSS] = self.validated[1]
-        self.saver.begin(note)
-        if self.rows:
-            self.rows.write()
-
-    def _publish(self, *, last: bool = False) -> None:
-        """The checkpoint on its way, if there is one, once all ranks have written it. Collective.
-
-        Raises CinemeshError, on every rank, when the ``last`` one cannot be written.
-        """
-        if self.saver.begun is None:
-            return
-        try:
-            path = self.saver.end()
-        except CinemeshError as error:
-            if last:
-                raise
-            self._not_saved(error)
-            return
-        self.failed_saves = 0
-        if self.telemetry:
-            self.telemetry.say(f"saved {path}")
-
-    def _not_saved(self, error: CinemeshError) -> None:
-        self.failed_saves += 1
-        if self.failed_saves >= FAILED_SAVES_LIMIT:
-            raise CinemeshError(
-                f"{error.problem}. That was checkpoint {self.failed_saves} in a row", remedy=error.remedy
-            ) from error
-        if self.telemetry:
-            self.telemetry.say(f"WARNING: {error}. The run goes on, from the checkpoints before if it must")
+def _at_step_0(config: Config, runner: StepRunner, resumed: Resumed | None) -> Begun | None:
+    """States of a run that was not resumed: random, or what a checkpoint begins it with, which is told. Collective."""
+    if config.start_from is None:
+        if resumed is None:
+            runner.initialise(initial_values(config.seed))
+        return None
+    put_under(config.start_from, runner, resumed.manifest.note if resumed else None)
+    return begin(config.start_from, runner, config.seed) if resumed is None else None

@@ -52,6 +52,10 @@ CUT_RANGE = reals(0.01, 0.99, "at 1 nothing is cut, far below nothing is learnt 
 DROPOUT_RANGE = reals(0, 0.99, "some captions are left to learn from", "of the samples")
 DRAWS_RANGE = integers(1, 10_000, "each is a forward pass of every validation sample", "draws")
 KEEP_RANGE = integers(1, 10**6, "no run writes more; one is needed to go on from", "checkpoints")
+DEVIATIONS_RANGE = reals(1, 1e6, "below, usual losses would be high", "standard deviations, as the median one tells")
+WINDOW_RANGE = integers(5, 1000, "fewer tell no median; every checkpoint holds them", "losses")
+IN_A_ROW_RANGE = integers(1, 100, "a run that waits longer has learnt from them", "losses")
+LIMIT_RANGE = integers(1, 1000, "a run that goes back more often stands still", "times")
 Decay = Annotated[float, reals(0, BELOW_1, "at 1, in float32, an average would never move")]
 
 
@@ -156,6 +160,19 @@ class LoggingSection:
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION_CONFIG)
+class SpikesSection:
+    """When the loss jumps, the run goes back to a checkpoint from before, and passes over the samples since."""
+
+    deviations: Annotated[
+        float, DEVIATIONS_RANGE, "above the median of its bucket's last losses, where one is high"
+    ] = 8.0
+    window: Annotated[int, WINDOW_RANGE, "losses of a bucket that the next one is compared with"] = 100
+    steps: Annotated[int, IN_A_ROW_RANGE, "high losses in a row that are a spike"] = 3
+    checkpoints: Annotated[int, KEEP_RANGE, "to go back: 1 is the newest that is older than the spike"] = 1
+    limit: Annotated[int, LIMIT_RANGE, "times that a run goes back; after that it ends"] = 5
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION_CONFIG)
 class SampleSection:
     """Clips sampled when training is done: of the named scenes' captions, or of every scene's."""
 
@@ -203,7 +220,7 @@ def _codec(value: object) -> object:
 
 @dataclass(frozen=True, kw_only=True, config=SECTION_CONFIG)
 class Config:
-    """A whole recipe. Without ``sample``, nothing is sampled at the end."""
+    """A whole recipe. Without ``sample``, nothing is sampled at the end; without ``spikes``, no step is taken back."""
 
     model: ModelSection
     plan: Annotated[Plan, BeforeValidator(_plan)] = Plan()
@@ -214,6 +231,7 @@ class Config:
     schedule: ScheduleSection
     logging: LoggingSection
     start_from: StartFrom | None = None
+    spikes: SpikesSection | None = None
     sample: SampleSection | None = None
     weights: Annotated[
         Literal["ema", "master"],
@@ -257,6 +275,13 @@ class Config:
                 f"schedule.decay is plateau, with logging.validate_every({self.logging.validate_every}) and "
                 f"data.validation_share({self.data.validation_share:g})",
                 remedy="a plateau is seen in the validation loss: let both be above 0",
+            )
+        log, back = self.logging, self.spikes.checkpoints if self.spikes else 0
+        if back and (not log.checkpoint_every or log.keep <= back):
+            raise CinemeshError(
+                f"spikes.checkpoints is {back}, with logging.keep({log.keep}) and "
+                f"logging.checkpoint_every({log.checkpoint_every})",
+                remedy="a run goes back to checkpoints that are kept: write some, and keep one more than it goes back",
             )
         if self.model.lora is not None and self.start_from is None:
             raise CinemeshError(

@@ -42,6 +42,7 @@ ALLOWED = {
     "schedule": Allowed.TOLD,
     "logging": Allowed.FREE,
     "start_from": Allowed.ASKED,
+    "spikes": Allowed.TOLD,
     "sample": Allowed.FREE,
     "weights": Allowed.TOLD,
     "seed": Allowed.ASKED,

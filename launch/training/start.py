@@ -22,14 +22,13 @@ from ...model.runner import StepRunner
 from ...model.weights import initial_values
 from ...parallel.ir.plan import Plan
 from ...parallel.layers.sharded import FROZEN_STATE
-from .base import BEGUN_WITH, DIGEST, check_base, read_base
+from .base import DIGEST, check_base, read_base
 from .checkpoint.choosing import VALIDATION_LOSS, check_files, kept_in, published
 from .checkpoint.layout import SHARDING, FlatParameter, FlatUnit, Layout
 from .checkpoint.loading import read_states
 from .checkpoint.manifest import COUNTERS, Manifest, read_manifest
 from .checkpoint.same_model import check_model, shown
 from .checkpoint.together import together
-from .plateau import VALIDATIONS
 from .recipe import Config, StartFrom
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -99,11 +98,6 @@ def begin(section: StartFrom, runner: StepRunner, seed: int) -> Begun:
     kept = found.updates if section.moments == "keep" else 0
     runner.buffers[COUNTERS].copy_(torch.tensor([0, kept]))  # AdamW's bias correction counts updates
     return _told(section, found, grown)
-
-
-def carried_on(note: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a checkpoint's note every later one of its run holds too."""
-    return {key: note[key] for key in (BEGUN_WITH, VALIDATIONS) if key in note}
 
 
 def expanded(table: Tensor, length: int, *, squared: bool = False) -> Tensor:

@@ -23,10 +23,11 @@ from cinemesh.launch.training import resolve
 from cinemesh.launch.training.checkpoint.choosing import FOLDER, latest
 from cinemesh.launch.training.checkpoint.manifest import read_manifest
 from cinemesh.launch.training.latent_cache import open_history
-from cinemesh.launch.training.loop import SAMPLES, train_steps
+from cinemesh.launch.training.loop import train_steps
 from cinemesh.launch.training.recipe import read_recipe, read_run
 from cinemesh.launch.training.resolved import Resolved
 from cinemesh.launch.training.setting import Setting
+from cinemesh.launch.training.steps import SAMPLES
 from cinemesh.launch.training.telemetry import read_metrics
 from cinemesh.model.inputs import BatchShape
 from cinemesh.model.runner import StepRunner
@@ -55,7 +56,7 @@ def test_steps_of_any_size_take_every_sample_of_an_epoch_once() -> None:
 def test_a_history_is_what_its_checkpoint_says_and_no_more() -> None:
     """A run that goes on from an earlier checkpoint forgets what came after; equal batches begin no era."""
     history = BatchHistory.of({}, (8, 4)).going_on(0, (8, 4)).going_on(10, (6, 3)).going_on(20, (8, 4))
-    assert BatchHistory.of(json.loads(json.dumps({BATCHES: history.noted()})), (1, 1)) == history
+    assert BatchHistory.of(json.loads(json.dumps(history.noted())), (1, 1)) == history
     assert history.going_on(25, (8, 4)) == history
     assert history.going_on(20, (6, 3)).eras == ((0, (8, 4)), (10, (6, 3)))
     assert history.going_on(15, (8, 4)).eras == ((0, (8, 4)), (10, (6, 3)), (15, (8, 4)))

@@ -14,10 +14,10 @@ from training import recipe, stop_in_step
 
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.commands.stages import run
+from cinemesh.launch.training.base import BEGUN_WITH
 from cinemesh.launch.training.chain import read_chain
 from cinemesh.launch.training.checkpoint.manifest import read_manifest
 from cinemesh.launch.training.checkpoint.publishing import begin_folder
-from cinemesh.launch.training.start import BEGUN_WITH
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -11,10 +11,10 @@ import torch
 from training import STATES, in_two_batches, start, states
 
 from cinemesh.launch.cluster import processes
-from cinemesh.launch.training import loop as train
 from cinemesh.launch.training.checkpoint import saving
 from cinemesh.launch.training.checkpoint.choosing import VALIDATION_LOSS, latest
 from cinemesh.launch.training.checkpoint.manifest import read_manifest
+from cinemesh.launch.training.steps import SAMPLES
 from cinemesh.launch.training.telemetry import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -111,6 +111,6 @@ def test_a_checkpoint_tells_where_the_data_are(values: dict[str, Any], tmp_path:
     newest = latest(tmp_path / "run/checkpoints")
     assert newest is not None
     note = read_manifest(newest).note
-    assert note[train.SAMPLES] == [2 * 2, 4 * 4], "steps take buckets 1, 0, 0, 1, 1, 1"
+    assert note[SAMPLES] == [2 * 2, 4 * 4], "steps take buckets 1, 0, 0, 1, 1, 1"
     losses = [row["validation_loss"] for row in read_metrics(tmp_path / "run") if "validation_loss" in row]
     assert note[VALIDATION_LOSS] == pytest.approx(losses[-1], rel=1e-6)

@@ -27,12 +27,13 @@ from torch.nn.functional import interpolate
 from training import recipe, refusal, start, states
 
 from cinemesh.errors import CinemeshError
+from cinemesh.launch.training.base import BEGUN_WITH
 from cinemesh.launch.training.checkpoint.choosing import FOLDER, VALIDATION_LOSS
 from cinemesh.launch.training.checkpoint.manifest import read_manifest
 from cinemesh.launch.training.checkpoint.saving import save
 from cinemesh.launch.training.recipe import StartFrom, check_config
 from cinemesh.launch.training.setting import Setting
-from cinemesh.launch.training.start import BEGUN_WITH, begin, expanded
+from cinemesh.launch.training.start import begin, expanded
 from cinemesh.launch.training.telemetry import LOG_FILE, read_metrics
 from cinemesh.model.config import LatentCondition, ModelConfig, parameters
 from cinemesh.model.inputs import LATENTS, BatchShape

@@ -337,6 +337,9 @@ REFUSED = {
 # Keys of a run that begins with another's end: tests/launch/training/test_start.py has one, and obeys each of them.
 STARTED = {f"start_from.{name}" for name in ("checkpoint", "weights", "positions", "moments")}
 STARTED |= {"on_loss"}  # of a job that lost ranks: tests/launch/training/test_batches.py
+STARTED |= {  # of a run whose loss jumps: tests/launch/training/test_spikes.py
+    f"spikes.{name}" for name in ("deviations", "window", "steps", "checkpoints", "limit")
+}
 STARTED |= {"logging.checkpoint_files"}  # of several ranks: tests/launch/training/checkpoint/test_remote.py
 STARTED |= {f"model.lora.{name}" for name in ("rank", "alpha", "targets")}  # tests/launch/training/test_base.py
 
