@@ -130,21 +130,21 @@ class Sampler:
         1. A sample's noise depends on (``seed``, its id) alone: step and place are 0. ``watch`` is told the step, from
         0, that begins.
         """
-        x = self._noise(seed, ids)
-        given = self._given({name: value.to(self.device) for name, value in conditions.items()})
-        for step, (t, after) in enumerate(pairwise(times)):
-            watch(step)
-            h, ks = after - t, list[Tensor]()
-            for node, row in zip(solver.nodes, solver.rows, strict=True):
-                ks.append(self._velocity(_moved(x, h, row, ks), t + node * h, given))
-            x = _moved(x, h, solver.weights, ks)
+        given = self.given(conditions)
+        tokens = nested_index(self.plan, TOKENS, self.coordinates), self.plan.size(TOKENS)
+        x = self.noise(seed, ids, self.batch.latent, *tokens)
+        x = followed(x, times, solver, lambda x, t: self.velocity_at(x, t, given), watch)
         whole = named_buffers(self.unpatchify)
         whole["tokens"].copy_(x)
         self.unpatchify.run()
         return whole[LATENTS].clone()
 
-    def _given(self, conditions: Batch) -> Batch:
-        """With the caption, without it, or one half behind the other: embeddings of zero, every key valid."""
+    def given(self, conditions: Batch) -> Batch:
+        """With the caption, without it, or one half behind the other: embeddings of zero, every key valid.
+
+        On the device, for :meth:`velocity_at`.
+        """
+        conditions = {name: value.to(self.device) for name, value in conditions.items()}
         null = dict(conditions) | {MASK: torch.ones_like(conditions[MASK])}
         text = [text_input(encoder.name) for encoder in self.config.encoders]
         null |= {name: torch.zeros_like(conditions[name]) for name in text}
@@ -152,25 +152,25 @@ class Sampler:
             return conditions if self.guidance and self.captioned else null
         return {name: torch.cat([value, null[name]], int(name in text)) for name, value in conditions.items()}
 
-    def _noise(self, seed: int, ids: Tensor) -> Tensor:
-        """x at t = 0: this rank's tokens [T, B, P], in the statistics dtype."""
-        tokens, samples, features = self._buffers["x_t"].shape
+    def noise(self, seed: int, ids: Tensor, latent: tuple[int, int, int], rank: int, ranks: int) -> Tensor:
+        """x at t = 0 of samples ``ids``: a ``rank``'s tokens [T, B, P] of a ``latent``, in the statistics dtype."""
+        c = self.config
         wide: dict[str, Any] = {"dtype": TORCH_DTYPES[self.plan.stat_dtype], "device": self.device}
-        x = torch.empty(tokens, samples // self.halves, features, **wide)
+        x = torch.empty(c.tokens(latent) // ranks, len(ids), c.patch_features, **wide)
         ids, step = ids.to(self.device), torch.zeros(2, dtype=torch.int64, device=self.device)
         self.velocity.kernels["draw_noise"](
             [ids, torch.zeros_like(ids), step],
             [x],
             seed=seed,
-            patch=self.config.patch,
-            latent=(self.config.channels, *self.batch.latent),
-            rank=nested_index(self.plan, TOKENS, self.coordinates),
+            patch=c.patch,
+            latent=(c.channels, *latent),
+            rank=rank,
             purpose=Purpose.SAMPLING,
         )
         return x
 
-    def _velocity(self, x: Tensor, t: float, conditions: Batch) -> Tensor:
-        """At (x, t), guided, in the dtype of x."""
+    def velocity_at(self, x: Tensor, t: float, conditions: Batch) -> Tensor:
+        """Of this rank's tokens x [T, B, P] at t, guided, in the dtype of x; ``conditions``: from :meth:`given`."""
         self._buffers["t"].fill_(t)
         for half in self._buffers["x_t"].chunk(self.halves, 1):
             half.copy_(x)
@@ -181,6 +181,23 @@ class Sampler:
             return found[0]
         guided, null = found
         return null + self.guidance * (guided - null)
+
+
+def followed(
+    x: Tensor,
+    times: Sequence[float],
+    solver: Solver,
+    velocity: Callable[[Tensor, float], Tensor],
+    watch: Callable[[int], None],
+) -> Tensor:
+    """x at the last of ``times`` from x at the first, along a ``velocity`` (x, t). ``watch``: told the step, from 0."""
+    for step, (t, after) in enumerate(pairwise(times)):
+        watch(step)
+        h, ks = after - t, list[Tensor]()
+        for node, row in zip(solver.nodes, solver.rows, strict=True):
+            ks.append(velocity(_moved(x, h, row, ks), t + node * h))
+        x = _moved(x, h, solver.weights, ks)
+    return x
 
 
 def _moved(x: Tensor, h: float, shares: Sequence[float], ks: Sequence[Tensor]) -> Tensor:

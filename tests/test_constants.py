@@ -107,6 +107,11 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "data.pixel_codec.PixelCodec.channels": (3, MATHS),
     # -- the model ------------------------------------------------------------------------------------------------
     "model.solvers.PAPER_STEPS": (50, "3.4.2"),
+    "model.windows.WINDOW": (14, "3.1.5"),
+    "model.windows.OVERLAP": (4, "3.1.5"),
+    "model.windows.OverlappingWindows.length": (14, "3.1.5"),
+    "model.windows.OverlappingWindows.overlap": (4, "3.1.5"),
+    "model.windowed.WindowedSampler.sample(solver)": ((0.0, 1.0), "3.4: Euler, which asks at the beginning of a step"),
     "model.lora.LORA_TARGETS": ((1, 1, 2, 1, 1, 2, 1, 1, 1), "dims that a product sums over: of o [H, K, D] two"),
     "model.config.MODULATION_ROWS": (6, "Fig. 8: shift, scale, gate, twice"),
     "model.config.SIGMA_MIN": (1e-5, "3.1.2"),
