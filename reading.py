@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .documents import mapping, quoted
-from .errors import CinemeshError
+from .errors import CinemeshError, did_you_mean
 from .ranges import check_ranges
 
 T = TypeVar("T")
@@ -53,6 +53,10 @@ def read_value(kind: Any, value: Any, where: str) -> Any:
         )
     if kind is Any:
         return value
+    if origin is Literal:
+        if value in inner:
+            return value
+        raise CinemeshError(f"{where} is {quoted(value)}", remedy=did_you_mean(value, inner))
     if kind is float and type(value) in (int, float) and math.isfinite(value) and value > 0:
         return float(value)
     if kind is not float and type(value) is kind:

@@ -14,76 +14,27 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .counts import NONE, Measure, Operands, count, sized
+from .counts import count, sized
+from .measures import (
+    FLAT_CHUNK,
+    cast_factors,
+    draw_count,
+    drawn_rows,
+    each,
+    flat_chunks,
+    fused_attention,
+    gap_bytes,
+    input_count,
+    is_cast,
+    is_sum,
+    out,
+    pair_count,
+)
 from .op_spec import OpSpec
 from .signature import Signature, parse
 
-# Draws run in chunks of this many elements: philox keeps some twenty 64-bit temporaries as large as its output.
-DRAW_CHUNK = 1 << 14
 # A draw's counter has four words of 32 bits: element / 4, sample id, step, purpose + PURPOSES * place.
 PURPOSES, MOST_PLACES, MOST_IDS, MOST_ELEMENTS = 1 << 8, 1 << 24, 1 << 32, 1 << 34
-# AdamW and the sum of squares walk the flat shard in chunks of this many elements: temporaries stay in cache.
-FLAT_CHUNK = 1 << 16
-
-
-# -- counts that depend on more than labels ---------------------------------------------------------------------------
-
-
-def _is_cast(o: Operands) -> bool:
-    """fp32 out of bf16 factors: torch's CPU matmul cannot, so both factors are cast first."""
-    return o.inputs[0].dtype != o.outputs[0].dtype
-
-
-def _cast_factors(o: Operands) -> int:
-    """Bytes of both factors, cast."""
-    return sum(x.elements for x in o.inputs[:2]) * o.item_bytes[1] if _is_cast(o) else 0
-
-
-def _fused_attention(o: Operands) -> int:
-    """Torch's fused kernel on a CPU: its own outputs, before they are copied into ours, and a key mask as floats."""
-    masked = o.inputs[-1].dtype == "bool"
-    return sum(x.bytes for x in o.outputs) + (o.inputs[-1].elements * (o.item_bytes[0] + 1) if masked else 0)
-
-
-def _each(times: Measure, each: Measure, first: Measure = NONE) -> Measure:
-    """``each`` so many times, besides ``first``."""
-    return lambda o: first(o) + times(o) * each(o)
-
-
-def _inputs(o: Operands) -> int:
-    return len(o.inputs)
-
-
-def _pairs(o: Operands) -> int:
-    return len(o.inputs) // 2
-
-
-def _flat_chunks(o: Operands) -> int:
-    return -(-o.sizes["n"] // FLAT_CHUNK)
-
-
-def _drawn_rows(o: Operands) -> int:
-    """Tokens that are drawn at once."""
-    return min(o.sizes["t"], max(1, DRAW_CHUNK // (o.sizes["b"] * o.sizes["p"])))
-
-
-def _draws(o: Operands) -> int:
-    return -(-o.sizes["t"] // _drawn_rows(o))
-
-
-def _out(o: Operands) -> int:
-    return o.outputs[0].elements
-
-
-def _is_sum(o: Operands) -> bool:
-    """Not a permutation alone."""
-    return o.inputs[0].elements > _out(o)
-
-
-def _gaps(o: Operands) -> int:
-    """Bytes of a flat gradient's gaps."""
-    return sum(stop - start for start, stop in o.attrs["gaps"]) * o.item_bytes[0]
-
 
 # -- the table --------------------------------------------------------------------------------------------------------
 
@@ -96,9 +47,9 @@ OPS: Mapping[str, OpSpec] = {
         law="matmul",
         leaves_sms=True,
         flops=lambda o: 2 * math.prod(o.sizes.values()),
-        kernels=lambda o: 3 if _is_cast(o) else 1,
-        plain_bytes=lambda o: sum(x.bytes for x in (*o.inputs[:2], *o.outputs)) + 2 * _cast_factors(o),
-        workspace=_cast_factors,
+        kernels=lambda o: 3 if is_cast(o) else 1,
+        plain_bytes=lambda o: sum(x.bytes for x in (*o.inputs[:2], *o.outputs)) + 2 * cast_factors(o),
+        workspace=cast_factors,
     ),
     # q, kv (gathered over cp), [key mask] -> o, log-sum-exp.  o = softmax(q k^T / sqrt(K)) v; no causal mask, ever
     "attention": OpSpec(
@@ -110,7 +61,7 @@ OPS: Mapping[str, OpSpec] = {
         flops=count(tsbhk=4),
         kernels=count(10),
         plain_bytes=sized(count(tbhk=2, sbhk=3), count(tsbh=7, tbhk=4, sbhk=7, tbh=1)),
-        workspace=_fused_attention,
+        workspace=fused_attention,
     ),
     "cross_attention": OpSpec(
         "tbhk,sbchk,bs->tbhk,bht",
@@ -120,7 +71,7 @@ OPS: Mapping[str, OpSpec] = {
         flops=count(tsbhk=4),
         kernels=count(12),
         plain_bytes=sized(count(tbhk=2, sbhk=3), count(tsbh=9, tbhk=4, sbhk=7, tbh=1), own=count(bs=3)),
-        workspace=_fused_attention,
+        workspace=fused_attention,
     ),
     # do, q, kv, o, lse -> dq, dkv.  Five products: scores again, dv, dp, dq, dk
     "attention_backward": OpSpec(
@@ -133,7 +84,7 @@ OPS: Mapping[str, OpSpec] = {
         flops=count(tsbhk=10),
         kernels=count(23),
         plain_bytes=sized(count(tbhk=4, sbhk=4), count(tsbh=18, tbhk=13, sbhk=15, tbh=3)),
-        workspace=lambda o: _fused_attention(o) + o.inputs[4].bytes,  # the log-sum-exp in the kernel's layout
+        workspace=lambda o: fused_attention(o) + o.inputs[4].bytes,  # the log-sum-exp in the kernel's layout
     ),
     "cross_attention_backward": OpSpec(
         "tbhk,tbhk,sbchk,tbhk,bht,bs->tbhk,sbchk",
@@ -144,16 +95,16 @@ OPS: Mapping[str, OpSpec] = {
         flops=count(tsbhk=10),
         kernels=count(25),
         plain_bytes=sized(count(tbhk=4, sbhk=4), count(tsbh=20, tbhk=13, sbhk=15, tbh=3), own=count(bs=3)),
-        workspace=lambda o: _fused_attention(o) + o.inputs[4].bytes,
+        workspace=lambda o: fused_attention(o) + o.inputs[4].bytes,
     ),
     # o and log-sum-exp over parts of the keys, one pair after the other -> over all keys
     "merge_attention": OpSpec(
         None,
         statistics=(1,),
-        flops=_each(_pairs, count(tbhk=2, tbh=6), count(tbh=-4)),
-        kernels=_each(_pairs, count(7), count(4)),
-        plain_bytes=_each(
-            _pairs,
+        flops=each(pair_count, count(tbhk=2, tbh=6), count(tbh=-4)),
+        kernels=each(pair_count, count(7), count(4)),
+        plain_bytes=each(
+            pair_count,
             sized(count(tbhk=3), count(tbhk=4, tbh=10), own=count(tbh=2)),
             sized(count(tbhk=1), count(tbhk=2, tbh=2), own=count(tbh=2)),
         ),
@@ -162,10 +113,10 @@ OPS: Mapping[str, OpSpec] = {
     # addends of one shape -> their sum, of bf16 in fp32
     "sum_parts": OpSpec(
         None,
-        flops=_each(_inputs, _out, lambda o: -_out(o)),
-        kernels=_each(_inputs, count(1), count(1)),
-        plain_bytes=_each(_inputs, sized(_out, own=lambda o: 8 * _out(o)), sized(_out)),
-        workspace=lambda o: 4 * _out(o) if o.outputs[0].dtype == "bfloat16" else 0,
+        flops=each(input_count, out, lambda o: -out(o)),
+        kernels=each(input_count, count(1), count(1)),
+        plain_bytes=each(input_count, sized(out, own=lambda o: 8 * out(o)), sized(out)),
+        workspace=lambda o: 4 * out(o) if o.outputs[0].dtype == "bfloat16" else 0,
     ),
     # x, gain, scale, shift -> x / rms(x) * gain * (1 + scale) + shift, 1 / rms(x)
     "modulate_norm": OpSpec(
@@ -198,6 +149,28 @@ OPS: Mapping[str, OpSpec] = {
         kernels=count(20),
         plain_bytes=sized(count(tbd=3, bd=1, d=1), count(tbd=18, tb=6, bd=17, d=4)),
         workspace=sized(wide=count(tbd=2, tb=2, bd=3), cast=count(tbd=1, bd=1, d=1)),
+    ),
+    # x, scale, shift -> (x - mean) / std * (1 + scale) + shift, mean, 1 / std
+    "modulate_layer_norm": OpSpec(
+        "tbd,bd,bd->tbd,tb,tb",
+        whole="d",
+        statistics=(1, 2),
+        flops=count(tbd=7, tb=6, bd=1),
+        kernels=count(13),
+        plain_bytes=sized(count(tbd=2, bd=4), count(tbd=12, tb=12)),
+        workspace=sized(count(bd=1), wide=count(tbd=1), cast=count(tbd=1)),
+    ),
+    # dy, x, mean, rstd, scale -> dx (+ residual gradient), dscale, dshift
+    "modulate_layer_norm_backward": OpSpec(
+        "tbd,tbd,tb,tb,bd->tbd,bd,bd",
+        linear=((0,),),
+        whole="d",
+        adds=True,
+        backward=True,
+        flops=count(tbd=13, tb=2, bd=1),
+        kernels=count(17),
+        plain_bytes=sized(count(tbd=3, bd=1), count(tbd=26, tb=7, bd=6)),
+        workspace=sized(wide=count(tbd=3, tb=1), cast=count(tbd=1)),
     ),
     # x, gain, bias -> layer norm, mean, 1 / std
     "layer_norm": OpSpec(
@@ -292,17 +265,20 @@ OPS: Mapping[str, OpSpec] = {
         plain_bytes=sized(count(bd=1), count(bd=6)),
         workspace=sized(wide=count(bd=1), cast=count(bd=1)),
     ),
+    # of the hidden values of a feed-forward part without a gate
+    "activate": OpSpec("tbf->tbf", flops=count(tbf=3)),
+    "activate_backward": OpSpec("tbf,tbf->tbf", linear=((0,),), backward=True, flops=count(tbf=8)),
     # modulation shared by the layers + this layer's table, e.g. "drb,rd->rbd"
-    "add_table": OpSpec(None, flops=_out),
+    "add_table": OpSpec(None, flops=out),
     # sum or permute: "rbd->rd"
     "sum_to": OpSpec(
         None,
         linear=((0,),),
         adds=True,
-        flops=lambda o: o.inputs[0].elements if _is_sum(o) else 0,
-        kernels=lambda o: 2 if _is_sum(o) else 1,
-        plain_bytes=lambda o: o.inputs[0].bytes + (3 if _is_sum(o) else 1) * o.outputs[0].bytes,
-        workspace=lambda o: o.outputs[0].bytes if _is_sum(o) else 0,
+        flops=lambda o: o.inputs[0].elements if is_sum(o) else 0,
+        kernels=lambda o: 2 if is_sum(o) else 1,
+        plain_bytes=lambda o: o.inputs[0].bytes + (3 if is_sum(o) else 1) * o.outputs[0].bytes,
+        workspace=lambda o: o.outputs[0].bytes if is_sum(o) else 0,
     ),
     "drop_caption": OpSpec("lbw,b->lbw", flops=count(lbw=1)),  # zero the embeddings of a dropped caption
     "drop_mask": OpSpec("bs,b->bs"),  # every key of a dropped caption is valid
@@ -317,9 +293,11 @@ OPS: Mapping[str, OpSpec] = {
     "draw_noise": OpSpec(
         "b,b,n->tbp",
         flops=count(tbp=11),
-        kernels=_each(_draws, count(148), count(23)),
-        plain_bytes=_each(_draws, count(32, b=64, p=8), sized(count(tbp=1), own=count(tbp=2488, tp=109, t=176, p=224))),
-        workspace=lambda o: count(t=32, p=48)(o) + _drawn_rows(o) * count(bp=104, p=16)(o),
+        kernels=each(draw_count, count(148), count(23)),
+        plain_bytes=each(
+            draw_count, count(32, b=64, p=8), sized(count(tbp=1), own=count(tbp=2488, tp=109, t=176, p=224))
+        ),
+        workspace=lambda o: count(t=32, p=48)(o) + drawn_rows(o) * count(bp=104, p=16)(o),
     ),
     "draw_keep_caption": OpSpec(
         "b,b,n->b", flops=count(b=2), kernels=count(139), plain_bytes=count(32, b=2497), workspace=count(b=120)
@@ -331,6 +309,20 @@ OPS: Mapping[str, OpSpec] = {
         kernels=count(7),
         plain_bytes=sized(count(tbp=1), count(tbp=11, b=6)),
         workspace=sized(wide=count(tbp=2, b=1)),
+    ),
+    # -- v-prediction with zero terminal SNR --------------------------------------------------------------------
+    # t = 1 - n / steps, n uniform in 1 ... steps
+    "draw_step": OpSpec(
+        "b,b,n->b", flops=count(b=4), kernels=count(143), plain_bytes=count(32, b=2578), workspace=count(b=104)
+    ),
+    # x1, x0, t -> x_t = alpha x1 + sigma x0, v = alpha x0 - sigma x1; a table of ``steps`` levels is made anew
+    "diffuse": OpSpec(
+        "tbp,tbp,b->tbp,tbp",
+        flops=lambda o: 8 * o.attrs["steps"] + count(2, tbp=6, b=6)(o),
+        kernels=count(30),
+        plain_bytes=lambda o: 136 * o.attrs["steps"] + sized(count(tbp=1), count(tbp=15, b=7), count(64, b=176))(o),
+        workspace=lambda o: 32 * o.attrs["steps"] + sized(wide=count(tbp=2, b=2), own=count(b=8))(o),
+        counted=("steps",),
     ),
     # velocities of halves of guided samples, what each counts -> their sum; counted for the one half of a rank
     "weigh": OpSpec("tgbp,g->tbp", linear=((0,),), flops=count(tbp=1)),
@@ -353,7 +345,7 @@ OPS: Mapping[str, OpSpec] = {
     ),
     # -- flat units and the optimizer ---------------------------------------------------------------------------
     **dict.fromkeys(("cast", "copy"), OpSpec(None, linear=((0,),))),
-    "scale": OpSpec(None, linear=((0,),), flops=_out),  # times ``factor``
+    "scale": OpSpec(None, linear=((0,),), flops=out),  # times ``factor``
     "accumulate": OpSpec(None, linear=((0,),), adds=True),  # addend, total: total += addend
     # alignment gaps and tail padding of a flat gradient
     "zero_gaps": OpSpec(
@@ -361,15 +353,15 @@ OPS: Mapping[str, OpSpec] = {
         linear=((0,),),
         in_place={0: 0},
         fresh=True,
-        bytes=_gaps,
+        bytes=gap_bytes,
         kernels=lambda o: len(o.attrs["gaps"]),
         counted=("gaps",),
     ),
     "sum_of_squares": OpSpec(
         "rn->",
-        flops=_each(_flat_chunks, count(1), count(n=2)),
-        kernels=_each(_flat_chunks, count(2), count(1)),
-        plain_bytes=sized(_each(_flat_chunks, count(4), count(1, n=1))),
+        flops=each(flat_chunks, count(1), count(n=2)),
+        kernels=each(flat_chunks, count(2), count(1)),
+        plain_bytes=sized(each(flat_chunks, count(4), count(1, n=1))),
         workspace=sized(count(1)),
     ),
     # sum of squares, counters -> gradient norm, clip factor, finite?, counters (step + 1, updates + finite)
@@ -387,8 +379,8 @@ OPS: Mapping[str, OpSpec] = {
         "rn,rn,rn,rn,rn,,,q,->rn,rn,rn,rn",
         in_place={0: 0, 1: 1, 2: 2, 3: 3},
         flops=count(19, n=18),
-        kernels=_each(_flat_chunks, count(13), count(23)),
-        plain_bytes=sized(_each(_flat_chunks, count(8), count(47, n=31)), own=_each(_flat_chunks, count(1), count(25))),
+        kernels=each(flat_chunks, count(13), count(23)),
+        plain_bytes=sized(each(flat_chunks, count(8), count(47, n=31)), own=each(flat_chunks, count(1), count(25))),
         workspace=lambda o: sized(count(9))(o) + 2 * o.item_bytes[0] * min(FLAT_CHUNK, o.sizes["n"]),
     ),
 }

@@ -14,7 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .ops import DRAW_CHUNK, FLAT_CHUNK, OPS
+from .measures import DRAW_CHUNK, FLAT_CHUNK
+from .ops import OPS
 from .philox import Purpose, normal, uniform
 
 Tensors = Sequence[Tensor]
@@ -182,6 +183,33 @@ def modulate_norm_backward(inputs: Tensors, outputs: Tensors, *, eps: float | No
         dx.copy_(product)
 
 
+def modulate_layer_norm(inputs: Tensors, outputs: Tensors, *, eps: float) -> None:
+    """h = (x - mean) / std * (1 + scale) + shift, as in DiT: no gain, no bias."""
+    x, scale, shift = inputs
+    h, mean, rstd = outputs
+    wide = x.to(mean.dtype)
+    torch.mean(wide, -1, out=mean)
+    centered = wide - mean[..., None]
+    torch.linalg.vector_norm(centered, dim=-1, out=rstd)
+    rstd.pow_(2).div_(x.shape[-1]).add_(eps).rsqrt_()
+    h.copy_(centered.mul_(rstd[..., None]).mul_(1 + scale).add_(shift))
+
+
+def modulate_layer_norm_backward(inputs: Tensors, outputs: Tensors, *, add: bool = False) -> None:
+    """dx (+)=, dscale, dshift; sums in the dtype of dscale."""
+    dy, x, mean, rstd, scale = inputs[:5]
+    dx, dscale, dshift = outputs
+    stat = dscale.dtype
+    dy = dy.to(stat)
+    torch.sum(dy, 0, out=dshift)
+    normed = (x.to(stat) - mean[..., None]).mul_(rstd[..., None])
+    torch.sum(dy * normed, 0, out=dscale)
+    slope = dy * (1 + scale.to(stat))
+    projection = (slope * normed).mean(-1, keepdim=True)
+    slope.sub_(slope.mean(-1, keepdim=True)).addcmul_(normed, projection, value=-1).mul_(rstd[..., None])
+    dx.add_(slope) if add else dx.copy_(slope)
+
+
 def layer_norm(inputs: Tensors, outputs: Tensors, *, eps: float) -> None:
     x, gain, bias = inputs
     y, mean, rstd = outputs
@@ -248,6 +276,15 @@ def swiglu_backward(inputs: Tensors, outputs: Tensors) -> None:
     torch.ops.aten.silu_backward.grad_input(dup, gate, grad_input=dgate)
     torch.ops.aten.silu.out(gate, out=dup)
     dup.mul_(dy)
+
+
+def activate(inputs: Tensors, outputs: Tensors) -> None:
+    """SiLU."""
+    torch.ops.aten.silu.out(inputs[0], out=outputs[0])
+
+
+def activate_backward(inputs: Tensors, outputs: Tensors) -> None:
+    torch.ops.aten.silu_backward.grad_input(inputs[0], inputs[1], grad_input=outputs[0])
 
 
 def silu(inputs: Tensors, outputs: Tensors) -> None:
@@ -416,6 +453,33 @@ def interpolate(inputs: Tensors, outputs: Tensors, *, sigma_min: float) -> None:
     t = t[:, None]
     x_t.copy_((t * x1).add_((1 - (1 - sigma_min) * t) * x0))
     torch.sub(x1, x0, alpha=1 - sigma_min, out=velocity)
+
+
+def draw_step(inputs: Tensors, outputs: Tensors, *, seed: int, steps: int) -> None:
+    """t = 1 - n / steps, n uniform in 1 ... steps: t = 0 is pure noise."""
+    ids, places, counters = inputs
+    drawn = uniform(seed, Purpose.TIME, counters[STEP], ids, torch.zeros_like(ids), places)
+    outputs[0].copy_((steps - 1 - (drawn * steps).long()).to(drawn.dtype).div_(steps))
+
+
+def diffuse(inputs: Tensors, outputs: Tensors, *, steps: int, first_beta: float, last_beta: float) -> None:
+    """x_t = alpha x1 + sigma x0;  v = alpha x0 - sigma x1, at step n = (1 - t) steps (Salimans and Ho 2022).
+
+    With b_i between the roots of both betas and a_n = prod_1^n (1 - b_i^2) the levels are the roots of a_n, shifted
+    and stretched until the last is 0 and the first stays: no signal is left at t = 0 (Lin et al. 2023, algorithm 1).
+    """
+    x1, x0, t = inputs
+    x_t, v = outputs
+    first, last, wide = first_beta**0.5, last_beta**0.5, torch.float64
+    roots = torch.arange(steps, dtype=wide, device=t.device).mul_((last - first) / (steps - 1)).add_(first)
+    signal = (1 - roots * roots).cumprod(0).sqrt_()
+    signal = (signal - signal[-1:]).mul_(signal[:1] / (signal[:1] - signal[-1:]))
+    step = ((1 - t.to(wide)) * steps + 0.5).long()  # the nearest
+    alpha = signal.index_select(0, step - 1)
+    sigma = (1 - alpha * alpha).sqrt_().to(t.dtype)[:, None]
+    alpha = alpha.to(t.dtype)[:, None]
+    x_t.copy_((alpha * x1).add_(sigma * x0))
+    torch.mul(alpha, x0, out=v).sub_(sigma * x1)
 
 
 def weigh(inputs: Tensors, outputs: Tensors) -> None:

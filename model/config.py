@@ -18,10 +18,11 @@ from ..kernels.ops import MOST_ELEMENTS
 from ..parallel.ir.fields import MOST_BLOCKS
 from ..parallel.ir.units import Parameter
 from .lora import LORA_TARGETS, Lora, factors_of
+from .objective import FLOW_MATCHING, OBJECTIVES, ObjectiveName
 
 MODULATION_ROWS = 6  # shift, scale, gate of self-attention; shift, scale, gate of the FFN (Fig. 8)
 MOST_SIZE = 2**24  # of a width, of tokens, of positions
-SIGMA_MIN = 1e-5  # of the flow-matching path, 3.1.2
+SIGMA_MIN = FLOW_MATCHING.sigma_min
 CAPTION_DROPOUT = 0.1  # ours: the paper gives no rate for video; guidance needs an unconditional model
 TIME_FEATURES = 256  # sinusoidal features of t, as in DiT; the paper gives no number
 
@@ -76,6 +77,7 @@ class ModelConfig:
     norm_eps: float = 1e-5  # Table 9
     latent_conditions: tuple[LatentCondition, ...] = ()
     lora: Lora | None = None  # with it, all else is frozen
+    objective: ObjectiveName = "flow-matching"  # what is predicted: ``objective.py``
 
     def __post_init__(self) -> None:
         for what, value, most in self._sizes():
@@ -105,6 +107,11 @@ class ModelConfig:
             raise CinemeshError(
                 f"model {self.name}: lora.rank({self.lora.rank}) > width({self.width}), the rank of any product",
                 remedy="choose a lower rank, or train all weights",
+            )
+        if self.objective not in OBJECTIVES:
+            raise CinemeshError(
+                f"model {self.name}: objective is {self.objective!r:.200}",
+                remedy=did_you_mean(self.objective, OBJECTIVES),
             )
         if not self.encoders:
             raise CinemeshError(f"model {self.name}: no text encoder", remedy="cross-attention needs at least one")

@@ -24,6 +24,7 @@ from . import flow
 from .config import CAPTION_DROPOUT, MODULATION_ROWS, TIME_FEATURES, ModelConfig, parameters
 from .inputs import IDS, LATENTS, MASK, PLACES, text_input
 from .lora import factors_of
+from .paths import PATHS
 
 
 def patchify(latent: Tensor, patch: tuple[int, int, int]) -> Tensor:
@@ -124,7 +125,7 @@ def _weights(**shapes: tuple[int, ...]) -> nn.ParameterDict:
 
 
 class Reference(nn.Module):
-    """``forward`` predicts the velocity. Weights are empty: load them by name (``weights.py``)."""
+    """``forward`` predicts the objective's target. Weights are empty: load them by name (``weights.py``)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -173,10 +174,11 @@ class Reference(nn.Module):
 def training_loss(
     model: Reference, batch: Mapping[str, Tensor], seed: int, step: int, caption_dropout: float = CAPTION_DROPOUT
 ) -> Tensor:
-    """Velocity loss of one micro-batch: mean over a sample's elements, then over samples. ``batch``: by input name."""
+    """The loss of one micro-batch: mean over a sample's elements, then over samples. ``batch``: by input name."""
     latent, ids, places, mask = batch[LATENTS], batch[IDS], batch[PLACES], batch[MASK]
     counter = torch.tensor(step)
-    t = flow.draw_time(seed, counter, ids, places).to(latent.dtype)
+    path = PATHS[model.config.objective]
+    t = path.draw_time(seed, counter, ids, places).to(latent.dtype)
     x0 = flow.draw_noise(seed, counter, ids, places, tuple(latent.shape[1:])).to(latent.dtype)
     keep = flow.draw_keep_caption(seed, counter, ids, places, caption_dropout)
     conditions = dict(batch)
@@ -184,6 +186,6 @@ def training_loss(
         name = text_input(encoder.name)
         conditions[name] = flow.drop_captions(batch[name], mask, keep)[0]
     conditions[MASK] = mask | ~keep[:, None]
-    x_t, velocity = flow.interpolate(latent, x0, t)
+    x_t, target = path.noised(latent, x0, t)
     prediction = model(x_t, t, conditions)
-    return (prediction - velocity).pow(2).mean()
+    return (prediction - target).pow(2).mean()

@@ -3,6 +3,8 @@
     x <- x + (t_next - t) * v(x, t),  from t = 0, pure noise, to t = 1
     v = v_unconditional + guidance * (v_conditional - v_unconditional)
 
+Of another objective than flow matching the step is that of its path (``paths.py``).
+
 Each rank integrates its own tokens; the velocity is the forward program of a step, run on the same flat shards, with
 and without the caption in one batch. It may be captured: then each velocity is a replay.
 """
@@ -11,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any, Literal, cast
 
 import torch
@@ -35,6 +36,7 @@ from ..parallel.runtime.mesh import Mesh, backend_of, coordinates
 from .config import ModelConfig
 from .forward import SHARES, build_unpatchify, build_velocity
 from .inputs import LATENTS, MASK, BatchShape, text_input
+from .paths import PATHS
 from .runner import Batch, StepRunner, captured, load_inputs, named_buffers
 from .solvers import SOLVERS, Solver
 
@@ -133,7 +135,8 @@ class Sampler:
         given = self.given(conditions)
         tokens = nested_index(self.plan, TOKENS, self.coordinates), self.plan.size(TOKENS)
         x = self.noise(seed, ids, self.batch.latent, *tokens)
-        x = followed(x, times, solver, lambda x, t: self.velocity_at(x, t, given), watch)
+        path = PATHS[self.config.objective]
+        x = path.followed(x, times, solver, lambda x, t: self.velocity_at(x, t, given), watch)
         whole = named_buffers(self.unpatchify)
         whole["tokens"].copy_(x)
         self.unpatchify.run()
@@ -181,28 +184,3 @@ class Sampler:
             return found[0]
         guided, null = found
         return null + self.guidance * (guided - null)
-
-
-def followed(
-    x: Tensor,
-    times: Sequence[float],
-    solver: Solver,
-    velocity: Callable[[Tensor, float], Tensor],
-    watch: Callable[[int], None],
-) -> Tensor:
-    """x at the last of ``times`` from x at the first, along a ``velocity`` (x, t). ``watch``: told the step, from 0."""
-    for step, (t, after) in enumerate(pairwise(times)):
-        watch(step)
-        h, ks = after - t, list[Tensor]()
-        for node, row in zip(solver.nodes, solver.rows, strict=True):
-            ks.append(velocity(_moved(x, h, row, ks), t + node * h))
-        x = _moved(x, h, solver.weights, ks)
-    return x
-
-
-def _moved(x: Tensor, h: float, shares: Sequence[float], ks: Sequence[Tensor]) -> Tensor:
-    """x + h * sum of shares * ks."""
-    for share, k in zip(shares, ks, strict=True):
-        if share:
-            x = x + (h * share) * k
-    return x

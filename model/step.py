@@ -29,7 +29,6 @@ from .config import (
     CAPTION_DROPOUT,
     CONDITIONING_UNIT,
     REPLICATED_UNIT,
-    SIGMA_MIN,
     ModelConfig,
     block_unit,
     latent_text,
@@ -37,6 +36,7 @@ from .config import (
 )
 from .ends import Embedding, FinalLayer
 from .inputs import IDS, LATENTS, MASK, PLACES, BatchShape, declare, text_input, training_inputs
+from .objective import OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -188,13 +188,14 @@ class _MicroBatch:
         return self.b.scope(f"{name}.{phase}", Place(phase, self.number, block, unit))
 
     def _flow(self) -> tuple[Buffer, Buffer, Buffer, dict[str, Buffer]]:
-        """x_t and velocity [T, B, P], t [B], and the conditions, captions after dropout."""
+        """x_t and the target [T, B, P], t [B], and the conditions, captions after dropout."""
         b, c, inputs = self.b, self.c, self.inputs
-        compute, stat = b.plan.compute_dtype, b.plan.stat_dtype
+        stat = b.plan.stat_dtype
         drawn_for, latents = [inputs[IDS], inputs[PLACES], self.counters], inputs[LATENTS]
         patches = (c.tokens(self.latent), latents.shape[0], c.patch_features)
         geometry: dict[str, Any] = {"patch": c.patch, "latent": latents.shape[1:], "rank_axes": TOKENS}
-        (t,) = b.op("draw_time", drawn_for, "t", dtypes=stat, **self.draw)
+        objective = OBJECTIVES[c.objective]
+        t = objective.draw_time(b, drawn_for, **self.draw)
         (keep,) = b.op(
             "draw_keep_caption",
             drawn_for,
@@ -227,8 +228,8 @@ class _MicroBatch:
             **geometry,
             **self.draw,
         )
-        x_t, velocity = b.op("interpolate", [x1, x0, t], ("x_t", "target"), dtypes=(compute, stat), sigma_min=SIGMA_MIN)
-        return x_t, velocity, t, conditions
+        x_t, target = objective.noised(b, x1, x0, t)
+        return x_t, target, t, conditions
 
     def forward(self, once: dict[str, Buffer], loss: Buffer, *, first: bool) -> None:
         b, c = self.b, self.c

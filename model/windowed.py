@@ -18,8 +18,9 @@ from ..errors import CinemeshError
 from ..parallel.ir.layout import BATCH, TOKENS, WORLD
 from ..parallel.ir.units import nested_index
 from ..parallel.runtime.mesh import coordinates
+from .paths import PATHS
 from .runner import Batch
-from .sampler import Sampler, followed
+from .sampler import Sampler
 from .solvers import SOLVERS, Solver
 from .windows import OverlappingWindows
 
@@ -72,8 +73,9 @@ class WindowedSampler:
         def velocity(x: Tensor, t: float) -> Tensor:
             return self._blended(x, t, conditions, lambda first: watch(step, first))
 
-        x = followed(self.sampler.noise(seed, clip, self.latent, 0, 1), times, solver, velocity, begins)
         c = self.sampler.config
+        noise = self.sampler.noise(seed, clip, self.latent, 0, 1)
+        x = PATHS[c.objective].followed(noise, times, solver, velocity, begins)
         latent = x.new_empty(1, c.channels, *self.latent)
         self.sampler.velocity.kernels["unpatchify"]([x], [latent], patch=c.patch, grid=self.grid)
         return latent[0]

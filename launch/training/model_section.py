@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 from ...data.encoding import Encoding
 from ...model.config import MOST_SIZE, Encoder, ModelConfig, preset
 from ...model.lora import Lora
+from ...model.objective import ObjectiveName
 from ...parallel.ir.fields import MOST_BLOCKS
 from ...ranges import integers, reals
 from ..storage.places import Location, location_of
@@ -49,6 +50,9 @@ class ModelSection:
     ] = None
     position_lengths: Annotated[
         tuple[ModelSize, ModelSize, ModelSize] | None, "of the position tables, in patches (T, H, W)"
+    ] = None
+    objective: Annotated[
+        ObjectiveName | None, "what is predicted: the velocity of flow matching, or v of diffusion, zero terminal SNR"
     ] = None
     lora: Annotated[LoraSection | None, "trained beside the weights of start_from, which stay as they are"] = None
 

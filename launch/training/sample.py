@@ -27,9 +27,10 @@ from ...files import atomic_file, check_output_file
 from ...kernels.dtypes import TORCH_DTYPES
 from ...model.codec import LatentCodec
 from ...model.inputs import BatchShape
+from ...model.paths import PATHS
 from ...model.runner import StepRunner
 from ...model.sampler import Sampler
-from ...model.solvers import SCHEDULES, SOLVERS
+from ...model.solvers import SOLVERS
 from ...model.step import unit_layout
 from ...parallel.runtime.comm import gather_objects
 from ...parallel.runtime.mesh import coordinates
@@ -283,7 +284,7 @@ def sample_clips(
     sampler = Sampler(setting.model, plan, batch, mesh, weights, place.device, **choices)
     if (failure := sampler.capture(setting.config.capture)) is not None and place.rank == 0:
         print(f"sampling is NOT captured, on any rank: {failure}; it runs from the executor", file=sys.stderr)
-    times = SCHEDULES[section.schedule](section.steps)
+    times = PATHS[setting.model.objective].times(section.schedule, section.steps)
     # Ranks that share a sample all end with all of it: one of them hands it on.
     speaks = sampler.coordinates["tp"] == sampler.coordinates["cp"] == 0
     rounds = range(0, len(ordered), samples * ranks)

@@ -15,6 +15,7 @@ from ...kernels.registry import Kernels, kernels_for
 from ...model.buckets import BucketRunner, Latent
 from ...model.config import ModelConfig
 from ...model.inputs import BatchShape
+from ...model.paths import PATHS
 from ...model.step import check
 from ...parallel.ir.plan import Plan
 from ..cluster.processes import Joined
@@ -68,6 +69,7 @@ class Setting:
 
     def check_sampled_scenes(self) -> None:
         """Raises CinemeshError for a scene or bucket that is to be sampled when training is done and does not exist."""
+        self._check_sampler()
         section, captions, _ = self.config.sample, self.config.data.captions, self.config.sampled
         known = [scene.name for scene in self.config.data.scenes()]
         for name in (section.scenes if section else None) or ():
@@ -102,6 +104,12 @@ class Setting:
     def check_sampling(self) -> None:
         """Raises CinemeshError when the plan does not divide the model or a sampled clip."""
         check(self.model, self.config.plan, BatchShape(1, self.config.sampled.latent(self.encoding.codec)))
+        self._check_sampler()
+
+    def _check_sampler(self) -> None:
+        """Raises CinemeshError for a sampler that the model's objective has not."""
+        if (section := self.config.sample) is not None:
+            PATHS[self.model.objective].check_sampler(section.solver, section.steps)
 
     def runners(self, place: Joined, batches: Sequence[BatchShape] | None = None) -> BucketRunner:
         """Steps of all buckets, or of these, on a rank. Raises CinemeshError as :class:`BucketRunner`."""

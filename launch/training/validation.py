@@ -11,9 +11,9 @@ from torch import Tensor
 from ...data.cache.samples import Cache, Sample, collate
 from ...kernels.dtypes import TORCH_DTYPES
 from ...model.buckets import BucketRunner, Latent
-from ...model.flow import draw_time, interpolate
 from ...model.forward import build_velocity
 from ...model.inputs import IDS, LATENTS
+from ...model.paths import PATHS
 from ...model.runner import StepRunner, load_inputs, named_buffers
 from ...parallel.ir.layout import TOKENS
 from ...parallel.ir.program import Program
@@ -120,7 +120,8 @@ class Validation:
         batch = collate([self.samples[index] for index, _ in items], rank, plan.data_ranks)
         mine = items[rank * share : (rank + 1) * share]
         draws = torch.tensor([draw for _, draw in mine])
-        t = draw_time(SEED, draws, batch[IDS], torch.zeros_like(batch[IDS]))
+        path = PATHS[config.objective]
+        t = path.draw_time(SEED, draws, batch[IDS], torch.zeros_like(batch[IDS]))
         here = nested_index(plan, TOKENS, runner.coordinates)
         sums = sums[:, rank * share : (rank + 1) * share]
         counted = sums.shape[1]
@@ -140,7 +141,7 @@ class Validation:
             of = batch[IDS][i : i + 1].to(x0.device), nowhere, torch.stack([draws[i], draws[i]]).to(x0.device)
             forward.kernels["draw_noise"]([*of], [drawn], seed=SEED, **geometry)
             x0[:, i : i + 1].copy_(drawn)
-        mixed, wanted = (x.transpose(0, 1) for x in interpolate(x1.transpose(0, 1), x0.transpose(0, 1), t.to(**wide)))
+        mixed, wanted = (x.transpose(0, 1) for x in path.noised(x1.transpose(0, 1), x0.transpose(0, 1), t.to(**wide)))
         for row, executor in zip(sums[1:], self._forward.values(), strict=True):
             buffers = named_buffers(executor)
             buffers["x_t"].copy_(mixed)

@@ -35,6 +35,7 @@ PER_OUTPUT = {
     ),
     **dict.fromkeys(("copy", "_to_copy", "clone", "zero", "fill", "full_like", "arange", "index", "index_select"), 0),
     **dict.fromkeys(("neg", "abs", "where", "masked_fill", "clamp"), 0),
+    "cumprod": 1,
     "addcmul": 2,
     "lerp": 3,  # a + w (b - a)
     "sigmoid": 3,  # 1 / (1 + exp(-x))

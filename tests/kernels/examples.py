@@ -15,9 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cinemesh.kernels.ops import FLAT_CHUNK, OPS
+from cinemesh.kernels.measures import FLAT_CHUNK
+from cinemesh.kernels.ops import OPS
+from cinemesh.kernels.philox import Purpose, uniform
 from cinemesh.model import flow
 from cinemesh.model import reference as model
+from cinemesh.model.objective import VPrediction
+from cinemesh.model.paths import DiffusionPath
 
 EPS = 1e-5
 
@@ -157,6 +161,25 @@ def modulate_norm_backward(t: int, b: int, d: int) -> Iterator[Example]:
         yield Example("ccscc->csss", [dy, x, rstd, gain, scale], wanted, add=add)
 
 
+def layer_modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
+
+
+def modulate_layer_norm(t: int, b: int, d: int) -> Iterator[Example]:
+    x, scale, shift = rand(t, b, d), rand(b, d), rand(b, d)
+    rstd = (x.var(-1, correction=0) + EPS).rsqrt()
+    yield Example("ccc->css", [x, scale, shift], [layer_modulated(x, scale, shift), x.mean(-1), rstd], {"eps": EPS})
+
+
+def modulate_layer_norm_backward(t: int, b: int, d: int) -> Iterator[Example]:
+    dy, x, scale, shift = rand(t, b, d), rand(t, b, d), rand(b, d), rand(b, d)
+    rstd = (x.var(-1, correction=0) + EPS).rsqrt()
+    for add in (False, True):
+        yield Example(
+            "ccssc->css", [dy, x, x.mean(-1), rstd, scale], gradients(layer_modulated, dy, x, scale, shift), add=add
+        )
+
+
 def layer_norm(t: int, b: int, d: int) -> Iterator[Example]:
     x, gain, bias = rand(t, b, d), rand(d), rand(d)
     rstd = (x.var(-1, correction=0) + EPS).rsqrt()
@@ -203,6 +226,16 @@ def swiglu(t: int, b: int, d: int) -> Iterator[Example]:
 def swiglu_backward(t: int, b: int, d: int) -> Iterator[Example]:
     dy, gate, up = rand(t, b, d), rand(t, b, d), rand(t, b, d)
     yield Example("ccc->cc", [dy, gate, up], gradients(lambda gate, up: F.silu(gate) * up, dy, gate, up))
+
+
+def activate(t: int, b: int, d: int) -> Iterator[Example]:
+    x = rand(t, b, d)
+    yield Example("c->c", [x], [F.silu(x)])
+
+
+def activate_backward(t: int, b: int, d: int) -> Iterator[Example]:
+    dy, x = rand(t, b, d), rand(t, b, d)
+    yield Example("cc->c", [dy, x], gradients(F.silu, dy, x))
 
 
 def silu(t: int, b: int, d: int) -> Iterator[Example]:
@@ -333,6 +366,26 @@ def interpolate(t: int, b: int, d: int) -> Iterator[Example]:
     x1, x0, time = rand(t, b, d), rand(t, b, d), torch.rand(b, dtype=torch.float64)
     path = flow.interpolate(x1.transpose(0, 1), x0.transpose(0, 1), time)
     yield Example("sss->cs", [x1, x0, time], [x.transpose(0, 1) for x in path], {"sigma_min": 1e-5})
+
+
+def draw_step(t: int, b: int, d: int) -> Iterator[Example]:
+    """Also of many samples: every step from the first to the last."""
+    for samples in (b, 400):
+        ids, places, counters = drawn_for(samples)
+        drawn = uniform(SEED, Purpose.TIME, counters[0], ids, torch.zeros_like(ids), places)
+        steps = torch.ceil(7 * drawn)
+        assert samples < 400 or sorted(set(steps.tolist())) == [1, 2, 3, 4, 5, 6, 7]
+        yield Example("iii->s", [ids, places, counters], [1 - steps / 7], {"seed": SEED, "steps": 7})
+
+
+def diffuse(t: int, b: int, d: int) -> Iterator[Example]:
+    """At levels of every kind: the last has no signal at all."""
+    steps, path = 50, DiffusionPath(VPrediction(50))
+    x1, x0 = rand(t, b, d), rand(t, b, d)
+    time = 1 - torch.tensor([steps, 1, *range(2, b)])[:b].to(torch.float64) / steps
+    made = path.noised(x1.transpose(0, 1), x0.transpose(0, 1), time)
+    attrs = {"steps": steps, "first_beta": path.objective.first_beta, "last_beta": path.objective.last_beta}
+    yield Example("sss->cs", [x1, x0, time], [x.transpose(0, 1) for x in made], attrs)
 
 
 def weigh(t: int, b: int, d: int) -> Iterator[Example]:
