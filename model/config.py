@@ -17,6 +17,7 @@ from ..errors import CinemeshError, did_you_mean
 from ..kernels.ops import MOST_ELEMENTS
 from ..parallel.ir.fields import MOST_BLOCKS
 from ..parallel.ir.units import Parameter
+from .block_style import BLOCK_STYLES, BlockName, BlockStyle
 from .lora import LORA_TARGETS, Lora, factors_of
 from .objective import FLOW_MATCHING, OBJECTIVES, ObjectiveName
 
@@ -78,6 +79,7 @@ class ModelConfig:
     latent_conditions: tuple[LatentCondition, ...] = ()
     lora: Lora | None = None  # with it, all else is frozen
     objective: ObjectiveName = "flow-matching"  # what is predicted: ``objective.py``
+    block: BlockName = "llama3"  # its form: ``block_style.py``
 
     def __post_init__(self) -> None:
         for what, value, most in self._sizes():
@@ -108,10 +110,13 @@ class ModelConfig:
                 f"model {self.name}: lora.rank({self.lora.rank}) > width({self.width}), the rank of any product",
                 remedy="choose a lower rank, or train all weights",
             )
-        if self.objective not in OBJECTIVES:
+        for what, value, known in (("objective", self.objective, OBJECTIVES), ("block", self.block, BLOCK_STYLES)):
+            if value not in known:
+                raise CinemeshError(f"model {self.name}: {what} is {value!r:.200}", remedy=did_you_mean(value, known))
+        if self.lora is not None and "gate" in self.lora.targets and not self.style.gated:
             raise CinemeshError(
-                f"model {self.name}: objective is {self.objective!r:.200}",
-                remedy=did_you_mean(self.objective, OBJECTIVES),
+                f"model {self.name}: lora.targets name gate, and a block of form {self.block} has none",
+                remedy="name the products that it has: lora.targets: [q, kv, o, cross.q, cross.kv, cross.o, up, down]",
             )
         if not self.encoders:
             raise CinemeshError(f"model {self.name}: no text encoder", remedy="cross-attention needs at least one")
@@ -134,6 +139,15 @@ class ModelConfig:
     def base(self) -> ModelConfig:
         """The model without its low-rank factors."""
         return replace(self, lora=None)
+
+    @property
+    def style(self) -> BlockStyle:
+        return BLOCK_STYLES[self.block]
+
+    @property
+    def block_eps(self) -> float:
+        """Of the norms in a block."""
+        return self.norm_eps if self.style.eps is None else self.style.eps
 
     @property
     def head_dim(self) -> int:
@@ -264,8 +278,10 @@ def _replicated(c: ModelConfig) -> Iterator[Parameter]:
         yield table.row(f"text.{encoder.name}.bias", (d,), "text projections", init="zeros", decay=False)
     for layer in range(c.layers):
         block = _Table(REPLICATED_UNIT, layer)
-        for name in ("norm1", "norm2"):
+        for name in ("norm1", "norm2") if c.style.gains else ():
             yield block.row(name, (d,), "norm gains", init="ones", decay=False)
+        for name in ("o_bias", "cross.o_bias", "down_bias") if c.style.biases else ():
+            yield block.row(name, (d,), "biases", init="zeros", decay=False)
         yield block.row("table", (MODULATION_ROWS, d), "adaLN tables", init="zeros", decay=False)
     yield table.row("final.norm", (d,), "final layer", init="ones", decay=False)
     yield table.row("final.table", (2, d), "final layer", init="zeros", decay=False)
@@ -288,9 +304,14 @@ def _block_weights(c: ModelConfig) -> Iterator[Parameter]:
         for prefix, part in (("", "self-attention"), ("cross.", "cross-attention")):
             yield table.product(f"{prefix}q", (d, h, k), part, d, tp=1)
             yield table.product(f"{prefix}kv", (d, 2, h, k), part, d, tp=2)
+            if c.style.biases:  # they decay as the weights beside them: a block's unit decays as a whole
+                yield table.row(f"{prefix}q_bias", (h, k), "biases", tp=0, init="zeros")
+                yield table.row(f"{prefix}kv_bias", (2, h, k), "biases", tp=1, init="zeros")
             yield table.row(f"{prefix}o", (h, k, d), part, tp=0, std=(d * residual) ** -0.5)
-        yield table.product("gate", (d, f), "FFN", d, tp=1)
-        yield table.product("up", (d, f), "FFN", d, tp=1)
+        for name in ("gate", "up") if c.style.gated else ("up",):
+            yield table.product(name, (d, f), "FFN", d, tp=1)
+        if c.style.biases:
+            yield table.row("up_bias", (f,), "biases", tp=0, init="zeros")
         yield table.row("down", (f, d), "FFN", tp=0, std=(f * residual) ** -0.5)
 
 

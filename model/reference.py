@@ -26,6 +26,8 @@ from .inputs import IDS, LATENTS, MASK, PLACES, text_input
 from .lora import factors_of
 from .paths import PATHS
 
+Product = Callable[[str, Tensor, str], Tensor]
+
 
 def patchify(latent: Tensor, patch: tuple[int, int, int]) -> Tensor:
     """[B, C, T, H, W] -> [S, B, P]; tokens in (t, h, w) order, a token's values in (C, kt, kh, kw) order."""
@@ -62,6 +64,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     return torch.einsum("bhsn,nbhk->sbhk", scores.softmax(-1), v)
 
 
+def layer_norm(x: Tensor, eps: float) -> Tensor:
+    """Without gain and bias, as in DiT."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
 class CrossAttention(nn.Module):
     """Queries from the video tokens, keys and values from the text; no norm and no gate (Fig. 8)."""
 
@@ -70,28 +77,42 @@ class CrossAttention(nn.Module):
         self.q = nn.Parameter(torch.empty(c.width, c.heads, c.head_dim))
         self.kv = nn.Parameter(torch.empty(c.width, 2, c.heads, c.head_dim))
         self.o = nn.Parameter(torch.empty(c.heads, c.head_dim, c.width))
+        if c.style.biases:
+            self.q_bias = nn.Parameter(torch.empty(c.heads, c.head_dim))
+            self.kv_bias = nn.Parameter(torch.empty(2, c.heads, c.head_dim))
+            self.o_bias = nn.Parameter(torch.empty(c.width))
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor, weight: Callable[[str], Tensor]) -> Tensor:
-        """``weight``: of the block, by name, with its factors."""
-        q = torch.einsum("sbd,dhk->sbhk", x, weight("cross.q"))
-        k, v = torch.einsum("lbd,dchk->clbhk", text, weight("cross.kv"))
-        return torch.einsum("sbhk,hkd->sbd", attention(q, k, v, mask), weight("cross.o"))
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor, product: Product) -> Tensor:
+        """``product``: of the block, by the weight's name."""
+        q = product("sbd,dhk->sbhk", x, "cross.q")
+        k, v = product("lbd,dchk->lbchk", text, "cross.kv").unbind(2)
+        return product("sbhk,hkd->sbd", attention(q, k, v, mask), "cross.o")
 
 
 class Block(nn.Module):
+    """In either form of ``block_style.py``."""
+
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        self.eps, self.lora = c.norm_eps, c.lora
-        self.norm1 = nn.Parameter(torch.empty(c.width))
-        self.norm2 = nn.Parameter(torch.empty(c.width))
+        self.eps, self.lora, self.style = c.block_eps, c.lora, c.style
+        if c.style.gains:
+            self.norm1 = nn.Parameter(torch.empty(c.width))
+            self.norm2 = nn.Parameter(torch.empty(c.width))
         self.table = nn.Parameter(torch.empty(MODULATION_ROWS, c.width))
         self.q = nn.Parameter(torch.empty(c.width, c.heads, c.head_dim))
         self.kv = nn.Parameter(torch.empty(c.width, 2, c.heads, c.head_dim))
         self.o = nn.Parameter(torch.empty(c.heads, c.head_dim, c.width))
         self.cross = CrossAttention(c)
-        self.gate = nn.Parameter(torch.empty(c.width, c.ffn))
+        if c.style.gated:
+            self.gate = nn.Parameter(torch.empty(c.width, c.ffn))
         self.up = nn.Parameter(torch.empty(c.width, c.ffn))
         self.down = nn.Parameter(torch.empty(c.ffn, c.width))
+        if c.style.biases:
+            self.q_bias = nn.Parameter(torch.empty(c.heads, c.head_dim))
+            self.kv_bias = nn.Parameter(torch.empty(2, c.heads, c.head_dim))
+            self.o_bias = nn.Parameter(torch.empty(c.width))
+            self.up_bias = nn.Parameter(torch.empty(c.ffn))
+            self.down_bias = nn.Parameter(torch.empty(c.width))
         if c.lora is not None:
             shapes = {row.in_block: row.shape for row in parameters(c)}
             for factors in zip(*map(factors_of, c.lora.targets), strict=True):  # all A, all B
@@ -106,17 +127,28 @@ class Block(nn.Module):
         down, up = (self.get_parameter(factor) for factor in factors_of(name))
         return whole + self.lora.scale * torch.tensordot(down, up, 1)
 
+    def product(self, signature: str, x: Tensor, name: str) -> Tensor:
+        """With the weight of that name, and its bias if it has one."""
+        made = torch.einsum(signature, x, self.weight(name))
+        return made + self.get_parameter(f"{name}_bias") if self.style.biases else made
+
+    def norm(self, x: Tensor, gain: str) -> Tensor:
+        return rms_norm(x, self.get_parameter(gain), self.eps) if self.style.gains else layer_norm(x, self.eps)
+
     def forward(self, x: Tensor, position: Tensor, modulation: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         """X [S, B, D], position [S, D], modulation [6, B, D] (shared by all layers), text [L, B, D], mask [B, L]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation + self.table[:, None, :]
         x = x + position[:, None, :]
-        h = rms_norm(x, self.norm1, self.eps) * (1 + scale1) + shift1
-        q = torch.einsum("sbd,dhk->sbhk", h, self.weight("q"))
-        k, v = torch.einsum("sbd,dchk->csbhk", h, self.weight("kv"))
-        x = x + gate1 * torch.einsum("sbhk,hkd->sbd", attention(q, k, v), self.weight("o"))
-        x = x + self.cross(x, text, mask, self.weight)
-        h = rms_norm(x, self.norm2, self.eps) * (1 + scale2) + shift2
-        return x + gate2 * ((F.silu(h @ self.weight("gate")) * (h @ self.weight("up"))) @ self.weight("down"))
+        h = self.norm(x, "norm1") * (1 + scale1) + shift1
+        q = self.product("sbd,dhk->sbhk", h, "q")
+        k, v = self.product("sbd,dchk->sbchk", h, "kv").unbind(2)
+        x = x + gate1 * self.product("sbhk,hkd->sbd", attention(q, k, v), "o")
+        x = x + self.cross(x, text, mask, self.product)
+        h = self.norm(x, "norm2") * (1 + scale2) + shift2
+        hidden = self.product("sbd,df->sbf", h, "up")
+        gate = self.product("sbd,df->sbf", h, "gate") if self.style.gated else None
+        hidden = F.silu(hidden) if gate is None else F.silu(gate) * hidden
+        return x + gate2 * self.product("sbf,fd->sbd", hidden, "down")
 
 
 def _weights(**shapes: tuple[int, ...]) -> nn.ParameterDict:

@@ -82,7 +82,8 @@ def model_table(name: str, as_json: bool) -> None:
     console = new_console()
     console.print(
         f"{name}: {config.layers} layers, width {config.width}, {config.heads} heads of {config.head_dim}, "
-        f"FFN {config.ffn}, {config.channels} latent channels, patch {'x'.join(map(str, config.patch))}; text "
+        f"FFN {config.ffn}, {config.channels} latent channels, patch {'x'.join(map(str, config.patch))}, "
+        f"block {config.block}, {config.objective}; text "
         + ", ".join(f"{e.name} {e.tokens} x {e.width}" for e in config.encoders)
         + "\n"
     )

@@ -75,6 +75,12 @@ def export(checkpoint: Location, folder: Path, *, which: str, dtype: str | None,
     if folder.exists():
         raise CinemeshError(f"{folder} exists", remedy="name a new folder, or move that one away")
     config = model_of(found.model, f"the model of checkpoint {checkpoint}")
+    if (config.block, config.objective) != ("llama3", "flow-matching"):
+        raise CinemeshError(
+            f"checkpoint {checkpoint} is of a block {config.block} and of {config.objective}: an export has its own "
+            "code, of block llama3 and flow-matching",
+            remedy="sample from the checkpoint here: cinemesh sample",
+        )
     told = dtype or found.states[which]
     item = TORCH_DTYPES[told].itemsize
     partial = folder.with_name(f".{folder.name}.partial")

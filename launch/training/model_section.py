@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, ConfigDict
 from pydantic.dataclasses import dataclass
 
 from ...data.encoding import Encoding
+from ...model.block_style import BlockName
 from ...model.config import MOST_SIZE, Encoder, ModelConfig, preset
 from ...model.lora import Lora
 from ...model.objective import ObjectiveName
@@ -53,6 +54,10 @@ class ModelSection:
     ] = None
     objective: Annotated[
         ObjectiveName | None, "what is predicted: the velocity of flow matching, or v of diffusion, zero terminal SNR"
+    ] = None
+    block: Annotated[
+        BlockName | None,
+        "form of the blocks: the backbone's, or DiT's, of layer norms, biases and SiLU",
     ] = None
     lora: Annotated[LoraSection | None, "trained beside the weights of start_from, which stay as they are"] = None
 

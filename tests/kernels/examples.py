@@ -307,6 +307,8 @@ def time_features(t: int, b: int, d: int) -> Iterator[Example]:
 def add_table(t: int, b: int, d: int) -> Iterator[Example]:
     shared, table = rand(d, 6, b), rand(6, d)
     yield Example("cc->c", [shared, table], [shared.permute(1, 2, 0) + table[:, None]], {"signature": "drb,rd->rbd"})
+    hidden, bias = rand(t, b, d), rand(d)
+    yield Example("cc->c", [hidden, bias], [hidden + bias], {"signature": "tbd,d->tbd"})
     time, table = rand(b, d), rand(2, d)
     yield Example("cc->c", [time, table], [time[None] + table[:, None]], {"signature": "bd,rd->rbd"})
 
