@@ -26,9 +26,9 @@ def fused_attention(o: Operands) -> int:
     return sum(x.bytes for x in o.outputs) + (o.inputs[-1].elements * (o.item_bytes[0] + 1) if masked else 0)
 
 
-def each(times: Measure, one: Measure, first: Measure = NONE) -> Measure:
-    """``one`` so many times, besides ``first``."""
-    return lambda o: first(o) + times(o) * one(o)
+def times(count_of: Measure, one: Measure, first: Measure = NONE) -> Measure:
+    """``one`` as many times as ``count_of`` says, besides ``first``."""
+    return lambda o: first(o) + count_of(o) * one(o)
 
 
 def input_count(o: Operands) -> int:

@@ -20,7 +20,6 @@ from .measures import (
     cast_factors,
     draw_count,
     drawn_rows,
-    each,
     flat_chunks,
     fused_attention,
     gap_bytes,
@@ -29,6 +28,7 @@ from .measures import (
     is_sum,
     out,
     pair_count,
+    times,
 )
 from .op_spec import OpSpec
 from .signature import Signature, parse
@@ -101,9 +101,9 @@ OPS: Mapping[str, OpSpec] = {
     "merge_attention": OpSpec(
         None,
         statistics=(1,),
-        flops=each(pair_count, count(tbhk=2, tbh=6), count(tbh=-4)),
-        kernels=each(pair_count, count(7), count(4)),
-        plain_bytes=each(
+        flops=times(pair_count, count(tbhk=2, tbh=6), count(tbh=-4)),
+        kernels=times(pair_count, count(7), count(4)),
+        plain_bytes=times(
             pair_count,
             sized(count(tbhk=3), count(tbhk=4, tbh=10), own=count(tbh=2)),
             sized(count(tbhk=1), count(tbhk=2, tbh=2), own=count(tbh=2)),
@@ -113,9 +113,9 @@ OPS: Mapping[str, OpSpec] = {
     # addends of one shape -> their sum, of bf16 in fp32
     "sum_parts": OpSpec(
         None,
-        flops=each(input_count, out, lambda o: -out(o)),
-        kernels=each(input_count, count(1), count(1)),
-        plain_bytes=each(input_count, sized(out, own=lambda o: 8 * out(o)), sized(out)),
+        flops=times(input_count, out, lambda o: -out(o)),
+        kernels=times(input_count, count(1), count(1)),
+        plain_bytes=times(input_count, sized(out, own=lambda o: 8 * out(o)), sized(out)),
         workspace=lambda o: 4 * out(o) if o.outputs[0].dtype == "bfloat16" else 0,
     ),
     # x, gain, scale, shift -> x / rms(x) * gain * (1 + scale) + shift, 1 / rms(x)
@@ -293,8 +293,8 @@ OPS: Mapping[str, OpSpec] = {
     "draw_noise": OpSpec(
         "b,b,n->tbp",
         flops=count(tbp=11),
-        kernels=each(draw_count, count(148), count(23)),
-        plain_bytes=each(
+        kernels=times(draw_count, count(148), count(23)),
+        plain_bytes=times(
             draw_count, count(32, b=64, p=8), sized(count(tbp=1), own=count(tbp=2488, tp=109, t=176, p=224))
         ),
         workspace=lambda o: count(t=32, p=48)(o) + drawn_rows(o) * count(bp=104, p=16)(o),
@@ -359,9 +359,9 @@ OPS: Mapping[str, OpSpec] = {
     ),
     "sum_of_squares": OpSpec(
         "rn->",
-        flops=each(flat_chunks, count(1), count(n=2)),
-        kernels=each(flat_chunks, count(2), count(1)),
-        plain_bytes=sized(each(flat_chunks, count(4), count(1, n=1))),
+        flops=times(flat_chunks, count(1), count(n=2)),
+        kernels=times(flat_chunks, count(2), count(1)),
+        plain_bytes=sized(times(flat_chunks, count(4), count(1, n=1))),
         workspace=sized(count(1)),
     ),
     # sum of squares, counters -> gradient norm, clip factor, finite?, counters (step + 1, updates + finite)
@@ -379,8 +379,8 @@ OPS: Mapping[str, OpSpec] = {
         "rn,rn,rn,rn,rn,,,q,->rn,rn,rn,rn",
         in_place={0: 0, 1: 1, 2: 2, 3: 3},
         flops=count(19, n=18),
-        kernels=each(flat_chunks, count(13), count(23)),
-        plain_bytes=sized(each(flat_chunks, count(8), count(47, n=31)), own=each(flat_chunks, count(1), count(25))),
+        kernels=times(flat_chunks, count(13), count(23)),
+        plain_bytes=sized(times(flat_chunks, count(8), count(47, n=31)), own=times(flat_chunks, count(1), count(25))),
         workspace=lambda o: sized(count(9))(o) + 2 * o.item_bytes[0] * min(FLAT_CHUNK, o.sizes["n"]),
     ),
 }

@@ -358,8 +358,10 @@ PRESETS: dict[str, ModelConfig] = {
         ModelConfig("movie-gen-30b", 48, 6144, 48, 16384, MOVIE_GEN_ENCODERS),
         # FFN 8192 is not published: the 8/3 rule of the 30B applied to 3072.
         ModelConfig("movie-gen-5b", 32, 3072, 24, 8192, MOVIE_GEN_ENCODERS),
-        # 7B, 14 frames and 2x are the paper's (3.1.5). The shape is ours: width and FFN of other 7B transformers, heads
-        # of 128, as many layers as make 7.1B; positions for 14 frames of 1088x1920 px, encoded frame by frame.
+        # 7B, 1024 px, 14 frames and 2x are the paper's (3.1.5). The shape is ours: width and FFN of other 7B
+        # transformers, heads of 128, as many layers as make 7.1B; positions for an image of 1024 px, and for 14 frames
+        # of 1088x1920 px, encoded frame by frame. The upsampler begins as the model of images.
+        ModelConfig("movie-gen-t2i-7b", 26, 4096, 32, 11008, MOVIE_GEN_ENCODERS, position_lengths=(1, 64, 64)),
         ModelConfig(
             "movie-gen-upsampler-7b",
             26,
@@ -375,11 +377,12 @@ PRESETS: dict[str, ModelConfig] = {
     )
 }
 
-# Latent (T, H, W) at which a preset is usually run: 256 frames of 768x768 px; 3.6.2; 14 frames of 1088x1920 px; tests;
-# 16 frames of 128x128 px.
+# Latent (T, H, W) at which a preset is usually run: 256 frames of 768x768 px; 3.6.2; an image of 1024 px; 14 frames
+# of 1088x1920 px; tests; 16 frames of 128x128 px.
 USUAL_LATENTS: dict[str, tuple[int, int, int]] = {
     "movie-gen-30b": (32, 96, 96),
     "movie-gen-5b": (16, 24, 44),
+    "movie-gen-t2i-7b": (1, 128, 128),
     "movie-gen-upsampler-7b": (14, 136, 240),
     "tiny": (3, 4, 12),
     "tiny-video": (2, 16, 16),

@@ -190,5 +190,6 @@ def _moved(x: Tensor, h: float, shares: Sequence[float], ks: Sequence[Tensor]) -
     return x
 
 
-PATHS: Mapping[ObjectiveName, Path] = {"flow-matching": FlowPath(), "v-prediction": DiffusionPath(V_PREDICTION)}
+DIFFUSION = DiffusionPath(V_PREDICTION)
+PATHS: Mapping[ObjectiveName, Path] = {"flow-matching": FlowPath(), "v-prediction": DIFFUSION}
 assert PATHS.keys() == OBJECTIVES.keys()

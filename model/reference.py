@@ -26,7 +26,7 @@ from .inputs import IDS, LATENTS, MASK, PLACES, text_input
 from .lora import factors_of
 from .paths import PATHS
 
-Product = Callable[[str, Tensor, str], Tensor]
+Multiply = Callable[[str, Tensor, str], Tensor]
 
 
 def patchify(latent: Tensor, patch: tuple[int, int, int]) -> Tensor:
@@ -82,7 +82,7 @@ class CrossAttention(nn.Module):
             self.kv_bias = nn.Parameter(torch.empty(2, c.heads, c.head_dim))
             self.o_bias = nn.Parameter(torch.empty(c.width))
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor, product: Product) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor, product: Multiply) -> Tensor:
         """``product``: of the block, by the weight's name."""
         q = product("sbd,dhk->sbhk", x, "cross.q")
         k, v = product("lbd,dchk->lbchk", text, "cross.kv").unbind(2)

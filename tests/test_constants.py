@@ -114,7 +114,15 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "model.windowed.WindowedSampler.sample(solver)": ((0.0, 1.0), "3.4: Euler, which asks at the beginning of a step"),
     "model.lora.LORA_TARGETS": ((1, 1, 2, 1, 1, 2, 1, 1, 1), "dims that a product sums over: of o [H, K, D] two"),
     "model.config.MODULATION_ROWS": (6, "Fig. 8: shift, scale, gate, twice"),
+    **dict.fromkeys(("model.objective.FlowMatching.sigma_min", "model.objective.FLOW_MATCHING"), (1e-5, "3.1.2")),
     "model.config.SIGMA_MIN": (1e-5, "3.1.2"),
+    "model.objective.VPrediction.steps": (1000, "Lin et al. 2023"),
+    "model.objective.VPrediction.first_beta": (0.00085, LDM),
+    "model.objective.VPrediction.last_beta": (0.012, LDM),
+    "model.objective.V_PREDICTION": ((1000, 0.00085, 0.012), LDM),
+    "model.objective.OBJECTIVES": ((1e-5, 1000, 0.00085, 0.012), "3.1.2, and latent diffusion's betas"),
+    "model.paths.at_level: 1e-09": (1e-9, "ours: far below the distance of two levels"),
+    "model.block_style.BLOCK_STYLES": (1e-6, "Table 9"),
     "model.config.TIME_FEATURES": (256, "DiT; the paper gives none"),
     "model.config.ModelConfig.channels": (16, "3.1.1"),
     "model.config.ModelConfig.patch": ((1, 2, 2), "3.1.3"),
@@ -125,6 +133,7 @@ PINNED: Mapping[str, tuple[object, str]] = {
         (
             (48, 6144, 48, 16384, ENCODERS, LATENT, (32, 96, 96), EPS),  # 30B: Table 1
             (32, 3072, 24, 8192, ENCODERS, LATENT, (32, 96, 96), EPS),  # 5B: 3.6.2; FFN by the 30B's 8/3
+            (26, 4096, 32, 11008, ENCODERS, LATENT, (1, 64, 64), EPS),  # 7B of images: 3.1.5; shape ours
             (26, 4096, 32, 11008, ENCODERS, LATENT, (14, 68, 120), EPS, 16),  # 7B upsampler: 3.1.5; shape ours
             (2, 48, 6, 96, (24, 3, 24, 2, 24, 2), 4, (1, 2, 2), (6, 6, 6), EPS),  # tiny: tests
             (4, 192, 6, 512, (64, 48), LATENT, (4, 16, 16), EPS),  # tiny-video: quick start
@@ -133,8 +142,8 @@ PINNED: Mapping[str, tuple[object, str]] = {
     ),
     "model.config._TINY_ENCODERS": ((24, 3, 24, 2, 24, 2), "ours: tests"),
     "model.config.USUAL_LATENTS": (
-        ((32, 96, 96), (16, 24, 44), (14, 136, 240), (3, 4, 12), (2, 16, 16)),
-        "256 frames of 768 px, 3.1.6; 16 x 24 x 44, 3.6.2; 14 frames of 1088x1920; tests; quick start",
+        ((32, 96, 96), (16, 24, 44), (1, 128, 128), (14, 136, 240), (3, 4, 12), (2, 16, 16)),
+        "256 frames of 768 px, 3.1.6; 16 x 24 x 44, 3.6.2; one of 1024 px; 14 frames of 1088x1920; tests; quick start",
     ),
     "model.config._Table.row(std)": (0.0, "only normal rows have one"),
     "model.config._replicated: 0.02": (0.02, "ViT's position tables; the paper gives none"),
@@ -613,7 +622,7 @@ FREE: Mapping[str, str] = {
     "launch.training.recipe.BELOW_1": "the end of a range: the largest float32 below 1",
     "launch.training.recipe.Config.plan": "defaults of plan fields; tests/parallel/ir/test_knobs.py",
     "model.weights._CHUNK": "sizes of work; tests/model/test_weights.py",
-    "kernels.ops.*_CHUNK": "a size of work; examples cross it",
+    "kernels.measures.*_CHUNK": "a size of work; examples cross it",
     "kernels.ops.OPS": "every column is counted on examples; tests/kernels/test_ops.py",
     "kernels.counts.count(constant)": "no constant term",
     "kernels.catalogue.*": "conditions of implementations; tests/kernels/test_registry.py",

@@ -99,11 +99,11 @@ def numpy_block(w: dict[str, np.ndarray], x: np.ndarray, position: np.ndarray, r
     x = x + position[:, None, :]
     h = layer_norm(x, 1e-6) * (1 + scale1) + shift1
     q = np.einsum("sbd,dhk->sbhk", h, w["q"]) + w["q_bias"]
-    kv = np.einsum("sbd,dchk->csbhk", h, w["kv"]) + w["kv_bias"][:, None, None]
-    x = x + gate1 * (np.einsum("sbhk,hkd->sbd", attend(q, *kv), w["o"]) + w["o_bias"])
+    k, v = np.einsum("sbd,dchk->csbhk", h, w["kv"]) + w["kv_bias"][:, None, None]
+    x = x + gate1 * (np.einsum("sbhk,hkd->sbd", attend(q, k, v), w["o"]) + w["o_bias"])
     q = np.einsum("sbd,dhk->sbhk", x, w["cross.q"]) + w["cross.q_bias"]
-    kv = np.einsum("lbd,dchk->clbhk", text, w["cross.kv"]) + w["cross.kv_bias"][:, None, None]
-    x = x + np.einsum("sbhk,hkd->sbd", attend(q, *kv, mask), w["cross.o"]) + w["cross.o_bias"]
+    k, v = np.einsum("lbd,dchk->clbhk", text, w["cross.kv"]) + w["cross.kv_bias"][:, None, None]
+    x = x + np.einsum("sbhk,hkd->sbd", attend(q, k, v, mask), w["cross.o"]) + w["cross.o_bias"]
     h = layer_norm(x, 1e-6) * (1 + scale2) + shift2
     return x + gate2 * (silu(h @ w["up"] + w["up_bias"]) @ w["down"] + w["down_bias"])
 
@@ -122,13 +122,18 @@ def test_the_reference_is_dits_block() -> None:
     ]
     mask = torch.tensor([[True, True, False, True], [True, False, False, False], [True, True, True, True]])
     got = block(*given, mask).detach().numpy()
-    wanted = numpy_block({n: v.numpy() for n, v in own.items()}, *(x.numpy() for x in given), mask.numpy())
+
+    def written_out(weights: dict[str, np.ndarray]) -> np.ndarray:
+        x, position, rows, text = (value.numpy() for value in given)
+        return numpy_block(weights, x, position, rows, text, mask.numpy())
+
+    wanted = written_out({n: v.numpy() for n, v in own.items()})
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-11 * np.abs(wanted).max())
     biases = [name for name in own if name.endswith("_bias")]
     assert len(biases) == 8
     for name in biases:
         less = {n: v.numpy() * (n != name) for n, v in own.items()}
-        moved = np.abs(numpy_block(less, *(x.numpy() for x in given), mask.numpy()) - wanted).max()
+        moved = np.abs(written_out(less) - wanted).max()
         # A bias of all keys alike adds as much to every score of a query, which a softmax does not see: half of kv's.
         assert moved > 1e-4 * np.abs(wanted).max(), name
 

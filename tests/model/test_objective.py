@@ -27,7 +27,7 @@ from cinemesh.model import flow
 from cinemesh.model.config import parameters, preset
 from cinemesh.model.inputs import IDS, LATENTS, training_inputs
 from cinemesh.model.objective import OBJECTIVES, V_PREDICTION, ObjectiveName
-from cinemesh.model.paths import PATHS, DiffusionPath, zero_terminal
+from cinemesh.model.paths import DIFFUSION, PATHS, zero_terminal
 from cinemesh.model.reference import Reference, training_loss
 from cinemesh.model.runner import data_share
 from cinemesh.model.sampler import Sampler
@@ -36,9 +36,6 @@ from cinemesh.model.step import unit_layout
 from cinemesh.model.weights import fill_shard, full, probe_values
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.runtime.mesh import Mesh
-
-DIFFUSION = PATHS["v-prediction"]
-assert isinstance(DIFFUSION, DiffusionPath)
 
 
 def rescaled_betas() -> np.ndarray:
