@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated
 
 from ..errors import CinemeshError
-from ..model.buckets import Latent, latent_text
+from ..model.buckets import Latent
 from ..model.codec import LatentCodec
 from ..ranges import BATCH_RANGE, WEIGHT_RANGE, check_ranges, integers, reals
 from .windows import ROUNDING_S, grid_frames
@@ -20,6 +21,7 @@ OwnBatch = Annotated[int, BATCH_RANGE]
 Fps = Annotated[int, integers(1, 1000, "no video has more", "frames/s")]
 SceneSeconds = Annotated[float, reals(0, 600, "no window is as long", "s", above=True)]
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,40}")  # it stands in names of files
 LEAST_SQUEEZED = 16  # frames/s of a scene that is squeezed whole into a bucket: Movie Gen, Table 2
 
 
@@ -27,6 +29,7 @@ LEAST_SQUEEZED = 16  # frames/s of a scene that is squeezed whole into a bucket:
 class Bucket:
     """A window shape in frames and pixels. Steps take windows of it in proportion to ``weight``.
 
+    ``name``: of one of several buckets of a shape; None: the shape is the name.
     ``global_batch``: of a step of it; None: the data's. Windows play at ``fps`` frames/s; with ``squeeze_from_s``, a
     scene of that many seconds or more is one window, at its own rate: ``frames`` / duration, at least LEAST_SQUEEZED.
     """
@@ -38,9 +41,14 @@ class Bucket:
     global_batch: OwnBatch | None = None
     fps: Fps = 24
     squeeze_from_s: SceneSeconds | None = None
+    name: str | None = None
 
     def __post_init__(self) -> None:
         check_ranges(self, "data.buckets: ")
+        if self.name is not None and not NAME.fullmatch(self.name):
+            raise CinemeshError(
+                f"data.buckets: name {self.name!r}", remedy="a name is letters, digits, - and _, at most 41 of them"
+            )
         if self.squeeze_from_s is not None and self.squeeze_from_s * LEAST_SQUEEZED > self.frames:
             raise CinemeshError(
                 f"data.buckets: squeeze_from_s({self.squeeze_from_s:g} s) * {LEAST_SQUEEZED} frames/s > "
@@ -49,6 +57,11 @@ class Bucket:
             )
 
     def __str__(self) -> str:
+        return self.name or self.shape
+
+    @property
+    def shape(self) -> str:
+        """``FRAMESxHEIGHTxWIDTH``."""
         return f"{self.frames}x{self.height}x{self.width}"
 
     def rate(self, seconds: Fraction) -> Fraction | None:
@@ -59,6 +72,16 @@ class Bucket:
             return Fraction(self.fps) if grid_frames(seconds, Fraction(self.fps)) >= self.frames else None
         fits = self.squeeze_from_s <= seconds + ROUNDING_S and LEAST_SQUEEZED * (seconds - ROUNDING_S) <= self.frames
         return self.frames / seconds if fits else None
+
+    @property
+    def timing(self) -> tuple[int, int, float | None]:
+        """Its rule for time: buckets that differ in their shape alone have the same one."""
+        return self.frames, self.fps, self.squeeze_from_s
+
+    def cropped(self, aspect: Fraction) -> Fraction:
+        """Of a frame so many times as wide as high, the part that its crop leaves out."""
+        times = aspect * self.height / self.width
+        return 1 - min(times, 1 / times)
 
     @property
     def needs(self) -> str:
@@ -95,6 +118,7 @@ class BucketSettings:
         SceneSeconds | None,
         "instead of a fixed rate: scenes from this length to frames / 16 s are taken whole, at frames / duration",
     ] = None
+    name: Annotated[str | None, "in reports and files; default: FRAMESxHEIGHTxWIDTH, which two cannot share"] = None
 
     def __post_init__(self) -> None:
         if self.fps is not None and self.squeeze_from_s is not None:
@@ -114,19 +138,20 @@ class BucketSettings:
             self.global_batch,
             fps if self.fps is None else self.fps,
             self.squeeze_from_s,
+            self.name,
         )
 
 
 def latents_of(buckets: Sequence[Bucket], codec: LatentCodec) -> list[Latent]:
-    """(T, H, W) of each bucket's latents. Raises CinemeshError for one that the codec cannot make, or makes twice."""
-    made: dict[Latent, Bucket] = {}
-    for bucket in buckets:
-        latent = bucket.latent(codec)
-        if latent in made:
-            raise CinemeshError(
-                f"data.buckets: {made[latent]} and {bucket} both make latents of {latent_text(latent)}, and a latent "
-                "has one captured step",
-                remedy="leave one of them out and give its weight to the other",
-            )
-        made[latent] = bucket
-    return list(made)
+    """(T, H, W) of each bucket's latents. Raises CinemeshError for one that the codec cannot make."""
+    return [bucket.latent(codec) for bucket in buckets]
+
+
+def check_names(buckets: Sequence[Bucket]) -> None:
+    """Raises CinemeshError for two buckets of one name."""
+    names = [str(bucket) for bucket in buckets]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise CinemeshError(
+            f"data.buckets: {names.count(twice[0])} are called {twice[0]}",
+            remedy="give buckets of one shape a name each, as {name: short, ...}, or leave all but one out",
+        )

@@ -86,6 +86,13 @@ def fitted(frame: av.VideoFrame, pixel_aspect: Fraction, height: int, width: int
     return fit(Image.fromarray(pixels), 1 / pixel_aspect if on_its_side else pixel_aspect, height, width)
 
 
+def aspect(frame: av.VideoFrame, pixel_aspect: Fraction) -> Fraction:
+    """Width over height of a frame as it is shown: upright, its pixels square."""
+    stored = Fraction(frame.width, frame.height) * pixel_aspect
+    turn = turned(frame)
+    return 1 / stored if turn is not None and turn[0] else stored
+
+
 def fit(image: Image.Image, pixel_aspect: Fraction, height: int, width: int) -> RgbPixels:
     """An RGB image scaled and cropped about its centre to uint8 [height, width, 3]."""
     wide, high = image.size

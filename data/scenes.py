@@ -143,6 +143,7 @@ class SceneTime:
     scene: Scene
     seconds: Fraction
     longest_shown: Fraction  # s, of the frame that is shown longest
+    aspect: Fraction  # width over height of its first frame, as it is shown
 
 
 def find_clips(sources: Sequence[str]) -> dict[str, Source]:

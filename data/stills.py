@@ -40,14 +40,14 @@ def is_still(path: Source) -> bool:
 
 def look_at(path: Source, scenes: Sequence[Scene]) -> Survey:
     """Decode an image. Raises BadClip, and CinemeshError for a scene of it that is more than its frame 0."""
-    read_still(path)
+    image = read_still(path)
     for scene in scenes:
         if scene.last_frame:
             raise CinemeshError(
                 f"scene {scene.name} ends at frame {scene.last_frame}, and {path} is an image, which has frame 0 alone",
                 remedy="correct the captions file",
             )
-    return Survey([SceneTime(scene, Fraction(0), Fraction(0)) for scene in scenes], frames=1)
+    return Survey([SceneTime(scene, Fraction(0), Fraction(0), Fraction(*image.size)) for scene in scenes], frames=1)
 
 
 def still_windows(path: Source, cuts: Mapping[str, Sequence[Cut]], scenes: Sequence[Scene]) -> Iterator[Window]:

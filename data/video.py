@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import CinemeshError, in_a_line
 from .clips import playable
-from .pixels import RgbPixels, fitted, looks, unshowable
+from .pixels import RgbPixels, aspect, fitted, looks, unshowable
 from .scenes import Scene, SceneTime
 from .settings import Cut
 from .sources import FFMPEG_PROTOCOLS, Source, address
@@ -95,7 +95,7 @@ def look_through(path: Source, scenes: Sequence[Scene] = (), watch: SeenFrame | 
                 if not scene.is_over(*at):
                     open_scenes.append(scene)
                     begun = replace(scene, first_frame=found.frames)
-                    timed[scene.name] = SceneTime(begun, Fraction(0), Fraction(0))
+                    timed[scene.name] = SceneTime(begun, Fraction(0), Fraction(0), aspect(frame, decoded.pixel_aspect))
             if (look := looks(frame)) not in seen:
                 seen = {look} if len(seen) > MOST_LOOKS else {*seen, look}
                 if reason := unshowable(frame):

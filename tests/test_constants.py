@@ -273,6 +273,7 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "data.buckets.Bucket.fps": (24, "as of DataSettings.fps"),
     "data.buckets.LEAST_SQUEEZED": (16, "Table 2: the least rate of its three squeezed buckets"),
     "data.settings.DataSettings.bad_share": (0.01, OURS),
+    "data.cache.building.SURVEY_FORMAT": (9, OURS),
     "data.windows.ROUNDING_S": (Fraction(1, 1000), "the clock of Matroska; QuickTime's rounds by 1/1200 s"),
     "data.pixels.UNTOLD": (2, "ISO/IEC 23091-2: unspecified"),
     "data.pixels.RGB": (0, "ISO/IEC 23091-2: identity"),
@@ -651,7 +652,7 @@ FREE: Mapping[str, str] = {
     **dict.fromkeys(("data.video.Survey.*", "data.video.Decoded.*"), "before a frame is read"),
     "data.video.MOST_LOOKS": "how many are remembered",
     "*.MOST_TOLD": "of a message",
-    "data.settings.Tally.windows": "nothing is counted yet",
+    "data.settings.Tally.*": "nothing is counted yet",
     **dict.fromkeys(
         ("data.cache.building.NOMINAL_*", "data.cache.building.SHARD_BYTES", "data.cache.building.UNIT_SCENES",
          "data.cache.index.*", "data.cache.held.*", "data.cache.samples.MOST_CAPTION_BYTES",

@@ -44,7 +44,9 @@ from .work import Task, share_out
 # changes: from 6 on frames lie on a time grid, upright, of square pixels and told colours, and captions begin with
 # their rate; from 8 on latents and captions are in tars of their own.
 FORMAT = 8
+SURVEY_FORMAT = 9  # of what files hold: 9 knows the shape of their frames
 OLD_FILE = "clips.safetensors"  # of formats up to 7, all in one
+LEFT_OUT_FILE = "left_out.json"  # scenes whose shape no bucket is near
 SKIPPED_FILE = "skipped.json"
 SHARD_BYTES = 10**9  # of a unit's latents: what a killed build loses of each process; a tar that is handled at once
 UNIT_SCENES = 2**12  # of a unit: short scenes are looked through for a while, too
@@ -185,6 +187,7 @@ class CacheBuild:
     def _settle(self) -> None:
         """Once all files are looked through: what the units are made of. Refuses what cannot be trained on."""
         tally, skipped, clips = Tally(), list[Skipped](), 0
+        left_out: list[Skipped] = []
         keys: list[tuple[str, str]] = []
         for unit in self.units:
             found = self._surveyed(unit)
@@ -192,8 +195,12 @@ class CacheBuild:
             clips += found.clips
             keys.append(self._unit_keys(found))
             for span in found.spans:
-                tally.add(span, self.settings.cut(span))
+                cuts = self.settings.cut(span)
+                tally.add(span, cuts)
+                if not cuts:
+                    left_out.append(Skipped(span.scene.file, None, self.settings.no_shape(span)))
         self._skip(skipped, clips)
+        self._say_cropped(tally, left_out)
         self.settings.check(tally)
         told = {"units": keys, "clips": clips, "skipped": [asdict(row) for row in skipped]}
         _write_json(self._keys, told)
@@ -221,6 +228,19 @@ class CacheBuild:
             f"{len(skipped)} of {clips} clips cannot be trained on, and data.bad_share is {self.settings.bad_share:g}: "
             f"{told}",
             remedy=f"replace them or leave them out ({path} lists all), or raise data.bad_share",
+        )
+
+    def _say_cropped(self, tally: Tally, left_out: Sequence[Skipped]) -> None:
+        """What buckets cut off, where a recipe limits it; the scenes that have no bucket are listed."""
+        if self.settings.crop_limit is None:
+            return
+        path = self.root / LEFT_OUT_FILE
+        _write_json(path, [asdict(row) for row in left_out])
+        told = f"; {len(left_out)} are in no bucket, {path} says which" if left_out else ""
+        print(
+            f"of {tally.scenes} scenes buckets cut off {tally.cropped / max(tally.scenes, 1):.1%} of the pixels on "
+            f"average, {tally.most_cropped:.1%} at most (data.crop_limit {self.settings.crop_limit:g}){told}",
+            file=sys.stderr,
         )
 
     def _captions_task(self, unit: SceneUnit, latents: str, captions: str) -> Task:
@@ -273,8 +293,12 @@ def say_old(root: Path) -> None:
 
 def windows_key(settings: DataSettings, encoding: Encoding) -> list[object]:
     """What decides which windows scenes have, and their latents."""
-    buckets = [{"shape": str(b), "fps": b.fps, "squeeze_from_s": b.squeeze_from_s} for b in settings.shapes]
-    return [encoding.codec.fingerprint, buckets, settings.stride, settings.validation_share]
+    buckets = [
+        {"shape": b.shape, "fps": b.fps, "squeeze_from_s": b.squeeze_from_s} | ({"name": b.name} if b.name else {})
+        for b in settings.shapes
+    ]
+    rules = [encoding.codec.fingerprint, buckets, settings.stride, settings.validation_share]
+    return rules if settings.crop_limit is None else [*rules, settings.crop_limit]
 
 
 def captions_key(encoding: Encoding) -> list[object]:
@@ -288,7 +312,7 @@ def _told_of(scene: Scene) -> list[object]:
 
 def _survey_key(scenes: Sequence[Scene], sources: Mapping[str, Source]) -> str:
     told = [[s.name, s.file, s.first_frame, s.last_frame, s.from_s, s.until_s] for s in scenes]
-    return digest_of([FORMAT, told, {file: _stamp(source) for file, source in sources.items()}])
+    return digest_of([SURVEY_FORMAT, told, {file: _stamp(source) for file, source in sources.items()}])
 
 
 def _stamp(source: Source) -> list[object]:

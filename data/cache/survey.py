@@ -40,7 +40,7 @@ class UnitSurvey:
     def told(self) -> dict[str, Any]:
         """As JSON values."""
         spans = [
-            [s.scene.name, s.scene.first_frame, s.scene.last_frame, str(s.seconds), str(s.longest_shown)]
+            [s.scene.name, s.scene.first_frame, s.scene.last_frame, str(s.seconds), str(s.longest_shown), str(s.aspect)]
             for s in self.spans
         ]
         skipped = [asdict(row) for row in self.skipped]
@@ -51,8 +51,8 @@ class UnitSurvey:
         """From ``told``, of these scenes."""
         named = {scene.name: scene for scene in scenes}
         spans = [
-            SceneTime(replace(named[name], first_frame=first, last_frame=last), Fraction(seconds), Fraction(longest))
-            for name, first, last, seconds, longest in told["spans"]
+            SceneTime(replace(named[name], first_frame=first, last_frame=last), *map(Fraction, times_and_aspect))
+            for name, first, last, *times_and_aspect in told["spans"]
         ]
         skipped = [Skipped(**row) for row in told["skipped"]]
         return cls(told["clips"], skipped, told["files"], told["digests"], spans)

@@ -19,7 +19,7 @@ def planned_after_loss(before: Resolved, lost: int, auto: Auto, setting: Setting
     left = planned(ranks - lost, auto, setting, ranks)
 
     def samples_per_s(of: Resolved) -> float:
-        weights = [bucket.weight for bucket in data.shapes]
+        weights = data.step_weights
         return sum(w * size for w, size in zip(weights, of.global_batches, strict=True)) / sum(weights) / of.step_s
 
     return left, AfterLoss(

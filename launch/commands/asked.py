@@ -73,11 +73,10 @@ def _of_recipe(on: On, given: tuple[LatentBucket, ...], dtype: str | None, path:
     from ..training.setting import Setting
 
     recipe, auto = read_recipe(path)
-    setting, shapes = Setting.of(recipe), recipe.data.shapes
+    setting = Setting.of(recipe)
     held = {} if auto is None else {name: value for name, value in auto.held.items() if name != "dtype" or not dtype}
     policy = held.get("dtype", DEFAULT_DTYPE) if auto else recipe.plan.dtype
-    weights = [bucket.weight for bucket in shapes]
-    buckets, batch = buckets_of_batches(setting.latents, weights, recipe.data.global_batches)
+    buckets, batch = buckets_of_batches(setting.latents, recipe.data.step_weights, recipe.data.global_batches)
     if given or on.global_batch or on.samples is not None:  # a batch that is asked for is every bucket's
         buckets = given or tuple(replace(bucket, times=1) for bucket in buckets)
         batch = on.global_batch or (None if on.samples is not None else recipe.data.global_batch)

@@ -16,6 +16,7 @@ from ..training.setting import Setting
 from . import reply
 from .after_loss import loss_told, planned_after_loss
 from .lifetime import print_lifetime
+from .reading import bucket_readings, print_readings
 from .reasons import print_start_up, start_up_cost
 from .recipe_run import Steps, print_recipe_run, recipe_run
 from .reply import DryRunReply, RecipeRun, Schema
@@ -50,7 +51,7 @@ def run(*, config: Path, ranks: int | None, lost: int | None, overrides: Sequenc
     elif ranks is not None:
         recipe.plan.check_world_size(ranks)
     data, plan = recipe.data, setting.config.plan
-    steps = Steps(recipe.schedule.steps, [bucket.weight for bucket in data.shapes])
+    steps = Steps(recipe.schedule.steps, data.step_weights, setting.latents)
     whole = recipe_run(setting.model, cluster, plan, steps_that_fit(setting, cluster, records := list[int]()), steps)
     lives = None
     if cluster.operations is not None:
@@ -62,6 +63,7 @@ def run(*, config: Path, ranks: int | None, lost: int | None, overrides: Sequenc
         model=setting.model.name,
         cluster=cluster.name,
         **vars(whole),
+        readings=bucket_readings(setting, whole.buckets),
         order=cluster.order_told(),
         start_up=start_up_cost(plan, cluster),
         lifetime=lives,
@@ -79,6 +81,7 @@ def run(*, config: Path, ranks: int | None, lost: int | None, overrides: Sequenc
         f"Predicted, not measured; nothing was started or written.\n\n{describe(plan)}\n"
     )
     print_recipe_run(console, told)
+    print_readings(console, told.readings, cluster.operations.read_bytes_per_s if cluster.operations else None)
     print_order(console, told.order)
     print_start_up(console, told.start_up)
     if lives is not None:

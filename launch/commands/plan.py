@@ -191,7 +191,8 @@ def _run(load: Workload, found: Search) -> RecipeRun | None:
     """What a run of the recipe would be under the best plan."""
     if load.steps is None:
         return None
-    best, steps = found.best, Steps(load.steps, [bucket.weight for bucket in load.buckets])
+    steps = Steps(load.steps, [bucket.weight for bucket in load.buckets], [bucket.latent for bucket in load.buckets])
+    best = found.best
     played = found.evaluator.plays(best.plan, best.samples, best.frozen)
     return recipe_run(load.config, load.cluster, best.plan, played, steps)
 

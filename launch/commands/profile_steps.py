@@ -41,8 +41,7 @@ def take_steps(setting: Setting, place: Joined, batch: BatchShape, steps: int) -
     runner = setting.runners(place, [batch]).first
     batches = BatchHistory.always(setting.global_batches)
     feed = Feed(config, open_history(setting, place), place.mesh.data_rank if place.mesh else 0, batches)
-    bucket = setting.latents.index(batch.latent)
-    own = [step for step, drawn in enumerate(feed.bucket) if drawn == bucket]
+    own = [step for step, bucket in enumerate(feed.bucket) if setting.latents[bucket] == batch.latent]
     if not own:
         raise CinemeshError(
             f"a run of {len(feed.bucket)} steps has none of {latent_text(batch.latent)}", remedy="raise schedule.steps"

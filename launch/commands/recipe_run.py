@@ -19,10 +19,11 @@ from .reply import BucketStep, RecipeRun
 
 @dataclass(frozen=True)
 class Steps:
-    """Of a run: how many, and in which proportion they are of each bucket."""
+    """Of a run: how many, and in which proportion they are of each bucket, whose latents several may share."""
 
     count: int
     weights: Sequence[float]
+    latents: Sequence[tuple[int, int, int]]
 
 
 NUMBERS = ("tokens", "share", "samples a rank", "batch", "step s", "tokens/s", "MFU", "peak GB")
@@ -31,11 +32,14 @@ NUMBERS = ("tokens", "share", "samples a rank", "batch", "step s", "tokens/s", "
 def recipe_run(
     config: ModelConfig, cluster: Cluster, plan: Plan, steps: Iterable[PlayedStep], load: Steps
 ) -> RecipeRun:
-    """A run under a plan, from one whole step of every bucket: played one after the other, for each is large."""
+    """A run under a plan, from one whole step of every shape: played one after the other, for each is large."""
+    shares: dict[tuple[int, int, int], float] = {}
+    for latent, weight in zip(load.latents, load.weights, strict=True):
+        shares[latent] = shares.get(latent, 0.0) + weight / sum(load.weights)
     buckets: list[BucketStep] = []
     footprints: list[Footprint] = []
-    for step, weight in zip(steps, load.weights, strict=True):
-        buckets.append(_bucket(config, cluster, step, weight / sum(load.weights)))
+    for step in steps:
+        buckets.append(_bucket(config, cluster, step, shares[step.batch.latent]))
         footprints.append(step.footprint)
     step_s = sum(bucket.share * bucket.step_s for bucket in buckets)
     most = max(footprints, key=lambda footprint: footprint.peak_bytes)

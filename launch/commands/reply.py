@@ -278,8 +278,22 @@ class AfterLoss:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BucketReading:
+    """What a run reads of one bucket of its latent cache."""
+
+    bucket: Annotated[str, "its name"]
+    sample_bytes: Annotated[int, "latent and text embeddings"]
+    bytes_per_s: Annotated[float, "of all data ranks, in its steps"]
+    samples: Annotated[int, "that the run takes"]
+    rows: Annotated[int | None, "to train on; null where the cache is not built, or not here"]
+    epochs: Annotated[float | None, "samples over rows"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class DryRunReply(RecipeRun, Heading):
     """`cinemesh train CONFIG --dry-run --json`."""
+
+    readings: list[BucketReading]
 
     order: Annotated[str, ORDER] = ""
     start_up: StartUpCost

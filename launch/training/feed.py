@@ -28,8 +28,7 @@ READERS = 4  # threads; a step is read by one of them
 
 def run_order(config: Config, batches: BatchHistory) -> RunOrder:
     """What decides which samples the steps of a recipe's run take."""
-    weights = tuple(bucket.weight for bucket in config.data.shapes)
-    return RunOrder(config.seed, config.schedule.steps, weights, batches)
+    return RunOrder(config.seed, config.schedule.steps, config.data.step_weights, batches)
 
 
 class Feed:

@@ -80,6 +80,8 @@ class MeasuredRows:
         self._device, directory = runners.first.executor.device, config.logging.directory
         self._path, first = directory / ROWS_FILE, runners.first.steps_done
         software = Software.here(config.kernels, config.deterministic)
+        shapes = list(dict.fromkeys(latents))
+        self._shape = [shapes.index(latent) for latent in latents]  # of each bucket
         self._rows = [
             own_row(
                 runners.runners[latent],
@@ -88,15 +90,15 @@ class MeasuredRows:
                 name=f"{directory.name}/{latent_text(latent)}/from-step-{first}",
                 title=str(directory),
             )
-            for latent in latents
+            for latent in shapes
         ]
-        self._times = [StepTimes() for _ in latents]
+        self._times = [StepTimes() for _ in shapes]
         own = {row["id"] for row in self._rows}
         self._earlier = [row for row in _read(self._path) if not (isinstance(row, dict) and row.get("id") in own)]
 
     def add(self, bucket: int, step_s: float, loading_s: float) -> None:
-        """One more step, of the latent at this place."""
-        self._times[bucket].add(step_s, loading_s)
+        """One more step, of the bucket at this place."""
+        self._times[self._shape[bucket]].add(step_s, loading_s)
 
     def write(self) -> None:
         """All rows of which there are steps enough, whole or not at all."""

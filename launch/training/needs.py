@@ -39,7 +39,7 @@ def check_training_memory(setting: Setting) -> None:
     gpus = device_here(config.device, local) != "cpu"
     check_host_memory((), local, steps=steps)  # before anything is built
     copy = copy_bytes(unit_layout(setting.model, config.plan))
-    steps_of = (build_step(setting.model, config.plan, each, config.optimizer) for each in setting.batches)
+    steps_of = (build_step(setting.model, config.plan, each, config.optimizer) for each in setting.shapes)
     programs = [prepare(step, backend="nccl" if gpus else "gloo") for step in steps_of]
     check_host_memory(programs, local, steps=steps, beside_bytes=copy, on_gpus=gpus)
     if gpus:

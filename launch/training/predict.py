@@ -18,13 +18,13 @@ from .setting import Setting
 
 
 def play_buckets(setting: Setting, cluster: Cluster) -> Iterator[PlayedStep]:
-    """The whole step of every bucket of a recipe under its plan, played one after the other: each is large.
+    """The whole step of every shape of a recipe under its plan, played one after the other: each is large.
 
     Raises CinemeshError as ``batches`` does.
     """
     models = PriceModels.of(cluster)
-    for batch in setting.batches:
-        yield play_step(setting.model, setting.config.plan, batch, models, graphs=len(setting.batches))
+    for batch in setting.shapes:
+        yield play_step(setting.model, setting.config.plan, batch, models, graphs=len(setting.shapes))
 
 
 def steps_that_fit(setting: Setting, cluster: Cluster, records: list[int]) -> Iterator[PlayedStep]:

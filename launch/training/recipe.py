@@ -65,6 +65,10 @@ class DataSection(DataSettings):
 
     cache: Annotated[str, "folder of the latent cache, where what is missing is built; a URL too, with versions"]
     global_batch: Annotated[int, BATCH_RANGE, "samples of a step whose bucket does not give its own"]
+    weigh: Annotated[
+        Literal["steps", "samples"],
+        "what the buckets' weights are shares of: samples makes a bucket's steps fewer where its batch is larger",
+    ] = "steps"
     versions: Annotated[
         dict[str, str], "of the cache, by the step from which each is drawn from; default: what these settings make"
     ] = field(default_factory=dict)
@@ -77,6 +81,14 @@ class DataSection(DataSettings):
     def global_batches(self) -> list[int]:
         """Samples of a step of every bucket."""
         return [bucket.global_batch or self.global_batch for bucket in self.shapes]
+
+    @property
+    def step_weights(self) -> tuple[float, ...]:
+        """Of every bucket, its part of the steps, over the sum of all."""
+        weights = [bucket.weight for bucket in self.shapes]
+        if self.weigh == "samples":
+            weights = [weight / batch for weight, batch in zip(weights, self.global_batches, strict=True)]
+        return tuple(weights)
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION_CONFIG)

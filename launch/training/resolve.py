@@ -120,7 +120,7 @@ def planned(world: int, auto: Auto, setting: Setting, full_ranks: int | None = N
     """
     full_ranks = max(world, full_ranks or 0)
     cluster = cluster_under(setting.config, auto.cluster)
-    weights = [bucket.weight for bucket in setting.config.data.shapes]
+    weights = setting.config.data.step_weights
 
     def asked(batches: Batches) -> Request:
         buckets, global_batch = buckets_of_batches(setting.latents, weights, batches)

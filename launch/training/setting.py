@@ -13,7 +13,7 @@ from ...data.encoding import Encoding
 from ...errors import CinemeshError, did_you_mean
 from ...kernels.registry import Kernels, kernels_for
 from ...model.buckets import BucketRunner, Latent
-from ...model.config import ModelConfig
+from ...model.config import ModelConfig, latent_text
 from ...model.inputs import BatchShape
 from ...model.paths import PATHS
 from ...model.step import check
@@ -63,9 +63,26 @@ class Setting:
         """One data rank's micro-batch of every bucket. Raises CinemeshError when the plan does not divide one."""
         samples = map(self.config.plan.local_batch, self.global_batches)
         batches = [BatchShape(*of) for of in zip(samples, self.latents, strict=True)]
-        for batch in batches:
+        for batch in dict.fromkeys(batches):
             check(self.model, self.config.plan, batch)
         return batches
+
+    @cached_property
+    def shapes(self) -> list[BatchShape]:
+        """What is captured: a step of each shape, which several buckets may share. Raises CinemeshError as ``batches``.
+
+        Raises it too for two buckets that make one latent and give it another number of samples.
+        """
+        shapes = list(dict.fromkeys(self.batches))
+        known: dict[Latent, BatchShape] = {}
+        for shape in shapes:
+            if shape != known.setdefault(shape.latent, shape):
+                raise CinemeshError(
+                    f"data.buckets: latents of {latent_text(shape.latent)} come in steps of {shape.samples} and of "
+                    f"{known[shape.latent].samples} samples a rank, and a shape has one captured step",
+                    remedy="give buckets of one shape the same global_batch",
+                )
+        return shapes
 
     def check_sampled_scenes(self) -> None:
         """Raises CinemeshError for a scene or bucket that is to be sampled when training is done and does not exist."""
@@ -98,7 +115,7 @@ class Setting:
 
     def check_training(self) -> None:
         """Raises CinemeshError for what would stop training before its first step and can be told without the clips."""
-        _ = self.batches
+        _ = self.shapes
         self.check_sampled_scenes()
 
     def check_sampling(self) -> None:
@@ -117,7 +134,7 @@ class Setting:
         return BucketRunner(
             self.model,
             config.plan,
-            self.batches if batches is None else batches,
+            self.shapes if batches is None else batches,
             config.optimizer,
             place.mesh,
             seed=config.seed,

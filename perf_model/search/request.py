@@ -31,10 +31,12 @@ class LatentBucket:
 def buckets_of_batches(
     latents: Sequence[tuple[int, int, int]], weights: Sequence[float], batches: Sequence[int]
 ) -> tuple[tuple[LatentBucket, ...], int]:
-    """Buckets whose steps have these samples, and the request's global batch for that."""
+    """Buckets whose steps have these samples, and the request's global batch for that; those of one shape are one."""
     common = math.gcd(*batches)  # ranks and micro-batches divide it where they divide every batch
-    parts = zip(latents, weights, (batch // common for batch in batches), strict=True)
-    return tuple(LatentBucket(*part) for part in parts), common
+    shares: dict[tuple[tuple[int, int, int], int], float] = {}
+    for latent, weight, batch in zip(latents, weights, batches, strict=True):
+        shares[latent, batch // common] = shares.get((latent, batch // common), 0.0) + weight
+    return tuple(LatentBucket(latent, weight, times) for (latent, times), weight in shares.items()), common
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,13 @@ def test_a_recipe_says_what_its_row_says(path: Path, stage: Stage) -> None:
     assert (config.optimizer.lr, config.schedule.steps, config.schedule.decay) == (stage.lr, stage.steps, "constant")
     latents = setting_of(path).latents
     assert latents[0] == stage.latent and {latent[1:] for latent in latents} == {stage.latent[1:]}
-    assert [latent[0] for latent in latents] == ([1] if stage.latent[0] == 1 else [32, 24, 16, 1])
+    assert [latent[0] for latent in latents] == ([1] if stage.latent[0] == 1 else [32, 32, 32, 24, 16, 1])
     weights = [bucket.weight for bucket in data.shapes]
-    assert len(weights) == 1 or weights[-1] * 10 == sum(weights[:-1]), "images 1 to 10 of video"
+    if len(weights) > 1:
+        assert data.weigh == "samples" and weights[-1] * 10 == sum(weights[:-1]), "images 1 to 10 of video"
+        rules = [(bucket.fps if bucket.squeeze_from_s is None else bucket.squeeze_from_s) for bucket in data.shapes]
+        assert rules == [24, 16, 12, 8, 4, 24], "Table 2: 24 and 16 frames/s, then clips from 12, 8 and 4 s, squeezed"
+        assert len(setting_of(path).shapes) == 4
 
 
 def begins_behind(setting: Setting, former: Setting) -> None:

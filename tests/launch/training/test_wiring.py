@@ -268,6 +268,11 @@ EFFECTS: Mapping[str, Sequence[Effect]] = {
     "data.buckets.0.squeeze_from_s": [  # takes the right scene alone
         Effect(0.4, SAMPLES | {"windows"}, {**TWO_BUCKETS, "sample.scenes": ["right"]})
     ],
+    "data.buckets.0.name": [Effect("short", frozenset({"windows"}))],
+    "data.weigh": [
+        Effect("samples", SAMPLES - GRADIENT | LATER, {**TWO_BUCKETS, "seed": 4, "data.buckets.0.global_batch": 32})
+    ],
+    "data.crop_limit": [Effect(0.2, frozenset())],
     "data.fps": [Effect(20, SAMPLES | {"windows"})],
     "data.bad_share": [Effect(0.5, frozenset({"bad_share"}))],
     "data.stride": [Effect(1, SAMPLES | {"windows"})],
