@@ -161,6 +161,12 @@ def state_of(job: str) -> str:
     return next((state for state in found if state not in ENDED), found[0] if found else "GONE")
 
 
+def field_of(job: str, name: str) -> str:
+    """What Slurm says of a job."""
+    words = told("scontrol", "--oneliner", "show", "job", job).split()
+    return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
+
+
 def end_of(job: str, most_s: float = 600) -> str:
     """The state in which a job ended."""
     wait_for(lambda: state_of(job) in (*ENDED, "GONE"), most_s, f"the end of job {job}")
@@ -227,14 +233,17 @@ def main() -> None:
                     state = end_of(job)
                     log = next(folder.glob("recipe-*.log")).read_text()
                 equal = state == "COMPLETED" and digests(folder / "run", STEPS) == wanted
-                restarts = log.count("resumes") + log.count("goes on from")
+                restarts = int(field_of(job, "Restarts"))
+                resumed = (folder / "run" / "train.log").read_text().count("resumed from")
                 found[what] = {
                     "state": state,
                     "bitwise": equal,
+                    "restarts": restarts,
+                    "resumed": resumed,
                     "map": [li for li in log.splitlines() if "ranks" in li][:3],
                 }
                 print(
-                    f"{what}: {state}, {'bitwise the same' if equal else 'NOT the same'}, {restarts} resumes",
+                    f"{what}: {state}, {'bitwise the same' if equal else 'NOT the same'}, {restarts} restarts, resumed {resumed} times",
                     flush=True,
                 )
                 if not equal:
