@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -42,7 +44,14 @@ def write_mp4(path: Path, frames: Tensor, rate: Fraction) -> None:
 
     Colours are BT.709's, limited range, and the file says so: a player need not guess them from the size.
     """
-    height, width = frames.shape[1:3]
+    write_pieces(path, [frames], rate)
+
+
+def write_pieces(path: Path, pieces: Iterable[Tensor], rate: Fraction) -> None:
+    """As :func:`write_mp4`, of a clip that comes in pieces [T, H, W, 3], of which one at a time is held."""
+    pieces = iter(pieces)
+    first = next(pieces)  # what cannot be made leaves nothing behind
+    height, width = first.shape[1:3]
     assert height % 2 == 0 and width % 2 == 0, (height, width)  # 4:2:0 halves the colour planes
     h264 = "libx264" in av.codecs_available
     with atomic_file(path) as part, av.open(str(part), "w", format="mp4") as container:
@@ -54,12 +63,21 @@ def write_mp4(path: Path, frames: Tensor, rate: Fraction) -> None:
         codec = stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = BT709
         codec.color_range = ColorRange.MPEG
-        for pixels in frames.numpy():
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-            )
-            container.mux(stream.encode(frame))
+        for frames in chain((first,), pieces):
+            for pixels in frames.numpy():
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
+                    format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+                )
+                container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+def gif(frames: Tensor, rate: Fraction) -> bytes:
+    """uint8 [T, H, W, 3] as a GIF that plays without end; its clock has hundredths of a second."""
+    first, *others = (Image.fromarray(pixels) for pixels in frames.numpy())
+    file = io.BytesIO()
+    first.save(file, "GIF", save_all=True, append_images=others, duration=float(1000 / rate), loop=0)
+    return file.getvalue()
 
 
 def write_contact_sheet(path: Path, clips: Mapping[str, Tensor], note: str, columns: int = 8) -> None:

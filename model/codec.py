@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -54,6 +55,23 @@ class LatentCodec(Protocol):
     def decode(self, latent: Tensor) -> Tensor:
         """Latent [C, t, h, w] -> frames uint8 [at least T, H, W, 3]; the caller cuts those past T."""
         ...
+
+
+@runtime_checkable
+class TiledCodec(LatentCodec, Protocol):
+    """A codec that decodes a clip of any length in constant memory."""
+
+    def decoded(self, latent: Tensor) -> Iterator[Tensor]:
+        """As ``decode``, in pieces of the clip, one after the other."""
+        ...
+
+
+def clip_pieces(codec: LatentCodec, latent: Tensor, frames: int) -> Iterator[Tensor]:
+    """The first ``frames`` of a decoded clip, in pieces uint8 [T, H, W, 3]: tile by tile where the codec has tiles."""
+    for piece in codec.decoded(latent) if isinstance(codec, TiledCodec) else (codec.decode(latent),):
+        if frames > 0:
+            yield piece[:frames]
+        frames -= len(piece)
 
 
 class Coefficient(NamedTuple):

@@ -100,6 +100,9 @@ class Sampler:
             self._buffers[SHARES].fill_(guidance if self.captioned else 1 - guidance)
         self.pool = beside.pool if beside is not None else None
         self.replay: Frozen | Graph | None = None
+        self.watched: Callable[[int], None] | None = (
+            None  # told after every record of a velocity, which is then not replayed
+        )
         self.unpatchify = Executor(whole, *place, kernels, arena=self.velocity.arena)
 
     def capture(self, mode: Capture = "auto") -> str | None:
@@ -178,7 +181,10 @@ class Sampler:
         for half in self._buffers["x_t"].chunk(self.halves, 1):
             half.copy_(x)
         load_inputs(self.velocity, conditions)
-        (self.replay or self.velocity).run()
+        if self.replay is not None and self.watched is None:
+            self.replay.run()
+        else:
+            self.velocity.run(self.watched)
         found = [half.to(x.dtype, copy=True) for half in self._buffers["velocity"].chunk(self.halves, 1)]
         if len(found) == 1:
             return found[0]

@@ -63,6 +63,14 @@ def sample(
         Literal["ema", "master"] | None,
         typer.Option("--weights", help="Their running average, or the last step's own; default: the recipe's."),
     ] = None,
+    trace_change: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace-change",
+            metavar="FILE.png",
+            help="Draw how much every block changes of what it is given, step by step; the numbers stand beside it.",
+        ),
+    ] = None,
     nproc: LocalProcesses = None,
     device: RecipeDevice = None,
     plan: RecipePlan = None,
@@ -83,6 +91,7 @@ def sample(
         rewrite=rewrite,
         checkpoint=checkpoint,
         out=out,
+        trace_change=trace_change,
         asked={
             "weights": weights,
             "sample.steps": steps,

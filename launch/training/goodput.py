@@ -33,6 +33,7 @@ class LossCause(StrEnum):
     REDONE = "redone"  # steps since the checkpoint that a start went on from
     LOADING = "loading"  # samples that a step waited for
     VALIDATION = "validation"
+    SAMPLING = "sampling"  # clips while training goes on
     CHECKPOINT = "checkpoint"  # what training waited for one
     SKIPPED = "skipped"  # steps whose update was skipped
     OTHER = "other"  # the rest: reports, votes, what nobody timed

@@ -39,6 +39,7 @@ from .recipe import Config, read_run
 from .resume import allowed_changes, check_may_change
 from .setting import Setting
 from .showcase import show_samples
+from .shown_clips import ShownClips
 from .spikes import LOSSES, SPIKES, RolledBack, roll_back
 from .start import Begun, begin, check_start, put_under
 from .steps import StepLoop
@@ -157,6 +158,8 @@ def _until_spike(
         saver = Saver(checkpoints, runner, Keep(log.keep, log.keep_every, log.keep_best), log.checkpoint_files)
         feed = Feed(config, history, runner.mesh.data_rank if runner.mesh else 0, batches)
         loop = StepLoop(setting, buckets, feed, saver, telemetry, carried, place.marks, Stragglers.of(place))
+        if config.sample is not None and config.sample.every:
+            loop.shown = ShownClips(setting, place, history.at(runner.steps_done), runner, telemetry)
         if place.watched is not None:
             place.watched.tell(config.plan, [stages_of(program) for program in loop.runs.programs])
         try:

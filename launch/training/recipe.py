@@ -186,7 +186,7 @@ class SpikesSection:
 
 @dataclass(frozen=True, kw_only=True, config=SECTION_CONFIG)
 class SampleSection:
-    """Clips sampled when training is done: of the named scenes' captions, or of every scene's."""
+    """Clips sampled when training is done, and while it goes on: of the named scenes' captions, or of every scene's."""
 
     scenes: Annotated[tuple[str, ...] | None, "whose captions are sampled; default: all"] = None
     bucket: Annotated[str | None, "FRAMESxHEIGHTxWIDTH of the clips, one of the data's; default: the first"] = None
@@ -197,6 +197,7 @@ class SampleSection:
     solver: Annotated[SolverName, "velocities of a step: euler one, midpoint two, dopri5 six"] = "euler"
     guidance: Annotated[float, GUIDANCE_RANGE, "scale of classifier-free guidance"] = GUIDANCE
     seed: Annotated[int, SEED_RANGE, "of the starting noise"] = 0
+    every: Annotated[EveryOrNever, "from one set of clips in TensorBoard, while training goes on, to the next"] = 0
 
 
 AUTO = "auto"

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...data.clips import playable, write_mp4
+from ...data.clips import playable, write_pieces
 from ...data.scenes import read_captions
 from ...data.text import with_fps
 from ...documents import exactly, quoted, read_json
@@ -25,28 +24,22 @@ from ...evaluation.bench import read_prompts
 from ...evaluation.rewriting.rewriter import Rewriter
 from ...files import atomic_file, check_output_file
 from ...kernels.dtypes import TORCH_DTYPES
-from ...model.codec import LatentCodec
-from ...model.inputs import BatchShape
-from ...model.paths import PATHS
-from ...model.runner import StepRunner
-from ...model.sampler import Sampler
-from ...model.solvers import SOLVERS
+from ...model.codec import clip_pieces
 from ...model.step import unit_layout
-from ...parallel.runtime.comm import gather_objects
 from ...parallel.runtime.mesh import coordinates
 from ..cluster.environment import processes_here, say_device, world_size
-from ..cluster.marks import Doing, Marks
-from ..cluster.processes import Joined, joined, launch, rank_main
-from ..progress import progress
+from ..cluster.processes import joined, launch, rank_main
 from ..rewritten import read_rewriter, rewrite_all, unlike, write_prompts
 from ..storage.places import Location, location_of
 from ..written import wrote
 from .average import remark
 from .base import check_base, read_base
+from .change_drawn import check_change_file, write_change
 from .checkpoint.choosing import check_files, kept_in, latest
 from .checkpoint.loading import load_weights
 from .checkpoint.manifest import Manifest, read_manifest
 from .checkpoint.same_model import check_model
+from .clip_sampler import ClipSampler
 from .differences import recipe_facts
 from .needs import check_sampling_memory
 from .recipe import Config, read_config
@@ -57,6 +50,7 @@ ONE_CLIP = Path("sample.mp4")  # of a prompt, where no other file is named
 MADE_WITH = "sampled.json"  # in a folder of clips: what all of them have alike
 REWRITTEN = "rewritten.yaml"  # in a folder of clips: the prompts that they were sampled of
 OTHER_FOLDER = "name a new folder"
+OF_TRAINING = ("scenes", "every")  # keys of ``sample`` that no prompt heeds
 UNTOLD_RATE = Fraction(25)  # frames/s, where an older checkpoint has none: PAL, and most quick-start clips
 
 
@@ -77,6 +71,7 @@ class ClipOrder:
     checkpoint: Location
     clips: tuple[Clip, ...]
     frame_rate: Fraction
+    change_in: Path | None  # the picture of what every block changes
 
 
 def run(  # noqa: PLR0913  what the command line says of clips, one argument each
@@ -87,6 +82,7 @@ def run(  # noqa: PLR0913  what the command line says of clips, one argument eac
     rewrite: Path | None = None,
     checkpoint: str | Location | None,
     out: Path | None,
+    trace_change: Path | None = None,
     asked: Mapping[str, object],
     nproc: int | None,
     overrides: Sequence[str] = (),
@@ -96,9 +92,12 @@ def run(  # noqa: PLR0913  what the command line says of clips, one argument eac
     One of the ``prompt``, to the file ``out``; or those of a file of ``prompts``, each called after its prompt's name,
     to the folder ``out``, but for those that are there. ``rewrite``: whose file says how each is rewritten first.
     On one process any recipe's plan is left aside; on several, the plan must be of that many. ``asked``: values of the
-    recipe's keys; one that is None is the recipe's.
+    recipe's keys; one that is None is the recipe's. ``trace_change``: a picture to draw of what every block changes in
+    every step.
     """
     clips = _asked_for(prompt, prompts, out)
+    if trace_change is not None:
+        check_change_file(trace_change)
     asked_for = [f"{key}={value}" for key, value in asked.items() if value is not None]
     recipe = read_config(config, [*overrides, *asked_for])
     processes = world_size(nproc)
@@ -137,7 +136,7 @@ def run(  # noqa: PLR0913  what the command line says of clips, one argument eac
     elif cuts := setting.encoding.cuts({"the prompt": clips[0].prompt}):
         taken = ", ".join(f"text encoder {cut.encoder} takes {cut.tokens} of its {cut.length} tokens" for cut in cuts)
         print(f"the prompt is cut: {taken}", file=sys.stderr)
-    order = ClipOrder(recipe, newest, tuple(clips), rate)
+    order = ClipOrder(recipe, newest, tuple(clips), rate, trace_change)
     if said := remark(recipe, written.updates):
         print(said, file=sys.stderr)
     code = launch(nproc, sample, order) if nproc and nproc > 1 else rank_main(lambda: sample(order))
@@ -190,7 +189,7 @@ def _rewritten(clips: list[Clip], rewriter: Rewriter, *, told: bool) -> list[Cli
 def _facts(recipe: Config, written: Manifest) -> dict[str, str]:
     """What all clips of a folder have alike: the weights, and how they are sampled."""
     assert recipe.sample is not None
-    section = {f"sample.{key}": str(value) for key, value in asdict(recipe.sample).items() if key != "scenes"}
+    section = {f"sample.{key}": str(value) for key, value in asdict(recipe.sample).items() if key not in OF_TRAINING}
     return section | {"weights": recipe.weights, "digest of the weights": written.digests[recipe.weights]}
 
 
@@ -245,79 +244,14 @@ def sample(order: ClipOrder) -> None:
             read_base(order.config.start_from, frozen, units, position)
         prompts = {clip.number: clip.prompt for clip in order.clips}
         outs = {clip.number: clip.out for clip in order.clips}
-        for number, clip in sample_clips(setting, place, weights, prompts, frozen=frozen):
-            write_mp4(outs[number], clip[: order.config.sampled.frames], order.frame_rate)
+        traced = order.change_in is not None
+        sampler = ClipSampler(setting, place, weights, prompts, frozen=frozen, traced=traced)
+        for number, latent in sampler.latents():
+            frames = clip_pieces(setting.encoding.codec, latent, order.config.sampled.frames)
+            write_pieces(outs[number], frames, order.frame_rate)
             about = f"{float(order.frame_rate):.4g} frames/s"
             wrote(outs[number], "open it in a video player; another --seed makes another clip", about)
-
-
-def sample_clips(
-    setting: Setting,
-    place: Joined,
-    weights: Tensor,
-    prompts: Mapping[int, str],
-    *,
-    samples: int = 1,
-    beside: StepRunner | None = None,
-    frozen: Tensor | None = None,
-) -> Iterator[tuple[int, Tensor]]:
-    """A clip of each prompt with its number, uint8 [T, H, W, 3], as it is made, as the recipe's ``sample`` says.
-
-    On rank 0, none elsewhere; collective, and every rank asks for all. ``weights`` is this rank's flat shard. Each data
-    rank makes at most ``samples`` clips at once. A prompt's noise depends on (seed, its number) alone. ``beside``: the
-    runner of a training that is over. ``frozen``: as the sampler takes it. Raises CinemeshError when the model has
-    diverged.
-    """
-    plan, mesh, section, codec = setting.config.plan, place.mesh, setting.config.sample, setting.encoding.codec
-    assert section is not None
-    ordered = list(prompts)
-    # A second replica that would have no clip of its own makes the halves without the caption.
-    apart = plan.dp_replicate == 2 and len(ordered) <= plan.dp_shard and section.guidance not in (0.0, 1.0)
-    ranks, rank = plan.data_ranks, mesh.data_rank if mesh else 0
-    if apart and mesh is not None:
-        ranks, rank = plan.dp_shard, mesh.coordinates["dp_shard"]
-    samples = min(samples, -(-len(ordered) // ranks))
-    batch = BatchShape(samples, setting.config.sampled.latent(codec))
-    kernels = setting.kernels(place.device)
-    choices: dict[str, Any] = {"guidance": section.guidance, "kernels": kernels, "beside": beside, "frozen": frozen}
-    choices["apart"] = apart
-    sampler = Sampler(setting.model, plan, batch, mesh, weights, place.device, **choices)
-    if (failure := sampler.capture(setting.config.capture)) is not None and place.rank == 0:
-        print(f"sampling is NOT captured, on any rank: {failure}; it runs from the executor", file=sys.stderr)
-    times = PATHS[setting.model.objective].times(section.schedule, section.steps)
-    # Ranks that share a sample all end with all of it: one of them hands it on.
-    speaks = sampler.coordinates["tp"] == sampler.coordinates["cp"] == 0
-    rounds = range(0, len(ordered), samples * ranks)
-    with progress("sampling", len(rounds) * section.steps, silent=place.rank > 0) as begin:
-        for start in rounds:
-            mine = range(start + rank * samples, start + (rank + 1) * samples)  # past the end: such clips are dropped
-            at = [ordered[i % len(ordered)] for i in mine]
-            conditions = setting.encoding.captions([prompts[number] for number in at])
-            which = f"clips {start + 1} to {min(start + samples * ranks, len(ordered))}"
-            place.marks.at(start, Doing.SAMPLING)
-            made = sampler.sample(
-                conditions,
-                section.seed,
-                torch.tensor(at),
-                times,
-                SOLVERS[section.solver],
-                lambda step, which=which: begin(f"{which}, step {step + 1}"),
-            ).cpu()
-            kept = {i: clip for i, clip in zip(mine, made, strict=True) if i < len(ordered) and speaks}
-            latents: dict[int, Tensor] = {}
-            for part in gather_objects(kept) if mesh else [kept]:
-                assert isinstance(part, dict)
-                latents |= part
-            if mesh is None or mesh.rank == 0:
-                for i in sorted(latents):
-                    place.marks.at(i, Doing.DECODING)
-                    yield ordered[i], codec.decode(latents[i])
-
-
-def decoded(codec: LatentCodec, latents: Iterable[Tensor], marks: Marks) -> list[Tensor]:
-    """Their clips, one after the other."""
-    clips: list[Tensor] = []
-    for number, latent in enumerate(latents):
-        marks.at(number, Doing.DECODING)
-        clips.append(codec.decode(latent))
-    return clips
+        if sampler.change is not None and order.change_in is not None:
+            changes = sampler.change.changes()
+            if place.rank == 0:
+                write_change(order.change_in, changes, sampler.times, sampler.section, len(prompts))

@@ -8,7 +8,7 @@ Training clips are decoded from their latents, so the codec's own loss is on bot
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,10 +24,10 @@ from ...model.codec import LatentCodec
 from ...model.flow import draw_noise
 from ...model.runner import StepRunner
 from ...parallel.layers.sharded import FROZEN_STATE
-from ..cluster.marks import Marks
+from ..cluster.marks import Doing, Marks
 from ..cluster.processes import Joined
 from .average import remark
-from .sample import decoded, sample_clips
+from .clip_sampler import ClipSampler
 from .setting import Setting
 
 CONTACT_SHEET = "contact_sheet.png"
@@ -57,7 +57,7 @@ def show_samples(setting: Setting, place: Joined, cache: Cache, runner: StepRunn
     config, bucket, captions = setting.config, setting.config.sampled, setting.sampled_captions(cache)
     weights = runner.buffers[config.weights]
     numbered = dict(enumerate(captions.values()))
-    made = sample_clips(
+    sampler = ClipSampler(
         setting,
         place,
         weights,
@@ -66,7 +66,7 @@ def show_samples(setting: Setting, place: Joined, cache: Cache, runner: StepRunn
         beside=runner,
         frozen=runner.buffers.get(FROZEN_STATE),
     )
-    clips = [clip for _, clip in made]
+    clips = [setting.encoding.codec.decode(latent) for _, latent in sampler.latents()]
     if place.rank:
         return
     if said := remark(config, runner.updates_done):
@@ -123,3 +123,12 @@ def show(folder: Path, clips: dict[str, Tensor], train: Samples, codec: LatentCo
     with atomic_file(folder / SCORES) as part:
         part.write_text(json.dumps([asdict(score) for score in scores], indent=1), encoding="utf-8")
     return scores
+
+
+def decoded(codec: LatentCodec, latents: Iterable[Tensor], marks: Marks) -> list[Tensor]:
+    """Their clips, one after the other."""
+    clips: list[Tensor] = []
+    for number, latent in enumerate(latents):
+        marks.at(number, Doing.DECODING)
+        clips.append(codec.decode(latent))
+    return clips

@@ -30,6 +30,7 @@ from .resume import CONTENTS
 from .sample import FRAME_RATE
 from .seen import SEEN, DrawnFrom
 from .setting import Setting
+from .shown_clips import ShownClips
 from .spikes import LossWatch, Spike
 from .stragglers import UNITS_PER_S, Stragglers
 from .telemetry import Telemetry
@@ -68,6 +69,7 @@ class StepLoop:
         self.rows = MeasuredRows(self.config, runners, self.latents) if telemetry else None
         self.on_gpu = torch.device(self.runner.executor.device).type != "cpu"
         self.runs = MarkedRuns(runners, marks)
+        self.shown: ShownClips | None = None
         self.held_out = None
         if log.validate_every:
             cache = self.history.at(self.compared)
@@ -86,6 +88,8 @@ class StepLoop:
         if step == 0:
             with self._losing(LossCause.VALIDATION):
                 self._validate(0)
+            if self.shown is not None:
+                self.shown.show_held_out()
         reports = Reports.of(self.config, self.runners, self.latents, step, self.telemetry, self.stragglers)
         skipped = 0  # updates in a row
         while step < steps:
@@ -129,6 +133,9 @@ class StepLoop:
             if log.validate_every and (step % log.validate_every == 0 or step == steps):
                 with self._losing(LossCause.VALIDATION):
                     self._validate(step)
+            if self.shown is not None and step % self.shown.every == 0:
+                with self._losing(LossCause.SAMPLING):
+                    self.shown.show(step)
             if log.checkpoint_every and step % log.checkpoint_every == 0:
                 with self._losing(LossCause.CHECKPOINT):
                     self._save(step)

@@ -1,8 +1,8 @@
 """Telemetry: where a run's reports go, on rank 0: TensorBoard, a JSON line each, a log, standard output or a bar.
 
-Below ``logging.directory``: ``tensorboard/``, one event file for each start of the run; ``metrics.jsonl``, whose
-lines read ``{"step": 10, "loss": 1.2, ...}``; ``metrics.prom``, for Prometheus; ``goodput.json``, where the time went;
-and ``train.log``, all that was said, with its time.
+Below ``logging.directory``: ``tensorboard/``, one event file for each start of the run, with clips; ``metrics.jsonl``,
+whose lines read ``{"step": 10, "loss": 1.2, ...}``; ``metrics.prom``, for Prometheus; ``goodput.json``, where the time
+went; and ``train.log``, all that was said, with its time.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ BESIDE = {  # charts of TensorBoard that show what was measured and what was pre
     "step, s": ["Multiline", ["step_s", "predicted_step_s"]],
     "memory, bytes": ["Multiline", ["memory_bytes", "predicted_memory_bytes"]],
 }
+RGB = 3  # tensorboard/compat/proto/summary.proto: Image.colorspace
 SUPERSEDED_FILE = "metrics.superseded.jsonl"  # reports of steps that a run took again
 
 
@@ -89,6 +90,14 @@ class Telemetry:
         """Report numbers; those of training also stand beside the progress bar."""
         self._scalars(step, values)
         self._prometheus.write(step, values, (), self.account.lost_s)
+
+    def picture(self, step: int, name: str, height: int, width: int, gif: bytes) -> None:
+        """An image that moves."""
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+        assert self._writer.file_writer is not None
+        image = Summary.Image(height=height, width=width, colorspace=RGB, encoded_image_string=gif)
+        self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

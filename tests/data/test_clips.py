@@ -1,6 +1,8 @@
 """Clips as they are written: mp4 and contact sheet."""
 
+import io
 import itertools
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -8,11 +10,11 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFont
+from PIL import Image, ImageFont, ImageSequence
 from torch import Tensor
 
 from cinemesh.data import clips as video
-from cinemesh.data.clips import LABEL_PX, TEXT_PX, write_contact_sheet, write_mp4
+from cinemesh.data.clips import LABEL_PX, TEXT_PX, gif, write_contact_sheet, write_mp4, write_pieces
 from cinemesh.data.video import frame_rate, read_frames
 from cinemesh.evaluation.reconstruction import psnr
 
@@ -35,6 +37,32 @@ def test_an_mp4_comes_back_as_it_was_written(tmp_path: Path) -> None:
     write_mp4(path, clip, NTSC)
     assert psnr(read_frames(path, 48, 48), clip) > 28
     assert [file.name for file in path.parent.iterdir()] == ["clip.mp4"]
+
+
+def test_a_clip_in_pieces_is_the_same_file(tmp_path: Path) -> None:
+    """One piece at a time is held; one that cannot be made leaves no file, and no folder where it was the first."""
+    clip = moving_square()
+    write_mp4(tmp_path / "whole.mp4", clip, NTSC)
+    write_pieces(tmp_path / "pieces.mp4", iter(clip.split([5, 1, 6])), NTSC)
+    assert (tmp_path / "whole.mp4").read_bytes() == (tmp_path / "pieces.mp4").read_bytes()
+
+    def broken(after: int) -> Iterator[Tensor]:
+        yield from clip.split(1)[:after]
+        raise ValueError("no picture")
+
+    for after in (0, 3):
+        with pytest.raises(ValueError, match="no picture"):
+            write_pieces(tmp_path / f"new-{after}" / "a.mp4", broken(after), NTSC)
+    assert not (tmp_path / "new-0").exists() and not [*(tmp_path / "new-3").iterdir()]
+
+
+def test_a_gif_plays_the_frames_without_end() -> None:
+    """To a palette of 256 colours and hundredths of a second."""
+    clip = moving_square()
+    with Image.open(io.BytesIO(gif(clip, Fraction(25)))) as image:
+        assert image.info["duration"] == 40 and image.info["loop"] == 0
+        frames = torch.stack([torch.from_numpy(np.array(f.convert("RGB"))) for f in ImageSequence.Iterator(image)])
+    assert frames.shape == clip.shape and psnr(frames, clip) > 30
 
 
 @pytest.mark.parametrize("size", [32, 48])

@@ -1,6 +1,7 @@
 """The fixed codec: an orthonormal, normalised, invertible projection of the right blocks."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from cinemesh.errors import CinemeshError
 from cinemesh.evaluation.reconstruction import psnr
 from cinemesh.model import codec as codec_module
-from cinemesh.model.codec import COEFFICIENTS, BlockDCTCodec, Coefficient
+from cinemesh.model.codec import COEFFICIENTS, BlockDCTCodec, Coefficient, clip_pieces
 
 
 def smooth_clip(frames: int, height: int, width: int) -> Tensor:
@@ -97,3 +98,28 @@ def test_the_fingerprint_changes_with_a_constant(monkeypatch: pytest.MonkeyPatch
     first = Coefficient(0, (0, 0, 0), -5.5, 16.21)
     monkeypatch.setattr(codec_module, "COEFFICIENTS", (first, *COEFFICIENTS[1:]))
     assert BlockDCTCodec().fingerprint != before
+
+
+class Tiled(BlockDCTCodec):
+    """Decodes a frame of the latent at a time."""
+
+    made = 0
+
+    def decoded(self, latent: Tensor) -> Iterator[Tensor]:
+        for frame in latent.split(1, 1):
+            self.made += 1
+            yield self.decode(frame)
+
+
+def test_a_clip_comes_in_the_pieces_of_a_codec_with_tiles() -> None:
+    """Cut where the clip ends; one without tiles makes it whole. A piece is made when the one before it was taken."""
+    latent = BlockDCTCodec().encode(smooth_clip(40, 16, 24))
+    (whole,) = clip_pieces(BlockDCTCodec(), latent, 27)
+    assert len(whole) == 27
+    codec = Tiled()
+    pieces = clip_pieces(codec, latent, 27)
+    first = next(pieces)
+    assert codec.made == 1
+    others = [*pieces]
+    assert [len(piece) for piece in (first, *others)] == [8, 8, 8, 3]
+    assert torch.equal(torch.cat([first, *others]), whole)

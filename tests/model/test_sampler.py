@@ -7,12 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 from harness import Pool
+from sampling import LATENT, SAMPLES, SEED, STEPS, TINY, captions, noise
 from torch import Tensor
 
 from cinemesh.errors import CinemeshError
-from cinemesh.kernels.philox import Purpose
 from cinemesh.model import flow
-from cinemesh.model.config import parameters, preset
+from cinemesh.model.config import parameters
 from cinemesh.model.inputs import IDS, MASK, BatchShape, text_input, training_inputs
 from cinemesh.model.reference import Reference
 from cinemesh.model.runner import data_share
@@ -25,12 +25,6 @@ from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.runtime.executor import Executor
 from cinemesh.parallel.runtime.frozen import Frozen
 from cinemesh.parallel.runtime.mesh import Mesh, coordinates
-
-TINY = preset("tiny")
-LATENT = (3, 4, 12)
-SAMPLES = 2  # of the whole job
-STEPS = 6
-SEED = 5
 
 
 def test_schedule_has_the_values_of_the_public_reading() -> None:
@@ -55,18 +49,6 @@ def test_schedule_rises_from_0_to_1(steps: int) -> None:
     assert all(b > a - 1e-12 for a, b in pairwise(lengths))
     if steps >= 250:
         assert lengths == pytest.approx([1 / steps] * steps)
-
-
-def captions() -> dict[str, Tensor]:
-    """Text [L, B, W] of each encoder, mask [B, L] and ids [B] of all samples, by input name."""
-    generator = torch.Generator().manual_seed(3)
-    text = {
-        text_input(e.name): torch.randn((e.tokens, SAMPLES, e.width), generator=generator, dtype=torch.float64)
-        for e in TINY.encoders
-    }
-    mask = torch.rand((SAMPLES, TINY.text_tokens), generator=generator) > 0.4
-    mask[:, 0] = True
-    return {**text, MASK: mask, IDS: torch.tensor([11, 4])}
 
 
 def sampled(
@@ -119,12 +101,6 @@ def test_halves_on_two_groups_of_ranks_are_one_batch_of_two(pool: Pool, text: st
     for at, got, captured in pool.run(plan.world_size, apart_on_rank, plan, guidance):
         assert (got - wanted[at]).abs().max() <= 1e-10 * wanted[at].abs().max()
         assert torch.equal(captured, got)
-
-
-def noise() -> Tensor:
-    ids = captions()[IDS]
-    shape = (TINY.channels, *LATENT)
-    return flow.draw_noise(SEED, torch.tensor(0), ids, torch.zeros_like(ids), shape, Purpose.SAMPLING)
 
 
 def euler_on_reference(guidance: float) -> Tensor:

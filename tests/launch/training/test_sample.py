@@ -1,5 +1,6 @@
 """From a prompt to an mp4 file: the command on one process, and the clips of many prompts under any plan."""
 
+import json
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import yaml
 from chat_server import KEY, breaks, fails, hangs, parts_of, rewrites, says, served
 from checkpoints import body_of, rewrite
 from harness import Pool
+from PIL import Image
 from torch import Tensor
 
 from cinemesh.data.text import ByteEncoder
@@ -19,8 +21,9 @@ from cinemesh.errors import CinemeshError
 from cinemesh.evaluation.reconstruction import psnr
 from cinemesh.kernels.reference import REFERENCE
 from cinemesh.launch.cluster.processes import Joined
-from cinemesh.launch.training import sample, showcase
+from cinemesh.launch.training import clip_sampler, sample, showcase
 from cinemesh.launch.training.checkpoint.saving import save
+from cinemesh.launch.training.clip_sampler import ClipSampler
 from cinemesh.launch.training.recipe import check_config
 from cinemesh.launch.training.setting import Setting
 from cinemesh.model.codec import BlockDCTCodec
@@ -62,15 +65,21 @@ RECIPE = {
 PROMPTS = ["a red car", "rain", "", "a dog that runs"]
 
 
-def clips(plan: Plan, mesh: Mesh | None, prompts: list[str], samples: int, seed: int = 5) -> list[Tensor]:
+def sampler_of(
+    plan: Plan, mesh: Mesh | None, prompts: list[str], samples: int, seed: int = 5, *, traced: bool = False
+) -> ClipSampler:
     units = unit_layout(MODEL, plan)
     weights = torch.empty(1, units.flat_elements, dtype=torch.float64)
     fill_shard(weights, units, mesh.coordinates if mesh else coordinates(plan, 0), probe_values(2))
     values = {**RECIPE, "plan": plan.to_dict(), "sample": {"steps": 3, "guidance": 2.0, "seed": seed}}
     setting = Setting.of(check_config(values, "test"))
     place = Joined(mesh.rank if mesh else 0, "cpu", mesh)
-    made = sample.sample_clips(setting, place, weights, dict(enumerate(prompts)), samples=samples)
-    return [clip for _, clip in made]
+    return ClipSampler(setting, place, weights, dict(enumerate(prompts)), samples=samples, traced=traced)
+
+
+def clips(plan: Plan, mesh: Mesh | None, prompts: list[str], samples: int, seed: int = 5) -> list[Tensor]:
+    sampler = sampler_of(plan, mesh, prompts, samples, seed)
+    return [sampler.setting.encoding.codec.decode(latent) for _, latent in sampler.latents()]
 
 
 def clips_on_rank(plan: Plan, prompts: list[str], samples: int) -> list[Tensor]:
@@ -106,7 +115,7 @@ def test_a_clip_is_made_by_the_kernels_that_the_recipe_names(monkeypatch: pytest
             super().__init__(*given, **named)
             made.append(self)
 
-    monkeypatch.setattr(sample, "Sampler", Noted)
+    monkeypatch.setattr(clip_sampler, "Sampler", Noted)
     monkeypatch.setitem(RECIPE, "kernels", {"attention": "reference"})
     clips(Plan(dtype="float64"), None, PROMPTS[:1], 1)
     for executor in (made[0].velocity, made[0].unpatchify):
@@ -117,11 +126,11 @@ def test_what_a_run_ends_with_is_sampled_beside_its_runner(monkeypatch: pytest.M
     """On a GPU that its states, arena and graphs fill."""
     given: dict[str, Any] = {}
 
-    def sampled(*_: Any, **named: Any) -> list[Tensor]:
+    def sampled(*_: Any, **named: Any) -> Any:
         given.update(named)
-        return []
+        return SimpleNamespace(latents=lambda: [])
 
-    monkeypatch.setattr(showcase, "sample_clips", sampled)
+    monkeypatch.setattr(showcase, "ClipSampler", sampled)
     runner: Any = SimpleNamespace(buffers={"ema": None}, batch=SimpleNamespace(samples=2))
     config = SimpleNamespace(sampled=None, weights="ema")
     setting: Any = SimpleNamespace(config=config, sampled_captions=lambda cache: {"a": "b"})
@@ -151,7 +160,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def call(recipe: Path, **changed: object) -> None:
     asked = {"sample.steps": 3, "sample.guidance": None, "sample.seed": 5, "weights": changed.pop("weights", None)}
     given = {"config": recipe, "prompt": PROMPTS[0], "checkpoint": None, "out": Path("out/clip.mp4")}
-    given |= {"asked": asked, "nproc": None}
+    given |= {"asked": asked, "nproc": None, "trace_change": None}
     sample.run(**{**given, **changed})  # pyright: ignore[reportArgumentType]
 
 
@@ -381,3 +390,50 @@ def test_a_rewriter_of_other_lengths_is_told_and_torchrun_refused(
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(CinemeshError, match="once a rank; rewrite first"):
         call(recipe, rewrite=Path("rewriting.yaml"))
+
+
+def test_changes_of_every_block_are_drawn_and_written(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of all clips of a file together, those that were made before left out; the clip is the one without it."""
+    call(recipe)
+    plain = Path("out/clip.mp4").read_bytes()
+    call(recipe, out=Path("traced/clip.mp4"), trace_change=Path("traced/change.png"))
+    assert Path("traced/clip.mp4").read_bytes() == plain
+    with Image.open("traced/change.png") as drawn:
+        assert drawn.format == "PNG" and drawn.width > 600
+    told = json.loads(Path("traced/change.json").read_text())
+    assert told["t"] == linear_quadratic(3) and (told["clips"], told["guidance"]) == (1, 3.0)
+    assert len(told["change"]) == 3 and all(len(row) == 1 and row[0] > 0 for row in told["change"])
+    assert len({row[0] for row in told["change"]}) == 3
+    assert "wrote traced/change.png (change of every block, step by step); next: read traced/change.json" in (
+        capsys.readouterr().err
+    )
+    of_a_file(recipe, ["rain"])
+    of_a_file(recipe, ["rain", "snow", "fog"], trace_change=Path("change.png"))
+    assert json.loads(Path("change.json").read_text())["clips"] == 2
+    with pytest.raises(CinemeshError, match=r"--trace-change change\.pdf is no \.png file"):
+        call(recipe, trace_change=Path("change.pdf"))
+    Path("taken.json").mkdir()
+    with pytest.raises(CinemeshError, match=r"--trace-change taken\.json is a directory"):
+        call(recipe, trace_change=Path("taken.png"))
+
+
+@pytest.mark.parametrize("text", ["dp_shard=2", "dp_replicate=2,cp=2"])
+def test_any_plan_traces_the_same_changes(pool: Pool, text: str) -> None:
+    """Three prompts on two data ranks, or one on two replicas: what fills the last round counts nowhere."""
+    plan = Plan.parse(text, dtype="float64")
+    prompts = PROMPTS[: 3 if plan.dp_shard > 1 else 1]
+    wanted = traced(Plan(dtype="float64"), None, prompts)
+    for changes in pool.run(plan.world_size, traced_on_rank, plan, prompts):
+        torch.testing.assert_close(changes, wanted, rtol=1e-10, atol=0)
+
+
+def traced(plan: Plan, mesh: Mesh | None, prompts: list[str]) -> Tensor:
+    sampler = sampler_of(plan, mesh, prompts, 1, traced=True)
+    for _ in sampler.latents():
+        pass
+    assert sampler.change is not None
+    return sampler.change.changes()
+
+
+def traced_on_rank(plan: Plan, prompts: list[str]) -> Tensor:
+    return traced(plan, Mesh(plan), prompts)

@@ -26,14 +26,13 @@ from cinemesh.errors import CinemeshError
 from cinemesh.kernels.philox import Purpose
 from cinemesh.launch import train as entry
 from cinemesh.launch.storage.remote import RemotePath
+from cinemesh.launch.training import clip_sampler, resolve, showcase
 from cinemesh.launch.training import loop as train
-from cinemesh.launch.training import resolve, showcase
-from cinemesh.launch.training import sample as sampling
 from cinemesh.launch.training import setting as setting_of
 from cinemesh.launch.training.checkpoint.choosing import FOLDER
 from cinemesh.launch.training.recipe import Config, check_config
 from cinemesh.launch.training.setting import Setting
-from cinemesh.launch.training.telemetry import read_metrics
+from cinemesh.launch.training.telemetry import Telemetry, read_metrics
 from cinemesh.model import flow
 from cinemesh.model.inputs import IDS, LATENTS, MASK, text_input
 from cinemesh.model.reference import Reference
@@ -110,7 +109,7 @@ def same(a: Any, b: Any) -> bool:
 def observe(values: dict[str, Any], folder: Path) -> Run:
     """Train by the entry of training, with doors where the run touches data, weights and files."""
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
-    did: dict[str, Any] = {name: [] for name in ("lr", "ids", "latents", "text", "plans")}
+    did: dict[str, Any] = {name: [] for name in ("lr", "ids", "latents", "text", "plans", "shown")}
     did |= {
         "clips": {},
         "packages": (),
@@ -186,7 +185,8 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
         patch.setattr(train, "joined", joined)
         patch.setattr(resolve, "predict_run", predicted)
         patch.setattr(showcase, "show", shown)
-        patch.setattr(sampling, "Sampler", Watched)
+        patch.setattr(clip_sampler, "Sampler", Watched)
+        patch.setattr(Telemetry, "picture", lambda self, step, name, *rest: did["shown"].append((step, name)))
         entry.run(config=folder / "recipe.yaml", nproc=None, overrides=[])
     torch.set_num_threads(threads)
     directory = Path(values["logging"]["directory"])
@@ -322,6 +322,7 @@ EFFECTS: Mapping[str, Sequence[Effect]] = {
     "sample.solver": [Effect("midpoint", frozenset({"clips"}))],
     "sample.guidance": [Effect(2.0, frozenset({"clips"}))],
     "sample.seed": [Effect(4, frozenset({"clips"}))],
+    "sample.every": [Effect(2, frozenset({"shown", "plans"}))],
     "seed": [Effect(4, SAMPLES)],
     "caption_dropout": [Effect(0.9, GRADIENT)],
     "on_loss": [Effect("exact", frozenset())],  # of a run that lost ranks: test_resolve.py
