@@ -39,6 +39,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         'cinemesh sample configs/quickstart.yaml --prompt "A grey rabbit." --seed 3 --guidance 1.5',
         "cinemesh sample configs/quickstart.yaml --prompts prompts.yaml --out clips --solver midpoint",
         'cinemesh sample configs/quickstart.yaml --prompt "a rabbit" --rewrite configs/rewriting.yaml',
+        'cinemesh sample configs/quickstart.yaml --prompt "A grey rabbit." --trace-change change.png',
     ),
     "replay": (
         "cinemesh replay configs/quickstart.yaml --step 120",
@@ -171,6 +172,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "judge score": (
         "cinemesh judge score judged/votes.jsonl",
         "cinemesh judge score judged/votes.jsonl --deviation 2 --json",
+        "cinemesh judge score judged/votes.jsonl --loss new=0.93 --loss old=1.04 --plot losses.png",
     ),
 }
 

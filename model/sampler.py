@@ -100,9 +100,7 @@ class Sampler:
             self._buffers[SHARES].fill_(guidance if self.captioned else 1 - guidance)
         self.pool = beside.pool if beside is not None else None
         self.replay: Frozen | Graph | None = None
-        self.watched: Callable[[int], None] | None = (
-            None  # told after every record of a velocity, which is then not replayed
-        )
+        self.watched: Callable[[int], None] | None = None  # told after every record; velocities are not replayed then
         self.unpatchify = Executor(whole, *place, kernels, arena=self.velocity.arena)
 
     def capture(self, mode: Capture = "auto") -> str | None:

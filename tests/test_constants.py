@@ -255,6 +255,9 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "launch.training.recipe.SpikesSection.limit": (5, RUNS),
     "launch.training.spikes.NORMAL": (1.4826, "1 / the third quartile of the normal distribution, 0.67449"),
     "launch.training.spikes.LEAST_SHARE": (0.01, RUNS),
+    "launch.training.recipe.SampleSection.every": (0, RUNS),
+    "launch.training.telemetry.RGB": (3, "tensorboard/compat/proto/summary.proto: Image.colorspace"),
+    "evaluation.against_loss.FEWEST_RANKED": (3, "two pairs always lie on a line"),
     "launch.training.recipe.Config.seed": (0, RUNS),
     "model.runner.StepRunner.__init__(seed)": (0, RUNS),
     "model.buckets.BucketRunner.__init__(seed)": (0, RUNS),
@@ -643,7 +646,7 @@ FREE: Mapping[str, str] = {
     "launch.training.measured_rows.StepTimes.begun": "nothing has begun yet",
     "parallel.runtime.comm._host_calls": "a count; tests/parallel/runtime/test_hosts.py",
     "launch.training.resolve.POLL_S": "how often a rank looks",
-    "launch.training.sample.sample_clips(samples)": "clips at once; a clip depends on its index alone",
+    "launch.training.clip_sampler.ClipSampler.__init__(samples)": "clips at once; a clip depends on its index alone",
     "launch.training.checkpoint.digests._AT_ONCE": "sizes of work; tests/launch/training/checkpoint",
     "launch.training.numerics.PART_ELEMENTS": "a size of work",
     "launch.training.checkpoint.alone.SHARD_BYTES": "a size of work, which a manifest tells",
@@ -653,6 +656,9 @@ FREE: Mapping[str, str] = {
     "data.video.MOST_LOOKS": "how many are remembered",
     "*.MOST_TOLD": "of a message",
     "data.settings.Tally.*": "nothing is counted yet",
+    **dict.fromkeys(
+        ("launch.training.change_drawn._draw*", "evaluation.against_loss.draw_against_loss*"), "sizes in a picture"
+    ),
     **dict.fromkeys(
         ("data.cache.building.NOMINAL_*", "data.cache.building.SHARD_BYTES", "data.cache.building.UNIT_SCENES",
          "data.cache.index.*", "data.cache.held.*", "data.cache.samples.MOST_CAPTION_BYTES",

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from ...errors import CinemeshError
 from ...evaluation.votes import KEY_FILE, read_key, read_votes
+from ...files import check_output_file
 from ..tables import new_console, plain_table
+from ..written import wrote
 
 if TYPE_CHECKING:  # numpy loads with it
+    from ...evaluation.against_loss import AxisAgainstLoss
     from ...evaluation.net_win import NetWin
     from ...evaluation.score import Comparison, JudgedScore
 
@@ -22,17 +27,35 @@ NUMBERS = (
 )
 
 
-def run(*, votes: Path, key: Path | None, deviation: float, as_json: bool) -> None:
+def run(
+    *,
+    votes: Path,
+    key: Path | None,
+    deviation: float,
+    losses: Sequence[str] = (),
+    plot: Path | None = None,
+    as_json: bool,
+) -> None:
     """Print the table of ``votes``. ``deviation``: points that the net win's shall come down to.
 
-    Raises CinemeshError for files that cannot be read or do not fit together, and where no vote is left to count.
+    ``losses``: ``SYSTEM=LOSS`` each, to compare with net wins, and ``plot`` where. Raises CinemeshError for files that
+    cannot be read or do not fit together, and where no vote is left to count.
     """
+    from ...evaluation.against_loss import against_loss, draw_against_loss
     from ...evaluation.score import score_votes
 
+    given = _losses(losses)
+    if plot is not None:
+        _check_plot(plot, given)
     judgement = read_key(key or votes.with_name(KEY_FILE))
     found = score_votes(read_votes(votes, judgement), judgement)
+    compared = against_loss(found, given) if given else []
+    if plot is not None:
+        draw_against_loss(plot, compared, given)
+        wrote(plot, "open it", "validation losses against net wins")
     if as_json:
-        print(json.dumps(_values(found, deviation), indent=1, ensure_ascii=False))
+        values = _values(found, deviation) | {"against_loss": [asdict(of) for of in compared]}
+        print(json.dumps(values, indent=1, ensure_ascii=False))
         return
     console = new_console()
     for name, picked in found.systems.items():
@@ -41,7 +64,33 @@ def run(*, votes: Path, key: Path | None, deviation: float, as_json: bool) -> No
     _print_comparisons(console, found, deviation)
     _print_groups(console, found, deviation)
     _print_ratings(console, found)
+    _print_against_loss(console, compared)
     _print_raters(console, found)
+
+
+def _losses(texts: Sequence[str]) -> dict[str, float]:
+    """Raises CinemeshError for a text that is no SYSTEM=LOSS, and for a system twice."""
+    losses: dict[str, float] = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        try:
+            loss = float(number)
+        except ValueError:
+            loss = None
+        if not name or loss is None:
+            raise CinemeshError(f"--loss {text!r} is no SYSTEM=LOSS", remedy="write for example --loss new=0.93")
+        if name in losses:
+            raise CinemeshError(f"--loss says twice what the loss of {name} is", remedy="leave one of them out")
+        losses[name] = loss
+    return losses
+
+
+def _check_plot(plot: Path, losses: Mapping[str, float]) -> None:
+    if not losses:
+        raise CinemeshError(f"--plot {plot} draws losses against net wins", remedy="add --loss SYSTEM=LOSS of two")
+    if plot.suffix != ".png":
+        raise CinemeshError(f"--plot {plot} is no .png file", remedy="name one, losses.png")
+    check_output_file(plot, "--plot")
 
 
 def _values(found: JudgedScore, deviation: float) -> dict[str, Any]:
@@ -133,6 +182,24 @@ def _print_ratings(console: Console, found: JudgedScore) -> None:
     for axis in found.ratings:
         if axis.why:
             console.print(f"{axis.axis}: no rating, since {axis.why}")
+
+
+def _print_against_loss(console: Console, found: Sequence[AxisAgainstLoss]) -> None:
+    if not found:
+        return
+    console.print()
+    table = plain_table("axis", "lower loss", "than", "by", "net win", "95 %", right=("by", *NUMBERS))
+    for of in found:
+        for pair in of.pairs:
+            ends = "" if pair.low is None else f"{_points(pair.low)} to {_points(pair.high)}"
+            table.add_row(of.axis, pair.lower, pair.higher, f"{pair.gap:.4g}", _points(pair.net_win), ends)
+    console.print(table)
+    for of in found:
+        if of.rank_correlation is not None:
+            console.print(
+                f"{of.axis}: rank correlation of gaps in loss and net wins {of.rank_correlation:+.2f}, of pairs that "
+                "share systems"
+            )
 
 
 def _print_raters(console: Console, found: JudgedScore) -> None:

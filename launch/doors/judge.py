@@ -115,6 +115,15 @@ def score(
             "--deviation", **bounds(DEVIATION_RANGE), help="Points, for the number of prompts that are still needed."
         ),
     ] = 2.5,
+    losses: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--loss", metavar="SYSTEM=LOSS", help="Its validation loss, to compare with net wins; may be repeated."
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw losses against net wins; needs --loss.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print what the votes say of the systems.
@@ -122,11 +131,12 @@ def score(
     For every axis and two systems: prompts won and lost by the majority of their votes, the net win
     rate with its interval, the raters' side bias and agreement, and how many prompts are still needed.
     Of more than two systems also ratings. A rater who presses one side whatever is shown is left out,
-    by name. Needs no GPU and no torch.
+    by name. With --loss also whether the system with the lower validation loss is preferred (Movie Gen,
+    Fig. 15). Needs no GPU and no torch.
     """
     from ..commands.judge_score import run
 
-    run(votes=votes, key=key, deviation=deviation, as_json=as_json)
+    run(votes=votes, key=key, deviation=deviation, losses=losses or [], plot=plot, as_json=as_json)
 
 
 @judge.command("export", epilog=epilog("judge export"))

@@ -242,10 +242,8 @@ def main() -> None:
                     "resumed": resumed,
                     "map": [li for li in log.splitlines() if "ranks" in li][:3],
                 }
-                print(
-                    f"{what}: {state}, {'bitwise the same' if equal else 'NOT the same'}, {restarts} restarts, resumed {resumed} times",
-                    flush=True,
-                )
+                bits = "bitwise the same" if equal else "NOT the same"
+                print(f"{what}: {state}, {bits}, {restarts} restarts, resumed {resumed} times", flush=True)
                 if not equal:
                     print(log)
 
