@@ -76,9 +76,15 @@ def _meeting() -> Iterator[None]:
         yield
     except (dist.DistError, ValueError) as error:
         at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        rank = os.environ["RANK"]
+        if isinstance(error, dist.DistStoreError):
+            remedy = "start all ranks of the job: what those that did not come print says why"
+        elif rank == "0":
+            remedy = "choose another MASTER_PORT, or end the job that holds it"
+        else:
+            remedy = "start rank 0, and look whether this machine reaches it there (MASTER_ADDR, MASTER_PORT)"
         raise CinemeshError(
-            f"rank {os.environ['RANK']} cannot meet the others at {at}: {in_a_line(error, lines=1)}",
-            remedy="choose another MASTER_PORT, or end the job that holds it",
+            f"rank {rank} cannot meet the others at {at}: {in_a_line(error, lines=1)}", remedy=remedy
         ) from error
 
 

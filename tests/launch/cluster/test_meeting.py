@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,9 +19,9 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 from training import in_two_buckets, recipe
 
 from cinemesh.errors import CinemeshError
-from cinemesh.launch.cluster import alike
+from cinemesh.launch.cluster import alike, meeting
 from cinemesh.launch.cluster.alike import PER_RANK, program_digest, software_alike
-from cinemesh.launch.cluster.meeting import Meeting, agree, token_of
+from cinemesh.launch.cluster.meeting import Meeting, agree, meet, token_of
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.launch.training.differences import recipe_facts
 from cinemesh.launch.training.recipe import check_config
@@ -167,6 +168,23 @@ def test_a_round_begins_empty_whatever_the_one_before_left() -> None:
         assert all(store.get("address").decode() == f"of round {stale}" for store in stores)
         tokens.append(stores[0].get("address").decode())
     assert len(set(tokens)) == 3
+
+
+@pytest.mark.parametrize(
+    ("rank", "remedy"),
+    [(0, "start all ranks of the job"), (1, r"start rank 0, and look .* \(MASTER_ADDR, MASTER_PORT\)")],
+)
+def test_a_rank_that_waits_in_vain_says_whom_to_start(rank: int, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store times out in another way for each: what holds a port is no answer to that."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    there = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in there.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(meeting, "MEETING_S", 1.0)
+    with pytest.raises(CinemeshError, match=rf"rank {rank} cannot meet the others at 127\.0\.0\.1:{port}.*; {remedy}"):
+        meet()
 
 
 DISAGREEING = """
