@@ -1,4 +1,4 @@
-"""Every odd video of ``tests/odd_videos.py`` read, and the memory that an hour of video costs beside a minute.
+"""Every odd video and image of the tests read, and the memory that an hour of video costs beside a minute.
 
 python tests/benchmarks/odd_files.py --json tests/benchmarks/results/odd_files.json
 """
@@ -12,6 +12,7 @@ import platform
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from odd_images import check_image, odd_images
 from odd_videos import check, noisy, odd_videos
 
 from cinemesh.data.scenes import Scene
@@ -83,11 +85,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as named:
         folder = Path(named)
         came_to: dict[str, str] = {}
-        for odd in odd_videos():
+
+        def look(name: str, how: Callable[[], str]) -> None:
             try:
-                came_to[odd.name] = check(odd, folder)
+                came_to[name] = how()
             except (AssertionError, CinemeshError, pytest.fail.Exception) as error:  # the table shows it
-                came_to[odd.name] = f"WRONG: {error}"
+                came_to[name] = f"WRONG: {error}"
+
+        for odd in odd_videos():
+            look(odd.name, lambda odd=odd: check(odd, folder))
+        videos = len(came_to)
+        for image in odd_images():
+            look(image.name, lambda image=image: check_image(image, folder))
         grown: dict[str, Any] = {}
         for name, seconds in (("minute", MINUTE_S), ("hour", HOUR_S)):
             write_long(folder / f"{name}.mkv", seconds)
@@ -97,7 +106,8 @@ def main() -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "machine": "2-core x86-64, no GPU",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
-        "videos": len(came_to),
+        "videos": videos,
+        "images": len(came_to) - videos,
         "came_to": dict(Counter(said.split(":")[0] for said in came_to.values())),
         "memory": grown,
         "each": came_to,
