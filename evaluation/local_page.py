@@ -6,6 +6,7 @@ It listens on 127.0.0.1 and answers requests that name that host, so that no pag
 from __future__ import annotations
 
 import json
+import re
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +20,20 @@ from ..errors import CinemeshError
 HOST = "127.0.0.1"
 TEMPLATES = Path(__file__).parent / "templates"
 IDLE_S = 60  # after which a connection without a request is closed
+PIECE_BYTES = 2**20  # of a file, read and sent at once
+TYPES = {
+    ".mp4": "video/mp4",
+    ".m4v": "video/mp4",
+    ".mov": "video/quicktime",
+    ".webm": "video/webm",
+    ".mkv": "video/x-matroska",
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".webp": "image/webp",
+    ".gif": "image/gif",
+}
+RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)", re.ASCII)
 
 
 def rendered(template: str, **values: Any) -> bytes:
@@ -93,3 +108,30 @@ class LocalHandler(BaseHTTPRequestHandler):
         self.send_header("X-Content-Type-Options", "nosniff")
         self.end_headers()
         self.wfile.write(body)
+
+    def send_file(self, path: Path) -> None:
+        """Whole, or the range that a player asks for to go to a frame."""
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            first, last, status = 0, size - 1, HTTPStatus.OK
+            if (asked := RANGE.fullmatch(self.headers.get("Range", ""))) and asked[1]:
+                first, last = int(asked[1]), min(int(asked[2] or last), last)
+                if first > last:
+                    return self.refuse(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, f"the file has {size} bytes")
+                status = HTTPStatus.PARTIAL_CONTENT
+            self.send_response(status)
+            self.send_header("Content-Type", TYPES.get(path.suffix.lower(), "application/octet-stream"))
+            self.send_header("Content-Length", str(last - first + 1))
+            self.send_header("Accept-Ranges", "bytes")
+            if status is HTTPStatus.PARTIAL_CONTENT:
+                self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+            self.end_headers()
+            file.seek(first)
+            left = last - first + 1
+            while left and (piece := file.read(min(PIECE_BYTES, left))):
+                try:
+                    self.wfile.write(piece)
+                except ConnectionError:  # the player has what it wants
+                    self.close_connection = True
+                    return
+                left -= len(piece)

@@ -6,7 +6,6 @@ that no path leaves the folder, and no key is seen.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
@@ -19,9 +18,6 @@ from .examples import FOLDER_NAME, AxisExample, read_examples
 from .local_page import LocalHandler, LocalServer, rendered
 
 MOST_BYTES_OF_A_VOTE = 10_000  # a name and four words
-PIECE_BYTES = 2**20  # of a file, read and sent at once
-TYPES = {".mp4": "video/mp4", ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
-RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)", re.ASCII)
 
 
 def page_of(shown: BlindPairs, examples: Sequence[AxisExample] = ()) -> bytes:
@@ -73,7 +69,7 @@ class JudgeHandler(LocalHandler):
                      for pair, votes in self.server.box.of(rater).items()}  # fmt: skip
             self.send_json({"open": self.server.box.open_to(rater), "voted": voted})
         elif (file := self._file(asked.path)) is not None:
-            self._send_file(file)
+            self.send_file(file)
         else:
             self.refuse(HTTPStatus.NOT_FOUND, "there is no such page")
 
@@ -93,30 +89,3 @@ class JudgeHandler(LocalHandler):
         except OSError as error:
             return self.refuse(HTTPStatus.INSUFFICIENT_STORAGE, f"the vote is not saved: {error.strerror}")
         self.send_json({"saved": True})
-
-    def _send_file(self, path: Path) -> None:
-        """Whole, or the range that a player asks for to go to a frame."""
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            first, last, status = 0, size - 1, HTTPStatus.OK
-            if (asked := RANGE.fullmatch(self.headers.get("Range", ""))) and asked[1]:
-                first, last = int(asked[1]), min(int(asked[2] or last), last)
-                if first > last:
-                    return self.refuse(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, f"the file has {size} bytes")
-                status = HTTPStatus.PARTIAL_CONTENT
-            self.send_response(status)
-            self.send_header("Content-Type", TYPES[path.suffix])
-            self.send_header("Content-Length", str(last - first + 1))
-            self.send_header("Accept-Ranges", "bytes")
-            if status is HTTPStatus.PARTIAL_CONTENT:
-                self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
-            self.end_headers()
-            file.seek(first)
-            left = last - first + 1
-            while left and (piece := file.read(min(PIECE_BYTES, left))):
-                try:
-                    self.wfile.write(piece)
-                except ConnectionError:  # the player has what it wants
-                    self.close_connection = True
-                    return
-                left -= len(piece)

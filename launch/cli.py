@@ -17,6 +17,7 @@ from .doors.curate import curation
 from .doors.data import data
 from .doors.judge import judge
 from .doors.machines import machines
+from .doors.pick import pick
 from .doors.plans import plans
 from .doors.proofs import proofs
 from .doors.rewrite import rewrite
@@ -59,7 +60,20 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for door in (runs, machines, weights, data, curation, codec, tae, judge, rewrite, plans, proofs):  # as --help lists
+for door in (
+    runs,
+    machines,
+    weights,
+    data,
+    curation,
+    pick,
+    codec,
+    tae,
+    judge,
+    rewrite,
+    plans,
+    proofs,
+):  # as --help lists
     app.add_typer(door)
 
 

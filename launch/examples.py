@@ -64,6 +64,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh curate configs/curation/quickstart.yaml --out curated --set videos.text.below=0.4 --json",
         "cinemesh curate configs/curation/film.yaml --out curated --workers 8 --engine ray",
     ),
+    "pick serve": ("cinemesh pick serve curated/curated.parquet",),
+    "pick export": ("cinemesh pick export curated/curated.parquet --out picked.parquet",),
     "list": ("cinemesh list", "cinemesh list --json"),
     "cluster": ("cinemesh cluster grand-teton-h100", "cinemesh cluster local-cpu --json"),
     "model": ("cinemesh model movie-gen-30b", "cinemesh model tiny --json"),

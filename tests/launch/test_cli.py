@@ -140,6 +140,7 @@ def test_options_reach_train_sample_and_program(monkeypatch: pytest.MonkeyPatch)
         "rewrite": None,
         "checkpoint": None,
         "out": None,
+        "trace_change": None,
         "asked": {
             "weights": "master",
             "sample.steps": 50,

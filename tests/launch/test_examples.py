@@ -189,6 +189,8 @@ IN_PLACE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "tae train": (autoencoded, "minutes: everything that is checked before the first step"),
     "tae encode": (lambda _: None, "needs a trained autoencoder, tests/launch/tae: options are read"),
     "codec fit": (lambda _: None, "decodes clips, tests/launch/commands/test_codec.py: options are read"),
+    "pick serve": (lambda _: None, "serves until it is stopped, tests/evaluation/test_picking.py: options are read"),
+    "pick export": (lambda _: None, "needs picks, tests/evaluation/test_picking.py: options are read"),
     "rewrite make": (lambda _: None, "needs an endpoint, tests/launch/commands/test_rewrite.py: options are read"),
     "rewrite serve": (lambda _: None, "serves until it is stopped, tests/evaluation/rewriting: options are read"),
     "rewrite export": (lambda _: None, "needs verdicts, tests/launch/commands/test_rewrite.py: options are read"),
