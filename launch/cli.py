@@ -44,6 +44,7 @@ Train on a cluster:     cinemesh launch slurm CONFIG --out run.sbatch
 Average models:         cinemesh average DIR DIR --out runs/mean
 Make a training set:    cinemesh curate configs/curation/quickstart.yaml --out curated
 Make a clip:            cinemesh sample configs/quickstart.yaml --prompt "a red car"
+Make it larger:         cinemesh upsample runs/upsampler sample.mp4
 Let people compare:     cinemesh judge make runs/new runs/old --out judged
 Rewrite prompts:        cinemesh rewrite make configs/rewriting.yaml --prompt "a red car"
 

@@ -12,7 +12,7 @@ STARTED = "0 done; 1 a bug; 2 wrong input or data; 128 + n when signal n stopped
 DONE = "0 done; 2 wrong input, with a line that says how to mend it."
 CODES: dict[str, str] = {
     **dict.fromkeys(("verify", "doctor", "replay", "lint"), CHECKED),
-    **dict.fromkeys(("train", "tae train", "stages", "launch", "sample", "profile"), STARTED),
+    **dict.fromkeys(("train", "tae train", "stages", "launch", "sample", "upsample", "profile"), STARTED),
 }
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
@@ -40,6 +40,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh sample configs/quickstart.yaml --prompts prompts.yaml --out clips --solver midpoint",
         'cinemesh sample configs/quickstart.yaml --prompt "a rabbit" --rewrite configs/rewriting.yaml',
         'cinemesh sample configs/quickstart.yaml --prompt "A grey rabbit." --trace-change change.png',
+    ),
+    "upsample": (
+        "cinemesh upsample runs/upsampler clip.mp4 --out larger.mp4",
+        "cinemesh upsample runs/upsampler clips --out larger --nproc 2 --json",
+        'cinemesh upsample runs/upsampler/checkpoints/step-00000350 clip.mp4 --prompt "a rabbit" --guidance 2 --seed 3',
     ),
     "replay": (
         "cinemesh replay configs/quickstart.yaml --step 120",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -122,9 +122,13 @@ class BlockDCTCodec:
     )
 
     def __init__(self) -> None:
-        self.basis = _basis()  # [C, 8 * 8 * 8 * 3], orthonormal rows
-        self.mean = torch.tensor([c.mean for c in COEFFICIENTS])
-        self.std = torch.tensor([c.std for c in COEFFICIENTS])
+        self._keep(COEFFICIENTS)
+
+    def _keep(self, coefficients: Sequence[Coefficient]) -> None:
+        """These, of blocks of the strides."""
+        self.basis = _basis(self.temporal_stride, self.spatial_stride, coefficients)  # orthonormal rows
+        self.mean = torch.tensor([c.mean for c in coefficients])
+        self.std = torch.tensor([c.std for c in coefficients])
 
     @property
     def fingerprint(self) -> str:
@@ -133,7 +137,7 @@ class BlockDCTCodec:
         return f"block-dct-{hashlib.sha256(constants.encode()).hexdigest()[:16]}"
 
     def latent_frames(self, frames: int) -> int:
-        return math.ceil(frames / STRIDE)
+        return math.ceil(frames / self.temporal_stride)
 
     def encode(self, frames: Tensor) -> Tensor:
         """See ``LatentCodec.encode``. The last frame is repeated to fill the last block."""
@@ -141,15 +145,15 @@ class BlockDCTCodec:
             raise CinemeshError(
                 f"frames are {frames.dtype} {list(frames.shape)}", remedy="a clip is uint8 [T, H, W, 3]"
             )
-        height, width = frames.shape[1:3]
-        if not len(frames) or not height or not width or height % STRIDE or width % STRIDE:
+        (height, width), side = frames.shape[1:3], self.spatial_stride
+        if not len(frames) or not height or not width or height % side or width % side:
             raise CinemeshError(
-                f"{len(frames)} frames of {height} x {width} pixels: {height} % {STRIDE} = "
-                f"{height % STRIDE}, {width} % {STRIDE} = {width % STRIDE}",
-                remedy=f"a clip has a frame at least and both sizes are positive multiples of {STRIDE}: resize or crop",
+                f"{len(frames)} frames of {height} x {width} pixels: {height} % {side} = "
+                f"{height % side}, {width} % {side} = {width % side}",
+                remedy=f"a clip has a frame at least and both sizes are positive multiples of {side}: resize or crop",
             )
         values = (self.pixels(frames) @ self.basis.T - self.mean) / self.std
-        return values.T.reshape(self.channels, -1, height // STRIDE, width // STRIDE).contiguous()
+        return values.T.reshape(self.channels, -1, height // side, width // side).contiguous()
 
     def decode(self, latent: Tensor) -> Tensor:
         """See ``LatentCodec.decode``.
@@ -163,33 +167,40 @@ class BlockDCTCodec:
                 f"{bad} of {latent.numel()} latent values are not finite and decode to no picture",
                 remedy="the model that made them has diverged: sample from an earlier checkpoint",
             )
-        t, h, w = latent.shape[1:]
+        (t, h, w), length, side = latent.shape[1:], self.temporal_stride, self.spatial_stride
         pixels = ((self.blocks(latent.float()) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        blocks = pixels.view(t, h, w, STRIDE, STRIDE, STRIDE, 3).permute(0, 3, 1, 4, 2, 5, 6)
-        return blocks.reshape(t * STRIDE, h * STRIDE, w * STRIDE, 3)
+        blocks = pixels.view(t, h, w, length, side, side, 3).permute(0, 3, 1, 4, 2, 5, 6)
+        return blocks.reshape(t * length, h * side, w * side, 3)
 
     def pixels(self, frames: Tensor) -> Tensor:
-        """Frames uint8 [T, H, W, 3] -> pixels of their blocks in [-1, 1], float32 [t h w, 8 * 8 * 8 * 3]."""
-        whole = torch.cat([frames, frames[-1:].expand(-len(frames) % STRIDE, -1, -1, -1)])
-        t, h, w = (size // STRIDE for size in whole.shape[:3])
-        blocks = whole.view(t, STRIDE, h, STRIDE, w, STRIDE, 3).permute(0, 2, 4, 1, 3, 5, 6)
+        """Frames uint8 [T, H, W, 3] -> pixels of their blocks in [-1, 1], float32 [t h w, values of a block]."""
+        length, side = self.temporal_stride, self.spatial_stride
+        whole = torch.cat([frames, frames[-1:].expand(-len(frames) % length, -1, -1, -1)])
+        t, h, w = len(whole) // length, whole.shape[1] // side, whole.shape[2] // side
+        blocks = whole.view(t, length, h, side, w, side, 3).permute(0, 2, 4, 1, 3, 5, 6)
         return blocks.reshape(t * h * w, -1).float() / 127.5 - 1.0
 
     def blocks(self, latent: Tensor) -> Tensor:
-        """Latent float32 [C, t, h, w] -> its blocks' pixels before rounding, about [-1, 1], [t h w, 8 * 8 * 8 * 3]."""
+        """Latent float32 [C, t, h, w] -> its blocks' pixels, about [-1, 1], not rounded: [t h w, values of a block]."""
         return (latent.reshape(self.channels, -1).T * self.std + self.mean) @ self.basis
 
 
-def _basis() -> Tensor:
-    """The kept basis vectors as rows, float32 [C, 8 * 8 * 8 * 3], (time, height, width, RGB)."""
-    index = torch.arange(STRIDE, dtype=torch.float64)
-    angles = math.pi / STRIDE * (index + 0.5) * index[:, None]  # [frequency, position]
-    dct = math.sqrt(2 / STRIDE) * torch.cos(angles)
-    dct[0] /= math.sqrt(2)
+def _basis(length: int, side: int, coefficients: Sequence[Coefficient]) -> Tensor:
+    """The kept basis vectors of blocks as rows, float32 [C, length * side * side * 3], (time, height, width, RGB)."""
+    of_time, of_space = _cosines(length), _cosines(side)
     colours = torch.tensor(OPPONENT_AXES, dtype=torch.float64)
     colours /= colours.norm(dim=1, keepdim=True)
     rows = [
-        torch.einsum("t,h,w,c->thwc", *(dct[f] for f in frequency), colours[colour])
-        for colour, frequency, _, _ in COEFFICIENTS
+        torch.einsum("t,h,w,c->thwc", of_time[t], of_space[h], of_space[w], colours[colour])
+        for colour, (t, h, w), _, _ in coefficients
     ]
     return torch.stack(rows).flatten(1).float()
+
+
+def _cosines(size: int) -> Tensor:
+    """DCT-II: float64 [frequency, position], orthonormal."""
+    index = torch.arange(size, dtype=torch.float64)
+    angles = math.pi / size * (index + 0.5) * index[:, None]
+    dct = math.sqrt(2 / size) * torch.cos(angles)
+    dct[0] /= math.sqrt(2)
+    return dct

@@ -42,6 +42,9 @@ def latent_text(latent: Sequence[int]) -> str:
     return "x".join(map(str, latent))
 
 
+LOW_RESOLUTION = "low_resolution"  # the latent condition of a spatial upsampler
+
+
 @dataclass(frozen=True)
 class LatentCondition:
     """A latent of the sample's own grid, concatenated to the noisy one on channels.
@@ -370,7 +373,7 @@ PRESETS: dict[str, ModelConfig] = {
             11008,
             MOVIE_GEN_ENCODERS,
             position_lengths=(14, 68, 120),
-            latent_conditions=(LatentCondition("low_resolution", 16),),
+            latent_conditions=(LatentCondition(LOW_RESOLUTION, 16),),
         ),
         ModelConfig("tiny", 2, 48, 6, 96, _TINY_ENCODERS, channels=4, position_lengths=(6, 6, 6)),
         ModelConfig("tiny-video", 4, 192, 6, 512, (Encoder("bytes", 64, 48),), position_lengths=(4, 16, 16)),

@@ -11,6 +11,7 @@ and without the caption in one batch. It may be captured: then each velocity is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
@@ -160,7 +161,7 @@ class Sampler:
         """x at t = 0 of samples ``ids``: a ``rank``'s tokens [T, B, P] of a ``latent``, in the statistics dtype."""
         c = self.config
         wide: dict[str, Any] = {"dtype": TORCH_DTYPES[self.plan.stat_dtype], "device": self.device}
-        x = torch.empty(c.tokens(latent) // ranks, len(ids), c.patch_features, **wide)
+        x = torch.empty(math.prod(latent) // math.prod(c.patch) // ranks, len(ids), c.patch_features, **wide)
         ids, step = ids.to(self.device), torch.zeros(2, dtype=torch.int64, device=self.device)
         self.velocity.kernels["draw_noise"](
             [ids, torch.zeros_like(ids), step],

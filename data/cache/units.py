@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.torch import save
 
+from ...model.inputs import LATENTS
 from ..encoding import Encoding
 from ..scenes import SceneTime
 from ..settings import Cut
@@ -90,12 +91,13 @@ def write_windows(path: Path, encoding: Encoding, windows: Iterator[Window], buc
         tars: dict[tuple[str, str], TarWriter] = {}
         try:
             for scene, cut, validation, first, frames in windows:
-                latent = encoding.codec.encode(frames)
-                assert_finite(latent, f"the latent of scene {scene.name} at frame {first}")
+                made = encoding.window(frames, scene.name, first)
+                for latent in made.values():
+                    assert_finite(latent, f"the latent of scene {scene.name} at frame {first}")
                 key = str(cut.bucket), SPLITS[validation]
                 if key not in tars:
                     tars[key] = TarWriter(part / tar_name(*key))
-                data = save({LATENT: latent.contiguous()})
+                data = save({LATENT if name == LATENTS else name: each.contiguous() for name, each in made.items()})
                 offset, crc = tars[key].add(data)
                 rows[key].append({
                     "bucket": key[0], "split": key[1], "clip": scene.name, "first_frame": first,

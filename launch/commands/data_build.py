@@ -41,7 +41,8 @@ def built(order: BuildOrder) -> None:
     local, speaks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.environ.get("LOCAL_RANK", "0") == "0"
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     data, root = order.config.data, Path(order.config.data.cache)
-    build = CacheBuild.planned(data, Encoding.of(order.config.codec, data.encoders), root, order.after)
+    encoding = Encoding.of(order.config.codec, data.encoders, data.low_resolution)
+    build = CacheBuild.planned(data, encoding, root, order.after)
     if speaks:
         say_old(root)
     name = build.version() or build.work(progress=speaks)

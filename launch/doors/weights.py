@@ -5,10 +5,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from ...ranges import EULER_RANGE, SEED_RANGE
+from ...errors import CinemeshError
+from ...model.windows import OVERLAP, WINDOW
+from ...ranges import EULER_RANGE, SEED_RANGE, integers
 from ..examples import epilog
 from ..options import (
     FILE_RANGE,
+    AsJson,
     ConfigFile,
     LocalProcesses,
     Overrides,
@@ -16,9 +19,12 @@ from ..options import (
     RecipePlan,
     bounds,
 )
-from ..plans import device_override, plan_override
+from ..plans import device_override, plan_override, read_plan
 
 weights = typer.Typer(rich_markup_mode=None)
+
+WINDOW_RANGE = integers(1, 10_000, "all frames of a window are in memory at once", "frames")
+OVERLAP_RANGE = integers(0, 9_999, "a window shares fewer frames than it has", "frames")
 
 
 @weights.command(epilog=epilog("sample"))
@@ -102,6 +108,78 @@ def sample(
         },
         nproc=nproc,
         overrides=[*plan_override(plan), *device_override(device), *(overrides or [])],
+    )
+
+
+@weights.command(epilog=epilog("upsample"))
+def upsample(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Of an upsampler: a step-* folder, a run's directory, or a URL.")
+    ],
+    clip: Annotated[Path, typer.Argument(metavar="CLIP", help="A video, or a folder of videos.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Default upsampled.mp4; a folder, of a folder: upsampled."),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option("--size", metavar="HxW", help="Of the result, 1080x1920; default: the scale that was learnt."),
+    ] = None,
+    window: Annotated[
+        int, typer.Option("--window", **bounds(WINDOW_RANGE), help="Frames that are sampled at once.")
+    ] = WINDOW,
+    overlap: Annotated[
+        int, typer.Option("--overlap", **bounds(OVERLAP_RANGE), help="Frames that a window shares with the next.")
+    ] = OVERLAP,
+    steps: Annotated[int, typer.Option("--steps", **bounds(EULER_RANGE), help="From noise to the clip.")] = 20,
+    schedule: Annotated[
+        Literal["linear-quadratic", "linear"],
+        typer.Option("--schedule", help="Steps spaced linearly, then quadratically; or equally."),
+    ] = "linear-quadratic",
+    seed: Annotated[int, typer.Option("--seed", **bounds(SEED_RANGE), help="Picks the starting noise.")] = 0,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="What the clips show. Default: the model without a caption.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", help="Classifier-free guidance scale of a prompt; default 1.")
+    ] = None,
+    weights: Annotated[
+        Literal["ema", "master"] | None,
+        typer.Option("--weights", help="Their running average, or the last step's own; default: the recipe's."),
+    ] = None,
+    nproc: LocalProcesses = None,
+    device: RecipeDevice = None,
+    plan: Annotated[
+        str | None,
+        typer.Option("--plan", metavar="PLAN", help="How ranks share it; default: windows over all of them."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make clips larger with a trained spatial upsampler.
+
+    Each clip is enlarged bilinearly and its detail sampled beside it, in windows that overlap: where two
+    do, what they say is blended in every step. Windows are spread over processes, which change no bit of
+    the clip. It keeps its frames and their rate. Of a folder, clips that are there already are passed over.
+    A clip's noise depends on --seed and its file's name.
+    """
+    from ..commands.upsample import UpsampleChoices, run, size_asked
+
+    if guidance is not None and prompt is None:
+        raise CinemeshError("--guidance without --prompt has nothing to guide to", remedy="add --prompt")
+    asked = UpsampleChoices(
+        None if size is None else size_asked(size), window, overlap, steps, schedule, seed, prompt,
+        1.0 if guidance is None else guidance,
+    )  # fmt: skip
+    run(
+        checkpoint=checkpoint,
+        clip=clip,
+        out=out,
+        choices=asked,
+        weights=weights,
+        plan=None if plan is None else read_plan(plan),
+        device=device,
+        nproc=nproc,
+        as_json=as_json,
     )
 
 

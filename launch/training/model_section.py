@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, ConfigDict
 from pydantic.dataclasses import dataclass
 
 from ...data.encoding import Encoding
+from ...errors import CinemeshError
 from ...model.block_style import BlockName
 from ...model.config import MOST_SIZE, Encoder, ModelConfig, preset
 from ...model.lora import Lora
@@ -62,13 +63,21 @@ class ModelSection:
     lora: Annotated[LoraSection | None, "trained beside the weights of start_from, which stay as they are"] = None
 
     def build(self, encoding: Encoding) -> ModelConfig:
-        """The model for these latents and texts."""
+        """The model for these latents and texts. Raises CinemeshError for one that wants latents that nobody makes."""
         changed = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "preset"}
         changed = {name: value for name, value in changed.items() if value is not None}
         if self.lora is not None:
             changed["lora"] = Lora(self.lora.rank, self.lora.alpha, self.lora.targets)
         texts = tuple(Encoder(e.name, e.width, e.tokens) for e in encoding.encoders)
-        return replace(preset(self.preset), channels=encoding.codec.channels, encoders=texts, **changed)
+        small = encoding.low_resolution
+        conditions = () if small is None else (small.condition(encoding.codec),)
+        if missing := {one.name for one in preset(self.preset).latent_conditions} - {one.name for one in conditions}:
+            raise CinemeshError(
+                f"model.preset {self.preset} is shown {', '.join(missing)} latents, and the data make none",
+                remedy="add data.low_resolution, or choose another preset",
+            )
+        changed |= {"channels": encoding.codec.channels, "encoders": texts, "latent_conditions": conditions}
+        return replace(preset(self.preset), **changed)
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION_CONFIG)

@@ -296,6 +296,11 @@ class Config:
                 f"logging.checkpoint_every({log.checkpoint_every})",
                 remedy="a run goes back to checkpoints that are kept: write some, and keep one more than it goes back",
             )
+        if self.sample is not None and self.data.low_resolution is not None:
+            raise CinemeshError(
+                "sample with data.low_resolution: a spatial upsampler makes no clip of a caption alone",
+                remedy="leave sample out, and make clips larger with cinemesh upsample",
+            )
         if self.model.lora is not None and self.start_from is None:
             raise CinemeshError(
                 "model.lora without start_from: low-rank factors are trained beside weights",

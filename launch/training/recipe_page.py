@@ -6,7 +6,7 @@ is committed, and a test holds it to be what this makes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from inspect import getdoc
 from pathlib import Path
@@ -58,7 +58,7 @@ def _section(name: str, section: type, note: str = "") -> Iterator[str]:
     for f in fields(section):
         yield _row(f, hints[f.name])
         if (inner := _class_in(hints[f.name])) is not None:
-            below.append((f"{name}.{f.name}, each", inner))
+            below.append((f"{name}.{f.name}{', each' if _listed(_parts(hints[f.name])) else ''}", inner))
     for title, inner in below:
         yield from _section(title, inner)
 
@@ -109,11 +109,15 @@ def _allowed(hint: Any) -> tuple[str, str]:
         return "a mapping of texts", ""
     if bool in parts:
         return "true, false", ""
-    listed = any(get_origin(part) is tuple for part in parts)
+    listed = _listed(parts)
     if _class_in(hint) is not None:
-        return "a list of mappings, at least one", ""
+        return "a list of mappings, at least one" if _listed(parts) else "a mapping", ""
     kind = "path or URL" if RemotePath in parts else "path" if Path in parts else "text"
     return f"a list of {kind}s" if listed else f"a {kind}", ""
+
+
+def _listed(parts: Iterable[Any]) -> bool:
+    return any(get_origin(part) is tuple for part in parts)
 
 
 def _parts(hint: Any) -> Iterator[Any]:

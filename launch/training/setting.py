@@ -40,7 +40,7 @@ class Setting:
 
         Raises CinemeshError for a codec, an encoder or a model that cannot be built.
         """
-        encoding = Encoding.of(config.codec, config.data.encoders)
+        encoding = Encoding.of(config.codec, config.data.encoders, config.data.low_resolution)
         own = tuple(config.data.global_batches)
         return cls(config, encoding, config.model.build(encoding), batches or own)
 

@@ -65,7 +65,8 @@ def test_a_new_kind_of_codec_is_added_in_one_place(monkeypatch: pytest.MonkeyPat
         ({"kind": "learned", "path": "a", "pth": "b"}, "unknown key 'codec.pth'; did you mean 'path'?"),
         (
             {"kind": "lerned"},
-            "codec.kind is 'lerned'; did you mean 'learned'? Known: block-dct, dct-context, diffusers, tae, learned",
+            "codec.kind is 'lerned'; did you mean 'learned'? "
+            "Known: block-dct, dct-context, frame-dct, diffusers, tae, learned",
         ),
     ):
         with pytest.raises(CinemeshError) as refused:

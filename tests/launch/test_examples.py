@@ -171,6 +171,7 @@ IN_PLACE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "train": (trained, "minutes: everything that is checked before the first step"),
     "stages": (chained, "minutes: every recipe of the chain is read, and what a start looks at"),
     "sample": (sampled, "needs a trained model: recipe and sampled shape are checked"),
+    "upsample": (lambda _: None, "needs a trained upsampler, tests/launch/commands/test_upsample.py: options are read"),
     "replay": (replayed, "needs a run: what is checked of its recipe"),
     "export": (lambda _: None, "needs a trained model, tests/launch/exchange: options are read"),
     "import": (lambda _: None, "needs an export, tests/launch/exchange: options are read"),

@@ -24,8 +24,9 @@ from cinemesh.model.runner import StepRunner, data_share
 from cinemesh.model.sampler import Sampler
 from cinemesh.model.solvers import linear_quadratic
 from cinemesh.model.step import unit_layout
-from cinemesh.model.weights import fill_shard, full, initial_values, probe_values
+from cinemesh.model.weights import collect, fill_shard, full, initial_values, probe_values
 from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.ir.units import Parameter
 from cinemesh.parallel.runtime.mesh import Mesh
 
 UPSAMPLER = "movie-gen-upsampler-7b"
@@ -79,6 +80,30 @@ def test_it_begins_as_the_model_without_the_condition() -> None:
     torch.testing.assert_close(model(batch[LATENTS], t, batch), plain(batch[LATENTS], t, batch), rtol=0, atol=0)
     named = {row.name: row for row in parameters(case.config)}[f"patchify.{condition.name}"]
     assert named.init == "zeros" and named.decay and named.shape[0] == 4 * condition.channels
+
+
+def test_its_first_step_is_that_of_its_base_and_its_new_rows_learn() -> None:
+    """Of the step's own program, bit by bit; with a head that is not zero, as of any model it begins with."""
+    case = upsampler("tp=1")
+    (condition,) = case.config.latent_conditions
+    rows, losses = f"patchify.{condition.name}", list[Tensor]()
+
+    def begun(row: Parameter, block: Tensor) -> Tensor:
+        values = probe_values(case.seed)(row, block)
+        return torch.zeros_like(values) if row.name == rows else values
+
+    batch = dict(global_batch(case, 0, 0))
+    runners: list[StepRunner] = []
+    for config in (replace(case.config, latent_conditions=()), case.config):
+        runner = StepRunner(config, case.plan, case.batch, OPTIMIZER, None, seed=case.seed)
+        runner.initialise(begun)
+        runner.load(0, batch)
+        runner.step(1e-3)
+        losses.append(runner.loss)
+        runners.append(runner)
+    assert torch.equal(*losses)
+    learnt = collect([(runners[1].coordinates, runners[1].buffers["exp_avg"])], runners[1].units)[rows]
+    assert learnt.abs().mean() > 1e-9 and learnt.count_nonzero() == learnt.numel()
 
 
 def sampled(case: Case, steps: int) -> tuple[int, Tensor]:

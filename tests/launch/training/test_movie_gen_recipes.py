@@ -22,6 +22,7 @@ from cinemesh.launch.training.checkpoint.choosing import FOLDER
 from cinemesh.launch.training.checkpoint.manifest import step_folder
 from cinemesh.launch.training.recipe import read_config
 from cinemesh.launch.training.setting import Setting
+from cinemesh.model.config import preset
 from cinemesh.model.step import build_step
 from cinemesh.perf_model.published.paper import STAGES, Stage
 
@@ -41,7 +42,7 @@ def test_every_row_of_the_table_has_its_recipe() -> None:
     """Named in order; then what follows pre-training."""
     names = [path.stem for path in RECIPES]
     assert [name[0] for name in names[: len(STAGES)]] == [str(n + 1) for n in range(len(STAGES))]
-    assert names[len(STAGES) :] == ["sft", "t2i-1024"]
+    assert names[len(STAGES) :] == ["sft", "t2i-1024", "upsampler"]
 
 
 @pytest.mark.parametrize(("path", "stage"), [*zip(RECIPES, STAGES, strict=False)], ids=lambda x: getattr(x, "stem", ""))
@@ -79,10 +80,26 @@ def test_each_recipe_begins_where_the_one_before_ends() -> None:
     chain = [setting_of(path) for path in RECIPES]
     for before, setting in pairwise(chain[: len(STAGES)]):
         begins_behind(setting, before)
-    for setting in chain[len(STAGES) :]:
+    for setting in chain[len(STAGES) : -1]:
         begins_behind(setting, chain[len(STAGES) - 1])
     lengths = [setting.model.position_lengths for setting in chain[:4]]
     assert lengths == [(1, 16, 16), (32, 32, 32), (32, 32, 32), (32, 96, 96)]
+
+
+def test_the_upsampler_takes_the_papers_windows_and_begins_with_a_model_of_images() -> None:
+    """14 frames at 24 frames/s, 2x, 1080 rows filled up to whole patches: 114,240 tokens (3.1.5)."""
+    setting = setting_of(RECIPES[-1])
+    data, begun = setting.config.data, setting.config.start_from
+    (bucket,) = data.shapes
+    assert (str(bucket), bucket.fps) == ("14x1088x1920", 24) and bucket.height == -(-1080 // 16) * 16
+    assert setting.model == replace(preset("movie-gen-upsampler-7b"), encoders=setting.model.encoders)
+    assert setting.model.tokens(setting.latents[0]) == 114_240
+    assert data.low_resolution is not None and data.low_resolution.scale == 2
+    assert begun is not None and (begun.positions, begun.moments) == ("expand", "drop")
+    images = preset("movie-gen-t2i-7b")
+    assert replace(images, name="", position_lengths=(1, 1, 1)) == replace(
+        setting.model, name="", position_lengths=(1, 1, 1), latent_conditions=(), encoders=images.encoders
+    )
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -348,6 +348,9 @@ STARTED |= {  # of a run whose loss jumps: tests/launch/training/test_spikes.py
 }
 STARTED |= {"logging.checkpoint_files"}  # of several ranks: tests/launch/training/checkpoint/test_remote.py
 STARTED |= {f"model.lora.{name}" for name in ("rank", "alpha", "targets")}  # tests/launch/training/test_base.py
+STARTED |= {  # of a spatial upsampler, which samples no captions: tests/data/test_low_resolution.py
+    f"data.low_resolution.{name}" for name in ("scale", "strength", "seed", "round_trip", "round_trip_share")
+}
 
 
 def test_every_key_of_a_recipe_is_here() -> None:
