@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ ORDER_PURPOSE = 7  # of a stream; the sample id is 0, or 1 + the block whose sam
 BUCKET_PURPOSE = 8  # of the bucket of a step
 BEGIN_PURPOSE = 9  # of where an epoch begins; the sample id is the bucket
 READ_BYTES = 4 * 2**20  # of a block: ten thousand reads of a latent of 32 KB a second are no plan, of 4 MB some are
+AT_ONCE = 2**12  # places whose samples are computed together: of one alone, nearly all time is spent between tensors
 FEISTEL_ROUNDS = 8  # Luby and Rackoff prove four of random functions; domains of a few samples need more to look random
 
 
@@ -69,7 +71,12 @@ class Stream:
 
     def take(self, start: int, count: int) -> list[int]:
         """The ``count`` samples from place ``start`` of the stream on."""
-        places = torch.arange(start, start + count)
+        first, last = start // AT_ONCE, (start + count - 1) // AT_ONCE
+        taken = [sample for number in range(first, last + 1) for sample in _taken_at_once(self, number)]
+        return taken[start - first * AT_ONCE :][:count]
+
+    def samples(self, places: Tensor) -> list[int]:
+        """The samples at these places of the stream, int64 [n]."""
         epoch = places // self.size + self.first_epoch
         place = (places + self._begin(epoch)) % self.size
         group = place // (self.lanes * self.block)
@@ -140,3 +147,9 @@ class Stream:
         """At which of its places an epoch begins."""
         words = philox_words(self.seed, BEGIN_PURPOSE, epoch, torch.tensor(self.bucket), torch.zeros_like(epoch))
         return (words[0] << 30 | words[1] >> 2) % self.size
+
+
+@lru_cache(maxsize=64)
+def _taken_at_once(stream: Stream, number: int) -> list[int]:
+    """The samples of places ``number`` * AT_ONCE on."""
+    return stream.samples(torch.arange(number * AT_ONCE, (number + 1) * AT_ONCE))
