@@ -13,7 +13,7 @@ FOLDERS = (
     "kernels",
     *("parallel", "parallel/ir", "parallel/layers", "parallel/passes", "parallel/runtime"),
     *("model", "model/tae"),
-    *("data", "data/cache", "data/curate"),
+    *("data", "data/cache", "data/curate", "data/encoders"),
     *("perf_model", "perf_model/clusters", "perf_model/prices", "perf_model/search", "perf_model/report"),
     *("perf_model/published", "perf_model/calibration"),
     *("evaluation", "evaluation/rewriting"),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..documents import parse_json
 from ..errors import CinemeshError, did_you_mean, in_a_line
-from .text import file_digest
+from ..files import file_digest
 
 CONFIGURATION, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # diffusers' own names
 IMAGE, WAN, HUNYUAN = "AutoencoderKL", "AutoencoderKLWan", "AutoencoderKLHunyuanVideo"

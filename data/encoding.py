@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -22,6 +22,7 @@ from ..model.frame_codec import FrameDCTCodec
 from ..model.inputs import LATENTS, MASK, text_input
 from ..model.tae.codec import Precision, TAECodec
 from ..model.tae.files import is_autoencoder
+from ..parallel.runtime.comm import Communicator
 from .context_codec import SHIPPED, ContextDCTCodec
 from .diffusers_codec import DiffusersCodec
 from .low_resolution import LowResolution, LowResolutionSettings
@@ -192,8 +193,21 @@ class Encoding:
                 found.append(said)
         return found
 
+    def place(self, device: str, comm: Communicator | None) -> None:
+        """Bring the text encoders' weights to a device, once; see ``TextEncoder.place``."""
+        for encoder in self.encoders:
+            encoder.place(device, comm)
+
     def captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """By input name: embeddings of every encoder, float32 [L, B, W]; bool mask [B, sum of L], encoders in order."""
-        encoded = [[encoder.encode(caption) for encoder in self.encoders] for caption in captions]
-        text = {text_input(e.name): torch.stack([row[k][0] for row in encoded], 1) for k, e in enumerate(self.encoders)}
-        return {**text, MASK: torch.stack([torch.cat([valid for _, valid in row]) for row in encoded])}
+        """By input name: embeddings of every encoder, float32 [L, B, W]; bool mask [B, sum of L], encoders in order.
+
+        Collective, where weights of an encoder are in shards.
+        """
+        encoded = {encoder.name: encoder.encode_all(captions) for encoder in self.encoders}
+        text = {text_input(name): embeddings for name, (embeddings, _) in encoded.items()}
+        return {**text, MASK: torch.cat([mask for _, mask in encoded.values()], 1)}
+
+    @property
+    def without_text(self) -> Self:
+        """Of a run that encodes captions in its loop: what its cache holds."""
+        return replace(self, encoders=())

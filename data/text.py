@@ -10,21 +10,22 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from ..errors import CinemeshError, in_a_line
+from ..errors import CinemeshError
 from ..kernels.philox import Purpose, uniform
+from ..model.tae.codec import Precision
+from ..parallel.ir.frozen_layers import FrozenLayers
+from ..parallel.runtime.comm import Communicator
 from ..ranges import check_ranges, integers
+from .encoders.directory import HuggingFaceEncoder, Positions, Reads
 
 Tokens = Annotated[int, integers(1, 4096, "no caption is longer, and attention sees them all", "tokens")]
 EmbeddingWidth = Annotated[int, integers(1, 16_384, "no text encoder is wider")]
@@ -43,6 +44,7 @@ class TextEncoder(Protocol):
 
     name: str
     tokens: int  # embeddings of every caption, padding included
+    sharded: bool  # ranks that share its weights hold a shard each
 
     @property
     def width(self) -> int:
@@ -54,6 +56,20 @@ class TextEncoder(Protocol):
         """Changes whenever ``encode`` would give other embeddings."""
         ...
 
+    @property
+    def identity(self) -> str:
+        """As ``fingerprint``, told at once: large files are not read whole."""
+        ...
+
+    @property
+    def layers(self) -> FrozenLayers | None:
+        """What its weights take, and how they are gathered; None: it has none."""
+        ...
+
+    def place(self, device: str, comm: Communicator | None = None) -> None:
+        """Bring its weights to a device, in shards over the ranks of ``comm`` where it is ``sharded``; once."""
+        ...
+
     def length(self, caption: str) -> int:
         """Tokens of the whole caption; where they are more than ``tokens``, ``encode`` cuts it."""
         ...
@@ -62,6 +78,13 @@ class TextEncoder(Protocol):
         """Embeddings float32 [tokens, width], zero as padding; bool mask [tokens], True = valid.
 
         A longer caption is cut, never inside a character. At least one token is valid.
+        """
+        ...
+
+    def encode_all(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The embeddings [tokens, B, width], on the device of its weights, and masks [B, tokens] of B captions.
+
+        Each is, bit by bit, what ``encode`` makes of it. Collective, where its weights are in shards.
         """
         ...
 
@@ -76,7 +99,7 @@ class ByteEncoder:
     def __init__(self, width: int, tokens: int, name: str = "bytes") -> None:
         if width < 1 or tokens < 1:
             raise CinemeshError(f"text encoder {name}: width({width}) and tokens({tokens}) must be at least 1")
-        self.name, self.width, self.tokens = name, width, tokens
+        self.name, self.width, self.tokens, self.sharded = name, width, tokens, False
         zero = torch.tensor(0)
         draws = uniform(0, Purpose.INIT, zero, zero, torch.arange((END + 1) * width))
         self._table = ((2.0 * draws - 1.0) * math.sqrt(3.0)).view(END + 1, width)  # float64
@@ -90,6 +113,17 @@ class ByteEncoder:
         table = hashlib.sha256(self._table.numpy().tobytes()).hexdigest()[:16]
         return f"utf8-{self.width}x{self.tokens}-{table}"  # "bytes-" cut inside characters
 
+    @property
+    def identity(self) -> str:
+        return self.fingerprint
+
+    @property
+    def layers(self) -> None:
+        """It has no weights."""
+
+    def place(self, device: str, comm: Communicator | None = None) -> None:
+        """It has no weights."""
+
     def length(self, caption: str) -> int:
         """See ``TextEncoder.length``; the end token counts."""
         return len(caption.encode()) + 1
@@ -102,104 +136,10 @@ class ByteEncoder:
         embeddings[: len(ids)] = (self._table[ids] + self._position[: len(ids)]).float()
         return embeddings, torch.arange(self.tokens) < len(ids)
 
-
-class HuggingFaceEncoder:
-    """The last hidden states of a text encoder saved by ``transformers`` in a directory.
-
-    Of an encoder-decoder (T5, UL2, ByT5) only the encoder is loaded, of a two-tower model (CLIP)
-    only the text tower. Weights are read at the first ``encode``, in float32, never downloaded.
-    """
-
-    def __init__(self, directory: Path, tokens: int, name: str | None = None) -> None:
-        self.directory, self.tokens, self.name = directory, tokens, name or directory.name
-        if tokens < 1:
-            raise CinemeshError(f"text encoder {self.name}: tokens({tokens}) must be at least 1")
-        if not (directory / "config.json").is_file():
-            raise CinemeshError(
-                f"text encoder {self.name}: {directory} has no config.json",
-                remedy="name a directory that transformers saved (model.save_pretrained and tokenizer.save_pretrained)",
-            )
-        limit = getattr(self._config, "max_position_embeddings", None)
-        if limit is not None and tokens > limit:
-            raise CinemeshError(
-                f"text encoder {self.name}: tokens({tokens}) > {limit} positions of the model in {directory}",
-                remedy=f"set tokens to at most {limit}",
-            )
-
-    @cached_property
-    def _config(self) -> Any:
-        return self._load("AutoConfig").get_text_config()
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        return self._load("AutoTokenizer")
-
-    @cached_property
-    def _model(self) -> Any:
-        from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING
-
-        known = type(self._config) in MODEL_FOR_TEXT_ENCODING_MAPPING  # loads the encoder alone
-        loader = "AutoModelForTextEncoding" if known else "AutoModel"
-        model = self._load(loader, config=self._config, dtype=torch.float32)
-        return (model.get_encoder() if self._config.is_encoder_decoder else model).eval()
-
-    def _load(self, loader: str, **options: Any) -> Any:
-        try:
-            import transformers
-        except ImportError as error:
-            raise CinemeshError(
-                f"text encoder {self.name} needs the package transformers, which is not installed: "
-                "run pip install 'cinemesh[text]', or use the byte encoder"
-            ) from error
-        try:
-            source = str(self.directory)
-            return getattr(transformers, loader).from_pretrained(source, local_files_only=True, **options)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            raise CinemeshError(
-                f"text encoder {self.name}: transformers ({loader}) cannot read {self.directory}: {in_a_line(error)}",
-                remedy="make sure that the directory is whole and its tokenizer's packages are installed",
-            ) from error
-
-    @property
-    def width(self) -> int:
-        """The model's hidden size."""
-        return self._config.hidden_size
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of every file of the directory; reads the weights once."""
-        digest = hashlib.sha256()
-        for path in sorted(path for path in self.directory.rglob("*") if path.is_file()):
-            digest.update(f"{path.relative_to(self.directory).as_posix()}\n".encode())
-            digest.update(file_digest(path).encode())
-        return f"transformers-{self.tokens}-{digest.hexdigest()[:16]}"
-
-    def length(self, caption: str) -> int:
-        """See ``TextEncoder.length``."""
-        return len(self._tokenizer(caption, verbose=False)["input_ids"])
-
-    def _fitting(self, caption: str) -> str:
-        """The longest beginning, of whole characters, that has at most ``tokens``: tokens may be parts of one."""
-        if self.length(caption) <= self.tokens:
-            return caption
-        ends = range(len(caption) + 1)
-        return caption[: bisect_right(ends, self.tokens, key=lambda end: self.length(caption[:end])) - 1]
-
-    @torch.no_grad()
-    def encode(self, caption: str) -> tuple[Tensor, Tensor]:
-        """See ``TextEncoder.encode``. Raises CinemeshError for a caption of which the tokenizer makes no token."""
-        options = {"truncation": True, "max_length": self.tokens, "return_tensors": "pt"}
-        inputs = self._tokenizer(self._fitting(caption), **options)
-        if not inputs["input_ids"].numel():
-            raise CinemeshError(
-                f"text encoder {self.name}: the tokenizer in {self.directory} makes no token of the text {caption!r}",
-                remedy="write something, or save a tokenizer that adds an end token",
-            )
-        keys = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-        states = self._model(**keys).last_hidden_state[0]  # [n, width], n <= tokens
-        embeddings = torch.zeros(self.tokens, self.width)
-        embeddings[: len(states)] = states
-        return embeddings, torch.arange(self.tokens) < len(states)
+    def encode_all(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """See ``TextEncoder.encode_all``."""
+        encoded = [self.encode(caption) for caption in captions]
+        return torch.stack([states for states, _ in encoded], 1), torch.stack([mask for _, mask in encoded])
 
 
 @dataclass(frozen=True)
@@ -210,6 +150,14 @@ class EncoderSettings:
     tokens: Annotated[Tokens, "embeddings of every caption; a longer one is cut"] = 64
     width: Annotated[EmbeddingWidth | None, "of an embedding; with a directory: null, or the model's own"] = 64
     directory: Annotated[Path | None, "what transformers saved; default: bytes, which need no weights"] = None
+    dtype: Annotated[Precision, "of a directory's weights and products; on GPUs, bfloat16"] = "float32"
+    reads: Annotated[Reads, "the caption, or what of it stands in double quotes, as the paper's ByT5"] = "caption"
+    positions: Annotated[
+        Positions, "stretched: a table of fewer positions than tokens is made longer, as the paper's MetaCLIP begins"
+    ] = "own"
+    sharded: Annotated[
+        bool, "in the loop, a directory's weights lie in shards on the ranks of dp_shard x cp, as the paper's UL2"
+    ] = False
 
 
 def build_encoders(settings: Sequence[EncoderSettings]) -> list[TextEncoder]:
@@ -226,7 +174,10 @@ def build_encoders(settings: Sequence[EncoderSettings]) -> list[TextEncoder]:
             )
         check_ranges(given, f"text encoder {given.name}: ")
         if given.directory is not None:
-            encoder = HuggingFaceEncoder(given.directory, given.tokens, given.name)
+            encoder = HuggingFaceEncoder(
+                given.directory, given.tokens, given.name,
+                dtype=given.dtype, reads=given.reads, positions=given.positions, sharded=given.sharded,
+            )  # fmt: skip
             if given.width not in (None, encoder.width):
                 raise CinemeshError(
                     f"text encoder {given.name}: width({given.width}) != {encoder.width} of the "
@@ -236,12 +187,11 @@ def build_encoders(settings: Sequence[EncoderSettings]) -> list[TextEncoder]:
             encoders.append(encoder)
         elif given.width is None:
             raise CinemeshError(f"text encoder {given.name}: a byte encoder needs a width")
+        elif (given.dtype, given.reads, given.positions, given.sharded) != ("float32", "caption", "own", False):
+            raise CinemeshError(
+                f"text encoder {given.name}: dtype, reads, positions and sharded are of a directory's weights",
+                remedy="name its directory, or leave them out",
+            )
         else:
             encoders.append(ByteEncoder(given.width, given.tokens, given.name))
     return encoders
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -141,7 +141,10 @@ SamplesOption = Annotated[
         help="Samples of one data rank, where no global batch is given. Default: plan searches, others take 1.",
     ),
 ]
-Encoders = Annotated[bool, typer.Option("--encoders", help="The frozen text encoders run in the loop.")]
+Encoders = Annotated[
+    bool,
+    typer.Option("--encoders", help="Text encoders run in the loop: the recipe's, if it says so, or the paper's."),
+]
 RecipeOption = Annotated[
     Path | None,
     typer.Option(

@@ -23,16 +23,17 @@ PROCESS_BYTES = 300_000_000  # of Python, torch and its libraries, before a tens
 STEP_BYTES = 112  # of the order of all steps, for each of them, at its making: measured with two buckets on 2026-11-29
 
 
-def check_device_memory(programs: Sequence[Program], software: Software) -> None:
+def check_device_memory(programs: Sequence[Program], software: Software, encoder_bytes: int = 0) -> None:
     """Raise CinemeshError when a GPU of this machine is too small for one of the steps that a run captures.
 
+    ``encoder_bytes``: of text encoders that run in the loop.
     By its whole memory: what is free of it, the ranks find out. Where NVML tells of no GPU, nothing is refused here.
     """
     if (card := card_here()) is None:
         return
     kernels = Workspaces(card.device, software, device_key(card.name))
     for program in programs:
-        beside = bytes_beside(program.plan, 0, graphs=len(programs))
+        beside = bytes_beside(program.plan, 0, graphs=len(programs)) | {"frozen encoders": encoder_bytes}
         check_fits(program, card.memory_bytes, kernels.bytes, beside=beside)
 
 

@@ -129,13 +129,22 @@ class Samples(Sequence[Sample]):
             block = self._files.block(self._index, first, count)
         return self._sample(block, block.rows[position - first], number)
 
+    def _wording(self, row: IndexRow, number: int, told: Sequence[IndexRow | None] = (None,)) -> int:
+        """Which of its captions sample ``number`` has; ``told``: rows of these, where they are at hand."""
+        if row["captions"] == 1 or self._draw is None:
+            return 0
+        rows = [r for r in told if r] if all(told) else self._files.captions.rows(row["caption"], row["captions"])
+        return self._draw.wording(row["id"], number, [r["weight"] for r in rows])
+
+    def text(self, number: int) -> str:
+        """The caption that a sample has; no latent is read."""
+        (row,) = self._index.rows(self._picked[number], 1)
+        return self._files.captions.rows(row["caption"] + self._wording(row, number), 1)[0]["text"]
+
     def _sample(self, block: Block, row: IndexRow, number: int) -> Sample:
-        files, wording = self._files, 0
-        if row["captions"] > 1 and self._draw is not None:
-            told = [block.others.get(row["caption"] + i) for i in range(row["captions"])]
-            rows = [r for r in told if r] if all(told) else files.captions.rows(row["caption"], row["captions"])
-            wording = self._draw.wording(row["id"], number, [r["weight"] for r in rows])
-        caption, encoded = files.caption(block, row, wording)
+        files = self._files
+        told = [block.others.get(row["caption"] + i) for i in range(row["captions"])]
+        caption, encoded = files.caption(block, row, self._wording(row, number, told))
         texts = member_tensors(encoded)
         latents = dict(member_tensors(block.of(row)))
         names = [encoder.name for encoder in files.version.encoders]
@@ -227,6 +236,12 @@ class Cache:
         self.version, self.name, self.storage = version, version.name, storage
         files = Files(storage, version, Index(storage, version.captions, CAPTION_ROWS), held or HeldBlocks())
         self.buckets = [Windows(b.bucket, *(Samples(files, b, split) for split in SPLITS)) for b in version.buckets]
+        self._captions = files.captions
+
+    def first_captions(self, most: int) -> tuple[dict[str, str], int]:
+        """The first ``most`` captions, by what they are of, and how many there are."""
+        rows = self._captions.rows(0, min(most, len(self._captions)))
+        return {f"number {n} of scene {row['clip']}": row["text"] for n, row in enumerate(rows)}, len(self._captions)
 
     @property
     def frame_rate(self) -> Fraction:
@@ -247,8 +262,8 @@ def collate(samples: Sequence[Sample], dp_rank: int, dp_size: int, first_place: 
     """Data rank ``dp_rank``'s contiguous share of a micro-batch, by input name; reads only that share.
 
     ``ids`` and ``places`` int64 [b], ``latents`` float32 [b, C, T, H, W], text of each encoder float32 [L, b, W_e],
-    ``mask`` bool [b, sum of L], encoders in order; latents that samples are shown, as ``latents``.
-    ``first_place``: the micro-batch's, in the step's global batch.
+    ``mask`` bool [b, sum of L], encoders in order; of a cache without embeddings, no text; latents that samples are
+    shown, as ``latents``. ``first_place``: the micro-batch's, in the step's global batch.
     Raises CinemeshError when the samples do not divide by ``dp_size``.
     """
     if not samples or len(samples) % dp_size:
@@ -259,12 +274,14 @@ def collate(samples: Sequence[Sample], dp_rank: int, dp_size: int, first_place: 
     share = len(samples) // dp_size
     mine = [samples[index] for index in range(dp_rank * share, (dp_rank + 1) * share)]
     names = list(mine[0].text)
+    told = {text_input(name): torch.stack([sample.text[name] for sample in mine], 1) for name in names}
+    if names:
+        told[MASK] = torch.stack([torch.cat([sample.mask[name] for name in names]) for sample in mine])
     return {
         IDS: torch.tensor([sample.id for sample in mine]),
         PLACES: first_place + dp_rank * share + torch.arange(share),
         LATENTS: torch.stack([sample.latent for sample in mine]),
-        MASK: torch.stack([torch.cat([sample.mask[name] for name in names]) for sample in mine]),
-        **{text_input(name): torch.stack([sample.text[name] for sample in mine], 1) for name in names},
+        **told,
         **{name: torch.stack([sample.conditions[name] for sample in mine]) for name in mine[0].conditions},
     }
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...documents import read_json
 from ...errors import CinemeshError, did_you_mean, in_a_line
-from ..text import file_digest
+from ...files import file_digest
 from .detectors import PACKAGE
 
 Vectors = NDArray[np.float32]  # [pictures or texts, width], each of length 1

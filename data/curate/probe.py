@@ -13,9 +13,9 @@ from typing import ClassVar
 import pyarrow as pa
 from PIL import Image
 
+from ...files import file_digest
 from ..pixels import unshowable, upright
 from ..stills import is_still, read_still
-from ..text import file_digest
 from ..video import BadClip, Decoded
 from .pictures import encode, square, thumb
 from .rows import ClipRow, titled

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ...data.text import file_digest
 from ...errors import CinemeshError, in_a_line
+from ...files import file_digest
 from .guideline import Message
 from .settings import RewriterSettings
 

@@ -19,12 +19,13 @@ class Doing(IntEnum):
     LOADING = 1  # and agreeing with all ranks on what to do next
     PUBLISHING = 2  # a checkpoint that was written behind training
     STEP = 3
-    REPORTING = 4
-    VALIDATING = 5
-    SAVING = 6
-    SAMPLING = 7
-    DECODING = 8
-    ENDED = 9
+    ENCODING = 4  # captions of the steps that come next
+    REPORTING = 5
+    VALIDATING = 6
+    SAVING = 7
+    SAMPLING = 8
+    DECODING = 9
+    ENDED = 10
 
 
 class Standing(NamedTuple):

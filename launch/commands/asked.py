@@ -19,6 +19,7 @@ from ...model.config import ModelConfig, latent_text
 from ...parallel.ir.fields import DtypePolicy
 from ...parallel.ir.plan import Plan, fields_of
 from ...perf_model.clusters.cluster import Cluster, load, names_in
+from ...perf_model.prices.encoders import LoopEncoders
 from ...perf_model.search.request import LatentBucket, buckets_of_batches
 from ...ranges import WEIGHT_RANGE
 from ..models import parse_latent, read_model
@@ -30,7 +31,8 @@ from ..plans import SUFFIXES, read_plan
 class Workload:
     """What is planned for. ``model``: as it was asked for. ``held``: plan fields that a recipe gives the planner.
 
-    ``gpus`` and ``steps``: of a recipe, where it says them. ``taken``: what a recipe gave, by name, in words.
+    ``encoders``: those of text that run in the loop, of a recipe that says so, else the paper's where they are asked
+    for. ``gpus`` and ``steps``: of a recipe, where it says them. ``taken``: what a recipe gave, by name, in words.
     """
 
     model: str
@@ -45,6 +47,7 @@ class Workload:
     steps: int | None = None
     taken: dict[str, str] = field(default_factory=dict)
     recipe: Path | None = None
+    encoders: LoopEncoders | None = None
 
 
 def workload(on: On, latents: Sequence[str], dtype: str | None = None, recipe: Path | None = None) -> Workload:
@@ -64,10 +67,12 @@ def workload(on: On, latents: Sequence[str], dtype: str | None = None, recipe: P
         global_batch=on.global_batch,
         samples=on.samples,
         dtype=dtype or DEFAULT_DTYPE,  # type: ignore[arg-type]  # Plan checks it
+        encoders=LoopEncoders.of_paper(named.config) if on.encoders else None,
     )
 
 
 def _of_recipe(on: On, given: tuple[LatentBucket, ...], dtype: str | None, path: Path) -> Workload:
+    from ..training.predict import loop_encoders
     from ..training.recipe import read_recipe
     from ..training.resolve import software_of
     from ..training.setting import Setting
@@ -81,6 +86,8 @@ def _of_recipe(on: On, given: tuple[LatentBucket, ...], dtype: str | None, path:
         buckets = given or tuple(replace(bucket, times=1) for bucket in buckets)
         batch = on.global_batch or (None if on.samples is not None else recipe.data.global_batch)
     batches = " + ".join(dict.fromkeys(f"{batch * bucket.times:,}" for bucket in buckets if batch))
+    config = read_model(on.model).config if on.model else setting.model
+    encoders = loop_encoders(setting)
     stated = recipe if on.packages is None else replace(recipe, packages=packages_of(names_in(on.packages)))
     software = software_of(stated)
     cluster = load(on.cluster or recipe.cluster or DEFAULT_CLUSTER, on.servers, "", on.headroom)
@@ -91,11 +98,12 @@ def _of_recipe(on: On, given: tuple[LatentBucket, ...], dtype: str | None, path:
         "dtype": None if dtype else policy,
         "cluster": None if on.cluster else recipe.cluster,
         "packages": None if on.packages is not None else _installed(recipe.packages is not None, software),
+        "encoders in the loop": ", ".join(one.name for one in encoders.encoders) if encoders else "",
         "plan fields": ", ".join(f"{name}={value}" for name, value in held.items() if name != "dtype"),
     }
     return Workload(
         model=on.model or str(path),
-        config=read_model(on.model).config if on.model else setting.model,
+        config=config,
         buckets=buckets,
         cluster=cluster.running(software).capturing(recipe.capture),
         global_batch=batch,
@@ -106,6 +114,7 @@ def _of_recipe(on: On, given: tuple[LatentBucket, ...], dtype: str | None, path:
         steps=recipe.schedule.steps,
         taken={name: said for name, said in gives.items() if said},
         recipe=path,
+        encoders=encoders or (LoopEncoders.of_paper(config) if on.encoders else None),
     )
 
 

@@ -53,7 +53,7 @@ def run(*, plans: list[str], asked: Asked, as_json: bool) -> None:
     if len(plans) < 2:
         raise CinemeshError(f"compare: {len(plans)} plan given", remedy="name two or more, the one to start from first")
     chosen, load = plans_asked(plans, asked)
-    requests = [asked_of(plan, load, asked.encoders) for plan in chosen]
+    requests = [asked_of(plan, load) for plan in chosen]
     evaluator = Evaluator(requests[0])
     alone = sum(1 for plan in chosen[1:] for _ in changes(chosen[0], plan))
     with progress("comparing", len(chosen) + alone, silent=as_json) as begin:

@@ -15,6 +15,7 @@ from ...data.cache.storage import is_url
 from ...data.encoding import Encoding
 from ...errors import CinemeshError
 from ..cluster.processes import launch, rank_main
+from ..training.captions import cache_encoding
 from ..training.recipe import Config, read_recipe
 from ..written import wrote
 
@@ -42,6 +43,7 @@ def built(order: BuildOrder) -> None:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     data, root = order.config.data, Path(order.config.data.cache)
     encoding = Encoding.of(order.config.codec, data.encoders, data.low_resolution)
+    encoding = cache_encoding(order.config, encoding)
     build = CacheBuild.planned(data, encoding, root, order.after)
     if speaks:
         say_old(root)

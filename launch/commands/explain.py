@@ -25,7 +25,7 @@ from .software import print_kernels, print_order, print_others
 PIECES = 6  # of the work of ``cinemesh explain``, for its progress
 
 
-def asked_of(plan: Plan, load: Workload, encoders: bool) -> Request:
+def asked_of(plan: Plan, load: Workload) -> Request:
     """What the planner would be asked, for as many GPUs and micro-batches as a plan has."""
     return Request(
         config=load.config,
@@ -36,7 +36,7 @@ def asked_of(plan: Plan, load: Workload, encoders: bool) -> Request:
         samples=load.samples or 1 if load.global_batch is None else plan.local_batch(load.global_batch),
         dtype=plan.dtype,
         fixed={} if load.global_batch is not None else {"micro_batches": plan.micro_batches},
-        encoders=encoders,
+        encoders=load.encoders,
     )
 
 
@@ -46,7 +46,7 @@ def run(*, plan: str, asked: Asked, as_json: bool) -> None:
     Raises CinemeshError for what is no plan, and for a plan that the model, the batch or the cluster cannot have.
     """
     (chosen,), load = plans_asked([plan], asked)
-    request = asked_of(chosen, load, asked.encoders)
+    request = asked_of(chosen, load)
     with progress("explaining", PIECES, silent=as_json) as begin:
         step, reasons = _reasons(request, chosen, begin)
         begin("pricing other software")

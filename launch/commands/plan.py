@@ -34,7 +34,7 @@ from .lifetime import Lives, check_asked
 from .paper import alone, paper_table, show
 from .ranked import ranked
 from .reasons import Reasons, start_up_cost
-from .recipe_run import Steps, print_recipe_run, recipe_run
+from .recipe_run import Steps, encoders_told, print_recipe_run, recipe_run
 from .reply import NearbyPlan, PlanReply, RankedPlan, RecipeRun, Refused, Schema
 from .software import print_kernels, print_order, print_others
 
@@ -109,7 +109,7 @@ def run(  # noqa: PLR0913  the options of the command
         samples=load.samples or 1,
         dtype=load.dtype,
         fixed=load.held | held_fields(fields_of(fix)),
-        encoders=on.encoders,
+        encoders=load.encoders,
         shown=top,
     )
     if gpus is None:
@@ -324,6 +324,9 @@ def _print_search(console: Console, request: Request, found: Search, flops: floa
             f"{choice.peak_bytes / 1e9:.1f}",
         )
     console.print(table)
+    if (frozen := found.best.frozen) is not None:
+        shards = f"; in shards: {', '.join(frozen.sharded)}" if frozen.sharded else ""
+        console.print(f"{encoders_told(frozen.seconds, found.best.step_s)}, {frozen.bytes / 1e9:.2f} GB a GPU{shards}")
     if ties:
         console.print(f"= near-tie: within {found.error:.1%}, which the model cannot tell apart")
     console.print(

@@ -14,6 +14,7 @@ from ...model.weights import initial_values
 from ..cluster.processes import Joined
 from ..models import parse_latent
 from ..proof.traced import TakenSteps, taken_steps
+from ..training.captions import place_encoders
 from ..training.feed import Feed
 from ..training.latent_cache import open_history
 from ..training.setting import Setting
@@ -40,7 +41,9 @@ def take_steps(setting: Setting, place: Joined, batch: BatchShape, steps: int) -
     config = setting.config
     runner = setting.runners(place, [batch]).first
     batches = BatchHistory.always(setting.global_batches)
-    feed = Feed(config, open_history(setting, place), place.mesh.data_rank if place.mesh else 0, batches)
+    place_encoders(config, setting.encoding, place, runner.comm)
+    rank = place.mesh.data_rank if place.mesh else 0
+    feed = Feed(config, open_history(setting, place), rank, batches, setting.encoding)
     own = [step for step, bucket in enumerate(feed.bucket) if setting.latents[bucket] == batch.latent]
     if not own:
         raise CinemeshError(
@@ -53,6 +56,7 @@ def take_steps(setting: Setting, place: Joined, batch: BatchShape, steps: int) -
 
     def begin() -> float:
         step = next(turn)
+        feed.encode(step)
         feed.load(step, runner)
         return config.schedule.lr(config.optimizer.lr, step)
 

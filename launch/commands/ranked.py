@@ -31,6 +31,7 @@ def ranked(request: Request, choice: PricedPlan, flops: float) -> RankedPlan:
         step_s_from=choice.timed.name.lower(),
         bound_s=choice.bound_s,
         sharded_encoders=list(choice.frozen.sharded) if choice.frozen else [],
+        encoders_s=choice.frozen.seconds if choice.frozen else 0.0,
         latents=latents,
     )
 

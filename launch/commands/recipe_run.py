@@ -38,9 +38,11 @@ def recipe_run(
         shares[latent] = shares.get(latent, 0.0) + weight / sum(load.weights)
     buckets: list[BucketStep] = []
     footprints: list[Footprint] = []
+    encoders_s = 0.0
     for step in steps:
         buckets.append(_bucket(config, cluster, step, shares[step.batch.latent]))
         footprints.append(step.footprint)
+        encoders_s += shares[step.batch.latent] * (step.frozen.seconds if step.frozen else 0.0)
     step_s = sum(bucket.share * bucket.step_s for bucket in buckets)
     most = max(footprints, key=lambda footprint: footprint.peak_bytes)
     hours = step_s * load.count / 3600.0
@@ -50,6 +52,7 @@ def recipe_run(
         global_batch=buckets[0].global_batch,
         buckets=buckets,
         step_s=step_s,
+        encoders_s=encoders_s,
         peak_bytes=most.peak_bytes,
         limit_bytes=most.limit_bytes,
         bytes=most.by_class,
@@ -76,6 +79,11 @@ def _bucket(config: ModelConfig, cluster: Cluster, step: PlayedStep, share: floa
     )
 
 
+def encoders_told(encoders_s: float, step_s: float) -> str:
+    """What text encoders in the loop cost."""
+    return f"text encoders in the loop: {encoders_s:.3g} s of a step ({encoders_s / step_s:.2%}), all of it exposed"
+
+
 def print_recipe_run(console: Console, run: RecipeRun) -> None:
     """The same as a table of the buckets and lines on memory and hours."""
     table = plain_table("bucket", *NUMBERS, right=NUMBERS)
@@ -93,6 +101,8 @@ def print_recipe_run(console: Console, run: RecipeRun) -> None:
             f"{bucket.peak_bytes / 1e9:.2f}",
         )
     console.print(table)
+    if run.encoders_s:
+        console.print(encoders_told(run.encoders_s, run.step_s))
     classes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in run.bytes.items() if size >= 5e6)
     console.print(
         f"\nmost memory: {run.peak_bytes / 1e9:.2f} of {run.limit_bytes / 1e9:.2f} GB ({classes})\n"

@@ -93,6 +93,7 @@ class RankedPlan(PricedStep):
     ]
     bound_s: Annotated[float, "seconds that the search took for a lower bound of the step"]
     sharded_encoders: Annotated[list[str], "frozen encoders that are sharded, not replicated"]
+    encoders_s: Annotated[float, "of `step_s`: frozen encoders in the loop, between two steps, exposed as a whole"]
     latents: Annotated[list[LatentStep], "a step of each latent"]
 
 
@@ -258,6 +259,7 @@ class RecipeRun:
     global_batch: Annotated[int, "samples of a step; of the first bucket, where each has its own"]
     buckets: list[BucketStep]
     step_s: Annotated[float, "mean seconds of a step, buckets by their shares"]
+    encoders_s: Annotated[float, "of `step_s`: text encoders in the loop, between two steps, exposed as a whole"]
     peak_bytes: Annotated[int, "in the bucket that needs most"]
     limit_bytes: Annotated[float, "what there is"]
     bytes: Annotated[dict[str, int], "what `peak_bytes` are, by class"]

@@ -16,10 +16,11 @@ from ...model.paths import PATHS
 from ...model.runner import StepRunner
 from ...model.sampler import Sampler
 from ...model.solvers import SOLVERS
-from ...parallel.runtime.comm import gather_objects
+from ...parallel.runtime.comm import Communicator, gather_objects
 from ..cluster.marks import Doing
 from ..cluster.processes import Joined
 from ..progress import progress
+from .captions import place_encoders
 from .setting import Setting
 
 
@@ -48,6 +49,8 @@ class ClipSampler:
         assert section is not None
         self.setting, self.place, self.section, self.prompts = setting, place, section, prompts
         self.times = PATHS[setting.model.objective].times(section.schedule, section.steps)
+        comm = beside.comm if beside is not None else Communicator(mesh) if mesh is not None else None
+        place_encoders(setting.config, setting.encoding, place, comm)
         # A second replica that would have no clip of its own makes the halves without the caption.
         apart = plan.dp_replicate == 2 and len(prompts) <= plan.dp_shard and section.guidance not in (0.0, 1.0)
         self.ranks, self.rank = plan.data_ranks, mesh.data_rank if mesh else 0

@@ -6,6 +6,7 @@ steps before took: what was read ahead is what would be read then, and what anot
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from ...data.cache.drawn import Drawn, Epochs, RunOrder
 from ...data.cache.held import HELD_BYTES
 from ...data.cache.history import History
 from ...data.cache.samples import CaptionDraw, Samples, collate
+from ...data.encoding import Encoding
+from .captions import TextAhead, loop_encoding
 from .recipe import Config
 
 if TYPE_CHECKING:
@@ -34,8 +37,11 @@ def run_order(config: Config, batches: BatchHistory) -> RunOrder:
 class Feed:
     """Of one data rank."""
 
-    def __init__(self, config: Config, history: History, data_rank: int, batches: BatchHistory) -> None:
+    def __init__(
+        self, config: Config, history: History, data_rank: int, batches: BatchHistory, encoding: Encoding
+    ) -> None:
         self.config, self.data_rank, self.batches = config, data_rank, batches
+        self.text = TextAhead(config, loop_encoding(config, encoding), self.captions)
         self.drawn = Drawn(run_order(config, batches), history)
         self.bucket = self.drawn.bucket
         self._train = {id(epochs): self._read_as(epochs) for of in self.drawn.epochs for epochs in of}
@@ -64,9 +70,22 @@ class Feed:
         return self._ahead.pop(step).result()
 
     def load(self, step: int, runner: BucketRunner | StepRunner) -> None:
-        """Load a step's samples. Raises CinemeshError as ``take``."""
-        for micro_batch, batch in enumerate(self.take(step)):
-            runner.load(micro_batch, batch)
+        """Load a step's samples, whose captions were encoded. Raises CinemeshError as ``take``."""
+        for micro_batch, (batch, text) in enumerate(zip(self.take(step), self.text.take(step), strict=True)):
+            runner.load(micro_batch, batch | text)
+
+    def encode(self, step: int) -> None:
+        """Captions of a step, and of others of its turn, where they are encoded in the loop. Collective."""
+        self.text.read(step)
+        self.text.encode()
+
+    def captions(self, step: int) -> list[list[str]]:
+        """Of this data rank's samples of each micro-batch. Raises CinemeshError for an index that cannot be read."""
+        mine: list[list[str]] = []
+        for _, samples in self._micro_batches(step):
+            share = len(samples) // self.config.plan.data_ranks
+            mine.append([samples.text(self.data_rank * share + number) for number in range(share)])
+        return mine
 
     def taken(self, step: int) -> list[int]:
         """Of each bucket's stream, how many samples the steps before this one took."""
@@ -77,12 +96,12 @@ class Feed:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, step: int) -> list[dict[str, Tensor]]:
-        plan, indices = self.config.plan, self.drawn.indices(step)
-        train, share = self._train[id(self.drawn.at(step))], len(indices) // plan.micro_batches
-        return [
-            collate(
-                train.select(indices[first : first + share], CaptionDraw(self.config.seed, step, first)),
-                self.data_rank, plan.data_ranks, first,
-            )
-            for first in range(0, len(indices), share)
-        ]  # fmt: skip
+        ranks = self.config.plan.data_ranks
+        return [collate(samples, self.data_rank, ranks, first) for first, samples in self._micro_batches(step)]
+
+    def _micro_batches(self, step: int) -> Iterator[tuple[int, Samples]]:
+        """Of all data ranks: place of the first sample, and samples, of which nothing is read yet."""
+        train, indices = self._train[id(self.drawn.at(step))], self.drawn.indices(step)
+        share = len(indices) // self.config.plan.micro_batches
+        for first in range(0, len(indices), share):
+            yield first, train.select(indices[first : first + share], CaptionDraw(self.config.seed, step, first))

@@ -15,6 +15,7 @@ from ...documents import parse_json
 from ...errors import CinemeshError
 from ..cluster.meeting import hear
 from ..cluster.processes import Joined
+from .captions import cache_encoding
 from .setting import Setting
 
 SAID_THERE = "latent cache"  # where rank 0 says, at the ranks' meeting, which version there is, or what is to be built
@@ -26,8 +27,8 @@ def open_history(setting: Setting, place: Joined) -> History:
     That is built where it is missing, by all ranks. Raises CinemeshError as ``CacheBuild.work``, and for a version that
     is not there.
     """
-    data = setting.config.data
-    changes = changes_of(data.versions) or [VersionChange(0, built_version(data.cache, data, setting.encoding, place))]
+    data, encoding = setting.config.data, cache_encoding(setting.config, setting.encoding)
+    changes = changes_of(data.versions) or [VersionChange(0, built_version(data.cache, data, encoding, place))]
     return History.open(data.cache, changes)
 
 

@@ -26,6 +26,7 @@ from ..cluster.meeting import agree
 from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, rank_main
 from ..cluster.verdict import stages_of
 from .base import BEGUN_WITH
+from .captions import contents, encoded_in_loop, place_encoders, told_cuts
 from .checkpoint.choosing import Keep, kept_in
 from .checkpoint.loading import Resumed, resume
 from .checkpoint.saving import Saver
@@ -90,9 +91,14 @@ def train_steps(setting: Setting, place: Joined, history: History, stop: StopSig
     The answer holds the states.
     """
     buckets = setting.runners(place)
+    place_encoders(setting.config, setting.encoding, place, buckets.first.comm)
     if place.meeting is not None:
         programs = {f"program of {latent_text(at)}": program_digest(one.program) for at, one in buckets.runners.items()}
-        agree(place.meeting, "code and latent cache", programs | {"latent cache": history.text()})
+        agree(
+            place.meeting,
+            "code and latent cache",
+            programs | {"latent cache": contents(setting.config, setting.encoding, history)},
+        )
     rolled = None
     while (rolled := _until_spike(setting, place, history, stop, buckets, rolled)) is not None:
         pass
@@ -113,7 +119,9 @@ def _until_spike(
     resumed = resume(checkpoints, runner)
     changed = []
     if resumed:
-        changed = allowed_changes(resumed.manifest.note, config, history.text(resumed.manifest.step))
+        changed = allowed_changes(
+            resumed.manifest.note, config, contents(config, setting.encoding, history, resumed.manifest.step)
+        )
     history.check_withdrawn(runner.steps_done, config.schedule.steps)
     begun = _at_step_0(config, runner, resumed)
     written = resumed.manifest.note if resumed else {}
@@ -143,6 +151,9 @@ def _until_spike(
                 f"from step {runner.steps_done + 1} on a step takes {batches_told(setting.global_batches, asked)}"
             )
         telemetry.say(f"latent cache {config.data.cache}, version {history.text()}")
+        if encoded_in_loop(config) and rolled is None:
+            for line in told_cuts(setting.encoding, history, runner.steps_done):
+                telemetry.say(line)
         for windows in history.at(runner.steps_done).buckets:
             telemetry.say(f"bucket {windows.bucket}: {len(windows.train)} training and {len(windows.validation)} "
                           "validation windows")  # fmt: skip
@@ -156,7 +167,7 @@ def _until_spike(
     try:
         log = config.logging
         saver = Saver(checkpoints, runner, Keep(log.keep, log.keep_every, log.keep_best), log.checkpoint_files)
-        feed = Feed(config, history, runner.mesh.data_rank if runner.mesh else 0, batches)
+        feed = Feed(config, history, runner.mesh.data_rank if runner.mesh else 0, batches, setting.encoding)
         loop = StepLoop(setting, buckets, feed, saver, telemetry, carried, place.marks, Stragglers.of(place))
         if config.sample is not None and config.sample.every:
             loop.shown = ShownClips(setting, place, history.at(runner.steps_done), runner, telemetry)

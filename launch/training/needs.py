@@ -41,9 +41,11 @@ def check_training_memory(setting: Setting) -> None:
     copy = copy_bytes(unit_layout(setting.model, config.plan))
     steps_of = (build_step(setting.model, config.plan, each, config.optimizer) for each in setting.shapes)
     programs = [prepare(step, backend="nccl" if gpus else "gloo") for step in steps_of]
-    check_host_memory(programs, local, steps=steps, beside_bytes=copy, on_gpus=gpus)
+    encoders = setting.encoder_bytes
+    beside = copy + (0 if gpus else encoders)
+    check_host_memory(programs, local, steps=steps, beside_bytes=beside, on_gpus=gpus)
     if gpus:
-        check_device_memory(programs, Software.here(config.kernels, config.deterministic))
+        check_device_memory(programs, Software.here(config.kernels, config.deterministic), encoders)
 
 
 def check_sampling_memory(setting: Setting) -> None:

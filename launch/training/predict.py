@@ -11,10 +11,24 @@ from collections.abc import Iterator
 from ...errors import CinemeshError
 from ...model.config import latent_text
 from ...perf_model.clusters.cluster import Cluster
+from ...perf_model.prices.encoders import FrozenEncoder, LoopEncoders, frozen_options
 from ...perf_model.prices.models import PriceModels
 from ...perf_model.prices.played import PlayedStep, play_step
+from .captions import encoded_in_loop
 from .predicted import Predicted
 from .setting import Setting
+
+
+def loop_encoders(setting: Setting) -> LoopEncoders | None:
+    """The text encoders that a recipe runs in its loop, of those with weights; None without any."""
+    if not encoded_in_loop(setting.config):
+        return None
+    found = tuple(
+        FrozenEncoder(encoder.name, encoder.layers, encoder.width, encoder.tokens, encoder.sharded)
+        for encoder in setting.encoding.encoders
+        if encoder.layers is not None
+    )
+    return LoopEncoders(found, setting.config.data.embedding_steps) if found else None
 
 
 def play_buckets(setting: Setting, cluster: Cluster) -> Iterator[PlayedStep]:
@@ -22,9 +36,10 @@ def play_buckets(setting: Setting, cluster: Cluster) -> Iterator[PlayedStep]:
 
     Raises CinemeshError as ``batches`` does.
     """
-    models = PriceModels.of(cluster)
+    models, loop, plan = PriceModels.of(cluster), loop_encoders(setting), setting.config.plan
     for batch in setting.shapes:
-        yield play_step(setting.model, setting.config.plan, batch, models, graphs=len(setting.shapes))
+        held = frozen_options(plan, loop, batch.samples * plan.micro_batches, models)[0] if loop else None
+        yield play_step(setting.model, plan, batch, models, held, graphs=len(setting.shapes))
 
 
 def steps_that_fit(setting: Setting, cluster: Cluster, records: list[int]) -> Iterator[PlayedStep]:

@@ -25,6 +25,7 @@ from ...model.flow import CAPTION_DROPOUT
 from ...model.sampler import GUIDANCE
 from ...model.solvers import ScheduleName, SolverName
 from ...model.step import Optimizer
+from ...parallel.ir.frozen_layers import TURN_STEPS
 from ...parallel.ir.nccl_stack import Capture
 from ...parallel.ir.plan import Plan
 from ...ranges import BATCH_RANGE, EULER_RANGE, GUIDANCE_RANGE, MOST_STEPS, SEED_RANGE, STEPS_RANGE, integers, reals
@@ -69,6 +70,13 @@ class DataSection(DataSettings):
         Literal["steps", "samples"],
         "what the buckets' weights are shares of: samples makes a bucket's steps fewer where its batch is larger",
     ] = "steps"
+    embeddings: Annotated[
+        Literal["cached", "loop"],
+        "of captions: in the cache, or made by the encoders while the run goes on, between two steps",
+    ] = "cached"
+    embedding_steps: Annotated[
+        Every, "whose captions a loop encodes at once: so often are weights in shards gathered"
+    ] = TURN_STEPS
     versions: Annotated[
         dict[str, str], "of the cache, by the step from which each is drawn from; default: what these settings make"
     ] = field(default_factory=dict)

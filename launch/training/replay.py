@@ -29,6 +29,7 @@ from ..progress import progress
 from ..storage.places import Location
 from ..tables import new_console, plain_table
 from .base import check_base, read_base
+from .captions import contents, place_encoders
 from .checkpoint.choosing import kept_in, published
 from .checkpoint.layout import Layout
 from .checkpoint.loading import newest_whole, read_states
@@ -93,7 +94,8 @@ def replay(order: ReplayOrder) -> int:
         runner = setting.runners(place)
         begun = _begin(order, setting, history, runner)
         validations = note.get(VALIDATIONS, [])
-        feed = Feed(config, history, place.mesh.data_rank if place.mesh else 0, batches)
+        place_encoders(config, setting.encoding, place, runner.first.comm)
+        feed = Feed(config, history, place.mesh.data_rank if place.mesh else 0, batches, setting.encoding)
         if batches.at(runner.first.steps_done) != setting.global_batches:
             raise CinemeshError(
                 f"steps got another number of samples between step {runner.first.steps_done}, whose checkpoint is the "
@@ -104,6 +106,7 @@ def replay(order: ReplayOrder) -> int:
         with progress("replaying", order.step - first, silent=place.rank > 0) as begin:
             for step in range(first, order.step):
                 begin(f"step {step + 1}")
+                feed.encode(step)
                 feed.load(step, runner)
                 if step + 1 == order.step:
                     numerics = Numerics(runner.current)
@@ -150,7 +153,7 @@ def _newest_note(config: Config) -> dict[str, Any]:
 def _read(path: Location, order: ReplayOrder, setting: Setting, history: History, states: StepRunner) -> Manifest:
     found = read_manifest(path)
     check_model(path, found, setting.model)
-    allowed_changes(found.note, order.config, history.text(found.step))
+    allowed_changes(found.note, order.config, contents(order.config, setting.encoding, history, found.step))
     targets = {state: states.buffers[state].view(-1) for state in SAVED_STATES}
     read_states(path, found, Layout.of(states.units), states.coordinates, targets)
     states.buffers[COUNTERS].copy_(torch.tensor([found.step, found.updates]))

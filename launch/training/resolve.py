@@ -24,7 +24,7 @@ from ...perf_model.search.request import Request, buckets_of_batches
 from ...perf_model.search.space import divisors
 from ...perf_model.search.tune import tune
 from ..cluster.meeting import MEETING_S
-from .predict import predict_run
+from .predict import loop_encoders, predict_run
 from .recipe import Auto, Config
 from .resolved import FILE, Resolved
 from .setting import Setting
@@ -125,7 +125,10 @@ def planned(world: int, auto: Auto, setting: Setting, full_ranks: int | None = N
     def asked(batches: Batches) -> Request:
         buckets, global_batch = buckets_of_batches(setting.latents, weights, batches)
         held = dict(auto.held)
-        return Request(setting.model, buckets, cluster, world, global_batch, fixed=held, shown=1)
+        return Request(
+            setting.model, buckets, cluster, world, global_batch, fixed=held, shown=1,
+            encoders=loop_encoders(setting),
+        )  # fmt: skip
 
     possible = possible_batches(setting, world, full_ranks)
     surveyed = {batches: survey(asked(batches)) for batches in possible} if len(possible) > 1 else {}

@@ -32,6 +32,9 @@ ALLOWED = {
     "codec": Allowed.FREE,  # what it encodes is among the contents; how it decodes changes no weight
     "cluster": Allowed.FREE,
     "data": Allowed.ASKED,
+    "data.encoders": Allowed.FREE,  # what they make of a caption is among the contents
+    "data.embeddings": Allowed.FREE,  # and whether they do it in the loop
+    "data.embedding_steps": Allowed.FREE,
     "data.clips": Allowed.FREE,  # where they are; what they hold is among the contents
     "data.captions": Allowed.FREE,
     "data.cache": Allowed.FREE,

@@ -17,8 +17,10 @@ from ...model.config import ModelConfig, latent_text
 from ...model.inputs import BatchShape
 from ...model.paths import PATHS
 from ...model.step import check
+from ...parallel.ir.frozen_layers import sharing_ranks
 from ...parallel.ir.plan import Plan
 from ..cluster.processes import Joined
+from .captions import encoded_in_loop
 from .recipe import Config
 
 
@@ -83,6 +85,14 @@ class Setting:
                     remedy="give buckets of one shape the same global_batch",
                 )
         return shapes
+
+    @property
+    def encoder_bytes(self) -> int:
+        """Of the text encoders' weights on one rank; none, where captions were encoded before."""
+        if not encoded_in_loop(self.config):
+            return 0
+        encoders, ranks = self.encoding.encoders, sharing_ranks(self.config.plan)
+        return sum(e.layers.held_bytes(ranks if e.sharded else 1) for e in encoders if e.layers is not None)
 
     def check_sampled_scenes(self) -> None:
         """Raises CinemeshError for a scene or bucket that is to be sampled when training is done and does not exist."""

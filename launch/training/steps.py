@@ -15,8 +15,10 @@ from ...parallel.runtime import comm
 from ..cluster.marks import Doing, Marks
 from ..cluster.processes import StopSignal
 from .average import remark
+from .captions import contents, encoded_in_loop
 from .checkpoint.choosing import VALIDATION_LOSS
 from .checkpoint.saving import Saver
+from .checkpoint.together import together
 from .differences import RECIPE, recorded
 from .feed import Feed
 from .goodput import LossCause
@@ -57,6 +59,7 @@ class StepLoop:
     ) -> None:
         self.stragglers, self.computed_s = stragglers or Stragglers(), 0.0  # of this rank, in the step before
         self.config, self.runners, self.runner = setting.config, runners, runners.first
+        self.encoding = setting.encoding
         self.feed, self.saver, self.telemetry, self.marks = feed, saver, telemetry, marks
         self.history = feed.drawn.history
         self.carried = carried  # of a checkpoint's note, from one to the next
@@ -73,7 +76,8 @@ class StepLoop:
         self.held_out = None
         if log.validate_every:
             cache = self.history.at(self.compared)
-            self.held_out = HeldOutWindows(runners, self.latents, cache, self.config, self.runs.run)
+            encode = self.encoding.captions if encoded_in_loop(self.config) else None
+            self.held_out = HeldOutWindows(runners, self.latents, cache, self.config, self.runs.run, encode)
             self.runs.programs = [*self.runs.programs, *self.held_out.programs]
         if self.config.schedule.decay == "plateau" and not self.held_out:
             raise CinemeshError(
@@ -92,6 +96,8 @@ class StepLoop:
                 self.shown.show_held_out()
         reports = Reports.of(self.config, self.runners, self.latents, step, self.telemetry, self.stragglers)
         skipped = 0  # updates in a row
+        together(runner.mesh, lambda: self.feed.text.read(step))
+        self._encode(step)
         while step < steps:
             begun = time.perf_counter()
             self.marks.at(step, Doing.LOADING)
@@ -103,6 +109,7 @@ class StepLoop:
             measures = log.numerics_every and (step + 1) % log.numerics_every == 0
             numerics = Numerics(self.runners.current) if measures else None
             self.runs.step(step, lr, numerics)
+            self._encode(step)
             loss, norm = runner.loss.item(), runner.gradient_norm.item()  # between steps: the step itself reads nothing
             if not self.on_gpu:  # else it was behind nothing but its launches
                 self.computed_s = time.perf_counter() - loaded - (self.runs.waited_s - waited_s)
@@ -199,6 +206,12 @@ class StepLoop:
 
     def _fill(self, step: int) -> None:
         self.feed.load(step, self.runners)
+        self.feed.text.read(step + 1)
+
+    def _encode(self, step: int) -> None:
+        """Captions that were read: between two steps, behind the one that was launched last. Collective."""
+        self.marks.at(step, Doing.ENCODING)
+        self.feed.text.encode()
 
     def _skipped(self, step: int, times: int, loss: float, norm: float) -> None:
         ids = self.feed.ids(step - 1)
@@ -260,7 +273,7 @@ class StepLoop:
             | self.watch.noted()
             | {
                 RECIPE: recorded(self.config),
-                CONTENTS: self.history.text(step),
+                CONTENTS: contents(self.config, self.encoding, self.history, step),
                 FRAME_RATE: str(self.history.at(step).frame_rate),
                 SEEN: DrawnFrom.of(self.history, self.feed.drawn.order).told(),
                 SAMPLES: self.feed.taken(step),

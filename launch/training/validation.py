@@ -28,6 +28,8 @@ SEED = 1  # of the draws: fixed, so that losses of different runs can be compare
 BANDS = 10  # of t, equally wide: where along the path a model errs
 WEIGHTS = ("master", "ema")
 
+Encode = Callable[[Sequence[str]], dict[str, Tensor]]  # captions, to the text of a batch
+
 
 @dataclass(frozen=True)
 class HeldOutLoss:
@@ -71,7 +73,8 @@ class Validation:
     """Runs the forward program on the runner's own shards of both weights; every rank takes part.
 
     Each sample is seen at ``logging.validation_draws`` fixed (t, noise), captions never dropped. The loss is the mean
-    over a sample's elements, then over samples and draws. ``run`` runs the forward program.
+    over a sample's elements, then over samples and draws. ``run`` runs the forward program. ``encode``: captions, whose
+    embeddings are not in the cache; collective.
     """
 
     def __init__(
@@ -80,8 +83,9 @@ class Validation:
         samples: Sequence[Sample],
         config: Config,
         run: Callable[[Executor], None] = Executor.run,
+        encode: Encode | None = None,
     ) -> None:
-        self._runner, self._run = runner, run
+        self._runner, self._run, self._encode = runner, run, encode
         self._draws = range(config.logging.validation_draws)
         self.look_at(samples)
         backend = backend_of(runner.executor.device)
@@ -117,8 +121,11 @@ class Validation:
         runner = self._runner
         plan, config = runner.plan, runner.config
         share, rank = runner.batch.samples, runner.mesh.data_rank if runner.mesh else 0
-        batch = collate([self.samples[index] for index, _ in items], rank, plan.data_ranks)
         mine = items[rank * share : (rank + 1) * share]
+        seen = [self.samples[index] for index, _ in mine]
+        batch = collate(seen, 0, 1)
+        if self._encode is not None:
+            batch |= self._encode([sample.caption for sample in seen])
         draws = torch.tensor([draw for _, draw in mine])
         path = PATHS[config.objective]
         t = path.draw_time(SEED, draws, batch[IDS], torch.zeros_like(batch[IDS]))
@@ -162,10 +169,12 @@ class HeldOutWindows:
         cache: Cache,
         config: Config,
         run: Callable[[Executor], None],
+        encode: Encode | None = None,
     ) -> None:
         self._config = config
+        how = config, run, encode
         self._parts = [
-            (shape.weight, windows.bucket, Validation(runners.runners[latent], windows.validation, config, run))
+            (shape.weight, windows.bucket, Validation(runners.runners[latent], windows.validation, *how))
             for shape, latent, windows in zip(config.data.shapes, latents, cache.buckets, strict=True)
             if len(windows.validation)
         ]

@@ -31,6 +31,7 @@ class PlayedStep:
     footprint: Footprint
     workspaces: Workspaces
     step_s: float
+    frozen: FrozenCost | None = None
 
     @property
     def samples(self) -> int:
@@ -99,4 +100,5 @@ def play_program(
         held,
         workspaces(cluster),
         (timeline.step_s + (frozen.seconds if frozen else 0.0)) * cluster.spread.factor(plan.world_size),
+        frozen,
     )

@@ -267,11 +267,10 @@ class Evaluator:
 
     def encoders(self, plan: Plan, samples: int) -> Sequence[FrozenCost | None]:
         """Ways to hold the frozen encoders beside a plan, the fastest first."""
-        if not self.request.encoders:
+        if self.request.encoders is None:
             return (None,)
         encoded = round(samples * plan.micro_batches * self.request.mean_times)  # of a mean step
         key = (plan.dp_shard, plan.order, encoded, plan.tp, plan.cp)
         if key not in self._held:
-            tokens = {encoder.name: encoder.tokens for encoder in self.request.config.encoders}
-            self._held[key] = frozen_options(plan, tokens, encoded, self.models)
+            self._held[key] = frozen_options(plan, self.request.encoders, encoded, self.models)
         return self._held[key]

@@ -12,7 +12,7 @@ from ...model.inputs import BatchShape
 from ...parallel.ir.fields import DtypePolicy
 from ...parallel.ir.plan import Plan
 from ..clusters.cluster import Cluster
-from ..prices.encoders import FrozenCost
+from ..prices.encoders import FrozenCost, LoopEncoders
 from .few_blocks import Programs
 from .refusals import FamilyKey
 
@@ -44,8 +44,8 @@ class Request:
     """What to plan for.
 
     ``fixed`` holds plan fields that are given by hand; ``samples`` those of one micro-batch on one data rank, used when
-    no global batch is asked for; ``encoders``: the frozen text encoders run in the loop. ``programs``: built for this
-    request and for those that were made from it.
+    no global batch is asked for; ``encoders``: text encoders that run in the loop. ``programs``: built for this request
+    and for those that were made from it.
     """
 
     config: ModelConfig
@@ -56,7 +56,7 @@ class Request:
     samples: int = 1
     dtype: DtypePolicy = "bf16"
     fixed: dict[str, object] = field(default_factory=dict)
-    encoders: bool = False
+    encoders: LoopEncoders | None = None
     shown: int = SHOWN
     prune: bool = True
     programs: Programs = field(default_factory=Programs, compare=False, repr=False)

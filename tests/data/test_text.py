@@ -88,7 +88,9 @@ def test_a_directory_that_is_no_encoder_is_named(tmp_path: Path) -> None:
 def test_a_damaged_encoder_directory_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(CinemeshError, match="cannot read"):
-        HuggingFaceEncoder(tmp_path, 8).encode("a")
+        HuggingFaceEncoder(tmp_path, 8).length("a")
+    with pytest.raises(CinemeshError, match="no pickle is read"):
+        HuggingFaceEncoder(tmp_path, 8).place("cpu")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CinemeshError, match="cannot read"):
         HuggingFaceEncoder(tmp_path, 8)
@@ -121,7 +123,8 @@ def test_of_an_encoder_decoder_only_the_encoder_runs(tmp_path: Path) -> None:
     assert torch.allclose(embeddings[:4], expected, atol=1e-6)
     assert embeddings[4:].abs().max() == 0
     assert encoder.encode("a longer caption")[1].all()
-    assert not hasattr(encoder._model, "decoder")
+    tower = encoder._tower
+    assert tower is not None and not hasattr(tower.model, "decoder")
     assert HuggingFaceEncoder(tmp_path, 1).tokens == 1, "the least is legal"
     with pytest.raises(CinemeshError, match=r"tokens\(0\)"):
         HuggingFaceEncoder(tmp_path, 0)

@@ -281,6 +281,8 @@ EFFECTS: Mapping[str, Sequence[Effect]] = {
     "data.encoders.0.tokens": [Effect(8, GRADIENT | {"text"})],
     "data.encoders.0.width": [Effect(16, MODEL | {"text"})],
     "data.cache": [Effect("{folder}/elsewhere", frozenset({"cache"}))],
+    "data.embeddings": [Effect("loop", frozenset())],  # the same bits: tests/launch/training/test_captions.py
+    "data.embedding_steps": [Effect(2, frozenset(), {"data.embeddings": "loop"})],
     "data.global_batch": [Effect(4, SAMPLES)],
     "data.balance": [Effect(1.0, SAMPLES - {"validation"} | {"windows"}, {"data.validation_share": 0.0})],
     "optimizer.lr": [Effect(2e-2, LATER | {"lr", "master", "ema"})],
@@ -339,6 +341,11 @@ REFUSED = {
     "codec.kind": ("another", "codec.kind is 'another'"),
     "data.versions": ({"5": "a"}, "data.versions begins at step 5"),  # obeyed: tests/data/cache/test_versions.py
     "data.encoders.0.directory": ("{folder}/absent", "{folder}/absent"),
+    # obeyed, of a directory: tests/data/encoders, tests/launch/training/test_captions.py
+    "data.encoders.0.dtype": ("bfloat16", "are of a directory's weights"),
+    "data.encoders.0.reads": ("quoted", "are of a directory's weights"),
+    "data.encoders.0.positions": ("stretched", "are of a directory's weights"),
+    "data.encoders.0.sharded": (True, "are of a directory's weights"),
 }
 # Keys of a run that begins with another's end: tests/launch/training/test_start.py has one, and obeys each of them.
 STARTED = {f"start_from.{name}" for name in ("checkpoint", "weights", "positions", "moments")}
