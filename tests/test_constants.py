@@ -558,6 +558,7 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "perf_model.prices.encoders.WEIGHT_BYTES": (2, "bf16"),
     "perf_model.prices.encoders.EMBEDDING_BYTES": (4, "float32"),
     "perf_model.prices.encoders.WIDTH": (4096, "UL2's: google/ul2, config.json"),
+    "perf_model.prices.encoders.LoopEncoders.turn_steps": (8, "parallel.ir.frozen_layers.TURN_STEPS"),
     "perf_model.prices.encoders.FrozenEncoder.tokens": (0, "as the model says"),
     "parallel.ir.frozen_layers.BUFFERS": (2, "ours: one computes, one comes in"),
     "parallel.ir.frozen_layers.UNIT_ALIGN_BYTES": (256, "as the units of a step: parallel.ir.units.ALIGN"),

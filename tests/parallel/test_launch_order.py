@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -29,12 +29,14 @@ from cinemesh.model import weights
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.collectives import FUSED
-from cinemesh.parallel.ir.communicators import communicator
-from cinemesh.parallel.ir.layout import Axes
+from cinemesh.parallel.ir.communicators import communicator, communicator_name
+from cinemesh.parallel.ir.frozen_layers import GATHERS, FrozenLayers
+from cinemesh.parallel.ir.layout import FSDP, Axes
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.runtime.comm import BoundCollective, Communicator
+from cinemesh.parallel.runtime.ledger import expected_gathers
 from cinemesh.parallel.runtime.mesh import Mesh, group_ranks
 
 FAMILIES = {
@@ -164,6 +166,49 @@ def test_the_order_edges_keep_10_000_schedules_going(name: str) -> None:
 def test_without_the_order_edges_some_schedule_deadlocks(name: str) -> None:
     """Else the simulator would be content with anything."""
     assert count_deadlocks(name, 100, ordered=False) > 0
+
+
+ENCODER = FrozenLayers((2048, *[512] * 9), 16, 4)
+
+
+def with_encoder(name: str, *, before: bool) -> Schedule:
+    """A step of a family behind a turn of frozen layers: between two steps, or, planted, beside this one.
+
+    As ``GatheredLayers.turn``: a gather is issued behind the wait for the one before. Between steps the last one has
+    ended, and every unit has computed, when the first collective of the step is issued.
+    """
+    step, plan = family(name), small_case(Plan.parse(FAMILIES[name], dtype="float32")).plan
+    gathers = expected_gathers(ENCODER, plan)
+    assert {entry.communicator for entry in gathers} == {communicator_name(FSDP, GATHERS)}
+    count = len(gathers)
+    turn = [Collective(k - 1, (1 << k) - 1) for k in range(count)]
+    done = (1 << count) - 1 if before else 0
+    moved = [
+        Collective(one.before + count if one.before >= 0 else -1, one.waited << count | done)
+        for one in step.collectives
+    ]  # fmt: skip
+    members = [tuple(group_ranks(plan, FSDP, rank)) for rank in range(plan.world_size)]
+    return Schedule([*turn, *moved], [members] * count + step.groups, step.ranks)
+
+
+@pytest.mark.parametrize("name", ["cp", "fsdp", "all"])
+def test_an_encoder_between_steps_keeps_every_schedule_going(name: str) -> None:
+    """Whatever order the scheduler would like: in order, as all that one thread issues."""
+    draw = random.Random(name).random
+    schedule = with_encoder(name, before=True)
+    assert len(schedule.collectives) >= 30
+    assert not any(deadlocks(schedule, lambda n: int(draw() * n), ordered=True) for _ in range(100))
+
+
+@pytest.mark.parametrize("name", ["cp", "all"])
+def test_an_encoder_beside_a_step_without_order_deadlocks(name: str) -> None:
+    """Planted: on a communicator of its own, in no order to the step's; else the rule would say nothing."""
+    draw = random.Random(name).random
+    schedule = with_encoder(name, before=False)
+    turn = ENCODER.units
+    free = [replace(one, waited=0) if k < len(turn) else one for k, one in enumerate(schedule.collectives)]
+    loose = replace(schedule, collectives=free)
+    assert any(deadlocks(loose, lambda n: int(draw() * n), ordered=False) for _ in range(100))
 
 
 def test_ranks_that_issue_in_different_orders_deadlock() -> None:

@@ -15,6 +15,7 @@ from cinemesh.errors import CinemeshError
 from cinemesh.model.config import ModelConfig, preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.perf_model.clusters.cluster import load
+from cinemesh.perf_model.prices.encoders import LoopEncoders
 from cinemesh.perf_model.prices.played import play_step
 from cinemesh.perf_model.published.paper import STAGES
 from cinemesh.perf_model.report.explain import sample_flops, why_lost
@@ -186,7 +187,7 @@ def test_tuning_only_shortens_the_step_and_still_fits() -> None:
 
 def test_encoders_in_the_loop_take_memory_and_time() -> None:
     fixed = {"tp": 4, "cp": 2}
-    plain, loop = search(ask(fixed=fixed)), search(ask(fixed=fixed, encoders=True))
+    plain, loop = search(ask(fixed=fixed)), search(ask(fixed=fixed, encoders=LoopEncoders.of_paper(BIG)))
     assert loop.best.frozen is not None
     assert loop.best.step_s > plain.best.step_s
     assert loop.best.samples_per_s < plain.best.samples_per_s
