@@ -22,6 +22,8 @@ from ..model.frame_codec import FrameDCTCodec
 from ..model.inputs import LATENTS, MASK, text_input
 from ..model.tae.codec import Precision, TAECodec
 from ..model.tae.files import is_autoencoder
+from ..parallel.ir.frozen_layers import sharing_ranks
+from ..parallel.ir.plan import Plan
 from ..parallel.runtime.comm import Communicator
 from .context_codec import SHIPPED, ContextDCTCodec
 from .diffusers_codec import DiffusersCodec
@@ -197,6 +199,11 @@ class Encoding:
         """Bring the text encoders' weights to a device, once; see ``TextEncoder.place``."""
         for encoder in self.encoders:
             encoder.place(device, comm)
+
+    def held_bytes(self, plan: Plan) -> int:
+        """Of the text encoders' weights on one rank of a plan, shards and what they are gathered into."""
+        held = [(encoder.layers, sharing_ranks(plan) if encoder.sharded else 1) for encoder in self.encoders]
+        return sum(layers.held_bytes(ranks) for layers, ranks in held if layers is not None)
 
     def captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """By input name: embeddings of every encoder, float32 [L, B, W]; bool mask [B, sum of L], encoders in order.

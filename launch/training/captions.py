@@ -37,8 +37,13 @@ def cache_encoding(config: Config, encoding: Encoding) -> Encoding:
     return encoding.without_text if encoded_in_loop(config) else encoding
 
 
-def told_cuts(encoding: Encoding, history: History, step: int) -> list[str]:
-    """Which encoders cut how many of the captions, or of the first ``CHECKED``, that a step draws from; in lines."""
+def told_cuts(config: Config, encoding: Encoding, history: History, step: int) -> list[str]:
+    """Which encoders cut how many of the captions, or of the first ``CHECKED``, that a step draws from; in lines.
+
+    Of a run that does not encode them none: who built the cache said it.
+    """
+    if not encoded_in_loop(config):
+        return []
     captions, number = history.at(step).first_captions(CHECKED)
     said = "" if len(captions) == number else f" (of {number:,}, the first are counted)"
     return [f"{cut}{said}" for cut in encoding.cuts(captions)]

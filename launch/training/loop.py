@@ -26,7 +26,7 @@ from ..cluster.meeting import agree
 from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, rank_main
 from ..cluster.verdict import stages_of
 from .base import BEGUN_WITH
-from .captions import contents, encoded_in_loop, place_encoders, told_cuts
+from .captions import contents, place_encoders, told_cuts
 from .checkpoint.choosing import Keep, kept_in
 from .checkpoint.loading import Resumed, resume
 from .checkpoint.saving import Saver
@@ -94,11 +94,8 @@ def train_steps(setting: Setting, place: Joined, history: History, stop: StopSig
     place_encoders(setting.config, setting.encoding, place, buckets.first.comm)
     if place.meeting is not None:
         programs = {f"program of {latent_text(at)}": program_digest(one.program) for at, one in buckets.runners.items()}
-        agree(
-            place.meeting,
-            "code and latent cache",
-            programs | {"latent cache": contents(setting.config, setting.encoding, history)},
-        )
+        told = contents(setting.config, setting.encoding, history)
+        agree(place.meeting, "code and latent cache", programs | {"latent cache": told})
     rolled = None
     while (rolled := _until_spike(setting, place, history, stop, buckets, rolled)) is not None:
         pass
@@ -151,9 +148,8 @@ def _until_spike(
                 f"from step {runner.steps_done + 1} on a step takes {batches_told(setting.global_batches, asked)}"
             )
         telemetry.say(f"latent cache {config.data.cache}, version {history.text()}")
-        if encoded_in_loop(config) and rolled is None:
-            for line in told_cuts(setting.encoding, history, runner.steps_done):
-                telemetry.say(line)
+        for line in told_cuts(config, setting.encoding, history, runner.steps_done):
+            telemetry.say(line)
         for windows in history.at(runner.steps_done).buckets:
             telemetry.say(f"bucket {windows.bucket}: {len(windows.train)} training and {len(windows.validation)} "
                           "validation windows")  # fmt: skip

@@ -17,7 +17,6 @@ from ...model.config import ModelConfig, latent_text
 from ...model.inputs import BatchShape
 from ...model.paths import PATHS
 from ...model.step import check
-from ...parallel.ir.frozen_layers import sharing_ranks
 from ...parallel.ir.plan import Plan
 from ..cluster.processes import Joined
 from .captions import encoded_in_loop
@@ -89,10 +88,7 @@ class Setting:
     @property
     def encoder_bytes(self) -> int:
         """Of the text encoders' weights on one rank; none, where captions were encoded before."""
-        if not encoded_in_loop(self.config):
-            return 0
-        encoders, ranks = self.encoding.encoders, sharing_ranks(self.config.plan)
-        return sum(e.layers.held_bytes(ranks if e.sharded else 1) for e in encoders if e.layers is not None)
+        return self.encoding.held_bytes(self.config.plan) if encoded_in_loop(self.config) else 0
 
     def check_sampled_scenes(self) -> None:
         """Raises CinemeshError for a scene or bucket that is to be sampled when training is done and does not exist."""
