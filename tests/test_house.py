@@ -58,8 +58,8 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
 # shape, and what a host waited for others (80). And a clip sampled in windows that overlap (121). And of the ablations:
 # objectives with their paths, two ops of v-prediction, the block of DiT with its ops, in builder and reference (395).
 # And what every block changes of a clip that is sampled (66), and clips that are decoded in pieces (12).
-# And a fixed codec of single frames (40), which has no room beside the autoencoders. And frozen layers in shards beside a
-# program: bytes, gathers, what the ledger expects of them (80).
+# And a fixed codec of single frames (40), which has no room beside the autoencoders. And frozen layers in shards beside
+# a program: bytes, gathers, what the ledger expects of them (80).
 CORE_LINES = 10050
 READ = (".csv", ".html", ".sh", ".yaml")  # suffixes of files that modules read
 FAN_OUT = 15  # modules of the package that a file imports
