@@ -168,7 +168,8 @@ def steps() -> dict[str, Any]:
         runners = setting.runners(place)
         runners.first.initialise(initial_values(config.seed))
         runners.capture(config.capture)
-        feed = Feed(config, open_history(setting, place), 0, BatchHistory.always(setting.global_batches))
+        batches = BatchHistory.always(setting.global_batches)
+        feed = Feed(config, open_history(setting, place), 0, batches, setting.encoding)
         held = feed.take(0)
         times: dict[bool, list[float]] = {False: [], True: []}
         step = AHEAD
