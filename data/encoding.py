@@ -92,10 +92,13 @@ class TAE(CodecSettings):
     path: Annotated[Path, "the directory that cinemesh tae train wrote"]
     device: Annotated[Literal["auto", "cpu", "cuda"], "auto: a GPU where the process sees one, else the CPU"] = "auto"
     dtype: Annotated[Precision, "of products and convolutions; latents are float32, of another fingerprint"] = "float32"
+    images: Annotated[
+        bool, "its image half: every frame by itself, of temporal stride 1, standardised as images are"
+    ] = False
     kind: Literal["tae"] = "tae"
 
     def build(self) -> LatentCodec:
-        return TAECodec.of(self.path, self.device, self.dtype, "codec.path")
+        return TAECodec.of(self.path, self.device, self.dtype, "codec.path", images=self.images)
 
 
 KINDS: tuple[type[CodecSettings], ...] = (BlockDCT, ContextDCT, FrameDCT, Diffusers, TAE)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ...data.cache.samples import Cache, Samples
+from ...errors import CinemeshError
 from ...evaluation.reconstruction import WINDOW_PX, Reconstruction, reconstruct
 from ...model.tae import files
+from ...model.tae.autoencoder import Autoencoder
 from ...model.tae.codec import TAECodec, latent_statistics
 from ...model.tae.tiles import Tiling
 from ..training.differences import RECIPE, recorded
@@ -23,9 +25,13 @@ FOLDER = "autoencoder"  # below logging.directory: the codec's directory
 
 
 def reconstructed(networks: Networks, recipe: TAERecipe, cache: Cache) -> Reconstruction | None:
-    """Of the first bucket of several frames that has held-out windows, by the average of the weights; None: none."""
+    """Of the first bucket of several frames that has held-out windows, by the average of the weights; None: none.
+
+    An autoencoder of images has any bucket.
+    """
     for bucket, windows in zip(recipe.data.shapes, cache.buckets, strict=True):
-        if bucket.frames > 1 and len(windows.validation) and min(bucket.height, bucket.width) >= WINDOW_PX:
+        still = networks.average.config.temporal_stride == 1  # of images, which may be all that it is trained on
+        if (still or bucket.frames > 1) and len(windows.validation) and min(bucket.height, bucket.width) >= WINDOW_PX:
             net = networks.average
             bare = torch.zeros(net.config.channels), torch.ones(net.config.channels)
             codec = TAECodec(files.Trained(net, *bare, Tiling.of(net.config.temporal_stride), ""), networks.device)
@@ -38,11 +44,21 @@ def write_trained(networks: Networks, recipe: TAERecipe, cache: Cache) -> None:
     directory, average = recipe.logging.directory / FOLDER, networks.average
     tiling = Tiling.of(average.config.temporal_stride)
     mean, std = latent_statistics(average, tiling, training_windows(recipe, cache))
+    images = (mean, std) if tiling.stride == 1 else _of_images(average, tiling, recipe, cache)
     about: dict[str, Any] = {RECIPE: recorded(recipe), "steps": networks.steps}
     if (found := reconstructed(networks, recipe, cache)) is not None:
         about["held_out"] = asdict(found)
-    files.write(directory, average, mean, std, about)
+    files.write(directory, average, mean, std, about, images)
     wrote(directory, command("codec", "eval", codec=directory))
+
+
+def _of_images(average: Autoencoder, tiling: Tiling, recipe: TAERecipe, cache: Cache) -> tuple[Tensor, Tensor] | None:
+    """Of the middle frame of every such window, alone; None where a channel is the same in all of them."""
+    try:
+        middle = (frames[len(frames) // 2 :][:1] for frames in training_windows(recipe, cache))
+        return latent_statistics(average, tiling, middle)
+    except CinemeshError:
+        return None
 
 
 def training_windows(recipe: TAERecipe, cache: Cache) -> Iterator[Tensor]:

@@ -57,7 +57,7 @@ def run(*, config: Path, nproc: int | None, overrides: Sequence[str]) -> None:
     check_may_change(recipe)
     setting = Setting.of(recipe, batches)
     setting.check_training()
-    check_start(recipe, setting.model)
+    check_start(recipe, setting.model, setting.encoding.codec)
     check_training_memory(setting)
     local = nproc or 1
     code = launch(local, train, recipe, batches) if local > 1 else rank_main(lambda: train(recipe, batches))
@@ -120,7 +120,7 @@ def _until_spike(
             resumed.manifest.note, config, contents(config, setting.encoding, history, resumed.manifest.step)
         )
     history.check_withdrawn(runner.steps_done, config.schedule.steps)
-    begun = _at_step_0(config, runner, resumed)
+    begun = _at_step_0(setting, runner, resumed)
     written = resumed.manifest.note if resumed else {}
     carried: dict[str, Any] = {key: written[key] for key in CARRIED if key in written}
     if begun:
@@ -185,11 +185,14 @@ def _until_spike(
             telemetry.close()
 
 
-def _at_step_0(config: Config, runner: StepRunner, resumed: Resumed | None) -> Begun | None:
+def _at_step_0(setting: Setting, runner: StepRunner, resumed: Resumed | None) -> Begun | None:
     """States of a run that was not resumed: random, or what a checkpoint begins it with, which is told. Collective."""
+    config = setting.config
     if config.start_from is None:
         if resumed is None:
             runner.initialise(initial_values(config.seed))
         return None
     put_under(config.start_from, runner, resumed.manifest.note if resumed else None)
-    return begin(config.start_from, runner, config.seed) if resumed is None else None
+    if resumed is not None:
+        return None
+    return begin(config.start_from, runner, config.seed, setting.encoding.codec)

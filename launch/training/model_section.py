@@ -95,10 +95,17 @@ class StartFrom:
         "expand: its position tables may grow to the model's, linearly, patch centres aligned",
     ] = "same"
     moments: Annotated[Literal["keep", "drop"], "AdamW's: the checkpoint's, or zero"] = "drop"
+    latents: Annotated[
+        Literal["same", "rescale", "anew"],
+        "where the codec is another than the checkpoint's: patchifier and final layer rescaled by the channels' stds, "
+        "or begun anew",
+    ] = "same"
 
     @property
     def changes(self) -> str | None:
         """What frozen weights cannot have, as ``moments: keep``, if anything."""
         if self.positions == "expand":
             return "positions: expand"
+        if self.latents != "same":
+            return f"latents: {self.latents}"
         return "moments: keep" if self.moments == "keep" else None

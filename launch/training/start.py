@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ...errors import CinemeshError
-from ...model.config import ModelConfig
+from ...model.codec import LatentCodec
+from ...model.config import ModelConfig, parameters
 from ...model.runner import StepRunner
 from ...model.weights import initial_values
 from ...parallel.ir.plan import Plan
@@ -29,6 +30,7 @@ from .checkpoint.loading import read_states
 from .checkpoint.manifest import COUNTERS, Manifest, read_manifest
 from .checkpoint.same_model import check_model, shown
 from .checkpoint.together import together
+from .codec_switch import MAKES, READS, SWITCHED, check_switch, switch_told, switched
 from .recipe import Config, StartFrom
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -43,7 +45,7 @@ class Begun:
     lines: list[str]
 
 
-def check_start(config: Config, model: ModelConfig) -> None:
+def check_start(config: Config, model: ModelConfig, codec: LatentCodec) -> None:
     """Raises CinemeshError when a run that is to begin from a checkpoint cannot.
 
     One that goes on needs none, unless it trains low-rank factors: what they are added to is there alone.
@@ -51,7 +53,7 @@ def check_start(config: Config, model: ModelConfig) -> None:
     if config.start_from is not None and model.lora is not None:
         check_base(config.start_from, model)
     elif config.start_from is not None and not published(kept_in(config)):
-        found = _checked(config.start_from, model)
+        found = _checked(config.start_from, model, codec)
         check_files(config.start_from.checkpoint, found)
 
 
@@ -66,19 +68,22 @@ def put_under(section: StartFrom, runner: StepRunner, note: Mapping[str, Any] | 
         together(runner.mesh, lambda: read_base(section, flat, runner.units, runner.coordinates))
 
 
-def begin(section: StartFrom, runner: StepRunner, seed: int) -> Begun:
+def begin(section: StartFrom, runner: StepRunner, seed: int, codec: LatentCodec | None = None) -> Begun:
     """Fill the states of ``runner`` from a checkpoint; steps count from 0, the EMA is equal to the weights. Collective.
 
-    Low-rank factors begin as ``seed`` says, over what :func:`put_under` has read. Raises CinemeshError, on all ranks,
-    for a checkpoint that is damaged, or from which this model cannot begin.
+    ``codec``: of the latents, where the checkpoint's may have been others. Low-rank factors, and what begins anew with
+    a codec, begin as ``seed`` says, the factors over what :func:`put_under` has read.
+    Raises CinemeshError, on all ranks, for a checkpoint that is damaged, or from which this model cannot begin.
     """
     if runner.config.lora is not None:
         runner.initialise(initial_values(seed), frozen=False)
         return _told(section, check_base(section, runner.config), {})
     path, here = section.checkpoint, Layout.of(runner.units)
-    found = together(runner.mesh, lambda: _checked(section, runner.config))
-    grown = {name: shape for name, shape in here.shapes.items() if found.layout.shapes.get(name, shape) != shape}
-    same = [name for name in here.shapes if name in found.layout.shapes and name not in grown]
+    found = together(runner.mesh, lambda: _checked(section, runner.config, codec))
+    other = (READS, MAKES) if codec is not None and section.latents != "same" else ()
+    kept = {name: shape for name, shape in here.shapes.items() if name in found.layout.shapes and name not in other}
+    grown = {name: shape for name, shape in kept.items() if found.layout.shapes[name] != shape}
+    same = [name for name in kept if name not in grown]
     targets = {section.weights: runner.buffers["master"].view(-1)}
     if section.moments == "keep":
         targets |= {moment: runner.buffers[moment].view(-1) for moment in MOMENTS}
@@ -92,12 +97,21 @@ def begin(section: StartFrom, runner: StepRunner, seed: int) -> Begun:
             for state, target in targets.items():
                 table = expanded(_table(section, found, state, name), shape[0], squared=state == SQUARES)
                 _fill(target, runner, here, name, table)
+        for row in parameters(runner.config):
+            if codec is not None and row.name in other:
+                held = _table(section, found, section.weights, row.name)
+                made = switched(section, found.note, row, held, codec, seed)
+                _fill(targets[section.weights], runner, here, row.name, made)
 
     together(runner.mesh, read)
     runner.buffers["ema"].copy_(runner.buffers["master"])
-    kept = found.updates if section.moments == "keep" else 0
-    runner.buffers[COUNTERS].copy_(torch.tensor([0, kept]))  # AdamW's bias correction counts updates
-    return _told(section, found, grown)
+    updates = found.updates if section.moments == "keep" else 0
+    runner.buffers[COUNTERS].copy_(torch.tensor([0, updates]))  # AdamW's bias correction counts updates
+    begun = _told(section, found, grown)
+    if other and codec is not None:
+        begun.lines.append(switch_told(section, found.note, codec))
+        begun.note[SWITCHED] = codec.fingerprint
+    return begun
 
 
 def expanded(table: Tensor, length: int, *, squared: bool = False) -> Tensor:
@@ -112,7 +126,7 @@ def expanded(table: Tensor, length: int, *, squared: bool = False) -> Tensor:
 
 
 def _table(section: StartFrom, found: Manifest, state: str, name: str) -> Tensor:
-    """All of a position table of a checkpoint, float64."""
+    """All of a parameter of a checkpoint that tp does not split, float64."""
     shape = found.layout.shapes[name]
     unit = FlatUnit(name, math.prod(shape), SHARDING, 0, (FlatParameter(name, shape, None, 0),))
     whole = Layout(dict.fromkeys(SHARDING, 1), (unit,))
@@ -128,10 +142,12 @@ def _fill(target: Tensor, runner: StepRunner, here: Layout, name: str, table: Te
         target[run.position : run.position + run.stop - run.start].copy_(table.view(-1)[run.start : run.stop])
 
 
-def _checked(section: StartFrom, model: ModelConfig) -> Manifest:
+def _checked(section: StartFrom, model: ModelConfig, codec: LatentCodec | None) -> Manifest:
     """The manifest of a checkpoint from which ``model`` can begin as ``section`` says. Raises CinemeshError."""
     path, found = section.checkpoint, read_manifest(section.checkpoint)
     before = _before(section, found, model)
+    if codec is not None:
+        check_switch(section, found.note, model, codec)
     check_model(path, found, before)
     wanted = [section.weights, *(MOMENTS if section.moments == "keep" else ())]
     if missing := [state for state in wanted if state not in found.states]:
@@ -167,7 +183,9 @@ def _before(section: StartFrom, found: Manifest, model: ModelConfig) -> ModelCon
             remedy="say positions: expand, or give the model the lengths of the checkpoint",
         )
     conditions = model.latent_conditions if found.model.get("latent_conditions") else ()
-    return replace(model, position_lengths=tuple(there), latent_conditions=conditions)
+    before = replace(model, position_lengths=tuple(there), latent_conditions=conditions)
+    channels = found.model.get("channels")
+    return replace(before, channels=channels) if section.latents == "anew" and type(channels) is int else before
 
 
 def _lengths(value: object) -> bool:

@@ -15,10 +15,12 @@ from ...parallel.runtime import comm
 from ..cluster.marks import Doing, Marks
 from ..cluster.processes import StopSignal
 from .average import remark
+from .base import BEGUN_WITH
 from .captions import contents, encoded_in_loop
 from .checkpoint.choosing import VALIDATION_LOSS
 from .checkpoint.saving import Saver
 from .checkpoint.together import together
+from .codec_switch import LATENTS_OF, latents_noted, losses_told
 from .differences import RECIPE, recorded
 from .feed import Feed
 from .goodput import LossCause
@@ -67,6 +69,7 @@ class StepLoop:
         self.watch = LossWatch(self.config.spikes, len(setting.batches), carried)
         self.compared = self.runner.steps_done  # when replicas were last the same
         self.validated: tuple[int, float] | None = None  # step and loss, of the last one
+        self.latents_noted = latents_noted(setting.encoding.codec)
         self.latents = [batch.latent for batch in setting.batches]
         log = self.config.logging
         self.rows = MeasuredRows(self.config, runners, self.latents) if telemetry else None
@@ -248,6 +251,8 @@ class StepLoop:
         if self.telemetry:
             self.telemetry.scalars(step, values)
             self.telemetry.say(f"step {step}: validation loss {held.loss:.4f} ± {held.error:.4f}")
+            if (said := losses_told(self.carried.get(BEGUN_WITH, {}), step, held.loss)) is not None:
+                self.telemetry.say(said)
             if step and (said := remark(self.config, self.runner.updates_done)):
                 self.telemetry.say(said)
 
@@ -273,6 +278,7 @@ class StepLoop:
             | self.watch.noted()
             | {
                 RECIPE: recorded(self.config),
+                LATENTS_OF: self.latents_noted,
                 CONTENTS: contents(self.config, self.encoding, self.history, step),
                 FRAME_RATE: str(self.history.at(step).frame_rate),
                 SEEN: DrawnFrom.of(self.history, self.feed.drawn.order).told(),

@@ -2,6 +2,10 @@
 
 Encoded is the posterior's mean, standardised by each channel's mean and std over the training clips, which lie with
 the weights. Tiles (``tiles``) are part of what latents are: with others, those at borders would differ.
+
+The image half of an autoencoder takes every frame by itself, as a clip of one: what is strided or convolved over time
+then sees that frame alone, and a latent is decoded to equal frames, of which one is taken. Its temporal stride is 1,
+and its latents are standardised by the statistics of images.
 """
 
 from __future__ import annotations
@@ -40,26 +44,42 @@ class TAECodec:
 
     errors = "A network decodes latents: an error in one smears what lies about it."
 
-    def __init__(self, trained: Trained, device: str = "cpu", dtype: Precision = "float32") -> None:
-        """``dtype``: of the products and convolutions; norms and the result are float32."""
-        self.net, self.mean, self.std, self.tiling = trained.net.to(device), trained.mean, trained.std, trained.tiling
+    def __init__(
+        self, trained: Trained, device: str = "cpu", dtype: Precision = "float32", *, images: bool = False
+    ) -> None:
+        """``dtype``: of the products and convolutions; norms and the result are float32. ``images``: its image half.
+
+        Raises CinemeshError for an image half of an autoencoder whose images were not measured.
+        """
         self.config: TAEConfig = trained.net.config
+        self.alone = images and self.config.temporal_stride > 1  # of itself, an image autoencoder is its image half
+        self.net, self.mean, self.std, self.tiling = trained.net.to(device), trained.mean, trained.std, trained.tiling
         self.channels, self.spatial_stride = self.config.channels, self.config.spatial_stride
         self.temporal_stride = self.config.temporal_stride
+        if self.alone:
+            if trained.images is None:
+                raise CinemeshError(
+                    f"codec.images: autoencoder {self.config.name} knows no mean and std of its images' latents, "
+                    "because a channel is the same in all of them or it was trained before they were measured",
+                    remedy="train it on images too, or an autoencoder of images: model.time: none",
+                )
+            (self.mean, self.std), self.tiling, self.temporal_stride = trained.images, Tiling.of(1), 1
         self.device, self.dtype = torch.device(device), dtype
         made_by = repr((trained.digest, self.mean.tolist(), self.std.tolist(), self.tiling, dtype))
         self.fingerprint = f"tae-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}"
 
     @classmethod
-    def of(cls, path: Path, device: Literal["auto", "cpu", "cuda"], dtype: Precision, where: str) -> TAECodec:
+    def of(
+        cls, path: Path, device: Literal["auto", "cpu", "cuda"], dtype: Precision, where: str, *, images: bool = False
+    ) -> TAECodec:
         """From a directory. Raises CinemeshError for one that holds none, and where there is no such device."""
         there = torch.cuda.is_available()
         if device == "cuda" and not there:
             raise CinemeshError(f"{where}: device is cuda, and torch sees no GPU here", remedy="set it to cpu or auto")
-        return cls(read_trained(path, where), "cuda" if there and device != "cpu" else "cpu", dtype)
+        return cls(read_trained(path, where), "cuda" if there and device != "cpu" else "cpu", dtype, images=images)
 
     def latent_frames(self, frames: int) -> int:
-        return self.config.latent_frames(frames)
+        return frames if self.alone else self.config.latent_frames(frames)
 
     @torch.inference_mode()
     def encode(self, frames: Tensor, communicator: Communicator | None = None) -> Tensor:
@@ -74,6 +94,8 @@ class TAECodec:
             span, kept = tile
             pixels = to_pixels(frames[span.start : span.stop].to(self.device))
             with self._autocast():
+                if self.alone:
+                    return self.net.encode(pixels[-kept:, None]).mean[:, 0].float().cpu()
                 return self.net.encode(pixels[None]).mean[0, -kept:].float().cpu()
 
         tiles = self.tiling.encoded(len(frames))
@@ -100,8 +122,11 @@ class TAECodec:
 
         def one(tile: range) -> Tensor:
             part = latent[:, tile.start : tile.stop].float() * _wide(self.std) + _wide(self.mean)
+            latents = part.transpose(0, 1).to(self.device)
             with self._autocast():
-                return self.net.decode(part.transpose(0, 1)[None].to(self.device))[0].float().cpu()
+                if self.alone:
+                    return self.net.decode(latents[:, None])[:, 0].float().cpu()
+                return self.net.decode(latents[None])[0].float().cpu()
 
         length, stride = latent.shape[1], self.temporal_stride
         tiles = each_tile(self.tiling.decoded(length), one, lambda tile: len(tile) * stride, communicator)

@@ -11,6 +11,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, get_args
 
 import torch
@@ -27,15 +28,20 @@ from .config import Body, TAEConfig, Time
 from .tiles import Tiling
 
 DESCRIPTION, WEIGHTS = "autoencoder.json", "autoencoder.safetensors"
-FORMAT = 1
+FORMAT = 2
+BEFORE_IMAGES = 1  # the format without their statistics
 REMEDY = "name a directory that cinemesh tae train wrote, or train it again"
+
+
+Statistics = tuple[Tensor, Tensor]  # mean and std of each channel, float32 [C]
 
 
 @dataclass(frozen=True)
 class Trained:
     """An autoencoder, and mean and std of each channel of its latents, float32 [C], over the clips of its training.
 
-    ``digest``: of its weights.
+    ``digest``: of its weights. ``images``: mean and std of single frames, each a clip of its own; None where they were
+    not measured, or a channel is the same in all of them.
     """
 
     net: Autoencoder
@@ -43,6 +49,7 @@ class Trained:
     std: Tensor
     tiling: Tiling
     digest: str
+    images: Statistics | None = None
 
 
 def is_autoencoder(path: Path) -> bool:
@@ -50,7 +57,9 @@ def is_autoencoder(path: Path) -> bool:
     return (path / DESCRIPTION).is_file()
 
 
-def write(path: Path, net: Autoencoder, mean: Tensor, std: Tensor, about: dict[str, Any]) -> None:
+def write(
+    path: Path, net: Autoencoder, mean: Tensor, std: Tensor, about: dict[str, Any], images: Statistics | None = None
+) -> None:
     """Write the directory, in float32. ``about``: JSON values for people. Raises CinemeshError where it cannot be."""
     weights = {name: value.detach().float().cpu().contiguous() for name, value in net.state_dict().items()}
     path.mkdir(parents=True, exist_ok=True)
@@ -62,6 +71,7 @@ def write(path: Path, net: Autoencoder, mean: Tensor, std: Tensor, about: dict[s
         "config": asdict(config),
         "mean": mean.tolist(),
         "std": std.tolist(),
+        "images": None if images is None else [of.tolist() for of in images],
         "tiling": asdict(Tiling.of(config.temporal_stride)),
         "weights": _digest(path / WEIGHTS),
         "about": about,
@@ -76,14 +86,19 @@ def read_trained(path: Path, where: str) -> Trained:
     Raises CinemeshError for anything else, for weights that are not the description's, and for values not finite.
     """
     said = f"{where}: {path}"
-    kinds = {"format": int, "config": dict, "mean": list, "std": list, "tiling": dict, "weights": str, "about": dict}
+    kinds: dict[str, type | UnionType] = {"format": int, "config": dict, "mean": list, "std": list, "tiling": dict}
+    kinds |= {"images": list | NoneType, "weights": str, "about": dict}
     text = file_text(path / DESCRIPTION, f"{where}: the description", REMEDY)
-    found = exactly(parse_json(text, said, REMEDY), said, kinds, remedy=REMEDY)
+    stated = parse_json(text, said, REMEDY)
+    if isinstance(stated, dict) and stated.get("format") == BEFORE_IMAGES:
+        stated = stated | {"format": FORMAT, "images": None}
+    found = exactly(stated, said, kinds, remedy=REMEDY)
     if found["format"] != FORMAT:
         raise CinemeshError(f"{said} has format {found['format']}, this version reads {FORMAT}", remedy=REMEDY)
     config = _config(found["config"], said)
     tiling = Tiling(**exactly(found["tiling"], said, {f.name: int for f in fields(Tiling)}, remedy=REMEDY))
     mean, std = (_statistics(found[name], config, f"{said}: {name}") for name in ("mean", "std"))
+    images = None if found["images"] is None else _of_images(found["images"], config, f"{said}: images")
     try:
         digest = _digest(path / WEIGHTS)
         weights = load_file(path / WEIGHTS)
@@ -95,7 +110,7 @@ def read_trained(path: Path, where: str) -> Trained:
         net = build(config)
     _check_weights(weights, net, said)
     net.load_state_dict(weights, assign=True)
-    return Trained(net.eval().requires_grad_(False), mean, std, tiling, digest)
+    return Trained(net.eval().requires_grad_(False), mean, std, tiling, digest, images)
 
 
 def _config(values: dict[str, Any], said: str) -> TAEConfig:
@@ -108,6 +123,13 @@ def _config(values: dict[str, Any], said: str) -> TAEConfig:
         raise CinemeshError(f"{said}: config is {quoted(values)}", remedy=REMEDY)
     values["multipliers"] = tuple(values["multipliers"])
     return TAEConfig(**values)
+
+
+def _of_images(values: list[Any], config: TAEConfig, what: str) -> Statistics:
+    if len(values) != 2 or not all(isinstance(of, list) for of in values):
+        raise CinemeshError(f"{what} is {quoted(values)}, no mean and std", remedy=REMEDY)
+    mean, std = (_statistics(of, config, what) for of in values)
+    return mean, std
 
 
 def _statistics(values: list[Any], config: TAEConfig, what: str) -> Tensor:

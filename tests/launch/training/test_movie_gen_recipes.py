@@ -42,7 +42,7 @@ def test_every_row_of_the_table_has_its_recipe() -> None:
     """Named in order; then what follows pre-training."""
     names = [path.stem for path in RECIPES]
     assert [name[0] for name in names[: len(STAGES)]] == [str(n + 1) for n in range(len(STAGES))]
-    assert names[len(STAGES) :] == ["sft", "t2i-1024", "upsampler"]
+    assert names[len(STAGES) :] == ["sft", "t2i-1024-switch", "t2i-1024", "t2i-7b-1024", "upsampler"]
 
 
 @pytest.mark.parametrize(("path", "stage"), [*zip(RECIPES, STAGES, strict=False)], ids=lambda x: getattr(x, "stem", ""))
@@ -80,8 +80,13 @@ def test_each_recipe_begins_where_the_one_before_ends() -> None:
     chain = [setting_of(path) for path in RECIPES]
     for before, setting in pairwise(chain[: len(STAGES)]):
         begins_behind(setting, before)
-    for setting in chain[len(STAGES) : -1]:
-        begins_behind(setting, chain[len(STAGES) - 1])
+    sft, switch, tuning, small, upsampler = chain[len(STAGES) :]
+    for setting, before in ((sft, chain[len(STAGES) - 1]), (switch, chain[len(STAGES) - 1]), (tuning, switch)):
+        begins_behind(setting, before)
+    begun = upsampler.config.start_from
+    assert small.config.start_from is None and begun is not None
+    steps = small.config.schedule.steps
+    assert begun.checkpoint == step_folder(small.config.logging.directory / FOLDER, steps)
     lengths = [setting.model.position_lengths for setting in chain[:4]]
     assert lengths == [(1, 16, 16), (32, 32, 32), (32, 32, 32), (32, 96, 96)]
 
@@ -100,6 +105,20 @@ def test_the_upsampler_takes_the_papers_windows_and_begins_with_a_model_of_image
     assert replace(images, name="", position_lengths=(1, 1, 1)) == replace(
         setting.model, name="", position_lengths=(1, 1, 1), latent_conditions=(), encoders=images.encoders
     )
+
+
+def test_images_have_a_codec_of_their_own() -> None:
+    """3.7: it takes the TAE's place, and what reads its latents begins anew; then 6k steps of 64, 2,000 to warm up."""
+    switch, tuning, small = (setting_of(path) for path in RECIPES[len(STAGES) + 1 : -1])
+    assert {setting.encoding.codec.temporal_stride for setting in (switch, tuning, small)} == {1}
+    assert [of.latents for of in (switch.config.start_from, tuning.config.start_from) if of] == ["anew", "same"]
+    config = tuning.config
+    assert (config.schedule.steps, config.schedule.warmup_steps, config.schedule.decay) == (6000, 2000, "constant")
+    assert (config.optimizer.lr, config.data.global_batches) == (1e-5, [64])
+    assert small.model.name == "movie-gen-t2i-7b" and small.model.tokens(small.latents[0]) == 4096
+    upsampler = preset("movie-gen-upsampler-7b")
+    begun = replace(upsampler, name=small.model.name, latent_conditions=(), position_lengths=(1, 64, 64))
+    assert begun == small.model, "the upsampler can begin with it"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

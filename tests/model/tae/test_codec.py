@@ -50,12 +50,13 @@ def trained(config: TAEConfig, tiling: Tiling | None = None) -> Trained:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=random))
     tiling = tiling or Tiling.of(config.temporal_stride)
     mean, std = latent_statistics(net, tiling, [clip(40), clip(9, seed=1)])
-    return Trained(net.eval().requires_grad_(False), mean, std, tiling, "0")
+    images = latent_statistics(net, tiling, [clip(1, seed=n) for n in range(20)])
+    return Trained(net.eval().requires_grad_(False), mean, std, tiling, "0", images)
 
 
 def directory(path: Path, config: TAEConfig = TINY) -> Path:
     made = trained(config)
-    files.write(path, made.net, made.mean, made.std, {"steps": 0})
+    files.write(path, made.net, made.mean, made.std, {"steps": 0}, made.images)
     return path
 
 
@@ -69,6 +70,64 @@ def test_every_length_to_its_latents_and_back(config: TAEConfig) -> None:
         assert codec.latent_frames(frames) == t and latent.shape == (config.channels, t, 2, 2)
         again = codec.decode(latent)
         assert again.shape == (t * config.temporal_stride, 16, 16, 3) and again.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("config", [TINY, SMALL_GRID, replace(TINY, time="3d"), replace(TINY, time="none")], ids=str)
+def test_the_image_half_takes_every_frame_by_itself(config: TAEConfig) -> None:
+    """Temporal stride 1; a frame's latent and picture are those of it alone, whatever stands beside it."""
+    codec: LatentCodec = TAECodec(trained(config), images=True)
+    frames = clip(37)  # more than a tile
+    latent = codec.encode(frames)
+    assert codec.temporal_stride == 1 and codec.latent_frames(37) == 37 and latent.shape == (config.channels, 37, 2, 2)
+    again = codec.decode(latent)
+    assert again.shape == frames.shape
+    for at in (0, 20, 36):
+        torch.testing.assert_close(latent[:, at : at + 1], codec.encode(frames[at : at + 1]), atol=1e-5, rtol=1e-4)
+        apart = codec.decode(latent[:, at : at + 1])[0].int() - again[at].int()
+        assert apart.abs().max() <= 1
+    assert not torch.equal(codec.encode(frames.flip(0)), latent)
+    torch.testing.assert_close(codec.encode(frames.flip(0)).flip(1), latent, atol=1e-5, rtol=1e-4)
+
+
+def test_an_image_is_what_the_clip_of_it_is_but_for_its_statistics() -> None:
+    """All frames of a decoded latent of one frame are alike: one of them is the picture."""
+    made, frame = trained(TINY), clip(1, seed=4)
+    clips, images = TAECodec(made), TAECodec(made, images=True)
+    assert made.images is not None and clips.fingerprint != images.fingerprint
+
+    def raw(codec: TAECodec) -> Tensor:
+        return codec.encode(frame) * codec.std.view(-1, 1, 1, 1) + codec.mean.view(-1, 1, 1, 1)
+
+    torch.testing.assert_close(raw(clips), raw(images), atol=1e-5, rtol=1e-4)
+    shown = clips.decode(clips.encode(frame))
+    assert len(shown) == 8 and (shown.int() - images.decode(images.encode(frame)).int()).abs().max() <= 1
+    latents = torch.cat([images.encode(clip(1, seed=n)).flatten(1) for n in range(20)], 1)
+    torch.testing.assert_close(latents.mean(1), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std(1, correction=0), torch.ones(4), atol=1e-4, rtol=0)
+    assert (torch.cat([clips.encode(clip(1, seed=n)).flatten(1) for n in range(20)], 1).std(1) - 1).abs().max() > 0.01
+
+
+def test_a_directory_holds_the_statistics_of_images(tmp_path: Path) -> None:
+    """One that was written before they were measured is a codec of clips, and says why it is none of images."""
+    path = directory(tmp_path / "tae")
+    codec = TAE(path=path, images=True).build()
+    torch.testing.assert_close(codec.encode(clip(3)), TAECodec(trained(TINY), images=True).encode(clip(3)))
+
+    def older(values: dict) -> None:
+        del values["images"]
+        values["format"] = 1
+
+    described(path, older)
+    assert TAE(path=path).build().channels == 4
+    with pytest.raises(CinemeshError, match="knows no mean and std of its images' latents") as refused:
+        TAE(path=path, images=True).build()
+    assert "time: none" in str(refused.value.remedy)
+    described(path, lambda values: values.update(format=2, images=[[0.0] * 4]))
+    with pytest.raises(CinemeshError, match=r"images is .*, no mean and std"):
+        TAE(path=path).build()
+    described(path, lambda values: values.update(images=[[0.0] * 4, [1.0] * 3]))
+    with pytest.raises(CinemeshError, match="of 4 channels"):
+        TAE(path=path).build()
 
 
 def test_a_clip_is_encoded_as_each_of_its_tiles_is() -> None:
