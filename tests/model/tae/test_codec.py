@@ -209,7 +209,7 @@ def without_a_bias(state: dict[str, Tensor]) -> None:
         (lambda path: described(path, lambda v: v["config"].update(time="2d")), "config.time is '2d'"),
         (lambda path: described(path, lambda v: v["config"].update(width="wide")), "width is 'wide'"),
         (lambda path: described(path, lambda v: v.update(mean=[0.0])), r"mean is \[0.0\], of 4 channels"),
-        (lambda path: described(path, lambda v: v.update(format=2)), "has format 2"),
+        (lambda path: described(path, lambda v: v.update(format=3)), "has format 3"),
         (lambda path: described(path, lambda v: v.pop("std")), "has no std"),
         (lambda path: (path / "autoencoder.json").write_text("{"), "is not valid JSON"),
     ],
