@@ -94,6 +94,7 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "model.tae.tile_shapes.OVERLAP_FRAMES": (16, "3.1.1"),
     "model.tae.losses.OUTLIER_R": (3.0, "3.1.1"),
     "model.tae.losses.outlier_penalty(r)": (3.0, "3.1.1"),
+    "model.tae.files.BEFORE_IMAGES": (1, "a format that was written"),
     "model.tae.losses.ADAPTIVE_MOST": (1e4, LDM),
     "model.tae.losses.ADAPTIVE_EPS": (1e-4, LDM),
     "model.tae.discriminator.KERNEL": (4, "Isola et al. 2017"),

@@ -74,6 +74,7 @@ WIDER_WITH_REASON: dict[str, str] = {  # path -> why
     "launch/health/ranks.py": "all that a job is asked at once: software, clocks, compute, links",
     "launch/proof/verify.py": "the proof from the case to what is printed of it: shrinks, runs the ranks, counts",
     "launch/training/recipe.py": "every section of a recipe, each with the ranges and rules of what it sets",
+    "launch/training/start.py": "where checkpoint, model, position tables and codec of two runs meet",
     "launch/training/sample.py": "where recipe, checkpoint, processes and sampler meet",
     "launch/commands/upsample.py": "where checkpoint, recipe, clips, processes and sampler meet",
     "launch/training/replay.py": "a run once more, to one step: it meets what the loop meets",
