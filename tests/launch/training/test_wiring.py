@@ -242,6 +242,8 @@ class Effect:
 EFFECTS: Mapping[str, Sequence[Effect]] = {
     "model.preset": [Effect("tiny-video", MODEL)],
     "model.layers": [Effect(2, MODEL)],
+    "model.block": [Effect("dit", MODEL)],
+    "model.objective": [Effect("v-prediction", MODEL - {"parameters"})],
     "model.width": [Effect(96, MODEL)],
     "model.heads": [Effect(3, MODEL)],
     "model.ffn": [Effect(48, MODEL)],
@@ -348,7 +350,7 @@ REFUSED = {
     "data.encoders.0.sharded": (True, "are of a directory's weights"),
 }
 # Keys of a run that begins with another's end: tests/launch/training/test_start.py has one, and obeys each of them.
-STARTED = {f"start_from.{name}" for name in ("checkpoint", "weights", "positions", "moments")}
+STARTED = {f"start_from.{name}" for name in ("checkpoint", "weights", "positions", "moments", "latents")}
 STARTED |= {"on_loss"}  # of a job that lost ranks: tests/launch/training/test_batches.py
 STARTED |= {  # of a run whose loss jumps: tests/launch/training/test_spikes.py
     f"spikes.{name}" for name in ("deviations", "window", "steps", "checkpoints", "limit")
