@@ -1,99 +1,38 @@
-"""``cinemesh upsample``: clips made larger by a trained spatial upsampler, in windows that overlap (Movie Gen 3.1.5).
-
-A clip is enlarged bilinearly, its sides filled up to what codec and patches divide, encoded frame by frame, sampled
-and cropped. What each rank reads is decoded from the file there; rank 0 writes.
-"""
+"""``cinemesh upsample``: which clips a trained spatial upsampler makes larger, and whether it can."""
 
 from __future__ import annotations
 
-import json
 import sys
-import time
-import zlib
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from ...data.clips import write_mp4
-from ...data.low_resolution import enlarged, padded
 from ...data.scenes import VIDEO_SUFFIXES, files_in
-from ...data.text import with_fps
-from ...data.video import ShownClip, look_at_clip, read_frames
+from ...data.video import look_at_clip
 from ...errors import CinemeshError
 from ...files import check_output_file, check_output_folder
-from ...kernels.dtypes import TORCH_DTYPES
 from ...model.forward import build_velocity
 from ...model.inputs import BatchShape
-from ...model.runner import Batch
-from ...model.sampler import Sampler
-from ...model.solvers import SCHEDULES, ScheduleName
-from ...model.step import check, unit_layout
-from ...model.windowed import WindowedSampler
+from ...model.step import check
 from ...model.windows import OverlappingWindows
 from ...parallel.ir.plan import Plan
 from ...parallel.passes.pipeline import prepare
-from ...parallel.runtime.mesh import coordinates
 from ..cluster.environment import device_here, processes_here, say_device, world_size
-from ..cluster.processes import Joined, joined, launch, rank_main
+from ..cluster.processes import launch, rank_main
 from ..exchange.exporting import found_checkpoint
 from ..preflight import check_host_memory
 from ..progress import progress
 from ..storage.places import Location
 from ..training.checkpoint.choosing import check_files
-from ..training.checkpoint.loading import load_weights
 from ..training.checkpoint.manifest import read_manifest
 from ..training.checkpoint.same_model import check_model
-from ..training.differences import recipe_facts
 from ..training.noted import noted_recipe
-from ..training.recipe import Config
 from ..training.setting import Setting
-from ..written import wrote
+from ..training.upsampling import Enlargement, UpsampleChoices, UpsampleOrder, latent_of, print_made, upsample
 
 FARTHEST = 1.25  # times the scale that was learnt, or the inverse: the paper's 576x1008 to 1080x1920 is 0.94 of it
 
 MOST_SIDE = 8192  # pixels: no codec here encodes a larger frame at once
-
-
-@dataclass(frozen=True)
-class UpsampleChoices:
-    """What is asked for beside the clips. ``size``: (height, width) of the result; None: the scale that was learnt."""
-
-    size: tuple[int, int] | None
-    window: int
-    overlap: int
-    steps: int
-    schedule: ScheduleName
-    seed: int
-    prompt: str | None
-    guidance: float
-
-
-@dataclass(frozen=True)
-class Enlargement:
-    """A clip to make. Its noise depends on the seed and ``clip``'s name."""
-
-    clip: Path
-    out: Path
-    shown: ShownClip
-    height: int
-    width: int
-
-
-@dataclass(frozen=True)
-class UpsampleOrder:
-    """Everything that a rank needs."""
-
-    config: Config
-    checkpoint: Location
-    choices: UpsampleChoices
-    clips: tuple[Enlargement, ...]
-    as_json: bool
 
 
 def run(  # noqa: PLR0913  what the command line says of a clip, one argument each
@@ -133,7 +72,7 @@ def run(  # noqa: PLR0913  what the command line says of a clip, one argument ea
         if code:
             sys.exit(code)
     elif as_json:
-        _print([])
+        print_made([])
 
 
 def size_asked(text: str) -> tuple[int, int]:
@@ -222,7 +161,7 @@ def _enlargement(clip: Path, out: Path, setting: Setting, choices: UpsampleChoic
         remedy = f"add --window {shown.frames}: it is then sampled whole" if shown.frames < choices.window else None
         raise CinemeshError(f"{clip}: {error.problem}", remedy=remedy or error.remedy) from None
     one = Enlargement(clip, out, shown, height, width)
-    latent = _latent(one, setting, choices.window)
+    latent = latent_of(one, setting, choices.window)
     stride, patch, table = setting.encoding.codec.spatial_stride, setting.model.patch, setting.model.position_lengths
     most = [patch[0] * table[0], stride * patch[1] * table[1], stride * patch[2] * table[2]]
     if latent[0] > most[0] or stride * latent[1] > most[1] or stride * latent[2] > most[2]:
@@ -236,130 +175,3 @@ def _enlargement(clip: Path, out: Path, setting: Setting, choices: UpsampleChoic
     if device_here(setting.config.device, local := processes_here(plan.world_size)) == "cpu":
         check_host_memory([prepare(build_velocity(setting.model, plan, batch), backend="gloo")], local)
     return one
-
-
-def _filled(setting: Setting) -> int:
-    """What the sides of a clip are filled up to multiples of."""
-    return setting.encoding.codec.spatial_stride * max(setting.model.patch[1:])
-
-
-def _latent(one: Enlargement, setting: Setting, window: int) -> tuple[int, int, int]:
-    """Of a window."""
-    stride, multiple = setting.encoding.codec.spatial_stride, _filled(setting)
-    height, width = (-(-side // multiple) * multiple // stride for side in (one.height, one.width))
-    return window, height, width
-
-
-# -- the work of a rank -----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _SmallClip:
-    """What is shown of a clip, window by window."""
-
-    one: Enlargement
-    setting: Setting
-    windows: OverlappingWindows
-    text: Mapping[str, Tensor]
-    latents: dict[int, Tensor] = field(default_factory=dict)  # of windows, as they were encoded
-
-    @cached_property
-    def frames(self) -> Tensor:
-        shown = self.one.shown
-        return read_frames(self.one.clip, shown.height, shown.width)[: shown.frames]
-
-    def conditions(self, number: int) -> Batch:
-        """Of a window, encoded when it is first asked for."""
-        codec, small = self.setting.encoding.codec, self.setting.encoding.low_resolution
-        assert small is not None
-        if number not in self.latents:
-            start = self.windows.starts[number]
-            frames = self.frames[start : start + self.windows.length]
-            large = padded(enlarged(frames, self.one.height, self.one.width), _filled(self.setting))
-            self.latents[number] = codec.encode(large)[None]
-        return {**self.text, small.condition(codec).input: self.latents[number]}
-
-
-def upsample(order: UpsampleOrder) -> None:
-    """The work of one rank; rank 0 writes the files."""
-    setting, plan, choices = Setting.of(order.config), order.config.plan, order.choices
-    alike = recipe_facts(order.config) | {"checkpoint": str(order.checkpoint), "clips": str(order.clips)}
-    done: list[dict[str, Any]] = []
-    with joined(plan, order.config.device, alike | {"choices": str(choices)}) as place:
-        units = unit_layout(setting.model, plan)
-        position = place.mesh.coordinates if place.mesh else coordinates(plan, 0)
-        weights = torch.empty(1, units.flat_elements, dtype=TORCH_DTYPES[plan.stat_dtype], device=place.device)
-        load_weights(order.checkpoint, order.config.weights, weights, units, position)
-        sampler: Sampler | None = None
-        for number, one in enumerate(order.clips, 1):
-            begun, latent = time.monotonic(), _latent(one, setting, choices.window)
-            if sampler is None or sampler.batch.latent != latent:
-                sampler = _sampler(setting, place, weights, latent, choices)
-            windows = OverlappingWindows(one.shown.frames, choices.window, choices.overlap)
-            made = _made(setting, place, sampler, windows, order, number)
-            if place.rank == 0:
-                frames = _decoded(setting, made, choices.window)[:, : one.height, : one.width]
-                write_mp4(one.out, frames.contiguous(), one.shown.rate)
-                wrote(one.out, "open it in a video player", f"{one.shown.frames} frames of {one.height}x{one.width}")
-                done.append(_told(one, windows, time.monotonic() - begun))
-    if order.as_json and done:
-        _print(done)
-
-
-def _sampler(
-    setting: Setting, place: Joined, weights: Tensor, latent: tuple[int, int, int], choices: UpsampleChoices
-) -> Sampler:
-    guidance = 0.0 if choices.prompt is None else choices.guidance
-    kernels = setting.kernels(place.device)
-    batch = BatchShape(1, latent)
-    plan = setting.config.plan
-    sampler = Sampler(setting.model, plan, batch, place.mesh, weights, place.device, guidance=guidance, kernels=kernels)
-    if (failure := sampler.capture(setting.config.capture)) is not None and place.rank == 0:
-        print(f"sampling is NOT captured, on any rank: {failure}; it runs from the executor", file=sys.stderr)
-    return sampler
-
-
-def _made(
-    setting: Setting,
-    place: Joined,
-    sampler: Sampler,
-    windows: OverlappingWindows,
-    order: UpsampleOrder,
-    number: int,
-) -> Tensor:
-    """The latent of clip ``number`` of an order, from 1, on the CPU."""
-    one, choices = order.clips[number - 1], order.choices
-    windowed = WindowedSampler(sampler, windows)
-    text = setting.encoding.captions([with_fps(one.shown.rate, choices.prompt or "")])
-    small = _SmallClip(one, setting, windows, text)
-    clip = torch.tensor([zlib.crc32(one.clip.name.encode(errors="replace"))])
-    times = SCHEDULES[choices.schedule](choices.steps)
-    pieces = choices.steps * len(windowed.rounds)
-    with progress("upsampling", pieces, silent=place.rank > 0 or order.as_json) as begin:
-
-        def watch(step: int, first: int) -> None:
-            begin(f"clip {number} of {len(order.clips)}, step {step + 1}, window {first + 1} of {len(windows.starts)}")
-
-        return windowed.sample(small.conditions, choices.seed, clip, times, watch=watch).float().cpu()
-
-
-def _decoded(setting: Setting, latent: Tensor, at_once: int) -> Tensor:
-    """Frames uint8 [T, H, W, 3], so many at once."""
-    return torch.cat([setting.encoding.codec.decode(part) for part in latent.split(at_once, 1)])
-
-
-def _told(one: Enlargement, windows: OverlappingWindows, seconds: float) -> dict[str, Any]:
-    return {
-        "clip": str(one.clip),
-        "out": str(one.out),
-        "frames": one.shown.frames,
-        "fps": float(one.shown.rate),
-        "from": f"{one.shown.height}x{one.shown.width}",
-        "to": f"{one.height}x{one.width}",
-        "windows": len(windows.starts),
-        "seconds": round(seconds, 3),
-    }
-
-
-def _print(clips: list[dict[str, Any]]) -> None:
-    print(json.dumps({"clips": clips}, indent=1))

@@ -162,7 +162,8 @@ def upsample(
     the clip. It keeps its frames and their rate. Of a folder, clips that are there already are passed over.
     A clip's noise depends on --seed and its file's name.
     """
-    from ..commands.upsample import UpsampleChoices, run, size_asked
+    from ..commands.upsample import run, size_asked
+    from ..training.upsampling import UpsampleChoices
 
     if guidance is not None and prompt is None:
         raise CinemeshError("--guidance without --prompt has nothing to guide to", remedy="add --prompt")
