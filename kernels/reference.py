@@ -192,7 +192,7 @@ def modulate_layer_norm(inputs: Tensors, outputs: Tensors, *, eps: float) -> Non
     centered = wide - mean[..., None]
     torch.linalg.vector_norm(centered, dim=-1, out=rstd)
     rstd.pow_(2).div_(x.shape[-1]).add_(eps).rsqrt_()
-    h.copy_(centered.mul_(rstd[..., None]).mul_(1 + scale).add_(shift))
+    h.copy_(centered.mul_(rstd[..., None]).mul_(1 + scale.to(wide.dtype)).add_(shift))
 
 
 def modulate_layer_norm_backward(inputs: Tensors, outputs: Tensors, *, add: bool = False) -> None:
@@ -472,7 +472,11 @@ def diffuse(inputs: Tensors, outputs: Tensors, *, steps: int, first_beta: float,
     x_t, v = outputs
     first, last, wide = first_beta**0.5, last_beta**0.5, torch.float64
     roots = torch.arange(steps, dtype=wide, device=t.device).mul_((last - first) / (steps - 1)).add_(first)
-    signal = (1 - roots * roots).cumprod(0).sqrt_()
+    kept, reach = 1 - roots * roots, 1
+    while reach < steps:  # products of all before, in one order on every device, which cumprod has not
+        kept = torch.cat([kept[:reach], kept[reach:] * kept[:-reach]])
+        reach *= 2
+    signal = kept.sqrt_()
     signal = (signal - signal[-1:]).mul_(signal[:1] / (signal[:1] - signal[-1:]))
     step = ((1 - t.to(wide)) * steps + 0.5).long()  # the nearest
     alpha = signal.index_select(0, step - 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -184,9 +185,9 @@ PLANS = (
 )
 
 
-def program_of(text: str, backend: str = "gloo", lora: Lora | None = None) -> Program:
+def program_of(text: str, backend: str = "gloo", lora: Lora | None = None, **variant: Any) -> Program:
     case = small_case(Plan.parse(text, dtype="float32") if "dtype" not in text else Plan.parse(text), max_procs=16)
-    case.config = replace(case.config, lora=lora)
+    case.config = replace(case.config, lora=lora, **variant)
     return prepare(build_step(case.config, case.plan, case.batch), backend=backend)
 
 
@@ -194,6 +195,11 @@ def program_of(text: str, backend: str = "gloo", lora: Lora | None = None) -> Pr
 @pytest.mark.parametrize("text", PLANS)
 def test_no_record_reads_what_was_overwritten(text: str, backend: str) -> None:
     assert find_hazards(program_of(text, backend)) == []
+
+
+@pytest.mark.parametrize("text", PLANS)
+def test_nor_in_the_other_block_under_the_other_objective(text: str) -> None:
+    assert find_hazards(program_of(text, block="dit", objective="v-prediction")) == []
 
 
 @pytest.mark.parametrize("text", PLANS)
@@ -257,5 +263,6 @@ def test_an_alias_of_a_live_buffer_is_found() -> None:
 def test_every_kind_of_op_was_walked() -> None:
     kinds = {op.kind for text in PLANS for op in program_of(text).ops}
     kinds |= {op.kind for op in program_of(PLANS[0], lora=Lora(4, 4.0)).ops}
+    kinds |= {op.kind for op in program_of(PLANS[0], block="dit", objective="v-prediction").ops}
     assert kinds >= set(COLLECTIVES)
     assert set(OPS) - kinds == {"unpatchify", "weigh"}  # the sampler's alone

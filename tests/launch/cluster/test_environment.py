@@ -174,7 +174,7 @@ def test_memory_is_asked_for_where_processes_compute(
     sees(2, monkeypatch)
     of_host, of_gpus = list[bool](), list[int]()
     monkeypatch.setattr(needs, "check_host_memory", lambda *_, on_gpus=False, **__: of_host.append(on_gpus))
-    monkeypatch.setattr(needs, "check_device_memory", lambda programs, software: of_gpus.append(len(programs)))
+    monkeypatch.setattr(needs, "check_device_memory", lambda programs, *_: of_gpus.append(len(programs)))
     setting = Setting.of(check_config(values | {"device": device, "plan": {"tp": 2, "dtype": "float32"}}, "test"))
     needs.check_training_memory(setting)
     assert of_host[-1] is on_gpus and of_gpus == ([1] if on_gpus else [])
@@ -185,7 +185,7 @@ def test_every_command_that_starts_ranks_takes_a_device_and_every_recipe_names_o
     group: Any = typer.main.get_command(cli.app)
     options = {name: {option.name for option in command.params} for name, command in group.commands.items()}
     starting = {name for name, names in options.items() if "nproc" in names}
-    assert starting == {"train", "stages", "sample", "replay", "profile", "calibrate"}
+    assert starting == {"train", "stages", "sample", "upsample", "replay", "profile", "calibrate"}
     assert all("device" in options[name] for name in starting)
     recipes = {path.name: yaml.safe_load(path.read_text()) for path in CONFIGS.glob("*.yaml")}
     recipes = {

@@ -14,7 +14,14 @@ from cinemesh.launch.training.recipe import Config, check_config
 from cinemesh.parallel.ir.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("one_process")
-SAMPLED = ("steps: 50", "schedule: linear-quadratic", "solver: euler", "guidance: 7.5", "seed: 0")  # its defaults
+SAMPLED = (
+    "steps: 50",
+    "schedule: linear-quadratic",
+    "solver: euler",
+    "guidance: 7.5",
+    "seed: 0",
+    "every: 0",
+)  # its defaults
 
 
 def places(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:

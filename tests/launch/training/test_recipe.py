@@ -101,10 +101,10 @@ def test_overrides_replace_one_value_each(recipe: Path) -> None:
         ("sample.guidnce=2", "unknown key 'sample.guidnce'; did you mean 'guidance'?"),
         (
             "codec.kind=block-dtc",
-            "codec.kind is 'block-dtc'; did you mean 'block-dct'? Known: block-dct, dct-context, diffusers",
+            "codec.kind is 'block-dtc'; did you mean 'block-dct'? Known: block-dct, dct-context, frame-dct, diffusers",
         ),
         ("codec.path=x", "unknown key 'codec.path'; known: kind"),
-        ("codec.kind={a: b}", "codec.kind is {'a': 'b'}; known: block-dct, dct-context, diffusers"),
+        ("codec.kind={a: b}", "codec.kind is {'a': 'b'}; known: block-dct, dct-context, frame-dct, diffusers"),
         ("codec.kind=[block-dct]", "codec.kind is ['block-dct']; did you mean"),
         ("codec=block-dct", "codec is 'block-dct': input should be a dictionary"),
         ("zzz=1", "unknown key 'zzz'; known: model, plan, codec"),
