@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
+from typing import Generic, Protocol, TypeVar
 
 from ..errors import CinemeshError
 
@@ -65,3 +66,40 @@ class Journal:
         if kept < end:
             self._file.truncate(kept)
         self._file.seek(0, os.SEEK_END)
+
+
+class Said(Protocol):
+    """What a person says of one thing."""
+
+    def line(self) -> str:
+        """As the journal has it."""
+        ...
+
+
+T = TypeVar("T", bound=Said)
+
+
+class LastAnswers(Generic[T]):
+    """The last answer on each thing, by its name, and the journal of all of them."""
+
+    def __init__(self, path: Path, read: Callable[[], Mapping[str, T]]) -> None:
+        """``read`` gives those that the file holds, once it is mended. Raises CinemeshError as it and Journal do."""
+        self._journal = Journal(path)
+        try:
+            self._given = dict(read())
+        except CinemeshError:
+            self._journal.close()
+            raise
+
+    def close(self) -> None:
+        self._journal.close()
+
+    def add(self, name: str, answer: T) -> None:
+        """Write it, and wait for the disk."""
+        with self._journal.lock:
+            self._journal.add(answer.line())
+            self._given[name] = answer
+
+    def given(self) -> dict[str, T]:
+        with self._journal.lock:
+            return dict(self._given)

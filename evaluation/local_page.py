@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -89,6 +90,18 @@ class LocalHandler(BaseHTTPRequestHandler):
         if self.headers.get_content_type() != "application/json":  # which no foreign page may send unasked
             raise CinemeshError(f"{what} is application/json")
         return parse_json(body.decode(errors="replace"), what, "use the page")
+
+    def save(self, path: str, what: str, most_bytes: int, add: Callable[[Any], object]) -> None:
+        """An answer that the page posts: given to ``add``, and confirmed when that is done."""
+        if not self.is_local():
+            return
+        try:
+            add(self.posted(path, what, most_bytes))
+        except CinemeshError as error:
+            return self.refuse(HTTPStatus.BAD_REQUEST, str(error))
+        except OSError as error:
+            return self.refuse(HTTPStatus.INSUFFICIENT_STORAGE, f"{what} is not saved: {error.strerror}")
+        self.send_json({"saved": True})
 
     def send_json(self, value: object, status: HTTPStatus = HTTPStatus.OK) -> None:
         self.send_whole(json.dumps(value).encode(), "application/json", status)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ..data.scenes import IMAGE_SUFFIXES, Scene
 from ..errors import CinemeshError
-from .journal import Journal
+from .journal import LastAnswers
 from .local_page import LocalHandler, LocalServer, rendered
-from .picks import PICKS_FILE, Pick, clips_to_pick, pick_of, read_checklist, read_picks
+from .picks import PICKS_FILE, clips_to_pick, pick_of, read_checklist, read_picks
 
 MOST_BYTES_OF_A_PICK = 50_000  # a name, seconds and a caption
 CLIP = "/clips/"
@@ -22,7 +22,6 @@ class PickingServer(LocalServer):
     def __init__(self, manifest: Path, port: int) -> None:
         self.clips = clips_to_pick(manifest)
         self.checklist = read_checklist()
-        self.picks = read_picks(manifest, self.clips)
         self.files = {f"{CLIP}{number}": _file(scene) for number, scene in enumerate(self.clips.values())}
         shown = [
             {
@@ -37,28 +36,21 @@ class PickingServer(LocalServer):
         ]
         checklist = [asdict(flaw) for flaw in self.checklist]
         page = rendered("pick.html", given={"clips": shown, "checklist": checklist}, checklist=checklist)
-        self.journal = Journal(manifest.with_name(PICKS_FILE))
+        self.picks = LastAnswers(manifest.with_name(PICKS_FILE), lambda: read_picks(manifest, self.clips))
         try:
             super().__init__(page, port, PickingHandler)
         except CinemeshError:
-            self.journal.close()
+            self.picks.close()
             raise
 
     def add(self, row: object) -> None:
         """Write a pick as JSON has it, and wait for the disk. Raises CinemeshError as ``pick_of``."""
         pick = pick_of(row, "the pick", self.clips, [flaw.name for flaw in self.checklist])
-        with self.journal.lock:
-            self.journal.add(pick.line())
-            self.picks[pick.clip] = pick
-
-    def given(self) -> dict[str, Pick]:
-        """The last on each clip, by name."""
-        with self.journal.lock:
-            return dict(self.picks)
+        self.picks.add(pick.clip, pick)
 
     def server_close(self) -> None:
         super().server_close()
-        self.journal.close()
+        self.picks.close()
 
 
 def _file(scene: Scene) -> Path:
@@ -79,7 +71,7 @@ class PickingHandler(LocalHandler):
         if self.path == "/":
             self.send_page()
         elif self.path == "/state":
-            self.send_json({name: asdict(pick) for name, pick in self.server.given().items()})
+            self.send_json({name: asdict(pick) for name, pick in self.server.picks.given().items()})
         elif (file := self.server.files.get(self.path)) is not None:
             self.send_file(file)
         else:
@@ -87,12 +79,4 @@ class PickingHandler(LocalHandler):
 
     def do_POST(self) -> None:
         """A pick."""
-        if not self.is_local():
-            return
-        try:
-            self.server.add(self.posted("/pick", "the pick", MOST_BYTES_OF_A_PICK))
-        except CinemeshError as error:
-            return self.refuse(HTTPStatus.BAD_REQUEST, str(error))
-        except OSError as error:
-            return self.refuse(HTTPStatus.INSUFFICIENT_STORAGE, f"the pick is not saved: {error.strerror}")
-        self.send_json({"saved": True})
+        self.save("/pick", "the pick", MOST_BYTES_OF_A_PICK, self.server.add)

@@ -80,12 +80,4 @@ class JudgeHandler(LocalHandler):
 
     def do_POST(self) -> None:
         """A vote."""
-        if not self.is_local():
-            return
-        try:
-            self.server.box.add(self.posted("/vote", "the vote", MOST_BYTES_OF_A_VOTE))
-        except CinemeshError as error:
-            return self.refuse(HTTPStatus.BAD_REQUEST, str(error))
-        except OSError as error:
-            return self.refuse(HTTPStatus.INSUFFICIENT_STORAGE, f"the vote is not saved: {error.strerror}")
-        self.send_json({"saved": True})
+        self.save("/vote", "the vote", MOST_BYTES_OF_A_VOTE, self.server.box.add)

@@ -7,36 +7,12 @@ from http import HTTPStatus
 from pathlib import Path
 
 from ...errors import CinemeshError
-from ..journal import Journal
+from ..journal import LastAnswers
 from ..local_page import LocalHandler, LocalServer, rendered
 from .guideline import PART_NAMES
-from .review import VERDICTS_FILE, Review, ReviewVerdict, read_review, read_verdicts, verdict_of
+from .review import VERDICTS_FILE, read_review, read_verdicts, verdict_of
 
 MOST_BYTES_OF_A_VERDICT = 30_000  # a name and five parts
-
-
-class Verdicts:
-    """Those of a folder, and where they are written."""
-
-    def __init__(self, folder: Path, review: Review) -> None:
-        self._review = review
-        self._journal = Journal(folder / VERDICTS_FILE)
-        self._given = read_verdicts(folder, review)
-
-    def close(self) -> None:
-        self._journal.close()
-
-    def add(self, row: object) -> None:
-        """Write one as JSON has it, and wait for the disk. Raises CinemeshError as ``verdict_of``."""
-        verdict = verdict_of(row, "the verdict", self._review)
-        with self._journal.lock:
-            self._journal.add(verdict.line())
-            self._given[verdict.name] = verdict
-
-    def given(self) -> dict[str, ReviewVerdict]:
-        """The last on each rewrite, by name."""
-        with self._journal.lock:
-            return dict(self._given)
 
 
 class ReviewServer(LocalServer):
@@ -50,12 +26,18 @@ class ReviewServer(LocalServer):
             "review.html", given={"rewrites": shown, "parts": PART_NAMES}, parts=asdict(review.guideline.parts),
             instruction=review.guideline.instruction, words=review.guideline.words,
         )  # fmt: skip
-        self.verdicts = Verdicts(folder, review)
+        self._review = review
+        self.verdicts = LastAnswers(folder / VERDICTS_FILE, lambda: read_verdicts(folder, review))
         try:
             super().__init__(page, port, ReviewHandler)
         except CinemeshError:
             self.verdicts.close()
             raise
+
+    def add(self, row: object) -> None:
+        """Write a verdict as JSON has it, and wait for the disk. Raises CinemeshError as ``verdict_of``."""
+        verdict = verdict_of(row, "the verdict", self._review)
+        self.verdicts.add(verdict.name, verdict)
 
     def server_close(self) -> None:
         super().server_close()
@@ -78,12 +60,4 @@ class ReviewHandler(LocalHandler):
 
     def do_POST(self) -> None:
         """A verdict."""
-        if not self.is_local():
-            return
-        try:
-            self.server.verdicts.add(self.posted("/verdict", "the verdict", MOST_BYTES_OF_A_VERDICT))
-        except CinemeshError as error:
-            return self.refuse(HTTPStatus.BAD_REQUEST, str(error))
-        except OSError as error:
-            return self.refuse(HTTPStatus.INSUFFICIENT_STORAGE, f"the verdict is not saved: {error.strerror}")
-        self.send_json({"saved": True})
+        self.save("/verdict", "the verdict", MOST_BYTES_OF_A_VERDICT, self.server.add)

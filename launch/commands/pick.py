@@ -16,7 +16,7 @@ from ..written import command, wrote
 def serve_clips(*, manifest: Path, port: int) -> None:
     """Serve until Ctrl-C. Raises CinemeshError for a manifest without clips to show, and where the port is taken."""
     server = PickingServer(manifest, port)
-    left = len(server.clips) - len(server.picks)
+    left = len(server.clips) - len(server.picks.given())
     then = command("pick", "export", manifest, out=manifest.with_name(f"picked{ENDING}"))
     print(f"{left} of {len(server.clips)} clips to look at, at {server.address}; end with Ctrl-C; next: {then}",
           file=sys.stderr, flush=True)  # fmt: skip
