@@ -183,16 +183,27 @@ def modulate_norm_backward(inputs: Tensors, outputs: Tensors, *, eps: float | No
         dx.copy_(product)
 
 
-def modulate_layer_norm(inputs: Tensors, outputs: Tensors, *, eps: float) -> None:
-    """h = (x - mean) / std * (1 + scale) + shift, as in DiT: no gain, no bias."""
-    x, scale, shift = inputs
-    h, mean, rstd = outputs
+def _standardised(x: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> Tensor:
+    """(x - mean) * rstd over the last dim, in the dtype of both, which are written too."""
     wide = x.to(mean.dtype)
     torch.mean(wide, -1, out=mean)
     centered = wide - mean[..., None]
     torch.linalg.vector_norm(centered, dim=-1, out=rstd)
     rstd.pow_(2).div_(x.shape[-1]).add_(eps).rsqrt_()
-    h.copy_(centered.mul_(rstd[..., None]).mul_(1 + scale.to(wide.dtype)).add_(shift))
+    return centered.mul_(rstd[..., None])
+
+
+def _standardised_backward(slope: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
+    """The gradient of x, of that of ``normed``, in whose place it is."""
+    projection = (slope * normed).mean(-1, keepdim=True)
+    return slope.sub_(slope.mean(-1, keepdim=True)).addcmul_(normed, projection, value=-1).mul_(rstd[..., None])
+
+
+def modulate_layer_norm(inputs: Tensors, outputs: Tensors, *, eps: float) -> None:
+    """h = (x - mean) / std * (1 + scale) + shift, as in DiT: no gain, no bias."""
+    x, scale, shift = inputs
+    h, mean, rstd = outputs
+    h.copy_(_standardised(x, mean, rstd, eps).mul_(1 + scale.to(mean.dtype)).add_(shift))
 
 
 def modulate_layer_norm_backward(inputs: Tensors, outputs: Tensors, *, add: bool = False) -> None:
@@ -204,21 +215,14 @@ def modulate_layer_norm_backward(inputs: Tensors, outputs: Tensors, *, add: bool
     torch.sum(dy, 0, out=dshift)
     normed = (x.to(stat) - mean[..., None]).mul_(rstd[..., None])
     torch.sum(dy * normed, 0, out=dscale)
-    slope = dy * (1 + scale.to(stat))
-    projection = (slope * normed).mean(-1, keepdim=True)
-    slope.sub_(slope.mean(-1, keepdim=True)).addcmul_(normed, projection, value=-1).mul_(rstd[..., None])
+    slope = _standardised_backward(dy * (1 + scale.to(stat)), normed, rstd)
     dx.add_(slope) if add else dx.copy_(slope)
 
 
 def layer_norm(inputs: Tensors, outputs: Tensors, *, eps: float) -> None:
     x, gain, bias = inputs
     y, mean, rstd = outputs
-    wide = x.to(mean.dtype)
-    torch.mean(wide, -1, out=mean)
-    centered = wide - mean[..., None]
-    torch.linalg.vector_norm(centered, dim=-1, out=rstd)
-    rstd.pow_(2).div_(x.shape[-1]).add_(eps).rsqrt_()
-    y.copy_(centered.mul_(rstd[..., None]).mul_(gain).add_(bias))
+    y.copy_(_standardised(x, mean, rstd, eps).mul_(gain).add_(bias))
 
 
 def layer_norm_backward(inputs: Tensors, outputs: Tensors) -> None:
@@ -228,10 +232,7 @@ def layer_norm_backward(inputs: Tensors, outputs: Tensors) -> None:
     normed = (x.to(mean.dtype) - mean[..., None]).mul_(rstd[..., None])
     torch.sum(dy, (0, 1), out=dbias)
     torch.sum(dy * normed, (0, 1), out=dgain)
-    slope = dy * gain
-    projection = (slope * normed).mean(-1, keepdim=True)
-    slope.sub_(slope.mean(-1, keepdim=True)).addcmul_(normed, projection, value=-1)
-    dx.copy_(slope.mul_(rstd[..., None]))
+    dx.copy_(_standardised_backward(dy * gain, normed, rstd))
 
 
 # -- token-local ----------------------------------------------------------------------------------------------------
