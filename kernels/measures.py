@@ -52,6 +52,16 @@ def draw_count(o: Operands) -> int:
     return -(-o.sizes["t"] // drawn_rows(o))
 
 
+def doublings(o: Operands) -> int:
+    """In how many products a table of ``steps`` becomes the products of all before."""
+    return (o.attrs["steps"] - 1).bit_length()
+
+
+def doubled(o: Operands) -> int:
+    """Elements that these products make: all but the first 1, 2, 4 ..."""
+    return doublings(o) * o.attrs["steps"] - (1 << doublings(o)) + 1
+
+
 def out(o: Operands) -> int:
     return o.outputs[0].elements
 

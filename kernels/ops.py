@@ -18,6 +18,8 @@ from .counts import count, sized
 from .measures import (
     FLAT_CHUNK,
     cast_factors,
+    doubled,
+    doublings,
     draw_count,
     drawn_rows,
     flat_chunks,
@@ -156,8 +158,8 @@ OPS: Mapping[str, OpSpec] = {
         whole="d",
         statistics=(1, 2),
         flops=count(tbd=7, tb=6, bd=1),
-        kernels=count(13),
-        plain_bytes=sized(count(tbd=2, bd=4), count(tbd=12, tb=12)),
+        kernels=count(14),
+        plain_bytes=sized(count(tbd=2, bd=2), count(tbd=12, tb=12, bd=4)),
         workspace=sized(count(bd=1), wide=count(tbd=1), cast=count(tbd=1)),
     ),
     # dy, x, mean, rstd, scale -> dx (+ residual gradient), dscale, dshift
@@ -318,9 +320,11 @@ OPS: Mapping[str, OpSpec] = {
     # x1, x0, t -> x_t = alpha x1 + sigma x0, v = alpha x0 - sigma x1; a table of ``steps`` levels is made anew
     "diffuse": OpSpec(
         "tbp,tbp,b->tbp,tbp",
-        flops=lambda o: 8 * o.attrs["steps"] + count(2, tbp=6, b=6)(o),
-        kernels=count(30),
-        plain_bytes=lambda o: 136 * o.attrs["steps"] + sized(count(tbp=1), count(tbp=15, b=7), count(64, b=176))(o),
+        flops=lambda o: 7 * o.attrs["steps"] + doubled(o) + count(2, tbp=6, b=6)(o),
+        kernels=lambda o: 29 + 2 * doublings(o),
+        plain_bytes=lambda o: (
+            120 * o.attrs["steps"] + 40 * doubled(o) + sized(count(tbp=1), count(tbp=15, b=7), count(64, b=176))(o)
+        ),
         workspace=lambda o: 32 * o.attrs["steps"] + sized(wide=count(tbp=2, b=2), own=count(b=8))(o),
         counted=("steps",),
     ),

@@ -475,7 +475,7 @@ def diffuse(inputs: Tensors, outputs: Tensors, *, steps: int, first_beta: float,
     roots = torch.arange(steps, dtype=wide, device=t.device).mul_((last - first) / (steps - 1)).add_(first)
     kept, reach = 1 - roots * roots, 1
     while reach < steps:  # products of all before, in one order on every device, which cumprod has not
-        kept = torch.cat([kept[:reach], kept[reach:] * kept[:-reach]])
+        kept[reach:].copy_(kept[reach:] * kept[:-reach])
         reach *= 2
     signal = kept.sqrt_()
     signal = (signal - signal[-1:]).mul_(signal[:1] / (signal[:1] - signal[-1:]))
