@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .documents import mapping, quoted
 from .errors import CinemeshError, did_you_mean
-from .ranges import check_ranges
+from .ranges import check_ranges, range_in
 
 T = TypeVar("T")
 RULES: dict[Any, str] = {float: "a positive number", int: "a whole number", bool: "true or false"}
@@ -21,7 +21,7 @@ def read_record(kind: type[T], values: Any, where: str, inside: str = ": ") -> T
     ``where`` it stands; ``inside`` joins that and a field's name. Fields may be numbers, texts, booleans, dataclasses,
     tuples, mappings, and ``None`` where their type says so.
     """
-    told = get_type_hints(kind)
+    told = get_type_hints(kind, include_extras=True)
     hints = {each.name: told[each.name] for each in fields(kind)}  # type: ignore[arg-type]  # a ClassVar is no field
     required = [each.name for each in fields(kind) if each.default is each.default_factory is MISSING]  # type: ignore[arg-type]
     given = mapping(values, where, [*hints], required=required)
@@ -35,8 +35,15 @@ def read_record(kind: type[T], values: Any, where: str, inside: str = ": ") -> T
 
 
 def read_value(kind: Any, value: Any, where: str) -> Any:
-    """A value of a file as its field's type says. Raises CinemeshError for any other."""
+    """A value of a file as its field's type says. Raises CinemeshError for any other.
+
+    A float is positive, unless its type has a range, which ``read_record`` asks.
+    """
     origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        if inner[0] is float and range_in(kind) is not None and type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+        return read_value(inner[0], value, where)
     if origin in (Union, UnionType) and NoneType in inner:
         return None if value is None else read_value(next(one for one in inner if one is not NoneType), value, where)
     if isinstance(kind, type) and is_dataclass(kind):

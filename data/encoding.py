@@ -103,6 +103,7 @@ class TAE(CodecSettings):
 
 KINDS: tuple[type[CodecSettings], ...] = (BlockDCT, ContextDCT, FrameDCT, Diffusers, TAE)
 CODECS: dict[str, type[CodecSettings]] = {settings.kind: settings for settings in KINDS}
+MOST_UNKNOWN = 0.5  # of a caption's letters, above which an encoder is said not to know it
 
 
 def codec_kind(name: object) -> type[CodecSettings]:
@@ -143,6 +144,24 @@ class CutCaptions:
         return (
             f"text encoder {self.encoder}: {self.count} of {self.captions} captions ({self.count / self.captions:.0%}) "
             f"have more than its {self.tokens} tokens and are cut; the longest, {self.longest}, has {self.length}"
+        )
+
+
+@dataclass(frozen=True)
+class UnknownCaptions:
+    """Captions of which an encoder knows less than half: ``count`` of ``captions``; ``worst`` is one's name."""
+
+    encoder: str
+    count: int
+    captions: int
+    worst: str
+    share: float  # of the worst one's letters
+
+    def __str__(self) -> str:
+        return (
+            f"text encoder {self.encoder}: of {self.count} of {self.captions} captions "
+            f"({self.count / self.captions:.0%}) it never learnt most letters, as of another script, and sees nothing "
+            f"of them; of the worst, {self.worst}, {self.share:.0%}"
         )
 
 
@@ -196,6 +215,16 @@ class Encoding:
             if count := sum(length > encoder.tokens for length in lengths.values()):
                 said = CutCaptions(encoder.name, encoder.tokens, count, len(captions), longest, lengths[longest])
                 found.append(said)
+        return found
+
+    def unknown(self, captions: Mapping[str, str]) -> list[UnknownCaptions]:
+        """Which encoders know less than half of how many of the captions, given by name."""
+        found: list[UnknownCaptions] = []
+        for encoder in self.encoders:
+            shares = {name: encoder.unknown_share(caption) for name, caption in captions.items()}
+            worst = max(shares, key=lambda name: shares[name])
+            if count := sum(share > MOST_UNKNOWN for share in shares.values()):
+                found.append(UnknownCaptions(encoder.name, count, len(captions), worst, shares[worst]))
         return found
 
     def place(self, device: str, comm: Communicator | None) -> None:

@@ -74,6 +74,10 @@ class TextEncoder(Protocol):
         """Tokens of the whole caption; where they are more than ``tokens``, ``encode`` cuts it."""
         ...
 
+    def unknown_share(self, caption: str) -> float:
+        """Of the letters that it reads, those of which it only sees that it never learnt them, as of another script."""
+        ...
+
     def encode(self, caption: str) -> tuple[Tensor, Tensor]:
         """Embeddings float32 [tokens, width], zero as padding; bool mask [tokens], True = valid.
 
@@ -127,6 +131,10 @@ class ByteEncoder:
     def length(self, caption: str) -> int:
         """See ``TextEncoder.length``; the end token counts."""
         return len(caption.encode()) + 1
+
+    def unknown_share(self, caption: str) -> float:
+        """It knows every byte."""
+        return 0.0
 
     def encode(self, caption: str) -> tuple[Tensor, Tensor]:
         """See ``TextEncoder.encode``. A cut caption keeps its end token."""

@@ -83,6 +83,12 @@ class Browser:
                 assert "error" not in reply, reply
                 return reply["result"]
 
+    def resize(self, width: int, height: int, scale: int = 1, *, mobile: bool = False) -> None:
+        """To a screen of so many CSS pixels, each ``scale`` of its own wide."""
+        self._ask(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=mobile
+        )
+
     def open(self, address: str) -> None:
         self._ask("Page.navigate", url=address)
 
@@ -98,6 +104,13 @@ class Browser:
         pressed = {"key": key, "windowsVirtualKeyCode": CODES.get(key, ord(key[0].upper())), "modifiers": 2 * ctrl}
         self._ask("Input.dispatchKeyEvent", type="keyDown", **pressed, **({"text": letter} if letter else {}))
         self._ask("Input.dispatchKeyEvent", type="keyUp", **pressed)
+
+    def add_style(self, css: str) -> None:
+        self.value(f"document.head.append(Object.assign(document.createElement('style'), {{textContent: {css!r}}}))")
+
+    def remove_style(self) -> None:
+        """The one that was added last."""
+        self.value("document.head.lastElementChild.remove()")
 
     def value(self, script: str) -> Any:
         """What an expression of the page is worth."""

@@ -113,8 +113,11 @@ def write_windows(path: Path, encoding: Encoding, windows: Iterator[Window], buc
 def encode_captions(path: Path, encoding: Encoding, captions: Sequence[Caption], told_in: Path) -> None:
     """Encode captions into one tar. Raises CinemeshError as ``write_windows``; says which are cut."""
     if captions:
-        for cut in encoding.cuts({f"of scene {told.clip}": told.text for told in captions}):
+        texts = {f"of scene {told.clip}": told.text for told in captions}
+        for cut in encoding.cuts(texts):
             print(f"{cut}: raise its tokens in data.encoders, or shorten them in {told_in}", file=sys.stderr)
+        for unknown in encoding.unknown(texts):
+            print(f"{unknown}: translate them in {told_in}, or take an encoder of bytes", file=sys.stderr)
     with whole_folder(path) as part:
         tar = TarWriter(part / CAPTIONS_TAR)
         rows: list[dict[str, Any]] = []

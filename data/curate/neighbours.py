@@ -1,6 +1,6 @@
-"""Neighbours of hand-picked clips: how a set for fine-tuning grows from seeds (Movie Gen, 3.3: text k-NN, then clips).
+"""Neighbours of concepts and of hand-picked clips: how a set for fine-tuning grows (Movie Gen, 3.3).
 
-Seeds are a YAML list: ids of clips as ``clips.parquet`` has them, and texts where the joint embedder knows any.
+Seeds are a YAML list of texts, and of clips as ``clip: ID``, which ``clips.parquet`` has. ``taxonomy.yaml`` is one.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
-from ...documents import read_yaml
+from ...documents import quoted, read_yaml
 from ...errors import CinemeshError
 from ...ranges import check_ranges, integers
 from .copies import faiss_of
 from .rows import ClipRow
 
+TAXONOMY = Path(__file__).parent / "taxonomy.yaml"
+FORM = "write texts, and clips as clip: ID"
 Nearest = Annotated[int, integers(1, 10**6, "neighbours of a seed", "clips")]
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Each seed keeps the ``k`` clips that are most like it."""
+    """Each seed keeps the ``k`` clips that are most like it. ``seeds``: a file; null: the texts that ship."""
 
-    seeds: str
+    seeds: str | None = None
     k: Nearest = 100
 
     needs: ClassVar[str] = "joint"
@@ -36,20 +38,39 @@ class Neighbours:
     def dropped(
         self, rows: Sequence[ClipRow], vectors: Mapping[str, Any], texts: Callable[[Sequence[str]], Any]
     ) -> dict[str, str]:
-        """By id, of clips that no seed is near. Raises CinemeshError for seeds that are no list of texts."""
-        seeds = read_yaml(Path(self.seeds), "the seeds", "correct neighbours.seeds")
-        if not isinstance(seeds, list) or not seeds or not all(isinstance(each, str) for each in seeds):
-            raise CinemeshError(f"{self.seeds} is no list of seeds", remedy="write ids of clips, or texts")
+        """By id, of clips that no seed is near. Raises CinemeshError for what is no seed, or a clip that is gone."""
         if not rows:
             return {}
-        found = np.array([vectors[row["id"]] for row in rows], np.float32)
-        clips = [each for each in seeds if each in vectors]
-        others = [each for each in seeds if each not in vectors]
+        path = TAXONOMY if self.seeds is None else Path(self.seeds)
+        clips, others = read_seeds(path)
+        if gone := [each for each in clips if each not in vectors]:
+            raise CinemeshError(
+                f"{path}: clip {quoted(gone[0])} is not among the {len(vectors)} that are left for neighbours",
+                remedy="name clips that clips.parquet says are kept, or a text",
+            )
         asked = [np.array([vectors[each] for each in clips], np.float32)] if clips else []
         if others:
             asked.append(np.asarray(texts(others), np.float32))
+        found = np.array([vectors[row["id"]] for row in rows], np.float32)
         flat = faiss_of("neighbours").IndexFlatIP(found.shape[1])
         flat.add(found)
         near = flat.search(np.concatenate(asked), min(self.k, len(rows)))[1]
         kept = {rows[int(i)]["id"] for i in near.reshape(-1)}
         return {row["id"]: f"of no seed it is among the {self.k} nearest" for row in rows if row["id"] not in kept}
+
+
+def read_seeds(path: Path) -> tuple[list[str], list[str]]:
+    """Ids of clips, and texts. Raises CinemeshError."""
+    listed = read_yaml(path, "the seeds", "correct neighbours.seeds")
+    if not isinstance(listed, list) or not listed:
+        raise CinemeshError(f"{path} is no list of seeds", remedy=FORM)
+    clips: list[str] = []
+    texts: list[str] = []
+    for number, seed in enumerate(listed, 1):
+        if isinstance(seed, str) and seed.strip():
+            texts.append(seed)
+        elif isinstance(seed, dict) and [*seed] == ["clip"] and isinstance(seed["clip"], str):
+            clips.append(seed["clip"])
+        else:
+            raise CinemeshError(f"{path}: seed {number} is {quoted(seed)}", remedy=FORM)
+    return clips, texts

@@ -139,6 +139,16 @@ class HuggingFaceEncoder:
         """See ``TextEncoder.length``."""
         return self._length(self.text(caption))
 
+    def unknown_share(self, caption: str) -> float:
+        """See ``TextEncoder.unknown_share``. A slow tokenizer does not tell where its tokens stand: all is known."""
+        unknown, text = self._tokenizer.unk_token_id, self.text(caption)
+        letters = sum(map(str.isalpha, text))
+        if not letters or not self._tokenizer.is_fast or unknown in (None, self._tokenizer.eos_token_id):
+            return 0.0  # CLIP's unknown token is its end token: of bytes, it knows all
+        told = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        spans = zip(told["input_ids"], told["offset_mapping"], strict=True)
+        return sum(sum(map(str.isalpha, text[a:b])) for token, (a, b) in spans if token == unknown) / letters
+
     def _length(self, text: str) -> int:
         return len(self._tokenizer(text, verbose=False)["input_ids"])
 

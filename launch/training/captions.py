@@ -37,8 +37,8 @@ def cache_encoding(config: Config, encoding: Encoding) -> Encoding:
     return encoding.without_text if encoded_in_loop(config) else encoding
 
 
-def told_cuts(config: Config, encoding: Encoding, history: History, step: int) -> list[str]:
-    """Which encoders cut how many of the captions, or of the first ``CHECKED``, that a step draws from; in lines.
+def told_losses(config: Config, encoding: Encoding, history: History, step: int) -> list[str]:
+    """What encoders cut or do not know of the captions, or of the first ``CHECKED``, that a step draws from; in lines.
 
     Of a run that does not encode them none: who built the cache said it.
     """
@@ -46,7 +46,7 @@ def told_cuts(config: Config, encoding: Encoding, history: History, step: int) -
         return []
     captions, number = history.at(step).first_captions(CHECKED)
     said = "" if len(captions) == number else f" (of {number:,}, the first are counted)"
-    return [f"{cut}{said}" for cut in encoding.cuts(captions)]
+    return [f"{loss}{said}" for loss in (*encoding.cuts(captions), *encoding.unknown(captions))]
 
 
 def contents(config: Config, encoding: Encoding, history: History, until: int | None = None) -> str:

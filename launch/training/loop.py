@@ -26,7 +26,7 @@ from ..cluster.meeting import agree
 from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, rank_main
 from ..cluster.verdict import stages_of
 from .base import BEGUN_WITH
-from .captions import contents, place_encoders, told_cuts
+from .captions import contents, place_encoders, told_losses
 from .checkpoint.choosing import Keep, kept_in
 from .checkpoint.loading import Resumed, resume
 from .checkpoint.saving import Saver
@@ -148,7 +148,7 @@ def _until_spike(
                 f"from step {runner.steps_done + 1} on a step takes {batches_told(setting.global_batches, asked)}"
             )
         telemetry.say(f"latent cache {config.data.cache}, version {history.text()}")
-        for line in told_cuts(config, setting.encoding, history, runner.steps_done):
+        for line in told_losses(config, setting.encoding, history, runner.steps_done):
             telemetry.say(line)
         for windows in history.at(runner.steps_done).buckets:
             telemetry.say(f"bucket {windows.bucket}: {len(windows.train)} training and {len(windows.validation)} "

@@ -130,18 +130,29 @@ def run(  # noqa: PLR0913  what the command line says of clips, one argument eac
     if rewriter is not None:
         clips = _rewritten(clips, rewriter, told=prompts is not None)
     clips = [replace(clip, prompt=with_fps(rate, clip.prompt)) for clip in clips]  # as in training
-    if prompts is not None:
-        for cut in setting.encoding.cuts({clip.out.stem: clip.prompt for clip in clips}):
-            print(cut, file=sys.stderr)
-    elif cuts := setting.encoding.cuts({"the prompt": clips[0].prompt}):
-        taken = ", ".join(f"text encoder {cut.encoder} takes {cut.tokens} of its {cut.length} tokens" for cut in cuts)
-        print(f"the prompt is cut: {taken}", file=sys.stderr)
+    for line in _told_losses(setting, clips, several=prompts is not None):
+        print(line, file=sys.stderr)
     order = ClipOrder(recipe, newest, tuple(clips), rate, trace_change)
     if said := remark(recipe, written.updates):
         print(said, file=sys.stderr)
     code = launch(nproc, sample, order) if nproc and nproc > 1 else rank_main(lambda: sample(order))
     if code:
         sys.exit(code)
+
+
+def _told_losses(setting: Setting, clips: Sequence[Clip], *, several: bool) -> list[str]:
+    """What text encoders cut or do not know of the prompts."""
+    if several:
+        texts = {clip.out.stem: clip.prompt for clip in clips}
+        return [str(loss) for loss in (*setting.encoding.cuts(texts), *setting.encoding.unknown(texts))]
+    text, told = {"the prompt": clips[0].prompt}, list[str]()
+    if cuts := setting.encoding.cuts(text):
+        taken = ", ".join(f"text encoder {cut.encoder} takes {cut.tokens} of its {cut.length} tokens" for cut in cuts)
+        told.append(f"the prompt is cut: {taken}")
+    if unknown := setting.encoding.unknown(text):
+        of = ", ".join(f"text encoder {each.encoder} never learnt {each.share:.0%} of its letters" for each in unknown)
+        told.append(f"the prompt is in words, or a script, that the model does not know: {of}")
+    return told
 
 
 def _asked_for(prompt: str | None, prompts: Path | None, out: Path | None) -> list[Clip]:

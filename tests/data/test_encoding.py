@@ -9,6 +9,7 @@ from typing import Literal
 
 import pytest
 import torch
+from text_models import minilm
 
 from cinemesh.data import encoding
 from cinemesh.data.encoding import BlockDCT, CodecSettings, Encoding
@@ -97,3 +98,18 @@ def test_captions_that_are_cut_are_counted_with_the_worst_one() -> None:
         "text encoder a: 2 of 3 captions (67%) have more than its 4 tokens and are cut; the longest, z, has 8"
     )
     assert made.cuts({"x": "abc"}) == []
+
+
+def test_captions_of_another_script_are_counted_with_the_worst_one() -> None:
+    """A sentence may come to one unknown token, beside three of the frame rate: letters count, not tokens."""
+    made = Encoding.of(BlockDCT(), [EncoderSettings("bert", 20, None, minilm()), EncoderSettings("bytes", 200, 4)])
+    (unknown,) = made.unknown(
+        {"amharic": "FPS-16 \u1230\u120b\u121d \u1208\u12d3\u1208\u121d \u12cd\u123b \u12ed\u122e\u1323\u120d",
+         "english": "FPS-16 A dog runs.", "mixed": "FPS-16 A dog runs on \u1230\u120b\u121d"}
+    )  # fmt: skip
+    assert (unknown.encoder, unknown.count, unknown.captions, unknown.worst) == ("bert", 1, 3, "amharic")
+    assert unknown.share == pytest.approx(13 / 16)  # of FPS and thirteen letters
+    assert "it never learnt most letters" in str(unknown) and str(unknown).endswith("amharic, 81%")
+    assert (
+        made.unknown({"none": "", "digits": "FPS-24 12:30!", "cyrillic": "\u0421\u043e\u0431\u0430\u043a\u0430"}) == []
+    )

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from browser import CHROMIUM, Browser
+from layout import SCREENS, faults, measured, opened
 from local_requests import ask, serving
 
 from cinemesh.data.clips import write_mp4
@@ -150,6 +151,22 @@ def test_clips_that_cannot_be_shown_are_refused(manifest: Path) -> None:
 
 def shown(name: str) -> str:
     return f"!document.getElementById('{name}').hidden"
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+def test_the_page_can_be_read(browser: Browser, manifest: Path, screen: str) -> None:
+    """Guideline, and a clip with its caption, span and checklist."""
+    with serving(PickingServer(manifest, 0)) as server:
+        opened(browser, screen, server.address + "/")
+        browser.wait("document.activeElement && document.activeElement.id === 'name'")
+        browser.type(f"ann on a {screen}")
+        browser.press("Enter")
+        browser.wait(shown("guideline"))
+        assert list(faults(measured(browser))) == []
+        browser.press("g")
+        browser.wait("document.querySelector('video').readyState >= 2")
+        found = measured(browser)
+        assert list(faults(found)) == [] and len(found["videos"]) == 1
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from browser import CHROMIUM, Browser
 from clip_folders import bench, clip
+from layout import SCREENS, faults, measured, opened
 from local_requests import ask, serving
 
 from cinemesh.errors import CinemeshError
@@ -173,6 +174,26 @@ PROGRESS = "document.getElementById('progress').textContent"
 def shown(name: str) -> str:
     """Whether the page shows the part of that name."""
     return f"!!document.getElementById('{name}') && !document.getElementById('{name}').hidden"
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+def test_the_page_can_be_read(browser: Browser, folder: Path, screen: str) -> None:
+    """Name, guideline with its example clips, and a pair: nothing cut, small or covered; the clips fill the width."""
+    with serving(JudgeServer(folder, 0)) as server:
+        opened(browser, screen, server.address + "/")
+        browser.wait("document.activeElement && document.activeElement.id === 'name'")
+        assert list(faults(measured(browser))) == []
+        browser.type(f"ann on a {screen}")
+        browser.press("Enter")
+        browser.wait(shown("guideline"))
+        assert list(faults(measured(browser))) == []
+        browser.press("g")
+        browser.wait(f"{shown('judging')} && {VIDEOS}.filter(v => v.readyState === 4).length === 2")
+        found = measured(browser)
+        assert list(faults(found)) == []
+        (left, right), column = found["videos"], found["column"]
+        assert left[1] == right[1] and (left[2] - left[0]) == pytest.approx(right[2] - right[0])
+        assert (right[2] - left[0]) > 0.9 * column
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")

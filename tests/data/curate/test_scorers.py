@@ -31,32 +31,6 @@ def scored(settings: ScorerSettings) -> float:
     return ScoreMeasure(settings, settings.fingerprint).of([row()])[0]["score"]
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP of 16 channels with random weights, and a tokenizer of whole words."""
-    torch.manual_seed(0)
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.CLIPConfig(
-        text_config={**size, "vocab_size": 64, "max_position_embeddings": 16, "eos_token_id": 2, "bos_token_id": 1},
-        vision_config={**size, "image_size": 32, "patch_size": 8},
-        projection_dim=8,
-    )
-    folder = tmp_path_factory.mktemp("clip")
-    transformers.CLIPModel(config).save_pretrained(folder)
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    words = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "a", "photo", "slide"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    return folder
-
-
 def test_laions_head_is_applied_to_clips_vectors(clip: Path, tmp_path: Path) -> None:
     """The layers of the published predictor, between which only dropout stands."""
     torch.manual_seed(1)
@@ -170,6 +144,7 @@ def test_a_preset_asks_for_weights_or_runs_with_what_ships(name: str) -> None:
                 "copies": {"embedder": "efficientnet", "cosine": 0.95},
                 "scores": {"aesthetic": None, "subject": None},
                 "humans": None,
+                "neighbours": None,
             }
             for kind in ("videos", "images")
         },
@@ -187,6 +162,17 @@ def test_a_limit_of_another_scorer_is_refused() -> None:
     }
     with pytest.raises(CinemeshError, match="limits belong to a scorer"):
         settings_of({"preset": "small", "sources": ["x"], **given}, "c.yaml")
+
+
+def test_a_limit_may_be_zero_or_less() -> None:
+    """A clip scorer tells how much more a clip is like one text than like another: 0 is where to begin."""
+    for least in (0, -0.25):
+        given = {
+            "measure": {"scores": {"a": {"kind": "contrast"}}},
+            "videos": {"scores": {"a": {"scorer": "contrast", "least": least}}},
+        }
+        limits = settings_of({"preset": "small", "sources": ["x"], **given}, "c.yaml").videos.scores["a"]
+        assert limits is not None and limits.least == least
 
 
 def test_limits_have_two_ends() -> None:

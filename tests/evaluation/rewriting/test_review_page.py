@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from browser import CHROMIUM, Browser
 from chat_server import parts_of
+from layout import SCREENS, faults, measured, opened
 from local_requests import ask, serving
 
 from cinemesh.errors import CinemeshError
@@ -52,6 +53,24 @@ def test_a_verdict_is_on_the_disk_and_a_wrong_one_is_not(folder: Path) -> None:
 
 def shown(name: str) -> str:
     return f"!document.getElementById('{name}').hidden"
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+def test_the_page_can_be_read(browser: Browser, folder: Path, screen: str) -> None:
+    """Guideline, a rewrite beside its prompt, and the fields of an edit."""
+    with serving(ReviewServer(folder, 0)) as server:
+        opened(browser, screen, server.address + "/")
+        browser.wait("document.activeElement && document.activeElement.id === 'name'")
+        browser.type(f"ann on a {screen}")
+        browser.press("Enter")
+        browser.wait(shown("guideline"))
+        assert list(faults(measured(browser))) == []
+        browser.press("g")
+        browser.wait("document.getElementById('progress').textContent === '1 of 4'")
+        assert list(faults(measured(browser))) == []
+        browser.press("e")
+        browser.wait("document.activeElement.dataset.part === 'subject'")
+        assert list(faults(measured(browser))) == []
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")

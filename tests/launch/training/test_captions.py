@@ -18,13 +18,16 @@ from cinemesh.data.cache.samples import CaptionDraw
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.cluster.processes import Joined, StopSignal
 from cinemesh.launch.training.captions import TextAhead
+from cinemesh.launch.training.clip_sampler import ClipSampler
 from cinemesh.launch.training.latent_cache import open_history
 from cinemesh.launch.training.loop import train_steps
 from cinemesh.launch.training.recipe import check_config
 from cinemesh.launch.training.setting import Setting
 from cinemesh.launch.training.telemetry import read_metrics
+from cinemesh.model.step import unit_layout
+from cinemesh.model.weights import fill_shard, probe_values
 from cinemesh.parallel.ir.plan import Plan
-from cinemesh.parallel.runtime.mesh import Mesh
+from cinemesh.parallel.runtime.mesh import Mesh, coordinates
 
 pytestmark = pytest.mark.usefixtures("one_process")
 Values = dict[str, Any]
@@ -124,6 +127,43 @@ def test_a_cache_of_a_loop_holds_no_embeddings(values: Values, tmp_path: Path) -
 
     embeddings = 3 * 4 * (20 * 384 + 40 * 24 + 6 * 24)
     assert caption_bytes(values) > embeddings > 10 * caption_bytes(loop)
+
+
+def sampled(values: Values, prompts: list[str]) -> tuple[list[Tensor], int]:
+    """Latents of clips, by weights that depend on the plan's shapes alone, and how many encoders are in shards."""
+    setting = Setting.of(check_config(values, "test"))
+    plan = setting.config.plan
+    mesh = Mesh(plan) if plan.world_size > 1 else None
+    units = unit_layout(setting.model, plan)
+    weights = torch.empty(1, units.flat_elements)
+    fill_shard(weights, units, mesh.coordinates if mesh else coordinates(plan, 0), probe_values(2))
+    place = Joined(mesh.rank if mesh else 0, "cpu", mesh)
+    sampler = ClipSampler(setting, place, weights, dict(enumerate(prompts)))
+    made = [latent for _, latent in sampler.latents(silent=True)]
+    towers = [getattr(encoder, "_tower", None) for encoder in setting.encoding.encoders]
+    gathered = [tower.gathered is not None for tower in towers if tower is not None]
+    if mesh:
+        mesh.close()
+    return made, sum(gathered)
+
+
+def test_a_loop_samples_as_the_cache(values: Values, pool: Pool) -> None:
+    """Bitwise, prompt by prompt, also where two encoders are in shards; and a prompt without quotes has no sign."""
+    values["sample"] = {"steps": 3, "guidance": 2.0}
+    prompts = ["It moves.", 'A sign reads "GO".', "", "It waits, and then waits on, and on, and on, and on, and on."]
+    cached, _ = sampled(values, prompts)
+    loop = in_loop(values, "loop")
+    found, whole = sampled(loop, prompts)
+    assert whole == 0 and len(found) == 4 and all(map(torch.equal, found, cached))
+    assert not any(torch.equal(found[0], other) for other in found[1:])
+    four = {"dp_shard": 2, "cp": 2}
+    values["plan"] |= four
+    (expected, _), *_ = pool.run(4, sampled, values, prompts)
+    (found, gathered), *others = pool.run(4, sampled, in_loop(values, "loop-4"), prompts)
+    assert gathered == 2 and all(of == [] for of, _ in others)
+    assert len(found) == 4 and all(map(torch.equal, found, expected))
+    for latent, alone in zip(found, cached, strict=True):
+        assert torch.allclose(latent, alone, atol=1e-4)
 
 
 class Killed(BaseException):
