@@ -119,12 +119,15 @@ def draw_against_loss(path: Path, found: Sequence[AxisAgainstLoss], losses: Mapp
         ]
         said = "" if of.rank_correlation is None else f", rank correlation {of.rank_correlation:+.2f}"
         axes.errorbar(gaps, wins, np.abs(bars), fmt="os^Dv<>"[number % 7], capsize=3, alpha=0.8, label=of.axis + said)
+    gaps = [pair.gap for pair in found[0].pairs]
     for pair in found[0].pairs:
+        left = pair.gap <= (min(gaps) + max(gaps)) / 2  # of the middle: its name goes to the right of it
         axes.annotate(
             f"{pair.lower} over {pair.higher}",
             (pair.gap, 100 * pair.net_win),
-            (6, 4),
+            (6 if left else -6, 4),
             textcoords="offset points",
+            ha="left" if left else "right",
             fontsize=8,
         )
     axes.axhline(0, color="grey", linewidth=0.8)

@@ -121,19 +121,24 @@ def _net_win(
     if drawn is not None and freedom > 0:
         values, _ = _estimate(drawn[drawn.sum(1) > 0], features, removable)
         tail = _tail(freedom)
-        low, high = (float(end) for end in np.quantile(values, [tail, 1 - tail]))
+        low, high = (_share(end) for end in np.quantile(values, [tail, 1 - tail]))
         deviation = float(values.std())
     return NetWin(
         prompts=int(counts.sum()),
         wins=int(counts[results > 0].sum()),
         ties=int(counts[results == 0].sum()),
         losses=int(counts[results < 0].sum()),
-        value=float(value[0]),
+        value=_share(value[0]),
         low=low,
         high=high,
         deviation=deviation,
         side_bias=float(side_bias[0]) if removable else None,
     )
+
+
+def _share(estimated: float) -> float:
+    """A net win rate: where nearly all is won, what is estimated without the side bias may lie beyond all."""
+    return float(np.clip(estimated, -1.0, 1.0))
 
 
 def _strata(names: Sequence[Hashable]) -> tuple[NDArray[np.integer], NDArray[np.integer]]:

@@ -131,6 +131,17 @@ def test_prompts_that_are_still_needed() -> None:
     assert found.more_prompts(1.0) == 0
 
 
+def test_nothing_is_won_beyond_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one side's prompts are won by all raters and the other's by most, less the bias is more than all."""
+    left = np.arange(14) % 2 == 0
+    votes = np.array([[0, 0, 3] if side else [0, 1, 2] for side in left])
+    found = net_win(votes, left)
+    assert found.low is not None and -1 == found.value == found.low <= found.high  # type: ignore[operator]
+    assert found.side_bias == pytest.approx(-1 / 12)
+    monkeypatch.setattr(module, "_share", float)
+    assert net_win(votes, left).value < -1.001
+
+
 def test_too_few_prompts_have_no_interval_and_no_side_bias() -> None:
     one = net_win(np.array([[2, 0, 1]]), np.array([True]))
     assert (one.value, one.low, one.high, one.deviation, one.side_bias, one.more_prompts(0.1)) == (1, *[None] * 5)
