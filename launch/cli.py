@@ -4,12 +4,16 @@ Each command imports its work when it is called, so ``--help`` answers at once a
 never load torch.
 """
 
+import errno
 import platform
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
+import click
 import typer
+from typer.core import TyperGroup
 
+from ..documents import quoted
 from ..errors import CinemeshError
 from ..interrupt import interrupted_in_a_line
 from .doors.codec import codec
@@ -53,8 +57,25 @@ Exit codes: 0 done; 1 a check did not hold; 2 wrong input, with a line that says
 130 interrupted.
 """
 
+
+class Commands(TyperGroup):
+    """All of them. A name that no file system takes is wrong input, whichever command looks for its file."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            name = str(error.filename)
+            raise CinemeshError(
+                f"{quoted(name)}: no file has a name of {len(name):,} characters", remedy="name one that is there"
+            ) from None
+
+
 app = typer.Typer(
     name="cinemesh",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,  # a traceback is a bug: show it plainly

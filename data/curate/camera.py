@@ -88,7 +88,9 @@ def read_labels(path: Path) -> list[HandLabel]:
 def camera_of(vector: Any, right: Any, down: Any, grew: Any, fit: Any) -> ClipRow:
     """From the flow of every frame of a clip: a class, and how sure it is.
 
-    Sure is a move that explains the vectors of every frame and goes one way throughout.
+    Sure is a move that explains the vectors of every frame, alone, and goes one way throughout. What a shift leaves
+    over of the vectors' energy counts twice, since an object that fills most of the picture, or depth, leaves little;
+    a zoom always leaves some: vectors are of half pixels, and none where it begins.
     """
     known = ~np.isnan(vector)
     if not known.any():
@@ -98,19 +100,20 @@ def camera_of(vector: Any, right: Any, down: Any, grew: Any, fit: Any) -> ClipRo
         return {"camera": "static", "camera_confidence": 1 - length / STATIC_PX / 2}
     explained = float(np.average(fit[known], weights=vector[known]))
     moves = (
-        (grew[known], LEAST_GREW, "zoom in", "zoom out"),
-        (-right[known], LEAST_SHIFT_PX, "pan right", "pan left"),  # the content goes the other way
-        (down[known], LEAST_SHIFT_PX, "tilt up", "tilt down"),
+        (grew[known], LEAST_GREW, "zoom in", "zoom out", 1),
+        (-right[known], LEAST_SHIFT_PX, "pan right", "pan left", 2),  # the content goes the other way
+        (down[known], LEAST_SHIFT_PX, "tilt up", "tilt down", 2),
     )
-    strengths = [abs(float(values.mean())) / least for values, least, _, _ in moves]
+    strengths = [abs(float(values.mean())) / least for values, least, *_ in moves]
     best = int(np.argmax(strengths))
-    values, least, forth, back = moves[best]
+    values, least, forth, back, rest_counts = moves[best]
     mean = float(values.mean())
     if abs(mean) < least:
         return {"camera": None, "camera_confidence": None}
-    steady = abs(mean) / float(np.abs(values).mean())
+    throughout = float((values * np.sign(mean) > least / 2).mean())
     alone = strengths[best] / sum(strengths)
-    return {"camera": forth if mean > 0 else back, "camera_confidence": max(0.0, explained) * steady * alone}
+    sure = max(0.0, explained) ** rest_counts * throughout * alone
+    return {"camera": forth if mean > 0 else back, "camera_confidence": sure}
 
 
 @dataclass(frozen=True)

@@ -164,3 +164,34 @@ def test_options_reach_train_sample_and_program(monkeypatch: pytest.MonkeyPatch)
         "batch": 2,
         "as_json": False,
     }
+
+
+@pytest.mark.parametrize("letters", [300, 5000])  # beyond what a folder holds, and beyond what a path may have
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "--cluster", "NAME"),
+        ("explain", "tp=2", "--cluster", "NAME"),
+        ("doctor", "--cluster", "NAME"),
+        ("cluster", "NAME"),
+        ("data", "show", "NAME"),
+        ("data", "check", "NAME"),
+        ("codec", "eval", "--codec", "NAME"),
+        ("export", "NAME", "--out", "x"),
+        ("upsample", "NAME", "x.mp4"),
+        ("train", "NAME"),
+        ("judge", "make", "NAME", "x", "--out", "y"),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_one_line(
+    words: tuple[str, ...],
+    letters: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of every command that looks for a file: the system's own refusal was a traceback."""
+    monkeypatch.chdir(tmp_path)
+    assert run_main(monkeypatch, *(letters * "a" if word == "NAME" else word for word in words)) == 2
+    said = capsys.readouterr().err
+    assert len(said) < 1200 and "Traceback" not in said and not [*tmp_path.iterdir()]
