@@ -9,7 +9,6 @@ import platform
 import sys
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -31,6 +30,8 @@ from .doors.weights import weights
 from .examples import PAPER
 from .terminal import show_what_it_can
 
+WrongUsage: Any = typer.BadParameter.__base__  # click's UsageError: typer brings its own click, or needs it
+LONGEST = 1000  # letters of what is said of a wrong word
 USER_ERROR = 2  # exit code of a mistake that the message says how to mend; also click's code for wrong usage
 
 EXAMPLES = f"""\b
@@ -59,11 +60,15 @@ Exit codes: 0 done; 1 a check did not hold; 2 wrong input, with a line that says
 
 
 class Commands(TyperGroup):
-    """All of them. A name that no file system takes is wrong input, whichever command looks for its file."""
+    """All of them. Words of thousands of letters are wrong input, whichever command they are given to."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except WrongUsage as error:  # it shows the word whole
+            if len(error.message) > LONGEST:
+                error.message = f"{error.message[:LONGEST]} ..."
+            raise
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:
                 raise

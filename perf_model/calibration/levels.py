@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, cast, get_args, get_type_hints
 
 from ...documents import quoted, read_json, write_yaml
-from ...errors import CinemeshError
+from ...errors import CinemeshError, did_you_mean
 from ...files import atomic_file
 from ...kernels.ops import OPS
 from ...parallel.ir.collectives import COLLECTIVES
@@ -31,7 +31,11 @@ from . import links
 from .calibrate import SHOWN_UNITS, Key, price_of
 
 KEY_LENGTHS: dict[str, int] = {"matmul": 5, "attention": 5, "stream": 1, "collectives": 3}
-NAMES = {"attention": ("forward", "backward"), "collectives": COLLECTIVES}
+NAMES = {  # of a matmul: dtypes, which its cluster must know
+    "attention": ("forward", "backward"),
+    "stream": tuple(kind for kind, spec in OPS.items() if spec.law not in ("matmul", "attention")),
+    "collectives": COLLECTIVES,
+}
 SECTIONS = (
     "gpu",
     "matmul",
@@ -69,9 +73,7 @@ class ProfileSample:
                 f"key is {quoted(list(self.key))}", remedy=f"{KEY_LENGTHS[self.part]} sizes are a {self.part}'s"
             )
         if self.name not in NAMES.get(self.part, (self.name,)):
-            raise CinemeshError(
-                f"name is {quoted(self.name)}", remedy=f"it must be one of {', '.join(NAMES[self.part])}"
-            )
+            raise CinemeshError(f"name is {quoted(self.name)}", remedy=did_you_mean(self.name, NAMES[self.part]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +152,7 @@ def _prepared(base: Cluster) -> Cluster:
     """A base of CPUs with a law of its own for every op, and no launch beside it."""
     if base.device != "cpu":
         return base
-    kinds = [kind for kind, spec in OPS.items() if spec.law not in ("matmul", "attention")]
+    kinds = NAMES["stream"]
     rate = base.stream.fraction * base.gpu.memory_bytes_per_s
     floors, rates = dict.fromkeys(kinds, base.stream.floor_s), dict.fromkeys(kinds, rate)
     if base.measured is not None:

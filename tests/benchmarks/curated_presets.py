@@ -30,7 +30,7 @@ CREDIT = "Big Buck Bunny, (c) copyright 2008, Blender Foundation, www.bigbuckbun
 PRESETS = ("low", "high", "sft")
 OFF: dict[str, Any] = {"scores": {"aesthetic": None, "subject": None}, "humans": None, "neighbours": None}
 SHIPPED: dict[str, Any] = {
-    "measure": {"copies": {"kind": "efficientnet"}, "joint": None, "scores": {"aesthetic": None, "subject": None}},
+    "measure": {"copies": {"kind": "efficientnet"}, "joint": None},
     "videos": OFF | {"copies": {"embedder": "efficientnet", "cosine": 0.95, "most_bits": 6}},
     "images": OFF | {"copies": {"embedder": "efficientnet", "cosine": 0.95, "most_bits": 6}},
 }

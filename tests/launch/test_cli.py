@@ -180,17 +180,19 @@ def test_options_reach_train_sample_and_program(monkeypatch: pytest.MonkeyPatch)
         ("export", "NAME", "--out", "x"),
         ("upsample", "NAME", "x.mp4"),
         ("train", "NAME"),
+        ("doctor", "--device", "NAME"),
+        ("NAME",),
         ("judge", "make", "NAME", "x", "--out", "y"),
     ],
 )
-def test_a_name_that_no_file_can_have_is_one_line(
+def test_a_word_longer_than_any_name_is_one_short_line(
     words: tuple[str, ...],
     letters: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Of every command that looks for a file: the system's own refusal was a traceback."""
+    """The system's own refusal of a file's name was a traceback, and choices said the word whole."""
     monkeypatch.chdir(tmp_path)
     assert run_main(monkeypatch, *(letters * "a" if word == "NAME" else word for word in words)) == 2
     said = capsys.readouterr().err

@@ -128,9 +128,17 @@ def test_a_file_that_is_no_profile_is_refused(
         read_profile(path)
 
 
-def test_a_direction_that_is_none_is_refused() -> None:
-    with pytest.raises(CinemeshError, match="forward, backward"):
-        ProfileSample(part="attention", name="sideways", key=(1, 1, 1, 1, 1), seconds=1.0, count=1)
+@pytest.mark.parametrize(
+    ("part", "name", "key", "said"),
+    [
+        ("attention", "sideways", (1, 1, 1, 1, 1), "forward, backward"),
+        ("stream", "layer_norms", (64,), "did you mean 'layer_norm'"),
+        ("collectives", "gather", (64, 2, 1), "all_gather"),
+    ],
+)
+def test_a_name_that_no_law_has_is_refused(part: str, name: str, key: tuple[int, ...], said: str) -> None:
+    with pytest.raises(CinemeshError, match=said):
+        ProfileSample(part=part, name=name, key=key, seconds=1.0, count=1)
 
 
 def test_a_file_that_could_not_be_read_back_is_not_written(measured: MachineProfile, tmp_path: Path) -> None:
