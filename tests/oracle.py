@@ -1,8 +1,8 @@
 """The same model on torch's own parallelism: FSDP2, DTensor tensor and sequence parallel, context_parallel.
 
-An independent truth for every plan: nothing here comes from ``cinemesh.parallel``, and of
-``cinemesh.model`` only the configuration, the parameter table, the names of the inputs and the random
-draws. Activations are [B, S, D], weights those of ``nn.Linear``.
+An independent truth for every plan: nothing here comes from ``cinemesh.parallel`` but the record that
+a row of the parameter table is, and of ``cinemesh.model`` only the configuration, that table, the names
+of the inputs and the random draws. Activations are [B, S, D], weights those of ``nn.Linear``.
 
 What torch's parts do and do not do, and what follows here:
 
@@ -17,6 +17,9 @@ What torch's parts do and do not do, and what follows here:
 - ``context_parallel`` reorders tokens for causal load balancing unless told not to; its ring
   handles only the CUDA kernels. With the MATH backend attention is matmul, softmax, matmul on
   DTensors, and DTensor gathers what they need.
+
+A block of form ``dit`` and v-prediction are written apart too: torch's LayerNorm, biases of ``nn.Linear``, levels of
+noise by cumulative products as Lin et al. 2023 list them.
 """
 
 from __future__ import annotations
@@ -49,6 +52,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cinemesh.model import flow
 from cinemesh.model.config import ModelConfig, parameters
 from cinemesh.model.inputs import IDS, LATENTS, MASK, PLACES, text_input
+from cinemesh.model.paths import PATHS
+from cinemesh.parallel.ir.units import Parameter
 
 # It reports every reduction over two axes as slow; here only the result matters.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -56,8 +61,19 @@ logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERR
 _plain_attention = F.scaled_dot_product_attention  # what context_parallel replaces
 
 
-def linear(inputs: int, outputs: int) -> nn.Linear:
-    return nn.Linear(inputs, outputs, bias=False)
+def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=bias)
+
+
+def in_dit(c: ModelConfig) -> bool:
+    """Whether the blocks are those of DiT: Movie Gen, Table 9."""
+    return c.block == "dit"
+
+
+def block_norm(c: ModelConfig) -> nn.Module:
+    if in_dit(c):
+        return nn.LayerNorm(c.width, eps=1e-6, elementwise_affine=False)
+    return nn.RMSNorm(c.width, c.norm_eps)
 
 
 class Attention(nn.Module):
@@ -66,7 +82,7 @@ class Attention(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.head_dim = c.head_dim
-        self.q, self.k, self.v, self.o = (linear(c.width, c.width) for _ in range(4))
+        self.q, self.k, self.v, self.o = (linear(c.width, c.width, bias=in_dit(c)) for _ in range(4))
 
     def heads(self, x: Tensor, source: Tensor) -> list[Tensor]:
         """Queries of x, keys and values of source: [B, S, D] -> [B, h, S, K] each."""
@@ -93,21 +109,17 @@ class CrossAttention(Attention):
 class FeedForward(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        self.gate, self.up, self.down = (
-            linear(c.width, c.ffn),
-            linear(c.width, c.ffn),
-            linear(c.ffn, c.width),
-        )
+        self.gate = None if in_dit(c) else linear(c.width, c.ffn)
+        self.up, self.down = linear(c.width, c.ffn, bias=in_dit(c)), linear(c.ffn, c.width, bias=in_dit(c))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(F.silu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(c.width, c.norm_eps)
-        self.norm2 = nn.RMSNorm(c.width, c.norm_eps)
+        self.norm1, self.norm2 = block_norm(c), block_norm(c)
         self.table = nn.Parameter(torch.empty(6, c.width))
         self.attention = SelfAttention(c)
         self.cross = CrossAttention(c)
@@ -134,7 +146,7 @@ class TextProjection(nn.Module):
 
 
 class Model(nn.Module):
-    """Predicts the velocity of each token, [B, S, P]."""
+    """Predicts the target of each token, [B, S, P]."""
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
@@ -190,6 +202,15 @@ def _matrix(name: str, shape: tuple[int, ...], inputs: int) -> _Map:
     return _Map((f"{name}.weight",), lambda w: (w.reshape(inputs, -1).T,), lambda w: w.T.reshape(shape))
 
 
+def _bias(module: str, row: Parameter) -> _Map:
+    """A row of biases, as those of the products that its name lists: ``kv_bias`` [2, h, k]."""
+    product = row.name.rpartition(".")[2].removesuffix("_bias")
+    if product == "kv":
+        names = (f"{module}.k.bias", f"{module}.v.bias")
+        return _Map(names, lambda b: (b[0].flatten(), b[1].flatten()), lambda k, v: torch.stack([k, v]).view(row.shape))
+    return _Map((f"{module}.{product}.bias",), lambda b: (b.flatten(),), lambda b: b.view(row.shape))
+
+
 def _maps(c: ModelConfig) -> dict[str, _Map]:
     d = c.width
     fixed = {
@@ -224,9 +245,13 @@ def _maps(c: ModelConfig) -> dict[str, _Map]:
             maps[row.name] = _same(row.name)
         elif leaf in ("gate", "up", "down"):
             maps[row.name] = _matrix(f"{head}.ffn.{leaf}", row.shape, row.shape[0])
+        elif leaf in ("up_bias", "down_bias"):
+            maps[row.name] = _bias(f"{head}.ffn", row)
         else:
             module = head if head.endswith("cross") else f"{head}.attention"
-            if leaf == "kv":
+            if leaf.endswith("_bias"):
+                maps[row.name] = _bias(module, row)
+            elif leaf == "kv":
                 maps[row.name] = _Map(
                     (f"{module}.k.weight", f"{module}.v.weight"),
                     lambda w: (w[:, 0].reshape(d, d).T, w[:, 1].reshape(d, d).T),
@@ -283,7 +308,7 @@ class Oracle:
     optimizer: torch.optim.AdamW
 
 
-def parallelize(model: Model, mesh: DeviceMesh) -> None:
+def parallelize(config: ModelConfig, model: Model, mesh: DeviceMesh) -> None:
     """Tensor and sequence parallel over ``tp``, then FSDP over dp_shard x cp, replicated over dp_replicate."""
     tokens, whole = Shard(1), Replicate()
     styles: dict[str, ParallelStyle] = {
@@ -293,7 +318,10 @@ def parallelize(model: Model, mesh: DeviceMesh) -> None:
         "cross": PrepareModuleInput(input_layouts=(tokens, whole, None), desired_input_layouts=(whole, whole, None)),
         "ffn": PrepareModuleInput(input_layouts=tokens, desired_input_layouts=whole),
     }
-    for name in ("attention.q", "attention.k", "attention.v", "cross.q", "cross.k", "cross.v", "ffn.gate", "ffn.up"):
+    columns = ["attention.q", "attention.k", "attention.v", "cross.q", "cross.k", "cross.v", "ffn.gate", "ffn.up"]
+    if in_dit(config):
+        columns.remove("ffn.gate")
+    for name in columns:
         styles[name] = ColwiseParallel()
     for name in ("attention.o", "cross.o", "ffn.down"):
         styles[name] = RowwiseParallel(output_layouts=tokens, use_local_output=False)
@@ -331,7 +359,7 @@ def build_oracle(
         for name, part in zip(maps[row.name].names, maps[row.name].split(weights[row.name]), strict=True)
     }
     model.load_state_dict(state)  # strict: every parameter of the modules is in the table
-    parallelize(model, mesh)
+    parallelize(config, model, mesh)
     by_name = dict(model.named_parameters())
     groups = [
         {
@@ -366,6 +394,23 @@ def _patches(latent: Tensor, patch: tuple[int, int, int]) -> Tensor:
     return latent.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4).flatten(1, 3).contiguous()
 
 
+def _interpolated(x1: Tensor, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(x_t, target) of flow matching: Movie Gen 3.1.2."""
+    amount = t[:, None, None, None, None]
+    return torch.lerp(x0, x1, amount) + 1e-5 * amount * x0, x1 - x0 + 1e-5 * x0
+
+
+def _diffused(x1: Tensor, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(x_t, target) of v-prediction with zero terminal SNR: Lin et al. 2023, algorithm 1, step for step."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
+    alphas_bar_sqrt = torch.cumprod(1 - betas, 0).sqrt()
+    first, last = alphas_bar_sqrt[0].clone(), alphas_bar_sqrt[-1].clone()
+    alphas_bar_sqrt = (alphas_bar_sqrt - last) * first / (first - last)
+    alpha = alphas_bar_sqrt[(999 - 1000 * t).round().long()][:, None, None, None, None]
+    sigma = (1 - alpha.square()).sqrt()
+    return alpha * x1 + sigma * x0, alpha * x0 - sigma * x1
+
+
 def oracle_loss(
     oracle: Oracle,
     batch: Mapping[str, Tensor],
@@ -381,12 +426,11 @@ def oracle_loss(
 
     latent, ids, places, mask = (batch[name][mine] for name in (LATENTS, IDS, PLACES, MASK))
     counter = torch.tensor(step)
-    t = flow.draw_time(seed, counter, ids, places).to(latent.dtype)
+    t = PATHS[c.objective].draw_time(seed, counter, ids, places).to(latent.dtype)
     x0 = flow.draw_noise(seed, counter, ids, places, tuple(latent.shape[1:])).to(latent.dtype)
     keep = flow.draw_keep_caption(seed, counter, ids, places, caption_dropout)
-    amount = t[:, None, None, None, None]
-    x_t = torch.lerp(x0, latent, amount) + 1e-5 * amount * x0
-    patches, target = _patches(x_t, c.patch), _patches(latent - x0 + 1e-5 * x0, c.patch)
+    x_t, target = (_diffused if c.objective == "v-prediction" else _interpolated)(latent, x0, t)
+    patches, target = _patches(x_t, c.patch), _patches(target, c.patch)
     grid = (s // p for s, p in zip(latent.shape[2:], c.patch, strict=True))
     coordinates = torch.cartesian_prod(*(torch.arange(n) for n in grid))
     frequencies = 10000.0 ** (-torch.arange(128, dtype=t.dtype) / 128)
