@@ -111,6 +111,7 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "model.solvers.PAPER_STEPS": (50, "3.4.2"),
     "model.windows.WINDOW": (14, "3.1.5"),
     "model.windows.OVERLAP": (4, "3.1.5"),
+    "model.windows.STEPS": (20, "3.1.5"),
     "model.windows.OverlappingWindows.length": (14, "3.1.5"),
     "model.windows.OverlappingWindows.overlap": (4, "3.1.5"),
     "model.windowed.WindowedSampler.sample(solver)": ((0.0, 1.0), "3.4: Euler, which asks at the beginning of a step"),
@@ -186,6 +187,8 @@ PINNED: Mapping[str, tuple[object, str]] = {
         "Hairer, Norsett, Wanner: Solving Ordinary Differential Equations I, table II.5.2",
     ),
     "launch.training.recipe.SampleSection.steps": (50, "3.4"),
+    "launch.training.upsampling.UpsampleChoices.steps": (20, "3.1.5"),
+    "launch.training.upsampling.UpsampleChoices.guidance": (1.0, "none; the paper gives none"),
     # -- the optimizer --------------------------------------------------------------------------------------------
     "model.step.Optimizer.betas": ((0.9, 0.95), LLM),
     "model.step.Optimizer.eps": (1e-8, LLM),
@@ -250,6 +253,7 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "launch.training.steps.FAILED_SAVES_LIMIT": (3, RUNS),
     "launch.training.steps.SKIPPED_LIMIT": (5, RUNS),
     "launch.training.recipe.SampleSection.seed": (0, RUNS),
+    "launch.training.upsampling.UpsampleChoices.seed": (0, RUNS),
     "launch.training.recipe.SpikesSection.deviations": (8.0, RUNS),
     "launch.training.recipe.SpikesSection.window": (100, RUNS),
     "launch.training.recipe.SpikesSection.steps": (3, RUNS),
@@ -755,6 +759,7 @@ FREE: Mapping[str, str] = {
         "how near is near enough, and what cancels",
     ),
     "launch.training.showcase.WORST": "layout of a picture",
+    "launch.training.showcase.IMAGES_IN_ROW": "layout of a picture",
     "data.clips.write_contact_sheet(columns)": "layout of a picture",
     **dict.fromkeys(
         ("parallel.ir.builder.*", "parallel.ir.communicators.*", "parallel.ir.fields.*", "parallel.ir.plan.*",

@@ -32,6 +32,7 @@ from .setting import Setting
 
 CONTACT_SHEET = "contact_sheet.png"
 SCORES = "samples.json"
+IMAGES_IN_ROW = 8
 WORST = 3  # scenes, as many as a reader looks twice at
 
 
@@ -100,7 +101,7 @@ def show(folder: Path, clips: dict[str, Tensor], train: Samples, codec: LatentCo
     trained = decoded(codec, [window.latent for window in windows], marks)
     zero = torch.zeros(1, dtype=torch.int64)
     scores: list[Score] = []
-    rows: dict[str, Tensor] = {}
+    pairs: list[tuple[Tensor, Tensor]] = []
     for number, (scene, clip) in enumerate(clips.items()):
         own = [index for index, window in enumerate(windows) if window.scene == scene]
         others = [index for index, window in enumerate(windows) if window.scene != scene]
@@ -116,13 +117,33 @@ def show(folder: Path, clips: dict[str, Tensor], train: Samples, codec: LatentCo
             windows[nearest].first_frame,
         )
         scores.append(score)
-        rows[f"{scene}: sampled, {score.psnr_db:.1f} dB"] = clip
-        rows[f"{scene}: training clip at frame {score.nearest_frame}"] = trained[nearest][:length]
+        pairs.append((clip, trained[nearest][:length]))
         write_mp4(folder / f"{scene}.mp4", clip, windows[nearest].frame_rate)
-    write_contact_sheet(folder / CONTACT_SHEET, rows, reading(scores, codec))
+    rows = image_rows if all(len(clip) == 1 for clip in clips.values()) else clip_rows
+    write_contact_sheet(folder / CONTACT_SHEET, rows(scores, pairs), reading(scores, codec))
     with atomic_file(folder / SCORES) as part:
         part.write_text(json.dumps([asdict(score) for score in scores], indent=1), encoding="utf-8")
     return scores
+
+
+def clip_rows(scores: Sequence[Score], pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """A row for each clip, above that of the one that it is nearest to."""
+    rows: dict[str, Tensor] = {}
+    for score, (clip, nearest) in zip(scores, pairs, strict=True):
+        rows[f"{score.scene}: sampled, {score.psnr_db:.1f} dB"] = clip
+        rows[f"{score.scene}: training clip at frame {score.nearest_frame}"] = nearest
+    return rows
+
+
+def image_rows(scores: Sequence[Score], pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Clips of one frame, so many beside one another, above those that they are nearest to."""
+    rows: dict[str, Tensor] = {}
+    for start in range(0, len(pairs), IMAGES_IN_ROW):
+        told = ", ".join(f"{score.scene} {score.psnr_db:.1f} dB" for score in scores[start : start + IMAGES_IN_ROW])
+        made, nearest = (torch.cat(images) for images in zip(*pairs[start : start + IMAGES_IN_ROW], strict=True))
+        rows[f"sampled: {told}"] = made
+        rows[f"training images that {start + 1} to {start + len(made)} are nearest to"] = nearest
+    return rows
 
 
 def decoded(codec: LatentCodec, latents: Iterable[Tensor], marks: Marks) -> list[Tensor]:

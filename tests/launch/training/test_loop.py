@@ -528,6 +528,22 @@ def test_a_contact_sheet_says_why_its_worst_scenes_look_broken(
     assert written == [showcase.reading(shown, codec)]
 
 
+def test_pictures_stand_beside_one_another_over_those_that_they_are_nearest_to() -> None:
+    """Ten of them: a row of eight, one of two, each above its own."""
+    scores = [showcase.Score(f"scene-{n}", 20.0 + n, 0.0, 0.0, 0) for n in range(10)]
+    pairs = [(torch.full((1, 2, 2, 3), n), torch.full((1, 2, 2, 3), 100 + n)) for n in range(10)]
+    rows = showcase.image_rows(scores, pairs)
+    first, below, second, last = rows
+    assert [rows[row][:, 0, 0, 0].tolist() for row in rows] == [
+        [*range(8)], [*range(100, 108)], [8, 9], [108, 109],
+    ]  # fmt: skip
+    assert first.startswith("sampled: scene-0 20.0 dB, scene-1 21.0 dB") and second.endswith("scene-9 29.0 dB")
+    assert (below, last) == (
+        "training images that 1 to 8 are nearest to",
+        "training images that 9 to 10 are nearest to",
+    )
+
+
 def test_a_sampled_clip_is_compared_with_its_own_scene(values: dict[str, Any], tmp_path: Path) -> None:
     """A training clip itself must be found, at its frame, and not among the other scene's."""
     setting = Setting.of(check_config(values, "test"))
