@@ -14,6 +14,7 @@ from functools import cached_property
 from ..errors import CinemeshError
 
 WINDOW, OVERLAP = 14, 4  # latent frames, 3.1.5
+UPSAMPLING_STEPS = 20  # from noise to a clip, 3.1.5
 
 
 @dataclass(frozen=True)

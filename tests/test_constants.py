@@ -111,7 +111,7 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "model.solvers.PAPER_STEPS": (50, "3.4.2"),
     "model.windows.WINDOW": (14, "3.1.5"),
     "model.windows.OVERLAP": (4, "3.1.5"),
-    "model.windows.STEPS": (20, "3.1.5"),
+    "model.windows.UPSAMPLING_STEPS": (20, "3.1.5"),
     "model.windows.OverlappingWindows.length": (14, "3.1.5"),
     "model.windows.OverlappingWindows.overlap": (4, "3.1.5"),
     "model.windowed.WindowedSampler.sample(solver)": ((0.0, 1.0), "3.4: Euler, which asks at the beginning of a step"),

@@ -104,7 +104,7 @@ def _stages(order: LaunchOrder, per_node: int | None) -> list[ClusterJob]:
             per_node=fewer,
             on_gpus=on_gpus and not link.stage.average,
             stage=link.stage.name,
-            short=not link.is_run,
+            short=not link.stage.is_run,
         )
         jobs.append(job)
     return jobs

@@ -11,8 +11,10 @@ from ...errors import CinemeshError, did_you_mean
 from ..train import run as train
 from ..training.chain import Link, read_chain
 from ..training.sample import run as sample
+from ..training.upsampling import UpsampleChoices
 from .average import run as average
 from .hand_over import hand_over
+from .upsample import run as upsample
 
 
 def run(*, path: Path, nproc: int | None, only: str | None = None, overrides: Sequence[str] = ()) -> None:
@@ -32,7 +34,7 @@ def run(*, path: Path, nproc: int | None, only: str | None = None, overrides: Se
             say(f"{what}: done before")
             continue
         say(f"{what}: {link.directory}")
-        if link.is_run and link.stage.after is not None and links[link.stage.after].is_run:
+        if link.stage.is_run and link.stage.after is not None and links[link.stage.after].stage.is_run:
             for line in hand_over(links[link.stage.after].config(), link.config()):
                 say(line)
         _do(link, links, nproc)
@@ -49,8 +51,7 @@ def say(line: str) -> None:
 def _check_before(links: Mapping[str, Link], name: str, path: Path) -> None:
     if name not in links:
         raise CinemeshError(f"the chain {path} has no stage {name!r}", remedy=did_you_mean(name, links))
-    stage = links[name].stage
-    for before in (*stage.average, *([stage.after] if stage.after is not None else [])):
+    for before in links[name].stage.begins_with:
         if not links[before].done:
             raise CinemeshError(
                 f"the chain {path}: {name} begins with {before}, which is not done", remedy="do it first"
@@ -58,7 +59,7 @@ def _check_before(links: Mapping[str, Link], name: str, path: Path) -> None:
 
 
 def _do(link: Link, links: Mapping[str, Link], nproc: int | None) -> None:
-    if link.is_run:
+    if link.stage.is_run:
         train(config=link.recipe, nproc=nproc, overrides=link.overrides)
     elif link.stage.average:
         average(
@@ -68,6 +69,19 @@ def _do(link: Link, links: Mapping[str, Link], nproc: int | None) -> None:
             config=link.recipe,
             greedy=link.stage.greedy,
             overrides=link.overrides,
+        )
+    elif link.stage.upsample is not None:
+        assert link.stage.after is not None and link.made is not None
+        upsample(
+            checkpoint=str(links[link.stage.after].end()),
+            clip=links[link.stage.upsample].clip,
+            out=link.clip,
+            choices=UpsampleChoices(prompt=link.made.prompt),
+            weights=None,
+            plan=None,
+            device=link.config().device,
+            nproc=nproc,
+            as_json=False,
         )
     else:
         assert link.stage.prompt is not None and link.stage.after is not None

@@ -14,7 +14,7 @@ from ...files import check_output_file, check_output_folder
 from ...model.forward import build_velocity
 from ...model.inputs import BatchShape
 from ...model.step import check
-from ...model.windows import OverlappingWindows
+from ...model.windows import OVERLAP, OverlappingWindows
 from ...parallel.ir.plan import Plan
 from ...parallel.passes.pipeline import prepare
 from ..cluster.environment import device_here, processes_here, say_device, world_size
@@ -155,18 +155,20 @@ def _enlargement(clip: Path, out: Path, setting: Setting, choices: UpsampleChoic
         raise CinemeshError(
             f"{clip}: a video of {height}x{width} pixels has half a pixel of colour", remedy="name an even --size"
         )
+    length = choices.window or max(bucket.frames for bucket in setting.config.data.shapes)
+    overlap = min(OVERLAP, length // 2) if choices.overlap is None else choices.overlap
     try:
-        OverlappingWindows(shown.frames, choices.window, choices.overlap)
+        windows = OverlappingWindows(shown.frames, length, overlap)
     except CinemeshError as error:
-        remedy = f"add --window {shown.frames}: it is then sampled whole" if shown.frames < choices.window else None
+        remedy = f"add --window {shown.frames}: it is then sampled whole" if shown.frames < length else None
         raise CinemeshError(f"{clip}: {error.problem}", remedy=remedy or error.remedy) from None
-    one = Enlargement(clip, out, shown, height, width)
-    latent = latent_of(one, setting, choices.window)
+    one = Enlargement(clip, out, shown, height, width, windows)
+    latent = latent_of(one, setting)
     stride, patch, table = setting.encoding.codec.spatial_stride, setting.model.patch, setting.model.position_lengths
     most = [patch[0] * table[0], stride * patch[1] * table[1], stride * patch[2] * table[2]]
     if latent[0] > most[0] or stride * latent[1] > most[1] or stride * latent[2] > most[2]:
         raise CinemeshError(
-            f"{clip}: windows of {choices.window} frames of {height}x{width} pixels, and the model has positions for "
+            f"{clip}: windows of {length} frames of {height}x{width} pixels, and the model has positions for "
             f"{most[0]} frames of {most[1]}x{most[2]}",
             remedy="name a smaller --size or --window, take a smaller clip, or a model of larger ones",
         )

@@ -73,7 +73,7 @@ def stages(
     device: RecipeDevice = None,
     overrides: Overrides = None,
 ) -> None:
-    """Run a chain of stages, or go on with it: runs that begin with others' ends, averages, clips.
+    """Run a chain of stages, or go on with it: runs that begin with others' ends, averages, clips, larger clips.
 
     What is done is not done again. Between two runs it says both plans, batches and step times. On a
     cluster, launch slurm CHAIN makes an array of its stages.

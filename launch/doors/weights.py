@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from ...errors import CinemeshError
-from ...model.windows import OVERLAP, WINDOW
+from ...model.windows import OVERLAP, UPSAMPLING_STEPS
 from ...ranges import EULER_RANGE, SEED_RANGE, integers
 from ..examples import epilog
 from ..options import (
@@ -126,12 +126,22 @@ def upsample(
         typer.Option("--size", metavar="HxW", help="Of the result, 1080x1920; default: the scale that was learnt."),
     ] = None,
     window: Annotated[
-        int, typer.Option("--window", **bounds(WINDOW_RANGE), help="Frames that are sampled at once.")
-    ] = WINDOW,
+        int | None,
+        typer.Option(
+            "--window", **bounds(WINDOW_RANGE), help="Frames that are sampled at once; default: as it was trained."
+        ),
+    ] = None,
     overlap: Annotated[
-        int, typer.Option("--overlap", **bounds(OVERLAP_RANGE), help="Frames that a window shares with the next.")
-    ] = OVERLAP,
-    steps: Annotated[int, typer.Option("--steps", **bounds(EULER_RANGE), help="From noise to the clip.")] = 20,
+        int | None,
+        typer.Option(
+            "--overlap",
+            **bounds(OVERLAP_RANGE),
+            help=f"Frames that a window shares with the next; default {OVERLAP}, or half of a shorter window.",
+        ),
+    ] = None,
+    steps: Annotated[
+        int, typer.Option("--steps", **bounds(EULER_RANGE), help="From noise to the clip.")
+    ] = UPSAMPLING_STEPS,
     schedule: Annotated[
         Literal["linear-quadratic", "linear"],
         typer.Option("--schedule", help="Steps spaced linearly, then quadratically; or equally."),

@@ -1,4 +1,4 @@
-"""A chain of stages: runs, each begun with another's end, averages of them, and clips; as a file says it.
+"""A chain of stages: runs, each begun with another's end, averages of them, clips, larger clips; as a file says it.
 
 Whatever is done is not done again: a run has the checkpoint of its last step, an average its checkpoint, a clip its
 file, and each of these appears whole or not at all. A chain that was stopped at any moment goes on there.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ CHECKPOINT = "average"  # the folder of an average's checkpoint, in its stage's
 
 @dataclass(frozen=True)
 class ChainStage:
-    """One stage: a run, unless it is an ``average`` of others' weights or a clip of the ``prompt``.
+    """One stage: a run, unless it is an ``average`` of others' weights, a clip of the ``prompt``, or a larger clip.
 
     ``after``: the stage with whose end a run begins, or whose weights a clip is sampled with. ``recipe``: the chain's,
     unless it has its own. ``greedy``: an average keeps what does not raise the held-out loss of the recipe's data.
+    ``upsample``: the stage whose clip is made larger, by the upsampler of ``after``.
     """
 
     name: str
@@ -39,24 +40,49 @@ class ChainStage:
     average: tuple[str, ...] = ()
     greedy: bool = False
     prompt: str | None = None
+    upsample: str | None = None
+
+    @property
+    def makes_clip(self) -> bool:
+        return self.prompt is not None or self.upsample is not None
+
+    @property
+    def is_run(self) -> bool:
+        return not self.average and not self.makes_clip
+
+    @property
+    def begins_with(self) -> tuple[str, ...]:
+        """The stages that are done before it."""
+        named = (*self.average, self.after, self.upsample)
+        return tuple(name for name in named if name is not None)
+
+
+@dataclass(frozen=True)
+class MadeClip:
+    """What a stage makes clips of: its own ``prompt`` or another's, as many frames and pixels."""
+
+    prompt: str
+    frames: int
+    height: int
+    width: int
 
 
 @dataclass(frozen=True)
 class Link:
-    """A stage as it is to be done: its recipe, with what the chain and the stage replace in it."""
+    """A stage as it is to be done: its recipe, with what the chain and the stage replace in it.
+
+    That of a clip that is made larger is the upsampler's. ``made``: of a stage that makes a clip.
+    """
 
     stage: ChainStage
     recipe: Path
     directory: Path
     overrides: tuple[str, ...]
-
-    @property
-    def is_run(self) -> bool:
-        return not self.stage.average and self.stage.prompt is None
+    made: MadeClip | None = None
 
     @property
     def clip(self) -> Path:
-        """What a stage with a prompt writes."""
+        """What a stage that makes a clip writes."""
         return self.directory / "clip.mp4"
 
     def config(self) -> Config:
@@ -71,7 +97,7 @@ class Link:
 
     @property
     def done(self) -> bool:
-        if self.stage.prompt is not None:
+        if self.stage.makes_clip:
             return self.clip.exists()
         if self.stage.average:
             return (self.end() / MANIFEST).exists()
@@ -104,12 +130,15 @@ def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Link]:
         stage = read_record(ChainStage, given, at)
         file_name(stage.name, f"{at}: name")
         _check(stage, at, links)
+        if stage.upsample is not None:
+            links[stage.name] = _upsampling(stage, at, links, Path(directory), own)
+            continue
         recipe = stage.recipe or values.get("recipe")
         if not isinstance(recipe, str):
             raise CinemeshError(f"{at}: neither it nor the chain names a recipe", remedy="add recipe: PATH")
         folder = Path(directory) / stage.name
         replaced = _settings(values.get("set"), where) | _settings(own, at)
-        if not stage.average and stage.prompt is None:
+        if stage.is_run:
             replaced |= {"logging.directory": str(folder)}
             if stage.after is not None:
                 replaced["start_from.checkpoint"] = str(links[stage.after].end())
@@ -117,12 +146,53 @@ def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Link]:
         given = (f"{key}={json.dumps(value)}" for key, value in replaced.items())
         link = Link(stage, Path(recipe), folder, (*given, *overrides))
         config = link.config()  # told now, not in hours
-        if stage.prompt is not None and config.sample is None:
-            raise CinemeshError(
-                f"{at}: a prompt, and its recipe has no section sample", remedy="set: {sample.steps: 50}"
-            )
+        if stage.prompt is not None:
+            link = replace(link, made=_sampled(stage, config, at, links))
         links[stage.name] = link
     return list(links.values())
+
+
+def _sampled(stage: ChainStage, config: Config, at: str, before: Mapping[str, Link]) -> MadeClip:
+    """Raises CinemeshError for a recipe that samples nothing, and for the weights of an upsampler."""
+    assert stage.prompt is not None and stage.after is not None
+    if before[stage.after].config().data.low_resolution is not None:
+        raise CinemeshError(
+            f"{at}: {stage.after} is an upsampler, and makes no clip of a prompt alone",
+            remedy="name a clip with upsample",
+        )
+    if config.sample is None:
+        raise CinemeshError(f"{at}: a prompt, and its recipe has no section sample", remedy="set: {sample.steps: 50}")
+    shape = config.sampled
+    return MadeClip(stage.prompt, shape.frames, shape.height, shape.width)
+
+
+def _upsampling(stage: ChainStage, at: str, before: Mapping[str, Link], directory: Path, own: object) -> Link:
+    """``own``: the stage's ``set``. Raises CinemeshError for no upsampler, and for a clip that one does not take."""
+    assert stage.after is not None and stage.upsample is not None
+    if stage.recipe is not None or own is not None:
+        raise CinemeshError(
+            f"{at}: a clip is made larger as the upsampler's recipe says, and this has a recipe or set of its own",
+            remedy=f"set it in the stage {stage.after}",
+        )
+    upsampler, shown = before[stage.after], before[stage.upsample].made
+    config = upsampler.config()
+    small = config.data.low_resolution
+    if small is None:
+        raise CinemeshError(
+            f"{at}: {stage.after} is no upsampler: its recipe has no data.low_resolution",
+            remedy="name a run of one, as of configs/upsampler.yaml",
+        )
+    assert shown is not None
+    height, width, windows = small.scale * shown.height, small.scale * shown.width, config.data.shapes
+    length, learnt = max(window.frames for window in windows), ", ".join(window.shape for window in windows)
+    if shown.frames < length or all(window.height < height or window.width < width for window in windows):
+        raise CinemeshError(
+            f"{at}: {stage.upsample} makes {shown.frames} frames of {shown.height}x{shown.width} pixels, {small.scale} "
+            f"times as large {height}x{width}, and {stage.after} learns of windows {learnt}",
+            remedy="train it on windows as large, and no longer than the clip",
+        )
+    made = MadeClip(shown.prompt, shown.frames, height, width)
+    return Link(stage, upsampler.recipe, directory / stage.name, upsampler.overrides, made)
 
 
 def _kept_apart(
@@ -146,15 +216,22 @@ def _settings(value: object, where: str) -> dict[str, Any]:
 def _check(stage: ChainStage, at: str, before: Mapping[str, Link]) -> None:
     if stage.name in before:
         raise CinemeshError(f"{at}: there are two stages {stage.name}", remedy="give each a name of its own")
-    named = [*stage.average, *([stage.after] if stage.after is not None else [])]
-    for name in named:
+    for name in stage.begins_with:
         if name not in before:
             raise CinemeshError(f"{at}: no stage before it is called {name!r}", remedy=did_you_mean(name, before))
-        if before[name].stage.prompt is not None:
-            raise CinemeshError(f"{at}: {name} samples a clip, and has no weights", remedy="name a stage that has some")
-    if stage.average and (stage.prompt is not None or stage.after is not None):
-        raise CinemeshError(f"{at}: an average has neither prompt nor after", remedy="make stages of their own")
+        if before[name].stage.makes_clip and name != stage.upsample:
+            raise CinemeshError(f"{at}: {name} makes a clip, and has no weights", remedy="name a stage that has some")
+    if stage.average and (stage.makes_clip or stage.after is not None):
+        raise CinemeshError(
+            f"{at}: an average has neither prompt nor upsample nor after", remedy="make stages of their own"
+        )
+    if stage.prompt is not None and stage.upsample is not None:
+        raise CinemeshError(f"{at}: a prompt, and a clip to make larger", remedy="make stages of their own")
     if stage.greedy and not stage.average:
         raise CinemeshError(f"{at}: greedy, and no average", remedy="name the stages to average")
     if stage.prompt is not None and stage.after is None:
         raise CinemeshError(f"{at}: a prompt, and no weights to sample it with", remedy="name a stage with after")
+    if stage.upsample is not None and stage.after is None:
+        raise CinemeshError(f"{at}: a clip, and no upsampler to make it larger", remedy="name its stage with after")
+    if stage.upsample is not None and not before[stage.upsample].stage.makes_clip:
+        raise CinemeshError(f"{at}: {stage.upsample} makes no clip", remedy="name a stage with a prompt")

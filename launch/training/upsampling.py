@@ -30,7 +30,7 @@ from ...model.sampler import Sampler
 from ...model.solvers import SCHEDULES, ScheduleName
 from ...model.step import unit_layout
 from ...model.windowed import WindowedSampler
-from ...model.windows import OverlappingWindows
+from ...model.windows import UPSAMPLING_STEPS, OverlappingWindows
 from ...parallel.runtime.mesh import coordinates
 from ..cluster.processes import Joined, joined
 from ..progress import progress
@@ -44,16 +44,19 @@ from .setting import Setting
 
 @dataclass(frozen=True)
 class UpsampleChoices:
-    """What is asked for beside the clips. ``size``: (height, width) of the result; None: the scale that was learnt."""
+    """What is asked for beside the clips. ``size``: (height, width) of the result; None: the scale that was learnt.
 
-    size: tuple[int, int] | None
-    window: int
-    overlap: int
-    steps: int
-    schedule: ScheduleName
-    seed: int
-    prompt: str | None
-    guidance: float
+    ``window``, ``overlap``: frames; None: as many as were trained on, and the paper's 4, or half of a shorter window.
+    """
+
+    size: tuple[int, int] | None = None
+    window: int | None = None
+    overlap: int | None = None
+    steps: int = UPSAMPLING_STEPS
+    schedule: ScheduleName = "linear-quadratic"
+    seed: int = 0
+    prompt: str | None = None
+    guidance: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Enlargement:
     shown: ShownClip
     height: int
     width: int
+    windows: OverlappingWindows
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,11 @@ def filled_up_to(setting: Setting) -> int:
     return setting.encoding.codec.spatial_stride * max(setting.model.patch[1:])
 
 
-def latent_of(one: Enlargement, setting: Setting, window: int) -> tuple[int, int, int]:
+def latent_of(one: Enlargement, setting: Setting) -> tuple[int, int, int]:
     """Of a window."""
     stride, multiple = setting.encoding.codec.spatial_stride, filled_up_to(setting)
     height, width = (-(-side // multiple) * multiple // stride for side in (one.height, one.width))
-    return window, height, width
+    return one.windows.length, height, width
 
 
 @dataclass
@@ -96,7 +100,6 @@ class _SmallClip:
 
     one: Enlargement
     setting: Setting
-    windows: OverlappingWindows
     text: Mapping[str, Tensor]
     latents: dict[int, Tensor] = field(default_factory=dict)  # of windows, as they were encoded
 
@@ -110,8 +113,9 @@ class _SmallClip:
         codec, small = self.setting.encoding.codec, self.setting.encoding.low_resolution
         assert small is not None
         if number not in self.latents:
-            start = self.windows.starts[number]
-            frames = self.frames[start : start + self.windows.length]
+            windows = self.one.windows
+            start = windows.starts[number]
+            frames = self.frames[start : start + windows.length]
             large = padded(enlarged(frames, self.one.height, self.one.width), filled_up_to(self.setting))
             self.latents[number] = codec.encode(large)[None]
         return {**self.text, small.condition(codec).input: self.latents[number]}
@@ -129,16 +133,15 @@ def upsample(order: UpsampleOrder) -> None:
         load_weights(order.checkpoint, order.config.weights, weights, units, position)
         sampler: Sampler | None = None
         for number, one in enumerate(order.clips, 1):
-            begun, latent = time.monotonic(), latent_of(one, setting, choices.window)
+            begun, latent = time.monotonic(), latent_of(one, setting)
             if sampler is None or sampler.batch.latent != latent:
                 sampler = _sampler(setting, place, weights, latent, choices)
-            windows = OverlappingWindows(one.shown.frames, choices.window, choices.overlap)
-            made = _made(setting, place, sampler, windows, order, number)
+            made = _made(setting, place, sampler, order, number)
             if place.rank == 0:
-                frames = _decoded(setting, made, choices.window)[:, : one.height, : one.width]
+                frames = _decoded(setting, made, one.windows.length)[:, : one.height, : one.width]
                 write_mp4(one.out, frames.contiguous(), one.shown.rate)
                 wrote(one.out, "open it in a video player", f"{one.shown.frames} frames of {one.height}x{one.width}")
-                done.append(_told(one, windows, time.monotonic() - begun))
+                done.append(_told(one, time.monotonic() - begun))
     if order.as_json and done:
         print_made(done)
 
@@ -156,26 +159,21 @@ def _sampler(
     return sampler
 
 
-def _made(
-    setting: Setting,
-    place: Joined,
-    sampler: Sampler,
-    windows: OverlappingWindows,
-    order: UpsampleOrder,
-    number: int,
-) -> Tensor:
+def _made(setting: Setting, place: Joined, sampler: Sampler, order: UpsampleOrder, number: int) -> Tensor:
     """The latent of clip ``number`` of an order, from 1, on the CPU."""
     one, choices = order.clips[number - 1], order.choices
-    windowed = WindowedSampler(sampler, windows)
+    windowed = WindowedSampler(sampler, one.windows)
     text = setting.encoding.captions([with_fps(one.shown.rate, choices.prompt or "")])
-    small = _SmallClip(one, setting, windows, text)
+    small = _SmallClip(one, setting, text)
     clip = torch.tensor([zlib.crc32(one.clip.name.encode(errors="replace"))])
     times = SCHEDULES[choices.schedule](choices.steps)
     pieces = choices.steps * len(windowed.rounds)
     with progress("upsampling", pieces, silent=place.rank > 0 or order.as_json) as begin:
 
         def watch(step: int, first: int) -> None:
-            begin(f"clip {number} of {len(order.clips)}, step {step + 1}, window {first + 1} of {len(windows.starts)}")
+            begin(
+                f"clip {number} of {len(order.clips)}, step {step + 1}, window {first + 1} of {len(one.windows.starts)}"
+            )
 
         return windowed.sample(small.conditions, choices.seed, clip, times, watch=watch).float().cpu()
 
@@ -185,7 +183,7 @@ def _decoded(setting: Setting, latent: Tensor, at_once: int) -> Tensor:
     return torch.cat([setting.encoding.codec.decode(part) for part in latent.split(at_once, 1)])
 
 
-def _told(one: Enlargement, windows: OverlappingWindows, seconds: float) -> dict[str, Any]:
+def _told(one: Enlargement, seconds: float) -> dict[str, Any]:
     return {
         "clip": str(one.clip),
         "out": str(one.out),
@@ -193,7 +191,7 @@ def _told(one: Enlargement, windows: OverlappingWindows, seconds: float) -> dict
         "fps": float(one.shown.rate),
         "from": f"{one.shown.height}x{one.shown.width}",
         "to": f"{one.height}x{one.width}",
-        "windows": len(windows.starts),
+        "windows": len(one.windows.starts),
         "seconds": round(seconds, 3),
     }
 

@@ -36,6 +36,7 @@ from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.flops import model_flops
 
 CHAIN = Path("configs/chain.yaml")
+CLIP = "clip"  # what comes after it, the upsampler, is left out
 LAST, SCRATCH = "t2iv-128", "scratch"  # the stage of 128 px; the run that begins with random weights
 FINETUNED, MEAN = ("sft-a", "sft-b"), "mean"
 KEPT = 100  # checkpoints a run: all, for those who compare earlier ones with later ones
@@ -54,6 +55,7 @@ def written(seed: int, work: Path, ranks: int) -> Path:
     chain = yaml.safe_load(CHAIN.read_text(encoding="utf-8"))
     folder = work / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
+    chain["stages"] = chain["stages"][: [stage["name"] for stage in chain["stages"]].index(CLIP) + 1]
     chain["directory"] = str(folder)
     chain["set"] |= {"plan.dp_shard": ranks, "logging.keep": KEPT}
     for stage in chain["stages"]:
