@@ -103,7 +103,7 @@ class TAE(CodecSettings):
 
 KINDS: tuple[type[CodecSettings], ...] = (BlockDCT, ContextDCT, FrameDCT, Diffusers, TAE)
 CODECS: dict[str, type[CodecSettings]] = {settings.kind: settings for settings in KINDS}
-MOST_UNKNOWN = 0.5  # of a caption's letters, above which an encoder is said not to know it
+UNKNOWN_SHARE = 0.5  # of a caption's letters, above which an encoder is said not to know it
 
 
 def codec_kind(name: object) -> type[CodecSettings]:
@@ -223,7 +223,7 @@ class Encoding:
         for encoder in self.encoders:
             shares = {name: encoder.unknown_share(caption) for name, caption in captions.items()}
             worst = max(shares, key=lambda name: shares[name])
-            if count := sum(share > MOST_UNKNOWN for share in shares.values()):
+            if count := sum(share > UNKNOWN_SHARE for share in shares.values()):
                 found.append(UnknownCaptions(encoder.name, count, len(captions), worst, shares[worst]))
         return found
 

@@ -331,7 +331,7 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "data.degrade.CRF": ((18.0, 35.0), OURS),
     "data.degrade.BEST_QUALITY": (95.0, REAL_ESRGAN),
     "data.degrade.BEST_CRF": (10.0, OURS),
-    "data.encoding.MOST_UNKNOWN": (0.5, "ours: more of a caption is unknown than known"),
+    "data.encoding.UNKNOWN_SHARE": (0.5, "ours: more of a caption is unknown than known"),
     "data.encoding.FrameDCT.side": (8, "3.1.1"),
     "data.low_resolution.LowResolutionSettings.scale": (2, "3.1.5"),
     "data.low_resolution.LowResolutionSettings.strength": (1.0, REAL_ESRGAN),
