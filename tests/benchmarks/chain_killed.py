@@ -68,7 +68,7 @@ def ends(path: Path) -> dict[str, Any]:
     """By stage, what it ended with."""
     found: dict[str, Any] = {}
     for link in read_chain(path):
-        if link.is_run or link.stage.average:
+        if link.stage.is_run or link.stage.average:
             found[link.stage.name] = read_manifest(link.end()).digests
         else:
             found[link.stage.name] = hashlib.sha256(link.clip.read_bytes()).hexdigest()
