@@ -63,6 +63,7 @@ class Commands(TyperGroup):
     """All of them. Words of thousands of letters are wrong input, whichever command they are given to."""
 
     def invoke(self, ctx: Any) -> Any:
+        """Raises CinemeshError for a name that is too long for a file."""
         try:
             return super().invoke(ctx)
         except WrongUsage as error:  # it shows the word whole
