@@ -377,6 +377,7 @@ OPS: Mapping[str, OpSpec] = {
         plain_bytes=sized(count(16), own=count(40)),
         workspace=sized(count(3)),
     ),
+    "mark": OpSpec("n->n"),  # its number -> where a watchdog looks: 8 bytes, over the bus where a GPU runs it
     # master, m, v, ema, gradient, clip factor, finite?, counters, lr -> master, m, v, ema. Counted for a shard that
     # decays whole, or not at all: where that changes within it, one chunk more is begun
     "adamw": OpSpec(

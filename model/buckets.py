@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import CinemeshError
 from ..kernels.reference import Kernel
 from ..parallel.ir.nccl_stack import Capture
@@ -41,6 +43,7 @@ class BucketRunner:
         caption_dropout: float = CAPTION_DROPOUT,
         device: str = "cpu",
         kernels: dict[str, Kernel] | None = None,
+        slot: Tensor | None = None,
     ) -> None:
         if not batches or len({batch.latent for batch in batches}) != len(batches):
             raise CinemeshError(
@@ -49,7 +52,9 @@ class BucketRunner:
         backend = backend_of(device)
         programs = {
             batch: prepare(
-                build_step(config, plan, batch, optimizer, seed=seed, caption_dropout=caption_dropout), backend=backend
+                build_step(config, plan, batch, optimizer, seed=seed, caption_dropout=caption_dropout),
+                backend=backend,
+                marked=slot is not None,
             )
             for batch in batches
         }
@@ -57,7 +62,7 @@ class BucketRunner:
         self.runners: dict[Latent, StepRunner] = {}
         last: StepRunner | None = None
         for batch in largest_first:
-            options: dict[str, Any] = {"device": device, "program": programs[batch], "kernels": kernels}
+            options: dict[str, Any] = {"device": device, "program": programs[batch], "kernels": kernels, "slot": slot}
             last = self.runners[batch.latent] = StepRunner(config, plan, batch, optimizer, mesh, beside=last, **options)
         self.first = self.current = self.runners[largest_first[0].latent]
         self.buffers = self.first.buffers

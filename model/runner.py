@@ -13,6 +13,7 @@ from ..kernels.ops import MOST_IDS
 from ..kernels.reference import Kernel
 from ..parallel.ir.fields import AXES
 from ..parallel.ir.layout import BATCH, Axes, Placement
+from ..parallel.ir.marks import MARK_SLOT
 from ..parallel.ir.nccl_stack import Capture
 from ..parallel.ir.plan import Plan
 from ..parallel.ir.program import Program
@@ -57,13 +58,17 @@ class StepRunner:
         kernels: dict[str, Kernel] | None = None,
         comm: Communicator | None = None,
         beside: StepRunner | None = None,
+        slot: Tensor | None = None,
     ) -> None:
-        """Raises CinemeshError when a CUDA device has too little memory for the step."""
+        """``slot``: one number in host memory, pinned for a GPU, into which the step writes how far it is.
+
+        Raises CinemeshError when a CUDA device has too little memory for the step.
+        """
         self.config, self.plan, self.batch, self.mesh = config, plan, batch, mesh
         self.units = unit_layout(config, plan)
         if program is None:
             built = build_step(config, plan, batch, optimizer, seed=seed, caption_dropout=caption_dropout)
-            program = prepare(built, backend=backend_of(device))
+            program = prepare(built, backend=backend_of(device), marked=slot is not None)
         self.program = program
         self.coordinates = mesh.coordinates if mesh else coordinates(plan, 0)
         if beside is not None:
@@ -71,6 +76,8 @@ class StepRunner:
         self.comm = comm or (Communicator(mesh) if mesh else None)
         self.graphs = 1 if beside is None else beside.graphs + 1  # captured steps to come, with those beside
         shared = {} if beside is None else shared_storages(program, beside)
+        if slot is not None:
+            shared[MARK_SLOT] = slot
         arenas = (None, None) if beside is None else (beside.executor.arena, beside.executor.host.arena)
         to_come = bytes_beside(plan, 0, graphs=self.graphs)  # its context is there
         self.executor = Executor(program, self.coordinates, self.comm, device, kernels, shared, *arenas, to_come)

@@ -204,7 +204,7 @@ def at_a_record(fault: Fault, happens: Happens) -> None:
         MarkedRuns.run = validated
         return
 
-    def stepped(self: Any, lr: float, watch: Callable[[int], None], **how: Any) -> None:
+    def stepped(self: Any, lr: float, watch: Callable[[int], None] | None, **how: Any) -> None:
         if turns[0] == fault.turn:
             done = self.first.steps_done
             watch = _stopping(self.current.program, fault, watch, lambda what: happens(done + 1, what))
@@ -214,7 +214,7 @@ def at_a_record(fault: Fault, happens: Happens) -> None:
     setattr(BucketRunner, "step", stepped)  # noqa: B010  a type checker minds otherwise
 
 
-def _stopping(program: Any, fault: Fault, watch: Callable[[int], None], happens: Callable[[str], None]) -> Any:
+def _stopping(program: Any, fault: Fault, watch: Callable[[int], None] | None, happens: Callable[[str], None]) -> Any:
     def fits(op: Any) -> bool:
         wanted, _, over = fault.kind.partition(" of ")
         if wanted == "wait":
@@ -223,12 +223,15 @@ def _stopping(program: Any, fault: Fault, watch: Callable[[int], None], happens:
 
     kinds = {op.name: op.kind for op in program.ops}
     found = [i for i, op in enumerate(program.ops) if i and fits(op)]
-    at = found[int(len(found) * fault.part)]
+    at = told = found[int(len(found) * fault.part)]
+    while any(op.kind == "mark" for op in program.ops) and program.ops[told - 1].kind != "mark":
+        told -= 1  # where the program itself tells how far it is, by the last mark
 
     def watched(i: int) -> None:
-        watch(i)
+        if watch is not None:
+            watch(i)
         if i == at - 1:
-            happens(f"at {program.ops[at].name} (")
+            happens(f"at {program.ops[told].name} (")
 
     return watched
 

@@ -59,8 +59,9 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
 # objectives with their paths, two ops of v-prediction, the block of DiT with its ops, in builder and reference (395).
 # And what every block changes of a clip that is sampled (66), and clips that are decoded in pieces (12).
 # And a fixed codec of single frames (40), which has no room beside the autoencoders. And frozen layers in shards beside
-# a program: bytes, gathers, what the ledger expects of them (80).
-CORE_LINES = 10050
+# a program: bytes, gathers, what the ledger expects of them (80). And marks, by which a step tells a watchdog how far
+# it is where no host runs it: where they stand, the pass, the check (85).
+CORE_LINES = 10135
 READ = (".csv", ".html", ".sh", ".yaml")  # suffixes of files that modules read
 FAN_OUT = 15  # modules of the package that a file imports
 WIDER_WITH_REASON: dict[str, str] = {  # path -> why
@@ -72,6 +73,7 @@ WIDER_WITH_REASON: dict[str, str] = {  # path -> why
     "launch/commands/calibrate.py": "measures compute and links, fits, and writes: a line of each",
     "launch/commands/kernels.py": "a command with three modes: show, compile, tune",
     "launch/health/ranks.py": "all that a job is asked at once: software, clocks, compute, links",
+    "launch/training/setting.py": "what a recipe stands for, built in one place: codec, encoders, model, steps, marks",
     "launch/proof/verify.py": "the proof from the case to what is printed of it: shrinks, runs the ranks, counts",
     "launch/training/recipe.py": "every section of a recipe, each with the ranges and rules of what it sets",
     "launch/training/start.py": "where checkpoint, model, position tables and codec of two runs meet",

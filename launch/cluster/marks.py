@@ -9,7 +9,8 @@ from enum import IntEnum
 from functools import partial
 from typing import NamedTuple
 
-NO_PROGRAM = -1  # none runs, or it runs as one: a captured step does not tell how far it is
+NO_PROGRAM = -1  # none runs
+CAPTURED_PROGRAM = -2  # one that a CUDA Graph replays and that has no marks: it does not tell how far it is
 
 
 class Doing(IntEnum):
@@ -32,7 +33,8 @@ class Standing(NamedTuple):
     """Where a rank stands.
 
     ``first``: of the turns that run this program, in which kernels may be compiled. ``record``: of ``program``, the one
-    that is not finished; all are, where it is past the last. ``before``: records of the programs that were run before.
+    that is not finished, or where the program has marks that behind the last of them; all are, where it is past the
+    last. ``before``: records of the programs that were run before.
     ``host_calls``: calls of all hosts that were begun and ended; it is in one where that is odd. Programs and host
     calls are the same on all ranks, so these counts tell who is behind.
     """
@@ -54,17 +56,18 @@ _WORDS = 8
 class Marks:
     """Where a rank stands, in memory that forks share; and how long the longest turn of each phase was.
 
-    ``record_done`` is called with the number of a record when it has been run; ``host_calls`` is what
-    :func:`comm.count_host_calls` takes.
+    ``record_done`` is called with the number of a record when it has been run, or a program with marks writes it into
+    ``slot``, 8 bytes; ``host_calls`` is what :func:`comm.count_host_calls` takes.
     """
 
     def __init__(self) -> None:
         self._words = memoryview(mmap.mmap(-1, 8 * (_WORDS + len(Doing)))).cast("q")  # the longest turns are in ns
         self._words[_DONE], self._words[_PROGRAM] = -1, NO_PROGRAM
+        self.slot = self._words[_DONE : _DONE + 1]
         self.record_done: Callable[[int], None] = partial(self._words.__setitem__, _DONE)
         self.host_calls = self._words[_HOST_CALLS:_WORDS]
         self._records = 0  # of the program that runs
-        self._ran = {NO_PROGRAM}
+        self._ran = {NO_PROGRAM, CAPTURED_PROGRAM}
         self._entered_ns = time.monotonic_ns()
 
     def at(self, step: int, phase: Doing) -> None:

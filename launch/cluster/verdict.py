@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,8 +10,8 @@ from typing import NamedTuple
 from ...parallel.ir.collectives import FUSED
 from ...parallel.ir.layout import Axes
 from ...parallel.ir.program import Program
-from ...parallel.ir.records import lane_name
-from .marks import NO_PROGRAM, Doing, Standing
+from ...parallel.ir.records import MARK, lane_name
+from .marks import CAPTURED_PROGRAM, Doing, Standing
 
 MOST_TOLD = 4  # ranks that are told one by one; the others are counted
 
@@ -20,6 +21,7 @@ _DOES = {
     Doing.LOADING: "loading samples",
     Doing.PUBLISHING: "publishing a checkpoint",
     Doing.STEP: "between records",
+    Doing.ENCODING: "behind its records, where captions are encoded",
     Doing.REPORTING: "reporting",
     Doing.VALIDATING: "validating",
     Doing.SAVING: "saving a checkpoint",
@@ -30,12 +32,17 @@ _DOES = {
 
 
 class Waypoint(NamedTuple):
-    """A record of a program. ``issued``: where the collective that it waits for was, None where it waits for none."""
+    """A record of a program. ``issued``: where the collective that it waits for was, None where it waits for none.
+
+    ``up_to``: where marks tell how far the program is, the last record before the next mark: a rank that is told to be
+    here may be there as well. It waits for others here alone.
+    """
 
     name: str
     kind: str
     axes: Axes
     issued: int | None
+    up_to: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,27 +67,39 @@ class RoundEnd:
 
 
 def stages_of(program: Program) -> list[Waypoint]:
-    """Every record, as its position counts them."""
-    index = {op.name: i for i, op in enumerate(program.ops)}
+    """Every record, as its position counts them; a mark's own is told by the record that it stands before."""
+    ops = program.ops
+    index = {op.name: i for i, op in enumerate(ops)}
 
     def issued(i: int) -> int | None:
-        op = program.ops[i]
+        op = ops[i]
         if op.is_wait and op.to is None:
             return index[op.waits_for]
         return i - 1 if op.kind in FUSED else None  # within the record: who stands there has come
 
-    return [Waypoint(op.name, op.kind, op.axes, issued(i)) for i, op in enumerate(program.ops)]
+    last = dict[int, str]()  # by the position behind a mark
+    marks = [i for i, op in enumerate(ops) if op.kind == MARK]
+    for this, following in itertools.pairwise(marks):
+        last[this + 1] = ops[following - 1].name
+    found: list[Waypoint] = []
+    for i, op in enumerate(ops):
+        at = min(i + 1, len(ops) - 1) if op.kind == MARK else i
+        up_to = last.get(at)
+        shown = ops[at]
+        found.append(Waypoint(shown.name, shown.kind, shown.axes, issued(i), None if up_to == shown.name else up_to))
+    return found
 
 
-def shown_place(place: Standing, programs: Sequence[Sequence[Waypoint]]) -> str:
-    """As ``step 3, at wait of blocks.0.q (all_gather over tp)``."""
+def shown_place(place: Standing, programs: Sequence[Sequence[Waypoint]], *, waits: bool = False) -> str:
+    """As ``step 3, at wait of blocks.0.q (all_gather over tp)``. ``waits``: for another rank, so not behind it."""
     where = f"{'clip' if place.phase in (Doing.SAMPLING, Doing.DECODING) else 'step'} {place.step + 1}"
     point = _record_of(place, programs)
     if point is None:
-        captured = place.phase is Doing.STEP and place.program == NO_PROGRAM
+        captured = place.phase in (Doing.STEP, Doing.ENCODING) and place.program == CAPTURED_PROGRAM
         return f"{where}, {'which is captured' if captured else _DOES[place.phase]}"
     over = f" over {lane_name(point.axes)}" if point.axes else ""
-    return f"{where}, at {point.name} ({point.kind}{over})"
+    behind_it = f" or behind it, up to {point.up_to}" if point.up_to is not None and not waits else ""
+    return f"{where}, at {point.name} ({point.kind}{over}){behind_it}"
 
 
 def _record_of(place: Standing, programs: Sequence[Sequence[Waypoint]]) -> Waypoint | None:
@@ -143,7 +162,7 @@ def judged(
         at, awaited = ranks[rank], waits[rank]
         assert at is not None
         whom = f" and waits for {_listed(awaited)}" if awaited else ""
-        told.append(f"rank {rank} is in {shown_place(at.place, programs)}{whom}")
+        told.append(f"rank {rank} is in {shown_place(at.place, programs, waits=bool(awaited))}{whom}")
     if len(others) > MOST_TOLD:
         told.append(f"{len(others) - MOST_TOLD} more ranks wait")
     where = "no answer" if first is None else shown_place(first.place, programs)

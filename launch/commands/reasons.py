@@ -8,6 +8,7 @@ from rich.console import Console
 
 from ...parallel.ir.plan import Plan
 from ...perf_model.clusters.cluster import Cluster
+from ...perf_model.prices.marks import marks_cost
 from ...perf_model.prices.played import PlayedStep
 from ...perf_model.prices.startup import hosts_start, start_up
 from ...perf_model.report import explain
@@ -90,6 +91,7 @@ class Reasons:
             waterfall=waterfall(step, self.cluster),
             exchanges=self.exchanges,
             float8=self.float8,
+            marks=marks_cost(step, self.cluster),
         )
 
     def print(self, console: Console) -> None:
@@ -130,6 +132,8 @@ class Reasons:
         title = "what would change it" + (" (searched anew, not tuned, on both sides)" if self.searched_s else "")
         _lines(console, title, changes)
         print_alternatives(console, self.exchanges, self.float8)
+        if (marks := marks_cost(step, self.cluster)) is not None:
+            console.print(f"\n{marks.told()}")
         print_start_up(console, start_up_cost(step.plan, self.cluster))
 
 

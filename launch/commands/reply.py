@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from ...perf_model.prices.lifetime import Lifetime
+from ...perf_model.prices.marks import MarksCost
 from ...perf_model.prices.startup import HostsStart, StartUp
 from ...perf_model.published.evidence import ErrorBar
 from ...perf_model.report.exchanges import Exchange
@@ -221,6 +222,9 @@ class Why:
     waterfall: Annotated[list[Loss], "from the chip's peak down; their shares and the MFU add up to one"]
     exchanges: Annotated[list[Exchange], "ways to exchange tokens over cp, the plan's own first; none where cp is 1"]
     float8: Annotated[list[Float8], "what fp8 linear layers would give, by how they are scaled"]
+    marks: Annotated[
+        MarksCost | None, "by which a hang inside a captured step is told; not in `step_s`; null where none is captured"
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

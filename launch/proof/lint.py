@@ -30,6 +30,7 @@ from .verify import small_case
 CHECKS = {
     "same": "behind every pass all records are there and read the values that they were built on",
     "types": "behind every pass each value is placed as its record and its inputs say",
+    "marks": "the records that tell a watchdog where a step stands are all there, each in its place",
     "arena": "temporaries lie in the arena of their space, and no two that live together overlap",
     "order": "collectives and host copies run in the program's order, each is waited for once, and there are no others",
     "synchronises": "nothing reads back to the host, depends on data in shape, or draws from a generator",
@@ -47,7 +48,7 @@ def lint_program(built: Program, begin: Begin = lambda _: None) -> list[Finding]
     """What the program alone shows, at any size: behind every pass, and where its storages lie in the end."""
     found: list[Finding] = []
     program = built
-    for run in each(passes(built.plan, backend="nccl"), begin, lambda run: f"behind {run.__name__}"):
+    for run in each(passes(built.plan, backend="nccl", marked=True), begin, lambda run: f"behind {run.__name__}"):
         program = run(program)
         found += (one for one in check(program, built) if one not in found)
     begin("the arena")
@@ -77,7 +78,7 @@ def lint(plan: Plan, model: str, begin: Begin = lambda _: None) -> list[Finding]
 
 def lint_parts(plan: Plan) -> int:
     """How often ``lint`` says what it begins."""
-    return len([*passes(plan, backend="nccl")]) + 3
+    return len([*passes(plan, backend="nccl", marked=True)]) + 3
 
 
 def run(*, plan: str, model: str, as_json: bool) -> int:

@@ -27,7 +27,8 @@ from .parity import OPTIMIZER, Case, load_batch
 def lint_step(case: Case, kernels: dict[str, Kernel] | None = None, comm: Alone | None = None) -> list[Finding]:
     """What a step shows when it runs. Doors for tests: ``kernels`` and ``comm`` with a fault in them."""
     comm = comm or Alone(case.plan)
-    options = {"seed": case.seed, "kernels": kernels, "comm": comm}
+    slot = torch.zeros(1, dtype=torch.int64)  # as a captured step has marks
+    options = {"seed": case.seed, "kernels": kernels, "comm": comm, "slot": slot}
     runner = StepRunner(case.config, case.plan, case.batch, OPTIMIZER, None, **options)
     runner.initialise(probe_values(case.seed))
     return _guarded(case, runner, comm) + _two_frozen_steps(case, runner)

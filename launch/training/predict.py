@@ -39,7 +39,8 @@ def play_buckets(setting: Setting, cluster: Cluster) -> Iterator[PlayedStep]:
     models, loop, plan = PriceModels.of(cluster), loop_encoders(setting), setting.config.plan
     for batch in setting.shapes:
         held = frozen_options(plan, loop, batch.samples * plan.micro_batches, models)[0] if loop else None
-        yield play_step(setting.model, plan, batch, models, held, graphs=len(setting.shapes))
+        marked, graphs = setting.marked(cluster.device), len(setting.shapes)
+        yield play_step(setting.model, plan, batch, models, held, graphs=graphs, marked=marked)
 
 
 def steps_that_fit(setting: Setting, cluster: Cluster, records: list[int]) -> Iterator[PlayedStep]:

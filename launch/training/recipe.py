@@ -267,6 +267,11 @@ class Config:
     capture: Annotated[Capture, "steps replay, as frozen calls or a CUDA Graph: where it can be, never, or always"] = (
         "auto"
     )
+    marks: Annotated[
+        Literal["auto", "on", "off"],
+        "records in a step that tell the watchdog where it stands; auto: on a GPU, where a graph replays it and no "
+        "host does",
+    ] = "auto"
     device: Annotated[
         Literal["auto", "cpu", "cuda"],
         "cuda: a GPU for each process; auto: where one is visible, else the CPU, and the run says so",

@@ -52,6 +52,7 @@ ALLOWED = {
     "caption_dropout": Allowed.ASKED,
     "on_loss": Allowed.FREE,
     "capture": Allowed.FREE,
+    "marks": Allowed.FREE,
     "device": Allowed.TOLD,
     "kernels": Allowed.TOLD,
     "packages": Allowed.FREE,

@@ -20,6 +20,7 @@ from ...model.step import check
 from ...parallel.ir.plan import Plan
 from ..cluster.processes import Joined
 from .captions import encoded_in_loop
+from .marked import slot_of
 from .recipe import Config
 
 
@@ -53,6 +54,11 @@ class Setting:
         """The same with another plan, and other batches where these are given."""
         config = replace(self.config, plan=plan)
         return replace(self, config=config, global_batches=batches or self.global_batches)
+
+    def marked(self, device: str) -> bool:
+        """Whether records of a step tell on a device where it stands."""
+        config = self.config
+        return config.marks == "on" or (config.marks == "auto" and device != "cpu" and config.capture != "off")
 
     @cached_property
     def latents(self) -> list[Latent]:
@@ -147,4 +153,5 @@ class Setting:
             caption_dropout=config.caption_dropout,
             device=place.device,
             kernels=self.kernels(place.device),
+            slot=slot_of(place.marks, place.device) if self.marked(place.device) else None,
         )

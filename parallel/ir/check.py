@@ -1,17 +1,18 @@
 """What must still hold after a pass: the builder's rules on records that have been moved, cloned, fused (torch-free).
 
     types       every record's outputs are placed as its inputs and its op say, every rename keeps its placement; only
-                copies between spaces touch the host's
+                copies between spaces, and marks, touch the host's
     order       every collective is waited for once, after its issue, before it is read
     same        nothing reads what nobody has written; and against the program that was built: every record is still
                 there, and reads what it read then. Not the same names: the same values, told by the records that wrote
                 them last (reaching definitions)
+    marks       where a program is marked, a mark stands before every record that needs one, and writes its position
     arena       storages that live together share no byte of the arena, from the first record that touches one to the
                 last, the wait of a collective included
 
 A pass may reorder records, run one again (``clone_of``), take several as one (``Fused``, or one record with the outputs
-of several), turn collectives over one rank into aliases and copy storages between spaces. Nothing else is the same
-program.
+of several), turn collectives over one rank into aliases, copy storages between spaces and add marks. Nothing else is
+the same program.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from dataclasses import dataclass
 
 from ...kernels.ops import OPS
 from .layout import Axes, Placement, PlacementError, infer
+from .marks import mark_faults
 from .program import Program
-from .records import Buffer, BufferKind, Collective, Op, Space, Transfer, Wait
+from .records import MARK, Buffer, BufferKind, Collective, Op, Space, Transfer, Wait
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def check(program: Program, built: Program | None = None) -> list[Finding]:
     found = [*_types(program), *_waits(program)]
     values = _Values(program, built)
     found += values.unwritten
+    found += [finding("marks", op, what) for op, what in mark_faults(program)]
     if built is not None:
         found += _same(values, _Values(built, None))
     return found
@@ -82,7 +85,7 @@ def _types(program: Program) -> Iterator[Finding]:
             if _live(program, placed := program.buffers[name].placement) != _live(program, placement):
                 yield finding("types", op, f"{name} is placed {placed}; the record makes {placement}")
         far = (name for name in (*op.inputs, *op.outputs) if program.buffers[name].space is not Space.DEVICE)
-        if op.to is None and (name := next(far, None)) is not None:
+        if op.to is None and op.kind != MARK and (name := next(far, None)) is not None:
             yield finding("types", op, f"{name} lies in host memory")
 
 

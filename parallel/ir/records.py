@@ -19,6 +19,7 @@ from .layout import Axes, Placement
 
 COMPUTE_LANE = "compute"
 WAIT = "wait"  # the kind of a record that waits for a collective
+MARK = "mark"  # the kind of a record that tells a watchdog how far the step is (marks.py)
 
 
 class Phase(StrEnum):
@@ -172,7 +173,8 @@ class Op:
     """One record. ``attrs`` are what its kernel is called with; ``comm`` is None for compute.
 
     ``of`` names the forward op that a backward record differentiates, ``clone_of`` the one that it makes again.
-    ``role``: what it makes, alike in all blocks and for all slices.
+    ``role``: what it makes, alike in all blocks and for all slices. ``before``: of a mark, the position of the record
+    that it stands before.
     """
 
     name: str
@@ -186,6 +188,7 @@ class Op:
     clone_of: str | None = None
     role: str = ""
     slice: Slice | None = None
+    before: int | None = None
 
     @property
     def clone(self) -> bool:

@@ -38,7 +38,7 @@ class Lifetimes:
 
 
 def persistent(program: Program) -> list[str]:
-    """Inputs and states: storages that are there before and after a step."""
+    """Inputs and states: storages that are there before and after a step, in any space."""
     buffers = program.buffers.items()
     return [name for name, buffer in buffers if buffer.kind is not BufferKind.TEMPORARY and buffer.base is None]
 
@@ -50,7 +50,7 @@ def lifetimes(
 ) -> Lifetimes:
     """When every storage of a space is taken and given back, and its bytes live at every record of one rank.
 
-    Inputs, states and workspace are on the device. ``workspace``: of a record, by default as on a CPU.
+    Workspace is on the device. ``workspace``: of a record, by default as on a CPU.
     """
     on_device = space is Space.DEVICE
     allocate: list[list[str]] = [[] for _ in program.ops]
@@ -60,7 +60,7 @@ def lifetimes(
         if buffer.kind is BufferKind.TEMPORARY and buffer.space is space:
             allocate[first].append(root)
             free[last].append(root)
-    always = sum(program.bytes(name) for name in persistent(program)) if on_device else 0
+    always = sum(program.bytes(name) for name in persistent(program) if program.buffers[name].space is space)
     live, current = [], always
     for i in range(len(program.ops)):
         current += sum(map(program.bytes, allocate[i]))

@@ -13,6 +13,7 @@ from ..ir.program import Program
 from .elide import elide
 from .fuse import fuse
 from .fuse_tp import fuse_tp
+from .mark import mark
 from .offload import offload
 from .prefetch import prefetch
 from .prices import RATES, Price
@@ -23,10 +24,10 @@ from .staging import stage_for_gloo, stage_symmetric
 Pass = Callable[[Program], Program]
 
 
-def passes(plan: Plan, *, backend: str, price: Price | None = None) -> Iterator[Pass]:
+def passes(plan: Plan, *, backend: str, price: Price | None = None, marked: bool = False) -> Iterator[Pass]:
     """From a built program to the one that runs or is priced.
 
-    Recompute, fusion, degree-1 aliases, copies to the host, order, staging.
+    Recompute, fusion, degree-1 aliases, copies to the host, order, staging; ``marked``: marks.
 
     ``backend`` is ``nccl`` or ``gloo``; gloo's reduce-scatter needs a staging buffer, which is then listed. ``price``
     gives the seconds of a record where the plan asks for overlap; every rank must pass one that says the same. Without
@@ -34,6 +35,8 @@ def passes(plan: Plan, *, backend: str, price: Price | None = None) -> Iterator[
     """
     yield from arranging(plan)
     yield from finishing(plan, backend=backend, price=price)
+    if marked:
+        yield mark
 
 
 def arranging(plan: Plan) -> Iterator[Pass]:
@@ -58,10 +61,12 @@ def finishing(
     yield stage_for_gloo if backend == "gloo" else stage_symmetric
 
 
-def prepare(program: Program, *, backend: str, price: Price | None = None, checked: bool = False) -> Program:
+def prepare(
+    program: Program, *, backend: str, price: Price | None = None, marked: bool = False, checked: bool = False
+) -> Program:
     """All ``passes``. With ``checked`` each is looked at: raises BrokenProgram, which is a bug of the pass it names."""
     built = program
-    for run in passes(program.plan, backend=backend, price=price):
+    for run in passes(program.plan, backend=backend, price=price, marked=marked):
         program = run(program)
         if checked:
             refuse_broken(run.__name__, program, built)

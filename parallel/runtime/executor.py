@@ -20,6 +20,7 @@ from ...kernels.reference import Kernel, product_of
 from ...kernels.registry import Kernels, kernels_for, leave_sms
 from ..ir.collectives import FUSED
 from ..ir.layout import HEADS
+from ..ir.marks import MARK_NUMBERS, MARK_SLOT, is_marked
 from ..ir.program import Program
 from ..ir.records import BufferKind, Op, Space
 from ..ir.units import communicator_order, nested_index
@@ -98,10 +99,13 @@ class Executor:
                 assert comm is not None
                 tensor = comm.symmetric_memory(HEADS, program.bytes(name)).view(TORCH_DTYPES[buffer.dtype])
             if tensor is None:
-                tensor = torch.zeros(program.local_shape(name), dtype=TORCH_DTYPES[buffer.dtype], device=device)
+                where = device if buffer.space is Space.DEVICE else "cpu"
+                tensor = torch.zeros(program.local_shape(name), dtype=TORCH_DTYPES[buffer.dtype], device=where)
             assert tensor.shape == program.local_shape(name) and tensor.dtype == TORCH_DTYPES[buffer.dtype], name
             self.buffers[name] = tensor
             self._flat[name] = tensor.view(-1)
+        if is_marked(program):
+            self.buffers[MARK_NUMBERS].copy_(torch.arange(len(program.ops)))
         for whole, placement in ((arena, self.placement), (self.host.arena, self.host_placement)):
             for name, offset in placement.offsets.items():
                 part = whole[offset : offset + program.bytes(name)]
@@ -119,7 +123,7 @@ class Executor:
     def _check_free(self, beside: Mapping[str, int] | None, shared: Mapping[str, Tensor], arena_bytes: int) -> None:
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self.device)
-        held = [name for name in persistent(self.program) if name in shared]
+        held = [name for name in persistent(self.program) if name in shared and name != MARK_SLOT]
         check_fits(self.program, free, self.workspace, beside=beside, shared=held, arena_bytes=arena_bytes)
 
     # -- binding ------------------------------------------------------------------------------------------------

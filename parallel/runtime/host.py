@@ -63,14 +63,13 @@ class HostLink:
 
 
 def pin(memory: Tensor, what: str, remedy: str) -> None:
-    """Lock the pages of bytes that are ``what`` for. Torch's own pinned memory comes in powers of two: up to twice it.
+    """Lock the pages of a tensor that is for ``what``, as long as it lives.
 
-    Raises CinemeshError, with this ``remedy``.
+    Torch's own pinned memory comes in powers of two, up to twice as much, and has addresses of its own. Raises
+    CinemeshError, with this ``remedy``.
     """
-    runtime, address = cudart(), memory.data_ptr()
+    runtime, address, size_bytes = cudart(), memory.data_ptr(), memory.numel() * memory.element_size()
     assert runtime is not None
-    if (error := runtime.cudaHostRegister(address, memory.numel(), 0)) != runtime.cudaError.success:
-        raise CinemeshError(
-            f"{what}: {memory.numel() / 1e9:.1f} GB of host memory cannot be pinned: {error}", remedy=remedy
-        )
+    if (error := runtime.cudaHostRegister(address, size_bytes, 0)) != runtime.cudaError.success:
+        raise CinemeshError(f"{what}: {size_bytes:,} B of host memory cannot be pinned: {error}", remedy=remedy)
     weakref.finalize(memory, runtime.cudaHostUnregister, address)

@@ -66,10 +66,14 @@ def play_step(
     frozen: FrozenCost | None = None,
     *,
     graphs: int = 1,
+    marked: bool = False,
 ) -> PlayedStep:
-    """Build, price and play every record of a step. Raises CinemeshError for a plan that cannot run it."""
+    """Build, price and play every record of a step. ``marked``: its records tell a watchdog where it stands.
+
+    Raises CinemeshError for a plan that cannot run it.
+    """
     models = on if isinstance(on, PriceModels) else PriceModels.of(on)
-    program = prepare(build_step(config, plan, batch), backend=models.cluster.backend)
+    program = prepare(build_step(config, plan, batch), backend=models.cluster.backend, marked=marked)
     return play_program(program, batch, models, frozen, graphs=graphs)
 
 

@@ -455,6 +455,10 @@ def clip_factor(t: int, b: int, d: int) -> Iterator[Example]:
             yield Example("si->ssbi", [squares, counters], wanted, {"clip_norm": 0.5})
 
 
+def mark(t: int, b: int, d: int) -> Iterator[Example]:
+    yield Example("i->i", [torch.tensor([t * b])], [torch.tensor([t * b])])
+
+
 def adamw(t: int, b: int, d: int) -> Iterator[Example]:
     """Against torch's own, from its third update on; decay for the first elements of the shard alone.
 

@@ -119,7 +119,7 @@ def test_a_factor_of_two_in_any_column_is_found(kind: str, column: str) -> None:
 def test_most_columns_are_planted_in() -> None:
     nothing = {c: [k for k in OPS if not any(getattr(f, c) for f in counts(k))] for c in COLUMNS}
     assert nothing["bytes"] == nothing["kernels"] == nothing["plain_bytes"] == []
-    assert set(nothing["flops"]) == {"unpatchify", "drop_mask", "cast", "copy", "zero_gaps", "patchify"}
+    assert set(nothing["flops"]) == {"unpatchify", "drop_mask", "cast", "copy", "zero_gaps", "patchify", "mark"}
     assert len(nothing["workspace"]) < len(OPS) // 2
 
 

@@ -20,7 +20,7 @@ from typing import Any, cast
 import pytest
 from elastic_job import Fault, run_job
 from elastic_nodes import lose_and_regain
-from planted_faults import HANGS_IN_SHORT, check_hangs, check_kills, kills, long_recipe
+from planted_faults import HANGS_IN_A_PROGRAM, HANGS_IN_SHORT, check_hangs, check_kills, kills, long_recipe
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from cinemesh.errors import CinemeshError
@@ -57,6 +57,15 @@ def test_a_killed_rank_is_named_and_the_job_goes_on_to_the_same_bits(clips: Path
 def test_hangs_are_named_with_rank_and_op_and_the_job_goes_on(clips: Path, tmp_path: Path) -> None:
     """One a life: stopped, before a collective, with Python's lock held, in a checkpoint's thread."""
     check_hangs(run_job(tmp_path / "job", long_recipe(clips, tmp_path, 20), HANGS_IN_SHORT), HANGS_IN_SHORT)
+
+
+@pytest.mark.slow
+def test_hangs_are_named_where_the_program_alone_tells_how_far_it_is(clips: Path, tmp_path: Path) -> None:
+    """As in a CUDA Graph's replay. In compute, at an issue, in waits, in the update; asleep and stopped."""
+    values = long_recipe(clips, tmp_path, 12) | {"marks": "on"}
+    rows = check_hangs(run_job(tmp_path / "job", values, HANGS_IN_A_PROGRAM), HANGS_IN_A_PROGRAM)
+    behind = [" or behind it, up to " in row["said"].partition("; ")[0] for row in rows]
+    assert all(behind) and " and waits for rank" in "".join(row["said"] for row in rows)
 
 
 @pytest.mark.slow

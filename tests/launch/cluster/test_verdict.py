@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 
-from cinemesh.launch.cluster.marks import NO_PROGRAM, Doing, Standing
+from cinemesh.launch.cluster.marks import CAPTURED_PROGRAM, NO_PROGRAM, Doing, Standing
 from cinemesh.launch.cluster.verdict import At, Waypoint, judged, shown_place, stages_of
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.collectives import COLLECTIVES
 from cinemesh.parallel.ir.layout import Axes
 from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.ir.program import Program
+from cinemesh.parallel.ir.records import Op
 from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.runtime.mesh import group_ranks
 
@@ -27,9 +30,13 @@ def group(axes: Axes, rank: int) -> Sequence[int]:
     return group_ranks(PLAN, axes, rank)
 
 
-def a_step(plan: Plan = PLAN) -> list[Waypoint]:
+def program_of(plan: Plan = PLAN, *, marked: bool = False, backend: str = "gloo") -> Program:
     case = small_case(plan)
-    return stages_of(prepare(build_step(case.config, case.plan, case.batch), backend="gloo"))
+    return prepare(build_step(case.config, case.plan, case.batch), backend=backend, marked=marked)
+
+
+def a_step(plan: Plan = PLAN) -> list[Waypoint]:
+    return stages_of(program_of(plan))
 
 
 BEFORE = 1000  # records of earlier programs
@@ -44,7 +51,12 @@ def waits(step: int) -> At:
     return at(step, Doing.LOADING, 0, NO_PROGRAM, host_calls=9)
 
 
-def played(stages: list[Waypoint], hung: dict[int, int], ranks: int) -> dict[int, At]:
+def played(
+    stages: list[Waypoint],
+    hung: dict[int, int],
+    ranks: int,
+    group: Callable[[Axes, int], Sequence[int]] = group,
+) -> dict[int, At]:
     """Where all ranks end when some stop for ever before a record: the others go on until they must wait for them."""
     stands = dict.fromkeys(range(ranks), 0)
     while True:
@@ -80,6 +92,61 @@ def test_wherever_one_rank_of_eight_hangs_in_a_step_it_alone_is_named() -> None:
             place = f"rank {rank} (process 100 on node) stands in step 6, at {stages[record].name} ("
             assert verdict.text.startswith(f"no progress for 60 s: {place}{stages[record].kind}"), verdict.text
     assert {"wait", "all_gather", "matmul"} <= kinds
+
+
+MARKED_PLANS = (PLAN, Plan(tp=2, cp=2, dp_shard=2, fused_tp=True), Plan(tp=2, cp=4, kv_slices=2, grad_units=2))
+
+
+@pytest.mark.parametrize("plan", MARKED_PLANS, ids=Plan.to_text)
+def test_wherever_one_rank_hangs_in_a_step_that_tells_by_marks_alone_it_is_named(plan: Plan) -> None:
+    """Each rank's place is that behind its last mark: who waits, waits there; who is named, stands in what is named."""
+    program = program_of(plan, marked=True, backend="nccl")
+    stages, ops = stages_of(program), program.ops
+    names = [op.name for op in ops]
+    places = set[str]()
+
+    def members(axes: Axes, rank: int) -> Sequence[int]:
+        return group_ranks(plan, axes, rank)
+
+    for hung in [i for i, op in enumerate(ops) if op.kind != "mark"][::7]:
+        for rank in (0, 5):
+            truth = played(stages, {rank: hung}, 8, members)
+            ranks = {r: replace_record(one, told(ops, one.place.record)) for r, one in truth.items()}
+            verdict = judged(ranks, [stages], members, LIMIT_S)
+            assert verdict.guilty == (rank,), (hung, ops[hung], verdict.text)
+            said = re.match(r".*? stands in step 6, at (\S+) \([^)]*\)(?: or behind it, up to (\S+))?", verdict.text)
+            assert said is not None, verdict.text
+            first, last = said[1], (said[2] or said[1]).rstrip(";")
+            assert names.index(first) <= hung <= names.index(last), (names[hung], verdict.text)
+            assert names.index(last) - names.index(first) < 40, "a place, not the step"
+            places.add(first)
+    assert len(places) > 20
+
+
+def told(ops: Sequence[Op], record: int) -> int:
+    """Of a rank that has run so many records, those up to its last mark."""
+    return next((i + 1 for i in reversed(range(record)) if ops[i].kind == "mark"), 0)
+
+
+def test_a_rank_that_waits_is_told_by_its_wait_alone() -> None:
+    """Also where it, its mark and what follows it are those that the guilty one stands at."""
+    stages = stages_of(program_of(marked=True))
+    wait = next(i for i, stage in enumerate(stages) if stage.issued is not None and stage.up_to is not None)
+    first = stages[wait]
+    assert first.issued is not None
+    place = at(5, Doing.ENCODING, wait).place  # a captured step: the host has gone on
+    assert shown_place(place, [stages]).endswith(
+        f"({first.kind} over {'*'.join(first.axes)}) or behind it, up to {first.up_to}"
+    )
+    ranks = {rank: at(5, Doing.ENCODING, wait) for rank in range(8)} | {3: at(5, Doing.ENCODING, 1)}
+    text = judged(ranks, [stages], group, LIMIT_S).text
+    assert "rank 3 (process 100 on node) stands in step 6, at weights (cast) or behind it, up to " in text
+    assert (
+        f"rank 0 is in step 6, at {first.name} ({first.kind} over {'*'.join(first.axes)}) and waits for rank 3" in text
+    )
+    begun, done = at(5, Doing.ENCODING, 0).place, at(5, Doing.ENCODING, len(stages)).place
+    assert shown_place(begun, [stages]).startswith("step 6, at weights (cast) or behind it")
+    assert shown_place(done, [stages]) == "step 6, behind its records, where captions are encoded"
 
 
 def test_two_that_hang_are_both_named() -> None:
@@ -137,7 +204,13 @@ def test_a_stopped_rank_is_named_also_where_nothing_else_tells() -> None:
         ranks = dict.fromkeys(range(4), place) | {1: replace(place, stopped=True)}
         verdict = judged(ranks, [a_step()], group, LIMIT_S)
         assert verdict.guilty == (1,) and "rank 1 (process 100 on node) is stopped by a signal in " in verdict.text
-    assert shown_place(Standing(3, Doing.STEP, 0), []) == "step 4, which is captured"
+    for phase in (Doing.STEP, Doing.ENCODING):  # the host has launched it, and waits for its loss in the next phase
+        assert shown_place(Standing(3, phase, 0, program=CAPTURED_PROGRAM), []) == "step 4, which is captured"
+
+
+@pytest.mark.parametrize("phase", Doing)
+def test_whatever_a_rank_does_can_be_told(phase: Doing) -> None:
+    assert shown_place(Standing(3, phase, 0), []).startswith(("step 4, ", "clip 4, "))
 
 
 def test_a_rank_that_does_not_answer_is_named() -> None:

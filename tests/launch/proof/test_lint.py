@@ -26,6 +26,7 @@ from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.passes.arena import Arena, place
 from cinemesh.parallel.passes.liveness import Lifetimes
+from cinemesh.parallel.passes.mark import mark
 from cinemesh.parallel.runtime.alone import Alone
 from cinemesh.parallel.runtime.comm import BoundCollective
 from cinemesh.parallel.runtime.guard import Finding
@@ -181,12 +182,34 @@ def test_a_pass_that_breaks_the_program_is_found(monkeypatch: pytest.MonkeyPatch
         assert check in {f.check for f in lint_program(built("tp=2"))}
 
 
+def test_a_mark_that_is_lost_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Marks are linted as they are captured, whatever the plan."""
+
+    def losing(program: Program) -> Program:
+        program = mark(program)
+        marks = [i for i, op in enumerate(program.ops) if op.kind == "mark"]
+        return program.with_ops([op for i, op in enumerate(program.ops) if i != marks[3]])
+
+    monkeypatch.setattr("cinemesh.parallel.passes.pipeline.mark", losing)
+    found = lint_program(built("tp=2"))
+    assert {f.check for f in found} == {"marks"} and any("no mark stands before it" in f.what for f in found)
+
+
+def test_a_mark_that_would_not_be_captured_is_found() -> None:
+    def reads_back(inputs: reference.Tensors, outputs: reference.Tensors) -> None:
+        outputs[0].fill_(inputs[0].item())
+
+    found = lint_step(small_case(ONE), kernels_for("cpu") | {"mark": reads_back})
+    assert {f.check for f in found} == {"synchronises"} and all("(mark)" in f.op for f in found)
+
+
 def test_storages_that_share_bytes_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def careless(program: Program, lives: Lifetimes) -> Arena:
         arena = place(program, lives)
         if not arena.offsets:  # of the host
             return arena
-        roots = [program.root(program.ops[i].outputs[0])[0] for i in (1, 2)]
+        issues = [op for op in program.ops if op.is_issue]
+        roots = [program.root(op.outputs[0])[0] for op in issues[:2]]
         return replace(arena, offsets={**arena.offsets, roots[1]: arena.offsets[roots[0]]})
 
     monkeypatch.setattr("cinemesh.launch.proof.lint.place", careless)

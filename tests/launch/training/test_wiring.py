@@ -141,6 +141,7 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
         did["tokens"] = runner.config.tokens(runner.batch.latent)
         did["windows"] = [(w.bucket, len(w.train), len(w.validation)) for w in history.at(0).buckets]
         did["replay"] = type(runner.replay).__name__
+        did["marks"] = sum(op.kind == "mark" for op in runner.program.ops)
         did["kernels"] = {op: f"{k.__module__}.{k.__qualname__}" for op, k in runner.executor.kernels.items()}
         did["plans"].append(runner.plan)
         did["final"] = {name: runner.buffers[name].clone() for name in STATES}
@@ -333,6 +334,7 @@ EFFECTS: Mapping[str, Sequence[Effect]] = {
     "may_change": [Effect(["seed"], frozenset())],  # of a run that goes on with nothing
     "weights": [Effect("master", frozenset({"validation", "clips"}))],
     "capture": [Effect("required", frozenset({"replay"}))],
+    "marks": [Effect("on", frozenset({"marks"}))],  # auto: on a GPU, test_marked.py
     "kernels": [Effect({"attention": "reference"}, frozenset({"kernels"}), rounded=GRADIENT)],
     "packages": [Effect(["fa3"], frozenset({"packages"}), {"cluster": "local-cpu"})],
     "device": [Effect("auto", frozenset({"device"}))],  # without a GPU, the same

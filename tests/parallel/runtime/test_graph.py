@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,8 +27,10 @@ from torch.cuda import nccl
 
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels.registry import kernels_for
+from cinemesh.launch.cluster.marks import Marks
 from cinemesh.launch.proof.parity import OPTIMIZER, Case, load_batch
 from cinemesh.launch.proof.verify import small_case
+from cinemesh.launch.training.marked import slot_of
 from cinemesh.model import weights
 from cinemesh.model.buckets import BucketRunner
 from cinemesh.model.runner import StepRunner, capture_graph
@@ -202,6 +205,42 @@ def test_activations_go_to_the_host_and_back_inside_a_graph() -> None:
             for other in (gone, replayed):
                 assert torch.equal(eager.buffers[name], other.buffers[name]), f"step {step}: {name}"
     replayed.close()
+
+
+@pytest.mark.gpu
+def test_a_replay_tells_where_it_stands_while_it_runs() -> None:
+    """A kernel that takes seconds: meanwhile the host reads, from memory that a watchdog shares, the mark before it."""
+    case = case_of("dtype=float32")
+    plain, marks = runner_of(case), Marks()
+    slot = slot_of(marks, "cuda")
+    swiglu = plain.executor.kernels["swiglu"]
+
+    def slow(inputs: Any, outputs: Any) -> None:
+        torch.cuda._sleep(2 * 10**9)
+        swiglu(inputs, outputs)
+
+    kernels = {**plain.executor.kernels, "swiglu": slow}
+    options = {"seed": case.seed, "device": "cuda", "kernels": kernels, "slot": slot}
+    marked = StepRunner(case.config, case.plan, case.batch, OPTIMIZER, None, **options)
+    marked.initialise(weights.probe_values(case.seed))
+    assert marked.capture("required") is None
+    for runner in (plain, marked):
+        load_batch(case, runner, 0)
+    ops = marked.program.ops
+    hung = next(i for i, op in enumerate(ops) if op.kind == "swiglu")
+    before = max(i for i, op in enumerate(ops[:hung]) if op.kind == "mark")
+    torch.cuda.synchronize()
+    marks.run(0, len(ops))
+    marked.step(1e-2)
+    until = time.monotonic() + 10
+    while marks.place.record <= before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert marks.place.record == before + 1, "behind the last mark before it, and no further"
+    torch.cuda.synchronize()
+    assert marks.place.record == len(ops)
+    plain.step(1e-2)
+    assert all(torch.equal(plain.buffers[name], marked.buffers[name]) for name in plain.buffers)
+    marked.close()
 
 
 @pytest.mark.gpu

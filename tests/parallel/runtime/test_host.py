@@ -86,7 +86,7 @@ def test_a_copy_runs_behind_compute_before_its_issue_and_before_compute_behind_i
 def test_memory_that_cannot_be_pinned_is_refused(pretend_cuda: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = SimpleNamespace(cudaError=SimpleNamespace(success=0), cudaHostRegister=lambda *_: 2)
     monkeypatch.setattr(host, "cudart", lambda: runtime)
-    with pytest.raises(CinemeshError, match=r"offload: 0\.0 GB of host memory cannot be pinned: 2"):
+    with pytest.raises(CinemeshError, match=r"offload: 64 B of host memory cannot be pinned: 2"):
         HostLink(64, "cuda")
 
 
