@@ -77,10 +77,14 @@ class RollCall:
         """What was to be said of the roll has been."""
         self.meeting.store.set(_OVER, "")
 
-    def wait(self, verdict: str, seconds: float) -> bool:
-        """Until the roll call is over: whether there is a verdict."""
+    def present(self) -> list[int]:
+        """The ranks that answered; all, where it was not called."""
+        store, world = self.meeting.store, range(self.meeting.world)
+        return [rank for rank in world if store.check([_here(rank)])] if store.check([_CALLED]) else [*world]
+
+    def wait(self, seconds: float) -> None:
+        """Until the roll call is over."""
         wait_for(self.meeting.store, [_OVER], seconds)
-        return self.meeting.store.check([verdict])
 
     def death(self) -> str | None:
         """Of a rank whose watchdog is left, if there was one."""

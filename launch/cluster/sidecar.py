@@ -55,6 +55,7 @@ TIMES = 10.0  # the longest turn so far: of a step, of loading, of a checkpoint
 WRITE_S = 600.0  # at least, where a checkpoint is waited for: what writes it works behind training, and may be late
 FIRST_S = 1800.0  # where there was none yet: compilation, the first read of a cold cache
 ANSWERS_S = 5.0  # what the other watchdogs get to say where their ranks stand
+HEARD_S = 3.0  # what they get to hear why all end, before rank 0 does, which may hold the store
 STACK_S = 2.0  # what a rank gets to write its stack
 SHOW_STACK = signal.SIGUSR2
 CALLED = "watchdog/called"
@@ -191,7 +192,7 @@ class _Watchdog:
                 roll.answer()
             if called and store.check([_show(rank)]) and not store.check([_shown(rank)]):
                 store.set(_shown(rank), self._stack())
-            if (called or roll.answered) and store.check([VERDICT]):
+            if (called or roll.answered) and self._hears_verdict(store):
                 os.kill(self.rank_pid, signal.SIGKILL)
                 return
 
@@ -233,14 +234,24 @@ class _Watchdog:
     def _lost_machines(self, store: Store) -> bool:
         """Call the roll, once in a round: whether ranks are lost with their watchdogs. That is said, and all end."""
         roll = self.roll
-        if store.check([VERDICT]):  # by which ranks end
+        if self._hears_verdict(store):  # by which ranks end
             return True
         if roll.calls():
             lost = roll.lost(ANSWERS_S + POLL_S * self.meeting.world / MANY)
             if lost and not store.check([VERDICT]):
                 self._tell(store, lost_with_machines(lost, roll.machines(lost), self.marks.place, self.programs))
             roll.over()
-        return roll.wait(VERDICT, FOUND_S)
+        roll.wait(FOUND_S)
+        return self._hears_verdict(store)
+
+    def _hears_verdict(self, store: Store) -> bool:
+        """Whether there is one. Rank 0 goes last: with it may go the store, and who has not heard would blame that."""
+        if not store.check([VERDICT]):
+            return False
+        store.set(_heard(self.meeting.rank), "")
+        if self.meeting.rank == 0:
+            wait_for(store, [_heard(rank) for rank in self.roll.present()], HEARD_S)
+        return True
 
     def _without_store(self) -> None:
         """The store's host is gone: one watchdog says so when its rank fails by that, or stands still."""
@@ -337,6 +348,10 @@ class _Watchdog:
             time.sleep(POLL_S / 2)  # a busy machine may halt it between two lines
         self.stack.seek(0)
         return self.stack.read().decode(errors="replace")
+
+
+def _heard(rank: int) -> str:
+    return f"watchdog/heard/{rank}"
 
 
 def _show(rank: int) -> str:

@@ -9,17 +9,21 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import HashStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from cinemesh.launch.cluster import processes, sidecar
-from cinemesh.launch.cluster.marks import Doing
+from cinemesh.launch.cluster.marks import Doing, Marks
 from cinemesh.launch.cluster.meeting import Meeting
+from cinemesh.launch.cluster.roll_call import RollCall
 from cinemesh.launch.cluster.rounds import ROUNDS_FILE, begin_round
 from cinemesh.launch.cluster.sidecar import watched
 from cinemesh.launch.cluster.verdict import Waypoint
@@ -161,3 +165,36 @@ def test_what_fails_where_all_are_there_is_shown_whole(job: Job) -> None:
     lines = job.close()
     assert lines[-1] == f"RuntimeError: {LOST}" and sum(line == lines[-1] for line in lines) == 1
     assert len(ends(job)) == 1 and not ends(job)[0]["guilty"]
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_rank_0_ends_when_the_others_know_why(called: bool, tmp_path: Path) -> None:
+    """With it may go the store: one that had not heard said that rank 0 was gone, which ended as it was told to.
+
+    Those that did not answer the roll are not waited for.
+    """
+    store, lost = HashStore(), 2
+    meeting: Any = SimpleNamespace(rank=0, world=4, store=store)
+    watchdog = sidecar._Watchdog(meeting, Marks(), tmp_path, cast(Any, None), 1, cast(Any, None))
+    watchdog.roll = RollCall(meeting, "rank 0", deputy=False, one_machine=False)
+    assert not watchdog._hears_verdict(store)
+    left = [rank for rank in range(meeting.world) if not (called and rank == lost)]
+    if called:
+        watchdog.roll.calls()
+        for rank in left:
+            store.set(f"roll/here/{rank}", "")
+        assert watchdog.roll.lost(0.2) == [lost]
+    store.set(sidecar.VERDICT, "why")
+    heard: list[int] = []
+
+    def others() -> None:
+        for rank in left[1:]:
+            time.sleep(0.2)
+            heard.append(rank)
+            store.set(f"watchdog/heard/{rank}", "")
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    assert watchdog._hears_verdict(store)
+    assert heard == left[1:]
+    thread.join()
