@@ -139,9 +139,9 @@ def image_rows(scores: Sequence[Score], pairs: Sequence[tuple[Tensor, Tensor]]) 
     """Clips of one frame, so many beside one another, above those that they are nearest to."""
     rows: dict[str, Tensor] = {}
     for start in range(0, len(pairs), IMAGES_IN_ROW):
-        told = ", ".join(f"{score.scene} {score.psnr_db:.1f} dB" for score in scores[start : start + IMAGES_IN_ROW])
+        told = ", ".join(f"{score.scene} {score.psnr_db:.0f}" for score in scores[start : start + IMAGES_IN_ROW])
         made, nearest = (torch.cat(images) for images in zip(*pairs[start : start + IMAGES_IN_ROW], strict=True))
-        rows[f"sampled: {told}"] = made
+        rows[f"sampled (dB): {told}"] = made
         rows[f"training images that {start + 1} to {start + len(made)} are nearest to"] = nearest
     return rows
 

@@ -537,7 +537,7 @@ def test_pictures_stand_beside_one_another_over_those_that_they_are_nearest_to()
     assert [rows[row][:, 0, 0, 0].tolist() for row in rows] == [
         [*range(8)], [*range(100, 108)], [8, 9], [108, 109],
     ]  # fmt: skip
-    assert first.startswith("sampled: scene-0 20.0 dB, scene-1 21.0 dB") and second.endswith("scene-9 29.0 dB")
+    assert first.startswith("sampled (dB): scene-0 20, scene-1 21") and second.endswith("scene-9 29")
     assert (below, last) == (
         "training images that 1 to 8 are nearest to",
         "training images that 9 to 10 are nearest to",
