@@ -63,7 +63,7 @@ def damages(draw: random.Random, run: Path, other: Path) -> list[tuple[str, Call
     body = body_of(newer)
     where = draw.choice(list(paths(body)))
     value = draw.choice([None, -1, 0, 1 << 70, 1.5, "", "x" * 64, [], {}, True])
-    if where[-1] == "tp_dim" and value is None:  # over one tp rank, as good as any
+    if where[-1] == "tp_dim" and value in (None, 0):  # over one tp rank, as good as any
         value = -1
     return [
         *found,

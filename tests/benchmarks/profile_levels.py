@@ -71,7 +71,11 @@ def main() -> None:
         "command": f"python tests/benchmarks/profile_levels.py --rounds {rounds}",
         "load_average": os.getloadavg(),
         "leveled_by": FIRST,
-        "accounted": {"least": min(accounted), "most": max(accounted), "within": ACCOUNTED},
+        "accounted": {
+            "median": statistics.median(accounted),
+            "each": sorted(round(share, 4) for share in accounted),
+            "within": ACCOUNTED,
+        },
         "mean_error": {
             plan: {when: round(statistics.mean(of), 4) for when, of in by.items()} for plan, by in errors.items()
         },
