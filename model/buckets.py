@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +25,21 @@ from .step import Optimizer, build_step
 Latent = tuple[int, int, int]
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without Python's collector, which would look at all records again and again while more are made, and free none.
+
+    It takes as long as the rest of building and binding (tests/benchmarks/start_up.py, ``built``).
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 class BucketRunner:
     """One :class:`StepRunner` a shape; states are shared. All shapes are known when it is made.
 
@@ -31,6 +48,7 @@ class BucketRunner:
     CinemeshError when two buckets have the same latent, and as StepRunner does.
     """
 
+    @uncollected()
     def __init__(  # noqa: PLR0913  what a runner takes, the batches in place of the batch
         self,
         config: ModelConfig,

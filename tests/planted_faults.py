@@ -44,7 +44,7 @@ HANGS = (
     Fault(0, "sleep", "clip"),
 )
 HANGS_IN_SHORT = (HANGS[1], HANGS[10], HANGS[15], HANGS[17])
-HANGS_IN_A_PROGRAM = (HANGS[1], HANGS[2], HANGS[9], HANGS[13], HANGS[8])
+HANGS_IN_A_PROGRAM = (HANGS[1], HANGS[2], HANGS[9], HANGS[8])
 
 
 def kills(count: int, seed: int) -> list[Fault]:

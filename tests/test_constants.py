@@ -549,7 +549,7 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "perf_model.prices.restart.IMPORT_S": (3, "measured: tests/benchmarks/results/start_up.json"),
     "perf_model.prices.restart.IMPORT_BYTES": (1.8e9, "measured: tests/benchmarks/results/start_up.json"),
     "perf_model.prices.restart.CUDA_BYTES": (3e9, "ours: an order of magnitude, of torch's wheel for CUDA"),
-    "perf_model.prices.restart.RECORD_S": (0.12e-3, "measured: tests/benchmarks/results/freeze_30b.json"),
+    "perf_model.prices.restart.RECORD_S": (0.093e-3, "measured: tests/benchmarks/results/start_up.json, built"),
     "perf_model.prices.restart.SHAPE_RECORDS": (23126, "counted: tests/benchmarks/results/start_up.json"),
     "perf_model.prices.restart.LAUNCH_S": (20e-6, "ours: an order of magnitude for a launch from Python"),
     "perf_model.prices.restart.KERNELS_S": (10, "a placeholder: nobody has measured it"),

@@ -1,10 +1,12 @@
 """What a start of eight ranks takes, part by part, and what a captured step of the 30B would be rehearsed by.
 
     python tests/benchmarks/start_up.py
+    python tests/benchmarks/start_up.py built
 
 A job under torchrun on this machine, started, killed whole by a SIGKILL of one rank, and started again by its agent;
 moments are taken in the job's own processes. Writes ``results/start_up.json``. Wall seconds of eight ranks on fewer
-cores are mostly others' turns, so processor seconds of a rank stand beside them.
+cores are mostly others' turns, so processor seconds of a rank stand beside them. ``built``: only what it takes of one
+core to build and bind steps of the 30B, with Python's collector and without, as a rank does it.
 """
 
 from __future__ import annotations
@@ -25,10 +27,69 @@ from typing import Any
 RESULT = Path(__file__).parent / "results" / "start_up.json"
 MACHINE = "2-core x86-64, no GPU"
 RANKS = 8
+SHAPES = 2  # built one after the other, and all kept: what a collector looks at grows
 PLANS = (
     "tp=4,cp=2,dp_shard=768",
     "tp=2,cp=4,dp_shard=96,dp_replicate=8,kv_chunks=3,tp_slices=8,defer_weight_gradients=true,grad_units=2",
 )
+
+
+def built() -> None:
+    """Processor seconds of building, arranging, ordering, placing and binding a shape: the mean of ``SHAPES``."""
+    from contextlib import nullcontext
+
+    import torch
+
+    from cinemesh.kernels.reference import REFERENCE
+    from cinemesh.model.buckets import uncollected
+    from cinemesh.model.config import USUAL_LATENTS, preset
+    from cinemesh.model.inputs import BatchShape
+    from cinemesh.model.step import build_step
+    from cinemesh.parallel.ir.plan import Plan
+    from cinemesh.parallel.passes.arena import place
+    from cinemesh.parallel.passes.pipeline import prepare
+    from cinemesh.parallel.runtime.alone import Alone
+    from cinemesh.parallel.runtime.executor import Executor
+    from cinemesh.parallel.runtime.mesh import coordinates
+
+    frames, height, width = USUAL_LATENTS["movie-gen-30b"]
+
+    def taken(plan: Plan, marked: bool, collecting: bool) -> tuple[int, float]:
+        begun, records, kept = time.process_time(), 0, list[Executor]()
+        with nullcontext() if collecting else uncollected():
+            for shape in range(SHAPES):
+                batch = BatchShape(1, (frames - 4 * shape, height, width))
+                program = prepare(build_step(preset("movie-gen-30b"), plan, batch), backend="nccl", marked=marked)
+                place(program)  # as the largest shape is found
+                kept.append(Executor(program, coordinates(plan, 0), Alone(plan), "meta", dict(REFERENCE)))
+                records += len(program.ops)
+        return records, time.process_time() - begun
+
+    rows = list[dict[str, Any]]()
+    for text in PLANS:
+        for marked, collecting in ((False, True), (False, False), (True, False)):
+            records, seconds = taken(Plan.parse(text), marked, collecting)
+            rows.append(
+                {
+                    "plan": text,
+                    "marked": marked,
+                    "collector": "on" if collecting else "off",
+                    "records_of_a_shape": records // SHAPES,
+                    "cpu_s_of_a_shape": round(seconds / SHAPES, 3),
+                    "cpu_ms_of_a_record": round(1e3 * seconds / records, 4),
+                }
+            )
+    told = json.loads(RESULT.read_text())
+    told["built"] = {
+        "date": date.today().isoformat(),
+        "machine": MACHINE,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "command": "python tests/benchmarks/start_up.py built",
+        "shapes": SHAPES,
+        "rows": rows,
+    }
+    RESULT.write_text(json.dumps(told, indent=1) + "\n")
+    print(json.dumps(told["built"], indent=1))
 
 
 def main() -> None:
@@ -71,6 +132,7 @@ def main() -> None:
         },
         "store_requests_of_a_rank": int(median(row["requests"] for row in first)),
         "rehearsed": [rehearsed(text) for text in PLANS],
+        "built": json.loads(RESULT.read_text())["built"],  # measured by itself
     }
     RESULT.write_text(json.dumps(told, indent=1) + "\n")
     print(json.dumps(told, indent=1))
@@ -187,4 +249,9 @@ def _counted(owner: Any, name: str, count: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    rank(Path(sys.argv[2])) if sys.argv[1:2] == ["rank"] else main()
+    if sys.argv[1:2] == ["rank"]:
+        rank(Path(sys.argv[2]))
+    elif sys.argv[1:] == ["built"]:
+        built()
+    else:
+        main()

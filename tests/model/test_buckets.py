@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from cinemesh.errors import CinemeshError
 from cinemesh.launch.proof.parity import OPTIMIZER, Case, global_batch
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model import weights
-from cinemesh.model.buckets import BucketRunner
+from cinemesh.model.buckets import BucketRunner, uncollected
 from cinemesh.model.inputs import BatchShape
 from cinemesh.model.runner import StepRunner
 from cinemesh.parallel.ir.plan import Plan
@@ -55,6 +56,34 @@ def test_buckets_in_turn_are_the_steps_of_each_shape(mode: str) -> None:
         for name in STATES:
             assert torch.equal(buckets.buffers[name], state[name]), f"step {step}: {name}"
     assert state["counters"].tolist() == [4, 4]
+
+
+def test_no_collector_looks_at_records_while_more_are_made() -> None:
+    """It would run some hundred times, over all of them; behind it, it is as it was."""
+    ran = list[str]()
+
+    def noted(phase: str, _: object) -> None:
+        ran.append(phase)
+
+    gc.callbacks.append(noted)
+    try:
+        with uncollected():
+            kept = [[i] for i in range(10_000)]
+            with pytest.raises(ValueError, match="inside"), uncollected():
+                raise ValueError("inside")
+            assert not gc.isenabled(), "as it was before: off"
+            bucket_runner(cases())
+            assert ran == []
+        assert gc.isenabled() and len(kept) == 10_000
+        gc.collect()
+        ran.clear()
+        bucket_runner(cases())
+        assert len(ran) <= 4, "what the cases make, and the first one behind"
+        with pytest.raises(CinemeshError), uncollected():
+            bucket_runner([cases()[0], cases()[0]])
+        assert gc.isenabled()
+    finally:
+        gc.callbacks.remove(noted)
 
 
 def test_one_arena_as_large_as_the_largest_needs() -> None:
