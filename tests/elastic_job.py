@@ -196,7 +196,9 @@ def at_a_record(fault: Fault, happens: Happens) -> None:
         def validated(self: Any, executor: Any) -> None:
             marks, done = self.marks, self.marks.record_done
             if runs[0] == fault.turn:
-                marks.record_done = _stopping(executor.program, fault, done, lambda what: happens(_step(self), what))
+                marks.record_done = _stopping(
+                    executor.program, fault, done, lambda what: happens(_step(self.runners.first), what)
+                )
             runs[0] += 1
             before_run(self, executor)
             marks.record_done = done
