@@ -221,6 +221,45 @@ def test_after_every_step_there_is_one_latent_of_every_frame(monkeypatch: pytest
             assert shared > 0 and torch.equal(before[-shared * row :], after[: shared * row])
 
 
+def seam(windows: OverlappingWindows, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Of a model whose every window wants the same slow drift, and an offset of its own for every element.
+
+    How much frames change where a window ends and another goes on, or where they overlap, over what they change within.
+    """
+    row, channels = SIDE * SIDE // 4, TINY.channels * 4
+    generator = torch.Generator().manual_seed(6)
+    drift = 0.2 * torch.arange(windows.frames, dtype=torch.float64).repeat_interleave(row)[:, None, None]
+    wanted = [
+        drift[start * row : (start + windows.length) * row]
+        + 0.3 * torch.randn(row, 1, channels, generator=generator, dtype=torch.float64).repeat(windows.length, 1, 1)
+        for start in windows.starts
+    ]
+    asked = [0]
+
+    def straight_there(sampler: Sampler, x: Tensor, t: float, given: Batch) -> Tensor:
+        target = wanted[asked[0] % len(wanted)]
+        asked[0] += 1
+        return (target - x) / (1 - t)
+
+    monkeypatch.setattr(Sampler, "velocity_at", straight_there)
+    clip = made(PLAIN, windows)
+    change = (clip[:, 1:] - clip[:, :-1]).abs().mean((0, 2, 3))  # from frame i to frame i + 1
+    ends = {start + windows.length for start in windows.starts[:-1]}
+    begins = set(windows.starts[1:])
+    inside = [any(begin <= i + 1 < end + 1 for begin, end in zip(sorted(begins), sorted(ends), strict=True))
+              for i in range(windows.frames - 1)]  # fmt: skip
+    border = torch.tensor(inside)
+    return float(change[border].mean() / change[~border].mean())
+
+
+def test_seams_that_are_blended_change_as_frames_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of 14 that overlap by 4, as the paper's; beside them some that only meet."""
+    blended, met = OverlappingWindows(34, 14, 4), OverlappingWindows(42, 14, 0)
+    assert blended.starts == (0, 10, 20) and met.starts == (0, 14, 28)
+    assert seam(blended, monkeypatch) <= 1.1
+    assert seam(met, monkeypatch) > 1.5
+
+
 def test_windows_of_another_start_are_found() -> None:
     """The proof above fails where a window looks one frame off its place."""
     wanted = blended_on_reference(WINDOWS, full(parameters(TINY), probe_values(0), torch.float64), 1.0)
