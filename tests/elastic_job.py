@@ -5,7 +5,7 @@
 
 A fault a life: the first of the list in the first, and so on; the life after the last one is left alone. Ranks are, in
 the first form, forked from a server that has loaded torch: a life costs a few seconds less. ``fired.jsonl`` beside the
-faults has a line for each that happened: its number, the time, the step (from 1) and what the rank was doing.
+faults has a line for each that happened: its number, rank, the time, the step (from 1) and what the rank was doing.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ PRELOADED = [
 RANKS, SPARE = 2, 2  # restarts beyond those that faults make needed
 LONG_S = 3600
 OF_A_FIRST_TURN = ("video", "clip")
+OF_ANY_RANK = ("video",)  # whichever comes to decode it
 LIMIT_S, FIRST_S = 3.0, 25.0  # of the watchdogs: a turn takes milliseconds; the first of a life, seconds
 
 
@@ -144,10 +145,11 @@ def life(faults: str, recipe: str) -> None:
         sidecar.LEAST_S, sidecar.WRITE_S, sidecar.TIMES = LIMIT_S, LIMIT_S, 1.0
         if fault.where in OF_A_FIRST_TURN:
             sidecar.FIRST_S = FIRST_S
-    if fault is not None and fault.rank == int(os.environ["RANK"]):
+    rank = int(os.environ["RANK"])
+    if fault is not None and (fault.rank == rank or fault.where in OF_ANY_RANK):
 
         def happens(step: int, doing: str) -> None:
-            row = {"life": number, "at": time.time(), "step": step, "doing": doing}
+            row = {"life": number, "rank": rank, "at": time.time(), "step": step, "doing": doing}
             with Path(faults).with_name("fired.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
             suffer(fault.what)

@@ -85,10 +85,10 @@ def check_hangs(job: Job, faults: Sequence[Fault]) -> list[dict[str, Any]]:
         how = "is stopped by a signal" if fault.what == "stop" else "stands"
         limit_s = FIRST_S if fault.where in OF_A_FIRST_TURN else LIMIT_S
         guilty = said.partition("; ")[0]
-        assert guilty.startswith(f"error: no progress for {limit_s:.0f} s: rank {fault.rank} (process "), said
+        assert guilty.startswith(f"error: no progress for {limit_s:.0f} s: rank {fired['rank']} (process "), said
         assert f") {how} in " in guilty and fired["doing"] in guilty, said
         named = {int(part.partition("rank ")[2].split()[0]) for part in said.split("; ") if " stands in " in part}
-        assert named <= {fault.rank}, said
+        assert named <= {fired["rank"]}, said
         seconds = at - fired["at"]
         assert limit_s <= seconds + 1 and seconds < limit_s + LATE_S, (seconds, said)
         rows.append(

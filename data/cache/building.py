@@ -38,7 +38,7 @@ from .listing import Listing
 from .survey import Skipped, UnitSurvey, look_at_files
 from .units import UnitFiles, encode_captions, told_captions, write_windows
 from .version import Version, version_names, withdrawn
-from .work import Task, share_out
+from .work import Nobody, Onlooker, Task, share_out
 
 # Raise it when the layout, how frames are picked, coloured, scaled and cropped, or what is drawn by a sample's id
 # changes: from 6 on frames lie on a time grid, upright, of square pixels and told colours, and captions begin with
@@ -146,30 +146,33 @@ class CacheBuild:
 
     # -- work --------------------------------------------------------------------------------------------------------
 
-    def work(self, progress: bool = True) -> str:
+    def work(self, progress: bool = True, onlooker: Onlooker | None = None) -> str:
         """Do what nobody else does until the version is there; its name.
 
-        Raises CinemeshError for too many bad clips, for scenes or buckets without windows, latents or embeddings that
-        are not finite, and a full disk.
+        ``onlooker``: hears how far this process is. Raises CinemeshError for too many bad clips, for scenes or buckets
+        without windows, latents or embeddings that are not finite, and a full disk.
         """
-        begun = self._share("checking clips", progress, (self._survey_task(unit) for unit in self.units))
+        watched = onlooker or Nobody()
+        begun = self._share("checking clips", progress, (self._survey_task(unit) for unit in self.units), watched)
         begun([Task(f"keys-{self.digest}", self._keys, self._settle, 0)])
         keys = read_json(self._keys, "the plan of a build", "delete it")["units"]
         captions = (self._captions_task(unit, *of) for unit, of in zip(self.units, keys, strict=True))
-        self._share("encoding captions", False, captions)
+        self._share("encoding captions", False, captions, watched)
         latents = (self._latents_task(unit, *of) for unit, of in zip(self.units, keys, strict=True))
-        begun = self._share("encoding clips", progress, latents)
+        begun = self._share("encoding clips", progress, latents, watched)
         begun([Task(f"made-{self.digest}", self._made, self._list, 0)])
         made = self.version()
         assert made is not None
         return made
 
-    def _share(self, what: str, progress: bool, tasks: Iterator[Task]) -> Callable[[Sequence[Task]], None]:
+    def _share(
+        self, what: str, progress: bool, tasks: Iterator[Task], onlooker: Onlooker
+    ) -> Callable[[Sequence[Task]], None]:
         listed_tasks = list(tasks)
         clips = sum(task.clips for task in listed_tasks)
         with tqdm(total=clips, desc=what, unit="clip", disable=None if progress else True) as bar:
-            share_out(self.root, listed_tasks, bar.update)
-        return lambda more: share_out(self.root, more, lambda clips: None)
+            share_out(self.root, listed_tasks, bar.update, onlooker)
+        return lambda more: share_out(self.root, more, lambda clips: None, onlooker)
 
     def _survey_task(self, unit: SceneUnit) -> Task:
         def do() -> None:

@@ -12,9 +12,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from ...errors import CinemeshError
 
@@ -33,7 +34,31 @@ class Task:
     clips: int = 1
 
 
-def share_out(root: Path, tasks: Sequence[Task], done: Callable[[int], object]) -> None:
+class Onlooker(Protocol):
+    """Who is told how far this process is: the watchdog of a rank, which must tell who works from who waits."""
+
+    def goes_on(self) -> None:
+        """Another task begins here."""
+        ...
+
+    def waiting(self) -> AbstractContextManager[object]:
+        """Inside, others do what is left."""
+        ...
+
+
+class Nobody:
+    """No onlooker."""
+
+    def goes_on(self) -> None:
+        """Nobody hears it."""
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Nobody hears it."""
+        yield
+
+
+def share_out(root: Path, tasks: Sequence[Task], done: Callable[[int], object], onlooker: Onlooker) -> None:
     """Do what nobody else does, until all is done by someone; ``done`` hears of how many clips, whoever did them.
 
     Waits as long as others work. Raises CinemeshError as a task does: what was done stays.
@@ -51,11 +76,13 @@ def share_out(root: Path, tasks: Sequence[Task], done: Callable[[int], object]) 
                         continue
                     if not task.makes.exists():
                         worked = True
+                        onlooker.goes_on()
                         task.do()
             done(task.clips)
         left = waiting
         if left and not worked:
-            time.sleep(POLL_S)
+            with onlooker.waiting():
+                time.sleep(POLL_S)
 
 
 @contextmanager

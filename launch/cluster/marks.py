@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from functools import partial
 from typing import NamedTuple
@@ -77,6 +78,19 @@ class Marks:
         words[before] = max(words[before], now_ns - self._entered_ns)
         self._entered_ns = now_ns
         words[_STEP], words[_PHASE], words[_TURN], words[_FIRST] = step, phase, words[_TURN] + 1, False
+
+    def goes_on(self) -> None:
+        """Another piece of the turn begins, as long as any."""
+        self._words[_TURN] += 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, other ranks do work that no call of all hosts tells of: as one that they have not begun."""
+        self._words[_HOST_CALLS] += 1
+        try:
+            yield
+        finally:
+            self._words[_HOST_CALLS] -= 1
 
     def run(self, program: int, records: int) -> None:
         """A program of so many records begins."""

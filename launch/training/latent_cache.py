@@ -42,7 +42,7 @@ def built_version(cache: str, data: DataSettings, encoding: Encoding, place: Joi
     root, meeting = Path(cache), place.meeting
     if place.rank and meeting is not None:
         version, digest = parse_json(hear(meeting, SAID_THERE), SAID_THERE, "start the job again")
-        return version or CacheBuild.joined(data, encoding, root, digest).work(progress=False)
+        return version or CacheBuild.joined(data, encoding, root, digest).work(False, place.marks)
     build = CacheBuild.planned(data, encoding, root)
     if place.rank == 0:
         say_old(root)
@@ -50,4 +50,4 @@ def built_version(cache: str, data: DataSettings, encoding: Encoding, place: Joi
     if meeting is not None:
         build.write_plan()
         meeting.store.set(SAID_THERE, json.dumps([version, build.digest]))
-    return version or build.work(progress=place.rank == 0)
+    return version or build.work(place.rank == 0, place.marks)

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from cinemesh.launch.cluster.marks import CAPTURED_PROGRAM, NO_PROGRAM, Doing, Standing
-from cinemesh.launch.cluster.verdict import At, Waypoint, judged, shown_place, stages_of
+from cinemesh.launch.cluster.marks import CAPTURED_PROGRAM, NO_PROGRAM, Doing, Marks, Standing
+from cinemesh.launch.cluster.verdict import At, Waypoint, behind, judged, shown_place, stages_of
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.collectives import COLLECTIVES
@@ -259,3 +259,23 @@ def test_a_wait_knows_where_its_collective_was_issued() -> None:
         assert stage.issued is not None and stage.issued < at_record
         assert stages[stage.issued].axes == stage.axes and stages[stage.issued].kind in COLLECTIVES
     assert any(a > b for a, b in itertools.pairwise(issued)), "issued in another order than waited for"
+
+
+def test_who_works_for_others_is_told_from_who_waits_for_it() -> None:
+    """As where all ranks build a latent cache: no call of all hosts is between them. Counts are alike afterwards."""
+    working, waiting = Marks(), Marks()
+    working.goes_on()
+    before = working.place
+    working.goes_on()
+    assert working.place != before, "a task that begins is progress"
+
+    def stands(marks: Marks) -> At:
+        return At(marks.place, 70.0, False, "node", 100)
+
+    with waiting.waiting():
+        ranks: dict[int, At | None] = {0: stands(waiting), 1: stands(working), 2: stands(waiting)}
+        assert (
+            behind(0, ranks, [], lambda axes, rank: ()) == [1] and behind(1, ranks, [], lambda axes, rank: ()) is None
+        )
+        assert judged(ranks, [], lambda axes, rank: (), 60.0).guilty == (1,)
+    assert waiting.place.host_calls == working.place.host_calls
