@@ -5,7 +5,7 @@ every step (loading, reports), and what training waits for a checkpoint; a job w
 the next step. From these alone ``perf_model/prices/goodput.py`` predicts what of a run's time is training, with a
 checkpoint every so many steps as it proposes, for failures that a seed draws. Then a job is killed at those moments.
 What it lost to them and to checkpoints is what its own account says (``goodput.json``): a machine that is slower for a
-minute has longer steps, and loses no more to failures. Writes ``results/goodput_against_kills.json``; some 10 minutes.
+minute has longer steps, and loses no more to failures. Writes ``results/goodput_against_kills.json``; some 6 minutes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from training import recipe, write_clips
 RESULT = Path(__file__).parent / "results" / "goodput_against_kills.json"
 MTBF_S, SEED = 15.0, 3
 MOST_KILLS = 60  # more than happen
-ALONE, LASTS_S = 6000, 240.0  # steps of the undisturbed job; seconds of training of the killed one
+ALONE, FEW_S, LASTS_S = 4000, 80.0, 180.0  # steps of the undisturbed job; seconds of training of those that are killed
 OF_FAILURES = ("down", "start", "redone", "checkpoint")  # what comes back with every step is of the step
 WITHIN = 0.02  # of a run's time
 
@@ -77,7 +77,7 @@ def main() -> None:
         step_s = (alone["until"] - alone["begun"] - lost_s["start"] - lost_s["checkpoint"]) / alone["steps"]
         pause_s = lost_s["checkpoint"] / (ALONE / 20)
         few = moments(SEED + 1, 5)
-        job = done(run_job(top / "few", values(top, top / "few", round(120.0 / step_s), 20), few))
+        job = done(run_job(top / "few", values(top, top / "few", round(FEW_S / step_s), 20), few))
         lost_s = account(top / "few")["lost_s"]
         restart_s = (lost_s["down"] + lost_s["start"] - alone["lost_s"]["start"]) / len(job.fired)
         conditions = Conditions(
