@@ -68,7 +68,7 @@ def test_proofs_say_each_piece_of_their_work(
     monkeypatch.setattr(shown, "EVERY_S", 0.0)
     assert lint.run(plan="tp=2,tp_slices=2", model="tiny", as_json=as_json) == 0
     assert verify.run(verify.ProofOrder("tp=2", "tiny", "float32", 2, 2, None, "cpu", as_json)) == 0
-    behind = ("rematerialize", "fuse", "prefetch", "elide", "scheduled", "stage_symmetric")
+    behind = ("rematerialize", "fuse", "prefetch", "elide", "scheduled", "stage_symmetric", "mark")
     pieces = ["building the program", *(f"behind {name}" for name in behind), "the arena", "a small step, as it runs"]
     wanted = [f"linting: {what} ({i + 1} of {len(pieces)})" for i, what in enumerate(pieces)]
     steps = ("step 1", "step 2", "comparing with plain autograd")

@@ -265,4 +265,4 @@ def test_every_kind_of_op_was_walked() -> None:
     kinds |= {op.kind for op in program_of(PLANS[0], lora=Lora(4, 4.0)).ops}
     kinds |= {op.kind for op in program_of(PLANS[0], block="dit", objective="v-prediction").ops}
     assert kinds >= set(COLLECTIVES)
-    assert set(OPS) - kinds == {"unpatchify", "weigh"}  # the sampler's alone
+    assert set(OPS) - kinds == {"unpatchify", "weigh", "mark"}  # the sampler's alone; marks: passes/test_mark.py

@@ -25,10 +25,14 @@ class Noted:
         self.heard.append("has waited")
 
 
+def made(path: Path) -> None:
+    path.write_text("here")
+
+
 def test_who_works_and_who_waits_is_told(tmp_path: Path) -> None:
     """Of three tasks one is done before, one another holds until it has made it, and one is left."""
     files = {name: tmp_path / name for name in ("before", "elsewhere", "here")}
-    tasks = [Task(name, path, partial(path.write_text, "here")) for name, path in files.items()]
+    tasks = [Task(name, path, partial(made, path)) for name, path in files.items()]
     files["before"].write_text("before")
     onlooker, held, seen = Noted(), threading.Event(), list[int]()
 

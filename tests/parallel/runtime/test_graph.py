@@ -30,7 +30,6 @@ from cinemesh.kernels.registry import kernels_for
 from cinemesh.launch.cluster.marks import Marks
 from cinemesh.launch.proof.parity import OPTIMIZER, Case, load_batch
 from cinemesh.launch.proof.verify import small_case
-from cinemesh.launch.training.marked import slot_of
 from cinemesh.model import weights
 from cinemesh.model.buckets import BucketRunner
 from cinemesh.model.runner import StepRunner, capture_graph
@@ -210,6 +209,8 @@ def test_activations_go_to_the_host_and_back_inside_a_graph() -> None:
 @pytest.mark.gpu
 def test_a_replay_tells_where_it_stands_while_it_runs() -> None:
     """A kernel that takes seconds: meanwhile the host reads, from memory that a watchdog shares, the mark before it."""
+    from cinemesh.launch.training.marked import slot_of  # needs packages that a machine of kernels alone may lack
+
     case = case_of("dtype=float32")
     plain, marks = runner_of(case), Marks()
     slot = slot_of(marks, "cuda")
