@@ -1,9 +1,11 @@
-"""How much memory this machine still gives (torch-free)."""
+"""How much memory this machine still gives, and a while in which none is collected (torch-free)."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -45,3 +47,18 @@ def _left_of_groups(root: Path) -> Iterator[int]:
                 yield int((folder / limit).read_text(encoding="utf-8")) - taken
             except (OSError, ValueError):  # no such group here, or "max": no limit
                 continue
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without Python's collector, which would look at all records again and again while more are made, and free none.
+
+    It takes as long as the rest of building and binding a step (tests/benchmarks/start_up.py, ``built``).
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import CinemeshError
 from ..kernels.reference import Kernel
+from ..memory import uncollected
 from ..parallel.ir.nccl_stack import Capture
 from ..parallel.ir.plan import Plan
 from ..parallel.passes.arena import place
@@ -23,21 +22,6 @@ from .runner import Batch, StepRunner
 from .step import Optimizer, build_step
 
 Latent = tuple[int, int, int]
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Without Python's collector, which would look at all records again and again while more are made, and free none.
-
-    It takes as long as the rest of building and binding (tests/benchmarks/start_up.py, ``built``).
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 class BucketRunner:

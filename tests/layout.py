@@ -6,7 +6,7 @@ To look at one: ``faults(laid_out(browser, screen, path.as_uri()))``. What is me
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,26 @@ def opened(browser: Browser, screen: str, address: str) -> None:
     browser.resize(shown.width, shown.height, shown.scale, mobile=shown.mobile)
     browser.open(address)
     browser.wait(f"location.href === {address!r} && document.readyState === 'complete'")
+
+
+def signed_in(browser: Browser, screen: str, address: str) -> None:
+    """Open a page that asks for a name, and come to its guideline."""
+    opened(browser, screen, f"{address}/")
+    browser.wait("document.activeElement && document.activeElement.id === 'name'")
+    assert list(faults(measured(browser))) == []
+    browser.type(f"ann on a {screen}")
+    browser.press("Enter")
+    browser.wait("!!document.getElementById('guideline') && !document.getElementById('guideline').hidden")
+    assert list(faults(measured(browser))) == []
+
+
+def check_planted(browser: Browser, styles: Mapping[str, str]) -> None:
+    """Of the page that is open: each style is a fault, which is told in these words."""
+    for told, style in styles.items():
+        browser.add_style(style)
+        said = list(faults(measured(browser)))
+        assert any(told in fault for fault in said), (told, said[:3])
+        browser.remove_style()
 
 
 def laid_out(browser: Browser, screen: str, address: str) -> dict[str, Any]:

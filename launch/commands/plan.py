@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from rich.console import Console
 
 from ...errors import CinemeshError
 from ...files import atomic_file, check_output_file, check_output_folder
+from ...memory import uncollected
 from ...model.config import latent_text
 from ...parallel.ir.plan import fields_of
 from ...perf_model.clusters.cluster import Cluster
@@ -50,19 +49,7 @@ LATENT_NUMBERS = ("tokens", "share", "samples a rank", "batch", "step s", "sampl
 HELD = {True: "the plan of the longest latent", False: "the same tp and cp"}
 
 
-@contextmanager
-def collector_off() -> Iterator[None]:
-    """Records are made once and live on: the garbage collector would walk them all again and again."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-@collector_off()
+@uncollected()
 def run(  # noqa: PLR0913  the options of the command
     *,
     on: On,

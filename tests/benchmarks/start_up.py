@@ -41,7 +41,7 @@ def built() -> None:
     import torch
 
     from cinemesh.kernels.reference import REFERENCE
-    from cinemesh.model.buckets import uncollected
+    from cinemesh.memory import uncollected
     from cinemesh.model.config import USUAL_LATENTS, preset
     from cinemesh.model.inputs import BatchShape
     from cinemesh.model.step import build_step

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from browser import CHROMIUM, Browser
-from layout import SCREENS, faults, measured, opened
+from layout import SCREENS, faults, measured, signed_in
 from local_requests import ask, serving
 
 from cinemesh.data.clips import write_mp4
@@ -157,12 +157,7 @@ def shown(name: str) -> str:
 def test_the_page_can_be_read(browser: Browser, manifest: Path, screen: str) -> None:
     """Guideline, and a clip with its caption, span and checklist."""
     with serving(PickingServer(manifest, 0)) as server:
-        opened(browser, screen, server.address + "/")
-        browser.wait("document.activeElement && document.activeElement.id === 'name'")
-        browser.type(f"ann on a {screen}")
-        browser.press("Enter")
-        browser.wait(shown("guideline"))
-        assert list(faults(measured(browser))) == []
+        signed_in(browser, screen, server.address)
         browser.press("g")
         browser.wait("document.querySelector('video').readyState >= 2")
         found = measured(browser)

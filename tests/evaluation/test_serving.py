@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from browser import CHROMIUM, Browser
 from clip_folders import bench, clip
-from layout import SCREENS, faults, measured, opened
+from layout import SCREENS, faults, measured, signed_in
 from local_requests import ask, serving
 
 from cinemesh.errors import CinemeshError
@@ -180,13 +180,7 @@ def shown(name: str) -> str:
 def test_the_page_can_be_read(browser: Browser, folder: Path, screen: str) -> None:
     """Name, guideline with its example clips, and a pair: nothing cut, small or covered; the clips fill the width."""
     with serving(JudgeServer(folder, 0)) as server:
-        opened(browser, screen, server.address + "/")
-        browser.wait("document.activeElement && document.activeElement.id === 'name'")
-        assert list(faults(measured(browser))) == []
-        browser.type(f"ann on a {screen}")
-        browser.press("Enter")
-        browser.wait(shown("guideline"))
-        assert list(faults(measured(browser))) == []
+        signed_in(browser, screen, server.address)
         browser.press("g")
         browser.wait(f"{shown('judging')} && {VIDEOS}.filter(v => v.readyState === 4).length === 2")
         found = measured(browser)

@@ -12,8 +12,9 @@ from torch import Tensor
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.proof.parity import OPTIMIZER, Case, global_batch
 from cinemesh.launch.proof.verify import small_case
+from cinemesh.memory import uncollected
 from cinemesh.model import weights
-from cinemesh.model.buckets import BucketRunner, uncollected
+from cinemesh.model.buckets import BucketRunner
 from cinemesh.model.inputs import BatchShape
 from cinemesh.model.runner import StepRunner
 from cinemesh.parallel.ir.plan import Plan

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from browser import Browser
-from layout import SCREENS, faults, laid_out, measured
+from layout import SCREENS, check_planted, faults, laid_out, measured
 
 from cinemesh.data.curate.pipeline import Outcome
 from cinemesh.data.curate.report import REPORT, CurationReport, write_report
@@ -54,11 +54,7 @@ def test_faults_are_found(browser: Browser, page: str) -> None:
         "lie on each other": "figure img { width: 300px }",
         "beyond the edge": "figure { translate: 1100px 0 }",
     }
-    for told, style in styles.items():
-        browser.add_style(style)
-        said = list(faults(measured(browser)))
-        assert any(told in fault for fault in said), (told, said[:3])
-        browser.remove_style()
+    check_planted(browser, styles)
     browser.value("document.images[0].src = 'data:image/png;base64,'")
     browser.wait("document.images[0].complete")
     assert any("is not there" in fault for fault in faults(measured(browser)))

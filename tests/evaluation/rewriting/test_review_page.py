@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from browser import CHROMIUM, Browser
 from chat_server import parts_of
-from layout import SCREENS, faults, measured, opened
+from layout import SCREENS, faults, measured, signed_in
 from local_requests import ask, serving
 
 from cinemesh.errors import CinemeshError
@@ -59,12 +59,7 @@ def shown(name: str) -> str:
 def test_the_page_can_be_read(browser: Browser, folder: Path, screen: str) -> None:
     """Guideline, a rewrite beside its prompt, and the fields of an edit."""
     with serving(ReviewServer(folder, 0)) as server:
-        opened(browser, screen, server.address + "/")
-        browser.wait("document.activeElement && document.activeElement.id === 'name'")
-        browser.type(f"ann on a {screen}")
-        browser.press("Enter")
-        browser.wait(shown("guideline"))
-        assert list(faults(measured(browser))) == []
+        signed_in(browser, screen, server.address)
         browser.press("g")
         browser.wait("document.getElementById('progress').textContent === '1 of 4'")
         assert list(faults(measured(browser))) == []
