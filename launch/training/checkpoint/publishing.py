@@ -4,8 +4,8 @@
     publish    the manifest, which appears whole and where there is none; then the mark goes
     remove     the mark comes back, then the manifest goes, then all else
 
-A folder with a manifest is a checkpoint. One without, and with the mark, is what somebody was killed over: it is no
-checkpoint, and the next save removes it. One with neither is damaged: somebody may bring its manifest back.
+A folder with a manifest is a checkpoint. One without, and with the mark or with nothing in it, is what somebody was
+killed over: it is no checkpoint, and the next save removes it. Any other is damaged: its manifest may be brought back.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def remove(folder: Location) -> None:
 def is_unfinished(folder: Location) -> bool:
     """Whether somebody was killed over it."""
     names = {child.name for child in children(folder)}
-    return UNFINISHED in names and MANIFEST not in names
+    empty = all(name.startswith(".") for name in names)  # but for a mark that is being written, under another name
+    return MANIFEST not in names and (empty or UNFINISHED in names)
 
 
 def clear(directory: Location) -> None:

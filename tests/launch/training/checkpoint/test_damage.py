@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,11 +18,20 @@ from damages import KINDS, NEWER, OLDER, damages, flip, knock, write_runs
 from harness import Pool
 
 from cinemesh.errors import CinemeshError
-from cinemesh.launch.training.checkpoint import loading
-from cinemesh.launch.training.checkpoint.choosing import latest
+from cinemesh.launch.storage.places import write_file
+from cinemesh.launch.training.checkpoint import choosing, loading, publishing
+from cinemesh.launch.training.checkpoint.choosing import check_files, latest, published
 from cinemesh.launch.training.checkpoint.loading import load, load_weights, resume
-from cinemesh.launch.training.checkpoint.manifest import FORMAT, MANIFEST, SAVED_STATES, Damaged, read_manifest, sealed
-from cinemesh.launch.training.checkpoint.publishing import UNFINISHED
+from cinemesh.launch.training.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST,
+    SAVED_STATES,
+    Damaged,
+    Manifest,
+    read_manifest,
+    sealed,
+)
+from cinemesh.launch.training.checkpoint.publishing import UNFINISHED, clear, make_room, publish, remove
 from cinemesh.launch.training.checkpoint.saving import save
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.runtime.mesh import Mesh
@@ -95,6 +106,71 @@ def test_a_save_that_was_broken_off_is_none(run: Path) -> None:
     (run / "step-11").mkdir()
     resumed = resume(run, runner_of(plan_of("")))
     assert resumed is not None and resumed.path.name == OLDER and not resumed.damaged
+
+
+CALLS = ("os.mkdir", "open", "os.rename", "os.link", "os.remove", "os.rmdir")  # as Python's audit hooks name them
+
+
+def killed_before_call(number: int, work: Callable[[], None]) -> bool:
+    """Whether a process that does ``work`` comes to so many calls that change files; it dies of no more than that."""
+    if not (child := os.fork()):
+        left = [number]
+
+        def hook(event: str, _: object) -> None:
+            if event in CALLS:
+                left[0] -= 1
+                if left[0] < 0:
+                    os._exit(9)
+
+        sys.addaudithook(hook)
+        work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def damaged_of_all_kills(runs: Path, directory: Path) -> list[str]:
+    """A checkpoint is replaced by one of the same step, then the one before it is removed: killed before every call."""
+    found: list[str] = []
+    for number in range(1000):
+        run = Path(shutil.copytree(runs / "run", directory / str(number)))
+        manifest, data = read_manifest(run / NEWER), (run / NEWER / "00000.safetensors").read_bytes()
+
+        def work(run: Path = run, manifest: Manifest = manifest, data: bytes = data) -> None:
+            make_room(run, run / NEWER, 1, 1)
+            write_file(run / NEWER / "00000.safetensors", [memoryview(data)])
+            publish(manifest, run / NEWER)
+            remove(run / OLDER)
+
+        killed = killed_before_call(number, work)
+        whole = 0
+        for path in published(run):
+            try:
+                check_files(path, read_manifest(path))
+                whole += 1
+            except Damaged as error:
+                found.append(error.damage)
+        assert whole, number
+        clear(run)
+        assert [*published(run)] == sorted(run.iterdir(), reverse=True)
+        if not killed:
+            assert number > 20
+            return found
+    raise AssertionError
+
+
+def test_a_kill_at_any_moment_leaves_whole_checkpoints_alone(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also between a folder and its mark, where it has neither that nor a manifest; the planted fault says so."""
+    assert not damaged_of_all_kills(runs, tmp_path / "as-it-is")
+
+    def marked(folder: Path) -> bool:
+        return (folder / UNFINISHED).exists() and not (folder / MANIFEST).exists()
+
+    for module in (choosing, publishing):
+        monkeypatch.setattr(module, "is_unfinished", marked)
+    (damage,) = set(damaged_of_all_kills(runs, tmp_path / "planted"))
+    assert damage.startswith("it has no cinemesh.json")
 
 
 @pytest.mark.parametrize(
