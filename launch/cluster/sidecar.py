@@ -193,7 +193,7 @@ class _Watchdog:
             if called and store.check([_show(rank)]) and not store.check([_shown(rank)]):
                 store.set(_shown(rank), self._stack())
             if (called or roll.answered) and self._hears_verdict(store):
-                os.kill(self.rank_pid, signal.SIGKILL)
+                self._end_rank()
                 return
 
     def _limit_s(self, place: Standing) -> float:
@@ -276,8 +276,12 @@ class _Watchdog:
             self._say(store_lost(self.roll.store_held_by, place, self.programs))
         self._answer("")
         if not self.rank_waits:
-            with suppress(ProcessLookupError):
-                os.kill(self.rank_pid, signal.SIGKILL)
+            self._end_rank()
+
+    def _end_rank(self) -> None:
+        """Which may have ended since: its launcher ends it when another does."""
+        with suppress(ProcessLookupError):
+            os.kill(self.rank_pid, signal.SIGKILL)
 
     def _at(self, silent_s: float) -> At:
         return At(self.marks.place, silent_s, _is_stopped(self.rank_pid), gethostname(), self.rank_pid)

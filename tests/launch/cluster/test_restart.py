@@ -234,10 +234,14 @@ def test_the_stack_of_a_rank_ends_in_what_its_main_thread_does(meeting: Meeting,
         os.kill(pid, signal.SIGSTOP)
         stack.truncate(0)
         assert watchdog._stack() == "" and sidecar._innermost("") == ""
-    finally:
+        watchdog._end_rank()
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+        watchdog._end_rank()  # its launcher may have been sooner
+    except BaseException:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        stack.close()
+        raise
+    stack.close()
 
 
 def _rest(meeting: Meeting) -> None:
