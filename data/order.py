@@ -27,7 +27,8 @@ ORDER_PURPOSE = 7  # of a stream; the sample id is 0, or 1 + the block whose sam
 BUCKET_PURPOSE = 8  # of the bucket of a step
 BEGIN_PURPOSE = 9  # of where an epoch begins; the sample id is the bucket
 READ_BYTES = 4 * 2**20  # of a block: ten thousand reads of a latent of 32 KB a second are no plan, of 4 MB some are
-AT_ONCE = 2**12  # places whose samples are computed together: of one alone, nearly all time is spent between tensors
+AT_ONCE = 2**14  # places, of a long stream, that are computed together: of few, all time is spent between tensors
+AT_ONCE_LEAST = 2**12  # of a short one
 FEISTEL_ROUNDS = 8  # Luby and Rackoff prove four of random functions; domains of a few samples need more to look random
 
 
@@ -71,9 +72,12 @@ class Stream:
 
     def take(self, start: int, count: int) -> list[int]:
         """The ``count`` samples from place ``start`` of the stream on."""
-        first, last = start // AT_ONCE, (start + count - 1) // AT_ONCE
-        taken = [sample for number in range(first, last + 1) for sample in _taken_at_once(self, number)]
-        return taken[start - first * AT_ONCE :][:count]
+        at_once = min(max(self.size, AT_ONCE_LEAST), AT_ONCE)
+        taken: list[int] = []
+        while len(taken) < count:
+            number, begin = divmod(start + len(taken), at_once)
+            taken += _taken_at_once(self, number, at_once)[begin : begin + count - len(taken)]
+        return taken
 
     def samples(self, places: Tensor) -> list[int]:
         """The samples at these places of the stream, int64 [n]."""
@@ -83,7 +87,9 @@ class Stream:
         within, blocks = place % (self.lanes * self.block), self._blocks_of(group)
         slot, turn = group * self.lanes + within % blocks, within // blocks
         inside = place < self.whole * self.block
-        block = torch.where(inside, self._moved(epoch, torch.where(inside, slot, 0)), self.whole)
+        slots, of = (epoch * (self.whole + 1) + torch.where(inside, slot, 0)).unique(return_inverse=True)  # few of many
+        moved = self._moved(slots // (self.whole + 1), slots % (self.whole + 1))
+        block = torch.where(inside, moved[of], self.whole)
         turn = torch.where(inside, turn, place - self.whole * self.block)
         offset = self._permuted(epoch, 1 + block, turn, self._length(block))
         return (block * self.block + offset).tolist()
@@ -121,12 +127,13 @@ class Stream:
 
         ``way`` -1 is its inverse.
         """
-        half = torch.tensor([max(1, (s - 1).bit_length() + 1 >> 1) for s in size.tolist()])
-        inside = torch.zeros_like(value, dtype=torch.bool)
-        while not inside.all():
-            walked = self._feistel(epoch, which, value, half, way)
-            value = torch.where(inside, value, walked)
-            inside |= value < size
+        sizes, of = size.unique(return_inverse=True)
+        half = torch.tensor([max(1, (s - 1).bit_length() + 1 >> 1) for s in sizes.tolist()])[of]
+        value, outside = value.clone(), torch.arange(len(value))
+        while len(outside):  # few walk far
+            walked = self._feistel(*(of[outside] for of in (epoch, which, value, half)), way)
+            value[outside] = walked
+            outside = outside[walked >= size[outside]]
         return value
 
     def _feistel(self, epoch: Tensor, which: Tensor, value: Tensor, half: Tensor, way: int) -> Tensor:
@@ -149,7 +156,7 @@ class Stream:
         return (words[0] << 30 | words[1] >> 2) % self.size
 
 
-@lru_cache(maxsize=64)
-def _taken_at_once(stream: Stream, number: int) -> list[int]:
-    """The samples of places ``number`` * AT_ONCE on."""
-    return stream.samples(torch.arange(number * AT_ONCE, (number + 1) * AT_ONCE))
+@lru_cache(maxsize=16)  # each may be half a megabyte
+def _taken_at_once(stream: Stream, number: int, count: int) -> list[int]:
+    """The samples of ``count`` places, ``number`` * ``count`` on."""
+    return stream.samples(torch.arange(number * count, (number + 1) * count))

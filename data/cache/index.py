@@ -156,7 +156,7 @@ class Index:
             inside = first - (self._ends[number] - self._parts[number].rows)
             group = inside // GROUP_ROWS
             taken = self._group(number, group).slice(inside % GROUP_ROWS, count)
-            found += taken.to_pylist()
+            found += _as_rows(taken)
             first, count = first + taken.num_rows, count - taken.num_rows
         return found
 
@@ -206,6 +206,13 @@ class Index:
             f"{self._storage.place(part.file)} is damaged: {how}{said}",
             remedy="restore it, or delete it and build the cache again: no latent is encoded anew",
         )
+
+
+def _as_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """What ``to_pylist`` gives, in half the time: most of it is spent on what is a dictionary's."""
+    columns = [c.cast(pa.string()) if pa.types.is_dictionary(c.type) else c for c in table.columns]
+    names, rows = table.column_names, zip(*(column.to_pylist() for column in columns), strict=True)
+    return [dict(zip(names, values, strict=True)) for values in rows]
 
 
 def is_any_of(column: pa.ChunkedArray, values: Sequence[Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -9,20 +9,22 @@ was written is an error. Samples of a block of neighbours are read together.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 from typing import Any, Self, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ...documents import parse_json
 from ...errors import CinemeshError
 from ...kernels.philox import uniform
 from ...model.inputs import IDS, LATENTS, MASK, PLACES, text_input
-from .held import Block, HeldBlocks, IndexRow, RawBytes
+from .held import Array, Block, HeldBlocks, IndexRow
 from .index import CAPTION_ROWS, Index
 from .storage import Storage
 from .version import SPLITS, BucketRows, Version
@@ -31,22 +33,63 @@ LATENT = "latent"  # the tensor of a window's member; of a caption's: these two,
 TEXT, TEXT_MASK = "text.", "mask."
 WORDING_PURPOSE = 10  # Philox purpose of which caption of several; beside those of kernels.philox and data.order
 MOST_CAPTION_BYTES = 2**22  # of captions that are read with their block of latents; else each when it is drawn
-DTYPES = {"F32": torch.float32, "U8": torch.uint8, "BOOL": torch.bool}  # of safetensors
+AT_ONCE = 64  # samples that are read together where many are: what they draw is drawn at once
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
-    """One window; ``text`` and ``mask`` by encoder name."""
+    """One window: its rows in the indices, and the arrays of its members, which share their block's memory.
 
-    id: int
-    scene: str
-    first_frame: int  # in the video file
-    caption: str  # as it was encoded, its rate before it
-    latent: Tensor  # float32 [C, T, H, W]; uint8, of windows that are kept as they are
-    text: dict[str, Tensor]  # float32 [L, W_e]
-    mask: dict[str, Tensor]  # bool [L], True = valid
-    frame_rate: Fraction  # frames/s at which it plays
-    conditions: dict[str, Tensor] = field(default_factory=dict)  # latents that it is shown, by input name
+    Tensors are made of them when they are asked for: a batch is stacked from arrays, in a tenth of the time.
+    """
+
+    row: IndexRow
+    caption_row: IndexRow
+    latents: dict[str, Array]  # LATENT: float32 [C, T, H, W], or uint8; and latents that it is shown, by input name
+    texts: dict[str, tuple[Array, Array]]  # by encoder name: float32 [L, W_e], and bool [L], True = valid
+
+    @property
+    def id(self) -> int:
+        return self.row["id"]
+
+    @property
+    def scene(self) -> str:
+        return self.row["clip"]
+
+    @property
+    def first_frame(self) -> int:
+        """In the video file."""
+        return self.row["first_frame"]
+
+    @property
+    def frame_rate(self) -> Fraction:
+        """Frames/s at which it plays."""
+        return Fraction(self.row["fps_num"], self.row["fps_den"])
+
+    @property
+    def caption(self) -> str:
+        """As it was encoded, its rate before it."""
+        return self.caption_row["text"]
+
+    @property
+    def latent(self) -> Tensor:
+        """float32 [C, T, H, W]; uint8, of windows that are kept as they are."""
+        return torch.from_numpy(self.latents[LATENT])
+
+    @property
+    def text(self) -> dict[str, Tensor]:
+        """By encoder name, float32 [L, W_e]."""
+        return {name: torch.from_numpy(text) for name, (text, _) in self.texts.items()}
+
+    @property
+    def mask(self) -> dict[str, Tensor]:
+        """By encoder name, bool [L], True = valid."""
+        return {name: torch.from_numpy(mask) for name, (_, mask) in self.texts.items()}
+
+    @property
+    def conditions(self) -> dict[str, Tensor]:
+        """Latents that it is shown, by input name."""
+        return {name: torch.from_numpy(of) for name, of in self.latents.items() if name != LATENT}
 
 
 @dataclass(frozen=True)
@@ -57,12 +100,13 @@ class CaptionDraw:
     step: int
     first_place: int  # of the samples, in the step's global batch
 
-    def wording(self, sample_id: int, number: int, weights: Sequence[float]) -> int:
-        """Of sample ``number`` of those at hand."""
-        at = torch.tensor([self.step, sample_id, 0, self.first_place + number])
-        (drawn,) = uniform(self.seed, WORDING_PURPOSE, at[:1], at[1:2], at[2:3], at[3:]).tolist()
-        ends = torch.tensor(weights, dtype=torch.float64).cumsum(0)
-        return int(torch.searchsorted(ends[:-1] / ends[-1], drawn, right=True))
+    def wordings(self, ids: Sequence[int], numbers: Sequence[int], weights: Sequence[Sequence[float]]) -> list[int]:
+        """Of samples of these ids, ``numbers`` of those at hand, among captions of these weights."""
+        at = torch.tensor(numbers) + self.first_place
+        step, zero = torch.full_like(at, self.step), torch.zeros_like(at)
+        drawn = uniform(self.seed, WORDING_PURPOSE, step, torch.tensor(ids), zero, at).tolist()
+        ends = [list(accumulate(map(float, of))) for of in weights]
+        return [bisect_right([e / of[-1] for e in of[:-1]], one) for one, of in zip(drawn, ends, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -74,14 +118,20 @@ class Files:
     captions: Index
     held: HeldBlocks
 
-    def caption(self, block: Block, row: IndexRow, number: int) -> tuple[IndexRow, RawBytes]:
-        """IndexRow and bytes of a sample's caption."""
+    def caption(self, block: Block, row: IndexRow, number: int) -> tuple[IndexRow, dict[str, Array]]:
+        """Row and arrays of a sample's caption."""
         place = row["caption"] + number
         if (found := block.others.get(place)) is not None:
-            return found, block.of(found)
+            return found, block.arrays(found)
         (found,) = self.captions.rows(place, 1)
-        alone = Block(self.storage, self.version.shards, [found])
-        return found, alone.of(found)
+        return found, Block(self.storage, self.version.shards, [found]).arrays(found)
+
+    def captions_of(self, row: IndexRow, block: Block | None) -> list[IndexRow]:
+        """Rows of all captions of a sample, from its block where they are there."""
+        places = range(row["caption"], row["caption"] + row["captions"])
+        if block is not None and all(place in block.others for place in places):
+            return [block.others[place] for place in places]
+        return self.captions.rows(row["caption"], row["captions"])
 
     def block(self, index: Index, first: int, count: int) -> Block:
         """Read rows of latents, and their captions where those are few."""
@@ -102,10 +152,14 @@ class Samples(Sequence[Sample]):
     def __init__(
         self, files: Files, bucket: BucketRows, split: str, picked: Sequence[int] | None = None, *,
         index: Index | None = None, block: int = 1, draw: CaptionDraw | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         self._files, self._bucket, self._split, self._block, self._draw = files, bucket, split, block, draw
         self._index = index or Index(files.storage, bucket.of(split))
         self._picked = range(len(self._index)) if picked is None else picked
+        # Of a split that memory cannot hold, a block goes when it was taken: an epoch takes a row once (data/order.py).
+        self._once = len(self._index) * bucket.latent_bytes > files.held.most_bytes
+        self._numbers = range(len(self._picked)) if numbers is None else numbers  # of those that ``draw`` was given for
 
     def __len__(self) -> int:
         return len(self._picked)
@@ -118,47 +172,53 @@ class Samples(Sequence[Sample]):
         """A sample, or a slice that reads nothing yet. Raises CinemeshError for damage, with file and offset."""
         if isinstance(index, slice):
             return self.select(range(len(self))[index])
-        number = range(len(self))[index]
-        position = self._picked[number]
-        first = position // self._block * self._block
-        count = min(self._block, len(self._index) - first)
-        if self._block > 1:
-            key = self._bucket.bucket, self._split, first, id(self._files.version)
-            block = self._files.held.get(key, lambda: self._files.block(self._index, first, count))
-        else:
-            block = self._files.block(self._index, first, count)
-        return self._sample(block, block.rows[position - first], number)
+        return self._read([range(len(self))[index]])[0]
 
-    def _wording(self, row: IndexRow, number: int, told: Sequence[IndexRow | None] = (None,)) -> int:
-        """Which of its captions sample ``number`` has; ``told``: rows of these, where they are at hand."""
-        if row["captions"] == 1 or self._draw is None:
-            return 0
-        rows = [r for r in told if r] if all(told) else self._files.captions.rows(row["caption"], row["captions"])
-        return self._draw.wording(row["id"], number, [r["weight"] for r in rows])
+    def __iter__(self) -> Iterator[Sample]:
+        """In order; AT_ONCE are read together."""
+        for first in range(0, len(self), AT_ONCE):
+            yield from self._read(range(first, min(first + AT_ONCE, len(self))))
 
     def text(self, number: int) -> str:
         """The caption that a sample has; no latent is read."""
         (row,) = self._index.rows(self._picked[number], 1)
-        return self._files.captions.rows(row["caption"] + self._wording(row, number), 1)[0]["text"]
+        (wording,) = self._wordings([number], [row], [None])
+        return self._files.captions.rows(row["caption"] + wording, 1)[0]["text"]
 
-    def _sample(self, block: Block, row: IndexRow, number: int) -> Sample:
-        files = self._files
-        told = [block.others.get(row["caption"] + i) for i in range(row["captions"])]
-        caption, encoded = files.caption(block, row, self._wording(row, number, told))
-        texts = member_tensors(encoded)
-        latents = dict(member_tensors(block.of(row)))
-        names = [encoder.name for encoder in files.version.encoders]
-        return Sample(
-            row["id"],
-            row["clip"],
-            row["first_frame"],
-            caption["text"],
-            latents.pop(LATENT),
-            {name: texts[TEXT + name] for name in names},
-            {name: texts[TEXT_MASK + name] for name in names},
-            Fraction(row["fps_num"], row["fps_den"]),
-            latents,
-        )
+    def _read(self, numbers: Sequence[int]) -> list[Sample]:
+        files, encoders = self._files, [encoder.name for encoder in self._files.version.encoders]
+        blocks, rows = zip(*(self._found(self._picked[number]) for number in numbers), strict=True)
+        made: list[Sample] = []
+        for block, row, wording in zip(blocks, rows, self._wordings(numbers, rows, blocks), strict=True):
+            caption_row, texts = files.caption(block, row, wording)
+            told = {name: (texts[TEXT + name], texts[TEXT_MASK + name]) for name in encoders}
+            made.append(Sample(row, caption_row, block.arrays(row), told))
+        return made
+
+    def _found(self, position: int) -> tuple[Block, IndexRow]:
+        """A row of the index, and the block that it is read with."""
+        first = position // self._block * self._block
+        key, count, read = self._wanted(first)
+        block = self._files.held.get(key, read, count if self._once else 0) if self._block > 1 else read()
+        return block, block.rows[position - first]
+
+    def _wanted(self, first: int) -> tuple[Any, int, Callable[[], Block]]:
+        """Of the block that begins with a row: its key, its rows, and how it is read."""
+        count = min(self._block, len(self._index) - first)
+        key = self._bucket.bucket, self._split, first, id(self._files.version)
+        return key, count, lambda: self._files.block(self._index, first, count)
+
+    def _wordings(self, numbers: Sequence[int], rows: Sequence[IndexRow], blocks: Sequence[Block | None]) -> list[int]:
+        """Which of its captions each of these samples has."""
+        found = [0] * len(rows)
+        several = [at for at, row in enumerate(rows) if row["captions"] > 1]
+        if self._draw is not None and several:
+            weights = [[told["weight"] for told in self._files.captions_of(rows[at], blocks[at])] for at in several]
+            places = [self._numbers[numbers[at]] for at in several]
+            drawn = self._draw.wordings([rows[at]["id"] for at in several], places, weights)
+            for at, wording in zip(several, drawn, strict=True):
+                found[at] = wording
+        return found
 
     @property
     def latent_bytes(self) -> int:
@@ -191,33 +251,28 @@ class Samples(Sequence[Sample]):
         return (rows[position] for position in self._picked)
 
     def select(self, indices: Sequence[int], draw: CaptionDraw | None = None) -> Samples:
-        """The samples at ``indices``, in that order, their captions as ``draw`` draws them; nothing is read yet."""
+        """The samples at ``indices``, in that order, their captions as ``draw`` draws them; nothing is read yet.
+
+        Without ``draw`` each keeps the caption that it has.
+        """
         picked = [self._picked[index] for index in indices]
+        numbers = None if draw else [self._numbers[index] for index in indices]
         options: dict[str, Any] = {"index": self._index, "block": self._block, "draw": draw or self._draw}
-        return Samples(self._files, self._bucket, self._split, picked, **options)
+        return Samples(self._files, self._bucket, self._split, picked, numbers=numbers, **options)
+
+    def read_ahead(self) -> None:
+        """Have their blocks held, for those who ask for these samples later. Raises CinemeshError as reading does."""
+        if self._block > 1:
+            for first in dict.fromkeys(position // self._block * self._block for position in self._picked):
+                key, _, read = self._wanted(first)
+                self._files.held.ahead(key, read)
 
     def in_blocks(self, block: int) -> Samples:
         """The same, read ``block`` neighbours at once."""
-        return Samples(self._files, self._bucket, self._split, self._picked, index=self._index, block=block)
-
-
-_layouts: dict[bytes, list[tuple[str, torch.dtype, list[int], int, int]]] = {}  # of headers that were read: few differ
-
-
-def member_tensors(data: RawBytes) -> dict[str, Tensor]:
-    """Of a member's bytes, without a copy. What safetensors does, whose reader takes bytes alone and copies them."""
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header = data[8:start].tobytes()
-    if (layout := _layouts.get(header)) is None:
-        told = {
-            name: at
-            for name, at in parse_json(header.decode(), "the header of a member", "see `cinemesh data check`").items()
-            if name != "__metadata__"
-        }
-        layout = [(name, DTYPES[at["dtype"]], at["shape"], *at["data_offsets"]) for name, at in told.items()]
-        _layouts[header] = layout
-    whole = torch.from_numpy(data)[start:]
-    return {name: whole[a:b].view(dtype).view(shape) for name, dtype, shape, a, b in layout}
+        return Samples(
+            self._files, self._bucket, self._split, self._picked,
+            index=self._index, block=block, draw=self._draw, numbers=self._numbers,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -272,18 +327,21 @@ def collate(samples: Sequence[Sample], dp_rank: int, dp_size: int, first_place: 
             remedy="every data rank needs as many samples, at least one: change the global batch",
         )
     share = len(samples) // dp_size
-    mine = [samples[index] for index in range(dp_rank * share, (dp_rank + 1) * share)]
-    names = list(mine[0].text)
-    told = {text_input(name): torch.stack([sample.text[name] for sample in mine], 1) for name in names}
-    if names:
-        told[MASK] = torch.stack([torch.cat([sample.mask[name] for name in names]) for sample in mine])
+    mine = list(samples[dp_rank * share : (dp_rank + 1) * share])
+    told = {text_input(name): _stacked([sample.texts[name][0] for sample in mine], 1) for name in mine[0].texts}
+    if told:
+        told[MASK] = _stacked([np.concatenate([mask for _, mask in sample.texts.values()]) for sample in mine])
     return {
         IDS: torch.tensor([sample.id for sample in mine]),
         PLACES: first_place + dp_rank * share + torch.arange(share),
-        LATENTS: torch.stack([sample.latent for sample in mine]),
+        LATENTS: _stacked([sample.latents[LATENT] for sample in mine]),
         **told,
-        **{name: torch.stack([sample.conditions[name] for sample in mine]) for name in mine[0].conditions},
+        **{name: _stacked([sample.latents[name] for sample in mine]) for name in mine[0].latents if name != LATENT},
     }
+
+
+def _stacked(arrays: Sequence[Array], axis: int = 0) -> Tensor:
+    return torch.from_numpy(np.stack(arrays, axis))
 
 
 def assert_finite(values: Tensor, what: str) -> None:

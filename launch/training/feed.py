@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from ...data.batches import BatchHistory
+from ...data.cache.ahead import ReadAhead
 from ...data.cache.drawn import Drawn, Epochs, RunOrder
 from ...data.cache.held import HELD_BYTES
 from ...data.cache.history import History
@@ -44,17 +45,31 @@ class Feed:
         self.text = TextAhead(config, loop_encoding(config, encoding), self.captions)
         self.drawn = Drawn(run_order(config, batches), history)
         self.bucket = self.drawn.bucket
-        self._train = {id(epochs): self._read_as(epochs) for of in self.drawn.epochs for epochs in of}
+        self._train: dict[int, Samples] = {}
         self._pool = ThreadPoolExecutor(READERS, "feed")
+        self._blocks = ReadAhead(self._mine, self._hold(), config.schedule.steps)
         self._ahead: dict[int, Future[list[dict[str, Tensor]]]] = {}
 
-    def _read_as(self, epochs: Epochs) -> Samples:
-        """By whole blocks, where those of this rank's lanes find room in memory; else one by one."""
+    def _hold(self) -> int:
+        """Have samples read by whole blocks, where those of this rank's lanes find room in memory; else one by one.
+
+        The steps for which blocks are read ahead, where the next of each lane find room too.
+        """
+        steps = 0
+        for buckets in self.drawn.epochs:
+            room = sum(self._held_bytes(epochs) for epochs in buckets)
+            for epochs in buckets:
+                block = epochs.stream.block if room <= HELD_BYTES else 1
+                self._train[id(epochs)] = epochs.train.in_blocks(block)
+                steps = max(steps, block if 2 * room <= HELD_BYTES else 0)
+        return steps
+
+    def _held_bytes(self, epochs: Epochs) -> int:
+        """Of the blocks that this rank's lanes of a bucket stay with."""
         stream = epochs.stream
         lanes = -(-stream.lanes // self.config.plan.data_ranks)
         blocks = min(lanes + 1, -(-stream.size // stream.block))
-        whole = blocks * stream.block * epochs.train.latent_bytes <= HELD_BYTES
-        return epochs.train.in_blocks(stream.block if whole else 1)
+        return blocks * stream.block * epochs.train.latent_bytes
 
     def ids(self, step: int) -> list[int]:
         """Of the samples of a step's whole global batch. Raises CinemeshError for an index that cannot be read."""
@@ -62,6 +77,7 @@ class Feed:
 
     def take(self, step: int) -> list[dict[str, Tensor]]:
         """This data rank's samples of each micro-batch. Raises CinemeshError for a sample that cannot be read."""
+        self._blocks.take(step)
         for passed in [at for at in self._ahead if not step <= at <= step + AHEAD]:
             self._ahead.pop(passed).cancel()
         for at in range(step, min(step + AHEAD + 1, self.config.schedule.steps)):
@@ -81,11 +97,7 @@ class Feed:
 
     def captions(self, step: int) -> list[list[str]]:
         """Of this data rank's samples of each micro-batch. Raises CinemeshError for an index that cannot be read."""
-        mine: list[list[str]] = []
-        for _, samples in self._micro_batches(step):
-            share = len(samples) // self.config.plan.data_ranks
-            mine.append([samples.text(self.data_rank * share + number) for number in range(share)])
-        return mine
+        return [[samples.text(number) for number in range(len(samples))] for samples in self._mine(step)]
 
     def taken(self, step: int) -> list[int]:
         """Of each bucket's stream, how many samples the steps before this one took."""
@@ -93,11 +105,18 @@ class Feed:
 
     def close(self) -> None:
         """Read nothing more."""
+        self._blocks.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, step: int) -> list[dict[str, Tensor]]:
         ranks = self.config.plan.data_ranks
         return [collate(samples, self.data_rank, ranks, first) for first, samples in self._micro_batches(step)]
+
+    def _mine(self, step: int) -> Iterator[Samples]:
+        """This data rank's of each micro-batch; nothing is read."""
+        for _, samples in self._micro_batches(step):
+            share = len(samples) // self.config.plan.data_ranks
+            yield samples[self.data_rank * share : (self.data_rank + 1) * share]
 
     def _micro_batches(self, step: int) -> Iterator[tuple[int, Samples]]:
         """Of all data ranks: place of the first sample, and samples, of which nothing is read yet."""

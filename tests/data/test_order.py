@@ -1,7 +1,6 @@
 """The bucket of a step and the samples it takes: drawn as written, each sample once an epoch, nothing but the step."""
 
 from collections import Counter
-from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -9,9 +8,10 @@ import pytest
 import torch
 from harness import Pool
 
-from cinemesh.data.cache.samples import Sample, collate
+from cinemesh.data.cache.samples import LATENT, Sample, collate
 from cinemesh.data.order import (
     AT_ONCE,
+    AT_ONCE_LEAST,
     BEGIN_PURPOSE,
     BUCKET_PURPOSE,
     ORDER_PURPOSE,
@@ -84,10 +84,12 @@ def test_the_order_is_of_the_stream_not_of_its_cutting() -> None:
     whole = Stream(7, 0, 11, 2, 3).take(0, 72)
     assert [index for start in range(0, 72, 6) for index in Stream(7, 0, 11, 2, 3).take(start, 6)] == whole
     assert Stream(7, 0, 11, 2, 3).take(30, 42) == whole[30:]  # what a resumed process sees
-    stream = Stream(7, 0, 3001, 5, 12)
-    for border in (AT_ONCE, 2 * AT_ONCE):  # of what is computed together
-        apart = [sample for place in range(border - 9, border + 9) for sample in stream.samples(torch.tensor([place]))]
-        assert stream.take(border - 9, 18) == apart
+    for size, at_once in ((3001, AT_ONCE_LEAST), (7001, 7001), (40_001, AT_ONCE)):  # places that are computed together
+        stream = Stream(7, 0, size, 5, 12)
+        for border in (at_once, 3 * at_once):
+            places = range(border - 9, border + 9)
+            apart = [sample for place in places for sample in stream.samples(torch.tensor([place]))]
+            assert stream.take(border - 9, 18) == apart
     assert Stream(8, 0, 11, 2, 3).take(0, 72) != whole
     assert Stream(7, 1, 11, 2, 3).take(0, 72) != whole  # buckets of one size do not walk in step
     assert Stream(7, 0, 11, 2, 3, first_epoch=2).take(0, 50) == whole[22:]
@@ -191,8 +193,8 @@ def test_another_number_of_data_ranks_meets_the_same_global_batches(ranks: tuple
 
 
 def sample_of(number: int) -> Sample:
-    zero = torch.zeros(1)
-    return Sample(number, "a", 0, "", zero.view(1, 1, 1, 1), {"e": zero.view(1, 1)}, {"e": zero.bool()}, Fraction(24))
+    texts = {"e": (np.zeros((1, 1), np.float32), np.ones(1, np.bool_))}
+    return Sample({"id": number}, {}, {LATENT: np.zeros((1, 1, 1, 1), np.float32)}, texts)
 
 
 def test_each_place_of_an_epoch_gets_every_sample_equally() -> None:

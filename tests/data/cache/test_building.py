@@ -388,8 +388,8 @@ def test_a_rank_reads_only_its_own_samples(settings: DataSettings, tmp_path: Pat
         def __len__(self) -> int:
             return 6
 
-        def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
-            read.append(index)
+        def __getitem__(self, index: slice) -> list[Sample]:  # type: ignore[override]
+            read.extend(range(6)[index])
             return samples[index]
 
     collate(Watched(), 1, 3)

@@ -1,6 +1,8 @@
 """Samples read back: damage by file and offset, blocks of neighbours, captions drawn, weights, elastic ranks."""
 
+import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -13,12 +15,14 @@ from safetensors.torch import load
 
 from cinemesh.data.batches import BatchHistory
 from cinemesh.data.cache import index as indexing
+from cinemesh.data.cache.ahead import ReadAhead
 from cinemesh.data.cache.drawn import Drawn, RunOrder
-from cinemesh.data.cache.held import Block, HeldBlocks
+from cinemesh.data.cache.held import Block, HeldBlocks, member_arrays
 from cinemesh.data.cache.history import History
-from cinemesh.data.cache.samples import Cache, CaptionDraw, collate, member_tensors
+from cinemesh.data.cache.samples import Cache, CaptionDraw, Samples, collate
 from cinemesh.data.cache.storage import Storage
 from cinemesh.data.cache.version import VersionChange
+from cinemesh.data.order import Stream
 from cinemesh.data.tars import members
 from cinemesh.errors import CinemeshError
 from cinemesh.model.inputs import IDS, LATENTS, PLACES
@@ -104,7 +108,7 @@ def test_damage_is_named_with_file_and_offset(root: Path, tmp_path: Path, block:
     part.write_bytes(good)
     row = cache.buckets[0].train._index.rows(0, 1)[0]
     with pytest.raises(CinemeshError, match=r"have crc32 .* and the index says 0000000c"):
-        Block(cache.storage, cache.version.shards, [row | {"crc": 12}]).of(row | {"crc": 12})
+        Block(cache.storage, cache.version.shards, [row | {"crc": 12}]).arrays(row | {"crc": 12})
 
 
 def test_a_block_is_read_once_and_the_least_used_goes(
@@ -135,6 +139,63 @@ def test_a_block_is_read_once_and_the_least_used_goes(
     assert held.get(7, lambda: block) is block  # it is tried again
 
 
+def test_blocks_that_an_epoch_has_taken_make_room(root: Path, tmp_path: Path) -> None:
+    """Of more samples than memory holds: each lane's block goes with its last sample, of fewer all stay."""
+    cache = built(data_of(tmp_path), root)
+    for latent_bytes, left in ((512, 10), (2**30, 0)):
+        held = HeldBlocks()
+        train = Cache.open(str(root), cache.name, held).buckets[0].train
+        stream, most = Stream(0, 0, len(train), 6, 4), 0
+        blocks = Samples(train._files, replace(train._bucket, latent_bytes=latent_bytes), "train", block=6)
+        for step in range(15):
+            list(blocks.select(stream.take(4 * step, 4)))
+            most = max(most, len(held._blocks))
+        assert (len(held._blocks), most) == (left, 10 if left else 8), held._bytes  # those of two turns
+        assert held._bytes == sum(of.block.size for of in held._blocks.values() if of.block)
+
+
+def test_blocks_of_later_steps_are_read_ahead(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All lanes come to their next blocks at once: they are there by then. Who takes what cannot be read tells it."""
+    cache = built(data_of(tmp_path), root)
+    readers: list[str] = []
+    read = Storage.read
+
+    def noted(self: Storage, name: str, offset: int, size: int) -> object:
+        readers.append(threading.current_thread().name)
+        return read(self, name, offset, size)
+
+    monkeypatch.setattr(Storage, "read", noted)
+    stream = Stream(0, 0, 60, 5, 4)
+
+    def opened() -> Callable[[int], Samples]:
+        blocks = Cache.open(str(root), cache.name).buckets[0].train.in_blocks(5)
+        return lambda step: blocks.select(stream.take(4 * step, 4))
+
+    def taken(ahead: ReadAhead, samples: Callable[[int], Samples], step: int) -> list[int]:
+        ahead.take(step)
+        ahead._pool.submit(int).result()  # all that was asked for is done
+        before = readers.count(main)
+        ids = [sample.id for sample in samples(step)]
+        assert readers.count(main) == before or step == 0, step
+        return ids
+
+    main = threading.current_thread().name
+    samples = opened()
+    ahead = ReadAhead(lambda step: [samples(step)], 5, 40)
+    order = [taken(ahead, samples, step) for step in (*range(12), *range(4, 40))]  # it goes back once
+    assert order == [[s.id for s in opened()(step)] for step in (*range(12), *range(4, 40))]
+    ahead.close()
+    samples = opened()
+    tars(root)[1].unlink()
+    ahead = ReadAhead(lambda step: [samples(step)], 5, 40)
+    with pytest.raises(CinemeshError, match=r"\.tar is missing"):
+        for step in range(15):
+            ahead.take(step)
+            ahead._pool.submit(int).result()
+            list(samples(step))
+    ahead.close()
+
+
 def test_one_of_several_captions_is_drawn_by_its_weight(root: Path, tmp_path: Path) -> None:
     """The paper's captioners: 70 and 30 percent. A function of seed, step, id and place, whatever else is read."""
     settings = data_of(tmp_path, 2)
@@ -151,6 +212,12 @@ def test_one_of_several_captions_is_drawn_by_its_weight(root: Path, tmp_path: Pa
     assert abs(drawn["FPS-15 Short."] - 360) < 2 * 5 * (600 * 0.3 * 0.7) ** 0.5  # both blocks draw alike
     alone = [s.caption for s in train.select([3, 7], CaptionDraw(5, 9, 4))]
     assert alone == [train.select([i], CaptionDraw(5, 9, 4 + k))[0].caption for k, i in enumerate((3, 7))]
+    ten = train.select(range(10), CaptionDraw(5, 9, 4))
+    whole = [s.caption for s in ten]
+    assert len(set(whole)) == 2 and [s.caption for s in [*ten[:3], *ten[3:][::-1]]] == whole[:3] + whole[:2:-1]
+    assert [ten[5:].text(n) for n in range(5)] == whole[5:]
+    shares = torch.cat([collate(ten, rank, 5)["text.letters"] for rank in range(5)], 1)
+    assert torch.equal(shares, torch.stack([s.text["letters"] for s in ten], 1))  # each rank's are those of the batch
     assert {s.caption for s in cache.buckets[0].train} == {"FPS-15 Long grey."}  # undrawn, the first
     assert all(torch.equal(s.text["letters"], ENCODING.encoders[0].encode(s.caption)[0]) for s in train)
 
@@ -216,8 +283,10 @@ def test_a_header_is_read_as_safetensors_reads_it(root: Path, tmp_path: Path) ->
         for member in members(tar):
             data = tar.read_bytes()[member.offset :][: member.size]
             expected = load(data)
-            found = member_tensors(Storage(str(root)).read(str(tar.relative_to(root)), member.offset, member.size))
-            assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
+            found = member_arrays(Storage(str(root)).read(str(tar.relative_to(root)), member.offset, member.size))
+            assert found.keys() == expected.keys() and all(
+                torch.equal(torch.from_numpy(found[k]), expected[k]) for k in found
+            )
 
 
 def test_rows_of_many_groups_and_parts_are_found(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
