@@ -350,6 +350,7 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "data.order.Stream._permuted(way)": (1, UNSAID),
     "data.order.BEGIN_PURPOSE": (9, COUNTER),
     "data.order.READ_BYTES": (4 * 2**20, "ours: beside it, a disk's or an object store's time to begin is small"),
+    "data.cache.samples.AT_ONCE": (64, "ours: a batch of a rank, mostly"),
     "data.order.AT_ONCE": (2**14, "ours: tenths of a second of work, of which calls are a small part"),
     "data.order.AT_ONCE_LEAST": (2**12, "ours: of a short stream; twice that of 50 samples would be waste"),
     "data.order.FEISTEL_ROUNDS": (8, COUNTER),

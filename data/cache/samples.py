@@ -330,17 +330,17 @@ def collate(samples: Sequence[Sample], dp_rank: int, dp_size: int, first_place: 
     mine = list(samples[dp_rank * share : (dp_rank + 1) * share])
     told = {text_input(name): _stacked([sample.texts[name][0] for sample in mine], 1) for name in mine[0].texts}
     if told:
-        told[MASK] = _stacked([np.concatenate([mask for _, mask in sample.texts.values()]) for sample in mine])
+        told[MASK] = _stacked([np.concatenate([mask for _, mask in sample.texts.values()]) for sample in mine], 0)
     return {
         IDS: torch.tensor([sample.id for sample in mine]),
         PLACES: first_place + dp_rank * share + torch.arange(share),
-        LATENTS: _stacked([sample.latents[LATENT] for sample in mine]),
+        LATENTS: _stacked([sample.latents[LATENT] for sample in mine], 0),
         **told,
-        **{name: _stacked([sample.latents[name] for sample in mine]) for name in mine[0].latents if name != LATENT},
+        **{name: _stacked([sample.latents[name] for sample in mine], 0) for name in mine[0].latents if name != LATENT},
     }
 
 
-def _stacked(arrays: Sequence[Array], axis: int = 0) -> Tensor:
+def _stacked(arrays: Sequence[Array], axis: int) -> Tensor:
     return torch.from_numpy(np.stack(arrays, axis))
 
 
