@@ -66,7 +66,7 @@ def run_check(*, cache: Path, version: str | None) -> int:
                 rows += len(at)
                 for row in at:
                     try:
-                        Block(storage, found.shards, [row]).of(row)
+                        Block(storage, found.shards, [row]).arrays(row)
                     except CinemeshError as error:
                         damaged[error.problem] = None
     for problem in [*damaged][:MOST_TOLD]:

@@ -136,9 +136,9 @@ def sample_rate(root: Path, name: str) -> float:
     blocks, steps, sizes = train.in_blocks(stream.block), len(train) // LANES, list[int]()
     read = cache.storage.read
 
-    def counted(file: str, offset: int, size: int) -> Any:
+    def counted(name: str, offset: int, size: int) -> Any:
         sizes.append(size)
-        return read(file, offset, size)
+        return read(name, offset, size)
 
     def samples(step: int) -> Samples:
         return blocks.select(stream.take(step * LANES, LANES), CaptionDraw(0, step, 0))
