@@ -148,6 +148,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "cinemesh codec eval --codec dct-context --json",
         "cinemesh codec eval --codec dct-context --frechet",
         "cinemesh codec eval configs/quickstart.yaml --codec ours.safetensors",
+        "cinemesh codec eval --codec runs/tae/autoencoder --unseen --set data.clips=[new] --set data.captions=new.yaml",
     ),
     "codec fit": ("cinemesh codec fit configs/quickstart.yaml --set data.stride=4 --out ours.safetensors",),
     "rewrite make": (

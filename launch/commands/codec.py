@@ -29,11 +29,18 @@ QUICK_START = CAPTIONS.with_name("quickstart.yaml")
 
 
 def run_eval(
-    *, config: Path | None, named: str | None, overrides: Sequence[str], as_json: bool, frechet: bool = False
+    *,
+    config: Path | None,
+    named: str | None,
+    overrides: Sequence[str],
+    as_json: bool,
+    frechet: bool = False,
+    unseen: bool = False,
 ) -> None:
     """Print what a codec, by default the recipe's, loses of the held-out windows of its first bucket's shape.
 
-    Raises CinemeshError for a recipe without such windows, or too small ones.
+    ``unseen``: of all its windows, since the codec was trained on none of these clips. Raises CinemeshError for a
+    recipe without such windows, or too small ones.
     """
     recipe = read_config(config or QUICK_START, overrides)
     settings = recipe.codec if named is None else codec_of(named)
@@ -46,23 +53,24 @@ def run_eval(
             f"{WINDOW_PX}x{WINDOW_PX}",
             remedy="measure larger ones: --set data.size=64",
         )
-    held = (
+    asked = (
         (scene.name, frames)
         for scene, cut, validation, _, frames in decoded_windows(recipe.data, progress=not as_json)
-        if validation and cut.bucket == bucket
+        if (validation or unseen) and cut.bucket == bucket
     )
-    if (first := next(held, None)) is None:
+    if (first := next(asked, None)) is None:
         raise CinemeshError(
             f"no scene of {recipe.data.captions} has held-out windows of bucket {bucket}",
-            remedy="raise data.validation_share, or take shorter windows: --set data.frames=8",
+            remedy="raise data.validation_share, take shorter windows (--set data.frames=8), or, of clips that the "
+            "codec was not trained on, all windows: --unseen",
         )
-    found = reconstruct(codec, chain([first], held), embedded() if frechet else None)
+    found = reconstruct(codec, chain([first], asked), embedded() if frechet else None)
     values = {"codec": settings.kind, "latents": codec.fingerprint} | asdict(found)
     if as_json:
         print(json.dumps(values, indent=1))
         return
     new_console().print(
-        f"{settings.kind}, {found.windows} held-out windows {bucket} of {found.scenes} scenes:\n"
+        f"{settings.kind}, {found.windows} {'' if unseen else 'held-out '}windows {bucket} of {found.scenes} scenes:\n"
         f"video  {found.video_psnr_db:.2f} dB, SSIM {found.video_ssim:.3f}\n"
         f"image  {found.image_psnr_db:.2f} dB, SSIM {found.image_ssim:.3f}"
     )

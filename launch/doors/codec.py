@@ -40,17 +40,22 @@ def evaluate(
             "extra tae.",
         ),
     ] = False,
+    unseen: Annotated[
+        bool,
+        typer.Option("--unseen", help="The codec was trained on none of these clips: all windows, not the held-out."),
+    ] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Encode and decode held-out windows, and measure what is lost.
 
     PSNR and SSIM are means over scenes, each the mean of its windows; of an image: the first frame of
-    a window as a clip of one frame. The clips are decoded, and no cache is read or written.
+    a window as a clip of one frame. The clips are decoded, and no cache is read or written. A scene of
+    less than two windows holds none out: whole clips that no training saw are measured with --unseen.
     """
     from ..commands.codec import run_eval
 
-    run_eval(config=config, named=named, overrides=overrides or [], as_json=as_json, frechet=frechet)
+    run_eval(config=config, named=named, overrides=overrides or [], as_json=as_json, frechet=frechet, unseen=unseen)
 
 
 @codec.command("fit", epilog=epilog("codec fit"))

@@ -91,7 +91,7 @@ class TAELoop:
         self.networks = Networks(recipe, place.device)
         self.checkpoints = recipe.logging.directory / FOLDER
         resumed = resume_networks(self.networks, place, self.checkpoints)
-        begun = warm_start(self.networks, recipe) if resumed is None else []
+        self.begun_as = warm_start(self.networks, recipe) if resumed is None else []
         self.feed = PixelFeed(recipe, cache, place.rank, plan.world_size)
         self.step = TrainStep(self.networks, place.mesh)
         self.saved = self.networks.steps if resumed else -1
@@ -103,7 +103,7 @@ class TAELoop:
         said = f"autoencoder {config.name}, {self.networks.generated:,} parameters: {plan.world_size} processes on "
         self.say(f"{said}{place.device}")
         self.say(f"resumed from {resumed[0]}" if resumed else "from step 0")
-        for line in begun:
+        for line in self.begun_as:
             self.say(line)
         for windows in cache.buckets:
             self.say(
@@ -125,7 +125,7 @@ class TAELoop:
         """Up to the last step, or until ``stop``; what was reached is saved."""
         log, schedule, skipped = self.recipe.logging, self.recipe.schedule, 0
         taken: list[tuple[Taken, float]] = []
-        if self.networks.steps == 0:
+        if self.begun_as:  # random weights show nothing
             self._validate(0)
         while (step := self.networks.steps) < schedule.steps:
             began = time.perf_counter()
@@ -209,7 +209,8 @@ class TAELoop:
             found = reconstructed(self.networks, self.recipe, self.cache)
         if found is None:
             return
-        self.telemetry.scalars(step, {f"held_out/{name}": float(value) for name, value in asdict(found).items()})
+        measured = {f"held_out/{name}": float(value) for name, value in asdict(found).items() if value is not None}
+        self.telemetry.scalars(step, measured)
         said = f"video {found.video_psnr_db:.2f} dB, SSIM {found.video_ssim:.3f}; image {found.image_psnr_db:.2f} dB"
         self.say(f"step {step}: held out: {said}, SSIM {found.image_ssim:.3f}")
 

@@ -27,14 +27,15 @@ FOLDER = "autoencoder"  # below logging.directory: the codec's directory
 def reconstructed(networks: Networks, recipe: TAERecipe, cache: Cache) -> Reconstruction | None:
     """Of the first bucket of several frames that has held-out windows, by the average of the weights; None: none.
 
-    An autoencoder of images has any bucket.
+    An autoencoder of images has any bucket. In bfloat16 where it is trained so.
     """
     for bucket, windows in zip(recipe.data.shapes, cache.buckets, strict=True):
         still = networks.average.config.temporal_stride == 1  # of images, which may be all that it is trained on
         if (still or bucket.frames > 1) and len(windows.validation) and min(bucket.height, bucket.width) >= WINDOW_PX:
             net = networks.average
             bare = torch.zeros(net.config.channels), torch.ones(net.config.channels)
-            codec = TAECodec(files.Trained(net, *bare, Tiling.of(net.config.temporal_stride), ""), networks.device)
+            trained = files.Trained(net, *bare, Tiling.of(net.config.temporal_stride), "")
+            codec = TAECodec(trained, networks.device, "bfloat16" if recipe.dtype == "bfloat16" else "float32")
             return reconstruct(codec, clips_of(windows.validation))
     return None
 

@@ -64,7 +64,7 @@ class TAECodec:
                     remedy="train it on images too, or an autoencoder of images: model.time: none",
                 )
             (self.mean, self.std), self.tiling, self.temporal_stride = trained.images, Tiling.of(1), 1
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype, self.weights_dtype = torch.device(device), dtype, next(self.net.parameters()).dtype
         made_by = repr((trained.digest, self.mean.tolist(), self.std.tolist(), self.tiling, dtype))
         self.fingerprint = f"tae-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}"
 
@@ -92,7 +92,7 @@ class TAECodec:
 
         def one(tile: tuple[range, int]) -> Tensor:
             span, kept = tile
-            pixels = to_pixels(frames[span.start : span.stop].to(self.device))
+            pixels = to_pixels(frames[span.start : span.stop].to(self.device)).to(self.weights_dtype)
             with self._autocast():
                 if self.alone:
                     return self.net.encode(pixels[-kept:, None]).mean[:, 0].float().cpu()
@@ -122,7 +122,7 @@ class TAECodec:
 
         def one(tile: range) -> Tensor:
             part = latent[:, tile.start : tile.stop].float() * _wide(self.std) + _wide(self.mean)
-            latents = part.transpose(0, 1).to(self.device)
+            latents = part.transpose(0, 1).to(self.device, self.weights_dtype)
             with self._autocast():
                 if self.alone:
                     return self.net.decode(latents[:, None])[:, 0].float().cpu()

@@ -55,6 +55,25 @@ def test_a_decoder_is_fitted_to_the_clips_of_a_recipe(tmp_path: Path) -> None:
         app(["codec", "eval", *own, "--set", "data.validation_share=0"], standalone_mode=False)
 
 
+def test_clips_that_no_training_saw_are_measured_whole(tmp_path: Path) -> None:
+    """A scene of less than two windows holds none out; unseen, both its windows count, and one by itself is itself."""
+    ramp = torch.arange(24)[:, None, None, None] * 6 + torch.arange(32)[None, :, None, None] * 3
+    frames = ramp.expand(24, 32, 32, 3).clone()
+    frames[:8, ::2] = 0  # what only the first window sees, and the codec loses
+    write_mp4(tmp_path / "a.mp4", frames.to(torch.uint8), Fraction(24))
+    scene = '[{name: a, file: a.mp4, first_frame: 0, last_frame: 23, caption: "A ramp."}]'
+    (tmp_path / "captions.yaml").write_text(scene, encoding="utf-8")
+    given = {"clips": f"[{tmp_path}]", "captions": tmp_path / "captions.yaml", "size": 32, "fps": 24}
+    own = [word for key, value in given.items() for word in ("--set", f"data.{key}={value}")]
+    with pytest.raises(CinemeshError, match="that the codec was not trained on, all windows: --unseen"):
+        app(["codec", "eval", *own], standalone_mode=False)
+    both, first = (measured(*own, "--unseen", "--set", f"data.stride={stride}") for stride in (8, 16))
+    assert (both["scenes"], both["windows"], first["windows"]) == (1, 2, 1)
+    assert both["video_psnr_db"] > first["video_psnr_db"] + 3
+    told = ran("eval", *own, "--unseen", "--set", "data.stride=8")
+    assert " 2 windows 16x32x32 of 1 scenes" in told and "held-out" not in told
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

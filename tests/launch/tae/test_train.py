@@ -268,6 +268,25 @@ def test_a_run_ends_in_a_codec(values: Values, tmp_path: Path) -> None:
     assert "wrote" not in ran("train", written(values, tmp_path)).splitlines()[0]  # again: nothing is left to train
 
 
+@pytest.mark.parametrize(("dtype", "apart_db"), [("float32", 1e-3), ("float64", 1e-3), ("bfloat16", 0.2)])
+def test_held_out_windows_are_reconstructed_as_a_run_goes(
+    values: Values, tmp_path: Path, dtype: str, apart_db: float
+) -> None:
+    """Not at the start, where random weights show nothing; the last is what the codec, float32, then does."""
+    values |= {"dtype": dtype}
+    values["logging"]["validate_every"] = 2
+    ran("train", written(values, tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    told = {row["step"]: row["held_out/video_psnr_db"] for row in rows if "held_out/video_psnr_db" in row}
+    assert sorted(told) == [2, 4, 5] and len({*told.values()}) == 3
+    data = [f"data.{name}={values['data'][name]}" for name in ("clips", "captions", "size", "stride")]
+    named = ["--codec", str(tmp_path / "run" / "autoencoder"), "--json"]
+    sets = [word for each in [*data, "data.frames=8", "data.fps=24"] for word in ("--set", each)]
+    again = CliRunner().invoke(app, ["codec", "eval", *named, *sets])
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["video_psnr_db"] == pytest.approx(told[5], abs=apart_db)
+
+
 def test_a_run_begins_with_another_and_an_image_autoencoder_is_inflated(values: Values, tmp_path: Path) -> None:
     """Frame by frame first, as the paper; then in time, from its weights. Moments and averages are new."""
     image = copy.deepcopy(values)
