@@ -51,7 +51,10 @@ def sample(
         Path | None,
         typer.Option("--out", metavar="FILE", help="Of the clip; default sample.mp4. A folder, for --prompts."),
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", **bounds(EULER_RANGE), help="From noise to the clip.")] = 50,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", **bounds(EULER_RANGE), help="From noise to the clip; default: the recipe's."),
+    ] = None,
     schedule: Annotated[
         Literal["linear-quadratic", "linear"] | None,
         typer.Option("--schedule", help="Spaced linearly, then quadratically; or equally. Default: the recipe's."),
@@ -64,7 +67,10 @@ def sample(
         float | None,
         typer.Option("--guidance", help="Classifier-free guidance scale; default: the recipe's."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", **bounds(SEED_RANGE), help="Picks the starting noise.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", **bounds(SEED_RANGE), help="Picks the starting noise; default: the recipe's."),
+    ] = None,
     weights: Annotated[
         Literal["ema", "master"] | None,
         typer.Option("--weights", help="Their running average, or the last step's own; default: the recipe's."),

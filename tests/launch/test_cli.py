@@ -143,11 +143,11 @@ def test_options_reach_train_sample_and_program(monkeypatch: pytest.MonkeyPatch)
         "trace_change": None,
         "asked": {
             "weights": "master",
-            "sample.steps": 50,
+            "sample.steps": None,
             "sample.schedule": None,
             "sample.solver": None,
             "sample.guidance": 1.5,
-            "sample.seed": 0,
+            "sample.seed": None,
         },
         "nproc": None,
         "overrides": ['plan="tp=2"', "seed=7"],
