@@ -32,12 +32,6 @@ class DiffusersCodec:
     def __init__(self, path: Path) -> None:
         """Raises CinemeshError where diffusers is missing, or the directory holds none of its known autoencoders."""
         try:
-            diffusers: Any = importlib.import_module("diffusers")
-        except ImportError as error:
-            raise CinemeshError(
-                "codec.kind diffusers needs the package diffusers", remedy="pip install 'cinemesh[diffusers]'"
-            ) from error
-        try:
             text = (path / CONFIGURATION).read_text(encoding="utf-8")
             weights = file_digest(path / WEIGHTS)
         except (OSError, UnicodeDecodeError) as error:
@@ -48,6 +42,12 @@ class DiffusersCodec:
         name = stated.get("_class_name")
         if name not in (IMAGE, WAN, HUNYUAN):
             raise CinemeshError(f"codec.path: {path} is a {name}", remedy=did_you_mean(name, [IMAGE, WAN, HUNYUAN]))
+        try:
+            diffusers: Any = importlib.import_module("diffusers")
+        except ImportError as error:
+            raise CinemeshError(
+                "codec.kind diffusers needs the package diffusers", remedy="pip install 'cinemesh[diffusers]'"
+            ) from error
         try:
             model: Any = getattr(diffusers, name).from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, RuntimeError, TypeError) as error:

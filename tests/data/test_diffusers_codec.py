@@ -1,5 +1,6 @@
 """Autoencoders of diffusers as codecs: tiny random ones, written and read as real ones are."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,12 @@ from cinemesh.data.encoding import Diffusers, codec_of
 from cinemesh.errors import CinemeshError
 from cinemesh.model.codec import LatentCodec
 
-diffusers: Any = pytest.importorskip("diffusers", reason="the package diffusers is not installed")
 MEAN, STD = [0.1, -0.2, 0.3, 0.4], [1.5, 2.0, 2.5, 3.0]
+
+
+def of_diffusers(name: str) -> Any:
+    """A class of the package, which takes seconds to import."""
+    return getattr(importlib.import_module("diffusers"), name)
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +26,9 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("wan")
     stated = {"latents_mean": MEAN, "latents_std": STD, "temperal_downsample": [False, True, True]}
-    diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **stated).save_pretrained(
-        path
-    )
+    of_diffusers("AutoencoderKLWan")(
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **stated
+    ).save_pretrained(path)
     return path
 
 
@@ -33,7 +38,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("image")
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    diffusers.AutoencoderKL(
+    of_diffusers("AutoencoderKL")(
         block_out_channels=(16, 16),
         latent_channels=4,
         norm_num_groups=8,
@@ -52,7 +57,7 @@ def clip(frames: int) -> torch.Tensor:
 def test_latents_of_clips_are_the_autoencoders_own_normalised(wan: Path, frames: int) -> None:
     """By the package itself, on frames filled up to 1 + 4 k: a mean taken for a sample, or an axis, shows."""
     codec: LatentCodec = codec_of(str(wan)).build()
-    own = diffusers.AutoencoderKLWan.from_pretrained(wan)
+    own = of_diffusers("AutoencoderKLWan").from_pretrained(wan)
     pixels = clip(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     filled = torch.cat([pixels, pixels[:, :, -1:].expand(-1, -1, -(frames - 1) % 4, -1, -1)], 2)
     with torch.no_grad():
