@@ -254,6 +254,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_examples_are_legal_fit_and_run(folder: Path) -> None:
     found = examples()
     assert len(found) >= 40, "the pages were not read"

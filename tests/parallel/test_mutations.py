@@ -284,6 +284,7 @@ def with_op(i: int, *ops: Op) -> Program:
     return whole.with_ops([*whole.ops[:i], *ops, *whole.ops[i + 1 :]])
 
 
+@pytest.mark.slow
 def test_doubled_terms_are_seen() -> None:
     """Every record that adds onto a sum runs twice."""
     unseen, tried = [], 0
@@ -315,6 +316,7 @@ def swapped(names: tuple[str, ...], pair: tuple[int, int]) -> tuple[str, ...]:
     return tuple(swapped)
 
 
+@pytest.mark.slow
 def test_swapped_operands_are_seen() -> None:
     unseen, tried = [], 0
     for i, op in enumerate(program().ops):
@@ -348,6 +350,7 @@ def test_k_and_v_swapped_are_seen(kinds: tuple[str, str]) -> None:
     assert is_seen(kernels=genuine | {kinds[0]: forward, kinds[1]: backward})
 
 
+@pytest.mark.slow
 def test_wrong_scales_are_seen() -> None:
     """Every float output of every kind of op, 0.1 % too large. In-place outputs are left to the doubled terms."""
     genuine = kernels_for("cpu")
