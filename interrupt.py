@@ -66,15 +66,16 @@ def interrupt_later() -> Iterator[None]:
 
 
 @contextmanager
-def deaf_children() -> Iterator[None]:
+def deaf_children(*, forked: bool = False) -> Iterator[None]:
     """Processes started inside hear no Ctrl-C, which a terminal sends to all: who started them ends them, and hears.
 
-    They inherit a mask, through exec too, until each calls :func:`be_deaf`.
+    They inherit a mask, through exec too, until each calls :func:`be_deaf`. ``forked``: none is started by exec.
     """
     from multiprocessing import resource_tracker
 
     with interrupt_later():
-        resource_tracker.ensure_running()  # when the first process is started it would be, and takes the mask off
+        if not forked:  # it would be started with the first of them, and takes the mask off
+            resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             yield

@@ -53,7 +53,8 @@ def _left_of_groups(root: Path) -> Iterator[int]:
 def uncollected() -> Iterator[None]:
     """Without Python's collector, which would look at all records again and again while more are made, and free none.
 
-    It takes as long as the rest of building and binding a step (tests/benchmarks/start_up.py, ``built``).
+    It took a third of what it takes to build and bind a step of the tuned 30B: 3.4 s of a shape against 2.2 without
+    (2 x86 cores, 2026-11-30).
     """
     was_on = gc.isenabled()
     gc.disable()

@@ -12,14 +12,14 @@ from ..kernels.reference import Kernel
 from ..memory import uncollected
 from ..parallel.ir.nccl_stack import Capture
 from ..parallel.ir.plan import Plan
-from ..parallel.passes.arena import place
-from ..parallel.passes.pipeline import prepare
+from ..parallel.ir.records import Space
 from ..parallel.runtime.frozen import Frozen
 from ..parallel.runtime.mesh import Mesh, backend_of
+from .blueprint import Blueprint, BuildSteps, build_here
 from .config import CAPTION_DROPOUT, ModelConfig, latent_text
 from .inputs import LATENTS, BatchShape
 from .runner import Batch, StepRunner
-from .step import Optimizer, build_step
+from .step import Optimizer
 
 Latent = tuple[int, int, int]
 
@@ -28,8 +28,8 @@ class BucketRunner:
     """One :class:`StepRunner` a shape; states are shared. All shapes are known when it is made.
 
     ``first`` is the runner of the shape that needs most memory; whatever is read of the states may be read of it.
-    Each shape has its own samples. All micro-batches of a step are of one shape: the one that was loaded last. Raises
-    CinemeshError when two buckets have the same latent, and as StepRunner does.
+    Each shape has its own samples. All micro-batches of a step are of one shape: the one that was loaded last.
+    ``build``: who builds the programs. Raises CinemeshError when two buckets have the same latent, and as StepRunner.
     """
 
     @uncollected()
@@ -46,27 +46,22 @@ class BucketRunner:
         device: str = "cpu",
         kernels: dict[str, Kernel] | None = None,
         slot: Tensor | None = None,
+        build: BuildSteps = build_here,
     ) -> None:
         if not batches or len({batch.latent for batch in batches}) != len(batches):
             raise CinemeshError(
                 f"buckets {[latent_text(b.latent) for b in batches]}", remedy="name at least one, each latent once"
             )
-        backend = backend_of(device)
-        programs = {
-            batch: prepare(
-                build_step(config, plan, batch, optimizer, seed=seed, caption_dropout=caption_dropout),
-                backend=backend,
-                marked=slot is not None,
-            )
-            for batch in batches
-        }
-        largest_first = sorted(batches, key=lambda batch: -place(programs[batch]).total_bytes)
+        facts = (optimizer, seed, caption_dropout, backend_of(device), slot is not None)
+        steps = build([Blueprint(config, plan, batch, *facts) for batch in batches])
+        largest_first = sorted(zip(batches, steps, strict=True), key=lambda of: -of[1].arenas[Space.DEVICE].total_bytes)
         self.runners: dict[Latent, StepRunner] = {}
         last: StepRunner | None = None
-        for batch in largest_first:
-            options: dict[str, Any] = {"device": device, "program": programs[batch], "kernels": kernels, "slot": slot}
-            last = self.runners[batch.latent] = StepRunner(config, plan, batch, optimizer, mesh, beside=last, **options)
-        self.first = self.current = self.runners[largest_first[0].latent]
+        for batch, step in largest_first:
+            options: dict[str, Any] = {"device": device, "kernels": kernels, "slot": slot, "beside": last}
+            options |= {"program": step.program, "placement": step.arenas}
+            last = self.runners[batch.latent] = StepRunner(config, plan, batch, optimizer, mesh, **options)
+        self.first = self.current = next(iter(self.runners.values()))
         self.buffers = self.first.buffers
 
     def capture(self, mode: Capture = "auto") -> str | None:

@@ -17,19 +17,21 @@ from ..parallel.ir.marks import MARK_SLOT
 from ..parallel.ir.nccl_stack import Capture
 from ..parallel.ir.plan import Plan
 from ..parallel.ir.program import Program
+from ..parallel.ir.records import Space
 from ..parallel.ir.units import nested_index
 from ..parallel.layers.sharded import FROZEN_STATE
+from ..parallel.passes.arena import Arena
 from ..parallel.passes.device_memory import bytes_beside
-from ..parallel.passes.pipeline import prepare
 from ..parallel.runtime.comm import Communicator, first_of, nccl_stack
 from ..parallel.runtime.executor import Executor
 from ..parallel.runtime.frozen import Frozen
 from ..parallel.runtime.graph import Graph, GraphPool, refuse
 from ..parallel.runtime.mesh import Mesh, backend_of, coordinates
 from ..parallel.runtime.watchdog import Heartbeat, vote
+from .blueprint import Blueprint
 from .config import CAPTION_DROPOUT, ModelConfig, latent_text
 from .inputs import IDS, LATENTS, PLACES, BatchShape, InputSpec
-from .step import Optimizer, build_step, unit_layout
+from .step import Optimizer, unit_layout
 from .weights import Values, fill_shard
 
 Batch = Mapping[str, Tensor]  # the samples of a micro-batch, by the name of the input
@@ -59,16 +61,19 @@ class StepRunner:
         comm: Communicator | None = None,
         beside: StepRunner | None = None,
         slot: Tensor | None = None,
+        placement: Mapping[Space, Arena] | None = None,
     ) -> None:
         """``slot``: one number in host memory, pinned for a GPU, into which the step writes how far it is.
 
+        ``placement``: where the temporaries of ``program`` lie, if that is known.
         Raises CinemeshError when a CUDA device has too little memory for the step.
         """
         self.config, self.plan, self.batch, self.mesh = config, plan, batch, mesh
         self.units = unit_layout(config, plan)
         if program is None:
-            built = build_step(config, plan, batch, optimizer, seed=seed, caption_dropout=caption_dropout)
-            program = prepare(built, backend=backend_of(device), marked=slot is not None)
+            facts = (optimizer, seed, caption_dropout, backend_of(device), slot is not None)
+            step = Blueprint(config, plan, batch, *facts).build()
+            program, placement = step.program, step.arenas
         self.program = program
         self.coordinates = mesh.coordinates if mesh else coordinates(plan, 0)
         if beside is not None:
@@ -80,7 +85,8 @@ class StepRunner:
             shared[MARK_SLOT] = slot
         arenas = (None, None) if beside is None else (beside.executor.arena, beside.executor.host.arena)
         to_come = bytes_beside(plan, 0, graphs=self.graphs)  # its context is there
-        self.executor = Executor(program, self.coordinates, self.comm, device, kernels, shared, *arenas, to_come)
+        where = (self.coordinates, self.comm, device)
+        self.executor = Executor(program, *where, kernels, shared, *arenas, to_come, placement)
         self.buffers = named_buffers(self.executor)
         self.replay: Frozen | Graph | None = None
         self.pool: GraphPool | None = None if beside is None else beside.pool

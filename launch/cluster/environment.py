@@ -44,6 +44,11 @@ def processes_here(world: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else world
 
 
+def cores_each(processes: int) -> int:
+    """Of the cores that this process may use, its own share, beside others of this machine; at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // processes)
+
+
 # -- the device -------------------------------------------------------------------------------------------------------
 
 

@@ -41,7 +41,7 @@ from ...parallel.runtime.mesh import Mesh, start_job
 from ..options import Device
 from ..terminal import show_what_it_can
 from .alike import software_alike
-from .environment import check_kernel_cache, claim, device_here, launched, processes_here
+from .environment import check_kernel_cache, claim, cores_each, device_here, launched, processes_here
 from .marks import Marks
 from .meeting import FIRST_FAILURE, Meeting, agree, meet
 from .sidecar import JOB_VERDICT, Watched, watched
@@ -111,7 +111,7 @@ def joined(
     """
     global _parted, _watched
     local = processes_here(1)
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    torch.set_num_threads(cores_each(local))
     device = device_here(wanted, local)
     cuda = device != "cpu"
     if not launched():

@@ -14,6 +14,7 @@ from ...data.cache.building import CacheBuild, say_old
 from ...data.cache.storage import is_url
 from ...data.encoding import Encoding
 from ...errors import CinemeshError
+from ..cluster.environment import cores_each
 from ..cluster.processes import launch, rank_main
 from ..training.captions import cache_encoding
 from ..training.recipe import Config, read_recipe
@@ -39,8 +40,8 @@ def run_build(*, config: Path, nproc: int | None, after: str | None, overrides: 
 
 def built(order: BuildOrder) -> None:
     """The work of one process; the first of a machine speaks."""
-    local, speaks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.environ.get("LOCAL_RANK", "0") == "0"
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    torch.set_num_threads(cores_each(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     data, root = order.config.data, Path(order.config.data.cache)
     encoding = Encoding.of(order.config.codec, data.encoders, data.low_resolution)
     encoding = cache_encoding(order.config, encoding)

@@ -56,7 +56,7 @@ def run(*, config: Path, ranks: int | None, lost: int | None, overrides: Sequenc
     lives = None
     if cluster.operations is not None:
         samples = sum(bucket.share * bucket.global_batch for bucket in whole.buckets)
-        lives = lifetime(setting.model, plan, cluster, whole.step_s, samples, sum(records))
+        lives = lifetime(setting.model, plan, cluster, whole.step_s, samples, records)
     days = whole.hours / 24.0 / (lives.usual.shares.training if lives else 1.0)
     told = DryRunReply(
         schema=Schema(name="train --dry-run"),

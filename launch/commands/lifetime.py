@@ -66,7 +66,7 @@ class Lives:
 def _lifetime(request: Request, found: Search, place: int) -> Lifetime:
     choice = found.choices[place]
     samples = choice.samples_per_s * choice.step_s  # of a step: the mean over latents
-    records = len(request.buckets) * SHAPE_RECORDS
+    records = [SHAPE_RECORDS] * len(request.buckets)
     return lifetime(request.config, choice.plan, request.cluster, choice.step_s, samples, records)
 
 

@@ -16,12 +16,14 @@ from typing import Any
 
 from ...data.batches import Batches, BatchHistory, batches_told
 from ...data.cache.history import History
+from ...model.blueprint import BuildSteps, build_here
 from ...model.buckets import BucketRunner
 from ...model.config import latent_text
 from ...model.runner import StepRunner
 from ...model.weights import initial_values
 from ..cluster.alike import program_digest
-from ..cluster.environment import world_size
+from ..cluster.builders import builders
+from ..cluster.environment import cores_each, processes_here, world_size
 from ..cluster.meeting import agree
 from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, rank_main
 from ..cluster.verdict import stages_of
@@ -71,13 +73,16 @@ def train(config: Config, batches: Batches | None = None) -> None:
     Raises Stopped when a signal asked for it and the state is saved.
     """
     alike = recipe_facts(config) | {"samples of a step": str(batches or config.data.global_batches)}
-    with joined(config.plan, config.device, alike, config.logging.directory) as place:
-        setting, stop = Setting.of(config, batches), StopSignal()
+    setting, stop = Setting.of(config, batches), StopSignal()
+    with (
+        builders(setting.blueprints(), cores_each(processes_here(1))) as build,
+        joined(config.plan, config.device, alike, config.logging.directory) as place,
+    ):
         history = open_history(setting, place)
         cache = history.at(config.schedule.steps)
         setting.sampled_captions(cache)  # refused before training, not after
         with stop:
-            runner = train_steps(setting, place, history, stop)
+            runner = train_steps(setting, place, history, stop, build)
         done = runner.steps_done >= config.schedule.steps
         if done and config.sample is not None:
             show_samples(setting, place, cache, runner)
@@ -85,12 +90,14 @@ def train(config: Config, batches: Batches | None = None) -> None:
         raise Stopped(stop.signum, f"stopped after step {runner.steps_done}; the same command goes on from there")
 
 
-def train_steps(setting: Setting, place: Joined, history: History, stop: StopSignal) -> StepRunner:
+def train_steps(
+    setting: Setting, place: Joined, history: History, stop: StopSignal, build: BuildSteps = build_here
+) -> StepRunner:
     """From the newest checkpoint, if there is one, to the last step or until ``stop``; what was reached is saved.
 
-    The answer holds the states.
+    ``build``: who builds the steps. The answer holds the states.
     """
-    buckets = setting.runners(place)
+    buckets = setting.runners(place, build=build)
     place_encoders(setting.config, setting.encoding, place, buckets.first.comm)
     if place.meeting is not None:
         programs = {f"program of {latent_text(at)}": program_digest(one.program) for at, one in buckets.runners.items()}

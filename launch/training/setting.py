@@ -12,12 +12,15 @@ from ...data.cache.samples import Cache
 from ...data.encoding import Encoding
 from ...errors import CinemeshError, did_you_mean
 from ...kernels.registry import Kernels, kernels_for
+from ...model.blueprint import Blueprint, BuildSteps, build_here
 from ...model.buckets import BucketRunner, Latent
 from ...model.config import ModelConfig, latent_text
 from ...model.inputs import BatchShape
 from ...model.paths import PATHS
 from ...model.step import check
 from ...parallel.ir.plan import Plan
+from ...parallel.runtime.mesh import backend_of
+from ..cluster.environment import device_here, processes_here
 from ..cluster.processes import Joined
 from .captions import encoded_in_loop
 from .marked import slot_of
@@ -140,7 +143,15 @@ class Setting:
         if (section := self.config.sample) is not None:
             PATHS[self.model.objective].check_sampler(section.solver, section.steps)
 
-    def runners(self, place: Joined, batches: Sequence[BatchShape] | None = None) -> BucketRunner:
+    def blueprints(self) -> list[Blueprint]:
+        """Of the steps of all buckets, on a rank that has joined no job yet. Raises CinemeshError as ``shapes``."""
+        config, device = self.config, device_here(self.config.device, processes_here(1))
+        facts = (config.optimizer, config.seed, config.caption_dropout, backend_of(device), self.marked(device))
+        return [Blueprint(self.model, config.plan, shape, *facts) for shape in self.shapes]
+
+    def runners(
+        self, place: Joined, batches: Sequence[BatchShape] | None = None, build: BuildSteps = build_here
+    ) -> BucketRunner:
         """Steps of all buckets, or of these, on a rank. Raises CinemeshError as :class:`BucketRunner`."""
         config = self.config
         return BucketRunner(
@@ -154,4 +165,5 @@ class Setting:
             device=place.device,
             kernels=self.kernels(place.device),
             slot=slot_of(place.marks, place.device) if self.marked(place.device) else None,
+            build=build,
         )

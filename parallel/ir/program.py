@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from ...kernels.counts import DTYPE_BYTES, Operand, Operands
 from ...kernels.ops import OPS, signature_of
@@ -163,6 +164,7 @@ class Program:
         return made
 
 
+@lru_cache(maxsize=65536)
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Elements between neighbours along each dim, in C order."""
     strides: list[int] = []

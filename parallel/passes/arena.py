@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..ir.program import Program
+from ..ir.records import Space
 from .liveness import Lifetimes, lifetimes
 
 ALIGN_BYTES = 256  # what wide loads and NCCL want; design of the units too
@@ -45,10 +46,15 @@ class Arena:
 
 def place(program: Program, lives: Lifetimes | None = None) -> Arena:
     """Offsets for all temporaries of a program's space: at no record do two that live overlap."""
-    lives = lives or lifetimes(program)
+    lives = lives or lifetimes(program, workspace=lambda _, op: 0)
     names, intervals = storages(program, lives)
     offsets, total = pack(intervals)
     return Arena(dict(zip(names, offsets, strict=True)), total, lives.peak_bytes - lives.persistent_bytes)
+
+
+def place_all(program: Program) -> dict[Space, Arena]:
+    """Offsets for the temporaries of every space."""
+    return {Space.DEVICE: place(program), Space.HOST: place(program, lifetimes(program, Space.HOST))}
 
 
 def storages(program: Program, lives: Lifetimes) -> tuple[list[str], list[Interval]]:

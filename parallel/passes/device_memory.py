@@ -18,9 +18,9 @@ from ..ir.collectives import FUSED
 from ..ir.communicators import communicators
 from ..ir.plan import Plan
 from ..ir.program import Program
-from ..ir.records import Op
-from .arena import place
-from .liveness import Lifetimes, lifetimes
+from ..ir.records import Op, Space
+from .arena import Arena, place
+from .liveness import Lifetimes, lifetimes, persistent
 
 COMMUNICATOR_BYTES = 288 << 20  # of NCCL on an H100, 24 channels: NVIDIA/nccl issue 1685, 2025-04
 # Of cuBLAS on every stream that multiplies, on Hopper and newer (before: 8 MiB); cuBLASLt shares it: torch 2.11's and
@@ -91,19 +91,21 @@ def check_fits(
     beside: Mapping[str, int] | None = None,
     shared: Collection[str] = (),
     arena_bytes: int = 0,
+    placed: Arena | None = None,
 ) -> None:
     """Raise CinemeshError when a program needs more than the ``memory_bytes`` that a device has left.
 
     ``beside``: bytes to come that no program owns. Held already: ``shared`` storages, and an arena of ``arena_bytes``.
+    ``placed``: where its temporaries lie, if that is known.
     """
-    lives = lifetimes(program, workspace=workspace)
+    held = [name for name in persistent(program) if program.buffers[name].space is Space.DEVICE]
     needs = {
-        "states and inputs": lives.persistent_bytes - sum(program.bytes(name) for name in shared),
-        "arena": max(0, place(program, lives).total_bytes - arena_bytes),
-        "workspace": max(lives.workspace_bytes, default=0),
+        "states and inputs": sum(map(program.bytes, held)) - sum(map(program.bytes, shared)),
+        "arena": max(0, (placed or place(program)).total_bytes - arena_bytes),
+        "workspace": max((workspace(program, op) for op in program.ops), default=0),
     } | dict(beside or {})
     if (needed := sum(needs.values())) > memory_bytes:
-        raise _too_large(program, lives, needs, needed, memory_bytes)
+        raise _too_large(program, lifetimes(program), needs, needed, memory_bytes)
 
 
 def _too_large(

@@ -24,9 +24,9 @@ from ..ir.marks import MARK_NUMBERS, MARK_SLOT, is_marked
 from ..ir.program import Program
 from ..ir.records import BufferKind, Op, Space
 from ..ir.units import communicator_order, nested_index
-from ..passes.arena import place
+from ..passes.arena import Arena, place_all
 from ..passes.device_memory import Workspaces, check_fits
-from ..passes.liveness import lifetimes, persistent
+from ..passes.liveness import persistent
 from .comm import BoundCollective, Communicator
 from .host import HostLink
 
@@ -65,6 +65,7 @@ class Executor:
         arena: Tensor | None = None,
         host_arena: Tensor | None = None,
         beside: Mapping[str, int] | None = None,
+        placement: Mapping[Space, Arena] | None = None,
     ) -> None:
         """``comm`` may be None when every axis has one rank. ``shared`` are storages of another executor, by name.
 
@@ -73,20 +74,21 @@ class Executor:
 
         ``arena``: bytes in which the temporaries lie, of another executor that never runs at the same time; where it is
         too small, or None, the executor has its own. ``host_arena``: the same, of those in host memory.
+        ``placement``: where in these the temporaries lie, if that is known.
         """
         self.program = program
         self.device = device
         self.coordinates = coordinates
         self.comm = comm
         self.kernels = kernels or kernels_for(device)
+        placement = placement or place_all(program)
+        self.placement, self.host_placement = placement[Space.DEVICE], placement[Space.HOST]
         if torch.device(device).type == "cuda":
             self._check_free(beside, shared or {}, 0 if arena is None else arena.numel())
             self.kernels = leave_sms(self.kernels, program.plan.sm_margin)
-        self.placement = place(program)
         if arena is None or arena.numel() < self.placement.total_bytes:
             arena = torch.empty(self.placement.total_bytes, dtype=torch.uint8, device=device)
         self.arena = arena
-        self.host_placement = place(program, lifetimes(program, Space.HOST))
         self.host = HostLink(self.host_placement.total_bytes, device, host_arena)
         self._issued: dict[str, BoundCollective] = {}  # by the name of the issue, until its wait is bound
         self._flat: dict[str, Tensor] = {}  # every storage, as one row of its elements
@@ -106,8 +108,8 @@ class Executor:
             self._flat[name] = tensor.view(-1)
         if is_marked(program):
             self.buffers[MARK_NUMBERS].copy_(torch.arange(len(program.ops)))
-        for whole, placement in ((arena, self.placement), (self.host.arena, self.host_placement)):
-            for name, offset in placement.offsets.items():
+        for whole, placed in ((arena, self.placement), (self.host.arena, self.host_placement)):
+            for name, offset in placed.offsets.items():
                 part = whole[offset : offset + program.bytes(name)]
                 self._flat[name] = part.view(TORCH_DTYPES[program.buffers[name].dtype])
         self.records = [self._bind(op) for op in program.ops]
@@ -124,7 +126,8 @@ class Executor:
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self.device)
         held = [name for name in persistent(self.program) if name in shared and name != MARK_SLOT]
-        check_fits(self.program, free, self.workspace, beside=beside, shared=held, arena_bytes=arena_bytes)
+        placed = {"arena_bytes": arena_bytes, "placed": self.placement}
+        check_fits(self.program, free, self.workspace, beside=beside, shared=held, **placed)
 
     # -- binding ------------------------------------------------------------------------------------------------
 

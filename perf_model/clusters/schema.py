@@ -145,7 +145,7 @@ class Topology:
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """A server's own memory, and the link of each GPU to it. All for one GPU while every GPU of the server copies.
+    """A server's own memory and cores, and the link of each GPU to it: what one GPU has while all are at it alike.
 
     ``link``: ``nic`` where copies and the bytes of the GPU's NIC cross one bus; without it, each way is its own.
     """
@@ -154,6 +154,7 @@ class Host:
     to_bytes_per_s: BytesPerSecond
     from_bytes_per_s: BytesPerSecond
     latency_s: SecondsOrZero
+    cores: WholeCount = 1
     link: str = ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ...errors import CinemeshError
@@ -74,9 +75,14 @@ def operations_of(cluster: Cluster) -> Operations:
 
 
 def lifetime(
-    config: ModelConfig, plan: Plan, cluster: Cluster, step_s: float, samples: float, records: int = SHAPE_RECORDS
+    config: ModelConfig,
+    plan: Plan,
+    cluster: Cluster,
+    step_s: float,
+    samples: float,
+    records: Sequence[int] = (SHAPE_RECORDS,),
 ) -> Lifetime:
-    """Of a run whose steps take ``step_s`` and ``samples``; ``records``: of the steps of all shapes.
+    """Of a run whose steps take ``step_s`` and ``samples``; ``records``: of the step of every shape.
 
     Raises CinemeshError as :func:`operations_of`.
     """

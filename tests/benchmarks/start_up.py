@@ -5,14 +5,16 @@
 
 A job under torchrun on this machine, started, killed whole by a SIGKILL of one rank, and started again by its agent;
 moments are taken in the job's own processes. Writes ``results/start_up.json``. Wall seconds of eight ranks on fewer
-cores are mostly others' turns, so processor seconds of a rank stand beside them. ``built``: only what it takes of one
-core to build and bind steps of the 30B, with Python's collector and without, as a rank does it.
+cores are mostly others' turns, so processor seconds of a rank stand beside them. ``built``: only what steps of the 30B
+take of one core: of a process that builds and sends them beside a rank, and of the rank that receives and binds them.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import pickle
 import platform
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +30,7 @@ from typing import Any
 RESULT = Path(__file__).parent / "results" / "start_up.json"
 MACHINE = "2-core x86-64, no GPU"
 RANKS = 8
-SHAPES = 2  # built one after the other, and all kept: what a collector looks at grows
+SHAPES = 5
 PLANS = (
     "tp=4,cp=2,dp_shard=768",
     "tp=2,cp=4,dp_shard=96,dp_replicate=8,kv_chunks=3,tp_slices=8,defer_weight_gradients=true,grad_units=2",
@@ -35,50 +38,54 @@ PLANS = (
 
 
 def built() -> None:
-    """Processor seconds of building, arranging, ordering, placing and binding a shape: the mean of ``SHAPES``."""
-    from contextlib import nullcontext
-
+    """Processor seconds of each part of a shape, of one core: the median of ``SHAPES``."""
     import torch
 
     from cinemesh.kernels.reference import REFERENCE
     from cinemesh.memory import uncollected
+    from cinemesh.model.blueprint import Blueprint
     from cinemesh.model.config import USUAL_LATENTS, preset
     from cinemesh.model.inputs import BatchShape
-    from cinemesh.model.step import build_step
+    from cinemesh.model.step import Optimizer
     from cinemesh.parallel.ir.plan import Plan
-    from cinemesh.parallel.passes.arena import place
-    from cinemesh.parallel.passes.pipeline import prepare
     from cinemesh.parallel.runtime.alone import Alone
     from cinemesh.parallel.runtime.executor import Executor
     from cinemesh.parallel.runtime.mesh import coordinates
 
     frames, height, width = USUAL_LATENTS["movie-gen-30b"]
 
-    def taken(plan: Plan, marked: bool, collecting: bool) -> tuple[int, float]:
-        begun, records, kept = time.process_time(), 0, list[Executor]()
-        with nullcontext() if collecting else uncollected():
-            for shape in range(SHAPES):
-                batch = BatchShape(1, (frames - 4 * shape, height, width))
-                program = prepare(build_step(preset("movie-gen-30b"), plan, batch), backend="nccl", marked=marked)
-                place(program)  # as the largest shape is found
-                kept.append(Executor(program, coordinates(plan, 0), Alone(plan), "meta", dict(REFERENCE)))
-                records += len(program.ops)
-        return records, time.process_time() - begun
+    def timed(parts: dict[str, list[float]], name: str, work: Callable[[], Any]) -> Any:
+        begun = time.process_time()
+        answer = work()
+        parts.setdefault(name, []).append(time.process_time() - begun)
+        return answer
 
     rows = list[dict[str, Any]]()
-    for text in PLANS:
-        for marked, collecting in ((False, True), (False, False), (True, False)):
-            records, seconds = taken(Plan.parse(text), marked, collecting)
-            rows.append(
-                {
-                    "plan": text,
-                    "marked": marked,
-                    "collector": "on" if collecting else "off",
-                    "records_of_a_shape": records // SHAPES,
-                    "cpu_s_of_a_shape": round(seconds / SHAPES, 3),
-                    "cpu_ms_of_a_record": round(1e3 * seconds / records, 4),
-                }
-            )
+    for text, marked in itertools.product(PLANS, (False, True)):
+        plan, kept, parts = Plan.parse(text), list[Executor](), dict[str, list[float]]()
+        sent = b""
+        place = (coordinates(plan, 0), Alone(plan), "meta", dict(REFERENCE))
+        with uncollected():
+            for shape in range(SHAPES):
+                batch = BatchShape(1, (frames - 4 * shape, height, width))
+                blueprint = Blueprint(preset("movie-gen-30b"), plan, batch, Optimizer(), 0, 0.1, "nccl", marked)
+                step = timed(parts, "built", blueprint.build)
+                sent = timed(parts, "sent", partial(pickle.dumps, step, pickle.HIGHEST_PROTOCOL))
+                del step
+                got = timed(parts, "received", partial(pickle.loads, sent))
+                kept.append(timed(parts, "bound", partial(Executor, got.program, *place, placement=got.arenas)))
+        records = len(kept[0].program.ops)
+        seconds = {name: median(found) for name, found in parts.items()}
+        rows.append(
+            {
+                "plan": text,
+                "marked": marked,
+                "records_of_a_shape": records,
+                "bytes_sent_of_a_shape": len(sent),
+                "cpu_s_of_a_shape": {name: round(each, 3) for name, each in seconds.items()},
+                "cpu_us_of_a_record": {name: round(1e6 * each / records, 1) for name, each in seconds.items()},
+            }
+        )
     told = json.loads(RESULT.read_text())
     told["built"] = {
         "date": date.today().isoformat(),

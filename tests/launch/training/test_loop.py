@@ -41,6 +41,7 @@ from cinemesh.launch.training.setting import Setting
 from cinemesh.launch.training.telemetry import METRICS_FILE, Telemetry, read_metrics
 from cinemesh.launch.training.validation import SEED, HeldOutLoss, Validation
 from cinemesh.model import flow
+from cinemesh.model.blueprint import Blueprint, PlacedStep
 from cinemesh.model.codec import BlockDCTCodec
 from cinemesh.model.config import parameters
 from cinemesh.model.inputs import LATENTS, MASK, text_input
@@ -120,6 +121,29 @@ def test_what_is_read_ahead_is_what_would_be_read(
     stepped.clear()
     assert start(recipe(clips, tmp_path / "damaged"), tmp_path) == 2
     assert len(stepped) == 2
+
+
+def test_steps_are_built_beside_a_run_where_it_has_cores(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two shapes the rank builds one, the process beside it the other: to the same bits as one core."""
+    build, here = Blueprint.build, list[Blueprint]()
+
+    def noted(self: Blueprint) -> PlacedStep:
+        here.append(self)
+        return build(self)
+
+    monkeypatch.setattr(Blueprint, "build", noted)
+    found = list[dict[str, Tensor]]()
+    for cores, shapes in ((1, 2), (2, 1)):
+        monkeypatch.setattr(train, "cores_each", lambda processes, cores=cores: cores)
+        values = in_two_buckets(recipe(clips, tmp_path / str(cores)))
+        assert start(values, tmp_path) == 0
+        assert len(here) == shapes, [blueprint.batch for blueprint in here]
+        here.clear()
+        found.append(states(tmp_path / str(cores) / "run", values))
+        here.clear()  # of the runner that reads them
+    assert_same(*found)
 
 
 def run_rank(values: dict[str, Any], stop_on: tuple[int, int] | None) -> dict[str, Any]:

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
+
 import pytest
 
+from cinemesh.launch.cluster.builders import shares_of
+from cinemesh.model.blueprint import Blueprint
 from cinemesh.model.config import preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.parallel.ir.communicators import communicators, host_groups
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.sockets import sockets
 from cinemesh.parallel.passes.device_memory import BLAS_STREAM_BYTES, GRAPH_BYTES
-from cinemesh.perf_model.clusters.cluster import load
+from cinemesh.perf_model.clusters.cluster import Cluster, load
 from cinemesh.perf_model.prices.footprint import outside
 from cinemesh.perf_model.prices.lifetime import checkpoint_bytes, lifetime, operations_of
 from cinemesh.perf_model.prices.played import play_step
-from cinemesh.perf_model.prices.restart import SHAPE_RECORDS, restart_parts
+from cinemesh.perf_model.prices.restart import (
+    BIND_S,
+    BUILD_S,
+    RECEIVE_S,
+    SEND_S,
+    SHAPE_RECORDS,
+    built_and_bound_s,
+    restart_parts,
+)
 from cinemesh.perf_model.prices.startup import hosts_start, init_s, start_up
 from cinemesh.perf_model.search.evaluator import Evaluator
 from cinemesh.perf_model.search.request import LatentBucket, Request
@@ -83,23 +97,47 @@ def test_the_tree_of_hosts_is_priced_as_it_is_made(plan: Plan) -> None:
 
 
 def test_a_restart_of_6144_ranks_is_split_into_its_parts() -> None:
-    """At most 120 s with 20 shapes under the paper-like plan; the planner's tuned plan has five times the records."""
+    """At most 120 s with 20 shapes: under the paper-like plan, and under one with five times the records."""
     cluster = load("grand-teton-h100")
     operations = operations_of(cluster)
     plan = Plan.parse("tp=4,cp=2,dp_shard=768")
     state_bytes, _ = checkpoint_bytes(preset("movie-gen-30b"), plan)
-    parts = {part.name: part.seconds for part in restart_parts(plan, cluster, operations, state_bytes, 20 * 4691)}
-    assert sum(parts.values()) <= 120 and all(seconds > 0 for seconds in parts.values())
+
+    def parts_of(plan: Plan, records: list[int], cluster: Cluster = cluster) -> dict[str, float]:
+        return {part.name: part.seconds for part in restart_parts(plan, cluster, operations, state_bytes, records)}
+
+    parts = parts_of(plan, [4691] * 20)
+    assert sum(parts.values()) <= 110 and all(seconds > 0 for seconds in parts.values())
     assert parts["detection"] == operations.notice_s and parts["rendezvous"] == operations.restart_s
     made = sum(each.seconds for each in start_up(plan, cluster))
     assert parts["communicators"] > made > 15
     assert parts["reading the checkpoint"] == pytest.approx(state_bytes / 2e12)
-    few = {part.name: part.seconds for part in restart_parts(plan, cluster, operations, state_bytes, 4691)}
-    for name in parts:
-        grows = 20 if name in ("steps built and bound", "capture") else 1
-        assert parts[name] == pytest.approx(grows * few[name])
-    sliced = Plan.parse("tp=2,cp=4,dp_shard=96,dp_replicate=8")
-    tuned = restart_parts(sliced, cluster, operations, state_bytes, 20 * SHAPE_RECORDS)
-    assert 120 < sum(part.seconds for part in tuned) < 170, "told, not hidden: building 20 shapes of 23,126 records"
-    found = lifetime(preset("movie-gen-30b"), plan, cluster, 8.74, 768, 4691)
+    few = parts_of(plan, [4691])
+    for name in set(parts) - {"steps built", "steps received and bound"}:
+        assert parts[name] == pytest.approx((20 if name == "capture" else 1) * few[name])
+    tuned = Plan.parse("tp=2,cp=4,dp_shard=96,dp_replicate=8")
+    split = parts_of(tuned, [SHAPE_RECORDS] * 20)
+    assert 100 < sum(split.values()) < 110
+    one_core = replace(cluster, host=None)
+    alone = parts_of(tuned, [SHAPE_RECORDS] * 20, one_core)
+    assert alone["steps built"] == pytest.approx(20 * SHAPE_RECORDS * BUILD_S) and alone["steps built"] > 25
+    assert 120 < sum(alone.values()) < 150, "told, not hidden: one core builds 20 shapes of 23,126 records"
+    found = lifetime(preset("movie-gen-30b"), plan, cluster, 8.74, 768, [4691])
     assert found.restart_s == pytest.approx(sum(few.values()) - operations.notice_s)
+
+
+@pytest.mark.parametrize("joining_s", [0.0, 2.0])
+@pytest.mark.parametrize("shapes", [1, 2, 7, 20])
+def test_building_is_priced_as_shapes_are_dealt_out(shapes: int, joining_s: float) -> None:
+    """Every process walks through its share; the rank begins later, and hears what the others have built."""
+    records, waited = [20_000] * shapes, list[float]()
+    for cores in range(1, 25):
+        *others, own = (len(share) for share in shares_of(cast("Sequence[Blueprint]", records), cores))
+        ends = [count * 20_000 * (BUILD_S + SEND_S) - joining_s for count in others]
+        built, bound = built_and_bound_s(records, cores, joining_s)
+        assert built == pytest.approx(max([own * 20_000 * BUILD_S, *ends]))
+        assert bound == pytest.approx(20_000 * (shapes * BIND_S + sum(others) * RECEIVE_S))
+        assert sum(others) + own == shapes
+        waited.append(built)
+    assert waited == sorted(waited, reverse=True), "more cores never take longer"
+    assert waited[0] == pytest.approx(shapes * 20_000 * BUILD_S)
