@@ -134,8 +134,8 @@ def observe(values: dict[str, Any], folder: Path) -> Run:
         if first:
             did.update({name: self.buffers[name].clone() for name in STATES})
 
-    def trained(setting: Setting, place: Any, history: Any, stop: Any) -> StepRunner:
-        runner = steps(setting, place, history, stop)
+    def trained(setting: Setting, place: Any, history: Any, *rest: Any) -> StepRunner:
+        runner = steps(setting, place, history, *rest)
         slots = [slot for unit in runner.units.units for slot in unit.slots]
         did["parameters"] = {slot.parameter.name: slot.parameter.shape for slot in slots}
         did["tokens"] = runner.config.tokens(runner.batch.latent)
