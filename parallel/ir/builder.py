@@ -225,8 +225,7 @@ class Builder:
         name = buffer.name
         if name in self._consumed:
             raise PlacementError(f"{op} reads {name}, which was overwritten in place, renamed, or never waited for")
-        for related in self._related(name):
-            self._unread.discard(related)
+        self._unread.difference_update(self._related(name))
         if self.training and not self._in_backward and name in self._needs_grad:
             self._uses.setdefault(name, set()).add((op, operand))
 
@@ -241,28 +240,34 @@ class Builder:
                 "make the sum a buffer of its own, op('residual', [a, b], ...)"
             )
 
-    def _related(self, name: str) -> Iterator[str]:
+    def _related(self, name: str) -> list[str]:
         """The buffer, what it is a view of, and every view that shares elements, up to where a rename ends it."""
+        found: list[str] = []
         stack = [name]
         ancestor = name
         while ancestor not in self._renamed and (base := self.buffers[ancestor].base) is not None:
             if (span := self._span.get(ancestor)) is not None:
+                begin, end = span
                 for other in self._children[base]:
                     first, last = self._span.get(other, span)
-                    if other != ancestor and first < span[1] and span[0] < last:
+                    if first < end and begin < last and other != ancestor:
                         stack.append(other)
             ancestor = base
-            yield ancestor
+            found.append(ancestor)
+        children = self._children.get
         while stack:
             current = stack.pop()
-            yield current
-            stack.extend(self._children.get(current, ()))
+            found.append(current)
+            stack.extend(children(current, ()))
+        return found
 
     def _all_uses(self, name: str) -> set[Use]:
-        return set().union(*(self._uses.get(n, ()) for n in self._related(name))) - self._settled
+        uses = self._uses
+        return set().union(*[uses[n] for n in self._related(name) if n in uses]) - self._settled
 
     def _contributions(self, name: str) -> frozenset[Use]:
-        return _NO_USES.union(*(self._gradient_of.get(n, _NO_USES) for n in self._related(name)))
+        carried = self._gradient_of
+        return _NO_USES.union(*[carried[n] for n in self._related(name) if n in carried])
 
     def _demand_complete(self, op: str, gradient: Buffer, *forward: str) -> None:
         """See [Note: contributions]. ``forward``: one buffer, or the slices that the gradient covers."""
@@ -293,8 +298,8 @@ class Builder:
         op = Op(
             name,
             kind,
-            tuple(b.name for b in inputs),
-            tuple(b.name for b in outputs),
+            tuple([b.name for b in inputs]),
+            tuple([b.name for b in outputs]),
             attrs or {},
             comm,
             self.place,
@@ -341,7 +346,7 @@ class Builder:
         op_name = self._unique(names[0])
         placed = tuple((place or {}).items())
         try:
-            placements = infer(kind, signature, tuple(b.placement for b in inputs), spec.linear, spec.whole, placed)
+            placements = infer(kind, signature, tuple([b.placement for b in inputs]), spec.linear, spec.whole, placed)
         except PlacementError as error:
             raise PlacementError(f"{op_name}: {error}") from None
         extents: dict[str, int] = {}
@@ -365,7 +370,7 @@ class Builder:
             reads.append(add_to)
             in_place[0] = len(inputs)
         for index, labels in enumerate(signature.outputs):
-            shape = tuple(extents[label] for label in labels)
+            shape = tuple([extents[label] for label in labels])
             dtype = self._dtype(kind, dtypes, index, inputs)
             target = (into or {}).get(index)
             if index in in_place:

@@ -8,6 +8,7 @@ neither waits behind the other. Each takes memory on every rank, and time to con
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from .collectives import FUSED
 from .layout import FSDP, REPLICATED_AXES, WORLD, Axes
@@ -39,6 +40,7 @@ class Held:
     high_priority: bool = True
 
 
+@cache
 def communicator_name(axes: Axes, kind: str) -> str:
     """The name of the communicator on which a collective of a kind over ``axes`` runs."""
     return f"{lane_name(axes)}:{kind}" if axes in _DIVIDED else lane_name(axes)

@@ -53,8 +53,7 @@ def accesses(program: Program) -> dict[str, tuple[int, int]]:
     first: dict[str, int] = {}
     last: dict[str, int] = {}
     for i, op in enumerate(program.ops):
-        for name in (*op.inputs, *op.outputs):
-            root = program.root(name)[0]
+        for root in program.storages(op):
             first.setdefault(root, i)
             last[root] = i
     return {root: (i, last[root]) for root, i in first.items()}

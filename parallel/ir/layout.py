@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from ...kernels.signature import Signature
 
@@ -50,9 +50,9 @@ class Placement:
         dims = ", ".join("*".join(axes) or "-" for axes in self.dims)
         return f"[{dims}]" + (f" Partial{{{', '.join(sorted(self.partial))}}}" if self.partial else "")
 
-    @property
+    @cached_property
     def sharded(self) -> frozenset[str]:
-        return frozenset(axis for axes in self.dims for axis in axes)
+        return frozenset([axis for axes in self.dims for axis in axes])
 
     def gathered(self, axes: Axes, dim: int) -> Placement:
         """After an all-gather: the innermost axes of ``dim`` come off; any other order is refused."""

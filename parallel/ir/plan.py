@@ -66,7 +66,8 @@ class Plan(Streams, Overlap, Memory, Degrees):  # a dataclass takes the fields o
         def ranks(axes: Axes) -> int:
             return math.prod([size[axis] for axis in axes])
 
-        return replace(self, **{n: knob.left(getattr(self, n), ranks) for n, knob in KNOBS.items()} | degrees)
+        on = [(knob, value) for n, knob in KNOBS.items() if (value := getattr(self, n)) is not knob.off]
+        return replace(self, **{knob.name: knob.left(value, ranks) for knob, value in on} | degrees)
 
     def without_overlap(self) -> Plan:
         """The same plan, every record in the builder's order and whole. Units are prefetched all the same."""

@@ -38,8 +38,12 @@ class Program:
         self._split: dict[object, tuple[int, ...]] = {}  # local shapes by global shape and axes: few are distinct
         self._elements: dict[str, int] = {}
         self._bytes: dict[str, int] = {}
-        self._counted: dict[object, tuple[int, int, int]] = {}  # by the op table, of a record's kind, shapes and dtypes
+        self._counted: dict[object, tuple[int, int, int]] = {}  # by the op table, of records that are ``alike``
         self._root: dict[str, tuple[str, int]] = {}
+        self._spans: dict[str, tuple[str, int, int]] = {}
+        # Of a record, by its identity; it stands beside, so that no other one has the same.
+        self._alike: dict[int, tuple[Op, tuple[object, ...]]] = {}
+        self._storages: dict[int, tuple[Op, tuple[str, ...]]] = {}
 
     def local_shape(self, name: str) -> tuple[int, ...]:
         found = self._local.get(name)
@@ -58,11 +62,16 @@ class Program:
 
     def span(self, name: str) -> tuple[str, int, int]:
         """The storage, and the elements of it from the buffer's first to behind its last."""
-        root, offset = self.root(name)
-        strides = self.buffers[name].strides
-        if strides is None:
-            return root, offset, offset + self.local_elements(name)
-        return root, offset, offset + 1 + sum((n - 1) * s for n, s in zip(self.local_shape(name), strides, strict=True))
+        found = self._spans.get(name)
+        if found is None:
+            root, offset = self.root(name)
+            strides = self.buffers[name].strides
+            if strides is None:
+                extent = self.local_elements(name)
+            else:
+                extent = 1 + sum((n - 1) * s for n, s in zip(self.local_shape(name), strides, strict=True))
+            found = self._spans[name] = root, offset, offset + extent
+        return found
 
     def local_elements(self, name: str) -> int:
         found = self._elements.get(name)
@@ -90,9 +99,14 @@ class Program:
             self._root[name] = found
         return found
 
-    def storages(self, op: Op) -> list[str]:
+    def storages(self, op: Op) -> tuple[str, ...]:
         """What a record touches, each once."""
-        return list(dict.fromkeys([self.root(name)[0] for name in (*op.inputs, *op.outputs)]))
+        found = self._storages.get(id(op))
+        if found is None:
+            root = self.root
+            found = op, tuple(dict.fromkeys([root(name)[0] for name in (*op.inputs, *op.outputs)]))
+            self._storages[id(op)] = found
+        return found[1]
 
     def label_signature(self, op: Op) -> Signature:
         return signature_of(op.kind, op.attrs)
@@ -113,14 +127,23 @@ class Program:
         attrs = {name: op.attrs[name] for name in OPS[op.kind].counted}
         return Operands.of(signature_of(op.kind, op.attrs), inputs, outputs, attrs)
 
-    def _counts(self, op: Op) -> tuple[int, int, int]:
-        """FLOPs, bytes and workspace of a compute op by the op table, kept: few records differ in shapes and dtypes."""
-        shown = [(self.local_shape(name), self.buffers[name].dtype) for name in (*op.inputs, *op.outputs)]
-        spec = OPS[op.kind]
-        key = (op.kind, op.attrs.get("signature"), len(op.inputs), *shown, *[op.attrs[name] for name in spec.counted])
+    def alike(self, op: Op) -> tuple[object, ...]:
+        """All that counts and prices of a compute op follow from: few records of a program differ in it."""
+        found = self._alike.get(id(op))
+        if found is None:
+            shape, buffers = self.local_shape, self.buffers
+            shown = [(shape(name), buffers[name].dtype) for name in (*op.inputs, *op.outputs)]
+            counted = [op.attrs[name] for name in OPS[op.kind].counted]
+            found = op, (op.kind, op.attrs.get("signature"), len(op.inputs), *shown, *counted)
+            self._alike[id(op)] = found
+        return found[1]
+
+    def counts(self, op: Op) -> tuple[int, int, int]:
+        """FLOPs, bytes moved and workspace of a compute op by the op table."""
+        key = self.alike(op)
         found = self._counted.get(key)
         if found is None:
-            o = self.operands(op)
+            o, spec = self.operands(op), OPS[op.kind]
             found = self._counted[key] = spec.flops_of(o), spec.bytes_of(o), spec.workspace(o)
         return found
 
@@ -128,18 +151,18 @@ class Program:
         """FLOPs of one rank. Collectives and waits have none."""
         if op.kind in FUSED:
             return sum(self.flops(part) for part in op.parts)
-        return self._counts(op)[0] if op.kind in OPS else 0
+        return self.counts(op)[0] if op.kind in OPS else 0
 
     def bytes_moved(self, op: Op) -> int:
         """Bytes that a compute op reads and writes at least."""
         if op.kind in FUSED:
             return sum(self.bytes_moved(part) for part in op.parts)
-        return self._counts(op)[1] if op.kind in OPS else 0
+        return self.counts(op)[1] if op.kind in OPS else 0
 
     def workspace_bytes(self, op: Op) -> int:
         if op.kind in FUSED:
             return max(self.workspace_bytes(part) for part in op.parts)
-        return self._counts(op)[2] if op.kind in OPS else 0
+        return self.counts(op)[2] if op.kind in OPS else 0
 
     def payload_bytes(self, op: Op) -> int:
         """Full gathered size of a collective: the larger side; of a copy between spaces, what it copies."""
@@ -160,7 +183,21 @@ class Program:
             for known in (made._local, made._elements, made._bytes):
                 known.pop(name, None)
         if not any(name in self.buffers for name in extra or ()):
-            made._root = dict(self._root)
+            made._root, made._spans = dict(self._root), dict(self._spans)
+            made._alike, made._storages = self._alike, self._storages
+        return made
+
+    def under(self, plan: Plan) -> Program:
+        """The same under another plan; where that splits the buffers alike, what is known of them is handed on."""
+        made = replace(self, plan=plan)
+        if made.sizes == self.sizes:
+            vars(made).update(vars(self), plan=plan)
+        return made
+
+    def resized(self, plan: Plan, buffers: dict[str, Buffer], ops: list[Op]) -> Program:
+        """Records that touch the same storages, whatever these measure."""
+        made = replace(self, plan=plan, buffers=buffers, ops=ops)
+        made._storages = self._storages
         return made
 
 

@@ -11,9 +11,12 @@ from one ``Space`` to another (``Transfer``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from enum import Enum, StrEnum
-from typing import Any
+from functools import cache
+from operator import attrgetter
+from typing import Any, TypeVar
 
 from .layout import Axes, Placement
 
@@ -243,6 +246,20 @@ class Op:
         return next(part for part in self.parts if part.is_issue)
 
 
+Fact = TypeVar("Fact", Buffer, Op)
+_FACTS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
+    kind: attrgetter(*[f.name for f in fields(kind)]) for kind in (Buffer, Op)
+}
+
+
+def changed(record: Fact, **facts: Any) -> Fact:
+    """A buffer or a record with other facts: ``dataclasses.replace`` in half its time, since passes make thousands."""
+    made = type(record)(*_FACTS[type(record)](record))
+    for name, value in facts.items():
+        setattr(made, name, value)
+    return made
+
+
 @dataclass(frozen=True, slots=True)
 class Input:
     """What is filled before a step: ``buffer`` holds the ``name`` of a micro-batch's samples, or of the whole step."""
@@ -252,6 +269,7 @@ class Input:
     buffer: str
 
 
+@cache
 def lane_name(axes: Axes) -> str:
     """As ``dp_shard*cp``: how a group of axes, and the link that it uses, is called."""
     return "*".join(axes)

@@ -49,9 +49,7 @@ class Workspaces:
             return program.workspace_bytes(op)
         if op.kind in FUSED:
             return max(self.bytes(program, part) for part in op.parts)
-        shown = [(program.local_shape(name), program.buffers[name].dtype) for name in (*op.inputs, *op.outputs)]
-        counted = [op.attrs[name] for name in OPS[op.kind].counted]
-        key = (op.kind, op.attrs.get("signature"), len(op.inputs), *shown, *counted)
+        key = program.alike(op)
         if key not in self._known:
             self._known[key] = self._of(program, op)
         return self._known[key]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from ..ir.program import Program
-from ..ir.records import Buffer, Op
+from ..ir.records import Buffer, Op, changed
 
 
 def elide(program: Program) -> Program:
@@ -14,7 +12,7 @@ def elide(program: Program) -> Program:
     Where the result was to be written into a given place (a unit's part of the flat gradient), it is copied there.
     """
     ops: list[Op] = []
-    changed: dict[str, Buffer] = {}
+    aliases: dict[str, Buffer] = {}
     for op in program.ops:
         if op.comm is None or program.plan.size(op.axes) > 1:
             ops.append(op)
@@ -23,7 +21,7 @@ def elide(program: Program) -> Program:
             continue
         issued, source = program.buffers[op.outputs[0]], op.inputs[0]
         if issued.base is None:
-            changed[issued.name] = replace(issued, base=source)
+            aliases[issued.name] = changed(issued, base=source)
         elif issued.base != source:  # a place of its own; an all-reduce in place needs nothing
-            ops.append(replace(op, kind="copy", attrs={"signature": "xn->xn"}, comm=None))
-    return program.with_ops(ops, changed)
+            ops.append(changed(op, kind="copy", attrs={"signature": "xn->xn"}, comm=None))
+    return program.with_ops(ops, aliases)

@@ -33,15 +33,21 @@ def passes(plan: Plan, *, backend: str, price: Price | None = None, marked: bool
     gives the seconds of a record where the plan asks for overlap; every rank must pass one that says the same. Without
     it, the backend's ``RATES`` do.
     """
+    yield from remaking()
     yield from arranging(plan)
     yield from finishing(plan, backend=backend, price=price)
     if marked:
         yield mark
 
 
+def remaking() -> Iterator[Pass]:
+    """The first passes: they do the same whatever the degrees are."""
+    yield from (rematerialize, fuse, prefetch)
+
+
 def arranging(plan: Plan) -> Iterator[Pass]:
     """The passes that look at records alone: they do the same whatever the buffers measure."""
-    yield from (rematerialize, fuse, prefetch, elide)
+    yield elide
     if plan.offload:
         yield offload
     if plan.fused_tp:

@@ -37,7 +37,8 @@ class Rates:
     def price(self, program: Program, op: Op) -> float:
         """Seconds of a record: FLOPs or bytes, whichever takes longer; a wait is free."""
         if op.kind in OPS:
-            return max(program.flops(op) / self.flops_per_s, program.bytes_moved(op) / self.memory_bytes_per_s)
+            flops, moved, _ = program.counts(op)
+            return max(flops / self.flops_per_s, moved / self.memory_bytes_per_s)
         if op.is_wait:
             return 0.0
         if op.to is not None:

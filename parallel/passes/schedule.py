@@ -21,7 +21,9 @@ next window. Windows of equal records get equal orders, so that 48 blocks cost l
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from ..ir.collectives import FUSED
 from ..ir.communicators import communicator
@@ -44,6 +46,7 @@ class ScheduleWindows:
         self._follows = follows_of(program, accesses(program))
         self._uses = [temporaries(program, op) for op in program.ops]
         self._total = Counter(root for roots in self._uses for root in roots)
+        self._signatures: dict[tuple[int, ...], tuple[object, ...]] = {}
         self._made: dict[tuple[int, ...], Stretch] = {}
 
     def ordered(self, program: Program, price: Price) -> Program:
@@ -56,10 +59,10 @@ class ScheduleWindows:
         for stop in self._cuts:
             members = (*carried, *range(start, stop))
             to_the_end = stop == len(program.ops)
-            key = (to_the_end, len(carried), *signature([program.ops[i] for i in members]))
+            key = (to_the_end, len(carried), self._signature(members))
             if key not in orders:
                 window = self._window(members)
-                memory = _Memory(program, window.uses, len(carried), self._total, remaining)
+                memory = partial(_Memory, program, window.uses, len(carried), self._total, remaining)
                 orders[key] = _Scheduler(program, window, price, memory).order(to_the_end=to_the_end)
             order = orders[key]
             for i in order:
@@ -69,6 +72,11 @@ class ScheduleWindows:
             carried = [members[i] for i in sorted(set(range(len(members))).difference(order))]
             start = stop
         return program.with_ops(ops)
+
+    def _signature(self, members: tuple[int, ...]) -> tuple[object, ...]:
+        if members not in self._signatures:
+            self._signatures[members] = signature([self._program.ops[i] for i in members])
+        return self._signatures[members]
 
     def _window(self, members: tuple[int, ...]) -> Stretch:
         if members not in self._made:
@@ -167,9 +175,10 @@ class _Memory:
 class _Scheduler:
     """The list scheduler of one stretch, as if nothing were in flight at its start."""
 
-    def __init__(self, program: Program, window: Stretch, price: Price, memory: _Memory) -> None:
+    def __init__(self, program: Program, window: Stretch, price: Price, memory: Callable[[], _Memory]) -> None:
         self.ops, self.before, self.after, self.is_wait = window.ops, window.before, window.after, window.is_wait
-        self.window, self.memory = window, memory
+        self.window, self.new_memory = window, memory
+        self.memory: _Memory | None = None  # counted where there is a choice between records
         self.seconds = [price(program, op) for op in window.ops]
         self.rank = [0.0] * len(window.ops)
         for i in reversed(range(len(window.ops))):
@@ -237,11 +246,19 @@ class _Scheduler:
         if not able:
             return min(self.ready, key=lambda i: (self.release[i], -self.rank[i], i))
         if len(able) > 1:
-            fitting = [i for i in able if self.memory.live + self.memory.wanted(i) <= self.memory.most]
+            memory = self._memory_now()
+            fitting = [i for i in able if memory.live + memory.wanted(i) <= memory.most]
             if fitting:
                 return min(fitting, key=lambda i: (-self.rank[i], i))
             return min(able)
         return able[0]
+
+    def _memory_now(self) -> _Memory:
+        if self.memory is None:
+            self.memory = self.new_memory()
+            for i in self.done:
+                self.memory.run(i)
+        return self.memory
 
     def _first_issue(self) -> int:
         return min(self.issues, key=lambda i: (max(self.release[i], self.clock.now), -self.rank[i], i))
@@ -287,4 +304,5 @@ class _Scheduler:
     def _account(self, i: int) -> None:
         self.emitted.add(i)
         self.done.append(i)
-        self.memory.run(i)
+        if self.memory is not None:
+            self.memory.run(i)

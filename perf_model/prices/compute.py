@@ -98,7 +98,7 @@ class Compute:
         self.clock = clock
         self._grid = cluster.grid(cluster.matmul.grid)
         self._on_gpus = cluster.device == "cuda"
-        self._prices: dict[tuple[object, ...], OpPrice] = {}
+        self._prices: dict[object, OpPrice] = {}
         self._card = device_key(cluster.gpu.name)
 
     def kernel(self, op: str, dtype: str | None = None, head_dim: int | None = None) -> Implementation:
@@ -122,15 +122,8 @@ class Compute:
 
     def price(self, program: Program, op: Op) -> OpPrice:
         """Price of a compute op, kept by kind, local shapes and dtypes."""
-        names = (*op.inputs, *op.outputs)
-        key = (
-            op.kind,
-            op.attrs.get("signature"),
-            *[op.attrs[name] for name in OPS[op.kind].counted],
-            *[program.local_shape(name) for name in names],
-            *[program.buffers[name].dtype for name in names],
-            margin := self.margin(program, op),
-        )
+        margin = self.margin(program, op)
+        key = (program.alike(op), margin)
         found = self._prices.get(key)
         if found is None:
             found = self._prices[key] = self._price(program, op, margin)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from ...kernels.ops import OPS
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
 from ...parallel.ir.records import Op
+from ...parallel.passes.device_memory import Workspaces
 from ..clusters.cluster import Cluster
 from .compute import Compute
+from .footprint import workspaces
 from .network import Network, group_of
 from .timeline import cost_of
 
@@ -26,6 +29,11 @@ class PriceModels:
     @classmethod
     def of(cls, cluster: Cluster) -> PriceModels:
         return cls(cluster, Compute(cluster), Network(cluster))
+
+    @cached_property
+    def workspaces(self) -> Workspaces:
+        """Of the kernels that run there."""
+        return workspaces(self.cluster)
 
     def record_s(self, plan: Plan) -> Callable[[Program, Op], float]:
         """Seconds of a record alone, as the choice of kept activations asks for them."""

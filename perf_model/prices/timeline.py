@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from ...errors import CinemeshError
 from ...kernels.ops import OPS
@@ -46,9 +47,9 @@ COMPUTE, ISSUE, WAIT, FUSE = 0, 1, 2, 3
 _FOREVER = float("inf")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Record:
-    """One record of the program with its price.
+    """One record of the program with its price; made once, and never changed.
 
     ``key``: of a wait, the index of its issue; of an issue, its communicator, or its way of the host's link. ``busy``:
     compute that needs SMs (True) or memory bandwidth (False). ``leaves``: SMs that compute leaves alone. ``late``: of
@@ -76,15 +77,20 @@ class Tape:
     """Records in the program's order, and what contention needs to know of the cluster."""
 
     records: list[Record]
-    compute_s: float
     sms: int
     memory_bytes_per_s: float
     compute_slowdown: float
     communication_slowdown: float
 
+    @cached_property
+    def compute_s(self) -> float:
+        return sum(record.seconds for record in self.records if record.computes)
+
     def with_records(self, changed: dict[int, Record]) -> Tape:
-        records = [changed.get(i, record) for i, record in enumerate(self.records)]
-        return replace(self, records=records, compute_s=sum(r.seconds for r in records if r.computes))
+        records = list(self.records)
+        for i, record in changed.items():
+            records[i] = record
+        return replace(self, records=records)
 
 
 @dataclass
@@ -118,13 +124,11 @@ def price(program: Program, compute: Compute, network: Network | None, cluster: 
     issue_at: dict[str, int] = {}
     communicators: dict[str, int] = {}
     groups = {}
-    total = 0.0
     for i, op in enumerate(program.ops):
         if op.is_wait:
             records.append(Record(WAIT, key=issue_at[op.waits_for]))
         elif op.kind in OPS:
             records.append(compute_record(program, op, compute))
-            total += records[-1].seconds
         else:
             issue_at[op.name] = i
             serial = cluster.one_at_a_time and op.to is None and op.kind not in FUSED
@@ -138,12 +142,10 @@ def price(program: Program, compute: Compute, network: Network | None, cluster: 
             key, late = communicators.setdefault(name, len(communicators)), late_on(cluster, program.plan, op.axes)
             if op.kind in FUSED:
                 records.append(fused_record(program, op, compute, key, cost))
-                total += records[-1].seconds
             else:
                 records.append(Record(ISSUE, key=key, cost=cost, late=late, copies=op.to is not None))
     return Tape(
         records,
-        total,
         cluster.gpu.sms,
         cluster.gpu.memory_bytes_per_s,
         cluster.overlap.compute_slowdown,
@@ -206,17 +208,19 @@ def check_fused(plan: Plan, cluster: Cluster) -> None:
 
 
 class Flight:
-    """One collective in flight; ``index``: what its issue was called."""
+    """One collective in flight; ``index``: what its issue was called.
 
-    __slots__ = ("cost", "index", "latency", "rate", "record", "transfer")
+    ``sms``, ``memory``: the parts of the GPU's that it takes. ``rate``: progress for each second.
+    """
 
-    def __init__(self, index: int, record: Record) -> None:
-        self.index = index
-        self.record = record
-        self.cost = record.cost
-        self.latency = record.cost.latency_s
-        self.transfer = record.cost.transfer_s
-        self.rate = 1.0  # progress for each second
+    __slots__ = ("index", "latency", "link", "memory", "rate", "record", "sms", "transfer")
+
+    def __init__(self, index: int, record: Record, tape: Tape) -> None:
+        cost = record.cost
+        self.index, self.record, self.link = index, record, cost.link
+        self.latency, self.transfer, self.rate = cost.latency_s, cost.transfer_s, 1.0
+        self.sms = cost.sms / tape.sms
+        self.memory = cost.memory_bytes_per_s / tape.memory_bytes_per_s
 
 
 class Player:
@@ -232,6 +236,7 @@ class Player:
         self.flights: list[Flight] = []
         self.occupied: set[int] = set()  # communicators with a collective in flight
         self.computing: Record | None = None
+        self.beside = 1.0 / tape.communication_slowdown  # what compute leaves of a transfer's rate
 
     def issue(self, index: int, record: Record) -> None:
         (self.copies if record.copies else self.queue).append((index, record))
@@ -263,7 +268,8 @@ class Player:
             if left < 1e-15:
                 left = 0.0
         self.computing = None
-        self.launch()
+        if self.queue or self.copies:
+            self.launch()
 
     def fused(self, index: int, record: Record) -> tuple[float, float]:
         """Seconds that a fused record computes, and that it holds compute without. See [Note: fused records]."""
@@ -306,36 +312,37 @@ class Player:
             self.end[index] = self.now
             return
         self.occupied.add(record.key)
-        self.flights.append(Flight(index, record))
+        self.flights.append(Flight(index, record, self.tape))
 
     def _must_yield(self, record: Record) -> bool:
         """Whether the SMs that a collective needs are taken by blocks of compute that stand before its own."""
         if self.computing is None:
             return False
-        return self.computing.leaves < record.cost.sms + sum(flight.cost.sms for flight in self.flights)
+        return self.computing.leaves < record.cost.sms + sum(flight.record.cost.sms for flight in self.flights)
 
     def compute_rate(self, record: Record) -> float:
         """Progress of compute for each second, beside what is in flight."""
         tape, busy = self.tape, record.busy
         held = 0.0
         for flight in self.flights:
-            if busy:
-                held += flight.cost.sms / tape.sms
-            else:
-                held += flight.cost.memory_bytes_per_s / tape.memory_bytes_per_s
+            held += flight.sms if busy else flight.memory
         if busy and record.leaves:
             held = max(0.0, held * tape.sms - record.leaves) / (tape.sms - record.leaves)
         return max(1.0 - held * tape.compute_slowdown, 0.1)
 
     def pace(self, computing: bool) -> None:
         """Set the rate of every flight: latency runs alone, bytes on one link are shared."""
-        beside = 1.0 / self.tape.communication_slowdown if computing else 1.0
+        beside = self.beside if computing else 1.0
+        if len(self.flights) == 1:
+            flight = self.flights[0]
+            flight.rate = 1.0 if flight.latency > 0.0 else beside
+            return
         moving: dict[str, int] = {}
         for flight in self.flights:
             if flight.latency <= 0.0:
-                moving[flight.cost.link] = moving.get(flight.cost.link, 0) + 1
+                moving[flight.link] = moving.get(flight.link, 0) + 1
         for flight in self.flights:
-            flight.rate = 1.0 if flight.latency > 0.0 else beside / moving[flight.cost.link]
+            flight.rate = 1.0 if flight.latency > 0.0 else beside / moving[flight.link]
 
     def advance(self, limit: float, computing: bool) -> float:
         """Move time to the next event of a flight, or by ``limit``. Returns the time that passed."""
@@ -371,7 +378,8 @@ class Player:
             self.end[flight.index] = self.now
             self.occupied.discard(flight.record.key)
         self.flights = still
-        self.launch()
+        if self.queue or self.copies:
+            self.launch()
 
 
 def play(tape: Tape) -> Timeline:

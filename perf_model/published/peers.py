@@ -209,7 +209,6 @@ class Recorder:
         overlap = self.cluster.overlap
         tape = Tape(
             self.records,
-            self.compute_s,
             self.cluster.gpu.sms,
             self.cluster.gpu.memory_bytes_per_s,
             overlap.compute_slowdown,

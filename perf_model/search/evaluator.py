@@ -17,7 +17,6 @@ from ...parallel.ir.plan import Plan
 from ..clusters.cluster import Cluster
 from ..prices.encoders import FrozenCost, frozen_options
 from ..prices.footprint import outside
-from ..prices.models import PriceModels
 from ..prices.network import Groups, groups_of
 from ..prices.played import PlayedStep, play_program
 from .extrapolate import Extrapolation
@@ -84,7 +83,7 @@ class Evaluator:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.models = PriceModels.of(request.cluster)
+        self.models = request.programs.models(request.cluster)
         self.priced = 0
         self.bounded = 0
         self._held: dict[object, list[FrozenCost]] = {}

@@ -16,12 +16,13 @@ from functools import cached_property
 
 from ...kernels.counts import DTYPE_BYTES
 from ...kernels.ops import OPS
+from ...parallel.ir.collectives import FUSED
 from ...parallel.ir.communicators import communicator
 from ...parallel.ir.layout import Axes
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.records import Op, Space
 from ...parallel.ir.units import Units
-from ..prices.footprint import FLAT, class_of, workspaces
+from ..prices.footprint import FLAT, class_of
 from ..prices.models import PriceModels
 from ..prices.network import Cost, Group, Groups, group_of
 from ..prices.timeline import FUSE, ISSUE, WAIT, Record, Tape, cost_of, late_on, price
@@ -105,6 +106,14 @@ def standing_s(still: float, taken: list[tuple[float, float]]) -> float:
     return min(at + sum(max(0.0, seconds - share * at) for seconds, share in taken) for at in (still, *longer))
 
 
+def taken_of(models: PriceModels, plan: Plan, cost: Cost) -> float:
+    """The share of compute that a collective in flight takes at least, whatever runs beside it."""
+    cluster, margin = models.cluster, models.compute.left_sms(plan)
+    sms = max(0.0, cost.sms - margin) / (cluster.gpu.sms - margin)
+    share = min(sms, cost.memory_bytes_per_s / cluster.gpu.memory_bytes_per_s)
+    return min(share * cluster.overlap.compute_slowdown, 1.0)
+
+
 class Extrapolation:
     """A few blocks' program after its passes, and whole steps priced from it.
 
@@ -142,6 +151,11 @@ class Extrapolation:
         return [i for i, op in enumerate(program.ops) if op.kind in OPS and spans(op)]
 
     @cached_property
+    def _computing(self) -> list[int]:
+        """Records that compute, fused ones too."""
+        return [i for i, op in enumerate(self.program.ops) if op.kind in OPS or op.kind in FUSED]
+
+    @cached_property
     def _collectives(self) -> dict[Alike, list[int]]:
         """Records of every collective that differs from the others."""
         program, units = self.program, self.few.units
@@ -176,7 +190,7 @@ class Extrapolation:
         if left not in self._tapes:
             program = self.program
             if left != self.models.compute.left_sms(self.plan):
-                program = replace(program, plan=replace(self.plan, sm_margin=left))
+                program = program.under(replace(self.plan, sm_margin=left))
             self._tapes[left] = price(program, self.models.compute, None, self.models.cluster)
         return self._tapes[left]
 
@@ -203,7 +217,8 @@ class Extrapolation:
         Where a recompute mode has fewer blocks than are built, along the line through this many and one more.
         """
         tape, unrolled = self.tape(plan), self.unrolled(plan)
-        compute_s = sum(n * r.seconds for n, r in zip(unrolled.counts, tape.records, strict=True) if r.computes)
+        counts, records = unrolled.counts, tape.records
+        compute_s = sum([counts[i] * records[i].seconds for i in self._computing])
         deep = blocks_of(plan, self.few.config.layers)
         short = [few - n for few, n in zip(self.built, deep, strict=True)]
         if max(short) <= 0:
@@ -248,13 +263,6 @@ class Extrapolation:
             self._lanes[key] = self._lane(plan, axes, group)
         return self._lanes[key]
 
-    def taken(self, plan: Plan, cost: Cost) -> float:
-        """The share of compute that a collective in flight takes at least, whatever runs beside it."""
-        cluster, margin = self.models.cluster, self.models.compute.left_sms(plan)
-        sms = max(0.0, cost.sms - margin) / (cluster.gpu.sms - margin)
-        share = min(sms, cost.memory_bytes_per_s / cluster.gpu.memory_bytes_per_s)
-        return min(share * cluster.overlap.compute_slowdown, 1.0)
-
     def _lane(self, plan: Plan, axes: Axes, group: Group) -> _Lane:
         units, flat = self.few.units_of(plan), self.few.flat_elements(plan)
         exposed = 0.0
@@ -266,7 +274,7 @@ class Extrapolation:
         for place, alike in enumerate(self._collectives):
             if alike.axes == axes:
                 cost = cost_of(self.models.network, alike.kind, alike.payload(units, flat), group, ctas)
-                priced[place] = alike.communicator, cost.seconds, self.taken(plan, cost)
+                priced[place] = alike.communicator, cost.seconds, taken_of(self.models, plan, cost)
         for (place, window), times in self._hidden_by(plan).counts.get(axes, {}).items():
             name, seconds, share = priced[place]
             busy[name] = busy.get(name, 0.0) + times * seconds
@@ -283,7 +291,7 @@ class Extrapolation:
         if key not in self._windows:
             records, counts = self._free(plan).records, self.unrolled(plan).counts
             flat_s = sum(records[i].seconds for i in self._flat)
-            compute_s = sum(n * r.seconds for n, r in zip(counts, records, strict=True) if r.computes) - flat_s
+            compute_s = sum([counts[i] * records[i].seconds for i in self._computing]) - flat_s
             self._windows[key] = _Windows(flat_s, compute_s, self._counts(records, counts))
         return self._windows[key]
 
@@ -312,11 +320,11 @@ class Extrapolation:
 
     @cached_property
     def _peak(self) -> Peak:
-        return Peak(self.program, self.few, self.stretches.marks, workspaces(self.models.cluster))
+        return Peak(self.program, self.few, self.stretches.marks, self.models.workspaces)
 
     @cached_property
     def _host_peak(self) -> Peak:
-        return Peak(self.program, self.few, self.stretches.marks, workspaces(self.models.cluster), Space.HOST)
+        return Peak(self.program, self.few, self.stretches.marks, self.models.workspaces, Space.HOST)
 
     def host_bytes(self, plan: Plan) -> int:
         """Most bytes that the whole step holds at once in host memory for one rank."""

@@ -15,10 +15,12 @@ from ...parallel.ir.knobs import knobs
 from ...parallel.ir.layout import BATCH, HEADS
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
-from ...parallel.ir.records import Buffer
+from ...parallel.ir.records import Buffer, Op, changed
 from ...parallel.ir.units import Units, lay_out
-from ...parallel.passes.pipeline import arranging, finishing, prepare
+from ...parallel.passes.pipeline import arranging, finishing, prepare, remaking
 from ...parallel.passes.schedule import ScheduleWindows
+from ..clusters.cluster import Cluster
+from ..prices.models import PriceModels
 
 BLOCKS = 3  # of each recompute mode, and one for each unit prefetched: lanes fill in the first, run dry in the last
 MICRO_BATCHES = 4  # the first, one that still waits for it, one like all others, the last
@@ -49,16 +51,19 @@ class FewBlocks:
 
     Shapes are global and placements typed, so another tp or cp changes the local size of every buffer and the layout of
     the flat units, but no record. ``units``: of the few blocks, under ``plan``. ``own``: it serves this plan alone.
+    ``first``: where it is not the plan that was ``built``, the few blocks whose records it has.
     """
 
     config: ModelConfig
     batch: BatchShape
     plan: Plan
     blocks: int
-    program: Program
+    built: Program
     units: Units
     own: bool = False
-    _arranged: dict[Plan, tuple[FewBlocks, Program, ScheduleWindows]] = field(default_factory=dict, repr=False)
+    first: FewBlocks | None = None
+    _remade: dict[Plan, Program] = field(default_factory=dict, repr=False)
+    _arranged: dict[object, tuple[FewBlocks, Program, ScheduleWindows]] = field(default_factory=dict, repr=False)
     _units: dict[int, Units] = field(default_factory=dict, init=False, repr=False)  # by ranks of the shard group
 
     @classmethod
@@ -81,6 +86,11 @@ class FewBlocks:
         model = replace(config, layers=blocks)
         return cls(config, batch, plain, blocks, build_step(model, plain, batch), unit_layout(model, plain), own)
 
+    @cached_property
+    def program(self) -> Program:
+        """Under ``plan``."""
+        return self.built if self.first is None else self._sized(self.built, self.first)
+
     def under(self, plan: Plan) -> Plan:
         """A plan as this program runs it: with as few blocks of either recompute mode, and micro-batches."""
         plan = replace(plan, micro_batches=self.plan.micro_batches) if self.own else canonical(plan)
@@ -94,14 +104,14 @@ class FewBlocks:
         return replace(plan, last_blocks=self.blocks // 2)
 
     def serves(self, plan: Plan) -> bool:
-        """Whether a plan of the same overlap has these records, but for the zeroing of gaps: see ``padded_as``."""
+        """Whether a plan of the same overlap has these records, but for the zeroing of gaps: see ``zeroes``."""
         alone = [one.dp_shard * one.cp == 1 for one in (self.plan, self._alike(plan))]
         return alone[0] == alone[1]
 
-    def padded_as(self, plan: Plan) -> bool:
-        """Whether the same units have gaps under a plan: these are zeroed by records of their own."""
+    def zeroes(self, plan: Plan) -> bool:
+        """Whether every unit that has gaps under a plan has some here: these are zeroed by a record of their own."""
         ours, theirs = self.units.units, self._laid_out(self._alike(plan)).units
-        return all(bool(unit.gaps) == bool(there.gaps) for unit, there in zip(ours, theirs, strict=True))
+        return all(unit.gaps or not there.gaps for unit, there in zip(ours, theirs, strict=True))
 
     def on(self, plan: Plan, samples: int = 0) -> FewBlocks:
         """The same program under other degrees, with the flat units laid out for them, and on as many samples, if any.
@@ -111,8 +121,9 @@ class FewBlocks:
         if not self.serves(plan):
             raise ValueError(f"a program of {self.plan.to_text()} cannot serve {plan.to_text()}")
         plan, batch = self._alike(plan), replace(self.batch, samples=samples or self.batch.samples)
-        made = replace(self, plan=plan, batch=batch, units=self._laid_out(plan))
-        return replace(made, program=made._sized(self.program, self))
+        if (plan, batch) == (self.plan, self.batch):
+            return self
+        return replace(self, plan=plan, batch=batch, units=self._laid_out(plan), first=self.first or self)
 
     @property
     def _all_samples(self) -> int:
@@ -150,44 +161,58 @@ class FewBlocks:
             first = next(iter(alike.values()))  # units of one size there may be of different sizes here
             return alike.get(buffer.unit) or alike.get(buffer.place.unit) or first
 
+        shapes = {shape for shape, _ in flats}
+        flat_ones = ((name, buffer) for name, buffer in program.buffers.items() if buffer.shape in shapes)
+        moved = {name: flat for name, buffer in flat_ones if (flat := moved_of(buffer))}
         buffers, samples, its_samples = dict(program.buffers), self._all_samples, other._all_samples
         for name, buffer in program.buffers.items():
-            whole, base = moved_of(buffer), moved_of(program.buffers[buffer.base]) if buffer.base else None
+            whole, base = moved.get(name), moved.get(buffer.base) if buffer.base else None
             shape = whole.shape if whole else buffer.shape
             offset = base.offsets.get(buffer.offset, buffer.offset) if base else buffer.offset
             if samples != its_samples and BATCH in buffer.placement.dims:
                 batch = buffer.placement.dims.index(BATCH)
                 shape = (*shape[:batch], shape[batch] * samples // its_samples, *shape[batch + 1 :])
             if shape != buffer.shape or offset != buffer.offset:
-                buffers[name] = replace(buffer, shape=shape, offset=offset)
-        trained = zip(self.units.units, other.units.units, strict=True)
-        gaps = {unit.place: unit.gaps for unit, there in trained if unit.gaps != there.gaps}
-        ops = [
-            replace(op, attrs=op.attrs | {"gaps": gaps[op.place.unit]})
-            if op.kind == "zero_gaps" and op.place.unit in gaps
-            else op
-            for op in program.ops
-        ]
-        sized = replace(program, plan=self.plan, buffers=buffers, ops=ops)
+                buffers[name] = changed(buffer, shape=shape, offset=offset)
+        gaps = {unit.place: unit.gaps for unit in self.units.units}
+        ops: list[Op] = []
+        for op in program.ops:
+            if op.kind != "zero_gaps":
+                ops.append(op)
+            elif here := gaps[op.place.unit or ""]:
+                ops.append(changed(op, attrs=op.attrs | {"gaps": here}))
+        sized = program.resized(self.plan, buffers, ops)
         for name, buffer in program.buffers.items():
-            if buffer.base and (buffer.offset or buffer.strides) and not moved_of(program.buffers[buffer.base]):
+            if buffer.base and (buffer.offset or buffer.strides) and buffer.base not in moved:
                 buffers[name] = _part(program, sized, buffers[name])
         return sized
 
     def prepared(self, plan: Plan, backend: str) -> Program:
         """What runs ``plan``: all passes applied, those that look at records alone once for all degrees."""
         plan = self.under(plan)
-        alike = plan.with_degrees(**{axis: min(plan.size(axis), 2) for axis in AXES})
+        zeroed = tuple([bool(unit.gaps) for unit in self.units.units])
+        alike = plan.with_degrees(**{axis: min(plan.size(axis), 2) for axis in AXES}), zeroed
         if alike not in self._arranged:
-            program = replace(self.program, plan=plan)
+            program = self._remade_for(plan).under(plan)
             for run in arranging(plan):
                 program = run(program)
             self._arranged[alike] = self, program, ScheduleWindows(program)
         first, arranged, windows = self._arranged[alike]
-        program = replace(self._sized(arranged, first), plan=plan)
+        program = (arranged if first is self else self._sized(arranged, first)).under(plan)
         for run in finishing(plan, backend=backend, windows=windows):
             program = run(program)
         return program
+
+    def _remade_for(self, plan: Plan) -> Program:
+        """Behind the passes that no degree changes; run once for all of them."""
+        origin = self.first or self
+        plan = plan.with_degrees(**{axis: origin.plan.size(axis) for axis in AXES})
+        if plan not in self._remade:
+            program = origin.built.under(plan)
+            for run in remaking():
+                program = run(program)
+            self._remade[plan] = program
+        return self._remade[plan] if self.first is None else self._sized(self._remade[plan], self.first)
 
     @property
     def more(self) -> int:
@@ -239,11 +264,20 @@ def _proven_size(config: ModelConfig, plan: Plan, more: int) -> tuple[int, int]:
 
 
 class Programs:
-    """Programs of a few blocks, each built once for all plans that it serves, and the last whole one."""
+    """Programs of a few blocks, each built once for all plans that it serves, the last whole one, and their prices."""
 
     def __init__(self) -> None:
+        self._models: list[PriceModels] = []
         self._built: dict[object, list[FewBlocks]] = {}
         self._whole: tuple[object, Program] | None = None
+
+    def models(self, cluster: Cluster) -> PriceModels:
+        """What prices them on a cluster: it remembers what it priced."""
+        for models in self._models:
+            if models.cluster is cluster:
+                return models
+        self._models.append(PriceModels.of(cluster))
+        return self._models[-1]
 
     def shared(self, config: ModelConfig, plan: Plan, batch: BatchShape) -> FewBlocks:
         """Under a plan: what serves all of its overlap, and of as many recompute modes."""
@@ -265,7 +299,7 @@ class Programs:
     def _serving(self, key: object, build: Build, config: ModelConfig, plan: Plan, batch: BatchShape) -> FewBlocks:
         built = self._built.setdefault((key, config, batch.latent, plan.dtype, *overlaps(plan).values()), [])
         for few in built:
-            if few.serves(plan) and few.padded_as(plan):
+            if few.serves(plan) and few.zeroes(plan):
                 return few.on(plan, batch.samples)
         built.append(build(config, plan, batch))
         return built[-1]
@@ -283,4 +317,4 @@ def _part(program: Program, sized: Program, buffer: Buffer) -> Buffer:
         if before[i] > 1:
             start, rest = divmod(rest, strides[i])
             offset += start * after[i] // before[i] * others[i]
-    return replace(buffer, offset=offset, strides=buffer.strides and others)  # what is strided is as its base
+    return changed(buffer, offset=offset, strides=buffer.strides and others)  # what is strided is as its base

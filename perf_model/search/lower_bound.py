@@ -21,7 +21,7 @@ from ...parallel.ir.program import Program
 from ...parallel.ir.records import Op
 from ..prices.models import PriceModels
 from ..prices.network import Groups, ring_group
-from .extrapolate import Extrapolation, standing_s
+from .extrapolate import Extrapolation, standing_s, taken_of
 from .few_blocks import FewBlocks
 
 Recompute = str | tuple[str, ...]
@@ -38,13 +38,16 @@ class _Exchange:
 
 @dataclass(frozen=True)
 class _Sized:
-    """A block under degrees of tp and cp: seconds of its compute; of every exchange what it moves, and what hides it.
+    """A block under degrees of tp and cp: its plan, and seconds of its compute.
 
-    ``hidden_s``: seconds of the compute between; None where there is none.
+    ``moved``: what its exchanges move, each that differs once: axis, record, bytes. ``exchanges``: of every one, which
+    of these it moves, and seconds of the compute that could hide it; None where there is none.
     """
 
+    plan: Plan
     compute_s: float
-    exchanges: list[tuple[str, Op, int, float | None]]
+    moved: list[tuple[str, Op, int]]
+    exchanges: list[tuple[int, float | None]]
 
 
 @dataclass(frozen=True)
@@ -79,52 +82,56 @@ class LowerBound:
         """
         if self._few.more == 0:  # a model of so few blocks is built whole, and needs no bound
             return 0.0
-        block = self._block(recompute, plan)
-        micro_batches, degrees = plan.micro_batches, {"tp": plan.tp, "cp": plan.cp}
-        plan = block.step.plan.with_degrees(**degrees)
-        sized = self._sized(recompute, block, plan)
+        sized = self._sized(recompute, plan)
         waited = {"tp": 0.0, "cp": 0.0}
         busy = {"tp": 0.0, "cp": 0.0}
         taken = {"tp": 0.0, "cp": 0.0}
         largest = {"tp": 0.0, "cp": 0.0}  # share of compute that one exchange takes
         exposed = 0.0
-        spread = {axis: ranks for axis, ranks in degrees.items() if ranks > 1}
-        if groups is None:
-            placed = {axis: ring_group(self.models.cluster, ranks) for axis, ranks in spread.items()}
-        else:
-            placed = {axis: groups[axis,] for axis in spread}
-        for axis, op, payload, hidden_s in sized.exchanges:
-            if axis not in placed:
-                continue
-            cost = self.models.network.collective(op.kind, payload, placed[axis])
-            if ctas := plan.ctas(op.axes):  # as fast as without the limit: it slows groups of other places by less
+        costs: list[tuple[str, float, float]] = []  # axis, seconds, share of compute that is taken
+        for axis, op, payload in sized.moved:
+            ranks = sized.plan.size(axis)
+            group = ring_group(self.models.cluster, ranks) if groups is None else groups[axis,]
+            cost = self.models.network.collective(op.kind, payload, group)
+            if ctas := sized.plan.ctas(op.axes):  # as fast as without the limit: it slows groups elsewhere by less
                 cost = replace(cost, sms=min(cost.sms, ctas))
-            busy[axis] += cost.seconds
+            costs.append((axis, cost.seconds, taken_of(self.models, sized.plan, cost)))
+        for which, hidden_s in sized.exchanges:
+            axis, seconds, share = costs[which]
+            busy[axis] += seconds
             if axis == "tp" and self._fused:
                 continue
             if hidden_s is None:
-                exposed += cost.seconds
+                exposed += seconds
                 continue
-            share = block.step.taken(plan, cost)
-            waited[axis] += max(0.0, cost.seconds * (1.0 - share) - hidden_s)
-            taken[axis] += cost.seconds * share
+            waited[axis] += max(0.0, seconds * (1.0 - share) - hidden_s)
+            taken[axis] += seconds * share
             largest[axis] = max(largest[axis], share)
         still = max(exposed, *waited.values())
         least = sized.compute_s + standing_s(still, [(taken[axis], largest[axis]) for axis in taken])
-        return max(least, *busy.values()) * self._few.config.layers * micro_batches
+        return max(least, *busy.values()) * self._few.config.layers * plan.micro_batches
 
-    def _sized(self, recompute: Recompute, block: _Block, plan: Plan) -> _Sized:
+    def _sized(self, recompute: Recompute, plan: Plan) -> _Sized:
         """A block under a plan's degrees; made once."""
         key = (recompute, plan.tp, plan.cp)
         if key not in self._of_degrees:
-            program = replace(block.step.program, plan=plan)
+            block = self._block(recompute, plan)
+            program = block.step.program
+            program = replace(program, plan=block.step.plan.with_degrees(tp=plan.tp, cp=plan.cp))
             seconds = {i: self.models.compute.op_s(program, program.ops[i]) for i in block.compute}
-            exchanges: list[tuple[str, Op, int, float | None]] = []
+            moved: dict[object, tuple[str, Op, int]] = {}
+            exchanges: list[tuple[object, float | None]] = []
             for exchange in block.exchanges:
                 op = program.ops[exchange.index]
-                hidden_s = sum(seconds.get(i, 0.0) for i in exchange.between) if exchange.between else None
-                exchanges.append((exchange.axis, op, program.payload_bytes(op), hidden_s))
-            self._of_degrees[key] = _Sized(sum(seconds.values()), exchanges)
+                if program.plan.size(op.axes) > 1:
+                    hidden_s = sum(seconds.get(i, 0.0) for i in exchange.between) if exchange.between else None
+                    payload = program.payload_bytes(op)
+                    moves = (op.kind, op.axes, payload)
+                    moved.setdefault(moves, (exchange.axis, op, payload))
+                    exchanges.append((moves, hidden_s))
+            places = {moves: place for place, moves in enumerate(moved)}
+            of = [(places[moves], hidden_s) for moves, hidden_s in exchanges]
+            self._of_degrees[key] = _Sized(program.plan, sum(seconds.values()), list(moved.values()), of)
         return self._of_degrees[key]
 
     def _block(self, recompute: Recompute, plan: Plan) -> _Block:

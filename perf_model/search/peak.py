@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from ...kernels.counts import DTYPE_BYTES
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
@@ -10,6 +12,8 @@ from ...parallel.passes.device_memory import Workspaces
 from ...parallel.passes.liveness import lifetimes
 from ..prices.footprint import FLAT, FROZEN_CLASS, UNIT, class_of
 from .few_blocks import FewBlocks, blocks_of
+
+SIZED = frozenset((*FLAT, *UNIT, FROZEN_CLASS))  # classes that the shard group sizes
 
 # Of a buffer that the shard group sizes: its unit ("" or FROZEN_CLASS: a flat shard), and bytes of an element.
 Sized = tuple[str, int]
@@ -48,18 +52,13 @@ class Peak:
                     kept[mode] = lives.live_bytes[begun[2]] - lives.live_bytes[begun[1]]
                     deeper[mode].append((begun[1], ends))
             self.kept_bytes = (kept[0], kept[1])
-        first: dict[str, int] = {}
-        last: dict[str, int] = {}
-        for i in range(len(program.ops)):
-            first.update(dict.fromkeys(lives.allocate[i], i))
-            last.update(dict.fromkeys(lives.free[i], i))
+        first = {root: i for i, roots in enumerate(lives.allocate) for root in roots}
+        last = {root: i for i, roots in enumerate(lives.free) for root in roots}
         starting: dict[int, list[Sized]] = {}
         stopping: dict[int, list[Sized]] = {}
-        for name, buffer in program.buffers.items():
-            class_ = class_of(program, name, set()) if buffer.base is None and space is Space.DEVICE else ""
-            if class_ not in (*FLAT, *UNIT, FROZEN_CLASS):
-                continue
-            if buffer.kind is not BufferKind.TEMPORARY or name in first:
+        for name, buffer in program.buffers.items() if space is Space.DEVICE else ():
+            class_ = class_of(program, name, set()) if buffer.base is None else ""
+            if class_ in SIZED and (buffer.kind is not BufferKind.TEMPORARY or name in first):
                 unit = "" if class_ in FLAT else class_ if class_ == FROZEN_CLASS else buffer.unit or ""
                 sized = (unit, DTYPE_BYTES[buffer.dtype])
                 starting.setdefault(first.get(name, 0), []).append(sized)
@@ -67,21 +66,15 @@ class Peak:
         # The most live bytes among records that grow alike: with what is sized by the shard group, and by depth.
         self._highest: dict[tuple[tuple[Sized, ...], tuple[bool, ...]], int] = {}
         held: list[Sized] = []
-        key: tuple[tuple[Sized, ...], tuple[bool, ...]] = ((), (False, False))
-        changes = {
-            0,
-            *starting,
-            *(i + 1 for i in stopping),
-            *(i for spells in deeper for spell in spells for i in spell),
-        }
-        for i, live in enumerate(lives.live_bytes):
-            held += starting.get(i, ())
-            if i in changes:
-                holds = tuple([any(begin <= i < end for begin, end in spells) for spells in deeper])
-                key = (tuple(sorted(held)), holds)
-            self._highest[key] = max(self._highest.get(key, 0), live)
-            for gone in stopping.get(i, ()):
+        changes = {0, len(program.ops), *starting, *(i + 1 for i in stopping)}
+        changes.update(i for spells in deeper for spell in spells for i in spell)
+        for begin, end in itertools.pairwise(sorted(changes)):
+            for gone in stopping.get(begin - 1, ()):
                 held.remove(gone)
+            held += starting.get(begin, ())
+            holds = tuple([any(begun <= begin < ends for begun, ends in spells) for spells in deeper])
+            key = (tuple(sorted(held)), holds)
+            self._highest[key] = max(self._highest.get(key, 0), *lives.live_bytes[begin:end])
         self._workspace_bytes = max(lives.workspace_bytes, default=0)
         self._sharded: dict[int, dict[tuple[bool, ...], int]] = {}
 

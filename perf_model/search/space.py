@@ -61,7 +61,8 @@ class SearchSpace:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.evaluator = Evaluator(request)
-        self.evaluator.models.compute.check(everywhere(request))
+        self.plain = everywhere(request)
+        self.evaluator.models.compute.check(self.plain)
         self.too_big: dict[object, int] = {}  # the largest cp that did not fit, by all else that families differ in
         self._bounds: dict[object, list[LowerBound]] = {}
 
@@ -69,7 +70,7 @@ class SearchSpace:
         """One for each bucket."""
         key = (*overlaps(plan).values(), samples)
         if key not in self._bounds:
-            one = replace(everywhere(self.request), tp=plan.tp, cp=plan.cp, **overlaps(plan))
+            one = replace(self.plain, tp=plan.tp, cp=plan.cp, **overlaps(plan))
             few = self.evaluator.few(one, samples)
             self._bounds[key] = [LowerBound(of, self.evaluator.models) for of in few]
         return self._bounds[key]
@@ -90,15 +91,15 @@ class Family:
         self.space, self.evaluator, self.request = space, space.evaluator, space.request
         self.key, self.samples = key, key.samples
         self.data_ranks = self.request.gpus // key.model_parallel
-        self.plan = everywhere(self.request).with_degrees(tp=key.tp, cp=key.cp, dp_shard=self.data_ranks)
-        self.plan = replace(self.plan, micro_batches=key.micro_batches)
+        degrees = {"tp": key.tp, "cp": key.cp, "dp_shard": self.data_ranks}
+        self.plan = space.plain.with_degrees(**degrees, micro_batches=key.micro_batches)
         self.host_refused = ""  # why what is offloaded does not fit there
         self.needed_bytes = (
             0  # of its own buffers and encoders, by the last mode that did not fit the largest shard group
         )
         self._placements: dict[tuple[int, int], list[tuple[tuple[str, ...], Groups]]] = {}
         self._few: dict[tuple[bool, bool], list[FewBlocks]] = {}
-        self._steps: dict[tuple[Plan, bool], list[Extrapolation]] = {}
+        self._steps: dict[object, list[Extrapolation]] = {}
 
     @property
     def global_batch(self) -> int:
@@ -117,7 +118,8 @@ class Family:
     def steps(self, plan: Plan) -> list[Extrapolation]:
         """Programs that price a plan of this family, one for each bucket."""
         few = self._few_of(plan)
-        key = (few[0].under(plan), plan.dp_shard * plan.cp == 1)
+        last_blocks = plan.last_blocks if few[0].more == 0 else 0  # of a deeper model, so many stand for any number
+        key = (plan.recompute, plan.recompute_last, last_blocks, plan.dp_shard * plan.cp == 1)
         if key not in self._steps:
             self._steps[key] = [Extrapolation(one, plan, self.evaluator.models) for one in few]
         return self._steps[key]

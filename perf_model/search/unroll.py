@@ -237,16 +237,17 @@ class _Run:
         self._once(begin, end)
 
     def _once(self, begin: int, end: int) -> None:
-        player = self.player
+        player, records = self.player, self.records
         for i in range(begin, end):
-            record = self.records[i]
-            if record.kind == COMPUTE:
+            record = records[i]
+            kind = record.kind
+            if kind == COMPUTE:
                 player.compute(record, record.seconds)
-            elif record.kind == ISSUE:
+            elif kind == ISSUE:
                 self.issued += 1
                 self.open[self.lines[i]].append(self.issued)
                 player.issue(self.issued, record)
-            elif record.kind == FUSE:
+            elif kind == FUSE:
                 self.issued += 1
                 self.exposed_s += player.fused(self.issued, record)[1]
             else:

@@ -42,7 +42,7 @@ def cost(transfer_s: float, latency_s: float = 0.0, link: str = "nvlink", sms: i
 
 
 def tape(*records: Record, beside: float = 1.0) -> Tape:
-    return Tape(list(records), sum(r.seconds for r in records if r.computes), 100, 1e12, 1.0, beside)
+    return Tape(list(records), 100, 1e12, 1.0, beside)
 
 
 def fused(seconds: float, what: Cost, ranks: int = 4) -> Record:

@@ -30,8 +30,7 @@ def cost(transfer_s: float, latency_s: float = 0.0, link: str = "nvlink", sms: i
 
 
 def tape(*records: Record, slowdown: float = 1.0, beside: float = 1.0) -> Tape:
-    total = sum(r.seconds for r in records if r.kind == COMPUTE)
-    return Tape(list(records), total, 100, 1e12, slowdown, beside)
+    return Tape(list(records), 100, 1e12, slowdown, beside)
 
 
 def compute(seconds: float, needs_sms: bool = True, leaves: int = 0) -> Record:
