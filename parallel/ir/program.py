@@ -171,7 +171,7 @@ class Program:
 
     def wire_bytes(self, op: Op) -> float:
         """What one rank sends to others: payload * (n - 1) / n, twice that for an all-reduce."""
-        op, ranks = op.collective, self.plan.size(op.axes)
+        op, ranks = op.collective, math.prod([self.sizes[axis] for axis in op.axes])
         return self.payload_bytes(op) * (ranks - 1) / ranks * (2 if op.kind == "all_reduce" else 1)
 
     def with_ops(self, ops: list[Op], extra: dict[str, Buffer] | None = None) -> Program:

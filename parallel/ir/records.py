@@ -243,7 +243,7 @@ class Op:
     @property
     def collective(self) -> Op:
         """The collective's issue: itself, or that within a fused record."""
-        return next(part for part in self.parts if part.is_issue)
+        return self if self.is_issue else next(part for part in self.parts if part.is_issue)
 
 
 Fact = TypeVar("Fact", Buffer, Op)

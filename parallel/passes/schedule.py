@@ -52,9 +52,18 @@ class ScheduleWindows:
     def ordered(self, program: Program, price: Price) -> Program:
         """A program of these records, in the order in which they overlap best; ``price`` gives the seconds of one."""
         program = program.with_ops(self._program.ops)
-        remaining = dict(self._total)
         orders: dict[tuple[object, ...], list[int]] = {}
-        ops: list[Op] = []
+        placed: list[int] = []
+        remaining, counted = dict(self._total), 0  # uses to come, behind so many that are placed
+
+        def uses_left() -> dict[str, int]:
+            nonlocal counted
+            for i in placed[counted:]:
+                for root in self._uses[i]:
+                    remaining[root] -= 1
+            counted = len(placed)
+            return remaining
+
         start, carried = 0, list[int]()
         for stop in self._cuts:
             members = (*carried, *range(start, stop))
@@ -62,16 +71,13 @@ class ScheduleWindows:
             key = (to_the_end, len(carried), self._signature(members))
             if key not in orders:
                 window = self._window(members)
-                memory = partial(_Memory, program, window.uses, len(carried), self._total, remaining)
+                memory = partial(_Memory, program, window.uses, len(carried), self._total, uses_left)
                 orders[key] = _Scheduler(program, window, price, memory).order(to_the_end=to_the_end)
             order = orders[key]
-            for i in order:
-                ops.append(program.ops[members[i]])
-                for root in self._uses[members[i]]:
-                    remaining[root] -= 1
+            placed += [members[i] for i in order]
             carried = [members[i] for i in sorted(set(range(len(members))).difference(order))]
             start = stop
-        return program.with_ops(ops)
+        return program.with_ops([program.ops[i] for i in placed])
 
     def _signature(self, members: tuple[int, ...]) -> tuple[object, ...]:
         if members not in self._signatures:
@@ -142,9 +148,14 @@ class _Memory:
     """Live bytes of a window, counted from what is alive at its start for others than the records carried into it."""
 
     def __init__(
-        self, program: Program, uses: list[list[str]], carried: int, total: dict[str, int], remaining: dict[str, int]
+        self,
+        program: Program,
+        uses: list[list[str]],
+        carried: int,
+        total: dict[str, int],
+        uses_left: Callable[[], dict[str, int]],
     ) -> None:
-        self.uses = uses
+        self.uses, remaining = uses, uses_left()
         here = Counter(root for roots in uses for root in roots)
         self.bytes = {root: program.bytes(root) for root in here}
         self.begins = {root for root in here if remaining[root] == total[root]}
@@ -182,7 +193,7 @@ class _Scheduler:
         self.seconds = [price(program, op) for op in window.ops]
         self.rank = [0.0] * len(window.ops)
         for i in reversed(range(len(window.ops))):
-            self.rank[i] = self.seconds[i] + max((self.rank[k] for k in self.after[i]), default=0.0)
+            self.rank[i] = self.seconds[i] + max([self.rank[k] for k in self.after[i]], default=0.0)
 
     def order(self, *, to_the_end: bool) -> list[int]:
         """Positions of the window's records, in their new order.

@@ -128,7 +128,7 @@ class Extrapolation:
         self.stretches = Stretches(self.program, proven=few.own)
         self._unrolled: dict[tuple[tuple[int, int], int], Unrolled] = {}
         self._tapes: dict[int, Tape] = {}  # by the SMs that compute leaves alone
-        self._windows: dict[object, _Windows] = {}  # by the same, and the whole step's depth
+        self._windows: dict[object, _Windows] = {}  # by ``_depth``
         self._lanes: dict[object, _Lane] = {}
 
     def on(self, models: PriceModels) -> Extrapolation:
@@ -246,19 +246,18 @@ class Extrapolation:
         compute stands still for another one; what runs longer than the compute between its issue and its wait is
         waited for.
         """
-        hidden_by = self._hidden_by(plan)
+        hidden_by, under = self._hidden_by(plan), self._depth(plan)
         ratio = self.few.flat_elements(plan) / self.few.units.flat_elements
-        lanes = [self._lane_of(plan, axes, group) for axes, group in groups.items()]
+        lanes = [self._lane_of(plan, axes, group, under) for axes, group in groups.items()]
         still = max([sum(lane.exposed_s for lane in lanes), *(lane.waited_s for lane in lanes)])
         longer = standing_s(still, [taken for lane in lanes for taken in lane.taken])
         least = hidden_by.compute_s + hidden_by.flat_s * ratio + longer
         return max([least, *(lane.busy_s for lane in lanes)])
 
-    def _lane_of(self, plan: Plan, axes: Axes, group: Group) -> _Lane:
+    def _lane_of(self, plan: Plan, axes: Axes, group: Group, under: object) -> _Lane:
         """As ``_lane``, made once."""
         sized = plan.dp_shard if "dp_shard" in axes or axes == ("dp_replicate",) else 0
-        depth = *blocks_of(plan, self.few.config.layers), plan.micro_batches
-        key = (axes, group, sized, plan.ctas(axes), self.models.compute.left_sms(plan), depth)
+        key = (axes, group, sized, plan.ctas(axes), under)
         if key not in self._lanes:
             self._lanes[key] = self._lane(plan, axes, group)
         return self._lanes[key]
@@ -286,8 +285,12 @@ class Extrapolation:
             waited[name] = waited.get(name, 0.0) + times * max(0.0, seconds * (1.0 - share) - window)
         return _Lane(exposed, list(taken.values()), max(waited.values(), default=0.0), max(busy.values(), default=0.0))
 
+    def _depth(self, plan: Plan) -> tuple[int, tuple[int, int], int]:
+        """What compute records cost, and how often each is met, follow from."""
+        return self.models.compute.left_sms(plan), blocks_of(plan, self.few.config.layers), plan.micro_batches
+
     def _hidden_by(self, plan: Plan) -> _Windows:
-        key = (self.models.compute.left_sms(plan), blocks_of(plan, self.few.config.layers), plan.micro_batches)
+        key = self._depth(plan)
         if key not in self._windows:
             records, counts = self._free(plan).records, self.unrolled(plan).counts
             flat_s = sum(records[i].seconds for i in self._flat)

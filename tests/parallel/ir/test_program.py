@@ -1,0 +1,58 @@
+"""What a program knows of its buffers, and hands on to others of the same records."""
+
+from dataclasses import replace
+
+import pytest
+
+from cinemesh.model.config import preset
+from cinemesh.model.inputs import BatchShape
+from cinemesh.model.step import build_step
+from cinemesh.parallel.ir.plan import Plan
+from cinemesh.parallel.ir.program import Program
+from cinemesh.parallel.ir.records import Buffer, Op, changed
+
+PLAN = Plan(tp=2, cp=2, dp_shard=2)
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    return build_step(preset("tiny"), PLAN, BatchShape(2, (3, 4, 12)))
+
+
+def known(program: Program) -> list[object]:
+    """All that is kept, asked for twice: what is found the first time is what is kept."""
+    p = program
+    for _ in range(2):
+        buffers = [(p.local_shape(name), p.bytes(name), p.root(name), p.span(name)) for name in p.buffers]
+        records = [(p.storages(op), p.flops(op), p.bytes_moved(op)) for op in p.ops]
+    return [buffers, records]
+
+
+def test_a_changed_record_is_as_replace_makes_it(program: Program) -> None:
+    buffer: Buffer = next(b for b in program.buffers.values() if b.base is not None)
+    op: Op = next(op for op in program.ops if op.of is not None)
+    assert changed(buffer) == buffer and changed(buffer) is not buffer
+    assert changed(buffer, base=None, offset=7) == replace(buffer, base=None, offset=7) != buffer
+    assert changed(op, kind="copy", of=None) == replace(op, kind="copy", of=None) != op
+
+
+@pytest.mark.parametrize("other", [replace(PLAN, prefetch=1), replace(PLAN, tp=1), replace(PLAN, dp_shard=1)])
+def test_a_program_under_another_plan_knows_what_a_fresh_one_finds(program: Program, other: Plan) -> None:
+    """Local sizes of degrees that change are found anew, others are handed on."""
+    before = known(program)
+    under = program.under(other)
+    fresh = Program(
+        other, program.buffers, program.ops, program.outputs, program.inputs, program.states, program.blocks
+    )
+    assert under.plan == other and known(under) == known(fresh) and known(program) == before
+    assert (known(under) == before) == (under.sizes == program.sizes)
+
+
+def test_a_resized_program_keeps_storages_alone(program: Program) -> None:
+    before = known(program)
+    name, buffer = next((n, b) for n, b in program.buffers.items() if b.base is None and len(b.shape) == 3)
+    grown = changed(buffer, shape=(2 * buffer.shape[0], *buffer.shape[1:]))
+    resized = program.resized(PLAN, {**program.buffers, name: grown}, program.ops)
+    assert resized.bytes(name) == 2 * program.bytes(name)
+    assert [resized.storages(op) for op in program.ops] == [program.storages(op) for op in program.ops]
+    assert known(program) == before != known(resized)
