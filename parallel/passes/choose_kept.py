@@ -26,6 +26,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 from ...errors import CinemeshError
@@ -146,6 +147,7 @@ class BlockCosts:
         kept = [a for a in self.activations if a.bytes and set(a.roles) & set(point.keep)]
         return [(a.roles[0], a.bytes) for a in sorted(kept, key=lambda a: -a.bytes)]
 
+    @cached_property
     def hull(self) -> list[KeptPoint]:
         """All choices that are best for some weight, from the fewest bytes to the least time."""
 
@@ -264,7 +266,7 @@ def _connected(groups: Iterable[Sequence[str]]) -> dict[str, str]:
 
 def share_budget(block: BlockCosts, blocks: int, budget_bytes: int) -> KeptChoice | None:
     """The best use of a budget for the kept activations of ``blocks`` blocks; None when even ``full`` needs more."""
-    hull = block.hull()
+    hull = block.hull
     if blocks * hull[0].kept_bytes > budget_bytes:
         return None
     mean = budget_bytes / blocks
@@ -351,7 +353,7 @@ def offloads(
     Those that make least again, and copy most, come first: whether the link hides behind compute is for prices to say.
     ``host_bytes``: what a rank may take there.
     """
-    for point in reversed(block.hull()):
+    for point in reversed(block.hull):
         if blocks * point.seconds >= seconds:
             return
         kept = replace(plan, recompute=point.keep, recompute_last=point.keep, last_blocks=1)

@@ -122,6 +122,14 @@ class Evaluator:
         except NotSteady:
             return self.own_cost(built)
 
+    def step_s(self, built: BuiltPlan) -> float:
+        """As ``cost`` has it."""
+        try:
+            step_s = self.mean(step.price(built.plan).step_s for step in built.steps)
+        except NotSteady:
+            return self.own_cost(built).step_s
+        return self._whole_s(built.plan, step_s, built.held)
+
     def settled(self, choice: PricedPlan) -> PricedPlan:
         """A plan priced by its own program: within 0.1 % of the whole step played, or by that play.
 

@@ -28,7 +28,7 @@ from ..prices.network import Cost, Group, Groups, group_of
 from ..prices.timeline import FUSE, ISSUE, WAIT, Record, Tape, cost_of, late_on, price
 from .few_blocks import FewBlocks, blocks_of
 from .peak import Peak
-from .unroll import Stretches, Unrolled, play_unrolled
+from .unroll import Stretches, Unrolled, marks_of, play_unrolled
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,6 @@ class Extrapolation:
         self.plan = few.under(plan)
         self.program = few.prepared(plan, models.cluster.backend)
         self.built = blocks_of(self.plan, few.blocks)
-        self.stretches = Stretches(self.program, proven=few.own)
         self._unrolled: dict[tuple[tuple[int, int], int], Unrolled] = {}
         self._tapes: dict[int, Tape] = {}  # by the SMs that compute leaves alone
         self._windows: dict[object, _Windows] = {}  # by ``_depth``
@@ -138,6 +137,11 @@ class Extrapolation:
         return other
 
     # -- what the records are -------------------------------------------------------------------------------------
+
+    @cached_property
+    def stretches(self) -> Stretches:
+        """What repeats: prices ask for it, peaks do not."""
+        return Stretches(self.program, proven=self.few.own)
 
     @cached_property
     def _flat(self) -> list[int]:
@@ -323,11 +327,11 @@ class Extrapolation:
 
     @cached_property
     def _peak(self) -> Peak:
-        return Peak(self.program, self.few, self.stretches.marks, self.models.workspaces)
+        return Peak(self.program, self.few, marks_of(self.program), self.models.workspaces)
 
     @cached_property
     def _host_peak(self) -> Peak:
-        return Peak(self.program, self.few, self.stretches.marks, self.models.workspaces, Space.HOST)
+        return Peak(self.program, self.few, marks_of(self.program), self.models.workspaces, Space.HOST)
 
     def host_bytes(self, plan: Plan) -> int:
         """Most bytes that the whole step holds at once in host memory for one rank."""

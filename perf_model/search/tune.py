@@ -115,11 +115,9 @@ class _Tuner:
     def _pays(self, best: PricedPlan, built: BuiltPlan) -> _Tried | None:
         """A plan, if its step is shorter than the best one's by more than ``WORTH``."""
         enough = best.step_s * (1.0 - WORTH)
-        if self.evaluator.bound_s(built) >= enough:
+        if self.evaluator.bound_s(built) >= enough or self.evaluator.step_s(built) >= enough:
             return None
-        tried = self._priced(best, built)
-        if tried.choice.step_s < enough and built.rough:
-            tried = self._priced(best, built, own=True)
+        tried = self._priced(best, built, own=built.rough)
         return tried if tried.choice.step_s < enough else None
 
     def _fits(self, choice: PricedPlan) -> bool:

@@ -62,7 +62,7 @@ class Stretches:
     def __init__(self, program: Program, *, proven: bool) -> None:
         self.program, self.proven, self.rough = program, proven, False
         self.last_blocks = program.plan.last_blocks
-        self.marks = _marks(program)
+        self.marks = marks_of(program)
         self._issue_of = _issue_of(program)
         self._disordered: set[int] = set()
         self.lines, self.places, self.still = self._lines()
@@ -173,7 +173,7 @@ class Stretches:
                     yield Loop(starts[first + body], starts[first + body + 1], 1 + deep - few)
 
 
-def _marks(program: Program) -> dict[tuple[int | None, Phase], list[int]]:
+def marks_of(program: Program) -> dict[tuple[int | None, Phase], list[int]]:
     """First record of every block, by micro-batch and direction, in the order of execution."""
     marks: dict[tuple[int | None, Phase], dict[int, int]] = {}
     for i, op in enumerate(program.ops):

@@ -148,7 +148,7 @@ def test_the_30b_blocks_at_five_memory_bounds(budget: float) -> None:
 
 def test_attention_is_kept_first() -> None:
     """Its output is the cheapest byte to keep: 109 MB a block spare over half of what full makes again."""
-    hull = block_30b().hull()
+    hull = block_30b().hull
     assert set(hull[1].keep) == {"o", "lse"} and hull[1].seconds < 0.5 * hull[0].seconds
     slopes = [
         (low.seconds - high.seconds) / (high.kept_bytes - low.kept_bytes) for low, high in itertools.pairwise(hull)
@@ -162,7 +162,7 @@ def test_attention_is_kept_first() -> None:
 def test_no_subset_of_the_30b_block_beats_the_hull() -> None:
     """Exhaustive over the twelve activations with most seconds behind them, all others as the hull has them."""
     block = block_30b()
-    hull = block.hull()
+    hull = block.hull
     base = hull[len(hull) // 2].keep
     free = ("o", "kv", "kv_gathered", "q", "gate", "up", "y3", "y1", "x2", "cross_q", "cross_o", "h2_gathered")
     fixed = tuple(role for role in base if role not in free)
