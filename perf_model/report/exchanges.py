@@ -114,7 +114,7 @@ class _Altered:
         at = {key: i for i, key in enumerate(keys)}
         records = [self.records[key] for key in keys]
         records = [replace(r, key=at[r.key]) if r.kind == WAIT else r for r in records]
-        timeline = play(replace(self.step.tape, records=records, compute_s=0.0))
+        timeline = play(replace(self.step.tape, records=records))
         step_s = whole.played_as(timeline, self.models.cluster)
         return Exchange(
             name,
