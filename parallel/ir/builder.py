@@ -262,12 +262,10 @@ class Builder:
         return found
 
     def _all_uses(self, name: str) -> set[Use]:
-        uses = self._uses
-        return set().union(*[uses[n] for n in self._related(name) if n in uses]) - self._settled
+        return set().union(*[self._uses[n] for n in self._related(name) if n in self._uses]) - self._settled
 
     def _contributions(self, name: str) -> frozenset[Use]:
-        carried = self._gradient_of
-        return _NO_USES.union(*[carried[n] for n in self._related(name) if n in carried])
+        return _NO_USES.union(*[self._gradient_of[n] for n in self._related(name) if n in self._gradient_of])
 
     def _demand_complete(self, op: str, gradient: Buffer, *forward: str) -> None:
         """See [Note: contributions]. ``forward``: one buffer, or the slices that the gradient covers."""
