@@ -246,13 +246,13 @@ class Op:
         return self if self.is_issue else next(part for part in self.parts if part.is_issue)
 
 
-Fact = TypeVar("Fact", Buffer, Op)
+Listed = TypeVar("Listed", Buffer, Op)
 _FACTS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
     kind: attrgetter(*[f.name for f in fields(kind)]) for kind in (Buffer, Op)
 }
 
 
-def changed(record: Fact, **facts: Any) -> Fact:
+def altered(record: Listed, **facts: Any) -> Listed:
     """A buffer or a record with other facts: ``dataclasses.replace`` in half its time, since passes make thousands."""
     made = type(record)(*_FACTS[type(record)](record))
     for name, value in facts.items():

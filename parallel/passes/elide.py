@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..ir.program import Program
-from ..ir.records import Buffer, Op, changed
+from ..ir.records import Buffer, Op, altered
 
 
 def elide(program: Program) -> Program:
@@ -21,7 +21,7 @@ def elide(program: Program) -> Program:
             continue
         issued, source = program.buffers[op.outputs[0]], op.inputs[0]
         if issued.base is None:
-            aliases[issued.name] = changed(issued, base=source)
+            aliases[issued.name] = altered(issued, base=source)
         elif issued.base != source:  # a place of its own; an all-reduce in place needs nothing
-            ops.append(changed(op, kind="copy", attrs={"signature": "xn->xn"}, comm=None))
+            ops.append(altered(op, kind="copy", attrs={"signature": "xn->xn"}, comm=None))
     return program.with_ops(ops, aliases)

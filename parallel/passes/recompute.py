@@ -12,7 +12,7 @@ from functools import cache
 
 from ...errors import CinemeshError
 from ..ir.program import Program
-from ..ir.records import Buffer, Op, Phase, Place, Wait, changed
+from ..ir.records import Buffer, Op, Phase, Place, Wait, altered
 
 # Names inside a block. ``full`` keeps nothing but the block's input. ``selective`` redoes norms, the SwiGLU product and
 # all gathers: y1, y2 and y3 (what the branches add to the stream) stand for the stream itself, which is their sum.
@@ -108,7 +108,7 @@ class _Rematerializer:
                 if op.place != place:
                     place, made = op.place, {}
                 inputs = tuple(self._resolve(name, allowed, made) for name in op.inputs)
-                op = op if inputs == op.inputs else changed(op, inputs=inputs)
+                op = op if inputs == op.inputs else altered(op, inputs=inputs)
             self.ops.append(op)
         return self.program.with_ops(self.ops, self.extra)
 
@@ -174,7 +174,7 @@ class _Rematerializer:
         comm = replace(op.comm, issue=op.comm.issue + _CLONE) if isinstance(op.comm, Wait) else op.comm
         outputs = tuple(made[name] for name in op.outputs)
         facts = {"inputs": inputs, "outputs": outputs, "comm": comm, "clone_of": op.name}
-        self.ops.append(changed(op, name=op.name + _CLONE, **facts))
+        self.ops.append(altered(op, name=op.name + _CLONE, **facts))
 
     def _copy_place(self, name: str, made: dict[str, str]) -> None:
         """A place for a clone to write a slice to that is kept: it makes something else that is not."""
@@ -185,6 +185,6 @@ class _Rematerializer:
 
     def _copy(self, buffer: Buffer, base: str | None, made: dict[str, str]) -> str:
         name = buffer.name + _CLONE
-        self.extra[name] = changed(buffer, name=name, base=base, clone_of=buffer.name)
+        self.extra[name] = altered(buffer, name=name, base=base, clone_of=buffer.name)
         made[buffer.name] = name
         return name

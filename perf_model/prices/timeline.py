@@ -208,19 +208,16 @@ def check_fused(plan: Plan, cluster: Cluster) -> None:
 
 
 class Flight:
-    """One collective in flight; ``index``: what its issue was called.
-
-    ``sms``, ``memory``: the parts of the GPU's that it takes. ``rate``: progress for each second.
-    """
+    """One collective in flight; ``index``: what its issue was called. ``sms``, ``memory``: what it takes of the GPU."""
 
     __slots__ = ("index", "latency", "link", "memory", "rate", "record", "sms", "transfer")
 
     def __init__(self, index: int, record: Record, tape: Tape) -> None:
         cost = record.cost
         self.index, self.record, self.link = index, record, cost.link
-        self.latency, self.transfer, self.rate = cost.latency_s, cost.transfer_s, 1.0
-        self.sms = cost.sms / tape.sms
-        self.memory = cost.memory_bytes_per_s / tape.memory_bytes_per_s
+        self.latency, self.transfer = cost.latency_s, cost.transfer_s
+        self.rate = 1.0  # progress for each second
+        self.sms, self.memory = cost.sms / tape.sms, cost.memory_bytes_per_s / tape.memory_bytes_per_s
 
 
 class Player:
@@ -333,16 +330,12 @@ class Player:
     def pace(self, computing: bool) -> None:
         """Set the rate of every flight: latency runs alone, bytes on one link are shared."""
         beside = self.beside if computing else 1.0
-        if len(self.flights) == 1:
-            flight = self.flights[0]
-            flight.rate = 1.0 if flight.latency > 0.0 else beside
-            return
         moving: dict[str, int] = {}
-        for flight in self.flights:
+        for flight in self.flights if len(self.flights) > 1 else ():
             if flight.latency <= 0.0:
                 moving[flight.link] = moving.get(flight.link, 0) + 1
         for flight in self.flights:
-            flight.rate = 1.0 if flight.latency > 0.0 else beside / moving[flight.link]
+            flight.rate = 1.0 if flight.latency > 0.0 else beside / moving.get(flight.link, 1)
 
     def advance(self, limit: float, computing: bool) -> float:
         """Move time to the next event of a flight, or by ``limit``. Returns the time that passed."""
@@ -378,8 +371,7 @@ class Player:
             self.end[flight.index] = self.now
             self.occupied.discard(flight.record.key)
         self.flights = still
-        if self.queue or self.copies:
-            self.launch()
+        self.launch()
 
 
 def play(tape: Tape) -> Timeline:

@@ -15,7 +15,7 @@ from ...parallel.ir.knobs import knobs
 from ...parallel.ir.layout import BATCH, HEADS
 from ...parallel.ir.plan import Plan
 from ...parallel.ir.program import Program
-from ...parallel.ir.records import Buffer, Op, changed
+from ...parallel.ir.records import Buffer, Op, altered
 from ...parallel.ir.units import Units, lay_out
 from ...parallel.passes.pipeline import arranging, finishing, prepare, remaking
 from ...parallel.passes.schedule import ScheduleWindows
@@ -173,14 +173,14 @@ class FewBlocks:
                 batch = buffer.placement.dims.index(BATCH)
                 shape = (*shape[:batch], shape[batch] * samples // its_samples, *shape[batch + 1 :])
             if shape != buffer.shape or offset != buffer.offset:
-                buffers[name] = changed(buffer, shape=shape, offset=offset)
+                buffers[name] = altered(buffer, shape=shape, offset=offset)
         gaps = {unit.place: unit.gaps for unit in self.units.units}
         ops: list[Op] = []
         for op in program.ops:
             if op.kind != "zero_gaps":
                 ops.append(op)
             elif here := gaps[op.place.unit or ""]:
-                ops.append(changed(op, attrs=op.attrs | {"gaps": here}))
+                ops.append(altered(op, attrs=op.attrs | {"gaps": here}))
         sized = program.resized(self.plan, buffers, ops)
         for name, buffer in program.buffers.items():
             if buffer.base and (buffer.offset or buffer.strides) and buffer.base not in moved:
@@ -317,4 +317,4 @@ def _part(program: Program, sized: Program, buffer: Buffer) -> Buffer:
         if before[i] > 1:
             start, rest = divmod(rest, strides[i])
             offset += start * after[i] // before[i] * others[i]
-    return changed(buffer, offset=offset, strides=buffer.strides and others)  # what is strided is as its base
+    return altered(buffer, offset=offset, strides=buffer.strides and others)  # what is strided is as its base

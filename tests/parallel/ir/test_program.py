@@ -9,7 +9,7 @@ from cinemesh.model.inputs import BatchShape
 from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
-from cinemesh.parallel.ir.records import Buffer, Op, changed
+from cinemesh.parallel.ir.records import Buffer, Op, altered
 
 PLAN = Plan(tp=2, cp=2, dp_shard=2)
 
@@ -31,9 +31,9 @@ def known(program: Program) -> list[object]:
 def test_a_changed_record_is_as_replace_makes_it(program: Program) -> None:
     buffer: Buffer = next(b for b in program.buffers.values() if b.base is not None)
     op: Op = next(op for op in program.ops if op.of is not None)
-    assert changed(buffer) == buffer and changed(buffer) is not buffer
-    assert changed(buffer, base=None, offset=7) == replace(buffer, base=None, offset=7) != buffer
-    assert changed(op, kind="copy", of=None) == replace(op, kind="copy", of=None) != op
+    assert altered(buffer) == buffer and altered(buffer) is not buffer
+    assert altered(buffer, base=None, offset=7) == replace(buffer, base=None, offset=7) != buffer
+    assert altered(op, kind="copy", of=None) == replace(op, kind="copy", of=None) != op
 
 
 @pytest.mark.parametrize("other", [replace(PLAN, prefetch=1), replace(PLAN, tp=1), replace(PLAN, dp_shard=1)])
@@ -51,7 +51,7 @@ def test_a_program_under_another_plan_knows_what_a_fresh_one_finds(program: Prog
 def test_a_resized_program_keeps_storages_alone(program: Program) -> None:
     before = known(program)
     name, buffer = next((n, b) for n, b in program.buffers.items() if b.base is None and len(b.shape) == 3)
-    grown = changed(buffer, shape=(2 * buffer.shape[0], *buffer.shape[1:]))
+    grown = altered(buffer, shape=(2 * buffer.shape[0], *buffer.shape[1:]))
     resized = program.resized(PLAN, {**program.buffers, name: grown}, program.ops)
     assert resized.bytes(name) == 2 * program.bytes(name)
     assert [resized.storages(op) for op in program.ops] == [program.storages(op) for op in program.ops]
