@@ -41,7 +41,7 @@ class Program:
         self._counted: dict[object, tuple[int, int, int]] = {}  # by the op table, of records that are ``alike``
         self._root: dict[str, tuple[str, int]] = {}
         self._spans: dict[str, tuple[str, int, int]] = {}
-        # Of a record, by its identity; it stands beside, so that no other one has the same.
+        # Of a record, by its identity; it stands beside: in a copy of a program, another one may have the same.
         self._alike: dict[int, tuple[Op, tuple[object, ...]]] = {}
         self._storages: dict[int, tuple[Op, tuple[str, ...]]] = {}
 
@@ -102,7 +102,7 @@ class Program:
     def storages(self, op: Op) -> tuple[str, ...]:
         """What a record touches, each once."""
         found = self._storages.get(id(op))
-        if found is None:
+        if found is None or found[0] is not op:
             root = self.root
             found = op, tuple(dict.fromkeys([root(name)[0] for name in (*op.inputs, *op.outputs)]))
             self._storages[id(op)] = found
@@ -130,7 +130,7 @@ class Program:
     def alike(self, op: Op) -> tuple[object, ...]:
         """All that counts and prices of a compute op follow from: few records of a program differ in it."""
         found = self._alike.get(id(op))
-        if found is None:
+        if found is None or found[0] is not op:
             shape, buffers = self.local_shape, self.buffers
             shown = [(shape(name), buffers[name].dtype) for name in (*op.inputs, *op.outputs)]
             counted = [op.attrs[name] for name in OPS[op.kind].counted]
