@@ -1,5 +1,6 @@
 """What a program knows of its buffers, and hands on to others of the same records."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -49,6 +50,15 @@ def test_a_program_under_another_plan_knows_what_a_fresh_one_finds(program: Prog
     )
     assert under.plan == other and known(under) == known(fresh) and known(program) == before
     assert (known(under) == before) == (under.sizes == program.sizes)
+
+
+def test_a_copy_of_a_program_finds_again_what_was_kept_by_identity(program: Program) -> None:
+    """Records of a copy may lie where records of the original lay."""
+    before = known(program)
+    copied = deepcopy(program)
+    first, *others = copied.ops
+    copied._storages |= {id(op): program._storages[id(program.ops[0])] for op in others}  # pyright: ignore[reportPrivateUsage]
+    assert known(copied) == before and first is not program.ops[0]
 
 
 def test_a_resized_program_keeps_storages_alone(program: Program) -> None:
