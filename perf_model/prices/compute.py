@@ -99,6 +99,7 @@ class Compute:
         self._grid = cluster.grid(cluster.matmul.grid)
         self._on_gpus = cluster.device == "cuda"
         self._prices: dict[object, OpPrice] = {}
+        self._kernels: dict[tuple[str, str | None, int | None], Implementation] = {}
         self._card = device_key(cluster.gpu.name)
 
     def kernel(self, op: str, dtype: str | None = None, head_dim: int | None = None) -> Implementation:
@@ -106,9 +107,12 @@ class Compute:
 
         Raises CinemeshError for an override that cannot be met.
         """
-        sizes = None if head_dim is None else {"k": head_dim}
-        gpu, software = self.cluster.gpu.device, self.cluster.software
-        return select(op, gpu, software, dtype=dtype, sizes=sizes, tuned=self._card).entry
+        if (op, dtype, head_dim) not in self._kernels:
+            sizes = None if head_dim is None else {"k": head_dim}
+            gpu, software = self.cluster.gpu.device, self.cluster.software
+            chosen = select(op, gpu, software, dtype=dtype, sizes=sizes, tuned=self._card).entry
+            self._kernels[op, dtype, head_dim] = chosen
+        return self._kernels[op, dtype, head_dim]
 
     # -- ops ----------------------------------------------------------------------------------------------------------
 

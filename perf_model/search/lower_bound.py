@@ -52,10 +52,10 @@ class _Sized:
 
 @dataclass(frozen=True)
 class _Block:
-    """What one more block adds under one recompute mode."""
+    """What one more block adds under one recompute mode. ``compute``: records, and the first one that costs as much."""
 
     step: Extrapolation
-    compute: tuple[int, ...]
+    compute: dict[int, int]
     exchanges: tuple[_Exchange, ...]
 
 
@@ -118,7 +118,8 @@ class LowerBound:
             block = self._block(recompute, plan)
             program = block.step.program
             program = replace(program, plan=block.step.plan.with_degrees(tp=plan.tp, cp=plan.cp))
-            seconds = {i: self.models.compute.op_s(program, program.ops[i]) for i in block.compute}
+            priced = {i: self.models.compute.op_s(program, program.ops[i]) for i in {*block.compute.values()}}
+            seconds = {i: priced[first] for i, first in block.compute.items()}
             moved: dict[object, tuple[str, Op, int]] = {}
             exchanges: list[tuple[object, float | None]] = []
             for exchange in block.exchanges:
@@ -144,7 +145,13 @@ class LowerBound:
             step = Extrapolation(few, replace(few.plan, recompute=recompute), self.models)
             program = step.program
             within = [i for loop in step.unrolled(step.plan).loops for i in range(loop.begin, loop.end)]
-            compute = tuple(i for i in within if program.ops[i].kind in OPS and not _over_unit(program, program.ops[i]))
+            first: dict[object, int] = {}
+            ops = ((i, program.ops[i]) for i in within)
+            compute = {
+                i: first.setdefault(_facts(program, op), i)
+                for i, op in ops
+                if op.kind in OPS and not _over_unit(program, op)
+            }
             self._blocks[key] = _Block(step, compute, tuple(self._exchanges(program, within)))
         return self._blocks[key]
 
@@ -195,6 +202,13 @@ class LowerBound:
             shards = self._one.plan.with_degrees(dp_shard=ranks)
             self._peaks[key] = self._one_rank(recompute).peak_bytes(shards)
         return self._peaks[key] / (plan.tp * plan.cp)
+
+
+def _facts(program: Program, op: Op) -> tuple[object, ...]:
+    """What a compute op costs under any degrees follows from it."""
+    buffers = [program.buffers[name] for name in (*op.inputs, *op.outputs)]
+    counted = [op.attrs[name] for name in OPS[op.kind].counted]
+    return (op.kind, op.attrs.get("signature"), *counted, *[(b.shape, b.placement, b.dtype) for b in buffers])
 
 
 def _over_unit(program: Program, op: Op) -> bool:
