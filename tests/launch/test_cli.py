@@ -197,3 +197,27 @@ def test_a_word_longer_than_any_name_is_one_short_line(
     assert run_main(monkeypatch, *(letters * "a" if word == "NAME" else word for word in words)) == 2
     said = capsys.readouterr().err
     assert len(said) < 1200 and "Traceback" not in said and not [*tmp_path.iterdir()]
+
+
+LEFT_BEHIND = """
+import sys
+from cinemesh.launch import __main__, cli
+
+class Left:
+    def __del__(self):
+        print("found")
+
+def main():
+    left = Left()
+    left.itself = left
+
+cli.main = main
+getattr(__main__, sys.argv[1])() if sys.argv[1:] else cli.main()
+"""
+
+
+@pytest.mark.parametrize(("entered", "said"), [((), "found\n"), (("enter",), "")])
+def test_what_a_command_leaves_behind_is_not_looked_for(entered: tuple[str, ...], said: str) -> None:
+    """A search for garbage at the end of a process finds a million records of a planner, and frees none for anybody."""
+    ended = subprocess.run([sys.executable, "-c", LEFT_BEHIND, *entered], capture_output=True, text=True, check=True)
+    assert ended.stdout == said
