@@ -42,6 +42,7 @@ class Program:
         self._root: dict[str, tuple[str, int]] = {}
         self._spans: dict[str, tuple[str, int, int]] = {}
         # Of a record, by its identity; it stands beside: in a copy of a program, another one may have the same.
+        self._keys: dict[object, tuple[object, ...]] = {}  # one of those that are equal
         self._alike: dict[int, tuple[Op, tuple[object, ...]]] = {}
         self._storages: dict[int, tuple[Op, tuple[str, ...]]] = {}
 
@@ -134,8 +135,8 @@ class Program:
             shape, buffers = self.local_shape, self.buffers
             shown = [(shape(name), buffers[name].dtype) for name in (*op.inputs, *op.outputs)]
             counted = [op.attrs[name] for name in OPS[op.kind].counted]
-            found = op, (op.kind, op.attrs.get("signature"), len(op.inputs), *shown, *counted)
-            self._alike[id(op)] = found
+            key = (op.kind, op.attrs.get("signature"), len(op.inputs), *shown, *counted)
+            found = self._alike[id(op)] = op, self._keys.setdefault(key, key)
         return found[1]
 
     def counts(self, op: Op) -> tuple[int, int, int]:
@@ -177,7 +178,7 @@ class Program:
     def with_ops(self, ops: list[Op], extra: dict[str, Buffer] | None = None) -> Program:
         """The same buffers, and ``extra``, under other records; what is known of the buffers is handed on."""
         made = replace(self, buffers={**self.buffers, **(extra or {})}, ops=ops)
-        made._split, made._counted = self._split, self._counted
+        made._split, made._counted, made._keys = self._split, self._counted, self._keys
         made._local, made._elements, made._bytes = dict(self._local), dict(self._elements), dict(self._bytes)
         for name in extra or ():
             for known in (made._local, made._elements, made._bytes):
