@@ -86,11 +86,6 @@ class Sample:
         """By encoder name, bool [L], True = valid."""
         return {name: torch.from_numpy(mask) for name, (_, mask) in self.texts.items()}
 
-    @property
-    def conditions(self) -> dict[str, Tensor]:
-        """Latents that it is shown, by input name."""
-        return {name: torch.from_numpy(of) for name, of in self.latents.items() if name != LATENT}
-
 
 @dataclass(frozen=True)
 class CaptionDraw:

@@ -51,8 +51,9 @@ def remove(folder: Location) -> None:
 def is_unfinished(folder: Location) -> bool:
     """Whether somebody was killed over it."""
     names = {child.name for child in children(folder)}
-    empty = all(name.startswith(".") for name in names)  # but for a mark that is being written, under another name
-    return MANIFEST not in names and (empty or UNFINISHED in names)
+    if MANIFEST in names or UNFINISHED in names:
+        return MANIFEST not in names
+    return folder.exists() and all(name.startswith(".") for name in names)  # a mark that is written has such a name
 
 
 def clear(directory: Location) -> None:
