@@ -65,6 +65,8 @@ COMMON: dict[str, Any] = {
     "schedule.warmup_steps": 20,
     "schedule.decay": "constant",  # as in the recipes
     "optimizer.ema_decay": 0.98,
+    "optimizer.weight_decay": 1.0,
+    "codec": {"kind": "block-dct"},
 }
 IMAGES = {"model.position_lengths": [1, 4, 4], "data.frames": 1, "data.stride": 4, "data.global_batch": 16}
 VIDEO = {

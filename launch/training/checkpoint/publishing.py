@@ -53,7 +53,7 @@ def is_unfinished(folder: Location) -> bool:
     names = {child.name for child in children(folder)}
     if MANIFEST in names or UNFINISHED in names:
         return MANIFEST not in names
-    return folder.exists() and all(name.startswith(".") for name in names)  # a mark that is written has such a name
+    return folder.exists() and all(name.startswith(f".{UNFINISHED}") for name in names)  # a mark that is being written
 
 
 def clear(directory: Location) -> None:

@@ -62,9 +62,11 @@ def test_nothing_is_left_of_what_fails(tmp_path: Path) -> None:
         write("new")
     assert not list(tmp_path.iterdir())
     (tmp_path / "old").mkdir()
+    (tmp_path / "old" / ".hidden").touch()
     with pytest.raises(CinemeshError, match="old exists"):
         write("old")
     (tmp_path / "file").write_text("")
     with pytest.raises(CinemeshError, match="cannot write checkpoint"):
         write("file/below")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "old"]
+    assert (tmp_path / "old" / ".hidden").exists()
