@@ -23,9 +23,9 @@ MEETING_REQUESTS = 24
 IMPORT_S = 3.0  # processor seconds of what it loads, at once and later, from files that the machine has read before
 IMPORT_BYTES = 1.8e9  # of these files, with torch's libraries for a CPU
 CUDA_BYTES = 3e9  # more of torch's libraries for CUDA: an order of magnitude
-# Of a record, by ``built``: built, arranged, ordered and placed, and sent by a process beside a rank; received and
-# bound by the rank.
-BUILD_S, SEND_S, RECEIVE_S, BIND_S = 64e-6, 13e-6, 6.3e-6, 8.6e-6
+# Of a record of the tuned plan, by ``built``: built, arranged, ordered and placed, and sent by a process beside a
+# rank; received and bound by the rank.
+BUILD_S, SEND_S, RECEIVE_S, BIND_S = 57e-6, 12.4e-6, 7.2e-6, 7.5e-6
 SHAPE_RECORDS = 23126  # of the 30B under the planner's tuned plan, where nobody has counted
 LAUNCH_S = 20e-6  # of a record that is recorded into a graph: an order of magnitude for a launch from Python
 KERNELS_S = 10.0  # kernels of a step from the cache on the node's disk: placeholder
