@@ -102,7 +102,7 @@ TAE_PRESETS = (
     TAEConfig(name="movie-gen-2.5d", channels=8, multipliers=(1, 2, 4)),  # its counterpart, likewise
     TAEConfig(name="frame-wise", time="none", channels=8),  # 3.6.3: the baseline, an image autoencoder
     # Trained here: the paper's form, and what begins as the fixed codec.
-    TAEConfig(name="small", width=32, blocks=1, groups=8, multipliers=(1, 1, 2, 2)),
+    TAEConfig(name="small", width=16, blocks=1, groups=8, multipliers=(1, 1, 2, 4)),
     TAEConfig(name="grid", body="grid", width=256, multipliers=(1,)),
     TAEConfig(name="tiny", channels=4, width=8, blocks=1, groups=4, multipliers=(1, 1, 2, 2)),
 )
