@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ...model.runner import StepRunner
 
 AHEAD = 3  # steps that are read before they are wanted: one that comes late is waited for by none of the others
-READERS = 4  # threads; a step is read by one of them
+READERS = 2  # threads; a step is read by one of them. More take turns at the interpreter, where samples are small
 
 
 def run_order(config: Config, batches: BatchHistory) -> RunOrder:
