@@ -80,6 +80,10 @@ def test_diffusers_is_asked_for_when_its_codec_is_and_not_before(
 ) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)  # as where it is not installed
     settings = encoding.codec_of(str(tmp_path))
+    with pytest.raises(CinemeshError, match="holds no autoencoder"):
+        settings.build()
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    (tmp_path / "diffusion_pytorch_model.safetensors").touch()
     with pytest.raises(CinemeshError, match=r"needs the package diffusers; pip install 'cinemesh\[diffusers\]'"):
         settings.build()
     with pytest.raises(CinemeshError, match="--codec diffusers says not which"):

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import active_children
+from multiprocessing.context import ForkProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,11 @@ BLUEPRINTS = [
     for latent in ((6, 4, 12), (4, 4, 12), (6, 8, 12), (4, 8, 12), (6, 12, 12))
 ]
 ME = os.getpid()
+
+
+def beside() -> list[BaseProcess]:
+    """Processes that were forked here, and not those of the tests' own pool."""
+    return [child for child in active_children() if isinstance(child, ForkProcess)]
 
 
 def differences(one: PlacedStep, other: PlacedStep) -> list[str]:
@@ -68,9 +75,9 @@ def in_builders(monkeypatch: pytest.MonkeyPatch, change: Callable[[PlacedStep], 
 @pytest.mark.parametrize("cores", [2, 3, 16])
 def test_builders_build_what_the_rank_would(cores: int) -> None:
     with builders(BLUEPRINTS, cores) as build:
-        assert len(active_children()) == min(cores, 5) - 1
+        assert len(beside()) == min(cores, 5) - 1
         built = build(BLUEPRINTS)
-        assert active_children() == [], "each ends when it was heard"
+        assert beside() == [], "each ends when it was heard"
     for one, other in zip(built, build_here(BLUEPRINTS), strict=True):
         assert len(one.program.ops) > 900 and one.arenas[Space.HOST].total_bytes > 0
         assert differences(one, other) == []
@@ -118,7 +125,7 @@ def test_a_moved_storage_is_found() -> None:
 @pytest.mark.parametrize(("shapes", "cores"), [(1, 16), (5, 1), (0, 4)])
 def test_one_shape_or_one_core_starts_no_process(shapes: int, cores: int) -> None:
     with builders(BLUEPRINTS[:shapes], cores) as build:
-        assert active_children() == []
+        assert beside() == []
         assert len(build(BLUEPRINTS[:shapes])) == shapes
 
 
@@ -126,7 +133,7 @@ def test_others_than_were_dealt_out_are_a_bug() -> None:
     """Else a rank would build by itself what it believes to have been built, and nobody would know."""
     with builders(BLUEPRINTS[:2], 2) as build, pytest.raises(AssertionError, match="others were dealt out"):
         build([BLUEPRINTS[0], replace(BLUEPRINTS[1], seed=4)])
-    assert active_children() == []
+    assert beside() == []
 
 
 def _die(step: PlacedStep) -> PlacedStep:
@@ -143,7 +150,7 @@ def test_the_rank_builds_what_a_process_leaves(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], what: Callable[..., PlacedStep], how: str
 ) -> None:
     with in_builders(monkeypatch, what), builders(BLUEPRINTS, 2) as build:
-        pid = active_children()[0].pid
+        pid = beside()[0].pid
         built = build(BLUEPRINTS)
     assert not any(differences(*pair) for pair in zip(built, build_here(BLUEPRINTS), strict=True))
     told = capfd.readouterr().err
@@ -155,7 +162,7 @@ def test_the_rank_builds_what_a_process_leaves(
 def test_a_process_that_is_killed_while_it_sends(capfd: pytest.CaptureFixture[str]) -> None:
     """The first step has begun to come: it fills the pipe."""
     with builders(BLUEPRINTS[:4], 2) as build:
-        child = Path(f"/proc/{active_children()[0].pid}")
+        child = Path(f"/proc/{beside()[0].pid}")
         deadline = time.monotonic() + 60
         while "pipe_write" not in (child / "wchan").read_text() and not _writes(child):
             assert time.monotonic() < deadline
@@ -174,6 +181,7 @@ def _writes(child: Path) -> bool:
 # -- no process is left -----------------------------------------------------------------------------------------------
 
 RANK = """
+import signal
 import time
 from multiprocessing import active_children
 from cinemesh.interrupt import interrupted_in_a_line
@@ -184,6 +192,7 @@ class Endless:
         time.sleep(600)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job has it ignored
     blueprints = [Endless() for _ in range(5)]
     with interrupted_in_a_line(), builders(blueprints, 4) as build:
         print(*(child.pid for child in active_children()), flush=True)
@@ -212,7 +221,10 @@ def test_no_builder_outlives_its_rank(number: signal.Signals) -> None:
             os.killpg(rank.pid, number)
         else:
             rank.send_signal(number)
-        code, told = rank.wait(20), rank.stderr.read()
+        try:
+            code, told = rank.wait(20), rank.stderr.read()
+        finally:
+            rank.kill()
     assert (code, told) == ((130, "interrupted\n") if number is signal.SIGINT else (-number, ""))
     deadline = time.monotonic() + 5.0
     while any(map(_alive, children)):
@@ -227,7 +239,7 @@ def test_what_fails_while_they_build_leaves_none(monkeypatch: pytest.MonkeyPatch
 
     def failing(blueprints: Sequence[Blueprint], cores: int) -> BuildSteps:
         with builders(blueprints, cores):
-            assert len(active_children()) == 3
+            assert len(beside()) == 3
             interrupt(signal.SIGINT, None)
         raise AssertionError
 
@@ -237,4 +249,4 @@ def test_what_fails_while_they_build_leaves_none(monkeypatch: pytest.MonkeyPatch
             failing(BLUEPRINTS, 4)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert active_children() == []
+    assert beside() == []
