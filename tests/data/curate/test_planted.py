@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -63,23 +64,29 @@ class Opens:
         return opened
 
 
-def test_another_threshold_decodes_nothing(planted: Planted, curated: Curated, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def again(curated: Curated, tmp_path: Path) -> Path:
+    """A copy of what the run wrote: others read that."""
+    return Path(shutil.copytree(curated[0], tmp_path / "again"))
+
+
+def test_another_threshold_decodes_nothing(
+    planted: Planted, curated: Curated, again: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opens = Opens(monkeypatch)
     before = by_file(curated[1])
     limits = {"text": {"below": 0.9999}, "copies": {"cosine": 0.9999, "most_bits": None}, "motion": {"vmaf": 5.5}}
-    outcome = curate({"sources": [str(planted[0])], "videos": limits}, curated[0])
+    outcome = curate({"sources": [str(planted[0])], "videos": limits}, again)
     assert opens.count == 0 and set(outcome.measured.values()) == {0}
     after = by_file(outcome)
     assert after["two\nlines.mp4"] == ("motion",) and before["two\nlines.mp4"] == ("",)
     assert after["copy later.mp4"] == ("",) and before["copy later.mp4"] == ("copies",)
-    curate({"sources": [str(planted[0])]}, curated[0])  # as the other tests find it
 
 
-def test_a_looser_limit_reads_what_it_lets_in_and_no_more(planted: Planted, curated: Curated) -> None:
-    outcome = curate({"sources": [str(planted[0])], "videos": {"static": None}}, curated[0])
+def test_a_looser_limit_reads_what_it_lets_in_and_no_more(planted: Planted, again: Path) -> None:
+    outcome = curate({"sources": [str(planted[0])], "videos": {"static": None}}, again)
     assert by_file(outcome)["freeze.mp4"] != ("static",)
     assert outcome.measured["scan"] == 0 and outcome.measured["samples"] == 1
-    curate({"sources": [str(planted[0])]}, curated[0])
 
 
 def test_the_page_counts_what_was_dropped(curated: Curated, planted: Planted) -> None:
