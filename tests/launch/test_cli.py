@@ -216,8 +216,8 @@ getattr(__main__, sys.argv[1])() if sys.argv[1:] else cli.main()
 """
 
 
-@pytest.mark.parametrize(("entered", "said"), [((), "found\n"), (("enter",), "")])
-def test_what_a_command_leaves_behind_is_not_looked_for(entered: tuple[str, ...], said: str) -> None:
-    """A search for garbage at the end of a process finds a million records of a planner, and frees none for anybody."""
+@pytest.mark.parametrize("entered", [(), ("enter",)])
+def test_what_a_command_leaves_behind_is_let_go(entered: tuple[str, ...]) -> None:
+    """Else libraries tell of leaks behind the command's own last line: nanobind's functions of triton, after a run."""
     ended = subprocess.run([sys.executable, "-c", LEFT_BEHIND, *entered], capture_output=True, text=True, check=True)
-    assert ended.stdout == said
+    assert ended.stdout == "found\n"
