@@ -10,8 +10,8 @@ from typing import Annotated
 
 from ..errors import CinemeshError
 from ..model.buckets import Latent
-from ..model.codec import LatentCodec
 from ..ranges import BATCH_RANGE, WEIGHT_RANGE, check_ranges, integers, reals
+from .codec import LatentCodec
 from .windows import ROUNDING_S, grid_frames
 
 Frames = Annotated[int, integers(1, 10_000, "all frames of a window are in memory at once", "frames")]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import CinemeshError
 from ..files import atomic_file
-from ..model.codec import COEFFICIENTS, STRIDE, BlockDCTCodec
+from .codec import COEFFICIENTS, STRIDE, BlockDCTCodec
 
 SHIPPED = Path(__file__).parent.parent / "configs" / "dct-context.safetensors"
 REACH = 3  # latents along time, height and width that a block is decoded from

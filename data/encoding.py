@@ -17,16 +17,16 @@ from torch import Tensor
 
 from ..documents import quoted
 from ..errors import CinemeshError, did_you_mean
-from ..model.codec import BlockDCTCodec, LatentCodec
-from ..model.frame_codec import FrameDCTCodec
 from ..model.inputs import LATENTS, MASK, text_input
 from ..model.tae.codec import Precision, TAECodec
 from ..model.tae.files import is_autoencoder
 from ..parallel.ir.frozen_layers import sharing_ranks
 from ..parallel.ir.plan import Plan
 from ..parallel.runtime.comm import Communicator
+from .codec import BlockDCTCodec, LatentCodec
 from .context_codec import SHIPPED, ContextDCTCodec
 from .diffusers_codec import DiffusersCodec
+from .frame_codec import FrameDCTCodec
 from .low_resolution import LowResolution, LowResolutionSettings
 from .text import EncoderSettings, TextEncoder, build_encoders
 
@@ -44,7 +44,7 @@ class CodecSettings(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockDCT(CodecSettings):
-    """The fixed block DCT of ``model/codec.py``, which needs no training and has nothing to set."""
+    """The fixed block DCT of ``data/codec.py``, which needs no training and has nothing to set."""
 
     kind: Literal["block-dct"] = "block-dct"
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CinemeshError
-from ..model.codec import LatentCodec
 from ..model.config import LOW_RESOLUTION, LatentCondition
 from ..ranges import SEED_RANGE, check_ranges, integers, reals
+from .codec import LatentCodec
 from .degrade import ClipDraws, degraded
 
 FORMAT = 1  # raise it when another low-resolution clip is made of the same settings

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..model.codec import LatentCodec
+from .codec import LatentCodec
 from .encoding import CodecSettings, Encoding
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.codec import LatentCodec
+from ..data.codec import LatentCodec
 
 WINDOW_PX, WINDOW_STD_PX = 11, 1.5  # of SSIM's Gaussian: Wang et al. 2004, section III.C
 LUMINANCE, CONTRAST = 0.01, 0.03  # its K1 and K2, likewise

@@ -9,13 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ..parallel.ir.builder import Builder
 from ..parallel.ir.records import Buffer
 
 ObjectiveName = Literal["flow-matching", "v-prediction"]
-OBJECTIVE_NAMES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
 
 
 class Objective(ABC):

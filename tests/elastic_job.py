@@ -315,7 +315,7 @@ PLACES: dict[str, Callable[[Fault, Happens], None]] = {
     "prune": before_a_call("launch.training.checkpoint.saving", "prune", "a checkpoint"),
     "report": before_a_call("launch.training.reports:Reports", "report", "reporting"),
     "video": before_a_call("data.cache.decoding", "read_windows", "where it starts"),
-    "clip": before_a_call("model.codec:BlockDCTCodec", "decode", "decoding clips"),
+    "clip": before_a_call("data.codec:BlockDCTCodec", "decode", "decoding clips"),
 }
 
 

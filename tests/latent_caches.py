@@ -13,10 +13,10 @@ from cinemesh.data.cache import building
 from cinemesh.data.cache.building import CacheBuild
 from cinemesh.data.cache.samples import Cache
 from cinemesh.data.clips import write_mp4
+from cinemesh.data.codec import BlockDCTCodec
 from cinemesh.data.encoding import BlockDCT, Encoding
 from cinemesh.data.settings import DataSettings
 from cinemesh.data.text import ByteEncoder
-from cinemesh.model.codec import BlockDCTCodec
 
 CLIPS = 6
 ENCODING = Encoding(BlockDCT(), BlockDCTCodec(), (ByteEncoder(4, 24, "letters"),))

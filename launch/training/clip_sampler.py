@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...model.block_change import BlockChange
 from ...model.inputs import BatchShape
 from ...model.paths import PATHS
 from ...model.runner import StepRunner
@@ -20,6 +19,7 @@ from ...parallel.runtime.comm import Communicator, gather_objects
 from ..cluster.marks import Doing
 from ..cluster.processes import Joined
 from ..progress import progress
+from .block_change import BlockChange
 from .captions import place_encoders
 from .setting import Setting
 

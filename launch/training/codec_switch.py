@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...data.codec import LatentCodec
 from ...documents import quoted
 from ...errors import CinemeshError
-from ...model.codec import LatentCodec
 from ...model.config import ModelConfig
 from ...model.weights import full, initial_values
 from ...parallel.ir.units import Parameter

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...data.clips import playable, write_pieces
+from ...data.codec import clip_pieces
 from ...data.scenes import read_captions
 from ...data.text import with_fps
 from ...documents import exactly, quoted, read_json
@@ -24,7 +25,6 @@ from ...evaluation.bench import read_prompts
 from ...evaluation.rewriting.rewriter import Rewriter
 from ...files import atomic_file, check_output_file
 from ...kernels.dtypes import TORCH_DTYPES
-from ...model.codec import clip_pieces
 from ...model.step import unit_layout
 from ...parallel.runtime.mesh import coordinates
 from ..cluster.environment import processes_here, say_device, world_size

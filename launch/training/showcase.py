@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ...data.cache.samples import Cache, Samples
 from ...data.clips import write_contact_sheet, write_mp4
+from ...data.codec import LatentCodec
 from ...evaluation.reconstruction import psnr
 from ...files import atomic_file
 from ...kernels.philox import Purpose
-from ...model.codec import LatentCodec
 from ...model.flow import draw_noise
 from ...model.runner import StepRunner
 from ...parallel.layers.sharded import FROZEN_STATE

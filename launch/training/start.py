@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...data.codec import LatentCodec
 from ...errors import CinemeshError
-from ...model.codec import LatentCodec
 from ...model.config import ModelConfig, parameters
 from ...model.runner import StepRunner
 from ...model.weights import initial_values

@@ -89,6 +89,10 @@ class Builder:
         assert full not in self.buffers, f"two buffers named {full}"
         return full
 
+    def _elements(self, shape: tuple[int, ...], placement: Placement) -> int:
+        """What one rank holds."""
+        return math.prod(local_shape(shape, placement, self.sizes))
+
     def _add(self, buffer: Buffer, *, renamed: bool = False) -> Buffer:
         self.buffers[buffer.name] = buffer
         if renamed:
@@ -157,10 +161,9 @@ class Builder:
         """A contiguous part of ``base``, from local element ``offset`` on, under another shape."""
         facts = {"role": role or name, "base": base.name, "offset": offset}
         view = self._buffer(name, tuple(shape), base.dtype, placement, **facts)
-        if view.placement.sharded != base.placement.sharded or view.placement.partial != base.placement.partial:
+        if not placement.shares(base.placement):
             raise PlacementError(f"view {view.name} placed {placement} of {base.name} placed {base.placement}")
-        size = math.prod(local_shape(view.shape, placement, self.sizes))
-        room = math.prod(local_shape(base.shape, base.placement, self.sizes))
+        size, room = self._elements(view.shape, placement), self._elements(base.shape, base.placement)
         if offset < 0 or offset + size > room:
             raise PlacementError(
                 f"view {view.name}: elements {offset} to {offset + size} of {base.name}, which has {room}"
@@ -369,24 +372,16 @@ class Builder:
             in_place[0] = len(inputs)
         for index, labels in enumerate(signature.outputs):
             shape = tuple([extents[label] for label in labels])
-            dtype = self._dtype(kind, dtypes, index, inputs)
+            dtype = inputs[0].dtype if dtypes is None else dtypes if isinstance(dtypes, str) else dtypes[index]
             target = (into or {}).get(index)
             if index in in_place:
                 old = reads[in_place[index]]
-                if old.placement != placements[index] or old.shape != shape:
-                    raise PlacementError(
-                        f"{op_name}: adds a result placed {placements[index]} of shape {shape} "
-                        f"to {old.name} placed {old.placement} of shape {old.shape}"
-                    )
+                _demand_fits(op_name, "added to", old, shape, placements[index])
                 self._consumed.add(old.name)
                 facts = {"role": roles[index], "base": old.name, "strides": old.strides}
                 target = self._add(self._buffer(names[index], shape, old.dtype, old.placement, **facts))
             elif target is not None:
-                if target.placement != placements[index] or target.shape != shape:
-                    raise PlacementError(
-                        f"{op_name}: result placed {placements[index]} of shape {shape} written to "
-                        f"{target.name} placed {target.placement} of shape {target.shape}"
-                    )
+                _demand_fits(op_name, "written to", target, shape, placements[index])
             else:
                 local_shape(shape, placements[index], self.sizes)
                 target = self._add(self._buffer(names[index], shape, dtype, placements[index], role=roles[index]))
@@ -403,11 +398,6 @@ class Builder:
         full = f"{self._scope}/{name}" if self._scope else name
         assert full not in self._by_name, f"two ops named {full}"
         return full
-
-    def _dtype(self, kind: str, dtypes: Sequence[str] | str | None, index: int, inputs: Sequence[Buffer]) -> str:
-        if dtypes is None:
-            return inputs[0].dtype
-        return dtypes if isinstance(dtypes, str) else dtypes[index]
 
     def _track(
         self,
@@ -503,7 +493,7 @@ class Builder:
         """``base`` whole again, once all its parts were replaced in place: the same storage, placed as they are."""
         spans: list[tuple[int, int]] = []
         for part in parts:
-            if part.placement.partial != placement.partial or part.placement.sharded != placement.sharded:
+            if not part.placement.shares(placement):
                 raise PlacementError(f"join {name} placed {placement} of {part.name} placed {part.placement}")
             self._read(name, part, 0)
             self._consumed.add(part.name)
@@ -512,9 +502,9 @@ class Builder:
                 if inner.base is None:
                     raise PlacementError(f"join {name}: {part.name} is no part of {base.name}")
                 offset, inner = offset + inner.offset, self.buffers[inner.base]
-            spans.append((offset, offset + math.prod(local_shape(part.shape, part.placement, self.sizes))))
+            spans.append((offset, offset + self._elements(part.shape, part.placement)))
         spans.sort()
-        size = math.prod(local_shape(base.shape, base.placement, self.sizes))
+        size = self._elements(base.shape, base.placement)
         ends = [0, *(stop for _, stop in spans)]
         if [start for start, _ in spans] != ends[:-1] or ends[-1] != size:
             raise PlacementError(
@@ -583,11 +573,7 @@ class Builder:
             raise PlacementError(f"{op_name}: {kind} of dim {dim} of {x.shape}: only the outermost dim is concatenated")
         self._read(op_name, x, 0)
         if into is not None:
-            if into.placement != placement or into.shape != x.shape:
-                raise PlacementError(
-                    f"{op_name}: result placed {placement} of shape {x.shape} written to "
-                    f"{into.name} placed {into.placement} of shape {into.shape}"
-                )
+            _demand_fits(op_name, "written to", into, x.shape, placement)
             if into.strides is not None:
                 raise PlacementError(f"{op_name}: {kind} into {into.name}, which is not contiguous")
             issued = into
@@ -636,11 +622,6 @@ class Builder:
         self._demand_complete(f"gradient of {parameter.name}", gradient, parameter.name)
         self._settled.update(self._contributions(gradient.name))
 
-    def expect(self, buffer: Buffer, placement: Placement) -> Buffer:
-        if buffer.placement != placement:
-            raise PlacementError(f"{buffer.name} is placed {buffer.placement}; expected {placement}")
-        return buffer
-
     def finish(self, outputs: dict[str, tuple[Buffer, Placement]], *, blocks: int = 0) -> Program:
         """Check the outputs' stated placements and that everything else was read. ``blocks``: of the model."""
         for name, (buffer, placement) in outputs.items():
@@ -657,3 +638,11 @@ class Builder:
             raise PlacementError(f"nobody reads {sorted(self._unread)[:5]} ({len(self._unread)} outputs)")
         made = {name: buffer.name for name, (buffer, _) in outputs.items()}
         return Program(self.plan, self.buffers, self.ops, made, tuple(self._inputs), self._states, blocks)
+
+
+def _demand_fits(op: str, how: str, target: Buffer, shape: tuple[int, ...], placement: Placement) -> None:
+    if target.placement != placement or target.shape != shape:
+        raise PlacementError(
+            f"{op}: result placed {placement} of shape {shape} {how} "
+            f"{target.name} placed {target.placement} of shape {target.shape}"
+        )

@@ -330,10 +330,6 @@ class Streams(KnobGroup):
         """What differs from NCCL's own thread blocks, all SMs for compute, priority for all: ``["tp_ctas=8"]``."""
         return written(self, knobs(Streams))
 
-    @property
-    def sets_streams(self) -> bool:
-        return bool(self.streams)
-
     def ctas(self, axes: tuple[str, ...]) -> int:
         """Thread blocks of a collective over ``axes``; 0: NCCL's own choice."""
         return next((getattr(self, f"{name}_ctas") for name, group in STREAMS.items() if group == axes), 0)

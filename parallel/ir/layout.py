@@ -54,6 +54,10 @@ class Placement:
     def sharded(self) -> frozenset[str]:
         return frozenset([axis for axes in self.dims for axis in axes])
 
+    def shares(self, other: Placement) -> bool:
+        """Whether ranks hold equal parts of what has either placement, whatever its shape: split and Partial alike."""
+        return self.sharded == other.sharded and self.partial == other.partial
+
     def gathered(self, axes: Axes, dim: int) -> Placement:
         """After an all-gather: the innermost axes of ``dim`` come off; any other order is refused."""
         if not 0 <= dim < len(self.dims) or self.dims[dim][len(self.dims[dim]) - len(axes) :] != axes or not axes:

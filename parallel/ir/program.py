@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -140,7 +141,15 @@ class Program:
         return found[1]
 
     def counts(self, op: Op) -> tuple[int, int, int]:
-        """FLOPs, bytes moved and workspace of a compute op by the op table."""
+        """FLOPs, bytes moved at least and workspace of a record on one rank, by the op table.
+
+        Collectives and waits have none, a fused record those of its parts.
+        """
+        if op.kind in FUSED:
+            flops, moved, workspaces = zip(*map(self.counts, op.parts), strict=True)
+            return sum(flops), sum(moved), max(workspaces)
+        if op.kind not in OPS:
+            return 0, 0, 0
         key = self.alike(op)
         found = self._counted.get(key)
         if found is None:
@@ -149,21 +158,13 @@ class Program:
         return found
 
     def flops(self, op: Op) -> int:
-        """FLOPs of one rank. Collectives and waits have none."""
-        if op.kind in FUSED:
-            return sum(self.flops(part) for part in op.parts)
-        return self.counts(op)[0] if op.kind in OPS else 0
+        return self.counts(op)[0]
 
     def bytes_moved(self, op: Op) -> int:
-        """Bytes that a compute op reads and writes at least."""
-        if op.kind in FUSED:
-            return sum(self.bytes_moved(part) for part in op.parts)
-        return self.counts(op)[1] if op.kind in OPS else 0
+        return self.counts(op)[1]
 
     def workspace_bytes(self, op: Op) -> int:
-        if op.kind in FUSED:
-            return max(self.workspace_bytes(part) for part in op.parts)
-        return self.counts(op)[2] if op.kind in OPS else 0
+        return self.counts(op)[2]
 
     def payload_bytes(self, op: Op) -> int:
         """Full gathered size of a collective: the larger side; of a copy between spaces, what it copies."""
@@ -187,6 +188,16 @@ class Program:
             made._root, made._spans = dict(self._root), dict(self._spans)
             made._alike, made._storages = self._alike, self._storages
         return made
+
+    def reordered(self, before: Mapping[int, Sequence[int]]) -> Program:
+        """The same with records moved: ``before`` says of a position which others now stand in front of it."""
+        moved = {i for positions in before.values() for i in positions}
+        ops: list[Op] = []
+        for i in range(len(self.ops) + 1):
+            ops += [self.ops[k] for k in before.get(i, ())]
+            if i < len(self.ops) and i not in moved:
+                ops.append(self.ops[i])
+        return self.with_ops(ops)
 
     def under(self, plan: Plan) -> Program:
         """The same under another plan; where that splits the buffers alike, what is known of them is handed on."""

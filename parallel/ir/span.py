@@ -44,11 +44,6 @@ class Span:
         """Of its run, what compute waited for."""
         return min(self.waited_s, self.ran_s)
 
-    @property
-    def overlapped_s(self) -> float:
-        """Of its run, what compute hid."""
-        return self.ran_s - self.exposed_s
-
 
 def role(record: Span | Op) -> str:
     """Under what records of all blocks and micro-batches are summed, as ``blocks.*.forward/kv_gathered~``."""

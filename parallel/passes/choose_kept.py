@@ -87,6 +87,11 @@ class KeptChoice:
     kept_bytes: int
     bound_seconds: float
 
+    @classmethod
+    def uniform(cls, point: KeptPoint, blocks: int, bound_seconds: float) -> KeptChoice:
+        """The same for all blocks."""
+        return cls(point, point, 0, blocks * point.seconds, blocks * point.kept_bytes, bound_seconds)
+
     def applied(self, plan: Plan) -> Plan:
         """``plan`` with this choice."""
         mixed = {"recompute_last": self.last.keep, "last_blocks": self.last_blocks} if self.last_blocks else {}
@@ -285,8 +290,7 @@ def share_budget(block: BlockCosts, blocks: int, budget_bytes: int) -> KeptChoic
         (blocks - many) * low.kept_bytes + many * high.kept_bytes,
         bound,
     )
-    named = [block.point(name) for name in ("none", "selective", "full")]
-    uniform = [KeptChoice(p, p, 0, blocks * p.seconds, blocks * p.kept_bytes, bound) for p in named]
+    uniform = [KeptChoice.uniform(block.point(name), blocks, bound) for name in ("none", "selective", "full")]
     return min((c for c in (mixed, *uniform) if c.kept_bytes <= budget_bytes), key=lambda c: (c.seconds, c.kept_bytes))
 
 
@@ -332,8 +336,7 @@ def choose_kept(
             break
         guess = (low + high) // 2
     for name in ("none", "selective"):
-        point = block.point(name)
-        uniform = KeptChoice(point, point, 0, blocks * point.seconds, blocks * point.kept_bytes, best.bound_seconds)
+        uniform = KeptChoice.uniform(block.point(name), blocks, best.bound_seconds)
         if uniform.seconds < best.seconds and peak_bytes(uniform.applied(plan)) <= limit_bytes:
             best = uniform
     return best.applied(plan), best

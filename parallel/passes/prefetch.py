@@ -6,7 +6,6 @@ from itertools import groupby
 
 from ..ir.layout import FSDP
 from ..ir.program import Program
-from ..ir.records import Op
 
 
 def prefetch(program: Program) -> Program:
@@ -25,8 +24,7 @@ def prefetch(program: Program) -> Program:
     for i, op in enumerate(program.ops):
         for name in op.inputs:
             last_read[program.root(name)[0]] = i
-    moved: dict[int, list[Op]] = {}
-    taken: set[int] = set()
+    moved: dict[int, list[int]] = {}
     floor = 0
     for k, group in enumerate(gathers):
         if k == 0:
@@ -38,11 +36,5 @@ def prefetch(program: Program) -> Program:
             floor = max(floor, *(last_read[root] for root in freed))
         for i in group:
             if floor < i:
-                moved.setdefault(floor, []).append(program.ops[i])
-                taken.add(i)
-    ops: list[Op] = []
-    for i, op in enumerate(program.ops):
-        if i not in taken:
-            ops.append(op)
-        ops.extend(moved.get(i, ()))
-    return program.with_ops(ops)
+                moved.setdefault(floor + 1, []).append(i)
+    return program.reordered(moved)

@@ -29,7 +29,7 @@ from ..ir.collectives import FUSED
 from ..ir.communicators import communicator
 from ..ir.dependencies import accesses
 from ..ir.program import Program
-from ..ir.records import Op, Phase
+from ..ir.records import Phase
 from .prices import Price
 from .windows import Stretch, cuts, ends_reduction, follows_of, signature, temporaries
 
@@ -101,8 +101,7 @@ def delay_reductions(program: Program) -> Program:
     touched = accesses(program)
     waits = [i for i, op in enumerate(program.ops) if ends_reduction(program, op)]
     firsts = [touched[program.root(program.ops[i].inputs[1])[0]][0] for i in waits]
-    moved: dict[int, list[Op]] = {}
-    taken: set[int] = set()
+    moved: dict[int, list[int]] = {}
     limit = next((i for i, op in enumerate(program.ops) if op.place.phase is Phase.UPDATE), len(program.ops))
     for k, i in enumerate(waits):
         behind, shard = [i], program.root(program.ops[i].outputs[0])[0]
@@ -114,14 +113,8 @@ def delay_reductions(program: Program) -> Program:
             behind.append(j)
         target = min(firsts[k + bound] if k + bound < len(waits) else limit, limit)
         if target > behind[-1] + 1:
-            moved.setdefault(target, []).extend(program.ops[j] for j in behind)
-            taken.update(behind)
-    ops: list[Op] = []
-    for i, op in enumerate(program.ops):
-        ops.extend(moved.get(i, ()))
-        if i not in taken:
-            ops.append(op)
-    return program.with_ops(ops)
+            moved.setdefault(target, []).extend(behind)
+    return program.reordered(moved)
 
 
 @dataclass

@@ -22,17 +22,20 @@ def stage_for_gloo(program: Program) -> Program:
             names = (staged[part.name] for part in parts if part.name in staged)
             return replace(op, outputs=(*op.outputs, *names), comm=replace(op.comm, parts=parts))
         if op.kind == "reduce_scatter":
-            name = f"{op.name}.staging"
-            facts = {"name": name, "base": None, "offset": 0, "kind": BufferKind.TEMPORARY}
-            extra[name] = replace(program.buffers[op.inputs[0]], **facts)
-            staged[op.name] = name
-            return replace(op, outputs=(*op.outputs, name))
+            made = _staging(op, program.buffers[op.inputs[0]])
+            extra[made.name], staged[op.name] = made, made.name
+            return replace(op, outputs=(*op.outputs, made.name))
         if op.is_wait and op.waits_for in staged:
             return replace(op, inputs=(*op.inputs, staged[op.waits_for]))
         return op
 
     ops = [stage(op) for op in program.ops]
     return program.with_ops(ops, extra)
+
+
+def _staging(op: Op, like: Buffer) -> Buffer:
+    """A storage of its own, as large as another buffer."""
+    return replace(like, name=f"{op.name}.staging", base=None, offset=0, kind=BufferKind.TEMPORARY)
 
 
 def stage_symmetric(program: Program) -> Program:
@@ -53,10 +56,9 @@ def stage_symmetric(program: Program) -> Program:
         elif op.kind == "matmul_scatter":
             rows = max(rows, 2 * program.local_elements(op.outputs[0]))
             if len(op.inputs) > 2:
-                name = f"{op.name}.staging"
-                facts = {"name": name, "base": None, "offset": 0, "kind": BufferKind.TEMPORARY}
-                extra[name] = replace(program.buffers[op.outputs[1]], **facts)
-                op = replace(op, outputs=(*op.outputs, name))
+                made = _staging(op, program.buffers[op.outputs[1]])
+                extra[made.name] = made
+                op = replace(op, outputs=(*op.outputs, made.name))
         ops.append(op)
     if rows:
         dtype = program.plan.compute_dtype

@@ -10,12 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..ir.collectives import FUSED
-from ..ir.communicators import communicator, communicator_name
-from ..ir.frozen_layers import GATHERS, FrozenLayers, sharing_ranks
-from ..ir.layout import FSDP
-from ..ir.plan import Plan
+from ..ir.communicators import communicator
 from ..ir.program import Program
-from ..ir.records import lane_name
 
 
 @dataclass(frozen=True)
@@ -55,10 +51,3 @@ def difference(ran: list[Entry], planned: list[Entry]) -> str | None:
         if len(got) != len(want):
             return f"lane {lane}: ran {len(got)} collectives; the program has {len(want)}"
     return None
-
-
-def expected_gathers(layers: FrozenLayers, plan: Plan) -> list[Entry]:
-    """What one turn of frozen layers beside a program runs, between two steps; nothing where one rank holds all."""
-    ranks, queue = sharing_ranks(plan), communicator_name(FSDP, GATHERS)
-    sizes = [layers.gathered_bytes(unit, ranks) for unit in range(len(layers.units))]
-    return [Entry(GATHERS, lane_name(FSDP), queue, size) for size in sizes] if ranks > 1 else []

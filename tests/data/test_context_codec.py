@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cinemesh.data.codec import BlockDCTCodec
 from cinemesh.data.context_codec import RIDGE, ContextDCTCodec, fit
 from cinemesh.errors import CinemeshError
 from cinemesh.evaluation.reconstruction import psnr
-from cinemesh.model.codec import BlockDCTCodec
 
 
 def moving(seed: int, frames: int = 16, height: int = 32, width: int = 24) -> Tensor:

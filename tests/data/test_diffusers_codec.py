@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from cinemesh.data.codec import LatentCodec
 from cinemesh.data.encoding import Diffusers, codec_of
 from cinemesh.errors import CinemeshError
-from cinemesh.model.codec import LatentCodec
 
 MEAN, STD = [0.1, -0.2, 0.3, 0.4], [1.5, 2.0, 2.5, 3.0]
 

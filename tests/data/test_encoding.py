@@ -12,12 +12,12 @@ import torch
 from text_models import minilm
 
 from cinemesh.data import encoding
+from cinemesh.data.codec import BlockDCTCodec, LatentCodec
 from cinemesh.data.encoding import BlockDCT, CodecSettings, Encoding
 from cinemesh.data.text import EncoderSettings
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.training.recipe import check_config
 from cinemesh.launch.training.setting import Setting
-from cinemesh.model.codec import BlockDCTCodec, LatentCodec
 from cinemesh.model.inputs import MASK, text_input
 
 RECIPE = {

@@ -14,6 +14,7 @@ from cinemesh.data import degrade
 from cinemesh.data.cache.building import CacheBuild, build_cache
 from cinemesh.data.cache.samples import Cache, collate
 from cinemesh.data.clips import write_mp4
+from cinemesh.data.codec import BlockDCTCodec
 from cinemesh.data.degrade import (
     CRF,
     FIRST_ROUND,
@@ -27,13 +28,12 @@ from cinemesh.data.degrade import (
     jpeg,
 )
 from cinemesh.data.encoding import BlockDCT, Encoding, FrameDCT
+from cinemesh.data.frame_codec import FrameDCTCodec
 from cinemesh.data.low_resolution import LowResolution, LowResolutionSettings, enlarged, padded, reduced, there_and_back
 from cinemesh.data.settings import DataSettings
 from cinemesh.data.text import EncoderSettings
 from cinemesh.errors import CinemeshError
 from cinemesh.evaluation.reconstruction import psnr
-from cinemesh.model.codec import BlockDCTCodec
-from cinemesh.model.frame_codec import FrameDCTCodec
 from cinemesh.model.inputs import LATENTS
 
 CONDITION = "latents.low_resolution"

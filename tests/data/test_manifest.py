@@ -17,6 +17,7 @@ from cinemesh.data.buckets import BucketSettings
 from cinemesh.data.cache.building import build_cache
 from cinemesh.data.cache.samples import Cache
 from cinemesh.data.clips import write_mp4
+from cinemesh.data.codec import BlockDCTCodec
 from cinemesh.data.encoding import BlockDCT, Encoding
 from cinemesh.data.manifest import ClipManifest
 from cinemesh.data.settings import DataSettings
@@ -25,7 +26,6 @@ from cinemesh.data.text import ByteEncoder
 from cinemesh.data.video import read_frames
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.commands.data_index import run_index
-from cinemesh.model.codec import BlockDCTCodec
 
 CODEC = BlockDCTCodec()
 

@@ -14,11 +14,11 @@ from cinemesh.data import stills
 from cinemesh.data.buckets import BucketSettings
 from cinemesh.data.cache.building import SKIPPED_FILE, build_cache
 from cinemesh.data.cache.samples import Cache
+from cinemesh.data.codec import BlockDCTCodec
 from cinemesh.data.encoding import BlockDCT, Encoding
 from cinemesh.data.settings import DataSettings
 from cinemesh.data.text import ByteEncoder
 from cinemesh.errors import CinemeshError
-from cinemesh.model.codec import BlockDCTCodec
 
 ODD = {odd.name: odd for odd in odd_images()}
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from cinemesh.data.codec import BlockDCTCodec
 from cinemesh.evaluation.reconstruction import Gaussian, psnr, reconstruct, ssim
-from cinemesh.model.codec import BlockDCTCodec
 
 
 def noisy(shape: tuple[int, ...], seed: int) -> Tensor:

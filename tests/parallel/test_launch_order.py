@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from frozen_gathers import expected_gathers
 from harness import Pool
 
 from cinemesh.launch.proof.parity import LR, OPTIMIZER, load_batch
@@ -36,7 +37,6 @@ from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.ir.program import Program
 from cinemesh.parallel.passes.pipeline import prepare
 from cinemesh.parallel.runtime.comm import BoundCollective, Communicator
-from cinemesh.parallel.runtime.ledger import expected_gathers
 from cinemesh.parallel.runtime.mesh import Mesh, group_ranks
 
 FAMILIES = {

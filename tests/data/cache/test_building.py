@@ -18,6 +18,7 @@ from cinemesh.data.cache.building import OLD_FILE, SKIPPED_FILE
 from cinemesh.data.cache.building import build_cache as build_version
 from cinemesh.data.cache.samples import Cache, Sample, Windows, collate
 from cinemesh.data.clips import write_mp4
+from cinemesh.data.codec import BlockDCTCodec
 from cinemesh.data.encoding import BlockDCT, Encoding
 from cinemesh.data.settings import DataSettings
 from cinemesh.data.tars import TarWriter
@@ -25,7 +26,6 @@ from cinemesh.data.text import ByteEncoder
 from cinemesh.data.video import read_frames
 from cinemesh.data.windows import held_out, windows
 from cinemesh.errors import CinemeshError
-from cinemesh.model.codec import BlockDCTCodec
 from cinemesh.model.inputs import IDS, LATENTS, MASK, PLACES, text_input
 
 CODEC = BlockDCTCodec()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from frozen_gathers import expected_gathers
 from harness import Pool
 from text_models import minilm, random_clip, random_t5
 from torch import Tensor
@@ -15,7 +16,7 @@ from cinemesh.data.encoders.directory import HuggingFaceEncoder
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.runtime.comm import Communicator
 from cinemesh.parallel.runtime.frozen_layers import GatheredLayers
-from cinemesh.parallel.runtime.ledger import Entry, expected_gathers
+from cinemesh.parallel.runtime.ledger import Entry
 from cinemesh.parallel.runtime.mesh import Mesh
 
 CAPTIONS = ["FPS-24 A big grey rabbit stretches.", "", "A bus in a city, and another one behind it.", "Rain."]

@@ -13,6 +13,7 @@ from checkpoints import TINY, filled, plan_of, runner_of, whole_states
 from harness import Pool
 from training import recipe, refusal, start
 
+from cinemesh.data.codec import BlockDCTCodec
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.training.checkpoint.choosing import FOLDER, VALIDATION_LOSS
 from cinemesh.launch.training.checkpoint.manifest import read_manifest
@@ -21,7 +22,6 @@ from cinemesh.launch.training.codec_switch import LATENTS_OF, check_switch, late
 from cinemesh.launch.training.recipe import StartFrom
 from cinemesh.launch.training.start import begin
 from cinemesh.launch.training.telemetry import LOG_FILE
-from cinemesh.model.codec import BlockDCTCodec
 from cinemesh.model.config import LatentCondition, ModelConfig, parameters
 from cinemesh.model.weights import full, initial_values, probe_values
 from cinemesh.parallel.ir.plan import Plan

@@ -21,6 +21,7 @@ from training import STATES, cinemesh, in_two_batches, in_two_buckets, recipe, s
 from cinemesh.data.cache import drawn
 from cinemesh.data.cache.building import build_cache
 from cinemesh.data.cache.samples import Sample, collate
+from cinemesh.data.codec import BlockDCTCodec
 from cinemesh.data.order import Stream, drawn_buckets, samples_of_a_read
 from cinemesh.data.video import frame_rate, read_frames
 from cinemesh.errors import CinemeshError
@@ -42,7 +43,6 @@ from cinemesh.launch.training.telemetry import METRICS_FILE, Telemetry, read_met
 from cinemesh.launch.training.validation import SEED, HeldOutLoss, Validation
 from cinemesh.model import flow
 from cinemesh.model.blueprint import Blueprint, PlacedStep
-from cinemesh.model.codec import BlockDCTCodec
 from cinemesh.model.config import parameters
 from cinemesh.model.inputs import LATENTS, MASK, text_input
 from cinemesh.model.reference import Reference

@@ -15,6 +15,7 @@ from harness import Pool
 from PIL import Image
 from torch import Tensor
 
+from cinemesh.data.codec import BlockDCTCodec
 from cinemesh.data.text import ByteEncoder
 from cinemesh.data.video import frame_rate, read_frames
 from cinemesh.errors import CinemeshError
@@ -26,7 +27,6 @@ from cinemesh.launch.training.checkpoint.saving import save
 from cinemesh.launch.training.clip_sampler import ClipSampler
 from cinemesh.launch.training.recipe import check_config
 from cinemesh.launch.training.setting import Setting
-from cinemesh.model.codec import BlockDCTCodec
 from cinemesh.model.config import Encoder, ModelConfig
 from cinemesh.model.inputs import MASK, BatchShape, text_input
 from cinemesh.model.runner import StepRunner

@@ -16,11 +16,11 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from torch import Tensor
 from training import recipe, start, states, stop_in_step
 
+from cinemesh.data.codec import BlockDCTCodec
 from cinemesh.data.video import read_frames
 from cinemesh.errors import CinemeshError
 from cinemesh.evaluation.reconstruction import psnr
 from cinemesh.launch.training.telemetry import LOG_FILE
-from cinemesh.model.codec import BlockDCTCodec
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cinemesh.data.cache.decoding import decoded_windows
+from cinemesh.data.codec import LatentCodec
 from cinemesh.data.context_codec import SHIPPED, ContextDCTCodec
 from cinemesh.data.encoding import TAE, codec_of
 from cinemesh.data.scenes import read_captions
 from cinemesh.data.settings import CAPTIONS, DataSettings
 from cinemesh.errors import CinemeshError
-from cinemesh.model.codec import LatentCodec
 from cinemesh.model.tae import files, tiles
 from cinemesh.model.tae.building import build
 from cinemesh.model.tae.codec import TAECodec, latent_statistics, to_frames, to_pixels

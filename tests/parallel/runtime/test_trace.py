@@ -26,8 +26,8 @@ from cinemesh.parallel.runtime.trace import traced_step
 def test_time_is_split_by_hand() -> None:
     """Of a collective's run, what compute waited for and what it hid; a wait that woke up late is no more than it."""
     hidden, exposed = (Span("g", "all_gather", "tp", 0.0, 0.0, 4.0, waited) for waited in (1.0, 4.5))
-    assert (hidden.overlapped_s, hidden.exposed_s) == (3.0, 1.0)
-    assert (exposed.overlapped_s, exposed.exposed_s) == (0.0, 4.0)
+    assert (hidden.ran_s, hidden.exposed_s) == (4.0, 1.0)
+    assert (exposed.ran_s, exposed.exposed_s) == (4.0, 4.0)
 
 
 def test_records_of_all_blocks_are_summed_under_one_role() -> None:
@@ -83,4 +83,4 @@ def test_every_record_is_in_the_trace_of_a_real_step(pool: Pool, text: str) -> N
             if span.kind not in OPS and span.kind != "wait":
                 wait = waits[span.name]
                 assert span.issued_s <= wait.start_s and span.end_s <= wait.end_s
-                assert span.overlapped_s + span.exposed_s == pytest.approx(span.ran_s)
+                assert 0 <= span.exposed_s <= span.ran_s

@@ -7,10 +7,9 @@ of all values are kept, and hardly anything is lost.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
-from .codec import OPPONENT_AXES, BlockDCTCodec, Coefficient
+from .codec import BlockDCTCodec, Coefficient
 
 # By the side of a block, the 16 coefficients with most energy over the training frames of the seven quick-start scenes
 # (configs/captions.yaml) at 128 px, each scene weighing the same. Mean and std are measured over those frames, for
@@ -58,6 +57,7 @@ FRAME_COEFFICIENTS: Mapping[int, tuple[Coefficient, ...]] = {
 class FrameDCTCodec(BlockDCTCodec):
     """Sixteen normalised coefficients of each block of ``side`` x ``side`` pixels of a frame; ``side`` is 8 or 4."""
 
+    name = "frame-dct"
     temporal_stride = 1
 
     def __init__(self, side: int = 8) -> None:
@@ -66,11 +66,4 @@ class FrameDCTCodec(BlockDCTCodec):
             f"A latent holds {self.channels} numbers for a block of {side} x {side} pixels of a frame, so an error in "
             "one of them shows on the whole block as a square."
         )
-        self._coefficients = FRAME_COEFFICIENTS[side]
-        self._keep(self._coefficients)
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of every constant of the codec."""
-        constants = repr((self.spatial_stride, OPPONENT_AXES, [tuple(c) for c in self._coefficients]))
-        return f"frame-dct-{hashlib.sha256(constants.encode()).hexdigest()[:16]}"
+        self._keep(FRAME_COEFFICIENTS[side])

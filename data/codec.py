@@ -4,7 +4,7 @@ The paper's temporal autoencoder (3.1.1) is learned and compresses 8x along time
 width into 16 channels. ``BlockDCTCodec`` has the same latent shape and is a fixed linear map: each
 block of 8 frames x 8 x 8 pixels is written in an orthonormal basis, cosines along time, height and
 width (DCT-II) times an opponent-colour axis; the 16 coefficients with most energy are kept and
-normalised. The basis is orthonormal, so decoding is the transposed map (``data/context_codec.py``
+normalised. The basis is orthonormal, so decoding is the transposed map (``context_codec.py``
 decodes the same latents better). A learned autoencoder replaces it by meeting ``LatentCodec``.
 
     T frames   H, W pixels   C channels   t, h, w latent dims: t = ceil(T / 8), h = H / 8, w = W / 8
@@ -113,6 +113,7 @@ OPPONENT_AXES = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))
 class BlockDCTCodec:
     """Sixteen normalised coefficients of the 8x8x8 block DCT: fixed, linear, float32, CPU."""
 
+    name = "block-dct"
     channels = len(COEFFICIENTS)
     temporal_stride = STRIDE
     spatial_stride = STRIDE
@@ -126,6 +127,7 @@ class BlockDCTCodec:
 
     def _keep(self, coefficients: Sequence[Coefficient]) -> None:
         """These, of blocks of the strides."""
+        self.coefficients = coefficients
         self.basis = _basis(self.temporal_stride, self.spatial_stride, coefficients)  # orthonormal rows
         self.mean = torch.tensor([c.mean for c in coefficients])
         self.std = torch.tensor([c.std for c in coefficients])
@@ -133,8 +135,8 @@ class BlockDCTCodec:
     @property
     def fingerprint(self) -> str:
         """A hash of every constant of the codec."""
-        constants = repr((STRIDE, OPPONENT_AXES, [tuple(c) for c in COEFFICIENTS]))
-        return f"block-dct-{hashlib.sha256(constants.encode()).hexdigest()[:16]}"
+        constants = repr((self.spatial_stride, OPPONENT_AXES, [tuple(c) for c in self.coefficients]))
+        return f"{self.name}-{hashlib.sha256(constants.encode()).hexdigest()[:16]}"
 
     def latent_frames(self, frames: int) -> int:
         return math.ceil(frames / self.temporal_stride)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from cinemesh.data import codec as codec_module
+from cinemesh.data.codec import COEFFICIENTS, BlockDCTCodec, Coefficient, clip_pieces
 from cinemesh.errors import CinemeshError
 from cinemesh.evaluation.reconstruction import psnr
-from cinemesh.model import codec as codec_module
-from cinemesh.model.codec import COEFFICIENTS, BlockDCTCodec, Coefficient, clip_pieces
 
 
 def smooth_clip(frames: int, height: int, width: int) -> Tensor:

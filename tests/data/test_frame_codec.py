@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from cinemesh.data.codec import OPPONENT_AXES
+from cinemesh.data.frame_codec import FRAME_COEFFICIENTS, FrameDCTCodec
 from cinemesh.errors import CinemeshError
 from cinemesh.evaluation.reconstruction import psnr
-from cinemesh.model.codec import OPPONENT_AXES
-from cinemesh.model.frame_codec import FRAME_COEFFICIENTS, FrameDCTCodec
 
 
 def noise(frames: int, height: int, width: int) -> Tensor:

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..parallel.runtime.comm import sum_over_ranks
-from ..parallel.runtime.executor import BoundRecord
-from .sampler import Sampler
+from ...model.sampler import Sampler
+from ...parallel.runtime.comm import sum_over_ranks
+from ...parallel.runtime.executor import BoundRecord
 
 
 class BlockChange:

@@ -9,8 +9,8 @@ from harness import Pool
 from sampling import LATENT, SAMPLES, SEED, STEPS, TINY, captions, noise
 from torch import Tensor, nn
 
+from cinemesh.launch.training.block_change import BlockChange
 from cinemesh.model import flow
-from cinemesh.model.block_change import BlockChange
 from cinemesh.model.config import parameters
 from cinemesh.model.inputs import IDS, MASK, BatchShape, text_input, training_inputs
 from cinemesh.model.reference import Reference
