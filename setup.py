@@ -17,7 +17,14 @@ FOLDERS = (
     *("perf_model", "perf_model/clusters", "perf_model/prices", "perf_model/search", "perf_model/report"),
     *("perf_model/published", "perf_model/calibration"),
     *("evaluation", "evaluation/rewriting"),
-    *("launch", "launch/training", "launch/training/checkpoint", "launch/commands", "launch/proof"),
+    *(
+        "launch",
+        "launch/training",
+        "launch/training/checkpoint",
+        "launch/training/in_memory",
+        "launch/commands",
+        "launch/proof",
+    ),
     *(
         "launch/storage",
         "launch/cluster",

@@ -44,9 +44,9 @@ LIMIT_S, FIRST_S = 3.0, 25.0  # of the watchdogs: a turn takes milliseconds; the
 class Fault:
     """What happens to a rank, and where.
 
-    ``what``: kill, stop (SIGSTOP), sleep, hold (sleep with Python's lock). ``turn``: which of its life, from 0; of a
-    record, the step. ``kind`` and ``part``: of a record, which one of that kind (or any), as a fraction; of a moment,
-    the seconds after the first batch was asked for.
+    ``what``: kill, lose (kill, and its copies in memory), stop (SIGSTOP), sleep, hold (sleep with Python's lock).
+    ``turn``: which of its life, from 0; of a record, the step. ``kind`` and ``part``: of a record, which one of that
+    kind (or any), as a fraction; of a moment, the seconds after the first batch was asked for.
     """
 
     rank: int
@@ -152,14 +152,19 @@ def life(faults: str, recipe: str) -> None:
             row = {"life": number, "rank": rank, "at": time.time(), "step": step, "doing": doing}
             with Path(faults).with_name("fired.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            suffer(fault.what)
+            suffer(fault.what, recipe)
 
         PLACES[fault.where](fault, happens)
     sys.argv = ["train", recipe]
     train.main()
 
 
-def suffer(what: str) -> None:
+def suffer(what: str, recipe: str) -> None:
+    if what == "lose":  # and what its server held
+        memory = Path(yaml.safe_load(Path(recipe).read_text())["logging"]["memory_folder"])
+        for path in memory.glob(f"*/*/{int(os.environ['RANK']):05d}-*"):
+            path.unlink()
+        what = "kill"
     if what in ("kill", "stop"):
         os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGSTOP)
     elif what == "hold":

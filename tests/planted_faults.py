@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def check_kills(job: Job, values: dict[str, Any], undisturbed: dict[str, Any]) -
     for fired in job.fired.values():
         at, line = next((at, line) for at, line in resumed if at > fired["at"]) if fired["step"] else (0.0, "")
         if line:
-            begins = 0 if "from step 0" in line else int(line.rpartition("step-")[2])
+            begins = 0 if "from step 0" in line else int(re.split("step[- ]", line)[-1])
             lost.append(max(0, fired["step"] - 1 - begins))
             restart_s.append(at - fired["at"])
     return {"fired": len(job.fired), "steps_lost": lost, "restart_s": restart_s}

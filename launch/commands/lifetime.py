@@ -97,4 +97,14 @@ def print_lifetime(console: Console, what: str, lives: Lifetime, price: float | 
     row("GPU hours of a million samples", *(f"{one.gpu_hours:,.0f}" for one in both))
     if price is not None:
         row(f"  at {price:g} each", *(f"{one.gpu_hours * price:,.0f}" for one in both))
+    copies = lives.in_memory
+    if copies is not None:
+        with_them = copies.training, copies.training_low
+        row(f"goodput with logging.memory_every: {copies.steps}", *(f"{one:.1%}" for one in with_them))
     console.print(table)
+    if copies is not None:
+        costs = "no more: another has its shards" if copies.replicated else "the steps since the last checkpoint"
+        console.print(
+            f"copies in the servers' memory every {copies.steps:,} steps take {copies.server_bytes / 1e9:,.0f} GB of "
+            f"each and a pause of {copies.pause_s:.2g} s; a server that is lost costs {costs}"
+        )

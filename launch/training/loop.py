@@ -27,14 +27,16 @@ from ..cluster.environment import cores_each, processes_here, world_size
 from ..cluster.meeting import agree
 from ..cluster.processes import Joined, Stopped, StopSignal, joined, launch, rank_main
 from ..cluster.verdict import stages_of
+from ..storage.places import Location
 from .base import BEGUN_WITH
 from .captions import contents, place_encoders, told_losses
 from .checkpoint.choosing import Keep, kept_in
-from .checkpoint.loading import Resumed, resume
+from .checkpoint.loading import resume
 from .checkpoint.saving import Saver
 from .differences import recipe_facts
 from .feed import Feed
 from .goodput import LossCause
+from .in_memory.recovery import CopiesInMemory
 from .latent_cache import open_history
 from .needs import check_training_memory
 from .plateau import VALIDATIONS
@@ -103,10 +105,20 @@ def train_steps(
         programs = {f"program of {latent_text(at)}": program_digest(one.program) for at, one in buckets.runners.items()}
         told = contents(setting.config, setting.encoding, history)
         agree(place.meeting, "code and latent cache", programs | {"latent cache": told})
-    rolled = None
-    while (rolled := _until_spike(setting, place, history, stop, buckets, rolled)) is not None:
+    rolled, copies = None, _copies(setting.config, place, buckets.first)
+    while (rolled := _until_spike(setting, place, history, stop, buckets, rolled, copies)) is not None:
         pass
+    if copies is not None:
+        copies.close()
     return buckets.first
+
+
+def _copies(config: Config, place: Joined, runner: StepRunner) -> CopiesInMemory | None:
+    """Of the states, in the servers' memory, where the recipe asks for them."""
+    if not config.logging.memory_every:
+        return None
+    store = place.meeting.store if place.meeting is not None else None
+    return CopiesInMemory(config.logging.memory_folder, kept_in(config), runner, store)
 
 
 def _until_spike(
@@ -116,19 +128,18 @@ def _until_spike(
     stop: StopSignal,
     buckets: BucketRunner,
     rolled: RolledBack | None,
+    copies: CopiesInMemory | None,
 ) -> RolledBack | None:
     """As :func:`train_steps`, to the end or to a spike, which the run goes back from: to its newest checkpoint."""
     config, speaks, since = setting.config, place.rank == 0, time.time()
     runner, checkpoints = buckets.first, kept_in(config)
-    resumed = resume(checkpoints, runner)
+    found, told = _gone_on_from(checkpoints, runner, copies if rolled is None else None)
     changed = []
-    if resumed:
-        changed = allowed_changes(
-            resumed.manifest.note, config, contents(config, setting.encoding, history, resumed.manifest.step)
-        )
+    if found is not None:
+        changed = allowed_changes(found, config, contents(config, setting.encoding, history, runner.steps_done))
     history.check_withdrawn(runner.steps_done, config.schedule.steps)
-    begun = _at_step_0(setting, runner, resumed)
-    written = resumed.manifest.note if resumed else {}
+    begun = _at_step_0(setting, runner, found)
+    written = found or {}
     carried: dict[str, Any] = {key: written[key] for key in CARRIED if key in written}
     if begun:
         carried[BEGUN_WITH] = begun.note
@@ -141,13 +152,13 @@ def _until_spike(
     telemetry = Telemetry(config.logging.directory, config.schedule.steps, runner.steps_done, since) if speaks else None
     if telemetry:
         telemetry.say(f"{setting.model.name}: {config.plan.equation()} processes on {place.device}; "
-                      + (f"resumed from {resumed.path}" if resumed else "from step 0"))  # fmt: skip
+                      + told[0])  # fmt: skip
         for line in begun.lines if begun else ():
             telemetry.say(line)
         for change in changed:
             telemetry.say(f"not as in the run so far: {change}")
-        for error in resumed.damaged if resumed else ():
-            telemetry.say(f"WARNING: {error.problem}; it was passed over")
+        for passed_over in told[1:]:
+            telemetry.say(f"WARNING: {passed_over}; it was passed over")
         if rolled is not None:
             telemetry.say(rolled.line(runner.steps_done))
         if batches != before or setting.global_batches != asked:
@@ -172,6 +183,7 @@ def _until_spike(
         saver = Saver(checkpoints, runner, Keep(log.keep, log.keep_every, log.keep_best), log.checkpoint_files)
         feed = Feed(config, history, runner.mesh.data_rank if runner.mesh else 0, batches, setting.encoding)
         loop = StepLoop(setting, buckets, feed, saver, telemetry, carried, place.marks, Stragglers.of(place))
+        loop.copies = copies
         if config.sample is not None and config.sample.every:
             loop.shown = ShownClips(setting, place, history.at(runner.steps_done), runner, telemetry)
         if place.watched is not None:
@@ -183,7 +195,7 @@ def _until_spike(
         saver.close()
         if spike is None or config.spikes is None:
             return None
-        spikes = roll_back(spike, config.spikes, checkpoints, carried.get(SPIKES, []), runner.mesh)
+        spikes = roll_back(spike, config.spikes, checkpoints, copies, carried.get(SPIKES, []), runner.mesh)
         if telemetry:
             telemetry.say(f"WARNING: step {spike.step}: {spike}; the run goes back, and passes over the samples since")
         return RolledBack(spikes, loop.feed.batches, loop.feed.bucket[: spike.step])
@@ -192,14 +204,34 @@ def _until_spike(
             telemetry.close()
 
 
-def _at_step_0(setting: Setting, runner: StepRunner, resumed: Resumed | None) -> Begun | None:
-    """States of a run that was not resumed: random, or what a checkpoint begins it with, which is told. Collective."""
+def _gone_on_from(
+    checkpoints: Location, runner: StepRunner, copies: CopiesInMemory | None
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Load what is newest, in the servers' memory or in storage. Collective.
+
+    The note of the run so far, None at step 0; where that was found, and what was passed over.
+    """
+    recovered, passed_over = copies.recover() if copies is not None else (None, [])
+    if recovered is not None:
+        return recovered.note, [f"resumed from the servers' memory, step {recovered.step}", *passed_over]
+    resumed = resume(checkpoints, runner)
+    if resumed is None:
+        return None, ["from step 0", *passed_over]
+    passed_over += [error.problem for error in resumed.damaged]
+    return resumed.manifest.note, [f"resumed from {resumed.path}", *passed_over]
+
+
+def _at_step_0(setting: Setting, runner: StepRunner, resumed: dict[str, Any] | None) -> Begun | None:
+    """States of a run that was not resumed: random, or what a checkpoint begins it with, which is told. Collective.
+
+    ``resumed``: the note of one that was.
+    """
     config = setting.config
     if config.start_from is None:
         if resumed is None:
             runner.initialise(initial_values(config.seed))
         return None
-    put_under(config.start_from, runner, resumed.manifest.note if resumed else None)
+    put_under(config.start_from, runner, resumed)
     if resumed is not None:
         return None
     return begin(config.start_from, runner, config.seed, setting.encoding.codec)

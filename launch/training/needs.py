@@ -38,11 +38,12 @@ def check_training_memory(setting: Setting) -> None:
     local, steps = processes_here(config.plan.world_size), config.schedule.steps
     gpus = device_here(config.device, local) != "cpu"
     check_host_memory((), local, steps=steps)  # before anything is built
-    copy = copy_bytes(unit_layout(setting.model, config.plan))
+    units = unit_layout(setting.model, config.plan)
+    copies = copy_bytes(units, in_memory=config.logging.memory_every > 0)
     steps_of = (build_step(setting.model, config.plan, each, config.optimizer) for each in setting.shapes)
     programs = [prepare(step, backend="nccl" if gpus else "gloo") for step in steps_of]
     encoders = setting.encoder_bytes
-    beside = copy + (0 if gpus else encoders)
+    beside = copies + (0 if gpus else encoders)
     check_host_memory(programs, local, steps=steps, beside_bytes=beside, on_gpus=gpus)
     if gpus:
         check_device_memory(programs, Software.here(config.kernels, config.deterministic), encoders)

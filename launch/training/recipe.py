@@ -177,6 +177,8 @@ class LoggingSection:
     keep: Annotated[int, KEEP_RANGE, "newest checkpoints that stay on disk"] = 2
     keep_every: Annotated[EveryOrNever, "from one checkpoint that stays for good to the next"] = 0
     keep_best: Annotated[bool, "the checkpoint of the lowest validation loss stays, if it was validated"] = False
+    memory_every: Annotated[EveryOrNever, "from one copy of the states in the servers' memory to the next"] = 0
+    memory_folder: Annotated[Path, "where a server keeps such copies, of a file system in memory"] = Path("/dev/shm")
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION_CONFIG)

@@ -137,7 +137,8 @@ def _shown(default: Any) -> str:
     if default is MISSING:
         return "required"
     if isinstance(default, Path):
-        return f"`{'/'.join(default.parts[-2:])}`"
+        package = Path(__file__).parents[2]
+        return f"`{default.relative_to(package) if default.is_relative_to(package) else default}`"
     if default is None or default in ((), {}):
         return ""
     if isinstance(default, tuple):

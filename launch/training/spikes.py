@@ -21,6 +21,7 @@ from .checkpoint.choosing import published
 from .checkpoint.manifest import step_of
 from .checkpoint.publishing import remove, write_failed
 from .checkpoint.together import together
+from .in_memory.recovery import CopiesInMemory
 from .recipe import SpikesSection
 
 SPIKES = "spikes"  # of a checkpoint's note: those that the run was rolled back for
@@ -101,18 +102,26 @@ class LossWatch:
 
 
 def roll_back(
-    spike: Spike, section: SpikesSection, directory: Location, before: Sequence[dict[str, Any]], mesh: Mesh | None
+    spike: Spike,
+    section: SpikesSection,
+    directory: Location,
+    copies: CopiesInMemory | None,
+    before: Sequence[dict[str, Any]],
+    mesh: Mesh | None,
 ) -> list[dict[str, Any]]:
     """Leave the checkpoints that a run goes back to the newest of; all spikes, with this one. Collective.
 
-    Later ones are removed: they are of steps that are not the run's any more. Raises CinemeshError, on all ranks, for
-    one spike too many, and where they cannot be removed.
+    Later ones are removed, after all ``copies`` in memory: they are of steps that are not the run's any more. Raises
+    CinemeshError, on all ranks, for one spike too many, and where they cannot be removed.
     """
     if len(before) >= section.limit:
         raise CinemeshError(
             f"step {spike.step}: {spike}. The run was rolled back {section.limit} times already (spikes.limit)",
             remedy="lower optimizer.lr, look at what these steps drew (cinemesh replay), or raise the limit",
         )
+
+    if copies is not None:
+        copies.forget()
 
     def remove_later() -> None:
         if mesh is not None and mesh.rank:

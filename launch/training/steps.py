@@ -18,12 +18,14 @@ from .average import remark
 from .base import BEGUN_WITH
 from .captions import contents, encoded_in_loop
 from .checkpoint.choosing import VALIDATION_LOSS
+from .checkpoint.manifest import step_of
 from .checkpoint.saving import Saver
 from .checkpoint.together import together
 from .codec_switch import LATENTS_OF, latents_noted, losses_told
 from .differences import RECIPE, recorded
 from .feed import Feed
 from .goodput import LossCause
+from .in_memory.recovery import CopiesInMemory
 from .marked import MarkedRuns
 from .measured_rows import MeasuredRows
 from .numerics import Numerics, gathered
@@ -75,6 +77,8 @@ class StepLoop:
         self.on_gpu = torch.device(self.runner.executor.device).type != "cpu"
         self.runs = MarkedRuns(runners, marks)
         self.shown: ShownClips | None = None
+        self.copies: CopiesInMemory | None = None
+        self.copied = True  # by all ranks, what was to be copied before
         self.held_out = None
         if log.validate_every:
             cache = self.history.at(self.compared)
@@ -98,6 +102,7 @@ class StepLoop:
                 self.shown.show_held_out()
         reports = Reports.of(self.config, self.runners, self.latents, step, self.telemetry, self.stragglers)
         skipped = 0  # updates in a row
+        due = step > 0  # a copy in memory: what is loaded has one holder less, or none
         together(runner.mesh, lambda: self.feed.text.read(step))
         self._encode(step)
         while step < steps:
@@ -105,6 +110,10 @@ class StepLoop:
             self.marks.at(step, Doing.LOADING)
             if not self._load(step, stop):
                 break
+            if due and self.copied and self.copies is not None:
+                with self._losing(LossCause.CHECKPOINT):
+                    self._copy(step, self.copies)
+                due = False
             loaded = time.perf_counter()
             waited_s = self.runs.waited_s
             lr = self.config.schedule.lr(self.config.optimizer.lr, step, self.validations)
@@ -145,6 +154,7 @@ class StepLoop:
             if self.shown is not None and step % self.shown.every == 0:
                 with self._losing(LossCause.SAMPLING):
                     self.shown.show(step)
+            due = due or bool(log.memory_every and step % log.memory_every == 0)
             if log.checkpoint_every and step % log.checkpoint_every == 0:
                 with self._losing(LossCause.CHECKPOINT):
                     self._save(step)
@@ -181,13 +191,16 @@ class StepLoop:
                 raise failure
             if written:
                 self._publish()
+            self.copied = self._has_copied
             return stop.signum is None
-        every = 3 + len(self.latents)  # from there on, what each rank says
+        every = 4 + len(self.latents)  # from there on, what each rank says
         votes = torch.zeros(every + self.config.plan.world_size, dtype=torch.int64)
         votes[every + self.runner.mesh.rank] = round(self.computed_s * UNITS_PER_S)
-        votes[0], votes[1], votes[2], votes[3 + loaded] = stop.signum is not None, failure is not None, written, 1
+        votes[:4] = torch.tensor([stop.signum is not None, failure is not None, written, self._has_copied])
+        votes[4 + loaded] = 1
         votes = comm.sum_over_ranks(votes)
-        stopped, failed, written, *taken = votes[:every].tolist()
+        stopped, failed, written, copied, *taken = votes[:every].tolist()
+        self.copied = copied == self.config.plan.world_size
         self.stragglers.add(votes[every:].tolist() if self.telemetry else ())
         if failed:
             first = comm.first_of(failure)
@@ -205,6 +218,10 @@ class StepLoop:
             self.marks.at(step, Doing.PUBLISHING)
             self._publish()
         return not stopped
+
+    @property
+    def _has_copied(self) -> bool:
+        return self.copies is None or self.copies.written
 
     def _fill(self, step: int) -> None:
         self.feed.load(step, self.runners)
@@ -270,8 +287,23 @@ class StepLoop:
         compare_replicas(self.runner, self.compared)
         self.compared = step
 
+    def _copy(self, step: int, copies: CopiesInMemory) -> None:
+        """Into the server's memory, after ``step`` steps; no rank waits for another."""
+        self.marks.at(step, Doing.SAVING)
+        copies.take(self._noted(step))
+        self.marks.at(step, Doing.LOADING)
+
     def _begin_save(self, step: int) -> None:
-        note = (
+        note = self._noted(step)
+        if self.validated is not None and self.validated[0] == step:
+            note[VALIDATION_LOSS] = self.validated[1]
+        self.saver.begin(note)
+        if self.rows:
+            self.rows.write()
+
+    def _noted(self, step: int) -> dict[str, Any]:
+        """Of the run, what goes on from ``step`` must know."""
+        return (
             self.carried
             | self.feed.batches.noted()
             | self.watch.noted()
@@ -284,11 +316,6 @@ class StepLoop:
                 SAMPLES: self.feed.taken(step),
             }
         )
-        if self.validated is not None and self.validated[0] == step:
-            note[VALIDATION_LOSS] = self.validated[1]
-        self.saver.begin(note)
-        if self.rows:
-            self.rows.write()
 
     def _publish(self, *, last: bool = False) -> None:
         """The checkpoint on its way, if there is one, once all ranks have written it. Collective.
@@ -305,6 +332,8 @@ class StepLoop:
             self._not_saved(error)
             return
         self.failed_saves = 0
+        if self.copies is not None:
+            self.copies.since = step_of(path) or 0
         if self.telemetry:
             self.telemetry.say(f"saved {path}")
 

@@ -11,8 +11,9 @@ import os
 import pickle
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -259,6 +260,8 @@ class Communicator:
 # Up and down a tree of small gloo groups (``host_groups``): a rank has few connections, and an answer takes few hops,
 # however many ranks there are.
 
+HAND_ON = timedelta(minutes=10)  # of ranks that meet to hand bytes on, and of each of these
+
 _host_calls: list[int] | memoryview[int] = [0]
 _trees: WeakKeyDictionary[dist.ProcessGroup, list[dist.ProcessGroup]] = WeakKeyDictionary()  # of each job
 
@@ -345,3 +348,19 @@ def gather_at_first(value: object) -> list[object] | None:
     """One object from every rank, on rank 0; None elsewhere."""
     gathered = _combined([pickle.dumps(value)], _joined)
     return list(map(pickle.loads, gathered)) if dist.get_rank() == 0 else None
+
+
+def hand_on(store: dist.Store, groups: Sequence[Sequence[int]], memory: Mapping[int, Tensor]) -> None:  # pyright: ignore[reportPrivateImportUsage]
+    """Give CPU tensors [n, ...] of the first rank of each group to its others. Collective of those that are in one.
+
+    ``memory``: this rank's, by number of its groups. The ranks of a group meet at ``store``, each at its groups in
+    their order, so that none waits in a circle.
+    """
+    rank, works = dist.get_rank(), list[tuple[object, dist.Work]]()
+    for number, tensors in sorted(memory.items()):
+        ranks = groups[number]
+        meeting = dist.PrefixStore(str(number), store)  # pyright: ignore[reportPrivateImportUsage]
+        group: Any = dist.ProcessGroupGloo(meeting, ranks.index(rank), len(ranks), HAND_ON)
+        works += [(group, group.broadcast(tensor, root=0)) for tensor in tensors]
+    for _, work in works:
+        work.wait()

@@ -28,7 +28,8 @@ class Conditions:
     ``pause_s``: of a checkpoint, in which nothing trains; ``write_s``: until it holds. ``notice_s``: of a failure that
     ends a process; ``hang_s``: of one that hangs, a share ``hang_fraction`` of them. ``restart_s``: from then to the
     next step, with a node for each rank. ``node_fraction``: of the failures, those that take a node out for
-    ``repair_s``; ``spares``: nodes more than the job runs on.
+    ``repair_s``; ``spares``: nodes more than the job runs on. ``memory_s``: of training, from one copy of the states in
+    the servers' memory to the next, 0: none; each takes ``memory_pause_s``. ``replicated``: another node has each too.
     """
 
     step_s: float
@@ -42,6 +43,9 @@ class Conditions:
     node_fraction: float
     repair_s: float
     spares: int = 0
+    memory_s: float = 0.0
+    memory_pause_s: float = 0.0
+    replicated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,9 @@ def simulate(conditions: Conditions, steps: int, seed: int, days: float = DAYS) 
         until = min(end, now + draw.expovariate(1.0 / conditions.mtbf_s))
         hangs, node = draw.random() < conditions.hang_fraction, draw.random() < conditions.node_fraction
         trained, paused, kept = _stretch(until - now, interval_s, conditions)
+        if conditions.memory_s and (conditions.replicated or not node):
+            copied_s = trained - conditions.step_s  # a copy is whole a step later
+            kept = max(kept, copied_s // conditions.memory_s * conditions.memory_s)
         failed = until < end
         if not failed:
             kept = trained
@@ -109,9 +116,11 @@ def _spend(lost: dict[str, float], cause: str, seconds: float, now: float, end: 
 
 def _stretch(lasted_s: float, interval_s: float, conditions: Conditions) -> tuple[float, float, float]:
     """Of a stretch without failure: seconds of training, of pauses, and of training that a checkpoint holds."""
-    cycle_s = interval_s + conditions.pause_s
+    each = conditions.memory_s + conditions.memory_pause_s
+    share = conditions.memory_s / each if conditions.memory_s else 1.0  # between checkpoints: copies pause it evenly
+    cycle_s = interval_s / share + conditions.pause_s
     cycles, rest = divmod(lasted_s, cycle_s)
-    trained = cycles * interval_s + min(rest, interval_s)
+    trained = cycles * interval_s + min(rest * share, interval_s)
     written = lasted_s - conditions.write_s  # a checkpoint whose pause ended before this holds
     held = max(0.0, written // cycle_s) * interval_s if written > 0.0 else 0.0
     return trained, lasted_s - trained, min(held, trained)

@@ -12,10 +12,11 @@ from ...model.config import ModelConfig, trained
 from ...parallel.ir.plan import Plan
 from ..clusters.cluster import Cluster
 from ..clusters.schema import Operations
-from .goodput import DAY_S, Conditions, Shares, best_simulated, mean_shares, proposed_steps, worthwhile_spares
+from .goodput import DAY_S, Conditions, Shares, best_simulated, daly_s, mean_shares, proposed_steps, worthwhile_spares
 from .restart import SHAPE_RECORDS, RestartPart, restart_parts
 
 STATES = 4  # of a checkpoint: master weights, two moments, averaged weights
+COPIES = 2  # in memory, of each shard: one is whole while the other is made
 HANG_S, HANG_STEPS = 60.0, 10.0  # until a hang is told, at least, and in steps (launch/cluster/sidecar.py)
 MOST_SPARES = 8  # nodes: at these rates more of them wait than work
 WHOLE = 1e6  # samples, of which GPU hours are told
@@ -41,10 +42,28 @@ class Goodput:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryCopies:
+    """Of the same run, with copies of the states in the servers' memory every ``steps`` steps.
+
+    ``server_bytes``: that they take there; ``pause_s``: of each; ``replicated``: whether another server has each too,
+    so that a lost one costs no more. ``training``, ``training_low``: shares of time, where fewer things fail and where
+    more do.
+    """
+
+    steps: int
+    server_bytes: int
+    pause_s: float
+    replicated: bool
+    training: float
+    training_low: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Lifetime:
     """A plan's run on a cluster, where fewer things fail and where more do.
 
-    ``restart_s``: from noticing to a step; ``restart``: its parts, and before them the noticing.
+    ``restart_s``: from noticing to a step; ``restart``: its parts, and before them the noticing. ``in_memory``: None
+    for a cluster that does not say how fast a copy to the host is.
     """
 
     checkpoint_bytes: int
@@ -55,6 +74,7 @@ class Lifetime:
     restart: list[RestartPart]
     usual: Goodput
     low: Goodput
+    in_memory: MemoryCopies | None
 
 
 def checkpoint_bytes(config: ModelConfig, plan: Plan) -> tuple[int, int]:
@@ -112,8 +132,45 @@ def lifetime(
         write_s=conditions.write_s,
         restart_s=restart_s,
         restart=restart,
-        usual=_goodput(conditions, nodes, plan.world_size, samples),
-        low=_goodput(often, nodes, plan.world_size, samples),
+        usual=(usual := _goodput(conditions, nodes, plan.world_size, samples)),
+        low=(low := _goodput(often, nodes, plan.world_size, samples)),
+        in_memory=_copies(config, plan, cluster, (conditions, usual), (often, low)),
+    )
+
+
+def _copies(
+    config: ModelConfig, plan: Plan, cluster: Cluster, *lives: tuple[Conditions, Goodput]
+) -> MemoryCopies | None:
+    """Copies as often as loses least, in runs that are else as they are: usual ones, and such where more fails."""
+    if cluster.host is None:
+        return None
+    whole, _ = checkpoint_bytes(config, plan)
+    held = math.ceil(whole * plan.dp_replicate / plan.world_size)  # of a rank: all of its shard
+    pause_s, (usual, _) = held / cluster.host.from_bytes_per_s, lives[0]
+    steps = max(1, round(daly_s(pause_s, usual.mtbf_s) / usual.step_s))
+    apart = math.prod(plan.size(axis) for axis in plan.order[: plan.order.index("dp_replicate")])
+    replicated = plan.dp_replicate > 1 and apart >= cluster.gpus_per_server
+    training = [
+        mean_shares(
+            replace(
+                conditions,
+                spares=known.spares,
+                memory_s=steps * conditions.step_s,
+                memory_pause_s=pause_s,
+                replicated=replicated,
+            ),
+            known.steps,
+        ).training
+        for conditions, known in lives
+    ]
+    ranks = min(plan.world_size, cluster.gpus_per_server)
+    return MemoryCopies(
+        steps=steps,
+        server_bytes=COPIES * held * ranks,
+        pause_s=pause_s,
+        replicated=replicated,
+        training=training[0],
+        training_low=training[1],
     )
 
 

@@ -358,6 +358,7 @@ STARTED |= {  # of a run whose loss jumps: tests/launch/training/test_spikes.py
     f"spikes.{name}" for name in ("deviations", "window", "steps", "checkpoints", "limit")
 }
 STARTED |= {"logging.checkpoint_files"}  # of several ranks: tests/launch/training/checkpoint/test_remote.py
+STARTED |= {"logging.memory_every", "logging.memory_folder"}  # of a job of several lives: test_in_memory.py
 STARTED |= {f"model.lora.{name}" for name in ("rank", "alpha", "targets")}  # tests/launch/training/test_base.py
 STARTED |= {  # of a spatial upsampler, which samples no captions: tests/data/test_low_resolution.py
     f"data.low_resolution.{name}" for name in ("scale", "strength", "seed", "round_trip", "round_trip_share")

@@ -9,6 +9,7 @@ import pytest
 
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.cluster import sidecar
+from cinemesh.launch.training.checkpoint.copies import SLOTS
 from cinemesh.model.config import parameters, preset
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.perf_model.clusters.cluster import load
@@ -22,7 +23,7 @@ from cinemesh.perf_model.prices.goodput import (
     simulate,
     worthwhile_spares,
 )
-from cinemesh.perf_model.prices.lifetime import lifetime
+from cinemesh.perf_model.prices.lifetime import COPIES, lifetime
 
 HOUR_S = 3600.0
 PLAIN = Conditions(
@@ -82,6 +83,27 @@ def test_a_checkpoint_holds_once_it_is_written() -> None:
     assert (slow.repeated - fast.repeated) * 60 * DAY_S / failures == pytest.approx(200.0, rel=0.2)
 
 
+@pytest.mark.parametrize(("node_fraction", "replicated"), [(0.0, False), (1.0, True)])
+def test_a_failure_loses_the_steps_since_the_last_copy_in_memory(node_fraction: float, replicated: bool) -> None:
+    """Half of what lies between two, and the step in which the last is made whole; not half of an interval."""
+    base = replace(PLAIN, node_fraction=node_fraction, restart_s=1.0, spares=1000)
+    copied = replace(base, memory_s=5 * PLAIN.step_s, memory_pause_s=0.02, replicated=replicated)
+    found = [simulate(copied, 500, seed) for seed in range(40)]
+    failures = sum(one.restarting for one in found) * 60 * DAY_S
+    lost = sum(one.repeated for one in found) * 60 * DAY_S / failures
+    assert lost == pytest.approx((2.5 + 1.0) * PLAIN.step_s, rel=0.05)
+    paused = sum(one.pauses for one in found) / len(found)
+    assert paused == pytest.approx(0.02 / (5 * PLAIN.step_s) + 1.0 / (500 * PLAIN.step_s), rel=0.05)
+    assert all(math.isclose(sum(astuple(one)), 1.0) for one in found)
+
+
+def test_a_lost_node_takes_copies_along_that_no_other_has() -> None:
+    """Then storage is what is left, and copies changed nothing but what they pause."""
+    lost = replace(PLAIN, node_fraction=1.0, restart_s=1.0, spares=1000)
+    copied = replace(lost, memory_s=5 * PLAIN.step_s, memory_pause_s=0.0, replicated=False)
+    assert simulate(copied, 50, seed=2) == simulate(lost, 50, seed=2)
+
+
 @pytest.mark.parametrize("mtbf_h", [1.0, 8.25, 100.0])
 @pytest.mark.parametrize("pause_s", [0.05, 1.0, 55.0])
 @pytest.mark.parametrize("step_s", [0.3, 8.74])
@@ -108,6 +130,15 @@ def test_the_plan_of_the_30b_lives_as_its_cluster_file_says() -> None:
     found = lifetime(config, plan, load("grand-teton-h100"), 8.74, 768)
     weights = sum(math.prod(parameter.shape) for parameter in parameters(config))
     assert found.checkpoint_bytes == 16 * weights and found.rank_bytes == math.ceil(16 * weights / 768)
+    assert COPIES == SLOTS
+    copies = found.in_memory
+    assert copies is not None and copies.replicated, "a replica lies 96 servers away"
+    assert copies.server_bytes == 2 * 8 * math.ceil(16 * weights / 768) and 1 <= copies.steps < found.usual.steps / 4
+    assert found.usual.shares.training + 0.002 < copies.training < 1 - found.usual.shares.restarting
+    inner = Plan.parse("tp=2,cp=4,dp_shard=96,dp_replicate=8,order=dp_replicate:tp:cp:dp_shard")
+    beside = lifetime(config, inner, load("grand-teton-h100"), 8.74, 768).in_memory
+    assert beside is not None and not beside.replicated, "a server has all replicas of its shards"
+    assert beside.training < copies.training
     assert found.usual.mtbf_s / HOUR_S == pytest.approx(8.25, abs=0.01)
     assert found.low.mtbf_s / HOUR_S == pytest.approx(4.8, abs=0.01)
     assert found.low.shares.training < found.usual.shares.training < 1
