@@ -63,7 +63,7 @@ class FewBlocks:
     own: bool = False
     first: FewBlocks | None = None
     _remade: dict[Plan, Program] = field(default_factory=dict, repr=False)
-    _arranged: dict[object, tuple[FewBlocks, Program, ScheduleWindows]] = field(default_factory=dict, repr=False)
+    _arranged: dict[object, tuple[_Sizes, Program, ScheduleWindows]] = field(default_factory=dict, repr=False)
     _units: dict[int, Units] = field(default_factory=dict, init=False, repr=False)  # by ranks of the shard group
 
     @classmethod
@@ -89,7 +89,7 @@ class FewBlocks:
     @cached_property
     def program(self) -> Program:
         """Under ``plan``."""
-        return self.built if self.first is None else self._sized(self.built, self.first)
+        return self.built if self.first is None else self._sized(self.built, self.first._sizes)
 
     def under(self, plan: Plan) -> Plan:
         """A plan as this program runs it: with as few blocks of either recompute mode, and micro-batches."""
@@ -126,9 +126,8 @@ class FewBlocks:
         return replace(self, plan=plan, batch=batch, units=self._laid_out(plan), first=self.first or self)
 
     @property
-    def _all_samples(self) -> int:
-        """Of one micro-batch, on all data ranks."""
-        return self.batch.samples * self.plan.data_ranks
+    def _sizes(self) -> _Sizes:
+        return _Sizes(self.units, self.plan.tp, self.batch.samples * self.plan.data_ranks)
 
     def _alike(self, plan: Plan) -> Plan:
         """A plan as a program of this kind is built for it."""
@@ -139,8 +138,9 @@ class FewBlocks:
     def _laid_out(self, plan: Plan) -> Units:
         return unit_layout(replace(self.config, layers=self.blocks), plan)
 
-    def _sized(self, program: Program, other: FewBlocks) -> Program:
-        """A program of another's records, with the flat units laid out as here, and as many samples."""
+    def _sized(self, program: Program, other: _Sizes) -> Program:
+        """A program of other sizes, with the flat units laid out as here, and as many samples."""
+        sizes = self._sizes
         # By shape, and whether tp splits it: what is replicated may be as large as what is not, on one rank of tp.
         flats: dict[tuple[tuple[int, ...], bool], dict[str | None, _Moved]] = {}
         for ours, theirs in ((self.units, other.units), (self.units.of_frozen, other.units.of_frozen)):
@@ -150,7 +150,7 @@ class FewBlocks:
             flat = _Moved((ours.ranks, ours.flat_elements), offsets)
             flats.setdefault(((theirs.ranks, theirs.flat_elements), False), {None: flat})
         for unit, there in zip(self.units.all, other.units.all, strict=True):
-            tp, its_tp = (self.plan.tp, other.plan.tp) if unit.tp_sharded else (1, 1)
+            tp, its_tp = (sizes.tp, other.tp) if unit.tp_sharded else (1, 1)
             slots = zip(unit.slots, there.slots, strict=True)
             moved = _Moved((tp, unit.elements), {its.offset: slot.offset for slot, its in slots})
             flats.setdefault(((its_tp, there.elements), unit.tp_sharded), {})[unit.name] = moved
@@ -164,7 +164,7 @@ class FewBlocks:
         shapes = {shape for shape, _ in flats}
         flat_ones = ((name, buffer) for name, buffer in program.buffers.items() if buffer.shape in shapes)
         moved = {name: flat for name, buffer in flat_ones if (flat := moved_of(buffer))}
-        buffers, samples, its_samples = dict(program.buffers), self._all_samples, other._all_samples
+        buffers, samples, its_samples = dict(program.buffers), sizes.samples, other.samples
         for name, buffer in program.buffers.items():
             whole, base = moved.get(name), moved.get(buffer.base) if buffer.base else None
             shape = whole.shape if whole else buffer.shape
@@ -196,9 +196,9 @@ class FewBlocks:
             program = self._remade_for(plan).under(plan)
             for run in arranging(plan):
                 program = run(program)
-            self._arranged[alike] = self, program, ScheduleWindows(program)
-        first, arranged, windows = self._arranged[alike]
-        program = (arranged if first is self else self._sized(arranged, first)).under(plan)
+            self._arranged[alike] = self._sizes, program, ScheduleWindows(program)
+        sizes, arranged, windows = self._arranged[alike]
+        program = (arranged if sizes == self._sizes else self._sized(arranged, sizes)).under(plan)
         for run in finishing(plan, backend=backend, windows=windows):
             program = run(program)
         return program
@@ -212,7 +212,7 @@ class FewBlocks:
             for run in remaking():
                 program = run(program)
             self._remade[plan] = program
-        return self._remade[plan] if self.first is None else self._sized(self._remade[plan], self.first)
+        return self._remade[plan] if self.first is None else self._sized(self._remade[plan], self.first._sizes)
 
     @property
     def more(self) -> int:
@@ -238,6 +238,15 @@ class FewBlocks:
         held = units.of_frozen if frozen else units
         of_block = sum(unit.shard_elements for unit in held.units if unit.place == block_unit(0))
         return held.flat_elements + self.more * of_block
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What buffers measure by: the flat units, ranks of tp, and samples of one micro-batch on all data ranks."""
+
+    units: Units
+    tp: int
+    samples: int
 
 
 @dataclass(frozen=True)
