@@ -125,6 +125,10 @@ class FewBlocks:
             return self
         return replace(self, plan=plan, batch=batch, units=self._laid_out(plan), first=self.first or self)
 
+    def alone(self) -> FewBlocks:
+        """The same, without what others made, and what others will make, for their plans."""
+        return replace(self, _remade={}, _arranged={})
+
     @property
     def _sizes(self) -> _Sizes:
         return _Sizes(self.units, self.plan.tp, self.batch.samples * self.plan.data_ranks)

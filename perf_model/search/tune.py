@@ -2,7 +2,8 @@
 
 The search ranks plans of a few recompute modes whose unit gradients are reduced behind compute and that slice nothing.
 Here the parts of K and V, token slices, deferral, prefetch depth and smaller shard groups are tried, each on top of
-what the ones before brought, and kept when the step becomes shorter by more than ``WORTH``, until none pays any more;
+what the ones before brought, and kept when the step becomes shorter by more than ``WORTH``, until none pays any more.
+Of one knob's values only that which seems best is priced by its own program, and the next best where that says no;
 then the activations worth keeping are chosen for the memory that is left, and for the host's. Last come thread blocks,
 SM margin and priorities: they change prices and no record, so all are tried on one built program, and played only where
 a lower bound leaves something to win.
@@ -23,6 +24,7 @@ from ...parallel.ir.plan import Plan
 from ...parallel.passes.choose_kept import block_of, choose_kept, offloads
 from .evaluator import BuiltPlan, Evaluator
 from .extrapolate import Extrapolation
+from .few_blocks import FewBlocks
 from .planner import Search
 from .request import PricedPlan, Request, Timed
 
@@ -44,6 +46,11 @@ def _changes() -> Iterator[list[Change]]:
             tried = {other: table[other].tries for other in (*knob.tried_with, name)}
             off = {other: table[other].off for other in knob.rivals}
             yield [off | dict(zip(tried, values, strict=True)) for values in itertools.product(*tried.values())]
+
+
+def _enough(best: PricedPlan) -> float:
+    """Seconds below which another plan pays."""
+    return best.step_s * (1.0 - WORTH)
 
 
 @dataclass(frozen=True)
@@ -112,16 +119,22 @@ class _Tuner:
         )
         return _Tried(priced, built)
 
+    def _seems(self, best: PricedPlan, built: BuiltPlan) -> float:
+        """Seconds of a plan by the programs that serve many; infinite where a bound is no shorter than what pays."""
+        return math.inf if self.evaluator.bound_s(built) >= _enough(best) else self.evaluator.step_s(built)
+
     def _pays(self, best: PricedPlan, built: BuiltPlan) -> _Tried | None:
         """A plan, if its step is shorter than the best one's by more than ``WORTH``."""
-        enough = best.step_s * (1.0 - WORTH)
-        if self.evaluator.bound_s(built) >= enough or self.evaluator.step_s(built) >= enough:
+        if self._seems(best, built) >= _enough(best):
             return None
         tried = self._priced(best, built, own=built.rough)
-        return tried if tried.choice.step_s < enough else None
+        return tried if tried.choice.step_s < _enough(best) else None
 
     def _fits(self, choice: PricedPlan) -> bool:
         return choice.peak_bytes <= self.request.cluster.memory.usable_bytes
+
+    def _fits_in(self, built: BuiltPlan) -> bool:
+        return self.evaluator.peak_bytes(built) <= self.request.cluster.memory.usable_bytes
 
     # -- changes --------------------------------------------------------------------------------------------------
 
@@ -146,33 +159,37 @@ class _Tuner:
     def _smaller_fits(self, same: _Tried) -> bool:
         """Whether there is memory for half the shard group: else none of that need be tried."""
         half = self._in_parts(same.choice.plan, SMALLER[0])
-        return half is not None and self._fits(self._priced(same.choice, same.built.under(half)).choice)
+        return half is not None and self._fits_in(same.built.under(half))
 
     def _overlapping(self, tried: _Tried, groups: tuple[int, ...]) -> _Tried:
         """With the best change of each kind that pays, in the shard group that suits it."""
         best = tried
         for changes in _changes():
-            start = best.choice.plan
-            for change in changes:
-                plan = self._changed(start, change)
-                if plan is not None and plan != start:
-                    best = self._in_groups(best, plan, groups) or best
+            best = self._best_of(best, changes, groups) or best
         return best
 
-    def _in_groups(self, best: _Tried, plan: Plan, groups: tuple[int, ...]) -> _Tried | None:
-        """The plan in the shard group that suits it, if that pays: one built program serves them all."""
-        built, found = self._build(best.choice, plan), None
-        if built is None:
-            return None
-        for n in groups:
-            smaller = self._in_parts(plan, n)
-            if smaller is None:
+    def _best_of(self, best: _Tried, changes: list[Change], groups: tuple[int, ...]) -> _Tried | None:
+        """The change that pays most, in the shard group that suits it: one built program serves all of these."""
+        seem: list[tuple[float, BuiltPlan]] = []
+        for change in changes:
+            plan = self._changed(best.choice.plan, change)
+            if plan is None or plan == best.choice.plan or (built := self._build(best.choice, plan)) is None:
                 continue
-            tried = self._pays((found or best).choice, built.under(smaller))
-            # What is kept may make room for a knob later on, not for a larger shard.
-            if tried is not None and (n == 1 or self._fits(tried.choice)):
-                found = tried
-        return found
+            for n in groups:
+                if (smaller := self._in_parts(plan, n)) is None:
+                    continue
+                step_s = self._seems(best.choice, under := built.under(smaller))
+                # What is kept may make room for a knob later on, not for a larger shard.
+                if step_s < _enough(best.choice) and (n == 1 or self._fits_in(under)):
+                    seem.append((step_s, under))
+        while seem:
+            least = min(step_s for step_s, _ in seem)
+            first = next(one for one in seem if one[0] * (1.0 - WORTH) <= least)  # what slices least comes first
+            tried = self._priced(best.choice, first[1], own=first[1].rough)
+            if tried.choice.step_s < _enough(best.choice):
+                return tried
+            seem.remove(first)
+        return None
 
     def _finished(self, tried: _Tried) -> PricedPlan:
         """With what is worth keeping kept, and its GPU shared as it pays."""
@@ -183,49 +200,54 @@ class _Tuner:
 
     def _keeping(self, choice: PricedPlan) -> _Tried | None:
         """The activations kept that save most time in the memory that is left (``choose_kept.py``)."""
-        config, models = self.request.config, self.evaluator.models
+        layers, models = self.request.config.layers, self.evaluator.models
         pure = replace(choice.plan, recompute_last=None, last_blocks=0)
         mixed = replace(pure, recompute_last="none", last_blocks=1)
-        batch = self.request.batches(choice.samples)[0]
-        programs = self.request.programs
-        few = {plan.last_blocks > 0: programs.shared(config, plan, batch) for plan in (pure, mixed)}
-        made: dict[Plan, Extrapolation] = {}
+        few = {plan.last_blocks > 0: self._alone(choice, plan) for plan in (pure, mixed)}
+        made: dict[Plan, tuple[Extrapolation, ...]] = {}
+
+        def built(plan: Plan) -> BuiltPlan:
+            programs = few[plan.recompute_last is not None]
+            key = programs[0].under(plan)
+            if key not in made:
+                made[key] = tuple(Extrapolation(program, plan, models) for program in programs)
+            return BuiltPlan(plan, choice.samples, made[key], choice.frozen)
 
         def peak_bytes(plan: Plan) -> int:
-            program = few[plan.recompute_last is not None]
-            key = program.under(plan)
-            if key not in made:
-                made[key] = Extrapolation(program, plan, models)
-            return made[key].peak_bytes(plan)
+            return built(plan).program_bytes
 
         usable = self.request.cluster.memory.usable_bytes
         limit = int(self.evaluator.limit_bytes(choice.plan)) - (choice.frozen.bytes if choice.frozen else 0)
         seconds = models.record_s(pure)
         while True:
             try:
-                plan, kept = choose_kept(pure, few[False].program, seconds, limit, peak_bytes, blocks=config.layers)
+                plan, kept = choose_kept(pure, few[False][0].program, seconds, limit, peak_bytes, blocks=layers)
             except CinemeshError:
                 return None
-            tried = self.price(choice, plan)
-            if tried is None or (over := self._peak_bytes(tried.choice) - usable) <= 0:
+            tried = self._priced(choice, built(plan))
+            if (over := self._peak_bytes(tried.choice) - usable) <= 0:
                 break
             limit -= math.ceil(over)  # a few blocks tell a peak that is a little too low: the rest must fit in less
         host = self.request.cluster.host
-        if tried is None or host is None or "offload" in self.request.fixed:
+        if host is None or "offload" in self.request.fixed:
             return tried
-        block = block_of(few[False].program, seconds)
-        more = offloads(pure, block, config.layers, limit, host.memory_bytes, peak_bytes, kept.seconds)
-        return self._offloading(tried, more)
+        block = block_of(few[False][0].program, seconds)
+        more = offloads(pure, block, layers, limit, host.memory_bytes, peak_bytes, kept.seconds)
+        return self._offloading(tried, map(built, more))
 
-    def _offloading(self, best: _Tried, plans: Iterable[Plan]) -> _Tried:
+    def _alone(self, choice: PricedPlan, plan: Plan) -> list[FewBlocks]:
+        """Of every bucket; what is tried once is not kept."""
+        return [few.alone() for few in self.evaluator.few(plan, choice.samples)]
+
+    def _offloading(self, best: _Tried, plans: Iterable[BuiltPlan]) -> _Tried:
         """With what pays of it in host memory: of plans that copy less and less, until that is slower again."""
         last = math.inf
-        for plan in plans:
-            tried = self.price(best.choice, plan)
-            if tried is None or tried.choice.step_s > last:
+        for built in plans:
+            tried = self._priced(best.choice, built)
+            if tried.choice.step_s > last:
                 break
             last = tried.choice.step_s
-            pays = last < best.choice.step_s * (1.0 - WORTH)
+            pays = last < _enough(best.choice)
             if pays and self._peak_bytes(tried.choice) <= self.request.cluster.memory.usable_bytes:
                 best = tried
         return best
