@@ -316,6 +316,7 @@ PLACES: dict[str, Callable[[Fault, Happens], None]] = {
     "write": in_a_write,
     "loader": before_a_call("launch.training.steps:StepLoop", "_fill", "loading samples"),
     "copy": before_a_call("launch.training.checkpoint.saving:Saver", "_copy", "saving a checkpoint"),
+    "memory": before_a_call("launch.training.in_memory.slots", "state_digests", "copying the states into memory"),
     "publish": before_a_call("launch.training.checkpoint.saving", "publish", "a checkpoint"),
     "prune": before_a_call("launch.training.checkpoint.saving", "prune", "a checkpoint"),
     "report": before_a_call("launch.training.reports:Reports", "report", "reporting"),

@@ -67,6 +67,26 @@ def kills(count: int, seed: int) -> list[Fault]:
     return found[:count]
 
 
+def losses(count: int, seed: int) -> list[Fault]:
+    """Of ranks with what their servers held, and without, in turns; at random moments, also while they copy."""
+    draw = random.Random(seed)
+    found: list[Fault] = []
+    while len(found) < count:
+        for rank in (1, 0):
+            where = draw.choice(("record", "moment", "loader", "validation", "memory"))
+            part = draw.uniform(0, 1.5 if where == "moment" else 0.99)
+            found.append(Fault(rank, draw.choice(("kill", "lose")), where, draw.randrange(4), part=part))
+    return found[:count]
+
+
+def recipe_in_memory(clips: Path, out: Path, steps: int, memory: Path) -> dict[str, Any]:
+    """Two replicas, each with copies in memory of every step; none in storage."""
+    values = long_recipe(clips, out, steps)
+    values["plan"] = {"dtype": "float32", "recompute": "none", "dp_replicate": 2}
+    values["logging"] |= {"checkpoint_every": 0, "memory_every": 1, "memory_folder": str(memory)}
+    return values
+
+
 def long_recipe(clips: Path, out: Path, steps: int) -> dict[str, Any]:
     """A checkpoint and a validation often enough for every life to see one."""
     values = recipe(clips, out, dp_shard=2)

@@ -172,6 +172,17 @@ def check_room(folder: Location, what: str, elements: int, each: int, remedy: st
         )
 
 
+def check_holds(folder: Path, what: str, size_bytes: int) -> None:
+    """Raise CinemeshError unless the file system of ``folder``, or of where it will be, could hold so many bytes."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    total = shutil.disk_usage(there).total
+    if total < size_bytes:
+        raise CinemeshError(
+            f"{what} needs {size_bytes:,} bytes of {folder}, which has {total:,} in all",
+            remedy="name a folder of a larger file system, or take less",
+        )
+
+
 def check_folder(folder: Location, what: str) -> None:
     """Raise CinemeshError unless files can be written into a folder, which is made as needed; leaves nothing behind.
 

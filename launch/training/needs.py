@@ -13,9 +13,9 @@ from ...model.step import build_step, unit_layout
 from ...parallel.passes.pipeline import prepare
 from ..cluster.environment import device_here, processes_here
 from ..preflight import check_device_memory, check_host_memory
-from ..storage.places import check_folder
+from ..storage.places import check_folder, check_holds
 from .checkpoint.choosing import kept_in
-from .checkpoint.copies import copy_bytes
+from .checkpoint.copies import copy_bytes, memory_copy_bytes
 from .measured_rows import ROWS_FILE
 from .recipe import Config
 from .setting import Setting
@@ -33,13 +33,20 @@ def check_outputs(config: Config) -> None:
 
 
 def check_training_memory(setting: Setting) -> None:
-    """Raise CinemeshError when this machine, or a GPU of it, has too little memory for the steps of a run."""
+    """Raise CinemeshError when this machine, or a GPU of it, has too little memory for the steps of a run.
+
+    Or a file system in memory is too small for copies of the states.
+    """
     config = setting.config
     local, steps = processes_here(config.plan.world_size), config.schedule.steps
     gpus = device_here(config.device, local) != "cpu"
     check_host_memory((), local, steps=steps)  # before anything is built
     units = unit_layout(setting.model, config.plan)
-    copies = copy_bytes(units, in_memory=config.logging.memory_every > 0)
+    copies = copy_bytes(units)
+    if config.logging.memory_every:
+        in_memory = memory_copy_bytes(units)
+        check_holds(config.logging.memory_folder, "logging.memory_every", local * in_memory)
+        copies += in_memory
     steps_of = (build_step(setting.model, config.plan, each, config.optimizer) for each in setting.shapes)
     programs = [prepare(step, backend="nccl" if gpus else "gloo") for step in steps_of]
     encoders = setting.encoder_bytes

@@ -1,7 +1,8 @@
 """A job whose ranks are killed, or hang: ``python tests/benchmarks/kills_and_hangs.py [KILLS] [SEED]``.
 
 Under torch's elastic agent, with two gloo ranks. First every hang of ``planted_faults.HANGS``, one a life; then so many
-kills at random moments. Writes ``results/kills_and_hangs.json``: what was said of each hang, and after how many
+kills at random moments; then half as many of a job of two replicas that has copies in memory alone, half of these with
+what the rank's server held. Writes ``results/kills_and_hangs.json``: what was said of each hang, and after how many
 seconds; of the kills what was lost, how long a restart took, and that the run ended as one that was left alone; and how
 much of a core the watchdogs take.
 """
@@ -30,7 +31,7 @@ from cinemesh.launch.cluster.sidecar import watched
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from elastic_job import FIRST_S, LIMIT_S, run_job
-from planted_faults import EVERY, HANGS, check_hangs, check_kills, kills, long_recipe
+from planted_faults import EVERY, HANGS, check_hangs, check_kills, kills, long_recipe, losses, recipe_in_memory
 from training import write_clips
 
 RESULT = Path(__file__).parent / "results" / "kills_and_hangs.json"
@@ -65,6 +66,30 @@ def kill(folder: Path, count: int, seed: int) -> dict[str, Any]:
         "checkpoints_that_could_not_be_read": 0,
         "messages_of_failure": len(job.errors),
         "steps_lost": dict(sorted(Counter(lost).items())),
+        "restart_s": {"median": round(statistics.median(restart_s), 1), "most": round(restart_s[-1], 1)},
+        "seconds": _since(begun),
+    }
+
+
+def lose(folder: Path, count: int, seed: int) -> dict[str, Any]:
+    steps, planted = 3 * count + 20, losses(count, seed)
+    whole, lost = (recipe_in_memory(folder, folder / name, steps, folder / "memory") for name in ("alone", "lost"))
+    whole["logging"]["memory_every"] = 0
+    undisturbed = run_job(folder / "alone", whole, [])
+    assert undisturbed.code == 0, undisturbed.told
+    begun = time.monotonic()
+    job = run_job(folder / "lost", lost, planted)
+    found = check_kills(job, lost, whole)
+    restart_s = sorted(found["restart_s"])
+    return {
+        "kills": found["fired"],
+        "with_what_the_server_held": sum(planted[number].what == "lose" for number in job.fired),
+        "seed": seed,
+        "steps": steps,
+        "where": Counter(planted[number].where for number in job.fired),
+        "from_memory": sum("resumed from the servers' memory" in line for _, line in job.out),
+        "bitwise_as_undisturbed": True,
+        "steps_lost": dict(sorted(Counter(found["steps_lost"]).items())),
         "restart_s": {"median": round(statistics.median(restart_s), 1), "most": round(restart_s[-1], 1)},
         "seconds": _since(begun),
     }
@@ -109,6 +134,7 @@ def main(count: int = 100, seed: int = 14) -> None:
             "cost": cost(folder),
             "hangs": hang(folder),
             "kills": kill(folder, count, seed),
+            "kills_with_copies_in_memory": lose(folder, count // 2, seed),
         }
     RESULT.write_text(json.dumps(told, indent=1) + "\n")
 

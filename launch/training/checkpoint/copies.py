@@ -22,10 +22,18 @@ FilesOf = Literal["rank", "server"]
 SLOTS = 2  # copies of a shard that are kept in memory, in turn: one is whole while the other is made
 
 
-def copy_bytes(units: Units, *, in_memory: bool = False) -> int:
-    """Of the host, that a rank's copy of its part of the states takes; and those ``in_memory``, of its whole shard."""
-    elements = -(-units.flat_elements // units.plan.dp_replicate) + (SLOTS * units.flat_elements if in_memory else 0)
-    return elements * TORCH_DTYPES[units.plan.stat_dtype].itemsize * len(SAVED_STATES)
+def copy_bytes(units: Units) -> int:
+    """Of the host, that a rank's copy of its part of the states takes."""
+    return -(-units.flat_elements // units.plan.dp_replicate) * _item_bytes(units)
+
+
+def memory_copy_bytes(units: Units) -> int:
+    """Of its server, that a rank's copies in memory take, of its whole shard."""
+    return SLOTS * units.flat_elements * _item_bytes(units)
+
+
+def _item_bytes(units: Units) -> int:
+    return TORCH_DTYPES[units.plan.stat_dtype].itemsize * len(SAVED_STATES)
 
 
 def part_of(flat_elements: int, replicas: int, replica: int) -> tuple[int, int]:

@@ -24,14 +24,18 @@ from elastic_job import Fault, run_job
 from harness import Pool
 from hypothesis import given
 from hypothesis import strategies as st
-from planted_faults import check_kills, long_recipe
+from planted_faults import check_kills, recipe_in_memory
 
 from cinemesh.errors import CinemeshError
+from cinemesh.launch.storage import places
 from cinemesh.launch.training.checkpoint.manifest import SAVED_STATES
 from cinemesh.launch.training.checkpoint.saving import save
 from cinemesh.launch.training.in_memory import slots
 from cinemesh.launch.training.in_memory.agreeing import HeldCopy, Shard, steps_agreed
 from cinemesh.launch.training.in_memory.recovery import CopiesInMemory, Recovered
+from cinemesh.launch.training.needs import check_training_memory
+from cinemesh.launch.training.recipe import check_config
+from cinemesh.launch.training.setting import Setting
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.weights import fill_shard, probe_values
 from cinemesh.parallel.runtime.mesh import Mesh
@@ -344,6 +348,20 @@ def test_too_little_memory_is_one_message(tmp_path: Path, monkeypatch: pytest.Mo
         CopiesInMemory(tmp_path / "file", tmp_path / "checkpoints", copies.runner, None)
 
 
+def test_a_file_system_that_can_never_hold_them_is_told_before_anything_is_made(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after the videos were decoded; and not for copies of the life before, which are written over."""
+    values = recipe_in_memory(clips, tmp_path, 2, tmp_path / "absent" / "memory")
+    values["plan"] = {"dtype": "float32"}
+    setting = Setting.of(check_config(values, "recipe"))
+    check_training_memory(setting)
+    sizes = shutil.disk_usage(tmp_path)._replace(total=10**6)
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda _: sizes)
+    with pytest.raises(CinemeshError, match=r"memory_every needs [\d,]+ bytes of .*, which has 1,000,000 in all"):
+        check_training_memory(setting)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"step": 5}', '{"step": "5"}', "\x00", "{" * 5000])
 def test_a_header_that_is_none_is_no_copy(tmp_path: Path, text: str) -> None:
     copies = copied(tmp_path, 5)
@@ -359,11 +377,10 @@ def test_a_header_that_is_none_is_no_copy(tmp_path: Path, text: str) -> None:
 @pytest.mark.slow
 def test_a_job_that_loses_ranks_and_their_memory_goes_on_from_the_others(clips: Path, tmp_path: Path) -> None:
     """Without a checkpoint in storage: killed with and without what its server held, and the bits are the same."""
-    whole, killed = (long_recipe(clips, tmp_path / name, 16) for name in ("whole", "killed"))
-    for values in (whole, killed):
-        values["plan"] = {"dtype": "float32", "dp_replicate": 2}
-        values["logging"]["checkpoint_every"] = 0
-    killed["logging"] |= {"memory_every": 1, "memory_folder": str(tmp_path / "memory")}
+    whole, killed = (
+        recipe_in_memory(clips, tmp_path / name, 16, tmp_path / name / "memory") for name in ("whole", "killed")
+    )
+    whole["logging"]["memory_every"] = 0
     done = run_job(tmp_path / "whole", whole, [])
     assert done.code == 0, done.told
     faults = [
@@ -377,4 +394,4 @@ def test_a_job_that_loses_ranks_and_their_memory_goes_on_from_the_others(clips: 
     assert lost["fired"] == len(faults) and max(lost["steps_lost"]) <= 2, lost
     said = [line for _, line in done.out if "the servers' memory" in line]
     assert len(said) == len(faults), done.told
-    assert not [path for path in (tmp_path / "memory").rglob("*") if path.is_file()]
+    assert not [path for path in (tmp_path / "killed/memory").rglob("*") if path.is_file()]
