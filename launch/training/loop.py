@@ -133,7 +133,7 @@ def _until_spike(
     """As :func:`train_steps`, to the end or to a spike, which the run goes back from: to its newest checkpoint."""
     config, speaks, since = setting.config, place.rank == 0, time.time()
     runner, checkpoints = buckets.first, kept_in(config)
-    found, told = _gone_on_from(checkpoints, runner, copies if rolled is None else None)
+    found, told = _gone_on_from(checkpoints, runner, copies, anew=rolled is not None)
     changed = []
     if found is not None:
         changed = allowed_changes(found, config, contents(config, setting.encoding, history, runner.steps_done))
@@ -205,18 +205,20 @@ def _until_spike(
 
 
 def _gone_on_from(
-    checkpoints: Location, runner: StepRunner, copies: CopiesInMemory | None
+    checkpoints: Location, runner: StepRunner, copies: CopiesInMemory | None, *, anew: bool
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """Load what is newest, in the servers' memory or in storage. Collective.
+    """Load what is newest, in the servers' memory or in storage: there, where a run goes back (``anew``). Collective.
 
     The note of the run so far, None at step 0; where that was found, and what was passed over.
     """
-    recovered, passed_over = copies.recover() if copies is not None else (None, [])
+    recovered, passed_over = copies.recover() if copies is not None and not anew else (None, [])
     if recovered is not None:
         return recovered.note, [f"resumed from the servers' memory, step {recovered.step}", *passed_over]
     resumed = resume(checkpoints, runner)
     if resumed is None:
         return None, ["from step 0", *passed_over]
+    if copies is not None:
+        copies.since = resumed.manifest.step
     passed_over += [error.problem for error in resumed.damaged]
     return resumed.manifest.note, [f"resumed from {resumed.path}", *passed_over]
 

@@ -311,6 +311,12 @@ class Config:
                 f"logging.checkpoint_every({log.checkpoint_every})",
                 remedy="a run goes back to checkpoints that are kept: write some, and keep one more than it goes back",
             )
+        if not log.memory_folder.is_absolute():
+            raise CinemeshError(
+                f"logging.memory_folder is {str(log.memory_folder)!r}, no absolute path: a server's own folder does "
+                "not depend on where a process starts",
+                remedy="name one of a file system in memory, as /dev/shm is",
+            )
         if self.sample is not None and self.data.low_resolution is not None:
             raise CinemeshError(
                 "sample with data.low_resolution: a spatial upsampler makes no clip of a caption alone",

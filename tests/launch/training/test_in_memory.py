@@ -362,6 +362,15 @@ def test_a_file_system_that_can_never_hold_them_is_told_before_anything_is_made(
         check_training_memory(setting)
 
 
+@pytest.mark.parametrize("folder", ["s3://bucket/run", "", "~/copies", "shm"])
+def test_a_folder_of_a_server_is_an_absolute_path(clips: Path, tmp_path: Path, folder: str) -> None:
+    """Else copies would lie in a folder ``s3:``, or in one of each directory that a job is started from."""
+    values = recipe_in_memory(clips, tmp_path, 2, tmp_path)
+    values["logging"]["memory_folder"] = folder
+    with pytest.raises(CinemeshError, match=r"logging\.memory_folder is .*, no absolute path"):
+        check_config(values, "recipe")
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"step": 5}', '{"step": "5"}', "\x00", "{" * 5000])
 def test_a_header_that_is_none_is_no_copy(tmp_path: Path, text: str) -> None:
     copies = copied(tmp_path, 5)

@@ -20,12 +20,14 @@ from cinemesh.data.batches import BATCHES, PASSED_OVER, BatchHistory
 from cinemesh.data.cache.samples import collate
 from cinemesh.data.order import Stream, samples_of_a_read
 from cinemesh.launch.cluster.processes import USER_ERROR, Joined, StopSignal
+from cinemesh.launch.training import spikes
 from cinemesh.launch.training.checkpoint.choosing import FOLDER, latest, published
 from cinemesh.launch.training.checkpoint.loading import load
 from cinemesh.launch.training.checkpoint.manifest import read_manifest, step_of
 from cinemesh.launch.training.checkpoint.publishing import remove
 from cinemesh.launch.training.feed import Feed
 from cinemesh.launch.training.goodput import LossCause
+from cinemesh.launch.training.in_memory.recovery import CopiesInMemory
 from cinemesh.launch.training.latent_cache import open_history
 from cinemesh.launch.training.loop import train_steps
 from cinemesh.launch.training.recipe import SpikesSection, check_config, read_config
@@ -219,6 +221,30 @@ def test_a_run_that_is_killed_before_its_next_checkpoint_decides_alike(values: d
     found = states_in64(tmp_path / "two", two)
     for name in STATES:
         assert torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_copies_in_memory_are_forgotten_before_checkpoints_go(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run that is killed meanwhile would go on from steps that are not its any more."""
+    values["logging"] |= {"memory_every": 1, "memory_folder": str(tmp_path / "memory")}
+    values["spikes"]["checkpoints"] = 2
+    copied = list[int]()
+
+    def removed(path: Path) -> None:
+        copied.append(len([*(tmp_path / "memory").glob("*/*/*.json")]))
+        remove(path)
+
+    monkeypatch.setattr(spikes, "remove", removed)
+    monkeypatch.setattr(CopiesInMemory, "close", lambda self: None)
+    assert start(values, tmp_path) == 0
+    assert copied and not any(copied)
+    steps = [json.loads(path.read_text())["step"] for path in (tmp_path / "memory").glob("*/*/*.json")]
+    assert len(steps) == 2 and max(steps) == 23, "and are taken again"
+    _, expected = by_hand(values, tmp_path, [*range(0, 16, 2), *range(30, 62, 2)])
+    found = states_in64(tmp_path / "run", values)
+    assert all(torch.equal(found[name], expected[name]) for name in STATES)
 
 
 @pytest.mark.usefixtures("poisoned")
