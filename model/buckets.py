@@ -11,21 +11,19 @@ from ..errors import CinemeshError
 from ..kernels.reference import Kernel
 from ..memory import uncollected
 from ..parallel.ir.nccl_stack import Capture
-from ..parallel.ir.plan import Plan
 from ..parallel.ir.records import Space
 from ..parallel.runtime.frozen import Frozen
 from ..parallel.runtime.mesh import Mesh, backend_of
 from .blueprint import Blueprint, BuildSteps, build_here
-from .config import CAPTION_DROPOUT, ModelConfig, latent_text
-from .inputs import LATENTS, BatchShape
+from .config import latent_text
+from .inputs import LATENTS
 from .runner import Batch, StepRunner
-from .step import Optimizer
 
 Latent = tuple[int, int, int]
 
 
 class BucketRunner:
-    """One :class:`StepRunner` a shape; states are shared. All shapes are known when it is made.
+    """One :class:`StepRunner` a blueprint, which differ in their shapes; states are shared.
 
     ``first`` is the runner of the shape that needs most memory; whatever is read of the states may be read of it.
     Each shape has its own samples. All micro-batches of a step are of one shape: the one that was loaded last.
@@ -33,34 +31,29 @@ class BucketRunner:
     """
 
     @uncollected()
-    def __init__(  # noqa: PLR0913  what a runner takes, the batches in place of the batch
+    def __init__(
         self,
-        config: ModelConfig,
-        plan: Plan,
-        batches: Sequence[BatchShape],
-        optimizer: Optimizer,
+        blueprints: Sequence[Blueprint],
         mesh: Mesh | None,
         *,
-        seed: int = 0,
-        caption_dropout: float = CAPTION_DROPOUT,
         device: str = "cpu",
         kernels: dict[str, Kernel] | None = None,
         slot: Tensor | None = None,
         build: BuildSteps = build_here,
     ) -> None:
-        if not batches or len({batch.latent for batch in batches}) != len(batches):
-            raise CinemeshError(
-                f"buckets {[latent_text(b.latent) for b in batches]}", remedy="name at least one, each latent once"
-            )
-        facts = (optimizer, seed, caption_dropout, backend_of(device), slot is not None)
-        steps = build([Blueprint(config, plan, batch, *facts) for batch in batches])
-        largest_first = sorted(zip(batches, steps, strict=True), key=lambda of: -of[1].arenas[Space.DEVICE].total_bytes)
+        latents = [blueprint.batch.latent for blueprint in blueprints]
+        if not latents or len({*latents}) != len(latents):
+            raise CinemeshError(f"buckets {[*map(latent_text, latents)]}", remedy="name at least one, each latent once")
+        steps = zip(blueprints, build(blueprints), strict=True)
         self.runners: dict[Latent, StepRunner] = {}
         last: StepRunner | None = None
-        for batch, step in largest_first:
+        for of, step in sorted(steps, key=lambda one: -one[1].arenas[Space.DEVICE].total_bytes):
+            assert of.marked == (slot is not None) and of.backend == backend_of(device)
             options: dict[str, Any] = {"device": device, "kernels": kernels, "slot": slot, "beside": last}
             options |= {"program": step.program, "placement": step.arenas}
-            last = self.runners[batch.latent] = StepRunner(config, plan, batch, optimizer, mesh, **options)
+            last = self.runners[of.batch.latent] = StepRunner(
+                of.config, of.plan, of.batch, of.optimizer, mesh, **options
+            )
         self.first = self.current = next(iter(self.runners.values()))
         self.buffers = self.first.buffers
 

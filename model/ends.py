@@ -10,7 +10,8 @@ from ..parallel.ir.builder import Builder
 from ..parallel.ir.layout import BATCH, HEADS, NONE, TOKENS, Placement
 from ..parallel.ir.records import Buffer
 from ..parallel.layers import tensor
-from .backbone import Conditioning, SharedGradients, Weights, local_row, rows
+from .backbone import Conditioning, SharedGradients
+from .block_parts import ModulatedNorm, Weights, local_row, modulation_gradient, rows
 from .config import TIME_FEATURES, LatentCondition, ModelConfig
 from .inputs import MASK, text_input
 
@@ -223,48 +224,20 @@ class FinalLayer:
     def forward(self, w: Weights, x: Buffer, cond: Conditioning) -> Buffer:
         """x [T, B, D] -> the velocity's patches [T, B, P], both split by (cp, tp)."""
         b = self.b
-        self.x = x
         (self.modulation,) = b.op("add_table", [cond.time, w["final.table"]], "modulation", signature="bd,rd->rbd")
-        self.shift, self.scale = rows(b, self.modulation, ("shift", "scale"))
-        self.h, self.rstd = b.op(
-            "modulate_norm",
-            [x, w["final.norm"], self.scale, self.shift],
-            ("h", "rstd"),
-            dtypes=(x.dtype, b.plan.stat_dtype),
-            eps=self.c.norm_eps,
-        )
+        shift, scale = rows(b, self.modulation, ("shift", "scale"))
+        self.norm = ModulatedNorm(b, self.c.norm_eps, w["final.norm"], by_token=False)
+        self.h = self.norm.forward(x, scale, shift, "h", "rstd")
         self.velocity = tensor.linear(b, self.h, w["final.weight"], "tbi,ip->tbp", "velocity")
         return self.velocity
 
-    def backward(
-        self,
-        w: Weights,
-        dw: Weights,
-        dvelocity: Buffer,
-        cond: Conditioning,
-        shared: SharedGradients,
-    ) -> Buffer:
+    def backward(self, w: Weights, dw: Weights, dvelocity: Buffer, shared: SharedGradients) -> Buffer:
         """The gradient of x; those of weights go to ``dw``, that of the time embedding begins ``shared.time``."""
-        b, stat = self.b, self.b.plan.stat_dtype
+        b = self.b
         dh = tensor.linear_input_backward(b, dvelocity, self.velocity, w["final.weight"], "dh")
         tensor.linear_weight_backward(b, dvelocity, self.velocity, self.h, dw.get("final.weight"))
-        places: dict[int, Buffer] = {}
-        dmodulation: Buffer | None = None
-        if b.needs_gradient(self.modulation):
-            placement = Placement(self.modulation.placement.dims, frozenset(TOKENS))
-            dmodulation = b.buffer("dmodulation", self.modulation.shape, stat, placement)
-            dshift, dscale = rows(b, dmodulation, ("dshift", "dscale"))
-            places = {1: dw["final.norm"], 2: dscale, 3: dshift}
-        dx, _, _, _ = b.op(
-            "modulate_norm_backward",
-            [dh, self.x, self.rstd, w["final.norm"], self.scale],
-            ("dx", "dx_gain", "dx_scale", "dx_shift"),
-            dtypes=(dh.dtype, stat, stat, stat),
-            into=places,
-            of=b.producer(self.h),
-            gradient=dh,
-            wrt={0: 0, 1: 1, 2: 2, 3: 3},
-        )
+        dmodulation, (dshift, dscale) = modulation_gradient(b, self.modulation, ("dshift", "dscale"))
+        dx = self.norm.backward(dh, None, "dx", dw.get("final.norm"), dscale, dshift)
         if dmodulation is not None:
             self._modulation_backward(dw, dmodulation, shared)
         return dx

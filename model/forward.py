@@ -8,11 +8,10 @@ from ..parallel.ir.plan import Plan
 from ..parallel.ir.program import Program
 from ..parallel.ir.records import Phase, Place
 from ..parallel.layers.sharded import ShardedUnits
-from .backbone import Block
-from .config import CONDITIONING_UNIT, REPLICATED_UNIT, ModelConfig, block_unit
-from .ends import Embedding, FinalLayer
+from .config import REPLICATED_UNIT, ModelConfig
 from .inputs import LATENTS, BatchShape, condition_inputs, declare
 from .step import check, unit_layout
+from .transformer import Transformer
 
 SHARES = "shares"  # the input of what each half of a guided sample counts
 
@@ -41,19 +40,9 @@ def build_velocity(config: ModelConfig, plan: Plan, batch: BatchShape, *, apart:
     units.cast_weights()
     with b.scope("replicated.weights", Place(Phase.WEIGHTS, unit=REPLICATED_UNIT)):
         once = units.gather(REPLICATED_UNIT)
-    with b.scope("conditioning.weights", Place(Phase.WEIGHTS, unit=CONDITIONING_UNIT)):
-        conditioning = units.gather(CONDITIONING_UNIT)
-    with b.scope("embedding.forward", Place(Phase.FORWARD, unit=CONDITIONING_UNIT)):
-        embedding = Embedding(b, c, c.grid(batch.latent))
-        x, cond = embedding.forward({**once, **conditioning}, x_t, t, conditions)
-    for layer in range(c.layers):
-        unit = block_unit(layer)
-        with b.scope(f"{unit}.weights", Place(Phase.WEIGHTS, None, layer, unit)):
-            weights = units.gather(unit)
-        with b.scope(f"{unit}.forward", Place(Phase.FORWARD, None, layer, unit)):
-            x = Block(b, c, unit).forward({**once, **weights}, x, cond)
-    with b.scope("final.forward", Place(Phase.FORWARD, unit=REPLICATED_UNIT)):
-        result = FinalLayer(b, c).forward(once, x, cond)
+    transformer = Transformer(b, c, units, batch.latent)
+    result = transformer.velocity_of(once, lambda: (x_t, t, conditions))
+    with transformer.scope("final", Phase.FORWARD, REPLICATED_UNIT):
         if shares is not None:
             halves = Placement((TOKENS, REPLICA_AXES, ("dp_shard",), NONE))
             split = b.view(result, "halves", (patches[0], 2, samples // 2, patches[2]), halves)

@@ -11,7 +11,6 @@ Nothing of a step happens outside its program. ``build_step`` checks it; the pas
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,19 +23,18 @@ from ..parallel.ir.program import Program
 from ..parallel.ir.records import Buffer, Phase, Place
 from ..parallel.ir.units import Units, lay_out
 from ..parallel.layers.sharded import ShardedUnits, decay_attributes
-from .backbone import Block, SharedGradients
+from .backbone import SharedGradients
 from .config import (
     CAPTION_DROPOUT,
     CONDITIONING_UNIT,
     REPLICATED_UNIT,
     ModelConfig,
-    block_unit,
     latent_text,
     parameters_by_unit,
 )
-from .ends import Embedding, FinalLayer
 from .inputs import IDS, LATENTS, MASK, PLACES, BatchShape, declare, text_input, training_inputs
 from .objective import OBJECTIVES
+from .transformer import Given, Transformer
 
 
 @dataclass(frozen=True)
@@ -135,11 +133,10 @@ def build_step(
             into={0: norm},
             clip_norm=optimizer.clip_norm,
         )
-        states = [units.states[name] for name in ("master", "exp_avg", "exp_avg_sq", "ema")]
         updated = b.op(
             "adamw",
-            [*states, gradient, factor, finite, advanced, lr],
-            ("master", "exp_avg", "exp_avg_sq", "ema"),
+            [*units.states.values(), gradient, factor, finite, advanced, lr],
+            tuple(units.states),
             betas=optimizer.betas,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
@@ -147,19 +144,16 @@ def build_step(
             **decay_attributes(units.units),
         )
         total = b.all_reduce(loss_sum, WORLD, "loss")
-    sharded = states[0].placement
     outputs = {
         "loss": (total, replicated(0)),
         "gradient_norm": (norm, replicated(0)),
         "counters": (advanced, replicated(1)),
     }
-    outputs |= {
-        name: (state, sharded) for name, state in zip(("master", "exp_avg", "exp_avg_sq", "ema"), updated, strict=True)
-    }
+    outputs |= {n: (made, state.placement) for (n, state), made in zip(units.states.items(), updated, strict=True)}
     return b.finish(outputs, blocks=c.layers)
 
 
-class _MicroBatch:
+class _MicroBatch(Transformer):
     """Forward and backward of one micro-batch."""
 
     def __init__(
@@ -173,22 +167,16 @@ class _MicroBatch:
         seed: int,
         caption_dropout: float,
     ) -> None:
-        self.b, self.c, self.units, self.number = b, c, units, number
+        super().__init__(b, c, units, batch.latent, number)
         self.last = number == b.plan.micro_batches - 1
-        self.grid = c.grid(batch.latent)
-        self.latent = batch.latent
         self.draw: dict[str, Any] = {"seed": seed}
         self.dropout = caption_dropout
         self.counters = counters
         with b.scope("", Place(micro_batch=number)):
             self.inputs = declare(b, training_inputs(c, b.plan, batch), number)
 
-    def scope(self, name: str, phase: Phase, unit: str, block: int | None = None) -> AbstractContextManager[None]:
-        """A stretch of this micro-batch."""
-        return self.b.scope(f"{name}.{phase}", Place(phase, self.number, block, unit))
-
-    def _flow(self) -> tuple[Buffer, Buffer, Buffer, dict[str, Buffer]]:
-        """x_t and the target [T, B, P], t [B], and the conditions, captions after dropout."""
+    def _flow(self) -> Given:
+        """Samples noised, and captions after dropout; the target [T, B, P] is kept."""
         b, c, inputs = self.b, self.c, self.inputs
         stat = b.plan.stat_dtype
         drawn_for, latents = [inputs[IDS], inputs[PLACES], self.counters], inputs[LATENTS]
@@ -228,32 +216,13 @@ class _MicroBatch:
             **geometry,
             **self.draw,
         )
-        x_t, target = objective.noised(b, x1, x0, t)
-        return x_t, target, t, conditions
+        x_t, self.target = objective.noised(b, x1, x0, t)
+        return x_t, t, conditions
 
     def forward(self, once: dict[str, Buffer], loss: Buffer, *, first: bool) -> None:
-        b, c = self.b, self.c
-        with self.scope("conditioning", Phase.WEIGHTS, CONDITIONING_UNIT):
-            conditioning = self.units.gather(CONDITIONING_UNIT)
-        with self.scope("embedding", Phase.FORWARD, CONDITIONING_UNIT):
-            x_t, self.target, t, conditions = self._flow()
-            self.embedding = Embedding(b, c, self.grid)
-            x, self.cond = self.embedding.forward({**once, **conditioning}, x_t, t, conditions)
-            if c.lora is not None:  # its gradient is made and left: so all blocks are alike
-                b.parameter(x)
-        self.conditioning = conditioning
-        self.blocks: list[tuple[Block, dict[str, Buffer]]] = []
-        for layer in range(c.layers):
-            unit = block_unit(layer)
-            with self.scope(unit, Phase.WEIGHTS, unit, layer):
-                weights = self.units.gather(unit)
-            with self.scope(unit, Phase.FORWARD, unit, layer):
-                block = Block(b, c, unit)
-                x = block.forward({**once, **weights}, x, self.cond)
-            self.blocks.append((block, weights))
+        b = self.b
+        self.velocity = self.velocity_of(once, self._flow)
         with self.scope("final", Phase.FORWARD, REPLICATED_UNIT):
-            self.final = FinalLayer(b, c)
-            self.velocity = self.final.forward(once, x, self.cond)
             (self.loss,) = b.op(
                 "velocity_loss",
                 [self.velocity, self.target],
@@ -283,14 +252,14 @@ class _MicroBatch:
                 of=self.loss_op,
                 wrt={0: 0},
             )
-            dx = self.final.backward(once, donce, dvelocity, self.cond, shared)
+            dx = self.final.backward(once, donce, dvelocity, shared)
         for layer in reversed(range(c.layers)):
             block, weights = self.blocks[layer]
-            unit = block_unit(layer)
+            unit = block.unit
             with self.scope(unit, Phase.GRADIENT, unit, layer):
                 dweights = self.units.new_gradient(unit)
             with self.scope(unit, Phase.BACKWARD, unit, layer):
-                dx = block.backward({**once, **weights}, {**donce, **dweights}, dx, self.cond, shared)
+                dx = block.backward({**donce, **dweights}, dx, self.cond, shared)
                 self._reduce(unit, weights, dweights)
         if c.lora is not None:
             b.discard(dx)

@@ -143,25 +143,23 @@ class Setting:
         if (section := self.config.sample) is not None:
             PATHS[self.model.objective].check_sampler(section.solver, section.steps)
 
-    def blueprints(self) -> list[Blueprint]:
-        """Of the steps of all buckets, on a rank that has joined no job yet. Raises CinemeshError as ``shapes``."""
-        config, device = self.config, device_here(self.config.device, processes_here(1))
+    def blueprints(self, device: str = "", batches: Sequence[BatchShape] | None = None) -> list[Blueprint]:
+        """Of the steps of all buckets, or of these, on a ``device``; "": that of a rank which has joined no job yet.
+
+        Raises CinemeshError as ``shapes``.
+        """
+        config, device = self.config, device or device_here(self.config.device, processes_here(1))
         facts = (config.optimizer, config.seed, config.caption_dropout, backend_of(device), self.marked(device))
-        return [Blueprint(self.model, config.plan, shape, *facts) for shape in self.shapes]
+        shapes = self.shapes if batches is None else batches
+        return [Blueprint(self.model, config.plan, shape, *facts) for shape in shapes]
 
     def runners(
         self, place: Joined, batches: Sequence[BatchShape] | None = None, build: BuildSteps = build_here
     ) -> BucketRunner:
         """Steps of all buckets, or of these, on a rank. Raises CinemeshError as :class:`BucketRunner`."""
-        config = self.config
         return BucketRunner(
-            self.model,
-            config.plan,
-            self.shapes if batches is None else batches,
-            config.optimizer,
+            self.blueprints(place.device, batches),
             place.mesh,
-            seed=config.seed,
-            caption_dropout=config.caption_dropout,
             device=place.device,
             kernels=self.kernels(place.device),
             slot=slot_of(place.marks, place.device) if self.marked(place.device) else None,

@@ -14,7 +14,9 @@ from cinemesh.launch.proof.parity import OPTIMIZER, Case, global_batch
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.memory import uncollected
 from cinemesh.model import weights
+from cinemesh.model.blueprint import Blueprint
 from cinemesh.model.buckets import BucketRunner
+from cinemesh.model.config import CAPTION_DROPOUT
 from cinemesh.model.inputs import BatchShape
 from cinemesh.model.runner import StepRunner
 from cinemesh.parallel.ir.plan import Plan
@@ -34,8 +36,11 @@ def load(case: Case, runner: StepRunner | BucketRunner, step: int) -> None:
 
 
 def bucket_runner(shapes: list[Case]) -> BucketRunner:
-    first = shapes[0]
-    return BucketRunner(first.config, first.plan, [c.batch for c in shapes], OPTIMIZER, None, seed=first.seed)
+    return BucketRunner([blueprint(case, case.batch) for case in shapes], None)
+
+
+def blueprint(case: Case, batch: BatchShape) -> Blueprint:
+    return Blueprint(case.config, case.plan, batch, OPTIMIZER, case.seed, CAPTION_DROPOUT, "gloo", marked=False)
 
 
 @pytest.mark.parametrize("mode", ["off", "required"])
@@ -111,6 +116,4 @@ def test_a_shape_without_a_bucket_is_refused() -> None:
     with pytest.raises(CinemeshError, match=r"latents 3x4x4 for a step that was built for 3x4x6"):
         load(stranger, buckets.first, 0)
     with pytest.raises(CinemeshError, match="each latent once"):
-        BucketRunner(
-            shapes[0].config, shapes[0].plan, [BatchShape(2, (3, 4, 12)), BatchShape(1, (3, 4, 12))], OPTIMIZER, None
-        )
+        BucketRunner([blueprint(shapes[0], BatchShape(samples, (3, 4, 12))) for samples in (2, 1)], None)

@@ -16,7 +16,9 @@ from cinemesh.launch.proof.verify import small_case
 from cinemesh.launch.training.marked import MarkedRuns, slot_of
 from cinemesh.launch.training.numerics import Numerics
 from cinemesh.launch.training.setting import Setting
+from cinemesh.model.blueprint import Blueprint
 from cinemesh.model.buckets import BucketRunner
+from cinemesh.model.config import CAPTION_DROPOUT
 from cinemesh.model.weights import probe_values
 from cinemesh.parallel.ir.nccl_stack import Capture
 from cinemesh.parallel.ir.plan import Plan
@@ -44,7 +46,8 @@ def test_marks_are_in_the_program_where_no_host_tells(marks: str, device: str, c
 
 def runs_of(marks: Marks, *, marked: bool, mode: Capture = "required") -> MarkedRuns:
     slot = slot_of(marks, "cpu") if marked else None
-    runners = BucketRunner(CASE.config, CASE.plan, [CASE.batch], OPTIMIZER, None, slot=slot)
+    facts = (OPTIMIZER, 0, CAPTION_DROPOUT, "gloo", marked)
+    runners = BucketRunner([Blueprint(CASE.config, CASE.plan, CASE.batch, *facts)], None, slot=slot)
     runners.first.initialise(probe_values(CASE.seed))
     runners.capture(mode)
     load_batch(CASE, runners.first, 0)

@@ -109,10 +109,9 @@ def test_an_interrupted_run_has_its_rows_and_a_resumed_one_keeps_them(
 def measured(values: dict[str, Any], tmp_path: Path) -> MeasuredRows:
     """Of a run that has taken no step."""
     setting = Setting.of(check_config(values, "test"))
-    config = setting.config
-    runners = BucketRunner(setting.model, config.plan, setting.batches, config.optimizer, None, seed=0)
+    runners = BucketRunner(setting.blueprints("cpu", setting.batches), None)
     (tmp_path / "run").mkdir()
-    return MeasuredRows(config, runners, setting.latents)
+    return MeasuredRows(setting.config, runners, setting.latents)
 
 
 @pytest.fixture

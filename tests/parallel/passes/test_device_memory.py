@@ -12,8 +12,9 @@ from cinemesh.kernels.registry import kernels_for
 from cinemesh.kernels.selection import Software
 from cinemesh.launch.proof.parity import OPTIMIZER
 from cinemesh.launch.proof.verify import small_case
+from cinemesh.model.blueprint import Blueprint
 from cinemesh.model.buckets import BucketRunner
-from cinemesh.model.config import USUAL_LATENTS, preset
+from cinemesh.model.config import CAPTION_DROPOUT, USUAL_LATENTS, preset
 from cinemesh.model.inputs import BatchShape
 from cinemesh.model.runner import StepRunner
 from cinemesh.model.sampler import Sampler
@@ -186,7 +187,8 @@ def test_a_sampler_alone_is_refused_where_nothing_is_left(free: list[int]) -> No
 
 def test_steps_beside_each_other_count_each_others_graphs() -> None:
     batches = [CASE.batch, replace(CASE.batch, latent=(1, 4, 4))]
-    runners = BucketRunner(CASE.config, CASE.plan, batches, OPTIMIZER, None)
+    facts = (OPTIMIZER, CASE.seed, CAPTION_DROPOUT, "gloo", False)
+    runners = BucketRunner([Blueprint(CASE.config, CASE.plan, batch, *facts) for batch in batches], None)
     assert sorted(runner.graphs for runner in runners.runners.values()) == [1, 2]
     one, two = runners.runners.values()
     assert one.executor.arena is two.executor.arena and one.buffers["master"] is two.buffers["master"]

@@ -31,7 +31,9 @@ from cinemesh.launch.cluster.marks import Marks
 from cinemesh.launch.proof.parity import OPTIMIZER, Case, load_batch
 from cinemesh.launch.proof.verify import small_case
 from cinemesh.model import weights
+from cinemesh.model.blueprint import Blueprint
 from cinemesh.model.buckets import BucketRunner
+from cinemesh.model.config import CAPTION_DROPOUT
 from cinemesh.model.runner import StepRunner, capture_graph
 from cinemesh.model.step import build_step
 from cinemesh.parallel.ir.communicators import GROUPS, communicator_name
@@ -265,7 +267,8 @@ def test_two_buckets_share_one_arena_and_one_pool() -> None:
     case = case_of("dtype=float32")
     t, h, w = case.latent
     batches = [case.batch, replace(case.batch, latent=(t, h, w // 2))]
-    runner = BucketRunner(case.config, case.plan, batches, OPTIMIZER, None, device="cuda")
+    facts = (OPTIMIZER, case.seed, CAPTION_DROPOUT, "nccl", False)
+    runner = BucketRunner([Blueprint(case.config, case.plan, b, *facts) for b in batches], None, device="cuda")
     assert runner.capture("required") is None
     small, large = (runner.runners[b.latent] for b in reversed(batches))
     assert small.pool is large.pool and small.executor.arena is large.executor.arena
