@@ -30,6 +30,7 @@ from torch import Tensor
 from .checks import check
 from .device import scratch, table_of
 from .partial_sums import sum_slices, sum_spec
+from .reference import decay_boundary
 from .spec import Sizes, Spec
 from .tiles import SUM_BLOCK, Launch, cover, flat_sums
 from .tuning import DEFAULT_DEVICE, shape_class, tile
@@ -136,10 +137,7 @@ def adamw(
     eps: float,
     weight_decay: float,
     ema_decay: float,
-    last_offset: int,
-    last_elements: int,
-    last_decayed: int,
-    rank: int,
+    **decay: int,
 ) -> None:
     """master, m, v, ema, gradient, clip, finite, counters, lr -> master, m, v, ema in place, and [the copy].
 
@@ -156,13 +154,12 @@ def adamw(
     if copy is not None:
         tensors["copy"] = (copy, "rn", (torch.bfloat16, torch.float32))
     check("adamw", tensors, unaligned=("clip", "lr", "finite", "counters"))
-    boundary = last_offset + min(max(last_decayed - rank * last_elements, 0), last_elements)
     launch = _launch(master.numel(), betas, eps, weight_decay, ema_decay, copy is not None, table_of(master))
     launch.run(
         adamw_kernel,
         *(master, exp_avg, exp_avg_sq, ema, gradient, master if copy is None else copy, clip, finite, counters, lr),
         master.numel(),
-        boundary,
+        decay_boundary(**decay),
     )
 
 

@@ -14,8 +14,8 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from .checks import check
-from .reference import UPDATES, ema_rate
+from .checks import check, labelled
+from .reference import UPDATES, decay_boundary, ema_rate
 
 ADAMW_MODE = 1  # decoupled weight decay
 CHUNK = 2048 * 32  # elements of one thread block's work: apex's own default
@@ -27,17 +27,8 @@ def modulate_norm(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, eps: f
     """As the reference: apex normalises and applies the gain, torch the scale and the shift."""
     x, gain, scale, shift = inputs
     h, rstd = outputs
-    check(
-        "modulate_norm",
-        {
-            "x": (x, "tbd", STREAM),
-            "gain": (gain, "d", (x.dtype,)),
-            "scale": (scale, "bd", (x.dtype,)),
-            "shift": (shift, "bd", (x.dtype,)),
-            "h": (h, "tbd", (x.dtype,)),
-            "rstd": (rstd, "tb", STATISTICS),
-        },
-    )
+    names, dtypes = ("x", "gain", "scale", "shift", "h", "rstd"), {"x": STREAM, "rstd": STATISTICS}
+    check("modulate_norm", labelled("modulate_norm", names, (*inputs, *outputs), dtypes, (x.dtype,)))
     normed, inverse = import_module("fused_layer_norm_cuda").rms_forward_affine(x, [x.shape[-1]], gain, eps)
     rstd.copy_(inverse.view(rstd.shape))
     torch.addcmul(shift, normed, 1 + scale, out=h)
@@ -47,17 +38,8 @@ def layer_norm(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, eps: floa
     """As the reference; apex gives new tensors, which are copied to the outputs."""
     x, gain, bias = inputs
     y, mean, rstd = outputs
-    check(
-        "layer_norm",
-        {
-            "x": (x, "lbd", STREAM),
-            "gain": (gain, "d", (x.dtype,)),
-            "bias": (bias, "d", (x.dtype,)),
-            "y": (y, "lbd", (x.dtype,)),
-            "mean": (mean, "lb", STATISTICS),
-            "rstd": (rstd, "lb", STATISTICS),
-        },
-    )
+    names, dtypes = ("x", "gain", "bias", "y", "mean", "rstd"), {"x": STREAM, "mean": STATISTICS, "rstd": STATISTICS}
+    check("layer_norm", labelled("layer_norm", names, (*inputs, *outputs), dtypes, (x.dtype,)))
     normed, center, inverse = import_module("fused_layer_norm_cuda").forward_affine(x, [x.shape[-1]], gain, bias, eps)
     y.copy_(normed)
     mean.copy_(center.view(mean.shape))
@@ -68,19 +50,9 @@ def layer_norm_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> 
     """As the reference, with dy rounded to the dtype of x, which is what apex takes."""
     dy, x, mean, rstd, gain = inputs
     dx, dgain, dbias = outputs
-    check(
-        "layer_norm_backward",
-        {
-            "dy": (dy, "lbd", STREAM),
-            "x": (x, "lbd", STREAM),
-            "mean": (mean, "lb", STATISTICS),
-            "rstd": (rstd, "lb", STATISTICS),
-            "gain": (gain, "d", (x.dtype,)),
-            "dx": (dx, "lbd", STREAM),
-            "dgain": (dgain, "d", STATISTICS),
-            "dbias": (dbias, "d", STATISTICS),
-        },
-    )
+    names = ("dy", "x", "mean", "rstd", "gain", "dx", "dgain", "dbias")
+    dtypes = dict.fromkeys(("dy", "x", "dx"), STREAM) | {"gain": (x.dtype,)}
+    check("layer_norm_backward", labelled("layer_norm_backward", names, (*inputs, *outputs), dtypes, STATISTICS))
     # Without its memory-efficient mode apex takes from the bias its shape and dtype alone, and eps not at all.
     gradients = import_module("fused_layer_norm_cuda").backward_affine(
         dy.to(x.dtype), mean.view(-1), rstd.view(-1), x, [x.shape[-1]], gain, gain, 0.0, False
@@ -97,23 +69,20 @@ def adamw(
     eps: float,
     weight_decay: float,
     ema_decay: float,
-    last_offset: int,
-    last_elements: int,
-    last_decayed: int,
-    rank: int,
+    **decay: int,
 ) -> None:
     """As the reference. apex writes the clipped gradient over the gradient, whose last reader this op is."""
     master, exp_avg, exp_avg_sq, ema, gradient, clip, finite, counters, lr = inputs
     named = {"master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema, "gradient": gradient}
     check("adamw", {name: (x, "rn", STATISTICS) for name, x in named.items()})
-    boundary = last_offset + min(max(last_decayed - rank * last_elements, 0), last_elements)
+    boundary = decay_boundary(**decay)
     skip = finite.logical_not().to(torch.int32).view(1)
     step = counters[UPDATES].clamp(min=1).to(torch.int32).view(1)
     kernel = import_module("amp_C").multi_tensor_adam_capturable
     flat = [x.view(-1) for x in (gradient, master, exp_avg, exp_avg_sq)]
-    for decay, begin, end in ((weight_decay, 0, boundary), (0.0, boundary, flat[0].numel())):
+    for rate, begin, end in ((weight_decay, 0, boundary), (0.0, boundary, flat[0].numel())):
         if begin < end:
             lists = [[x[begin:end]] for x in flat]
-            kernel(CHUNK, skip, lists, lr, *betas, eps, step, ADAMW_MODE, 1, decay, clip)
-    rate = ema_rate(step.to(master.dtype), ema_decay)
-    ema.lerp_(master, rate.mul_(finite).view(()))
+            kernel(CHUNK, skip, lists, lr, *betas, eps, step, ADAMW_MODE, 1, rate, clip)
+    averaged = ema_rate(step.to(master.dtype), ema_decay)
+    ema.lerp_(master, averaged.mul_(finite).view(()))

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CinemeshError
+from .ops import OPS
+from .signature import parse
 from .spec import POINTER_ALIGNMENT
 
 WORDS = {  # label of the op table -> word of an error
@@ -79,6 +81,22 @@ def check(
                 f"one aligned to {POINTER_ALIGNMENT} bytes, as the arena aligns every buffer",
             )
     return sizes
+
+
+def labelled(
+    op: str,
+    names: Sequence[str],
+    tensors: Sequence[Tensor],
+    dtypes: Mapping[str, Sequence[torch.dtype]],
+    otherwise: Sequence[torch.dtype],
+) -> dict[str, tuple[Tensor, str, Sequence[torch.dtype]]]:
+    """A call's inputs and outputs for :func:`check`, by ``names`` in their order, with the labels of the op table.
+
+    ``dtypes``: allowed, by name, or ``otherwise``.
+    """
+    signature = parse(OPS[op].signature or "")
+    rows = zip(names, tensors, (*signature.inputs, *signature.outputs), strict=True)
+    return {name: (x, labels, dtypes.get(name, otherwise)) for name, x, labels in rows}
 
 
 def _wrong(op: str, name: str, got: str, wanted: str) -> CinemeshError:

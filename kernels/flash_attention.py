@@ -11,86 +11,59 @@ No key mask, no dropout, never causal. Source of the calls: Dao-AILab/flash-atte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import check
+from .attention_views import keep_outputs, keys_values, samples_first
+from .checks import check, labelled
 
 HALF = (torch.bfloat16, torch.float16)
 STATISTICS = (torch.float32,)
 
 
-def _views(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """[T, B, H, K] as views [B, T, H, K]."""
-    return tuple(x.transpose(0, 1) for x in tensors)
-
-
 def _forward_views(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """(q, k, v, o) of an ``attention`` call, samples first; checked."""
-    (q, kv), (o, lse) = inputs, outputs
-    check(
-        "attention",
-        {
-            "q": (q, "tbhk", HALF),
-            "kv": (kv, "sbchk", (q.dtype,)),
-            "o": (o, "tbhk", (q.dtype,)),
-            "lse": (lse, "bht", STATISTICS),
-        },
-        strided=("q", "kv", "o"),
-    )
-    return _views(q, kv[:, :, 0], kv[:, :, 1], o)
+    (q, kv), (o, _) = inputs, outputs
+    names, dtypes = ("q", "kv", "o", "lse"), {"q": HALF, "lse": STATISTICS}
+    tensors = labelled("attention", names, (*inputs, *outputs), dtypes, (q.dtype,))
+    check("attention", tensors, strided=("q", "kv", "o"))
+    return (samples_first(q), *keys_values(samples_first, kv), samples_first(o))
 
 
 def _backward_views(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """(do, q, k, v, o, dq, dk, dv) of an ``attention_backward`` call, samples first; checked."""
-    (do, q, kv, o, lse), (dq, dkv) = inputs, outputs
-    same = (q.dtype,)
-    check(
-        "attention_backward",
-        {
-            "do": (do, "tbhk", HALF),
-            "q": (q, "tbhk", HALF),
-            "kv": (kv, "sbchk", same),
-            "o": (o, "tbhk", same),
-            "lse": (lse, "bht", STATISTICS),
-            "dq": (dq, "tbhk", same),
-            "dkv": (dkv, "sbchk", same),
-        },
-        strided=("do", "q", "kv", "o", "dq", "dkv"),
-    )
-    return _views(do, q, kv[:, :, 0], kv[:, :, 1], o, dq, dkv[:, :, 0], dkv[:, :, 1])
-
-
-def _keep(outputs: Sequence[Tensor], o: Tensor, lse: Tensor) -> None:
-    outputs[0].copy_(o.transpose(0, 1))
-    outputs[1].copy_(lse)
+    (do, q, kv, o, _), (dq, dkv) = inputs, outputs
+    names, dtypes = ("do", "q", "kv", "o", "lse", "dq", "dkv"), {"do": HALF, "q": HALF, "lse": STATISTICS}
+    tensors = labelled("attention_backward", names, (*inputs, *outputs), dtypes, (q.dtype,))
+    check("attention_backward", tensors, strided=("do", "q", "kv", "o", "dq", "dkv"))
+    k, v = keys_values(samples_first, kv)
+    return (*map(samples_first, (do, q)), k, v, *map(samples_first, (o, dq)), *keys_values(samples_first, dkv))
 
 
 # -- flash-attn: FlashAttention-2 -------------------------------------------------------------------------------------
 
 
-def _no_extras() -> dict[str, Any]:
-    """Arguments that FlashAttention-2 wants spelled out: no dropout, mask, window, cap or bias."""
-    return {
-        "dropout_p": 0.0,
-        "causal": False,
-        "window_size_left": -1,
-        "window_size_right": -1,
-        "softcap": 0.0,
-        "alibi_slopes": None,
-    }
+# Arguments that FlashAttention-2 wants spelled out: no dropout, mask, window, cap or bias.
+_NO_EXTRAS: Mapping[str, Any] = {
+    "dropout_p": 0.0,
+    "causal": False,
+    "window_size_left": -1,
+    "window_size_right": -1,
+    "softcap": 0.0,
+    "alibi_slopes": None,
+}
 
 
 def attention_2(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     package = import_module("flash_attn.flash_attn_interface")
     q, k, v, _ = _forward_views(inputs, outputs)
     scale = q.shape[-1] ** -0.5
-    o, lse, *_ = package._flash_attn_forward(q, k, v, softmax_scale=scale, return_softmax=False, **_no_extras())
-    _keep(outputs, o, lse)
+    o, lse, *_ = package._flash_attn_forward(q, k, v, softmax_scale=scale, return_softmax=False, **_NO_EXTRAS)
+    keep_outputs(samples_first, outputs, o, lse)
 
 
 def attention_backward_2(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, deterministic: bool = False) -> None:
@@ -109,7 +82,7 @@ def attention_backward_2(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *,
         dv=dv,
         softmax_scale=q.shape[-1] ** -0.5,
         deterministic=deterministic,
-        **_no_extras(),
+        **_NO_EXTRAS,
     )
 
 
@@ -120,7 +93,7 @@ def attention_3(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, sm_margi
     package = import_module("flash_attn_interface")
     q, k, v, _ = _forward_views(inputs, outputs)
     o, lse, *_ = package._flash_attn_forward(q, k, v, softmax_scale=q.shape[-1] ** -0.5, sm_margin=sm_margin)
-    _keep(outputs, o, lse)
+    keep_outputs(samples_first, outputs, o, lse)
 
 
 def attention_backward_3(

@@ -279,17 +279,15 @@ def swiglu_backward(inputs: Tensors, outputs: Tensors) -> None:
     dup.mul_(dy)
 
 
-def activate(inputs: Tensors, outputs: Tensors) -> None:
-    """SiLU."""
-    torch.ops.aten.silu.out(inputs[0], out=outputs[0])
-
-
 def activate_backward(inputs: Tensors, outputs: Tensors) -> None:
     torch.ops.aten.silu_backward.grad_input(inputs[0], inputs[1], grad_input=outputs[0])
 
 
 def silu(inputs: Tensors, outputs: Tensors) -> None:
     torch.ops.aten.silu.out(inputs[0], out=outputs[0])
+
+
+activate = silu
 
 
 def silu_backward(inputs: Tensors, outputs: Tensors, *, add: bool = False) -> None:
@@ -559,6 +557,15 @@ def ema_rate(updates: Tensor, decay: float) -> Tensor:
     return (9 / (10 + updates)).clamp_(min=1 - decay)
 
 
+def decay_boundary(last_offset: int, last_elements: int, last_decayed: int, rank: int) -> int:
+    """Elements of a rank's flat shard before this one decay.
+
+    All units but the last hold only weights that do; the last, of which a rank holds ``last_elements`` from
+    ``last_offset`` on, holds ``last_decayed`` of them first.
+    """
+    return last_offset + min(max(last_decayed - rank * last_elements, 0), last_elements)
+
+
 def adamw(
     inputs: Tensors,
     outputs: Tensors,
@@ -567,19 +574,15 @@ def adamw(
     eps: float,
     weight_decay: float,
     ema_decay: float,
-    last_offset: int,
-    last_elements: int,
-    last_decayed: int,
-    rank: int,
+    **decay: int,
 ) -> None:
     """AdamW (Loshchilov and Hutter 2019) and EMA on the flat shard; nothing changes when the norm is not finite.
 
     The EMA's decay warms up: min(ema_decay, (1 + n) / (10 + n)) at update n, the rule of TensorFlow's
-    ``tf.train.ExponentialMovingAverage(num_updates=...)``, so that an early average is not its random start. Elements
-    before ``boundary`` decay: all units but the last hold only weights that do, the last holds them first.
+    ``tf.train.ExponentialMovingAverage(num_updates=...)``, so that an early average is not its random start.
+    ``decay``: which elements do, see :func:`decay_boundary`.
     """
     master, exp_avg, exp_avg_sq, ema, gradient, clip, finite, counters, lr = inputs
-    boundary = last_offset + min(max(last_decayed - rank * last_elements, 0), last_elements)
     updates = counters[UPDATES].clamp(min=1).to(master.dtype)  # 0 only when the first update is skipped
     taken = finite.to(master.dtype)  # every rate is 0 in a step that is skipped
     rate1, rate2 = (taken * (1 - beta) for beta in betas)
@@ -587,9 +590,9 @@ def adamw(
     step_size = taken * lr / (1 - betas[0] ** updates)
     root_correction = torch.sqrt(1 - betas[1] ** updates)
     flat = [x.view(-1) for x in (master, exp_avg, exp_avg_sq, ema, gradient)]
-    edges = [0, boundary, flat[0].numel()]
-    for decay, begin, end in zip((weight_decay, 0.0), edges[:-1], edges[1:], strict=True):
-        kept = 1 - taken * lr * decay
+    edges = [0, decay_boundary(**decay), flat[0].numel()]
+    for rate, begin, end in zip((weight_decay, 0.0), edges[:-1], edges[1:], strict=True):
+        kept = 1 - taken * lr * rate
         for start in range(begin, end, FLAT_CHUNK):
             w, m, v, average, g = (x[start : min(start + FLAT_CHUNK, end)] for x in flat)
             g = torch.where(finite, g * clip, 0.0)

@@ -12,13 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .attention_views import heads_first, keep_gradients, keep_outputs, keys_values
+
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    """[T, B, H, K] as a view [B, H, T, K]."""
-    return x.permute(1, 2, 0, 3)
 
 
 def _additive(mask: list[Tensor], dtype: torch.dtype) -> Tensor | None:
@@ -31,27 +28,22 @@ def _additive(mask: list[Tensor], dtype: torch.dtype) -> Tensor | None:
 
 def attention(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     q, kv, *mask = inputs
-    k, v = _heads_first(kv[:, :, 0]), _heads_first(kv[:, :, 1])
-    o, lse = _forward(_heads_first(q), k, v, 0.0, False, attn_mask=_additive(mask, q.dtype))
-    _heads_first(outputs[0]).copy_(o)
-    outputs[1].copy_(lse)
+    k, v = keys_values(heads_first, kv)
+    o, lse = _forward(heads_first(q), k, v, 0.0, False, attn_mask=_additive(mask, q.dtype))
+    keep_outputs(heads_first, outputs, o, lse)
 
 
 def attention_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     """As the reference, from o and lse; torch gives new tensors, which are copied to the outputs."""
     do, q, kv, o, lse, *mask = inputs
-    k, v = _heads_first(kv[:, :, 0]), _heads_first(kv[:, :, 1])
-    dq, dk, dv = _backward(
-        _heads_first(do),
-        _heads_first(q),
-        k,
-        v,
-        _heads_first(o),
+    gradients = _backward(
+        heads_first(do),
+        heads_first(q),
+        *keys_values(heads_first, kv),
+        heads_first(o),
         lse.transpose(1, 2).contiguous().transpose(1, 2),
         0.0,
         False,
         attn_mask=_additive(mask, q.dtype),
     )
-    _heads_first(outputs[0]).copy_(dq)
-    _heads_first(outputs[1][:, :, 0]).copy_(dk)
-    _heads_first(outputs[1][:, :, 1]).copy_(dv)
+    keep_gradients(heads_first, outputs, *gradients)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .attention_views import heads_first, keep_gradients, keep_outputs, keys_values, samples_first
 from .reference import product_of, token_coordinates
 
 _LSE_ALIGNMENT = 32  # queries; rows of the memory-efficient kernel's log-sum-exp are padded to it
@@ -66,33 +67,29 @@ def _in_order(asked: bool) -> Iterator[None]:
 
 
 def attention(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-    q, k, v = _samples_first(inputs[0], inputs[1])
+    q, (k, v) = samples_first(inputs[0]), keys_values(samples_first, inputs[1])
     o, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, None, None, q.shape[1], k.shape[1], 0.0, False, False)
-    outputs[0].copy_(o.transpose(0, 1))
-    outputs[1].copy_(lse)
+    keep_outputs(samples_first, outputs, o, lse)
 
 
 def attention_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, deterministic: bool = False) -> None:
     """As the reference, from o and lse; copied to the outputs."""
     do, q_rows, kv, o, lse = inputs
-    q, k, v = _samples_first(q_rows, kv)
+    q, (k, v) = samples_first(q_rows), keys_values(samples_first, kv)
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a generator that no dropout asks
     with _in_order(deterministic):
         gradients = torch.ops.aten._flash_attention_backward(
             do.transpose(0, 1), q, k, v, o.transpose(0, 1), lse, None, None, q.shape[1], k.shape[1], 0.0, False,
             state, state[0],
         )  # fmt: skip
-    dq, dk, dv = (x.transpose(0, 1) for x in gradients)
-    outputs[0].copy_(dq)
-    outputs[1][:, :, 0].copy_(dk)
-    outputs[1][:, :, 1].copy_(dv)
+    keep_gradients(samples_first, outputs, *gradients)
 
 
 def cudnn_attention(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     """As the reference. Torch keeps cuDNN's plan by device, dtype, shapes and strides of q, k and v (MHA.cpp)."""
-    o, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*_heads_first(*inputs), None, True)
-    _rows(outputs[0]).copy_(o)
-    outputs[1].copy_(lse.view_as(outputs[1]))  # [B, H, T] or, by torch's version, [B, H, T, 1]
+    q, (k, v) = heads_first(inputs[0]), keys_values(heads_first, inputs[1])
+    o, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
+    keep_outputs(heads_first, outputs, o, lse.view_as(outputs[1]))  # [B, H, T] or, by torch's version, [B, H, T, 1]
 
 
 def cudnn_attention_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
@@ -102,22 +99,19 @@ def cudnn_attention_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor]
     log-sum-exp, a slice of heads where K and V are gathered in slices, is in C order.
     """
     do, q_rows, kv, o, lse = inputs
-    q, k, v = _heads_first(q_rows, kv)
+    q, (k, v) = heads_first(q_rows), keys_values(heads_first, kv)
     nothing = torch.zeros((), dtype=torch.int64, device=q.device)  # seed and offset of a dropout that is not
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        _rows(do), q, k, v, _rows(o), lse.contiguous()[..., None], nothing, nothing, None, None, None, q.shape[2],
-        k.shape[2], 0.0, False,
+    gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        heads_first(do), q, k, v, heads_first(o), lse.contiguous()[..., None], nothing, nothing, None, None, None,
+        q.shape[2], k.shape[2], 0.0, False,
     )  # fmt: skip
-    _rows(outputs[0]).copy_(dq)
-    _rows(outputs[1][:, :, 0]).copy_(dk)
-    _rows(outputs[1][:, :, 1]).copy_(dv)
+    keep_gradients(heads_first, outputs, *gradients)
 
 
 def cross_attention(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-    q, k, v = _heads_first(inputs[0], inputs[1])
+    q, (k, v) = heads_first(inputs[0]), keys_values(heads_first, inputs[1])
     o, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, _bias(inputs[2], q), True)
-    _rows(outputs[0]).copy_(o)
-    outputs[1].copy_(lse[:, :, : q.shape[2]])
+    keep_outputs(heads_first, outputs, o, lse[:, :, : q.shape[2]])
 
 
 def cross_attention_backward(
@@ -128,31 +122,15 @@ def cross_attention_backward(
     The kernel reads o as [B, T, H, K] in C order, whatever its strides say: of several samples ours is not.
     """
     do, q_rows, kv, o, lse, mask = inputs
-    q, k, v = _heads_first(q_rows, kv)
+    q, (k, v) = heads_first(q_rows), keys_values(heads_first, kv)
     in_order = o.transpose(0, 1).contiguous().transpose(1, 2)
     padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % _LSE_ALIGNMENT), value=math.inf)
     nothing = torch.zeros((), dtype=torch.int64, device=q.device)  # seed and offset of a dropout that is not
     with _in_order(deterministic):
-        dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-            _rows(do), q, k, v, _bias(mask, q), in_order, padded, nothing, nothing, 0.0, [True, True, True, False]
+        *gradients, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+            heads_first(do), q, k, v, _bias(mask, q), in_order, padded, nothing, nothing, 0.0, [True, True, True, False]
         )
-    _rows(outputs[0]).copy_(dq)
-    _rows(outputs[1][:, :, 0]).copy_(dk)
-    _rows(outputs[1][:, :, 1]).copy_(dv)
-
-
-def _samples_first(q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[T, B, H, K] as views [B, T, H, K]."""
-    return q.transpose(0, 1), kv[:, :, 0].transpose(0, 1), kv[:, :, 1].transpose(0, 1)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[T, B, H, K] as a view [B, H, T, K]."""
-    return x.permute(1, 2, 0, 3)
-
-
-def _heads_first(q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _rows(q), _rows(kv[:, :, 0]), _rows(kv[:, :, 1])
+    keep_gradients(heads_first, outputs, *gradients)
 
 
 def _bias(mask: Tensor, q: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from ..parallel.ir.program import Program
 from ..parallel.ir.records import Phase, Place
 from ..parallel.layers.sharded import ShardedUnits
 from .config import REPLICATED_UNIT, ModelConfig
-from .inputs import LATENTS, BatchShape, condition_inputs, declare
+from .inputs import BY_SAMPLE, LATENTS, BatchShape, condition_inputs, declare
 from .step import check, unit_layout
 from .transformer import Transformer
 
@@ -58,8 +58,7 @@ def build_unpatchify(config: ModelConfig, plan: Plan, batch: BatchShape) -> Prog
     samples = batch.samples * plan.data_ranks
     shape = (c.tokens(batch.latent), samples, c.patch_features)
     tokens = b.input("tokens", shape, plan.compute_dtype, Placement((TOKENS, BATCH, NONE)))
-    by_sample = Placement((BATCH, NONE, NONE, NONE, NONE))
-    latents = b.state(LATENTS, (samples, c.channels, *batch.latent), plan.compute_dtype, by_sample)
+    latents = b.state(LATENTS, (samples, c.channels, *batch.latent), plan.compute_dtype, BY_SAMPLE)
     gathered = b.all_gather(b.all_gather(tokens, ("tp",), "over_tp"), ("cp",), "over_cp")
     b.op(
         "unpatchify",

@@ -19,6 +19,7 @@ IDS = "ids"
 PLACES = "places"
 LATENTS = "latents"
 MASK = "mask"
+BY_SAMPLE = Placement((BATCH, NONE, NONE, NONE, NONE))  # of latents [B, C, T, H, W]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,6 @@ def text_input(encoder: str) -> str:
 def condition_inputs(c: ModelConfig, plan: Plan, shape: BatchShape) -> list[InputSpec]:
     """What the velocity depends on besides x_t and t: text [L, B, W] an encoder, mask [B, L], latents [B, C, ...]."""
     samples = shape.samples * plan.data_ranks
-    by_sample = Placement((BATCH, NONE, NONE, NONE, NONE))
     return [
         InputSpec(MASK, (samples, c.text_tokens), "bool", Placement((BATCH, NONE))),
         *(
@@ -57,7 +57,7 @@ def condition_inputs(c: ModelConfig, plan: Plan, shape: BatchShape) -> list[Inpu
             for e in c.encoders
         ),
         *(
-            InputSpec(condition.input, (samples, condition.channels, *shape.latent), plan.compute_dtype, by_sample)
+            InputSpec(condition.input, (samples, condition.channels, *shape.latent), plan.compute_dtype, BY_SAMPLE)
             for condition in c.latent_conditions
         ),
     ]
@@ -69,11 +69,10 @@ def training_inputs(c: ModelConfig, plan: Plan, shape: BatchShape) -> list[Input
     ``places`` [B]: indices in the step's global batch, by which a sample that occurs twice in it is drawn for twice.
     """
     samples = shape.samples * plan.data_ranks
-    by_sample = Placement((BATCH, NONE, NONE, NONE, NONE))
     return [
         *(InputSpec(name, (samples,), "int64", Placement((BATCH,))) for name in (IDS, PLACES)),
         *condition_inputs(c, plan, shape),
-        InputSpec(LATENTS, (samples, c.channels, *shape.latent), plan.stat_dtype, by_sample),
+        InputSpec(LATENTS, (samples, c.channels, *shape.latent), plan.stat_dtype, BY_SAMPLE),
     ]
 
 

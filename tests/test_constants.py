@@ -475,6 +475,7 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "kernels.torch_cuda._LSE_ALIGNMENT": (32, "torch, mem_eff_attention/kernel_forward.h: kAlignLSE"),
     "kernels.torch_cuda._BIAS_ALIGNMENT": (8, "16 bytes of bf16, mem_eff_attention"),
     "kernels.flash_attention.attention_3(sm_margin)": (0, "FlashAttention-3's own"),
+    "kernels.flash_attention._NO_EXTRAS": ((0.0, -1, -1, 0.0), "FlashAttention's own: no dropout, window or cap"),
     "kernels.flash_attention.attention_backward_3(sm_margin)": (0, "FlashAttention-3's own"),
     "kernels.counts.DTYPE_BYTES": ((8, 4, 2, 8, 1), MATHS),
     "kernels.tiles.ITEM_BYTES": ((2, 4), MATHS),

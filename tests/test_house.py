@@ -63,7 +63,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
 # placed once (42). And what a program keeps of its records and hands on, and orders that count memory where there is
 # a choice: a quarter of what building, ordering and pricing one took (74). And bytes that
 # ranks hand on after a loss (11).
-CORE_LINES = 9852
+CORE_LINES = 9800
 READ = (".csv", ".html", ".sh", ".yaml")  # suffixes of files that modules read
 FAN_OUT = 15  # modules of the package that a file imports
 WIDER_WITH_REASON: dict[str, str] = {  # path -> why

@@ -97,10 +97,6 @@ def summing(staging: Tensor, output: Tensor) -> Callable[[], object]:
     return partial(torch.sum, staging.view(-1, output.numel()), 0, out=output.view(-1))
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 class Communicator:
     """Collectives of one rank over the groups of a mesh."""
 
@@ -118,7 +114,7 @@ class Communicator:
         Straight to the process group: torch's checks of arguments that never change cost as much as a small collective.
         """
         group = self.mesh.group(axes, kind)
-        entry = Entry(kind, lane_name(axes), group.group_desc, max(map(_bytes, (source, output))))
+        entry = Entry(kind, lane_name(axes), group.group_desc, max(source.nbytes, output.nbytes))
         flat_source, flat_output = source.view(-1), output.view(-1)
         if kind == "all_gather":
             start = partial(group._allgather_base, flat_output, flat_source)
@@ -199,7 +195,7 @@ class Communicator:
         ``products`` are (all rows, weight, all rows of the result), each a matrix.
         """
         group = self.mesh.group(axes, "all_gather")
-        begin = self._beginning(Entry("all_gather", lane_name(axes), group.group_desc, _bytes(gathered)))
+        begin = self._beginning(Entry("all_gather", lane_name(axes), group.group_desc, gathered.nbytes))
         ranks = self.mesh.plan.size(axes)
         rows = gathered.view(products[0][0].shape)
         own = source.view(rows.shape[0] // ranks, -1)
@@ -223,7 +219,7 @@ class Communicator:
         ``added`` and ``received`` are as large as the product; the latter holds the rows of ``output`` from each rank.
         """
         group = self.mesh.group(axes, "reduce_scatter")
-        begin = self._beginning(Entry("reduce_scatter", lane_name(axes), group.group_desc, _bytes(received)))
+        begin = self._beginning(Entry("reduce_scatter", lane_name(axes), group.group_desc, received.nbytes))
         ranks = self.mesh.plan.size(axes)
         left, weight, result = product
         rows = left.chunk(ranks)

@@ -40,7 +40,7 @@ class HostLink:
 
         It starts after all compute before its issue; compute behind its wait starts after it. A capture takes it in.
         """
-        entry = Entry(HOST_LANES[to], HOST_LANES[to], HOST_LANES[to], source.numel() * source.element_size())
+        entry = Entry(HOST_LANES[to], HOST_LANES[to], HOST_LANES[to], source.nbytes)
         stream = self.streams.get(to)
         done = None if stream is None else torch.cuda.Event()
 
@@ -68,7 +68,7 @@ def pin(memory: Tensor, what: str, remedy: str) -> None:
     Torch's own pinned memory comes in powers of two, up to twice as much, and has addresses of its own. Raises
     CinemeshError, with this ``remedy``.
     """
-    runtime, address, size_bytes = cudart(), memory.data_ptr(), memory.numel() * memory.element_size()
+    runtime, address, size_bytes = cudart(), memory.data_ptr(), memory.nbytes
     assert runtime is not None
     if (error := runtime.cudaHostRegister(address, size_bytes, 0)) != runtime.cudaError.success:
         raise CinemeshError(f"{what}: {size_bytes:,} B of host memory cannot be pinned: {error}", remedy=remedy)

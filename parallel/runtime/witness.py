@@ -80,13 +80,13 @@ class Witness(TorchDispatchMode):
         if func.namespace == "c10d" and (kind := _KINDS.get(func._opname)):
             tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
             group = next(leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.ScriptObject))
-            payload = max(t.numel() * t.element_size() for t in tensors)
+            payload = max(t.nbytes for t in tensors)
             self.seen.append((kind, torch.distributed.ProcessGroup.unbox(group).group_desc, payload))
         if func._schema.name == "aten::copy_":
             target, source = (tensor.untyped_storage()._cdata for tensor in args[:2])
             if self._host in (target, source):
                 lane = HOST_LANES[Space.HOST if target == self._host else Space.DEVICE]
-                self.seen.append((lane, lane, args[0].numel() * args[0].element_size()))
+                self.seen.append((lane, lane, args[0].nbytes))
         if (ceiling := self._ceiling_bytes) is not None and self.peak_bytes <= ceiling:
             self._wait_for(lambda live: live <= ceiling)
         self.peak_bytes = max(self.peak_bytes, self.live_bytes())
