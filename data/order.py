@@ -131,7 +131,7 @@ class Stream:
         half = torch.tensor([max(1, (s - 1).bit_length() + 1 >> 1) for s in sizes.tolist()])[of]
         value, outside = value.clone(), torch.arange(len(value))
         while len(outside):  # few walk far
-            walked = self._feistel(*(of[outside] for of in (epoch, which, value, half)), way)
+            walked = self._feistel(*(each[outside] for each in (epoch, which, value, half)), way)
             value[outside] = walked
             outside = outside[walked >= size[outside]]
         return value

@@ -8,13 +8,12 @@ are cut, the class here.
 from __future__ import annotations
 
 import base64
-import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from http import HTTPStatus
+from http.client import HTTPException
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
@@ -24,6 +23,7 @@ import pyarrow as pa
 from ...documents import parse_json
 from ...errors import CinemeshError, in_a_line
 from ...ranges import SEED_RANGE, check_ranges, integers, reals
+from ..chat import complete
 from ..scenes import Scene
 from ..text import TextEncoder, with_fps
 from .camera import CameraPrefix, HandLabel
@@ -100,20 +100,16 @@ def _told(endpoint: CaptionEndpoint, model: str, samples: Sequence[bytes]) -> st
         "max_tokens": endpoint.most_tokens,
         "messages": [{"role": "user", "content": [{"type": "text", "text": endpoint.prompt}, *pictures]}],
     }
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get(KEY):
-        headers["Authorization"] = f"Bearer {key}"
     address = f"{endpoint.url.rstrip('/')}/chat/completions"
-    request = urllib.request.Request(address, json.dumps(asked).encode(), headers)
+    remedy = "start it, and run the same command again: captions that were told stay"
+    key = os.environ.get(KEY, "")
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:  # nosec B310  http or https: checked
-            text = reply.read(MOST_BYTES).decode("utf-8", "replace")
-    except (urllib.error.URLError, OSError) as error:
-        raise CinemeshError(
-            f"{address} gives no caption: {in_a_line(error)}",
-            remedy="start it, and run the same command again: captions that were told stay",
-        ) from error
-    told = parse_json(text, f"the reply of {address}", "see to the endpoint")
+        status, read = complete(endpoint.url, key, asked, seconds=TIMEOUT_S, most_bytes=MOST_BYTES)
+    except (OSError, HTTPException, ValueError) as error:
+        raise CinemeshError(f"{address} gives no caption: {in_a_line(error)}", remedy=remedy) from error
+    if status != HTTPStatus.OK:
+        raise CinemeshError(f"{address} gives no caption: it answers {status}", remedy=remedy)
+    told = parse_json(read.decode("utf-8", "replace"), f"the reply of {address}", "see to the endpoint")
     try:
         said = told["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):

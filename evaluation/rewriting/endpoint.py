@@ -1,31 +1,24 @@
 """A chat model at an endpoint that speaks OpenAI's protocol (torch-free).
 
-Address and key come from the environment, and stand in no message, file or cache. A request ends at its time limit
-whatever the other side does, follows no redirection, which could carry the key elsewhere, and reads no answer beyond
-``MOST_BYTES``.
+Address and key come from the environment, and stand in no message, file or cache. How it asks: ``data/chat.py``.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as OutOfTime
+from collections.abc import Sequence
 from http.client import HTTPException
-from threading import Thread
 from typing import Any
-from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
 
+from ...data.chat import complete
 from ...documents import parse_json, quoted
 from ...errors import CinemeshError, in_a_line
 from .guideline import Message
 from .settings import RewriterSettings
 
 URL_VARIABLE, KEY_VARIABLE = "CINEMESH_REWRITE_URL", "CINEMESH_REWRITE_KEY"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")  # which no proxy reaches
 MOST_BYTES = 2**20  # of an answer; one of 120 words has 2,000
 SECRET = 6  # signs of a key, of which a message holds no more in a row
 SEE = "see to the endpoint, or to timeout_s and tries of the rewriter"
@@ -51,14 +44,10 @@ class Endpoint:
     def ask(self, messages: Sequence[Message]) -> str:
         """The model's answer. Raises Unreached where none comes, CinemeshError for one that is no text."""
         url, key = _address(), _key()
-        body = json.dumps(self._asked | {"messages": [*messages]}).encode()
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-        request = Request(f"{url.rstrip('/')}/chat/completions", body, headers, method="POST")
-        seconds = self._settings.timeout_s
-        opener = _opener(urlsplit(url).hostname or "")
+        asked, seconds = self._asked | {"messages": [*messages]}, self._settings.timeout_s
         try:
-            status, read = _within(seconds, lambda: _sent(opener, request, seconds))
-        except (OutOfTime, TimeoutError):
+            status, read = complete(url, key, asked, seconds=seconds, most_bytes=MOST_BYTES)
+        except TimeoutError:
             raise Unreached(f"the endpoint has not answered within {seconds:g} s", remedy=SEE) from None
         except (OSError, HTTPException, ValueError) as error:
             raise Unreached(f"the endpoint cannot be reached: {_said(in_a_line(error), key)}", remedy=SEE) from None
@@ -101,38 +90,6 @@ def _key() -> str:
     if not key.isascii() or not key.isprintable():
         raise Unreached(f"{KEY_VARIABLE} holds signs that no header may", remedy="set it anew")
     return key
-
-
-class _Stay(HTTPRedirectHandler):
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        """None: the redirection is an error, and the key stays here."""
-
-
-def _opener(host: str) -> OpenerDirector:
-    return build_opener(_Stay, *([ProxyHandler({})] if host in LOOPBACK else []))
-
-
-def _sent(opener: OpenerDirector, request: Request, seconds: float) -> tuple[int, bytes]:
-    try:
-        with opener.open(request, timeout=seconds) as reply:
-            return reply.status, reply.read(MOST_BYTES + 1)
-    except HTTPError as error:
-        with error:
-            return error.code, error.read(MOST_BYTES + 1)
-
-
-def _within(seconds: float, work: Callable[[], tuple[int, bytes]]) -> tuple[int, bytes]:
-    """What ``work`` gives or raises; TimeoutError where it takes longer, and it is left to end by itself."""
-    done: Future[tuple[int, bytes]] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:  # noqa: BLE001  it is raised where the result is taken
-            done.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    return done.result(timeout=seconds)
 
 
 def _reason(status: int, text: str, key: str) -> str:

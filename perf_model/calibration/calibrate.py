@@ -115,6 +115,20 @@ class Machine:
 # -- prices of samples ------------------------------------------------------------------------------------------------
 
 
+def attention_call(name: str, key: Key, dtype: str) -> AttentionCall:
+    """The kernel of a measured direction and its sizes."""
+    batch, queries, keys, heads, head_dim = key
+    return AttentionCall(
+        direction=cast(Direction, name),
+        batch=batch,
+        queries=queries,
+        keys=keys,
+        heads=heads,
+        head_dim=head_dim,
+        dtype=dtype,
+    )
+
+
 def price_of(cluster: Cluster) -> Callable[[str, str, Key], float]:
     """Seconds that a cluster predicts for a sample (part, name, shape)."""
     compute, network = Compute(cluster, unfused=()), Network(cluster)
@@ -125,19 +139,7 @@ def price_of(cluster: Cluster) -> Callable[[str, str, Key], float]:
             batch, m, n, k, accumulates = key
             return compute.matmul_s(m, n, k, name, batch=batch, accumulate=bool(accumulates))
         if part == "attention":
-            batch, queries, keys, heads, head_dim = key
-            return compute.attention_s(
-                AttentionCall(
-                    direction=cast(Direction, name),
-                    batch=batch,
-                    queries=queries,
-                    keys=keys,
-                    heads=heads,
-                    head_dim=head_dim,
-                    dtype="float32",
-                ),
-                "sdpa",
-            )
+            return compute.attention_s(attention_call(name, key, "float32"), "sdpa")
         if part == "stream":
             measured = cluster.measured
             assert measured is not None

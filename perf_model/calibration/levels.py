@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 from ...documents import quoted, read_json, write_yaml
 from ...errors import CinemeshError, did_you_mean
@@ -26,9 +26,9 @@ from ...reading import read_record
 from ..clusters.cluster import Cluster, load, merged_values, write_cluster
 from ..clusters.constants import LIMITS, UNITS, Rule
 from ..clusters.schema import Measured
-from ..prices.compute import AttentionCall, Compute, Direction
+from ..prices.compute import Compute
 from . import links
-from .calibrate import SHOWN_UNITS, Key, price_of
+from .calibrate import SHOWN_UNITS, Key, attention_call, price_of
 
 KEY_LENGTHS: dict[str, int] = {"matmul": 5, "attention": 5, "stream": 1, "collectives": 3}
 NAMES = {  # of a matmul: dtypes, which its cluster must know
@@ -200,17 +200,8 @@ def _price_on_gpus(cluster: Cluster, dtype: str) -> Callable[[str, str, Key], fl
         if part == "matmul":
             batch, m, n, k, accumulates = key
             return compute.matmul_s(m, n, k, name, batch=batch, accumulate=bool(accumulates))
-        batch, queries, keys, heads, head_dim = key
-        call = AttentionCall(
-            direction=cast(Direction, name),
-            batch=batch,
-            queries=queries,
-            keys=keys,
-            heads=heads,
-            head_dim=head_dim,
-            dtype=dtype,
-        )
-        return compute.attention_s(call, _family(compute, name, dtype, head_dim))
+        call = attention_call(name, key, dtype)
+        return compute.attention_s(call, _family(compute, name, dtype, call.head_dim))
 
     return price
 

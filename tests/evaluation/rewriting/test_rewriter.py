@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from chat_server import KEY, ChatHandler, breaks, chat, fails, hangs, parts_of, rewrites, says, served
 
+from cinemesh.data.chat import LOOPBACK
 from cinemesh.errors import CinemeshError
-from cinemesh.evaluation.rewriting import endpoint, rewriter
+from cinemesh.evaluation.rewriting import rewriter
 from cinemesh.evaluation.rewriting.endpoint import KEY_VARIABLE, URL_VARIABLE
 from cinemesh.evaluation.rewriting.rewriter import MOST_UNREACHED, Rewriter
 from cinemesh.evaluation.rewriting.settings import RewriterSettings, read_settings
@@ -180,7 +181,7 @@ def test_no_proxy_stands_between_this_machine_and_itself(tmp_path: Path, monkeyp
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     with served(monkeypatch, rewrites):
         assert one(tmp_path).rewrite(PROMPT).parts
-    assert endpoint.LOOPBACK[0] == "127.0.0.1"
+    assert LOOPBACK[0] == "127.0.0.1"
 
 
 def test_prompts_that_are_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
