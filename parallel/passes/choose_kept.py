@@ -356,7 +356,7 @@ def offloads(
     Those that make least again, and copy most, come first: whether the link hides behind compute is for prices to say.
     ``host_bytes``: what a rank may take there.
     """
-    for point in reversed(block.hull):
+    for point in (p for p in reversed(block.hull) if blocks * p.kept_bytes <= limit_bytes + host_bytes):
         if blocks * point.seconds >= seconds:
             return
         kept = replace(plan, recompute=point.keep, recompute_last=point.keep, last_blocks=1)

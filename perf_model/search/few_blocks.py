@@ -39,6 +39,11 @@ def canonical(plan: Plan) -> Plan:
     return plan.with_degrees(dp_shard=1 if alone else 2, dp_replicate=2)
 
 
+def as_built(plan: Plan) -> Plan:
+    """The plan without what the schedule pass alone asks: all the same to a builder."""
+    return replace(plan, kv_first=False, defer_weight_gradients=False)
+
+
 def blocks_of(plan: Plan, layers: int) -> tuple[int, int]:
     """Blocks that recompute as the plan says, and last ones that do as it says for these."""
     last = plan.last_blocks if plan.recompute_last is not None else 0
@@ -50,8 +55,9 @@ class FewBlocks:
     """The program of a few blocks of a model, before its passes.
 
     Shapes are global and placements typed, so another tp or cp changes the local size of every buffer and the layout of
-    the flat units, but no record. ``units``: of the few blocks, under ``plan``. ``own``: it serves this plan alone.
-    ``first``: where it is not the plan that was ``built``, the few blocks whose records it has.
+    the flat units, but no record; another order (``as_built``) changes nothing here. ``units``: of the few blocks,
+    under ``plan``. ``own``: it serves this plan alone. ``first``: where it is not the plan that was ``built``, the few
+    blocks whose records it has.
     """
 
     config: ModelConfig
@@ -82,7 +88,7 @@ class FewBlocks:
     @classmethod
     def _of(cls, config: ModelConfig, plan: Plan, batch: BatchShape, blocks: int, *, own: bool = False) -> FewBlocks:
         blocks = min(config.layers, blocks)
-        plain = replace(plan, recompute_last=None, last_blocks=0)  # a pass applies these, not the builder
+        plain = replace(as_built(plan), recompute_last=None, last_blocks=0)  # a pass applies these, not the builder
         model = replace(config, layers=blocks)
         return cls(config, batch, plain, blocks, build_step(model, plain, batch), unit_layout(model, plain), own)
 
@@ -135,6 +141,7 @@ class FewBlocks:
 
     def _alike(self, plan: Plan) -> Plan:
         """A plan as a program of this kind is built for it."""
+        plan = as_built(plan)
         if not self.own:
             return canonical(plan)
         return replace(plan, micro_batches=self.plan.micro_batches, recompute_last=None, last_blocks=0)
@@ -144,7 +151,8 @@ class FewBlocks:
 
     def _sized(self, program: Program, other: _Sizes) -> Program:
         """A program of other sizes, with the flat units laid out as here, and as many samples."""
-        sizes = self._sizes
+        if (sizes := self._sizes) == other:
+            return program
         # By shape, and whether tp splits it: what is replicated may be as large as what is not, on one rank of tp.
         flats: dict[tuple[tuple[int, ...], bool], dict[str | None, _Moved]] = {}
         for ours, theirs in ((self.units, other.units), (self.units.of_frozen, other.units.of_frozen)):
@@ -202,7 +210,7 @@ class FewBlocks:
                 program = run(program)
             self._arranged[alike] = self._sizes, program, ScheduleWindows(program)
         sizes, arranged, windows = self._arranged[alike]
-        program = (arranged if sizes == self._sizes else self._sized(arranged, sizes)).under(plan)
+        program = self._sized(arranged, sizes).under(plan)
         for run in finishing(plan, backend=backend, windows=windows):
             program = run(program)
         return program
@@ -210,7 +218,7 @@ class FewBlocks:
     def _remade_for(self, plan: Plan) -> Program:
         """Behind the passes that no degree changes; run once for all of them."""
         origin = self.first or self
-        plan = plan.with_degrees(**{axis: origin.plan.size(axis) for axis in AXES})
+        plan = as_built(plan).with_degrees(**{axis: origin.plan.size(axis) for axis in AXES})
         if plan not in self._remade:
             program = origin.built.under(plan)
             for run in remaking():
@@ -310,7 +318,8 @@ class Programs:
         return self._whole[1]
 
     def _serving(self, key: object, build: Build, config: ModelConfig, plan: Plan, batch: BatchShape) -> FewBlocks:
-        built = self._built.setdefault((key, config, batch.latent, plan.dtype, *overlaps(plan).values()), [])
+        overlap = overlaps(as_built(plan)).values()
+        built = self._built.setdefault((key, config, batch.latent, plan.dtype, *overlap), [])
         for few in built:
             if few.serves(plan) and few.zeroes(plan):
                 return few.on(plan, batch.samples)

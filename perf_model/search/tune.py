@@ -3,10 +3,10 @@
 The search ranks plans of a few recompute modes whose unit gradients are reduced behind compute and that slice nothing.
 Here the parts of K and V, token slices, deferral, prefetch depth and smaller shard groups are tried, each on top of
 what the ones before brought, and kept when the step becomes shorter by more than ``WORTH``, until none pays any more.
-Of one knob's values only that which seems best is priced by its own program, and the next best where that says no;
-then the activations worth keeping are chosen for the memory that is left, and for the host's. Last come thread blocks,
-SM margin and priorities: they change prices and no record, so all are tried on one built program, and played only where
-a lower bound leaves something to win.
+Programs that serve many plans say so; what comes of it is priced by its own, and where that says otherwise, all on the
+way to it are. Then the activations worth keeping are chosen for the memory that is left, and for the host's. Last come
+thread blocks, SM margin and priorities: they change prices and no record, so all are tried on one built program, and
+played only where a lower bound leaves something to win.
 """
 
 from __future__ import annotations
@@ -71,10 +71,9 @@ def tune(request: Request, choice: PricedPlan, evaluator: Evaluator | None = Non
     evaluator.models.compute.check(replace(choice.plan, **cast(dict[str, Any], by_hand)))
     before = evaluator.settled(choice) if choice.timed is Timed.SHARED else choice
     best = _Tuner(evaluator).tuned(choice)
-    if best.plan == before.plan:
+    if best is None or best.choice.plan == before.plan:
         return before
-    built = evaluator.build(best.plan, best.samples, best.frozen)
-    after = evaluator.settled(replace(best, bound_s=evaluator.bound_s(built), timed=Timed.SHARED))
+    after = evaluator.settled(replace(best.choice, bound_s=evaluator.bound_s(best.built), timed=Timed.SHARED))
     fits = after.peak_bytes <= evaluator.request.cluster.memory.usable_bytes
     return after if fits and after.step_s < before.step_s else before
 
@@ -84,27 +83,25 @@ class _Tuner:
 
     def __init__(self, evaluator: Evaluator) -> None:
         self.evaluator, self.request = evaluator, evaluator.request
+        self._refused: set[Plan] = set()  # what did not pay: nor will it beside a plan that is faster still
 
-    def tuned(self, choice: PricedPlan) -> PricedPlan:
-        """The best of the plan as it is, in its shard group, and in the one that suits it."""
-        first = self.price(choice, choice.plan)
-        if first is None:
-            return choice
-        same = self._overlapping(first, groups=(1,))
-        finished = [first.choice, self._finished(same)]
-        if self._smaller_fits(same):
-            before, last = same, self._overlapping(same, groups=(1, *SMALLER))
-            while last.choice is not before.choice:
-                before, last = last, self._overlapping(last, groups=(1, *SMALLER))
-            finished.append(self._finished(last))
-        return min((c for c in finished if c is first.choice or self._fits(c)), key=lambda c: c.step_s)
+    def tuned(self, choice: PricedPlan) -> _Tried | None:
+        """The best of the plan as it is, in its shard group, and in the one that suits it; None where it cannot be."""
+        if (built := self._build(choice, choice.plan)) is None:
+            return None
+        first = self._priced(choice, built)
+        same = self._overlapping([first], groups=(1,))
+        finished = [first, self._finished(self._proven(same))]
+        if self._smaller_fits(same[-1]):
+            before, path = same, self._overlapping(same, groups=(1, *SMALLER))
+            while len(path) > len(before):
+                before, path = path, self._overlapping(path, groups=(1, *SMALLER))
+            if len(path) > len(same):
+                finished.append(self._finished(self._proven(path)))
+        fitting = (tried for tried in finished if tried is first or self._fits(tried.choice))
+        return min(fitting, key=lambda tried: tried.choice.step_s)
 
     # -- prices ---------------------------------------------------------------------------------------------------
-
-    def price(self, choice: PricedPlan, plan: Plan) -> _Tried | None:
-        """The choice under another plan, whether it fits or not; None where the shape forbids it."""
-        built = self._build(choice, plan)
-        return None if built is None else self._priced(choice, built)
 
     def _build(self, choice: PricedPlan, plan: Plan) -> BuiltPlan | None:
         try:
@@ -161,42 +158,55 @@ class _Tuner:
         half = self._in_parts(same.choice.plan, SMALLER[0])
         return half is not None and self._fits_in(same.built.under(half))
 
-    def _overlapping(self, tried: _Tried, groups: tuple[int, ...]) -> _Tried:
-        """With the best change of each kind that pays, in the shard group that suits it."""
-        best = tried
+    def _overlapping(self, path: list[_Tried], groups: tuple[int, ...]) -> list[_Tried]:
+        """The path, and of each kind the best change that pays on top of it, in the shard group that suits it."""
+        path = [*path]
         for changes in _changes():
-            best = self._best_of(best, changes, groups) or best
-        return best
+            if (better := self._best_of(path[-1], changes, groups)) is not None:
+                path.append(better)
+        return path
 
     def _best_of(self, best: _Tried, changes: list[Change], groups: tuple[int, ...]) -> _Tried | None:
         """The change that pays most, in the shard group that suits it: one built program serves all of these."""
-        seem: list[tuple[float, BuiltPlan]] = []
+        pay: list[tuple[float, BuiltPlan]] = []
         for change in changes:
             plan = self._changed(best.choice.plan, change)
-            if plan is None or plan == best.choice.plan or (built := self._build(best.choice, plan)) is None:
+            if plan is None or plan == best.choice.plan:
                 continue
-            for n in groups:
-                if (smaller := self._in_parts(plan, n)) is None:
-                    continue
-                step_s = self._seems(best.choice, under := built.under(smaller))
+            parts = (self._in_parts(plan, n) for n in groups)
+            tried = [part for part in parts if part is not None and part not in self._refused]
+            if not tried or (built := self._build(best.choice, plan)) is None:
+                continue
+            for part in tried:
+                step_s = self._seems(best.choice, under := built.under(part))
                 # What is kept may make room for a knob later on, not for a larger shard.
-                if step_s < _enough(best.choice) and (n == 1 or self._fits_in(under)):
-                    seem.append((step_s, under))
-        while seem:
-            least = min(step_s for step_s, _ in seem)
-            first = next(one for one in seem if one[0] * (1.0 - WORTH) <= least)  # what slices least comes first
-            tried = self._priced(best.choice, first[1], own=first[1].rough)
-            if tried.choice.step_s < _enough(best.choice):
-                return tried
-            seem.remove(first)
-        return None
+                if step_s < _enough(best.choice) and (part == plan or self._fits_in(under)):
+                    pay.append((step_s, under))
+                else:
+                    self._refused.add(part)
+        if not pay:
+            return None
+        least = min(step_s for step_s, _ in pay)
+        _, first = next(one for one in pay if one[0] * (1.0 - WORTH) <= least)  # what slices least comes first
+        return self._priced(best.choice, first)
 
-    def _finished(self, tried: _Tried) -> PricedPlan:
+    def _proven(self, path: list[_Tried]) -> _Tried:
+        """The last of a path; where its own program says more than ``WORTH`` else, the best of all by theirs."""
+        last = path[-1]
+        if len(path) == 1 or not last.built.rough:
+            return last
+        own = self._priced(last.choice, last.built, own=True)
+        if abs(own.choice.step_s - last.choice.step_s) <= WORTH * last.choice.step_s:
+            return own
+        every = (self._priced(tried.choice, tried.built, own=True) for tried in path)
+        return min(every, key=lambda tried: tried.choice.step_s)
+
+    def _finished(self, tried: _Tried) -> _Tried:
         """With what is worth keeping kept, and its GPU shared as it pays."""
         best = tried
         if "recompute" not in self.request.fixed:
             best = self._keeping(best.choice) or best
-        return best.choice if self.request.cluster.nccl is None else self._sharing(best)
+        return best if self.request.cluster.nccl is None else self._sharing(best)
 
     def _keeping(self, choice: PricedPlan) -> _Tried | None:
         """The activations kept that save most time in the memory that is left (``choose_kept.py``)."""
@@ -216,24 +226,23 @@ class _Tuner:
         def peak_bytes(plan: Plan) -> int:
             return built(plan).program_bytes
 
-        usable = self.request.cluster.memory.usable_bytes
+        usable, host = self.request.cluster.memory.usable_bytes, self.request.cluster.host
         limit = int(self.evaluator.limit_bytes(choice.plan)) - (choice.frozen.bytes if choice.frozen else 0)
         seconds = models.record_s(pure)
+        program = few[False][0].program
+        block = block_of(program, seconds)
         while True:
             try:
-                plan, kept = choose_kept(pure, few[False][0].program, seconds, limit, peak_bytes, blocks=layers)
+                plan, kept = choose_kept(pure, program, seconds, limit, peak_bytes, blocks=layers)
             except CinemeshError:
                 return None
-            tried = self._priced(choice, built(plan))
-            if (over := self._peak_bytes(tried.choice) - usable) <= 0:
-                break
+            best = self._priced(choice, built(plan))
+            if host is not None and "offload" not in self.request.fixed:
+                more = offloads(pure, block, layers, limit, host.memory_bytes, peak_bytes, kept.seconds)
+                best = self._offloading(best, map(built, more))
+            if (over := self._peak_bytes(best.choice) - usable) <= 0:
+                return best
             limit -= math.ceil(over)  # a few blocks tell a peak that is a little too low: the rest must fit in less
-        host = self.request.cluster.host
-        if host is None or "offload" in self.request.fixed:
-            return tried
-        block = block_of(few[False][0].program, seconds)
-        more = offloads(pure, block, layers, limit, host.memory_bytes, peak_bytes, kept.seconds)
-        return self._offloading(tried, map(built, more))
 
     def _alone(self, choice: PricedPlan, plan: Plan) -> list[FewBlocks]:
         """Of every bucket; what is tried once is not kept."""
@@ -247,8 +256,7 @@ class _Tuner:
             if tried.choice.step_s > last:
                 break
             last = tried.choice.step_s
-            pays = last < _enough(best.choice)
-            if pays and self._peak_bytes(tried.choice) <= self.request.cluster.memory.usable_bytes:
+            if last < _enough(best.choice):
                 best = tried
         return best
 
@@ -256,16 +264,16 @@ class _Tuner:
         """By whatever judges the plan later on."""
         return max(choice.peak_bytes, self.evaluator.settled(replace(choice, bound_s=0.0)).peak_bytes)
 
-    def _sharing(self, tried: _Tried) -> PricedPlan:
+    def _sharing(self, best: _Tried) -> _Tried:
         """The thread blocks, priorities and margin that pay, tried until none pays any more."""
-        best, before = tried.choice, None
+        before = None
         while best is not before:
             before = best
             for knob, values in SHARING.items():
                 for value in values:
-                    plan = self._changed(best.plan, {knob: value})
-                    if plan is not None and (pays := self._pays(best, tried.built.under(plan))):
-                        best = pays.choice
+                    plan = self._changed(best.choice.plan, {knob: value})
+                    if plan is not None:
+                        best = self._pays(best.choice, best.built.under(plan)) or best
         return best
 
 

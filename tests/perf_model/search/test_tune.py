@@ -99,6 +99,10 @@ def test_what_a_few_blocks_promise_is_asked_of_a_plans_own_program() -> None:
     whole = evaluator.cost_of(evaluator.play(promised.plan, 1)).step_s
     assert whole > best.step_s * (1.0 + 5 * tuning.WORTH)
     assert tuner._pays(best, promised) is None
+    first, last = (tuner._priced(best, built) for built in (evaluator.build(plan, 1), promised))
+    assert last.choice.step_s < first.choice.step_s * (1.0 - tuning.WORTH)
+    proven = tuner._proven([first, last])
+    assert (proven.choice.plan, proven.choice.step_s) == (plan, best.step_s)
 
 
 def test_what_is_given_by_hand_stays() -> None:
