@@ -50,14 +50,14 @@ class Agreed:
     handed_on: tuple[HandedOn, ...]
 
 
-def steps_agreed(offers: Sequence[HeldCopy], shard_of: Sequence[Shard]) -> tuple[list[Agreed], list[str]]:
+def steps_agreed(copies: Sequence[HeldCopy], shard_of: Sequence[Shard]) -> tuple[list[Agreed], list[str]]:
     """The steps that will do, the newest first; and of each step that will not, why.
 
     ``shard_of``: by rank of this job.
     """
     by_step: dict[int, list[HeldCopy]] = defaultdict(list)
-    for offer in offers:
-        by_step[offer.step].append(offer)
+    for copy in copies:
+        by_step[copy.step].append(copy)
     agreed: list[Agreed] = []
     refused: list[str] = []
     for step in sorted(by_step, reverse=True):
@@ -69,11 +69,11 @@ def steps_agreed(offers: Sequence[HeldCopy], shard_of: Sequence[Shard]) -> tuple
     return agreed, refused
 
 
-def _agreed(offers: list[HeldCopy], shard_of: Sequence[Shard]) -> Agreed | str:
+def _agreed(copies: list[HeldCopy], shard_of: Sequence[Shard]) -> Agreed | str:
     holders: dict[Shard, list[HeldCopy]] = {shard: [] for shard in shard_of}
-    for offer in offers:
-        if offer.shard in holders:
-            holders[offer.shard].append(offer)
+    for copy in copies:
+        if copy.shard in holders:
+            holders[copy.shard].append(copy)
     if missing := sum(not held for held in holders.values()):
         return f"{missing:,} of {len(holders):,} shards have no holder"
     believed: dict[Shard, list[HeldCopy]] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
@@ -98,21 +99,16 @@ class CopiesInMemory:
 
         What there is to say of steps that were passed over, too. The states are undefined where there is none.
         """
-        runner, said = self.runner, list[str]()
-        try:
-            found: Recovered | None = None
-            for agreed in self._agreed(said):
-                try:
-                    note = self._load(agreed)
-                except CinemeshError as error:
-                    said.append(f"step {agreed.step}, in the servers' memory: {error.problem}")
-                    continue
-                found = Recovered(agreed.step, note)
+        found, said = None, list[str]()
+        for agreed in self._agreed(said):
+            try:
+                found = Recovered(agreed.step, self._load(agreed))
                 break
-            return found, said
-        finally:
-            together(runner.mesh, lambda: None)  # nobody reads another's any more
-            self.slots = together(runner.mesh, self._begin)
+            except CinemeshError as error:
+                said.append(f"step {agreed.step}, in the servers' memory: {error.problem}")
+        together(self.runner.mesh, lambda: None)  # nobody reads another's any more
+        self.slots = together(self.runner.mesh, self._begin)
+        return found, said
 
     @property
     def written(self) -> bool:
@@ -120,15 +116,16 @@ class CopiesInMemory:
         return self.slots is None or self.slots.written
 
     def take(self, note: dict[str, Any]) -> None:
-        """Copy this rank's states: when all ranks have ``written`` theirs, or a step may be left without holders."""
+        """Copy this rank's states: when all ranks have ``written`` theirs, or a step may be left without holders.
+
+        A copy before that could not be written is told, and the run goes on: it has that of another rank, or storage.
+        """
         assert self.slots is not None
         try:
-            self.slots.take(note, self.since)
-        except OSError as error:
-            raise CinemeshError(
-                f"cannot write a copy of the states in {self.folder}: {in_a_line(error)}",
-                remedy="see to that file system, or set logging.memory_every to 0",
-            ) from error
+            self.slots.finish()
+        except (OSError, CinemeshError) as error:
+            print(f"WARNING: rank {self.rank} has no copy of the states in memory: {in_a_line(error)}", file=sys.stderr)
+        self.slots.take(note, self.since)
 
     def forget(self) -> None:
         """No copy of any rank is one any more: the run goes back in storage. Collective."""
@@ -145,14 +142,14 @@ class CopiesInMemory:
     def _agreed(self, said: list[str]) -> Sequence[Agreed]:
         """Steps that will do, the newest first, on every rank."""
         runner = self.runner
-        mine = [_offer(self.rank, path, header) for path, header in self._reached()]
-        offers: Any = gather_at_first(mine) if runner.mesh else [mine]
+        mine = [_held(self.rank, path, header) for path, header in self._reached()]
+        held: Any = gather_at_first(mine) if runner.mesh else [mine]
 
         def compare() -> tuple[list[Agreed], list[str], int] | None:
-            if offers is None:
+            if held is None:
                 return None
             storage = InStorage.of(self.checkpoints)
-            newer = [one for of in offers for one in of if one.step > storage.whole and one.since <= storage.any]
+            newer = [one for of in held for one in of if one.step > storage.whole and one.since <= storage.any]
             shards = [shard_of(coordinates(runner.plan, rank)) for rank in range(runner.plan.world_size)]
             return *steps_agreed(newer, shards), storage.any
 
@@ -230,7 +227,7 @@ class CopiesInMemory:
         return Slots(self.folder, self.runner)
 
 
-def _offer(by: int, path: Path, header: Header) -> HeldCopy:
+def _held(by: int, path: Path, header: Header) -> HeldCopy:
     note = hashlib.sha256(json.dumps(header.note, sort_keys=True).encode()).hexdigest()
     return HeldCopy(by, path.name, header.step, header.updates, header.shard, header.digests, note, header.since)
 

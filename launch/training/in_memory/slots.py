@@ -108,8 +108,8 @@ class Slots:
         return self.writing is None or self.writing.done()
 
     def take(self, note: dict[str, Any], since: int) -> None:
-        """Copy the states as they are now; the copy before must be whole. Raises what making that one raised."""
-        self.finish()
+        """Copy the states as they are now; nothing may be left to do for the copy before."""
+        assert self.written
         runner, slot = self.runner, self.next
         self.header(slot).unlink(missing_ok=True)
         for state, copy in zip(SAVED_STATES, self.memories[slot], strict=True):
@@ -121,9 +121,10 @@ class Slots:
         self.next = (slot + 1) % SLOTS
 
     def finish(self) -> None:
-        """Wait until the copy that was taken last is whole."""
-        if self.writing is not None:
-            self.writing.result()
+        """Wait until the copy that was taken last is whole. Raises what making it raised."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
 
     def forget(self) -> None:
         """No copy is one any more: of steps that are not the run's."""

@@ -362,6 +362,30 @@ def test_a_file_system_that_can_never_hold_them_is_told_before_anything_is_made(
         check_training_memory(setting)
 
 
+def test_a_copy_that_cannot_be_written_is_told_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A full file system takes a copy away, not a run; the copy before is still there."""
+    copies = copied(tmp_path, 5)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    put(copies.runner, 6)
+    with monkeypatch.context() as patched:
+        patched.setattr(slots, "atomic_file", full)
+        copies.take({"of": 6})
+        assert copies.slots is not None
+        copies.slots.behind.submit(lambda: None).result()
+    assert found_in(tmp_path) == Recovered(5, {"of": 5})
+    put(copies.runner, 7)
+    copies.take({"of": 7})
+    copies.slots.finish()
+    said = capsys.readouterr().err
+    assert said == "WARNING: rank 0 has no copy of the states in memory: [Errno 28] No space left on device\n"
+    assert found_in(tmp_path) == Recovered(7, {"of": 7})
+
+
 @pytest.mark.parametrize("folder", ["s3://bucket/run", "", "~/copies", "shm"])
 def test_a_folder_of_a_server_is_an_absolute_path(clips: Path, tmp_path: Path, folder: str) -> None:
     """Else copies would lie in a folder ``s3:``, or in one of each directory that a job is started from."""
