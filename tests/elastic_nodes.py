@@ -126,6 +126,7 @@ def elastic_recipe(clips: Path, folder: Path, nodes: int) -> dict[str, Any]:
     values |= {"plan": {"auto": True, "dtype": "float64"}, "cluster": str(folder / "cluster.yaml")}
     values["data"]["global_batch"], values["schedule"]["steps"] = 24, 14
     values["logging"] |= {"every": 1, "checkpoint_every": 2, "validate_every": 0}
+    values["logging"] |= {"memory_every": 1, "memory_folder": str(folder / "memory")}  # of no use to another plan
     return values
 
 
