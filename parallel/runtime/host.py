@@ -63,7 +63,7 @@ class HostLink:
 
 
 def pin(memory: Tensor, what: str, remedy: str) -> None:
-    """Lock the pages of a tensor that is for ``what``, as long as it lives.
+    """Lock the pages of a tensor that is for ``what``, as long as it lives, or a view of it.
 
     Torch's own pinned memory comes in powers of two, up to twice as much, and has addresses of its own. Raises
     CinemeshError, with this ``remedy``.
@@ -72,4 +72,4 @@ def pin(memory: Tensor, what: str, remedy: str) -> None:
     assert runtime is not None
     if (error := runtime.cudaHostRegister(address, size_bytes, 0)) != runtime.cudaError.success:
         raise CinemeshError(f"{what}: {size_bytes:,} B of host memory cannot be pinned: {error}", remedy=remedy)
-    weakref.finalize(memory, runtime.cudaHostUnregister, address)
+    weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, address)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from cinemesh.errors import CinemeshError
 from cinemesh.parallel.ir.records import Space
 from cinemesh.parallel.runtime import host
-from cinemesh.parallel.runtime.host import HostLink
+from cinemesh.parallel.runtime.host import HostLink, pin
 from cinemesh.parallel.runtime.ledger import Entry
 
 
@@ -81,6 +82,23 @@ def test_a_copy_runs_behind_compute_before_its_issue_and_before_compute_behind_i
     del link, other, ways
     gc.collect()
     assert pretend_cuda == ["unpin"]
+
+
+@pytest.mark.parametrize("make", [torch.empty, lambda size, dtype: torch.frombuffer(mmap.mmap(-1, size), dtype=dtype)])
+def test_memory_is_pinned_as_long_as_a_view_of_it_is_there(pretend_cuda: list[str], make: Any) -> None:
+    """Copies of the states are parts of one tensor, which nobody keeps: they were pinned until it was cut."""
+    memory = make(64, dtype=torch.uint8)
+    pin(memory, "a test", "none")
+    rows = list(memory.view(torch.float32).view(4, -1))
+    del memory
+    gc.collect()
+    assert pretend_cuda == ["pin 64"]
+    del rows[1:]
+    gc.collect()
+    assert pretend_cuda == ["pin 64"]
+    rows.clear()
+    gc.collect()
+    assert pretend_cuda == ["pin 64", "unpin"]
 
 
 def test_memory_that_cannot_be_pinned_is_refused(pretend_cuda: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
