@@ -221,9 +221,7 @@ def position_modulate_norm(inputs: Sequence[Tensor], outputs: Sequence[Tensor], 
     launch.run(forward_kernel, x, position, gain, scale, shift, x0, h, rstd, sizes["t"], sizes["b"])
 
 
-def modulate_norm_backward(
-    inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, eps: float | None = None, add: bool = False
-) -> None:
+def modulate_norm_backward(inputs: Sequence[Tensor], outputs: Sequence[Tensor], *, add: bool = False) -> None:
     """dy, x, r, gain, scale -> dx, dgain, dscale, dshift (fp32); as :func:`modulate_norm`."""
     dy, x, rstd, gain, scale = inputs[:5]
     dx, dgain, dscale, dshift = outputs

@@ -161,7 +161,7 @@ def position_modulate_norm(inputs: Tensors, outputs: Tensors, *, eps: float) -> 
     modulate_norm((outputs[0], *vectors), outputs[1:], eps=eps)
 
 
-def modulate_norm_backward(inputs: Tensors, outputs: Tensors, *, eps: float | None = None, add: bool = False) -> None:
+def modulate_norm_backward(inputs: Tensors, outputs: Tensors, *, add: bool = False) -> None:
     """dx (+)=, dgain, dscale, dshift in one pass; sums in the dtype of dgain."""
     dy, x, rstd, gain, scale = inputs[:5]
     dx, dgain, dscale, dshift = outputs

@@ -1,4 +1,4 @@
-"""What an objective means in numbers: the noised sample, the target, the data that a prediction stands for, a step.
+"""What an objective means in numbers: the noised sample, the target, a step of the sampler.
 
 Flow matching is that of ``flow.py``. A path of v-prediction has levels alpha_n and sigma_n of n = 0 ... N steps of
 noise, alpha^2 + sigma^2 = 1, alpha_0 = 1 and alpha_N = 0, at t = 1 - n / N:
@@ -22,7 +22,6 @@ from torch import Tensor
 from ..errors import CinemeshError
 from ..kernels.philox import Purpose, uniform
 from . import flow
-from .config import SIGMA_MIN
 from .objective import OBJECTIVES, V_PREDICTION, ObjectiveName, VPrediction
 from .solvers import SCHEDULES, SOLVERS, ScheduleName, Solver, SolverName
 
@@ -39,17 +38,6 @@ class Path(ABC):
     @abstractmethod
     def noised(self, x1: Tensor, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(x_t, target) of data and noise."""
-
-    @abstractmethod
-    def data(self, x_t: Tensor, predicted: Tensor, t: Tensor) -> Tensor:
-        """The x1 that a prediction at x_t stands for."""
-
-    @abstractmethod
-    def at_level(self, signal: float) -> tuple[float, float]:
-        """(t, scale): where x_t, times ``scale``, is ``signal`` x1 + (1 - signal^2)^(1/2) x0.
-
-        So two objectives are asked of one noised sample.
-        """
 
     @abstractmethod
     def advanced(self, x: Tensor, t: float, after: float, predict: Predict, solver: Solver) -> Tensor:
@@ -81,15 +69,6 @@ class FlowPath(Path):
 
     def noised(self, x1: Tensor, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return flow.interpolate(x1, x0, t)
-
-    def data(self, x_t: Tensor, predicted: Tensor, t: Tensor) -> Tensor:
-        """X_1 = (1 - sigma_min) X_t + (1 - (1 - sigma_min) t) V."""
-        return (1 - SIGMA_MIN) * x_t + (1 - (1 - SIGMA_MIN) * _wide(t, x_t)) * predicted
-
-    def at_level(self, signal: float) -> tuple[float, float]:
-        noise = (1 - signal**2) ** 0.5
-        t = signal / (noise + (1 - SIGMA_MIN) * signal)
-        return t, noise + (1 - SIGMA_MIN) * signal
 
     def advanced(self, x: Tensor, t: float, after: float, predict: Predict, solver: Solver) -> Tensor:
         h, ks = after - t, list[Tensor]()
@@ -133,17 +112,6 @@ class DiffusionPath(Path):
     def noised(self, x1: Tensor, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = (_wide(level, x1) for level in self.levels(t))
         return alpha * x1 + sigma * x0, alpha * x0 - sigma * x1
-
-    def data(self, x_t: Tensor, predicted: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = (_wide(level, x_t) for level in self.levels(t))
-        return alpha * x_t - sigma * predicted
-
-    def at_level(self, signal: float) -> tuple[float, float]:
-        """Raises ValueError where there is no such level."""
-        n = int((self.signal - signal).abs().argmin())
-        if abs(self.signal[n].item() - signal) > 1e-9:
-            raise ValueError(f"no step of noise leaves a signal of {signal}")
-        return 1 - n / self.objective.steps, 1.0
 
     def advanced(self, x: Tensor, t: float, after: float, predict: Predict, solver: Solver) -> Tensor:
         del solver  # ``check_sampler``: one prediction a step

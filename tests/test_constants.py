@@ -124,7 +124,6 @@ PINNED: Mapping[str, tuple[object, str]] = {
     "model.objective.VPrediction.last_beta": (0.012, LDM),
     "model.objective.V_PREDICTION": ((1000, 0.00085, 0.012), LDM),
     "model.objective.OBJECTIVES": ((1e-5, 1000, 0.00085, 0.012), "3.1.2, and latent diffusion's betas"),
-    "model.paths.at_level: 1e-09": (1e-9, "ours: far below the distance of two levels"),
     "model.block_style.BLOCK_STYLES": (1e-6, "Table 9"),
     "model.config.TIME_FEATURES": (256, "DiT; the paper gives none"),
     "model.config.ModelConfig.channels": (16, "3.1.1"),

@@ -49,12 +49,12 @@ def fuse_tp(program: Program) -> Program:
             if at and not taken.intersection(at):
                 taken.update(at)
                 place = at[2] if op.kind == "all_gather" else at[0]  # where its first product stands
-                changed[place] = _record(program, op, [program.ops[k] for k in at])
+                changed[place] = _record(op, [program.ops[k] for k in at])
     ops = [changed.get(i, op) for i, op in enumerate(program.ops) if i in changed or i not in taken]
     return program.with_ops(ops)
 
 
-def _record(program: Program, issue: Op, parts: list[Op]) -> Op:
+def _record(issue: Op, parts: list[Op]) -> Op:
     wait = next(part for part in parts if part.is_wait)
     products = [part for part in parts if part.kind == "matmul"]
     results = tuple(product.outputs[0] for product in products)

@@ -33,6 +33,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from checkpoints import plain_states
+from noise_levels import at_level, data_of
 
 from cinemesh.data.cache.samples import Sample, collate
 from cinemesh.launch.cluster.processes import joined
@@ -41,7 +42,7 @@ from cinemesh.launch.training.chain import Link, read_chain
 from cinemesh.launch.training.latent_cache import open_history
 from cinemesh.launch.training.setting import Setting
 from cinemesh.model.inputs import LATENTS
-from cinemesh.model.paths import DIFFUSION, PATHS
+from cinemesh.model.paths import DIFFUSION
 from cinemesh.model.reference import Reference
 
 RECIPES = Path("configs/ablation")
@@ -130,7 +131,7 @@ def held_out(link: Link) -> list[Sample]:
 def errors(link: Link, samples: list[Sample]) -> list[float]:
     """The error of the estimated clip at each of ``LEVELS``, over windows and draws: of the run's averaged weights."""
     setting = Setting.of(link.config())
-    path, model = PATHS[setting.model.objective], Reference(setting.model)
+    model = Reference(setting.model)
     model.load_state_dict(plain_states(Path(str(link.end())))["ema"])
     batch = collate(samples, 0, 1)
     x1, generator = batch[LATENTS], torch.Generator().manual_seed(0)
@@ -138,20 +139,20 @@ def errors(link: Link, samples: list[Sample]) -> list[float]:
     found: list[float] = []
     for level in LEVELS:
         signal = DIFFUSION.signal[level].item()
-        t, scale = path.at_level(signal)
+        t, scale = at_level(setting.model.objective, signal)
         squares: list[float] = []
         for noise in drawn:
             x_t = (signal * x1 + (1 - signal**2) ** 0.5 * noise) / scale
             times = torch.full((len(x1),), t)
-            squares.append(_square(model, path, x_t, times, batch, x1))
+            squares.append(_square(model, x_t, times, batch, x1))
         found.append(fmean(squares))
     return found
 
 
 @torch.no_grad()
-def _square(model: Reference, path: Any, x_t: Tensor, t: Tensor, batch: dict[str, Tensor], x1: Tensor) -> float:
+def _square(model: Reference, x_t: Tensor, t: Tensor, batch: dict[str, Tensor], x1: Tensor) -> float:
     """Mean square of the estimate's error."""
-    return (path.data(x_t, model(x_t, t, batch), t) - x1).square().mean().item()
+    return (data_of(model.config.objective, x_t, model(x_t, t, batch), t) - x1).square().mean().item()
 
 
 def of_seed(seed: int, work: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from harness import Pool
+from noise_levels import at_level, data_of
 from torch import Tensor
 
 from cinemesh.errors import CinemeshError
@@ -85,8 +86,8 @@ def test_a_right_prediction_stands_for_the_data(objective: ObjectiveName) -> Non
     t = torch.arange(0, 1000, dtype=torch.float64) / 1000
     x1, x0 = (torch.randn(len(t), 7, dtype=torch.float64) for _ in range(2))
     x_t, target = path.noised(x1, x0, t)
-    torch.testing.assert_close(path.data(x_t, target, t), x1, rtol=0, atol=1e-12)
-    wrong = path.data(x_t, target + 0.1, t) - x1  # one sees how an error of the prediction becomes one of the data
+    torch.testing.assert_close(data_of(objective, x_t, target, t), x1, rtol=0, atol=1e-12)
+    wrong = data_of(objective, x_t, target + 0.1, t) - x1  # how an error of the prediction becomes one of data
     shares = 1 - (1 - 1e-5) * t if objective == "flow-matching" else -(1 - DIFFUSION.signal.flip(0)[:-1] ** 2).sqrt()
     torch.testing.assert_close(wrong, 0.1 * shares[:, None].expand_as(wrong), rtol=0, atol=1e-12)
 
@@ -96,7 +97,7 @@ def test_a_right_prediction_stands_for_the_data(objective: ObjectiveName) -> Non
 def test_both_can_be_asked_of_one_noised_sample(objective: ObjectiveName, n: int) -> None:
     signal = DIFFUSION.signal[n].item()
     x1, x0 = (torch.randn(2, 7, dtype=torch.float64) for _ in range(2))
-    t, scale = PATHS[objective].at_level(signal)
+    t, scale = at_level(objective, signal)
     x_t, _ = PATHS[objective].noised(x1, x0, torch.full((2,), t, dtype=torch.float64))
     wanted = signal * x1 + math.sqrt(1 - signal**2) * x0
     torch.testing.assert_close(x_t * scale, wanted, rtol=0, atol=1e-12)
@@ -222,5 +223,5 @@ def test_another_objective_is_no_model(tmp_path: Path) -> None:
 
 def test_no_level_between_levels() -> None:
     with pytest.raises(ValueError, match="no step of noise leaves a signal"):
-        DIFFUSION.at_level(0.9999)
+        at_level("v-prediction", 0.9999)
     assert V_PREDICTION.steps == 1000 and zero_terminal(10, 1e-3, 0.5)[-1] == 0
