@@ -352,11 +352,13 @@ def hand_on(store: dist.Store, groups: Sequence[Sequence[int]], memory: Mapping[
     ``memory``: this rank's, by number of its groups. The ranks of a group meet at ``store``, each at its groups in
     their order, so that none waits in a circle.
     """
-    rank, works = dist.get_rank(), list[tuple[object, dist.Work]]()
+    rank, held, works = dist.get_rank(), list[Any](), list[dist.Work]()
     for number, tensors in sorted(memory.items()):
         ranks = groups[number]
         meeting = dist.PrefixStore(str(number), store)  # pyright: ignore[reportPrivateImportUsage]
         group: Any = dist.ProcessGroupGloo(meeting, ranks.index(rank), len(ranks), HAND_ON)
-        works += [(group, group.broadcast(tensor, root=0)) for tensor in tensors]
-    for _, work in works:
+        works += [group.broadcast(tensor, root=0) for tensor in tensors]
+        held.append(group)
+    works += [group.barrier() for group in held]  # nobody closes a connection that another still reads from
+    for work in works:
         work.wait()
