@@ -24,7 +24,7 @@ from ..prices.models import PriceModels
 
 BLOCKS = 3  # of each recompute mode, and one for each unit prefetched: lanes fill in the first, run dry in the last
 MICRO_BATCHES = 4  # the first, one that still waits for it, one like all others, the last
-PROVEN_BLOCKS = (4, 8)  # more, until two neighbours of either direction have equal records; where few do not do
+PROVEN_BLOCKS = (2, 7)  # more, until two neighbours of either direction have equal records; where few do not do
 PROVEN_MICRO_BATCHES = 1
 
 
@@ -279,7 +279,8 @@ def overlaps(plan: Plan) -> dict[str, Any]:
 
 def _proven_size(config: ModelConfig, plan: Plan, more: int) -> tuple[int, int]:
     """Blocks and micro-batches of a plan's own program."""
-    each = BLOCKS + more + plan.prefetch + plan.grad_units - 2
+    both_ends = plan.recompute_last is None  # border on blocks of one mode: one more differs from its neighbours
+    each = BLOCKS + more + plan.prefetch + plan.grad_units - 2 + both_ends
     blocks = sum(min(each, deep) for deep in blocks_of(plan, config.layers))
     return blocks, min(plan.micro_batches, MICRO_BATCHES + PROVEN_MICRO_BATCHES)
 

@@ -87,7 +87,7 @@ class Frontier:
         if not self.request.prune:
             return False
         best = self._best.get(todo.family)
-        least = best.per_sample_s if best and todo.variant is not None else math.inf
+        least = best.per_sample_s if best else math.inf
         return todo.per_sample_s >= min(self._last_shown_s, self.worth_s, least)
 
     def _push(self, family: Family, modes: tuple[Mode, ...], groups: list[int], *, placed: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -27,7 +28,7 @@ from cinemesh.perf_model.prices.network import groups_of
 from cinemesh.perf_model.prices.played import play_step
 from cinemesh.perf_model.search.evaluator import BOUND_SLACK, Evaluator
 from cinemesh.perf_model.search.extrapolate import Extrapolation
-from cinemesh.perf_model.search.few_blocks import FewBlocks, Programs, canonical, overlaps
+from cinemesh.perf_model.search.few_blocks import PROVEN_BLOCKS, FewBlocks, Programs, canonical, overlaps
 from cinemesh.perf_model.search.lower_bound import LowerBound
 from cinemesh.perf_model.search.planner import search
 from cinemesh.perf_model.search.request import LatentBucket, PricedPlan, Request, Timed
@@ -57,10 +58,21 @@ PLANS = [
 ]
 
 
+def _proven(plan: Plan) -> Extrapolation:
+    """Of a few blocks, or of some more where no two of these are alike; these last ones do."""
+    few, more = (FewBlocks.proven(BIG, plan, BatchShape(1, LATENT), blocks) for blocks in PROVEN_BLOCKS)
+    assert few.blocks < more.blocks < BIG.layers
+    step = Extrapolation(few, plan, MODELS)
+    with contextlib.suppress(NotSteady):
+        step.unrolled(plan)
+        return step
+    return Extrapolation(more, plan, MODELS)
+
+
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"tp{plan.tp}cp{plan.cp}x{plan.last_blocks}")
 def test_a_few_blocks_say_what_the_whole_48_layers_take(plan: Plan) -> None:
     """Only this catches a block counted twice or left out, and lanes that are not steady yet."""
-    step = Extrapolation(FewBlocks.proven(BIG, plan, BatchShape(1, LATENT)), plan, MODELS)
+    step = _proven(plan)
     priced = step.price(plan)
     deep = play_step(BIG, plan, BatchShape(1, LATENT), CLUSTER)
     assert priced.step_s == pytest.approx(deep.timeline.step_s, rel=OWN)
