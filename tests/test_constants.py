@@ -722,6 +722,7 @@ FREE: Mapping[str, str] = {
     "launch.training.clip_sampler.ClipSampler.__init__(samples)": "clips at once; a clip depends on its index alone",
     "launch.training.checkpoint.digests._AT_ONCE": "sizes of work; tests/launch/training/checkpoint",
     "launch.training.numerics.PART_ELEMENTS": "a size of work",
+    "launch.training.replicas.PART_ELEMENTS": "a size of work",
     "launch.training.checkpoint.alone.SHARD_BYTES": "a size of work, which a manifest tells",
     "launch.training.checkpoint.writing.BLOCK_ELEMENTS": "a size of work, which a manifest tells",
     "*.FORMAT": "rises with what the files hold; tests of their readers say what happens to older ones",

@@ -18,6 +18,8 @@ from ...parallel.runtime.comm import first_of, gather_at_first
 from .checkpoint.digests import BITS
 from .checkpoint.manifest import SAVED_STATES
 
+PART_ELEMENTS = 1 << 22  # summed at once: torch's sum in a wider type makes a copy in that, of 32 MiB then
+
 
 @dataclass(frozen=True)
 class ReplicaSums:
@@ -30,7 +32,8 @@ class ReplicaSums:
 
 def bit_sum(values: Tensor) -> int:
     """Of the items' bits as integers, modulo 2**64: one that is flipped changes it."""
-    return int(values.view(BITS[values.element_size()]).sum(dtype=torch.int64))
+    bits = values.view(-1).view(BITS[values.element_size()])
+    return int(torch.stack([part.sum(dtype=torch.int64) for part in bits.split(PART_ELEMENTS)]).sum())
 
 
 def compare_replicas(runner: StepRunner, since: int) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +41,10 @@ def to_frames(pixels: Tensor) -> Tensor:
 
 
 class TAECodec:
-    """See ``LatentCodec``. With a communicator, the tiles of a clip are spread over its ranks: all then call alike."""
+    """See ``LatentCodec``. With a communicator, the tiles of a clip are spread over its ranks: all then call alike.
+
+    ``device``: a GPU without a number is that which the process has taken when a clip comes.
+    """
 
     errors = "A network decodes latents: an error in one smears what lies about it."
 
@@ -53,7 +57,7 @@ class TAECodec:
         """
         self.config: TAEConfig = trained.net.config
         self.alone = images and self.config.temporal_stride > 1  # of itself, an image autoencoder is its image half
-        self.net, self.mean, self.std, self.tiling = trained.net.to(device), trained.mean, trained.std, trained.tiling
+        self._net, self.mean, self.std, self.tiling = trained.net, trained.mean, trained.std, trained.tiling
         self.channels, self.spatial_stride = self.config.channels, self.config.spatial_stride
         self.temporal_stride = self.config.temporal_stride
         if self.alone:
@@ -64,7 +68,7 @@ class TAECodec:
                     remedy="train it on images too, or an autoencoder of images: model.time: none",
                 )
             (self.mean, self.std), self.tiling, self.temporal_stride = trained.images, Tiling.of(1), 1
-        self.device, self.dtype, self.weights_dtype = torch.device(device), dtype, next(self.net.parameters()).dtype
+        self.device, self.dtype, self.weights_dtype = torch.device(device), dtype, next(trained.net.parameters()).dtype
         made_by = repr((trained.digest, self.mean.tolist(), self.std.tolist(), self.tiling, dtype))
         self.fingerprint = f"tae-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}"
 
@@ -78,6 +82,13 @@ class TAECodec:
             raise CinemeshError(f"{where}: device is cuda, and torch sees no GPU here", remedy="set it to cpu or auto")
         return cls(read_trained(path, where), "cuda" if there and device != "cpu" else "cpu", dtype, images=images)
 
+    @cached_property
+    def net(self) -> Autoencoder:
+        """On its device from its first use on: a rank reads its recipe, and forks, before it takes its GPU."""
+        net = self._net.to(self.device)
+        self.device = next(net.parameters()).device  # with its number
+        return net
+
     def latent_frames(self, frames: int) -> int:
         return frames if self.alone else self.config.latent_frames(frames)
 
@@ -89,17 +100,19 @@ class TAECodec:
                 f"frames are {frames.dtype} {list(frames.shape)}", remedy="a clip is uint8 [T, H, W, 3]"
             )
         self.config.latent(*frames.shape[:3])
+        net = self.net
 
         def one(tile: tuple[range, int]) -> Tensor:
             span, kept = tile
             pixels = to_pixels(frames[span.start : span.stop].to(self.device)).to(self.weights_dtype)
             with self._autocast():
                 if self.alone:
-                    return self.net.encode(pixels[-kept:, None]).mean[:, 0].float().cpu()
-                return self.net.encode(pixels[None]).mean[0, -kept:].float().cpu()
+                    return net.encode(pixels[-kept:, None]).mean[:, 0].float()
+                return net.encode(pixels[None]).mean[0, -kept:].float()
 
         tiles = self.tiling.encoded(len(frames))
-        latent = torch.cat(list(each_tile(tiles, one, lambda tile: tile[1], communicator))).transpose(0, 1)
+        parts = [part.cpu() for part in each_tile(tiles, one, lambda tile: tile[1], communicator)]
+        latent = torch.cat(parts).transpose(0, 1)
         return ((latent - _wide(self.mean)) / _wide(self.std)).contiguous()
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -119,18 +132,19 @@ class TAECodec:
                 f"{bad} of {latent.numel()} latent values are not finite and decode to no picture",
                 remedy="the model that made them has diverged: sample from an earlier checkpoint",
             )
+        net = self.net
 
         def one(tile: range) -> Tensor:
             part = latent[:, tile.start : tile.stop].float() * _wide(self.std) + _wide(self.mean)
             latents = part.transpose(0, 1).to(self.device, self.weights_dtype)
             with self._autocast():
                 if self.alone:
-                    return self.net.decode(latents[:, None])[:, 0].float().cpu()
-                return self.net.decode(latents[None])[0].float().cpu()
+                    return net.decode(latents[:, None])[:, 0].float()
+                return net.decode(latents[None])[0].float()
 
         length, stride = latent.shape[1], self.temporal_stride
         tiles = each_tile(self.tiling.decoded(length), one, lambda tile: len(tile) * stride, communicator)
-        for pixels in self.tiling.joined(tiles, length):
+        for pixels in self.tiling.joined((tile.cpu() for tile in tiles), length):
             yield to_frames(pixels)
 
     def _autocast(self) -> torch.autocast:

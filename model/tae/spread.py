@@ -22,7 +22,7 @@ def each_tile(
 ) -> Iterator[Tensor]:
     """``work`` of every tile, [rows of the tile, ...], in order. Collective where there is a communicator.
 
-    All results have one dtype and, but for their rows, one shape.
+    All results have one dtype and, but for their rows, one shape; they lie on the device of the communicator's mesh.
     """
     if communicator is None:
         yield from map(work, tiles)

@@ -13,7 +13,7 @@ from training import recipe
 
 from cinemesh.errors import CinemeshError
 from cinemesh.launch.cluster.processes import Joined, StopSignal
-from cinemesh.launch.training import loop
+from cinemesh.launch.training import loop, replicas
 from cinemesh.launch.training.latent_cache import open_history
 from cinemesh.launch.training.recipe import check_config
 from cinemesh.launch.training.replicas import BITS, ReplicaSums, bit_sum, odd_ones
@@ -57,6 +57,17 @@ def test_any_flipped_bit_changes_the_sum(dtype: torch.dtype) -> None:
             assert bit_sum(values) != before, (place, bit)
             bits[place] ^= flip
     assert bit_sum(values) == before
+
+
+def test_a_sum_of_bits_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's sum in int64 copies what it sums into that: of a shard at once, twice its bytes that no plan has."""
+    monkeypatch.setattr(replicas, "PART_ELEMENTS", part := 1 << 12)
+    values = torch.randn(1, 10 * part + 7, generator=torch.Generator().manual_seed(0))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        found = bit_sum(values)
+    assert found == values.view(torch.int32).long().sum().item()
+    taken = [event.self_cpu_memory_usage for event in seen.events() or ()]
+    assert 8 * part <= max(taken) < 9 * part
 
 
 def trained(values: dict[str, Any], flipped: int | None) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from cinemesh.model.tae.codec import TAECodec, latent_statistics, to_frames, to_
 from cinemesh.model.tae.config import TAEConfig, tae_preset
 from cinemesh.model.tae.files import Trained
 from cinemesh.model.tae.tiles import Tiling
+from cinemesh.parallel.ir.layout import Axes
 from cinemesh.parallel.ir.plan import Plan
 from cinemesh.parallel.runtime.comm import Communicator
 from cinemesh.parallel.runtime.mesh import Mesh
@@ -253,6 +256,46 @@ def spread(frames: Tensor) -> tuple[Tensor, list[Tensor]]:
     found = latent, list(codec.decoded(latent, communicator))
     mesh.close()
     return found
+
+
+class _NoData(Exception):
+    """A gather was bound of tensors that have no values."""
+
+
+class _Placed:
+    """A communicator of two ranks, of which this is the first; what it is to gather is noted."""
+
+    def __init__(self) -> None:
+        self.mesh = SimpleNamespace(rank=0, plan=SimpleNamespace(world_size=2))
+        self.devices: list[str] = []
+
+    def bind(self, kind: str, axes: Axes, source: Tensor, output: Tensor, staging: Tensor | None) -> None:
+        self.devices = [source.device.type, output.device.type]
+        raise _NoData
+
+
+@pytest.mark.parametrize("images", [False, True], ids=["clips", "images"])
+def test_tiles_are_gathered_where_they_are_made(images: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL takes tensors of a GPU alone: what was brought to the host before, it refuses. ``meta`` stands for one."""
+    monkeypatch.setattr(TAECodec, "_autocast", lambda _: nullcontext())  # there is none of that kind
+    for call in (
+        lambda codec, to: codec.encode(clip(40), to),
+        lambda codec, to: [*codec.decoded(torch.ones(4, 9, 2, 2), to)],
+    ):
+        to = _Placed()
+        with pytest.raises(_NoData):
+            call(TAECodec(trained(TINY), "meta", images=images), to)
+        assert to.devices == ["meta", "meta"]
+
+
+def test_a_network_comes_to_its_device_with_the_first_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank reads its recipe before it takes its GPU: until then "cuda" is GPU 0, for the ranks of all GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert TAE(path=directory(tmp_path / "tae")).build().channels == 4  # there is no CUDA here to bring it to
+    made = trained(TINY)
+    codec = TAECodec(made, "meta")
+    assert next(made.net.parameters()).device.type == "cpu"
+    assert {p.device.type for p in codec.net.parameters()} == {"meta"} and codec.net is made.net
 
 
 @pytest.mark.parametrize("frames", [5, 40, 130])
