@@ -98,7 +98,8 @@ def adamw_kernel(
 def squares_kernel(x: tl.tensor, sums: tl.tensor, elements: tl.tensor, BLOCK: tl.constexpr) -> None:
     """This program's sum of squares."""
     total = tl.zeros((BLOCK,), tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(elements, BLOCK), tl.num_programs(0)):
+    blocks = (elements - 1) // BLOCK + 1  # tl.cdiv adds first, which wraps just below 2**31
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         at = tl.zeros((), tl.int64) + block
         at = at * BLOCK + tl.arange(0, BLOCK)
         value = tl.load(x + at, mask=at < elements, other=0.0)

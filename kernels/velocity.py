@@ -68,7 +68,8 @@ def loss_kernel(
 ) -> None:
     """This program's sum of squared errors."""
     total = tl.zeros((BLOCK,), tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(elements, BLOCK), tl.num_programs(0)):
+    blocks = (elements - 1) // BLOCK + 1  # tl.cdiv adds first, which wraps just below 2**31
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         at = tl.zeros((), tl.int64) + block
         at = at * BLOCK + tl.arange(0, BLOCK)
         mask = at < elements

@@ -72,4 +72,5 @@ def pin(memory: Tensor, what: str, remedy: str) -> None:
     assert runtime is not None
     if (error := runtime.cudaHostRegister(address, size_bytes, 0)) != runtime.cudaError.success:
         raise CinemeshError(f"{what}: {size_bytes:,} B of host memory cannot be pinned: {error}", remedy=remedy)
-    weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, address)
+    unpin = weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, address)
+    unpin.atexit = False  # the driver does so then, and a call may wait for a stream on which a collective is stuck

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from cinemesh.errors import CinemeshError
 from cinemesh.kernels import adamw as kernels
+from cinemesh.kernels import velocity
 
 from .against_float64 import check, rand
 
@@ -84,3 +87,17 @@ def test_bad_input_is_named() -> None:
         kernels.adamw([*inputs[:4], inputs[4].bfloat16(), *inputs[5:]], inputs[:4], **RATES, **WHOLE)
     with pytest.raises(CinemeshError, match=r"sum_of_squares: x: got shape .* at least one of elements"):
         kernels.sum_of_squares([rand(1, 0)], [rand()])
+
+
+@pytest.mark.parametrize("kernel", [kernels.squares_kernel, velocity.loss_kernel])
+def test_sizes_just_below_2_to_the_31_have_all_their_blocks(kernel: Any) -> None:
+    """Such a size is an int32, and rounding up by an addition wraps: no block was summed, and a norm was 0."""
+    source = inspect.getsource(kernel.fn)
+    (line,) = (line for line in source.splitlines() if line.strip().startswith("blocks ="))
+    expression = line.partition("=")[2].partition("#")[0]
+    elements, block = np.int32(2**31 - 5), np.int32(4096)
+    with np.errstate(over="raise"):
+        assert eval(expression, {"elements": elements, "BLOCK": block}) == 2**31 // 4096
+        with pytest.raises(FloatingPointError):
+            _ = (elements + (block - np.int32(1))) // block
+    assert "cdiv(" not in source

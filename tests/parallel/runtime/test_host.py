@@ -101,6 +101,15 @@ def test_memory_is_pinned_as_long_as_a_view_of_it_is_there(pretend_cuda: list[st
     assert pretend_cuda == ["pin 64", "unpin"]
 
 
+@pytest.mark.usefixtures("pretend_cuda")
+def test_a_process_that_ends_waits_for_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is unpinned when it goes, not when Python does: a rank that failed may have a stuck collective there."""
+    made = list[Any]()
+    monkeypatch.setattr(host.weakref, "finalize", lambda *_: made.append(SimpleNamespace(atexit=True)) or made[-1])
+    pin(torch.empty(64, dtype=torch.uint8), "a test", "none")
+    assert [one.atexit for one in made] == [False]
+
+
 def test_memory_that_cannot_be_pinned_is_refused(pretend_cuda: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = SimpleNamespace(cudaError=SimpleNamespace(success=0), cudaHostRegister=lambda *_: 2)
     monkeypatch.setattr(host, "cudart", lambda: runtime)
