@@ -774,6 +774,7 @@ def test_ruff_finds_planted_fault(tool: str, fault: str, tmp_path: Path) -> None
         assert done.returncode == code, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_types_hold() -> None:
     link = ROOT / ".venv" / "typing" / "cinemesh"
     assert link.resolve() == ROOT.resolve(), f"{link} is missing; ./run makes it"

@@ -178,7 +178,7 @@ class LoggingSection:
     keep_every: Annotated[EveryOrNever, "from one checkpoint that stays for good to the next"] = 0
     keep_best: Annotated[bool, "the checkpoint of the lowest validation loss stays, if it was validated"] = False
     memory_every: Annotated[EveryOrNever, "from one copy of the states in the servers' memory to the next"] = 0
-    memory_folder: Annotated[Path, "where a server keeps such copies, of a file system in memory"] = Path("/dev/shm")
+    memory_folder: Annotated[Path, "where a server keeps such copies, of a file system in memory"] = Path("/dev/shm")  # nosec B108  in a folder of the user's own, which is looked at
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION_CONFIG)

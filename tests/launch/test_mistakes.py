@@ -117,6 +117,7 @@ def test_ranks_that_cannot_meet_say_where(
     assert f"rank 0 cannot meet the others at 127.0.0.1:{port}" in message and "another MASTER_PORT" in message
 
 
+@pytest.mark.slow
 def test_one_failure_of_many_ranks_is_one_message(clips: Path, tmp_path: Path) -> None:
     """Through the real launcher: rank 0 finds the video missing while rank 1 waits for it."""
     values = recipe(clips, tmp_path, tp=2)

@@ -16,6 +16,7 @@ import mmap
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -180,10 +181,21 @@ def _mapped(path: Path, size_bytes: int) -> Tensor:
 
 
 def run_folder(memory: Path, run: str) -> Path:
-    """Where a run's copies lie, made as needed, for this user alone. Raises CinemeshError where it cannot be."""
-    folder = memory / f"cinemesh-{os.getuid()}" / run
+    """Where a run's copies lie, made as needed, for this user alone. Raises CinemeshError where it cannot be.
+
+    ``memory`` may be anybody's: what is there in this user's name is not believed to be so.
+    """
+    own = memory / f"cinemesh-{os.getuid()}"
+    folder = own / run
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        own.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = own.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise CinemeshError(
+                f"logging.memory_folder: {own} is not this user's alone",
+                remedy="have it removed, or name another folder",
+            )
+        folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise CinemeshError(
             f"logging.memory_folder: cannot make {folder}: {in_a_line(error)}",

@@ -97,6 +97,7 @@ def _job(late: int) -> list[Check]:
     return look_together("cpu", None, 4, 2)
 
 
+@pytest.mark.slow
 def test_a_planted_slow_rank_is_found_by_all(pool: Pool) -> None:
     """Every rank must say the same: they end with one exit code."""
     everyones = pool.run(4, _job, 2)

@@ -386,6 +386,22 @@ def test_a_copy_that_cannot_be_written_is_told_and_the_run_goes_on(
     assert found_in(tmp_path) == Recovered(7, {"of": 7})
 
 
+def test_what_others_made_in_this_users_name_is_refused(tmp_path: Path) -> None:
+    """``/dev/shm`` is anybody's: states would be read from, and written for, whoever came first."""
+    own, run = tmp_path / f"cinemesh-{os.getuid()}", "a" * 32
+    (tmp_path / "elsewhere").mkdir()
+    own.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CinemeshError, match="is not this user's alone; have it removed"):
+        slots.run_folder(tmp_path, run)
+    own.unlink()
+    own.mkdir()
+    own.chmod(0o777)
+    with pytest.raises(CinemeshError, match="is not this user's alone"):
+        slots.run_folder(tmp_path, run)
+    own.rmdir()
+    assert slots.run_folder(tmp_path, run).stat().st_mode & 0o777 == own.stat().st_mode & 0o777 == 0o700
+
+
 @pytest.mark.parametrize("folder", ["s3://bucket/run", "", "~/copies", "shm"])
 def test_a_folder_of_a_server_is_an_absolute_path(clips: Path, tmp_path: Path, folder: str) -> None:
     """Else copies would lie in a folder ``s3:``, or in one of each directory that a job is started from."""
