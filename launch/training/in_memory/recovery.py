@@ -49,7 +49,7 @@ from .slots import (
     state_digests,
 )
 
-RUN_FILE = "memory.json"  # beside a run's checkpoints: by which name its copies go
+RUN_FILE = ".memory.json"  # beside a run's checkpoints: by which name its copies go; `checkpoints/*` is these alone
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Servers are folders: each rank of a job is told which is its server's.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import random
@@ -302,6 +303,13 @@ def test_a_run_that_was_begun_anew_has_no_copies(tmp_path: Path) -> None:
     copied(tmp_path, 5)
     shutil.rmtree(tmp_path / "checkpoints")
     assert found_in(tmp_path) is None
+
+
+def test_a_pattern_of_a_shell_finds_checkpoints_alone(tmp_path: Path) -> None:
+    """``cinemesh average run/checkpoints/*`` takes what it finds for checkpoints."""
+    copied(tmp_path, 5)
+    stored(tmp_path, 6)
+    assert [Path(path).name for path in glob.glob(f"{tmp_path}/checkpoints/*")] == ["step-00000006"]
 
 
 def test_a_run_that_goes_back_forgets(tmp_path: Path) -> None:
