@@ -9,13 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,6 +47,8 @@ from .slots import (
     shard_of,
     state_digests,
 )
+
+T = TypeVar("T")
 
 RUN_FILE = ".memory.json"  # beside a run's checkpoints: by which name its copies go; `checkpoints/*` is these alone
 
@@ -88,9 +89,9 @@ class CopiesInMemory:
         """
         self.checkpoints, self.runner, self.store = checkpoints, runner, store
         self.rank = runner.mesh.rank if runner.mesh else 0
-        run = together(runner.mesh, lambda: _run_name(checkpoints) if self.rank == 0 else "")
-        self.run = (first_of(run or None) if runner.mesh else run) or ""
-        self.folder = together(runner.mesh, lambda: run_folder(memory, self.run))
+        run = self._said(together(runner.mesh, lambda: None if self.rank else _run_name(checkpoints)))
+        assert run is not None
+        self.folder = together(runner.mesh, lambda: run_folder(memory, run))
         self.slots: Slots | None = None
         self.since = 0  # the newest checkpoint in storage
 
@@ -118,13 +119,9 @@ class CopiesInMemory:
     def take(self, note: dict[str, Any]) -> None:
         """Copy this rank's states: when all ranks have ``written`` theirs, or a step may be left without holders.
 
-        A copy before that could not be written is told, and the run goes on: it has that of another rank, or storage.
+        One that cannot be written is told, and the run goes on: it has that of another rank, or storage.
         """
         assert self.slots is not None
-        try:
-            self.slots.finish()
-        except (OSError, CinemeshError) as error:
-            print(f"WARNING: rank {self.rank} has no copy of the states in memory: {in_a_line(error)}", file=sys.stderr)
         self.slots.take(note, self.since)
 
     def forget(self) -> None:
@@ -153,18 +150,20 @@ class CopiesInMemory:
             shards = [shard_of(coordinates(runner.plan, rank)) for rank in range(runner.plan.world_size)]
             return *steps_agreed(newer, shards), storage.any
 
-        answer = together(runner.mesh, compare)
-        agreed, refused, self.since = (first_of(answer) if runner.mesh else answer) or ([], [], 0)
+        agreed, refused, self.since = self._said(together(runner.mesh, compare)) or ([], [], 0)
         said += [f"{why}, in the servers' memory" for why in refused]
         return agreed
 
     def _reached(self) -> list[tuple[Path, Header]]:
         """Copies of this server that are this rank's to offer: each is one rank's, its own as a rule."""
-        layout, local = layout_digest(self.runner), processes_here(1)
-        here = int(os.environ.get("LOCAL_RANK", "0"))
-        ranks = [rank for rank in ranks_in(self.folder) if rank % local == here]
-        found = (copy for rank in ranks for copy in copies_in(self.folder, rank))
+        layout = layout_digest(self.runner)
+        found = (copy for rank in self._ranks_of_files() for copy in copies_in(self.folder, rank))
         return [(path, header) for path, header in found if header.layout == layout]
+
+    def _ranks_of_files(self) -> list[int]:
+        """Whose files of this server are this rank's to look after: its own, unless servers took other numbers."""
+        local = processes_here(1)
+        return [rank for rank in ranks_in(self.folder) if rank % local == _local_rank()]
 
     def _load(self, agreed: Agreed) -> dict[str, Any]:
         """The states of a step; the run's note. Raises CinemeshError, on all ranks, where a copy is not as it was."""
@@ -213,18 +212,24 @@ class CopiesInMemory:
                 raise CinemeshError(f"rank {by}: its copy is there no more")
             return header.note
 
-        note = together(self.runner.mesh, read)
-        return (first_of(note) if self.runner.mesh else note) or {}
+        return self._said(together(self.runner.mesh, read)) or {}
+
+    def _said(self, value: T | None) -> T | None:
+        """What one rank has, on every rank."""
+        return first_of(value) if self.runner.mesh else value
 
     def _begin(self) -> Slots:
         """Room for this rank's copies; what ranks that are elsewhere now have left here goes."""
-        local, here = processes_here(1), int(os.environ.get("LOCAL_RANK", "0"))
-        for rank in ranks_in(self.folder):
-            if rank != self.rank and rank % local == here:
+        for rank in self._ranks_of_files():
+            if rank != self.rank:
                 remove_files(self.folder, rank)
-        if here == 0:
+        if _local_rank() == 0:
             remove_stale(self.folder)
         return Slots(self.folder, self.runner)
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _held(by: int, path: Path, header: Header) -> HeldCopy:

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -109,8 +110,8 @@ class Slots:
         return self.writing is None or self.writing.done()
 
     def take(self, note: dict[str, Any], since: int) -> None:
-        """Copy the states as they are now; nothing may be left to do for the copy before."""
-        assert self.written
+        """Copy the states as they are now, once the copy before is whole."""
+        self.finish()
         runner, slot = self.runner, self.next
         self.header(slot).unlink(missing_ok=True)
         for state, copy in zip(SAVED_STATES, self.memories[slot], strict=True):
@@ -122,10 +123,13 @@ class Slots:
         self.next = (slot + 1) % SLOTS
 
     def finish(self) -> None:
-        """Wait until the copy that was taken last is whole. Raises what making it raised."""
+        """Wait until the copy that was taken last is whole; one that cannot be written is told, and ends no run."""
         writing, self.writing = self.writing, None
-        if writing is not None:
-            writing.result()
+        try:
+            if writing is not None:
+                writing.result()
+        except (OSError, CinemeshError) as error:
+            print(f"WARNING: rank {self.rank} has no copy of the states in memory: {in_a_line(error)}", file=sys.stderr)
 
     def forget(self) -> None:
         """No copy is one any more: of steps that are not the run's."""

@@ -389,9 +389,14 @@ def test_a_copy_that_cannot_be_written_is_told_and_the_run_goes_on(
     put(copies.runner, 7)
     copies.take({"of": 7})
     copies.slots.finish()
-    said = capsys.readouterr().err
-    assert said == "WARNING: rank 0 has no copy of the states in memory: [Errno 28] No space left on device\n"
+    warning = "WARNING: rank 0 has no copy of the states in memory: [Errno 28] No space left on device\n"
+    assert capsys.readouterr().err == warning
     assert found_in(tmp_path) == Recovered(7, {"of": 7})
+    with monkeypatch.context() as patched:
+        patched.setattr(slots, "atomic_file", full)
+        copies.take({"of": 8})
+        copies.close()  # nor does the last one end a run that is done
+    assert capsys.readouterr().err == warning
 
 
 def test_what_others_made_in_this_users_name_is_refused(tmp_path: Path) -> None:
